@@ -1,0 +1,317 @@
+"""The loop of a GUI agent: observe, prompt, decide with a compressed cache, parse, act.
+
+`Agent` is the model's side: one decision = one fresh prompt (task, text history, last screenshots), one prefill that
+the method compresses, one greedy decode (GUI-KV, arXiv 2510.00536, works the same way: no cache outlives a step).
+`run_episode` is the loop; it takes any policy, so that it runs with a scripted one where there is no model. It writes
+nothing: what happened is handed to `on_step` as it happens (`agentkv.trace` keeps it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import LogitsProcessor, LogitsProcessorList
+
+import textkv
+from agentkv.actions import ParseError
+from envs.actions import Action, CallUser, Finished
+from textkv import Budget, MethodCache
+
+# A past step as the prompt sees it: the screenshot that was shown (None once it is too old) and what was answered.
+History = Sequence[tuple[Image.Image | None, str]]
+
+
+@dataclass(frozen=True)
+class FrameKept:
+    """What is left of one screenshot in the cache: `share` [rows, cols] of layers x stored heads per visual token."""
+
+    share: np.ndarray
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One answer of a policy. Bytes and tokens are of the cache; a policy without a model leaves them at 0.
+
+    `kv_bytes`, `kv_bytes_full`, `tokens_stored` (mean per head) are taken right after the prompt was compressed;
+    `kv_bytes_peak` is the most held at any moment. `frames` are the prompt's screenshots, oldest first, `spans` their
+    half-open [start, end) of prompt positions. Seconds are wall clock.
+    """
+
+    text: str
+    action: Action | ParseError
+    prompt_tokens: int = 0
+    decode_tokens: int = 0
+    seconds_prefill: float = 0.0
+    seconds_decode: float = 0.0
+    kv_bytes: int = 0
+    kv_bytes_peak: int = 0
+    kv_bytes_full: int = 0
+    tokens_stored: float = 0.0
+    spans: tuple[tuple[int, int], ...] = ()
+    frames: tuple[FrameKept, ...] = ()
+
+
+class Policy(Protocol):
+    """Whatever can play: the model (`Agent`), a script (`ScriptPolicy`)."""
+
+    def start(self, env: Any) -> None:
+        """A new episode begins on `env`, which was just reset."""
+
+    def decide(self, goal: str, history: History, screenshot: Image.Image) -> Decision:
+        """The next action for what is on the screen now."""
+
+
+class _PrefillClock(LogitsProcessor):
+    """Notes when the first logits exist: the prompt is read and compressed, decoding begins."""
+
+    def __init__(self) -> None:
+        self.time: float | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.time is None:
+            if scores.is_cuda:
+                torch.cuda.synchronize(scores.device)
+            self.time = perf_counter()
+        return scores
+
+
+class Agent:
+    """A model behind its adapter, deciding with the cache that `method` and `budget` describe.
+
+    The model is switched to textkv's attention once, here. Raises ValueError for an unknown method or a bad budget.
+    """
+
+    def __init__(self, adapter: Any, method: str, budget: Budget | float | str, max_new_tokens: int = 64) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for an answer; use 64")
+        self.adapter, self.method = adapter, method
+        self.budget = budget if isinstance(budget, Budget) else Budget.parse(str(budget))
+        self.max_new_tokens = max_new_tokens
+        textkv.use(adapter.model)
+
+    def start(self, env: Any) -> None:
+        """Nothing to do: every decision builds its own prompt and cache."""
+
+    @torch.inference_mode()
+    def decide(self, goal: str, history: History, screenshot: Image.Image) -> Decision:
+        """Prompt, prefill, compress, decode greedily, parse. Never raises for what the model says."""
+        adapter = self.adapter
+        prompt = adapter.prompt(goal, history, screenshot)
+        cache = MethodCache(adapter.model, method=self.method, budget=self.budget)
+        known = ("input_ids", "attention_mask", "mm_token_type_ids")
+        cache.begin(spans=[prompt.spans], **{k: prompt.inputs[k] for k in known if k in prompt.inputs})
+        clock = _PrefillClock()
+        begin = perf_counter()
+        out = adapter.model.generate(
+            **prompt.inputs,
+            past_key_values=cache,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([clock]),
+        )
+        answer = out[0, prompt.inputs["input_ids"].shape[1] :].tolist()  # .tolist() waits for the device
+        end = perf_counter()
+        text = adapter.tokenizer.decode(answer, skip_special_tokens=True).strip()
+        return Decision(
+            text=text,
+            action=adapter.parse(text, prompt.frames[-1]),
+            prompt_tokens=prompt.inputs["input_ids"].shape[1],
+            decode_tokens=len(answer),
+            seconds_prefill=clock.time - begin,
+            seconds_decode=end - clock.time,
+            kv_bytes=cache.at_rest.kv_bytes,
+            kv_bytes_peak=cache.peak_bytes,
+            kv_bytes_full=cache.at_rest.full_bytes,
+            tokens_stored=float(cache.at_rest.tokens_stored),
+            spans=tuple((int(s), int(e)) for s, e in prompt.spans),
+            frames=kept_frames(cache.at_rest.kept, prompt.spans, [f.grid for f in prompt.frames]),
+        )
+
+
+def kept_frames(
+    kept: Sequence[torch.Tensor], spans: Sequence[tuple[int, int]], grids: Sequence[tuple[int, int]]
+) -> tuple[FrameKept, ...]:
+    """Share of layers x stored heads that still hold each visual token.
+
+    `kept`: per layer int64 [1, heads, n] prompt positions, padded with -1; `spans`: [start, end) per frame; `grids`:
+    (rows, cols) of visual tokens per frame. Raises ValueError when a span and its grid disagree.
+    """
+    positions = torch.cat([layer.reshape(-1) for layer in kept])
+    heads = sum(layer.shape[1] for layer in kept)
+    frames = []
+    for (start, end), (rows, cols) in zip(spans, grids, strict=True):
+        if end - start != rows * cols:
+            raise ValueError(f"span [{start}, {end}) has {end - start} tokens, its grid {rows} x {cols}; pass its own")
+        inside = positions[(positions >= start) & (positions < end)] - start
+        share = torch.bincount(inside, minlength=end - start).float() / heads
+        frames.append(FrameKept(share.view(rows, cols).numpy()))
+    return tuple(frames)
+
+
+class ScriptPolicy:
+    """Plays what `script(env)` yields, one action at a time; says Finished when the script ends.
+
+    `envs.oracle.solve` is such a script; so is a recorded episode.
+    """
+
+    def __init__(self, script: Callable[[Any], Any]) -> None:
+        self.script = script
+
+    def start(self, env: Any) -> None:
+        self.actions = iter(self.script(env))
+
+    def decide(self, goal: str, history: History, screenshot: Image.Image) -> Decision:
+        action = next(self.actions, Finished())
+        return Decision(text=str(action), action=action)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When an episode stops besides being done.
+
+    `parse_failures`: unreadable answers in all. `repeats`: the same action on the same unchanged screenshot in a row.
+    """
+
+    max_steps: int = 20
+    parse_failures: int = 3
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "parse_failures", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} stops before the first step; use 1 or more")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step as it happened: what was shown, decided, and what the page made of it."""
+
+    index: int
+    screenshot: np.ndarray  # uint8 [H, W, 3], before the action
+    decision: Decision
+    frame_steps: tuple[int, ...]  # which step's screenshot each of decision.frames is
+    reward: float
+    success: bool
+    error: str  # of the page or the parser; "" when the action ran
+    reason: str  # the task's own words on the reward
+    url: str
+    blocked: tuple[dict[str, str], ...]  # what the page tried and was refused
+    viewport: tuple[int, int]  # (width, height) in CSS pixels, in which actions are given
+    seconds_browser: float
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """How an episode ended. `reward` is the last raw reward (-1..1), `success` means that it was 1."""
+
+    goal: str
+    success: bool
+    reward: float
+    stop: str  # "done", "step limit", "parse failures", "repeated action", "interrupted"
+    steps: int
+    seconds_reset: float
+
+
+@dataclass
+class _Watch:
+    """Counts towards the limits."""
+
+    limits: Limits
+    parse_failures: int = 0
+    repeats: int = 0
+    last: tuple[Action | ParseError, np.ndarray] | None = None
+
+    def stop(self, step: Step, terminated: bool, truncated: bool) -> str:
+        """Why to stop after `step`; "" to go on."""
+        action = step.decision.action
+        same = self.last is not None and self.last[0] == action and np.array_equal(self.last[1], step.screenshot)
+        self.repeats = self.repeats + 1 if same else 1
+        self.last = (action, step.screenshot)
+        self.parse_failures += isinstance(action, ParseError)
+        if terminated or isinstance(action, Finished | CallUser):
+            return "done"
+        if self.parse_failures >= self.limits.parse_failures:
+            return "parse failures"
+        if self.repeats >= self.limits.repeats:
+            return "repeated action"
+        return "step limit" if truncated or step.index + 1 >= self.limits.max_steps else ""
+
+
+def run_episode(
+    env: Any,
+    policy: Policy,
+    seed: int,
+    limits: Limits | None = None,
+    history: int = 5,
+    on_step: Callable[[Step], None] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> EpisodeResult:
+    """Play one episode of `env` (an `envs.make` environment) from `seed`.
+
+    `history` counts the screenshots in a prompt, the current one included (5 in the paper); older steps stay as text.
+    `on_step` sees every step right after it happened; `stopping` is asked between steps (Ctrl-C). An answer that
+    cannot be read costs a step and its error goes into the next prompt. What `env` raises (a dead browser) goes through.
+    """
+    if history < 1:
+        raise ValueError(f"history={history} would hide the current screenshot too; use 1 for no earlier ones")
+    begin = perf_counter()
+    obs, _ = env.reset(seed=seed)
+    seconds_reset = perf_counter() - begin
+    goal = obs["goal"]
+    policy.start(env)
+    watch, past, stop, step = _Watch(limits or Limits()), [], "", None
+    while not stop:
+        if stopping():
+            stop = "interrupted"
+            break
+        shown = [(image if i >= len(past) - history + 1 else None, text) for i, (image, text) in enumerate(past)]
+        screenshot = Image.fromarray(obs["screenshot"])
+        decision = policy.decide(goal, shown, screenshot)
+        step, obs, terminated, truncated = _act(env, obs, decision, len(past))
+        stop = watch.stop(step, terminated, truncated)
+        past.append((screenshot, f"{decision.text}\n[{step.error}]" if step.error else decision.text))
+        if on_step is not None:
+            on_step(step)
+    success, reward = (step.success, step.reward) if step else (False, 0.0)
+    return EpisodeResult(goal, success, reward, stop, len(past), seconds_reset)
+
+
+def _act(
+    env: Any, obs: dict[str, Any], decision: Decision, index: int
+) -> tuple[Step, dict[str, Any], bool, bool]:
+    """Run the decided action: (the step, the next observation, terminated, truncated)."""
+    step = Step(
+        index=index,
+        screenshot=obs["screenshot"],
+        decision=decision,
+        frame_steps=tuple(range(index + 1 - len(decision.frames), index + 1)),
+        reward=0.0,
+        success=False,
+        error="",
+        reason="",
+        url="",
+        blocked=(),
+        viewport=env.task.viewport,
+        seconds_browser=0.0,
+    )
+    if isinstance(decision.action, ParseError):
+        return replace(step, error=decision.action.message), obs, False, False
+    begin = perf_counter()
+    obs, _, terminated, truncated, info = env.step(decision.action)
+    step = replace(
+        step,
+        reward=float(info["raw_reward"]),
+        success=bool(info["success"]),
+        error=info["error"],
+        reason=info["reason"],
+        url=info["url"],
+        blocked=tuple(info["blocked"]),
+        seconds_browser=perf_counter() - begin,
+    )
+    return step, obs, terminated, truncated

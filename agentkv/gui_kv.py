@@ -1,0 +1,194 @@
+"""GUI-KV: which screenshot tokens a GUI agent may forget (arXiv 2510.00536).
+
+SnapKV's window score, plus a bonus for salient tokens of the current screenshot, minus the tokens of earlier
+screenshots that the current one's keys already span (a gate: they go first). Uniform over layers.
+
+Two presets. `gui-kv` is the method mended: one selection per KV head, a real principal subspace (SVD), fp32.
+`gui-kv-official` is what was released: the subspace of the FIRST 32 visual tokens (QR without pivoting), and one copy
+of the cache per query head, which at group 7 takes more memory than no compression above a budget of 1/7. Where paper
+and released code differ (tau divides; hidden state after the norm), we follow the code and say so at the field.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+
+from kernels import subspace_residual
+from textkv.eviction import NEVER, PROTECTED, Eviction, keep_best
+from textkv.evidence import Evidence
+from textkv.layer import Layer
+from textkv.method import Capabilities, Needs, register
+from textkv.scores import fit_window, past_mass, pool, with_window
+from textkv.segments.base import Stored
+
+Basis = Literal["svd", "qr_first", "qr_pivot"]
+
+
+@register("gui-kv")
+@dataclass(frozen=True)
+class GuiKV(Eviction):
+    """The corrected method. Spans of the screenshots come from `MethodCache.begin`; without any it is SnapKV.
+
+    Attributes:
+        window: observation window in tokens; 8 in the authors' scripts.
+        alpha: weight of the saliency bonus (2 in the scripts; 0 = off).
+        tau: temperature of the saliency softmax; it divides, as in the code (the paper prints a product).
+        rank: dimension of the current screenshot's key subspace.
+        kernel: average-pooling width over tokens.
+        basis: "svd" (principal), "qr_pivot" (pivoted), "qr_first" (the first `rank` tokens, as released).
+        heads: "kv_mean" one selection per KV head from the group's mean; "head0" the choice of each group's first
+            query head; "per_query_head" stores every query head (as released for UI-TARS).
+        saliency: hidden state whose norm is saliency: "attn_input" (after the norm, the code) or "residual" (the paper).
+        gate: whether earlier screenshots are gated at all.
+    """
+
+    window: int = 8
+    alpha: float = 2.0
+    tau: float = 3.5
+    rank: int = 32
+    kernel: int = 5
+    basis: Basis = "svd"
+    heads: Literal["kv_mean", "head0", "per_query_head"] = "kv_mean"
+    saliency: Literal["attn_input", "residual"] = "attn_input"
+    gate: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("window", "rank", "kernel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel={self.kernel}: pooling needs an odd width")
+        if not self.tau > 0:
+            raise ValueError(f"tau={self.tau}: the temperature must be positive")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(known)}")
+
+    def needs(self) -> Needs:
+        return Needs(window=self.window, hidden=self.saliency if self.alpha else None, spans=True)
+
+    def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        queries = fit_window(evidence.queries, held.keys.shape[2], keep)
+        width, kv_heads = queries.shape[2], held.keys.shape[1]
+        mass = pool(past_mass(queries, held.keys, evidence.scale), self.kernel)
+        scores = with_window(self._reduce(mass, kv_heads), width)
+        group = scores.shape[1] // kv_heads
+        positions = held.positions.repeat_interleave(group, 1)
+        for row in range(len(scores)):
+            spans = evidence.spans[row] if evidence.spans else []
+            if not spans:
+                continue
+            if self.alpha:
+                scores[row] += self.alpha * self._bonus(evidence, row, spans[-1], positions[row])
+            if self.gate and len(spans) > 1:
+                dropped = self._gated(held, row, spans, keep / int(evidence.tokens[row]))
+                scores[row].masked_fill_(dropped.repeat_interleave(group, 0) & (scores[row] != PROTECTED), NEVER)
+        return scores
+
+    def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        if self.heads == "per_query_head" and not self.budget.is_full:
+            self._per_query_head(layer, evidence)
+        else:
+            super().on_prefill_end(layer, evidence)
+
+    def _per_query_head(self, layer: Layer, evidence: Evidence) -> None:
+        """Every query head becomes a stored head, and selects for itself."""
+        group = evidence.queries.shape[1] // layer.lengths().shape[1]
+        if group > 1:
+            layer.repeat_heads(group)
+        keep_best(layer, self.scores(layer, evidence), self.counts(layer, None, evidence))
+
+    def _reduce(self, mass: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """Query-head scores [batch, heads, n] -> stored-head scores."""
+        grouped = mass.unflatten(1, (kv_heads, -1))
+        return grouped[:, :, 0] if self.heads == "head0" else grouped.mean(2)
+
+    def _bonus(self, evidence: Evidence, row: int, span: tuple[int, int], positions: torch.Tensor) -> torch.Tensor:
+        """Saliency of the current screenshot's tokens, placed at their slots: [heads, n], sums to 1 over the frame."""
+        seen = evidence.norm_positions[row]
+        inside = (seen >= span[0]) & (seen < span[1])
+        if not bool(inside.any()):
+            return torch.zeros_like(positions, dtype=torch.float32)
+        share = saliency(evidence.norms[row, inside], self.tau)
+        by_position = share.new_zeros(span[1] - span[0])
+        by_position[(seen[inside] - span[0]).long()] = share
+        offset = positions.long() - span[0]
+        here = (offset >= 0) & (offset < len(by_position))
+        return by_position[offset.clamp(0, len(by_position) - 1)] * here
+
+    def _gated(self, held: Stored, row: int, spans: list[tuple[int, int]], share: float) -> torch.Tensor:
+        """Which earlier-screenshot tokens the current one's keys make redundant: bool [kv_heads, n]."""
+        positions = held.positions[row]
+        current = _inside(positions, spans[-1:])
+        earlier = _inside(positions, spans[:-1])
+        gated = torch.zeros_like(earlier)
+        for head in range(positions.shape[0]):
+            frame = held.keys[row, head, current[head]].float()
+            slots = earlier[head].nonzero()[:, 0]
+            if not len(frame) or not len(slots):
+                continue
+            basis = orthobasis(frame, self.rank, self.basis)
+            energy = subspace_residual(held.keys[row : row + 1, head : head + 1, slots], basis[None, None])[0, 0]
+            count = int((1 - share) * len(slots) + 1e-9)
+            gated[head, slots[energy.sort(stable=True).indices[:count]]] = True
+        return gated
+
+
+_CHOICES = {
+    "basis": ("svd", "qr_first", "qr_pivot"),
+    "heads": ("kv_mean", "head0", "per_query_head"),
+    "saliency": ("attn_input", "residual"),
+}
+
+
+@register("gui-kv-official")
+@dataclass(frozen=True)
+class GuiKVOfficial(GuiKV):
+    """GUI-KV as released: first-tokens subspace, every query head stored (mind the bytes)."""
+
+    basis: Basis = "qr_first"
+    heads: Literal["kv_mean", "head0", "per_query_head"] = "per_query_head"
+
+    capabilities: ClassVar[Capabilities] = replace(GuiKV.capabilities, stores_query_heads=True)
+
+
+def saliency(norms: torch.Tensor, tau: float) -> torch.Tensor:
+    """Softmax over one screenshot of the standardised hidden-state norms: [n] -> [n], sums to 1 (section 3.2)."""
+    norms = norms.float()
+    if len(norms) == 1:
+        return torch.ones_like(norms)
+    return torch.softmax((norms - norms.mean()) / (norms.std() + 1e-8) / tau, dim=0)
+
+
+def orthobasis(keys: torch.Tensor, rank: int, basis: Basis) -> torch.Tensor:
+    """Orthonormal columns [head_dim, r] that span the frame's keys [n, head_dim], r = min(rank, n, head_dim)."""
+    r = min(rank, *keys.shape)
+    if basis == "qr_first":
+        # Without pivoting the first r columns of Q depend on the first r keys alone.
+        return torch.linalg.qr(keys[:r].T).Q
+    if basis == "svd":
+        return torch.linalg.eigh(keys.T @ keys).eigenvectors[:, -r:]
+    return torch.linalg.qr(keys[_pivots(keys, r)].T).Q
+
+
+def _pivots(keys: torch.Tensor, r: int) -> list[int]:
+    """The r keys that column-pivoted QR takes first: each time the one farthest from the span of those before."""
+    rest, chosen = keys.clone(), []
+    for _ in range(r):
+        best = int((rest**2).sum(-1).argmax())
+        chosen.append(best)
+        direction = torch.nn.functional.normalize(rest[best], dim=0)
+        rest = rest - (rest @ direction)[:, None] * direction
+    return chosen
+
+
+def _inside(positions: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
+    """Which positions lie in any of the spans."""
+    inside = torch.zeros_like(positions, dtype=torch.bool)
+    for start, end in spans:
+        inside |= (positions >= start) & (positions < end)
+    return inside

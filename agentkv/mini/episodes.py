@@ -1,0 +1,82 @@
+"""Recorded oracle episodes on disk: one .npz (screenshots, uint8) with its JSON header per file, no pickle.
+
+A file holds many episodes of one task: `screens` [N, height, width, 3] resized, and `episodes`, a JSON text: a list of
+{"task", "seed", "goal", "steps": [{"screen": index, "answer": text, "asks": [[goal, answer, task], ...]}, ...]}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+
+from agentkv.mini.packing import Ask, Turn
+
+HISTORY_FRAMES = 4
+
+
+def write_episodes(path: Path, screens: list[np.ndarray], episodes: list[dict]) -> None:
+    """Write one file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        np.savez_compressed(file, screens=np.stack(screens), episodes=np.array(json.dumps(episodes)))
+    os.replace(partial, path)
+
+
+class EpisodeStore:
+    """All recorded episodes of a folder, by task; new files are picked up by `refresh` at most every 20 seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.by_task: dict[str, list[tuple[np.ndarray, dict]]] = {}
+        self._known: set[str] = set()
+        self._checked = 0.0
+
+    def __len__(self) -> int:
+        return sum(len(episodes) for episodes in self.by_task.values())
+
+    def refresh(self) -> None:
+        if time.monotonic() - self._checked < 20.0 and self._known:
+            return
+        self._checked = time.monotonic()
+        for path in sorted(self.folder.glob("*.npz")):
+            if path.name not in self._known:
+                self._known.add(path.name)
+                with np.load(path) as data:
+                    screens = data["screens"]
+                    for episode in json.loads(str(data["episodes"])):
+                        self.by_task.setdefault(episode["task"], []).append((screens, episode))
+
+    def sample(self, rng: random.Random) -> list[Turn]:
+        """A random task's random episode as turns; long episodes keep the screenshots of one window of steps, as prompts do."""
+        screens, episode = rng.choice(self.by_task[rng.choice(list(self.by_task))])
+        return turns_of(screens, episode, rng)
+
+
+def turns_of(screens: np.ndarray, episode: dict, rng: random.Random) -> list[Turn]:
+    """Turns of one episode. Where it is longer than a prompt's history, one window ends at a random step: earlier steps
+    are text, and only the last step of the window is asked (the others would see too little)."""
+    steps, goal, task = episode["steps"], episode["goal"], episode["task"]
+    last, blind = len(steps) - 1, rng.random() < 0.05
+    long = last > HISTORY_FRAMES
+    if blind or (long and rng.random() < 0.8):
+        last = rng.randint(0 if blind else HISTORY_FRAMES + 1, last) if last else 0
+    elif long:
+        last = HISTORY_FRAMES
+    only_last = blind or last > HISTORY_FRAMES
+    first_frame = last if blind else max(0, last - HISTORY_FRAMES)
+    turns = []
+    for index, step in enumerate(steps[: last + 1]):
+        image = screens[step["screen"]] if index >= first_frame else None
+        asks = []
+        if image is not None and not (only_last and index < last):
+            asks = [Ask(goal, step["answer"], task)]
+            extra = step.get("asks", [])
+            asks += [Ask(*ask) for ask in rng.sample(extra, min(len(extra), 6))]
+        turns.append(Turn(image, asks, step["answer"] if index < last else None))
+    return turns

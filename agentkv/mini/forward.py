@@ -1,0 +1,79 @@
+"""The training forward pass: the same weights and the same result as the model's own forward, batched.
+
+The model's own vision tower attends to one image after another; in training all screenshots have one size, so they go
+through as one batch. Only positions with a label reach the vocabulary projection. A test holds both paths equal.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from agentkv.mini.packing import IGNORE, Batch
+
+_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+
+
+def patches(images: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
+    """Screenshots uint8 [N, height, width, 3] -> normalised patches [N, tokens, 3 * patch * patch], merge blocks together."""
+    pixels = (images.float() / 255.0 - _MEAN) / _STD
+    count, height, width, _ = pixels.shape
+    side = patch * merge
+    grid = pixels.view(count, height // side, merge, patch, width // side, merge, patch, 3)
+    return grid.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(count, -1, 3 * patch * patch)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def _angles(visual: torch.nn.Module, rows: int, columns: int, merge: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [tokens, head_dim] of one frame's patches in merge-block order."""
+    index = torch.arange(rows * columns).view(rows // merge, merge, columns // merge, merge).permute(0, 2, 1, 3).flatten()
+    place = torch.stack([index // columns, index % columns])
+    angle = place[..., None].float() * visual.rotary_pos_emb.inv_freq.float()
+    both = torch.cat([angle[0], angle[1]], dim=-1)
+    both = torch.cat([both, both], dim=-1)
+    return both.cos(), both.sin()
+
+
+def encode_images(model: Qwen2_5_VLForConditionalGeneration, images: torch.Tensor) -> torch.Tensor:
+    """Screenshots uint8 [N, height, width, 3] -> visual tokens [N, tokens, hidden]."""
+    visual, config = model.model.visual, model.config.vision_config
+    flat = patches(images, config.patch_size, config.spatial_merge_size)
+    rows, columns = images.shape[1] // config.patch_size, images.shape[2] // config.patch_size
+    # A still image is repeated along time, so the temporal slices of the kernel may be summed first.
+    weight = visual.patch_embed.proj.weight.sum(2).flatten(1)
+    hidden = F.linear(flat, weight)
+    cos, sin = _angles(visual, rows, columns, config.spatial_merge_size)
+    for block in visual.blocks:
+        hidden = _vision_block(block, hidden, cos, sin)
+    count, tokens, width = hidden.shape
+    return visual.merger(hidden.reshape(count * tokens, width)).view(count, tokens // config.spatial_merge_size**2, -1)
+
+
+def _vision_block(block: torch.nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    count, tokens, width = hidden.shape
+    heads = block.attn.num_heads
+    qkv = block.attn.qkv(block.norm1(hidden)).view(count, tokens, 3, heads, width // heads)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = F.scaled_dot_product_attention(_rotate(query, cos, sin), _rotate(key, cos, sin), value)
+    hidden = hidden + block.attn.proj(mixed.transpose(1, 2).reshape(count, tokens, width))
+    return hidden + block.mlp(block.norm2(hidden))
+
+
+def answer_logits(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [labels, vocab] and targets [labels] at every labelled position of `batch`, in row order."""
+    embedded = model.model.language_model.embed_tokens(batch.ids)
+    seen = encode_images(model, batch.images)
+    holes = (batch.ids == model.config.image_token_id)[..., None].expand_as(embedded)
+    embedded = embedded.masked_scatter(holes, seen)
+    mask = torch.zeros(batch.visible.shape, dtype=embedded.dtype).masked_fill(~batch.visible, torch.finfo(embedded.dtype).min)
+    out = model.model.language_model(
+        inputs_embeds=embedded, attention_mask={"full_attention": mask}, position_ids=batch.positions, use_cache=False
+    )
+    chosen = batch.labels != IGNORE
+    return model.lm_head(out.last_hidden_state[chosen]), batch.labels[chosen]

@@ -1,0 +1,169 @@
+"""Many questions on shared screenshots in one training sequence, each seen exactly as a prompt would show it.
+
+A sequence is a trunk (system line, screenshots, past answers) with branches: at a screenshot, every question and its
+answer continue the trunk from the same position and see the trunk before them and themselves, nothing else. So a whole
+episode costs one pass, and what is learned at step t is bit for bit the prompt that the agent sends at step t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+
+
+class Ask(NamedTuple):
+    """One question at a screenshot: the goal text, the right answer ("Action: ..."), and the task it counts for."""
+
+    goal: str
+    answer: str
+    task: str
+
+
+@dataclass
+class Turn:
+    """One step: `image` uint8 [height, width, 3] in resized pixels, or None for a step that is kept as text only."""
+
+    image: np.ndarray | None
+    asks: list[Ask] = field(default_factory=list)
+    reply: str | None = None
+
+
+@dataclass
+class Packed:
+    """One sequence of S tokens: ids [S], positions [3, S] (M-RoPE), labels [S], branch [S] (0 = trunk), images, task per token."""
+
+    ids: list[int]
+    positions: np.ndarray
+    labels: list[int]
+    branch: list[int]
+    images: list[np.ndarray]
+    tasks: list[str]
+
+
+class Packer:
+    """Turns lists of `Turn` into `Packed` sequences for one tokenizer; `unit` is the side of a visual token in pixels."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str, unit: int = 28) -> None:
+        self.tokenizer, self.unit = tokenizer, unit
+        self.image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.system = self._encode(f"<|im_start|>system\n{system}<|im_end|>\n")
+        self.open_user = self._encode("<|im_start|>user\n")
+        self.open_image = self._encode("<|vision_start|>")
+        self.close_image = self._encode("<|vision_end|>")
+        self.to_assistant = self._encode("<|im_end|>\n<|im_start|>assistant\n")
+        self.open_assistant = self._encode("<|im_start|>assistant\n")
+        self.end = self._encode("<|im_end|>")
+        self.newline = self._encode("\n")
+        self._cache: dict[str, list[int]] = {}
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _text(self, text: str) -> list[int]:
+        if text not in self._cache:
+            if len(self._cache) > 200_000:
+                self._cache.clear()
+            self._cache[text] = self._encode(text)
+        return self._cache[text]
+
+    def pack(self, turns: list[Turn]) -> Packed:
+        """Pack one episode (or one screenshot with many questions); token order is the order of the trunk."""
+        draft = _Draft()
+        draft.text(self.system)
+        for turn in turns:
+            if turn.image is not None:
+                draft.text(self.open_user + self.open_image)
+                draft.image(turn.image, self.unit, self.image_id)
+                draft.text(self.close_image)
+            for ask in turn.asks:
+                draft.ask(self._text(ask.goal) + self.to_assistant, self._text(ask.answer) + self.end, ask.task)
+            if turn.reply is not None:
+                draft.text(self.to_assistant if turn.image is not None else self.open_assistant)
+                draft.text(self._text(turn.reply) + self.end + self.newline)
+        return draft.done()
+
+
+class _Draft:
+    """The sequence under construction; `at` is the next M-RoPE position of the trunk."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.labels: list[int] = []
+        self.branch: list[int] = []
+        self.tasks: list[str] = []
+        self.images: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.at = 0
+        self.branches = 0
+
+    def _add(self, ids: list[int], labels: list[int], branch: int, positions: np.ndarray, task: str) -> None:
+        self.ids += ids
+        self.labels += labels
+        self.branch += [branch] * len(ids)
+        self.tasks += [task] * len(ids)
+        self.positions.append(positions)
+
+    def text(self, ids: list[int]) -> None:
+        steps = np.tile(np.arange(self.at, self.at + len(ids)), (3, 1))
+        self._add(ids, [IGNORE] * len(ids), 0, steps, "")
+        self.at += len(ids)
+
+    def image(self, image: np.ndarray, unit: int, image_id: int) -> None:
+        rows, columns = image.shape[0] // unit, image.shape[1] // unit
+        count = rows * columns
+        grid = np.stack(
+            [np.zeros(count, dtype=int), np.repeat(np.arange(rows), columns), np.tile(np.arange(columns), rows)]
+        )
+        self._add([image_id] * count, [IGNORE] * count, 0, grid + self.at, "")
+        self.at += max(rows, columns)
+        self.images.append(image)
+
+    def ask(self, question: list[int], answer: list[int], task: str) -> None:
+        self.branches += 1
+        ids = question + answer
+        steps = np.tile(np.arange(self.at, self.at + len(ids)), (3, 1))
+        self._add(ids, [IGNORE] * len(question) + answer, self.branches, steps, task)
+
+    def done(self) -> Packed:
+        return Packed(self.ids, np.concatenate(self.positions, 1), self.labels, self.branch, self.images, self.tasks)
+
+
+@dataclass
+class Batch:
+    """Padded tensors of B sequences: ids [B, S], positions [3, B, S], visible bool [B, 1, S, S], labels [B, S] already
+    shifted (labels[:, i] is what position i must say), images uint8 [N, height, width, 3], tasks [B][S]."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    visible: torch.Tensor
+    labels: torch.Tensor
+    images: torch.Tensor
+    tasks: list[list[str]]
+
+
+def collate(sequences: list[Packed], pad_id: int, multiple: int = 32) -> Batch:
+    """Right-pad the sequences to one length (a multiple of `multiple`) and build the tree mask."""
+    length = max(len(s.ids) for s in sequences)
+    length = -(-length // multiple) * multiple
+    count = len(sequences)
+    ids = torch.full((count, length), pad_id, dtype=torch.long)
+    labels = torch.full((count, length), IGNORE, dtype=torch.long)
+    positions = torch.zeros((3, count, length), dtype=torch.long)
+    branch = torch.full((count, length), -1, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        size = len(sequence.ids)
+        ids[row, :size] = torch.tensor(sequence.ids)
+        labels[row, : size - 1] = torch.tensor(sequence.labels[1:])
+        positions[:, row, :size] = torch.from_numpy(sequence.positions)
+        branch[row, :size] = torch.tensor(sequence.branch)
+    same = branch[:, :, None] == branch[:, None, :]
+    trunk = (branch == 0)[:, None, :] & (branch >= 0)[:, :, None]
+    visible = (same | trunk) & torch.ones(length, length, dtype=torch.bool).tril()
+    images = torch.from_numpy(np.stack([image for s in sequences for image in s.images]))
+    return Batch(ids, positions, visible[:, None], labels, images, [s.tasks for s in sequences])

@@ -1,0 +1,168 @@
+"""Train the mini GUI-agent model: `python -m agentkv.mini.train --minutes 120`.
+
+Plain supervised learning on drawn pages and recorded oracle episodes (collect them with `python -m agentkv.mini.collect`),
+AdamW, constant rate with a warm-up and a linear fall at the end of the time budget. The state is saved every few
+minutes and a second start goes on from it. The averaged weights are what is exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+
+from agentkv.mini.checkpoint import load_state, save_state
+from agentkv.mini.export import SYSTEM, export
+from agentkv.mini.feed import Feed, Mix
+from agentkv.mini.forward import answer_logits
+from agentkv.mini.packing import Batch
+from agentkv.mini.shape import mini_config
+from agentkv.mini.tokenizer import build_tokenizer
+from agentkv.mini.words import tokenizer_texts
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and step size of the training; `minutes` counts time in the loop over all restarts."""
+
+    minutes: float = 120.0
+    rate: float = 1.5e-3
+    warmup: int = 300
+    fall: float = 0.25
+    average: float = 0.998
+    save_minutes: float = 4.0
+    seed: int = 7
+
+    def __post_init__(self) -> None:
+        if self.minutes <= 0:
+            raise ValueError(f"minutes={self.minutes} must be positive; use e.g. 120")
+        if not 0.0 <= self.fall <= 1.0:
+            raise ValueError(f"fall={self.fall} is not a share of the time; use e.g. 0.25")
+
+    def rate_at(self, step: int, minutes: float) -> float:
+        """Learning rate at optimizer step `step`, `minutes` into the budget: warm-up, plateau, linear fall to 2 %."""
+        warm = min(1.0, (step + 1) / self.warmup)
+        left = max(0.0, 1.0 - minutes / self.minutes)
+        return self.rate * warm * max(0.02, min(1.0, left / self.fall if self.fall else 1.0))
+
+
+class Meter:
+    """Token accuracy per task and mean loss since the last report."""
+
+    def __init__(self) -> None:
+        self.hits: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self.losses: list[float] = []
+
+    def add(self, batch: Batch, logits: torch.Tensor, targets: torch.Tensor, loss: float) -> None:
+        self.losses.append(loss)
+        right = (logits.argmax(-1) == targets).tolist()
+        rows, columns = (batch.labels != -100).nonzero(as_tuple=True)
+        for row, column, hit in zip(rows.tolist(), columns.tolist(), right, strict=True):
+            tally = self.hits[batch.tasks[row][column]]
+            tally[0] += hit
+            tally[1] += 1
+
+    def line(self) -> str:
+        loss = sum(self.losses) / max(len(self.losses), 1)
+        tasks = " ".join(f"{task}:{100 * hit / total:.0f}" for task, (hit, total) in sorted(self.hits.items()))
+        self.hits.clear()
+        self.losses.clear()
+        return f"loss {loss:.3f} | {tasks}"
+
+
+class Trainer:
+    """Model, averaged weights, optimizer and the clock; `state` is where they live on disk."""
+
+    def __init__(self, config: TrainConfig, runs: Path) -> None:
+        self.config, self.state = config, runs / "state.safetensors"
+        self.tokenizer = _tokenizer(runs / "tokenizer")
+        torch.manual_seed(config.seed)
+        self.model = Qwen2_5_VLForConditionalGeneration(mini_config(self.tokenizer))
+        names = dict(self.model.named_parameters())
+        decay = [p for n, p in names.items() if p.ndim > 1 and "embed" not in n]
+        plain = [p for n, p in names.items() if p.ndim <= 1 or "embed" in n]
+        groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.rate, betas=(0.9, 0.98))
+        self.average = {n: p.detach().clone() for n, p in names.items()}
+        self.step, self.seconds = 0, 0.0
+        if self.state.exists():
+            scalars = load_state(self.state, self.model, self.average, self.optimizer)
+            self.step, self.seconds = scalars["step"], scalars["seconds"]
+
+    def learn(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """One optimizer step; returns logits, targets and the loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate_at(self.step, self.seconds / 60)
+        logits, targets = answer_logits(self.model, batch)
+        loss = F.cross_entropy(logits, targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        share = min(self.config.average, self.step / (self.step + 10))
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                self.average[name].lerp_(parameter, 1 - share)
+        return logits.detach(), targets, loss.item()
+
+    def save(self) -> None:
+        scalars = {"step": self.step, "seconds": self.seconds}
+        save_state(self.state, self.model, self.average, self.optimizer, scalars)
+        export(self.model, self.average, self.tokenizer, self.state.parent / "latest", scalars)
+
+    def run(self, feed: Feed, report: int = 100) -> None:
+        """Train until the time budget is used up, saving and reporting on the way."""
+        loader = iter(DataLoader(feed, batch_size=None, num_workers=1, prefetch_factor=8))
+        meter, images, tick, saved = Meter(), 0, time.monotonic(), time.monotonic()
+        while self.seconds < self.config.minutes * 60:
+            start = time.monotonic()
+            batch = next(loader)
+            meter.add(batch, *self.learn(batch))
+            images += len(batch.images)
+            self.seconds += time.monotonic() - start
+            if self.step % report == 0:
+                speed = images / (time.monotonic() - tick)
+                print(f"{self.seconds / 60:.1f} min step {self.step} {speed:.0f} img/s {meter.line()}", flush=True)
+                images, tick = 0, time.monotonic()
+            if time.monotonic() - saved > self.config.save_minutes * 60:
+                self.save()
+                saved = time.monotonic()
+        self.save()
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of this run: built once, then read back, so that a restart keeps its ids."""
+    if not (folder / "tokenizer.json").exists():
+        build_tokenizer(tokenizer_texts()).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(prog="python -m agentkv.mini.train", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of state, log and recorded episodes")
+    parser.add_argument("--minutes", type=float, default=120.0, help="time budget of the whole training")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate of the plateau")
+    parser.add_argument("--images", type=int, default=24, help="screenshots per batch")
+    parser.add_argument("--drawn", type=float, default=0.5, help="share of batches made of drawn pages")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=7)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    trainer = Trainer(TrainConfig(minutes=args.minutes, rate=args.rate, seed=args.seed), args.runs)
+    mix = Mix(images=args.images, drawn=args.drawn)
+    print(json.dumps({"step": trainer.step, "minutes_used": trainer.seconds / 60, **vars(mix)}, default=str), flush=True)
+    trainer.run(Feed(trainer.tokenizer, SYSTEM, mix, args.runs / "episodes", args.seed + trainer.step))
+
+
+if __name__ == "__main__":
+    main()

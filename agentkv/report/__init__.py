@@ -1,0 +1,156 @@
+"""One self-contained page about a run: what each method did, and which visual tokens it still held when it did it.
+
+`page.html`, `page.css` and `page.js` are put into one file with the data beside them: pictures are data: URIs, the
+page's own policy forbids every request, and whatever a model or a web page said is data that the script writes as
+text, never as markup. The size is bounded: what did not fit is counted on the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from PIL import Image
+
+from agentkv.stats import summarise
+from agentkv.trace import read_run
+
+MAX_BYTES = 12_000_000  # of the page: opens at once, can be mailed
+MAX_STEPS = 60  # shown per episode
+SMALL_PNG = 24_000  # bytes up to which a screenshot is embedded untouched
+MAX_WIDTH = 960  # pixels of a larger one, which becomes a JPEG
+
+
+class _Page(Template):
+    """`@@NAME` is a place to fill: `$` and `{}` belong to JavaScript."""
+
+    delimiter = "@@"
+
+
+class _Images:
+    """Every picture once, as data: URIs in the order of first use."""
+
+    def __init__(self) -> None:
+        self.uris: list[str] = []
+        self._index: dict[str, int] = {}
+
+    def add(self, path: Path) -> int:
+        """Index of the picture in `path`."""
+        raw = path.read_bytes()
+        key = hashlib.sha256(raw).hexdigest()
+        if key not in self._index:
+            self._index[key] = len(self.uris)
+            self.uris.append(_data_uri(raw))
+        return self._index[key]
+
+    def size(self) -> int:
+        return sum(map(len, self.uris))
+
+
+def _data_uri(png: bytes) -> str:
+    kind = "png"
+    if len(png) > SMALL_PNG:
+        image = Image.open(io.BytesIO(png)).convert("RGB")
+        image.thumbnail((MAX_WIDTH, MAX_WIDTH * 4))
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=82, optimize=True)
+        kind, png = "jpeg", out.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(png).decode()}"
+
+
+def write_report(run: Path, notes: Sequence[str] = (), max_bytes: int = MAX_BYTES) -> Path:
+    """Write RUN/report.html from the traces in `run` and return its path.
+
+    `notes` are footnotes of the table. Episodes are left out, and counted on the page, once it nears `max_bytes`.
+    Raises ValueError when `run` holds no run.
+    """
+    about, episodes = read_run(run)
+    data = _page_data(about, episodes, list(notes) or about.get("notes", []), max_bytes)
+    read = resources.files(__name__).joinpath
+    title = f"agentkv: {', '.join(about['methods'])} at budget {about['budget']}"
+    html = _Page(read("page.html").read_text()).substitute(
+        TITLE=escape(title),
+        CSS=read("page.css").read_text(),
+        JS=read("page.js").read_text(),
+        # "<" as an escape: no text of a model or a page can close the script element.
+        DATA=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+    )
+    path = run / "report.html"
+    path.write_text(html)
+    return path
+
+
+def _page_data(about: dict, episodes: Sequence[dict], notes: list[str], max_bytes: int) -> dict[str, Any]:
+    images, shown, used = _Images(), [], 0
+    pairs = _pairs(episodes)
+    for pair in _telling_first(pairs):
+        entry = _pair_data(pair, images)
+        used += len(json.dumps(entry))
+        if shown and used + images.size() > max_bytes:
+            break
+        shown.append(entry)
+    order = {(p[0]["task"], p[0]["seed"]): i for i, p in enumerate(pairs)}
+    shown.sort(key=lambda e: order[e["task"], e["seed"]])
+    return {
+        "about": {k: v for k, v in about.items() if k not in ("seeds", "notes")},
+        "rows": summarise(episodes),
+        "notes": notes,
+        "methods": [m for m in about["methods"] if any(e["method"] == m for e in episodes)],
+        "pairs": shown,
+        "pairs_played": len(pairs),
+        "images": images.uris,
+    }
+
+
+def _pairs(episodes: Iterable[dict]) -> list[list[dict]]:
+    """Episodes grouped by (task, seed): the same problem played by every method."""
+    groups: dict[tuple[str, int], list[dict]] = {}
+    for episode in episodes:
+        groups.setdefault((episode["task"], episode["seed"]), []).append(episode)
+    return list(groups.values())
+
+
+def _telling_first(pairs: Sequence[list[dict]]) -> list[list[dict]]:
+    """All tasks in turn, and within a task first those on which the methods differ: worth keeping when space is short."""
+    by_task: dict[str, list[list[dict]]] = {}
+    for pair in sorted(pairs, key=lambda p: len({bool(e["success"]) for e in p}), reverse=True):
+        by_task.setdefault(pair[0]["task"], []).append(pair)
+    longest = max(map(len, by_task.values()), default=0)
+    return [group[i] for i in range(longest) for group in by_task.values() if i < len(group)]
+
+
+def _pair_data(pair: Sequence[dict], images: _Images) -> dict[str, Any]:
+    first = pair[0]
+    plays = {e["method"]: _play_data(e, images) for e in pair}
+    return {"task": first["task"], "seed": first["seed"], "goal": first["goal"], "plays": plays}
+
+
+def _play_data(episode: dict, images: _Images) -> dict[str, Any]:
+    folder, steps = episode["folder"], episode["steps"]
+    names = [s["screenshot"] for s in steps]
+    shown = [
+        {
+            **{k: v for k, v in step.items() if k not in ("screenshot", "frames")},
+            "image": images.add(folder / step["screenshot"]),
+            "frames": [
+                {
+                    "step": f["step"],
+                    "image": images.add(folder / names[f["step"]]),
+                    "grid": f["grid"],
+                    "kept": base64.b64encode(bytes(f["kept"])).decode(),
+                }
+                for f in step["frames"]
+            ],
+        }
+        for step in steps[:MAX_STEPS]
+    ]
+    keys = ("success", "reward", "stop", "crashes")
+    return {**{k: episode[k] for k in keys}, "steps": shown, "steps_played": len(steps)}

@@ -1,0 +1,235 @@
+"""One Chromium driven by Playwright's sync API: found, launched, watched, relaunched after a crash.
+
+Not here: what a page may do (tab.py, allow.py) and what a task is (task.py). Playwright's sync API belongs to the thread
+that started it and cannot run inside an asyncio loop; browsers of one thread share one driver process. This limits what
+a page can reach but is no security boundary: for pages you do not trust, run the whole process in a container.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Browser as Chromium
+from playwright.sync_api import Error, Playwright, sync_playwright
+
+from envs.allow import AllowList
+from envs.tab import BrowserCrashed, Tab
+
+CHROMIUM_VARIABLE = "AGENTKV_CHROMIUM"
+_NAMES = ("chromium", "chromium-browser", "google-chrome")
+_FLAGS = (
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    # WebRTC would otherwise open UDP sockets that no request handler sees
+    "--force-webrtc-ip-handling-policy=disable_non_proxied_udp",
+    # the same pixels on every machine with the same fonts
+    "--font-render-hinting=none",
+    "--disable-lcd-text",
+)
+
+
+class ChromiumMissing(RuntimeError):
+    """No Chromium was found, or the one that was named cannot be started."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}; install one with `apt-get install chromium` or `playwright install chromium`, or name yours: "
+            f"Browser(executable='/path/to/chromium') or the environment variable {CHROMIUM_VARIABLE}"
+        )
+
+
+class _Driver(threading.local):
+    """Playwright of this thread: a second `sync_playwright().start()` in one thread is refused, so browsers share it."""
+
+    playwright: Playwright | None = None
+    users: int = 0
+
+    def acquire(self) -> Playwright:
+        if self.playwright is None:
+            self.playwright = sync_playwright().start()
+        self.users += 1
+        return self.playwright
+
+    def release(self) -> None:
+        self.users -= 1
+        if self.users == 0 and self.playwright is not None:
+            self.playwright.stop()
+            self.playwright = None
+
+
+_DRIVER = _Driver()
+
+
+def _own_download(playwright: Playwright | None) -> Path | None:
+    path = Path(playwright.chromium.executable_path) if playwright else None
+    return path if path and path.exists() else None
+
+
+def find_chromium(explicit: str | Path | None = None, playwright: Playwright | None = None) -> Path:
+    """Path of a Chromium: `explicit`, else the variable AGENTKV_CHROMIUM, else Playwright's own, else one on the PATH.
+
+    `playwright` is a running driver to ask for its own download (without it that place is skipped).
+    Raises `ChromiumMissing` when there is none, or when the one that was named does not exist.
+    """
+    named = explicit or os.environ.get(CHROMIUM_VARIABLE)
+    if named:
+        found = shutil.which(str(named))
+        if found is None:
+            raise ChromiumMissing(f"there is no executable at {str(named)!r}")
+        return Path(found)
+    own = _own_download(playwright)
+    if own is not None:
+        return own
+    for name in _NAMES:
+        found = shutil.which(name)
+        if found:
+            return Path(found)
+    raise ChromiumMissing(f"no Chromium found (looked for {', '.join(_NAMES)} on the PATH)")
+
+
+class Browser:
+    """A context manager around one Chromium process; `open` gives an isolated `Tab` per episode.
+
+    executable: path of the browser, None = `find_chromium()`. headed: show a window. allow: further http(s) origins that every
+    task may reach. sandbox: Chromium's own; None = on unless the process runs as root, where Chromium refuses it.
+    Raises `ChromiumMissing` on entering when no browser can be started.
+    """
+
+    def __init__(
+        self,
+        executable: str | Path | None = None,
+        headed: bool = False,
+        allow: Sequence[str] = (),
+        sandbox: bool | None = None,
+    ) -> None:
+        self.executable = executable
+        self.headed = headed
+        self.allow = AllowList(tuple(allow))
+        self.sandbox = (not hasattr(os, "geteuid") or os.geteuid() != 0) if sandbox is None else sandbox
+        self._chromium: Chromium | None = None
+        self._pid: int | None = None
+        self._holds_driver = False
+
+    def __enter__(self) -> Browser:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def alive(self) -> bool:
+        """True while the process answers."""
+        return self._chromium is not None and self._chromium.is_connected()
+
+    @property
+    def version(self) -> str:
+        """Chromium's version, "" when it does not run."""
+        return self._chromium.version if self._chromium is not None and self.alive else ""
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the running Chromium."""
+        return self._pid
+
+    def start(self) -> Browser:
+        """Launch if it does not run; returns itself."""
+        if self.alive:
+            return self
+        playwright = self._acquire()
+        try:
+            executable = find_chromium(self.executable, playwright)
+            self._chromium = self._launch(playwright, executable)
+        except Exception:
+            self._release()
+            raise
+        return self
+
+    def _launch(self, playwright: Playwright, executable: Path) -> Chromium:
+        try:
+            chromium = playwright.chromium.launch(
+                executable_path=executable,
+                headless=not self.headed,
+                chromium_sandbox=self.sandbox,
+                args=list(_FLAGS),
+            )
+        except Error as error:
+            raise ChromiumMissing(f"{executable} did not start: {error.message.splitlines()[0]}") from error
+        session = chromium.new_browser_cdp_session()
+        processes = session.send("SystemInfo.getProcessInfo")["processInfo"]
+        self._pid = next((p["id"] for p in processes if p["type"] == "browser"), None)
+        session.detach()
+        return chromium
+
+    def _acquire(self) -> Playwright:
+        if not self._holds_driver:
+            _DRIVER.acquire()
+            self._holds_driver = True
+        assert _DRIVER.playwright is not None
+        return _DRIVER.playwright
+
+    def _release(self) -> None:
+        if self._holds_driver:
+            self._holds_driver = False
+            _DRIVER.release()
+
+    def relaunch(self) -> Browser:
+        """Throw the process away (dead or not) and launch a new one; every open tab is lost."""
+        self._stop()
+        return self.start()
+
+    def close(self) -> None:
+        """Stop the process; safe to call twice."""
+        self._stop()
+        self._release()
+
+    def _stop(self) -> None:
+        if self._chromium is not None:
+            try:
+                self._chromium.close()
+            except Error:
+                pass  # it is already gone
+        self._chromium = None
+        self._pid = None
+
+    @contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """Kill the process when the block takes longer: the only cure for a page that never gives back control.
+
+        The pending call then fails, and `BrowserCrashed` is raised with the time-out in its message.
+        """
+        expired = threading.Event()
+        timer = threading.Timer(seconds, self._kill, args=(self._pid, expired))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except (Error, BrowserCrashed) as error:
+            if not expired.is_set():
+                raise
+            raise BrowserCrashed(f"the page did not answer within {seconds:g} s, so the browser was stopped") from error
+        finally:
+            timer.cancel()
+
+    @staticmethod
+    def _kill(pid: int | None, expired: threading.Event) -> None:
+        expired.set()
+        if pid is None:
+            return
+        try:
+            os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+        except ProcessLookupError:
+            pass
+
+    def open(self, allow: AllowList, viewport: tuple[int, int], device_scale: float = 1.0) -> Tab:
+        """A fresh isolated tab: no cookies, no storage, nothing shared with another tab. Raises `BrowserCrashed`."""
+        if self._chromium is None or not self.alive:
+            raise BrowserCrashed("the browser is not running; call relaunch()")
+        return Tab(self._chromium, self.allow | allow, viewport, device_scale)

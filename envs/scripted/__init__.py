@@ -1,0 +1,1 @@
+"""Scripted solutions, one small generator per task; `envs.oracle` is the way in."""

@@ -1,0 +1,73 @@
+"""Gymnasium spaces for goals (any text) and for typed actions."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import numpy as np
+from gymnasium import spaces
+
+from envs.actions import Action, Click, DoubleClick, Drag, Hotkey, RightClick, Scroll, Type, Wait
+
+MAX_GOAL = 10_000
+_KEYS = ("Enter", "Tab", "Escape", "Backspace", "ArrowDown", "ArrowUp", "ArrowLeft", "ArrowRight")
+_DIRECTIONS = ("up", "down", "left", "right")
+
+
+class GoalSpace(spaces.Text):
+    """Text up to 10,000 characters of any alphabet (gymnasium's own space needs a finite one); samples ASCII."""
+
+    def __init__(self, seed: int | np.random.Generator | None = None) -> None:
+        super().__init__(max_length=MAX_GOAL, min_length=0, seed=seed)
+
+    def contains(self, x: Any) -> bool:
+        return isinstance(x, str) and len(x) <= MAX_GOAL
+
+    def sample(self, mask: Any = None, probability: Any = None) -> str:
+        return "".join(self.np_random.choice(list("abcdefgh "), size=20))
+
+
+class ActionSpace(spaces.Space[Action]):
+    """Every typed action, with points inside a viewport of `size` = (width, height) CSS pixels.
+
+    `sample` draws the kind uniformly, then its values; it never draws `Finished` or `CallUser`, which end the episode.
+    """
+
+    def __init__(self, size: tuple[int, int], seed: int | np.random.Generator | None = None) -> None:
+        super().__init__(shape=None, dtype=None, seed=seed)
+        self.size = size
+
+    @property
+    def is_np_flattenable(self) -> bool:
+        return False
+
+    def contains(self, x: Any) -> bool:
+        """True for a typed action, whatever its values: the environment answers bad values with an error text."""
+        return isinstance(x, get_args(Action))
+
+    def _point(self) -> tuple[float, float]:
+        width, height = self.size
+        return round(float(self.np_random.uniform(0, width)), 1), round(float(self.np_random.uniform(0, height)), 1)
+
+    def sample(self, mask: Any = None, probability: Any = None) -> Action:
+        rng = self.np_random
+        kind = int(rng.integers(8))
+        if kind < 3:
+            return (Click, DoubleClick, RightClick)[kind](*self._point())
+        if kind == 3:
+            return Drag(*self._point(), *self._point())
+        if kind == 4:
+            return Scroll(*self._point(), str(rng.choice(_DIRECTIONS)), float(rng.integers(10, 200)))  # type: ignore[arg-type]
+        if kind == 5:
+            return Type("".join(rng.choice(list("abcdefghij0123456789"), size=int(rng.integers(1, 6)))))
+        if kind == 6:
+            return Hotkey((str(rng.choice(_KEYS)),))
+        return Wait(0.0)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ActionSpace) and other.size == self.size
+
+    def __repr__(self) -> str:
+        return f"ActionSpace({self.size})"
+
+

@@ -1,0 +1,248 @@
+"""One isolated page of a browser: what it may load, what it tried to do, its picture.
+
+Every request is checked against the task's allow-list twice. A route handler aborts and records what the page asks for; below
+it the tab's own proxy setting sends every host that is not allowed to a closed port, which also catches what handlers
+never see (redirects, workers, prefetch). Dialogs are dismissed, popups closed, downloads refused, permissions denied;
+all of it is recorded, nothing of it reaches the agent.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    Dialog,
+    Download,
+    Error,
+    Frame,
+    Page,
+    Request,
+    Route,
+    TimeoutError,
+    WebSocketRoute,
+)
+
+from envs.allow import AllowList
+
+# nothing listens there: the TCP port multiplexer is dead since decades and needs root to open
+_NOWHERE = "http://127.0.0.1:1"
+_MAX_DIALOGS = 50
+_URL_LENGTH = 300
+
+# a blinking caret would make two pictures of the same screen differ
+_NO_CARET = """
+new MutationObserver((_, watch) => {
+  if (!document.documentElement) return;
+  watch.disconnect();
+  const style = document.createElement('style');
+  style.textContent = '* { caret-color: transparent !important; }';
+  document.documentElement.append(style);
+}).observe(document, {childList: true});
+"""
+
+# at least one frame is drawn; then CSS and jQuery animations that end by themselves may run out
+_SETTLE = """
+async (cap) => {
+  const end = performance.now() + cap;
+  const moving = (a) => a.playState === 'running' && isFinite(a.effect.getComputedTiming().endTime);
+  const busy = () => document.getAnimations().some(moving) || (window.jQuery && jQuery.timers && jQuery.timers.length);
+  do await new Promise(requestAnimationFrame); while (busy() && performance.now() < end);
+}
+"""
+
+
+class BrowserCrashed(RuntimeError):
+    """The page or the browser process is gone; `Browser.relaunch()` (or the environment's `reset`) starts afresh."""
+
+
+class PageNotLoaded(RuntimeError):
+    """An address could not be opened: it never answered, or it is not on the allow-list."""
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """One thing the page tried and was refused: `kind` is request, redirect, navigation, websocket, popup or download."""
+
+    kind: str
+    url: str
+    reason: str
+
+
+class Tab:
+    """A context with one page. `blocked` and `dialogs` grow as the page tries things."""
+
+    def __init__(self, browser: Browser, allow: AllowList, viewport: tuple[int, int], device_scale: float) -> None:
+        self.allow = allow
+        self.viewport = viewport
+        self.blocked: list[Blocked] = []
+        self.dialogs: list[str] = []
+        self._browser = browser
+        self._dead = ""
+        self._strays: list[Frame] = []
+        with self.guard():
+            self.context = self._isolate(browser, device_scale)
+            self.page = self.context.new_page()
+            self.context.on("page", self._on_popup)
+            self._watch(self.page)
+            self._cdp = self.context.new_cdp_session(self.page)
+
+    def _isolate(self, browser: Browser, device_scale: float) -> BrowserContext:
+        width, height = self.viewport
+        context = browser.new_context(
+            viewport={"width": width, "height": height},
+            device_scale_factor=device_scale,
+            accept_downloads=False,
+            service_workers="block",
+            permissions=[],
+            locale="en-US",
+            timezone_id="UTC",
+            reduced_motion="reduce",
+            proxy={"server": _NOWHERE, "bypass": ",".join(urlsplit(entry).netloc for entry in self.allow.origins)},
+        )
+        context.grant_permissions([])
+        context.add_init_script(_NO_CARET)
+        context.route("**/*", self._on_request)
+        context.route_web_socket("**/*", self._on_websocket)
+        return context
+
+    def _watch(self, page: Page) -> None:
+        page.on("crash", lambda _: self._mark_dead("the page crashed"))
+        page.on("dialog", self._on_dialog)
+        page.on("download", self._on_download)
+        page.on("framenavigated", self._on_navigated)
+        page.on("request", self._on_redirect)
+
+    def _mark_dead(self, why: str) -> None:
+        self._dead = self._dead or why
+
+    def _refuse(self, kind: str, url: str, reason: str) -> None:
+        self.blocked.append(Blocked(kind, url[:_URL_LENGTH], reason))
+
+    def _on_request(self, route: Route, request: Request) -> None:
+        reason = self.allow.refusal(request.url, request.is_navigation_request())
+        if reason:
+            self._refuse("navigation" if request.is_navigation_request() else "request", request.url, reason)
+            route.abort("blockedbyclient")
+        else:
+            route.continue_()
+
+    def _on_redirect(self, request: Request) -> None:
+        """Route handlers see only the first request of a redirect chain; the proxy stops the rest, this records it."""
+        if request.redirected_from is None:
+            return
+        reason = self.allow.refusal(request.url, request.is_navigation_request())
+        if reason:
+            self._refuse("redirect", request.url, reason)
+
+    def _on_websocket(self, socket: WebSocketRoute) -> None:
+        reason = self.allow.refusal(socket.url, navigation=False)
+        if reason:
+            self._refuse("websocket", socket.url, reason)
+            socket.close(code=1008, reason="not on the allow-list")
+        else:
+            socket.connect_to_server()
+
+    def _on_popup(self, popup: Page) -> None:
+        self._refuse("popup", popup.url or "about:blank", "a task has one page")
+        self._forgive(popup.close)
+
+    def _on_download(self, download: Download) -> None:
+        self._refuse("download", download.url, "downloads are refused")
+        self._forgive(download.cancel)
+
+    def _on_dialog(self, dialog: Dialog) -> None:
+        self.dialogs.append(f"{dialog.type}: {dialog.message[:_URL_LENGTH]}")
+        self._forgive(dialog.dismiss)
+        if len(self.dialogs) > _MAX_DIALOGS and not self._dead:
+            self._mark_dead(f"the page opened more than {_MAX_DIALOGS} dialogs")
+            self._forgive(self.page.close)
+
+    def _on_navigated(self, frame: Frame) -> None:
+        """`data:` and `blob:` frames never pass a route handler, so they are found here and removed by `enforce`."""
+        reason = self.allow.refusal(frame.url)
+        if reason and frame.url:
+            self._refuse("navigation", frame.url, reason)
+            self._strays.append(frame)
+
+    @staticmethod
+    def _forgive(call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Error:
+            pass  # the page was quicker and has gone by itself
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Turn Playwright's errors about a dead page or browser into `BrowserCrashed`; others pass."""
+        try:
+            yield
+        except Error as error:
+            page = getattr(self, "page", None)
+            gone = not self._browser.is_connected() or (page is not None and page.is_closed())
+            if self._dead or gone or "crashed" in error.message:
+                why = self._dead or ("the page is closed" if self._browser.is_connected() else "the browser is gone")
+                raise BrowserCrashed(f"{why}; reset the environment to go on with a fresh one") from error
+            raise
+
+    def goto(self, url: str, timeout: float) -> None:
+        """Open `url` and wait for its load event, at most `timeout` seconds. Raises `PageNotLoaded`."""
+        with self.guard():
+            try:
+                self.page.goto(url, timeout=timeout * 1000, wait_until="load")
+            except TimeoutError as error:
+                raise PageNotLoaded(
+                    f"{url} did not load within {timeout:g} s; check the address or raise load_timeout"
+                ) from error
+            except Error as error:
+                if self._dead or self.page.is_closed() or not self._browser.is_connected():
+                    raise
+                reason = self.allow.refusal(url) or error.message.splitlines()[0]
+                raise PageNotLoaded(f"{url} could not be opened: {reason}") from error
+
+    def evaluate(self, script: str, argument: Any = None) -> Any:
+        """Run our own script in the page and return its value; a page that navigates meanwhile is tried once more."""
+        with self.guard():
+            try:
+                return self.page.evaluate(script, argument)
+            except Error as error:
+                if "context was destroyed" not in error.message:
+                    raise
+                self.page.wait_for_load_state("load", timeout=10_000)
+                return self.page.evaluate(script, argument)
+
+    def settle(self, cap: float = 1.0) -> None:
+        """Wait until a frame is drawn and animations have run out, at most `cap` seconds of them; then `enforce`."""
+        self.evaluate(_SETTLE, cap * 1000)
+        self.enforce()
+
+    def enforce(self) -> None:
+        """Take away frames that show an address which is not allowed."""
+        strays, self._strays = self._strays, []
+        for frame in strays:
+            if frame.is_detached():
+                continue
+            with self.guard():
+                if frame.parent_frame is None:
+                    self.page.goto("about:blank")
+                else:
+                    frame.frame_element().evaluate("element => element.remove()")
+
+    def screenshot(self) -> np.ndarray:
+        """The viewport as uint8 [height * scale, width * scale, 3]."""
+        with self.guard():
+            png = self._cdp.send("Page.captureScreenshot", {"format": "png", "optimizeForSpeed": True})["data"]
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"))
+
+    def close(self) -> None:
+        """Close the page and drop its context; safe when the browser is already gone."""
+        self._forgive(self.context.close)

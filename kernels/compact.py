@@ -1,0 +1,106 @@
+"""Move the kept tokens of K and V into new storage, once, so that the old storage can be freed.
+
+Dense: every (batch, kv head) keeps the same number of tokens, given by index. Ragged: each keeps its own number, given by
+a mask; the rows come out one behind the other (row r = b * G + g owns start[r] : start[r] + length[r]), without slack.
+
+Floor in bytes: the kept rows of K and V read once and written once, 4 * D * itemsize per kept token and kv head. The
+ragged form reads the number of kept rows back to the host once, because the new storage has exactly that size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels._backend import FLOATS, check_head_dim, check_tensor, dense_rows, jit, tl, triton, use_triton
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Kept tokens. Dense: k, v [B, G, C, D], no start, no length. Ragged: k, v [total, D], start int64 and length int32 [B * G]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    start: torch.Tensor | None = None
+    length: torch.Tensor | None = None
+
+
+def reference(k, v, keep):
+    """Plain torch: the truth, and the path off CUDA. Arguments as `compact`."""
+    if keep.dtype == torch.bool:
+        return Rows(k[keep], v[keep], *_row_bounds(keep))
+    index = keep[..., None].expand(*keep.shape, k.shape[-1])  # a view: the index is never materialised per channel
+    return Rows(k.gather(2, index), v.gather(2, index))
+
+
+def _row_bounds(keep):
+    """keep bool [B, G, n] -> start int64 [B * G], length int32 [B * G]."""
+    length = keep.sum(-1).flatten()
+    return length.cumsum(0) - length, length.int()
+
+
+@jit(do_not_specialize=["n", "total"])
+def _gather_kernel(
+    p_k, p_v, p_index, p_k_out, p_v_out, s_kb, s_kg, s_kn, s_vb, s_vg, s_vn, n, kept, groups, total,
+    RAGGED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows of K and V in the order of the output; the index counts tokens of one head (dense) or of all of them (ragged)."""
+    out = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    m_row = out < total
+    token = tl.load(p_index + out, mask=m_row, other=0)
+    row = out // kept
+    if RAGGED:
+        row = token // n
+        token = token % n
+    b, g = row // groups, row % groups
+    mask = m_row[:, None] & (d < D)[None, :]
+    o_out = out[:, None] * D + d[None, :]
+    k = tl.load(p_k + (b * s_kb + g * s_kg + token * s_kn)[:, None] + d[None, :], mask=mask)
+    tl.store(p_k_out + o_out, k, mask=mask)
+    v = tl.load(p_v + (b * s_vb + g * s_vg + token * s_vn)[:, None] + d[None, :], mask=mask)
+    tl.store(p_v_out + o_out, v, mask=mask)
+
+
+def _launch(k, v, keep):
+    B, G, n, D = k.shape
+    k, v = dense_rows(k), dense_rows(v)
+    ragged = keep.dtype == torch.bool
+    if ragged:
+        index = keep.flatten().nonzero().flatten()  # the one wait for the device
+        shape, kept, bounds = (index.numel(), D), 1, _row_bounds(keep)
+    else:
+        index = keep.contiguous()
+        shape, kept, bounds = (B, G, keep.shape[2], D), max(1, keep.shape[2]), ()
+    k_out, v_out = k.new_empty(shape), v.new_empty(shape)
+    if index.numel():
+        _gather_kernel[(triton.cdiv(index.numel(), 64),)](
+            k, v, index, k_out, v_out, *k.stride()[:3], *v.stride()[:3], n, kept, G, index.numel(),
+            RAGGED=ragged, D=D, BLOCK_M=64, BLOCK_D=triton.next_power_of_2(D), num_warps=4,
+        )  # fmt: skip
+    return Rows(k_out, v_out, *bounds)
+
+
+def compact(k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor, *, _backend: str | None = None) -> Rows:
+    """Copy the kept tokens into new storage, order preserved.
+
+    Args:
+        k, v: [B, G, n, D], float16, bfloat16 or float32, any strides.
+        keep: int64 [B, G, C], indices into n sorted ascending (dense), or bool [B, G, n] (ragged).
+
+    Returns:
+        `Rows`, dense or ragged after the kind of `keep`; new memory, contiguous.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or (checked on the CPU) an index is out of range.
+    """
+    check_tensor("k", k, ("B", "G", "n", "D"), FLOATS)
+    check_head_dim("k", k)
+    check_tensor("v", v, tuple(k.shape), (k.dtype,), k)
+    B, G, n, _ = k.shape
+    ragged = isinstance(keep, torch.Tensor) and keep.dtype == torch.bool
+    check_tensor("keep", keep, (B, G, n if ragged else "C"), (torch.int64, torch.bool), k)
+    if not ragged and keep.device.type == "cpu" and keep.numel() and not (0 <= int(keep.min()) and int(keep.max()) < n):
+        raise ValueError(f"keep holds indices {int(keep.min())}..{int(keep.max())}; they must lie in 0..{n - 1}")
+    return (_launch if use_triton(k, _backend) else reference)(k, v, keep)

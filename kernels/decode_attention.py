@@ -1,0 +1,307 @@
+"""Attention of a few queries over one segment of the cache, dense or ragged, with the log-sum-exp of each query.
+
+    out[b,h,i] = sum_j softmax_j(scale * q[b,h,i] . k[b,g,j]) v[b,g,j],   lse[b,h,i] = log sum_j exp(scale * q . k),   g = h // (H / G)
+
+The lse lets `kernels.merge` join several segments exactly. Dense segments are [B, G, n, D]; ragged ones keep a length of
+its own for every (batch, kv head), rows lying one behind the other in flat [total, D] storage with slack between them.
+
+Floor in bytes: every visible K and V row is read once, 2 * D * itemsize per token and kv head (bf16, D 128: 512 bytes),
+whatever the number of query heads. Inference only: no gradient flows through the Triton path.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels._backend import (
+    FLOATS,
+    MIN_SPLIT,
+    check_groups,
+    check_head_dim,
+    check_tensor,
+    check_valid,
+    dense_rows,
+    dot_dtype,
+    jit,
+    split_length,
+    tl,
+    triton,
+    use_triton,
+)
+
+_BLOCK_ELEMENTS = 1 << 24  # fp32 scores that the reference holds at a time
+
+
+def reference(q, k, v, *, scale, causal=False, valid=None, start=None, length=None):
+    """Plain torch, fp32 accumulation: the truth, and the path off CUDA. Arguments as `decode_attention`, `valid` [B, G, n]."""
+    B, H, m, D = q.shape
+    if start is None:
+        G = k.shape[1]
+        if valid is not None:  # memory behind an invalid slot may hold NaN, and 0 * NaN is NaN
+            v = v.masked_fill(~valid[..., None], 0)
+        out, lse = _attend(q.unflatten(1, (G, H // G)), k[:, :, None], v[:, :, None], scale, causal,
+                           None if valid is None else valid[:, :, None, None, :])
+        return out.reshape(B, H, m, D), lse.reshape(B, H, m)
+    rows = q.reshape(start.numel(), -1, m, D)  # [B * G, group, m, D]
+    parts = [
+        _attend(rows[r], k[None, s : s + n], v[None, s : s + n], scale, causal)
+        for r, (s, n) in enumerate(zip(start.tolist(), length.tolist(), strict=True))
+    ]
+    out, lse = (torch.stack(part) for part in zip(*parts, strict=True))
+    return out.reshape(B, H, m, D), lse.reshape(B, H, m)
+
+
+def _attend(q, k, v, scale, causal, visible=None):
+    """q [..., group, m, D], k and v [..., 1, n, D], visible bool [..., 1, 1, n] -> out as q, lse [..., group, m]."""
+    m, n = q.shape[-2], k.shape[-2]
+    k, v = k.float(), v.float()
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    rows = max(1, _BLOCK_ELEMENTS // max(1, q[..., 0, 0].numel() * n))
+    for low in range(0, m, rows):
+        high = min(low + rows, m)
+        end = max(0, n - m + high) if causal else n  # no query of this block sees further
+        scores = _times(q[..., low:high, :].float() * scale, k[..., :end, :].mT)
+        if visible is not None:
+            scores.masked_fill_(~visible[..., :end], -torch.inf)
+        if causal:
+            last = torch.arange(n - m + low, n - m + high, device=q.device)
+            scores.masked_fill_(torch.arange(end, device=q.device) > last[:, None], -torch.inf)
+        part = torch.logsumexp(scores, dim=-1)
+        # a query that sees nothing has lse -inf; subtracting 0 instead makes its weights exp(-inf) = 0 rather than NaN
+        scores.sub_(part.masked_fill(part == -torch.inf, 0)[..., None]).exp_()
+        out[..., low:high, :] = _times(scores, v[..., :end, :])
+        lse[..., low:high] = part
+    return out, lse
+
+
+def _times(a, b):
+    """a [..., group, m, x] @ b [..., 1, x, y] without repeating b: the group folds into the rows."""
+    return (a.flatten(-3, -2) @ b.squeeze(-3)).unflatten(-2, a.shape[-3:-1])
+
+
+@jit
+def _tiles_before(p_length, row, rows, split, ROWS: tl.constexpr):
+    """Tiles of the ragged rows before `row`, and of `row` itself."""
+    r = tl.arange(0, ROWS)
+    tiles = (tl.load(p_length + r, mask=r < rows, other=0) + split - 1) // split
+    return tl.sum(tl.where(r < row, tiles, 0), 0), tl.sum(tl.where(r == row, tiles, 0), 0)
+
+
+@jit
+def _row_of_tile(p_length, tile, rows, split, ROWS: tl.constexpr):
+    """The ragged row that owns a tile; `rows` for the tiles behind the last one."""
+    r = tl.arange(0, ROWS)
+    tiles = (tl.load(p_length + r, mask=r < rows, other=0) + split - 1) // split
+    return tl.sum(((tl.cumsum(tiles, 0) <= tile) & (r < rows)).to(tl.int32), 0)
+
+
+@jit(do_not_specialize=["n", "m", "split", "splits", "rows"])
+def _attend_kernel(
+    p_q, p_k, p_v, p_valid, p_start, p_length, p_out, p_lse,
+    s_qb, s_qh, s_qm, s_kb, s_kg, s_kn, s_vb, s_vg, s_vn, s_mb, s_mg, s_mn,
+    n, m, split, splits, rows, groups, scale_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, RAGGED: tl.constexpr, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys against one block of the m * GROUP query rows of its kv head -> p_out [tile, GROUP * m, D]."""
+    tile, block = tl.program_id(0), tl.program_id(1)
+    if RAGGED:
+        row = _row_of_tile(p_length, tile, rows, split, ROWS)
+        if row >= rows:
+            return
+        first, _ = _tiles_before(p_length, row, rows, split, ROWS)
+        begin = (tile - first) * split
+        stored = tl.load(p_length + row)
+        origin = tl.load(p_start + row)
+        p_k += origin * s_kn
+        p_v += origin * s_vn
+    else:
+        row = tile // splits
+        begin = (tile % splits) * split
+        stored = n
+        p_k += (row // groups).to(tl.int64) * s_kb + (row % groups).to(tl.int64) * s_kg
+        p_v += (row // groups).to(tl.int64) * s_vb + (row % groups).to(tl.int64) * s_vg
+    if MASKED:
+        p_valid += (row // groups).to(tl.int64) * s_mb + (row % groups).to(tl.int64) * s_mg
+    packed = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    i, h = packed // GROUP, packed % GROUP  # neighbours in a tile are heads of one query, so causality cuts whole tiles
+    d = tl.arange(0, BLOCK_D)
+    m_q = (i < m)[:, None] & (d < D)[None, :]
+    o_q = ((row // groups).to(tl.int64) * s_qb + ((row % groups) * GROUP + h).to(tl.int64) * s_qh + i.to(tl.int64) * s_qm)
+    q = tl.load(p_q + o_q[:, None] + d[None, :], mask=m_q, other=0.0).to(DOT)  # [BLOCK_M, BLOCK_D]
+
+    end = tl.minimum(begin + split, stored)
+    if CAUSAL:
+        end = tl.minimum(end, stored - m + (block * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for low in range(begin, end, BLOCK_N):
+        j = low + tl.arange(0, BLOCK_N)
+        seen = j < end
+        if MASKED:
+            seen = seen & (tl.load(p_valid + j.to(tl.int64) * s_mn, mask=seen, other=0) != 0)
+        m_kv = seen[:, None] & (d < D)[None, :]  # what is not seen is not even read: it may be NaN
+        k = tl.load(p_k + j.to(tl.int64)[:, None] * s_kn + d[None, :], mask=m_kv, other=0.0).to(DOT)
+        v = tl.load(p_v + j.to(tl.int64)[:, None] * s_vn + d[None, :], mask=m_kv, other=0.0).to(DOT)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
+        visible = seen[None, :]
+        if CAUSAL:
+            visible = visible & (j[None, :] <= (stored - m + i)[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
+        p = tl.exp2(scores - safe[:, None])
+        decay = tl.exp2(top - safe)
+        total = total * decay + tl.sum(p, 1)
+        acc = acc * decay[:, None] + tl.dot(p.to(DOT), v, input_precision="ieee")
+        top = higher
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    lse = (top + tl.log2(total)) * 0.6931471805599453
+    o_row = tile.to(tl.int64) * (GROUP * m) + h * m + i
+    tl.store(p_out + o_row[:, None] * D + d[None, :], out, mask=m_q)
+    tl.store(p_lse + o_row, lse, mask=i < m)
+
+
+@jit(do_not_specialize=["m", "split", "splits", "rows"])
+def _merge_kernel(
+    p_part, p_part_lse, p_length, p_out, p_lse, m, split, splits, rows,
+    GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Merge the tiles of one (batch, kv head) for one query row."""
+    row, query = tl.program_id(0), tl.program_id(1)
+    if RAGGED:
+        first, tiles = _tiles_before(p_length, row, rows, split, ROWS)
+    else:
+        first, tiles = row * splits, splits
+    d = tl.arange(0, BLOCK_D)
+    top = float("-inf")
+    total = 0.0
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for low in range(0, tiles, BLOCK_T):
+        t = low + tl.arange(0, BLOCK_T)
+        o_part = (first + t).to(tl.int64) * (GROUP * m) + query
+        lse = tl.load(p_part_lse + o_part, mask=t < tiles, other=float("-inf"))
+        m_part = (lse != float("-inf"))[:, None] & (d < D)[None, :]
+        part = tl.load(p_part + o_part[:, None] * D + d[None, :], mask=m_part, other=0.0)
+        higher = tl.maximum(top, tl.max(lse, 0))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = tl.exp(lse - safe)
+        decay = tl.exp(top - safe)
+        total = total * decay + tl.sum(weight, 0)
+        acc = acc * decay + tl.sum(part * weight[:, None], 0)
+        top = higher
+    o_row = row.to(tl.int64) * (GROUP * m) + query
+    tl.store(p_out + o_row * D + d, acc / tl.where(total == 0.0, 1.0, total), mask=d < D)
+    tl.store(p_lse + o_row, top + tl.log(total))
+
+
+def _tile_shape(query_rows, block_d, itemsize):
+    """Fixed table: (BLOCK_M, BLOCK_N, warps). Two stages of K and V tiles stay under the 99 KB of the smallest GPUs."""
+    block_m = min(64, max(16, triton.next_power_of_2(query_rows)))
+    block_n = max(16, min(64, 16384 // (block_d * itemsize)))
+    return block_m, block_n, 8 if block_m * block_d > 4096 else 4
+
+
+def _launch(q, k, v, *, scale, causal, valid, start, length, split=None):
+    """Run the kernels; `split` (tokens of one tile) is chosen here unless a test names it."""
+    B, H, m, D = q.shape
+    ragged = start is not None
+    rows = start.numel() if ragged else B * k.shape[1]
+    groups = rows // B
+    query_rows = H // groups * m
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    block_d = triton.next_power_of_2(max(16, D))
+    block_m, block_n, warps = _tile_shape(query_rows, block_d, k.element_size())
+    blocks = triton.cdiv(query_rows, block_m)
+    if ragged:  # lengths live on the device: this many tiles suffice for any of them, and the surplus exits
+        split, splits = split or MIN_SPLIT * blocks, 1
+        tiles = k.shape[0] // split + rows
+    else:
+        split = split or split_length(k.shape[2], rows * blocks, q)
+        splits = max(1, triton.cdiv(k.shape[2], split))
+        tiles = rows * splits
+    out, lse = q.new_empty((B, H, m, D)), q.new_empty((B, H, m), dtype=torch.float32)
+    whole = not ragged and splits == 1
+    part = out if whole else q.new_empty((tiles, query_rows, D), dtype=torch.float32)
+    part_lse = lse if whole else q.new_empty((tiles, query_rows), dtype=torch.float32)
+    shared = {"GROUP": H // groups, "D": D, "ROWS": triton.next_power_of_2(rows) if ragged else 1, "RAGGED": ragged}
+    _attend_kernel[(tiles, blocks)](
+        q, k, v, None if valid is None else valid.view(torch.uint8), start, length, part, part_lse,
+        *q.stride()[:3], *_strides(k), *_strides(v), *((0, 0, 0) if valid is None else valid.stride()),
+        0 if ragged else k.shape[2], m, split, splits, rows, groups, float(scale) * 1.4426950408889634,
+        **shared, CAUSAL=causal, MASKED=valid is not None, DOT=dot_dtype(q),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=warps, num_stages=2,
+    )  # fmt: skip
+    if not whole:
+        _merge_kernel[(rows, query_rows)](
+            part, part_lse, length, out, lse, m, split, splits, rows, **shared, BLOCK_T=16, BLOCK_D=block_d, num_warps=4
+        )
+    return out, lse
+
+
+def _strides(x):
+    """Strides over (batch, kv head, token); flat rows have only the last."""
+    return (0, 0, x.stride(0)) if x.dim() == 2 else x.stride()[:3]
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    valid: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
+    length: torch.Tensor | None = None,
+    _backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend to one segment; return `(out, lse)`.
+
+    Args:
+        q: queries [B, H, m, D], float16, bfloat16 or float32; query head h reads kv head h // (H / G).
+        k, v: dense [B, G, n, D], or flat rows [total, D] when `start` and `length` are given; dtype of q.
+        scale: factor on q . k, usually D ** -0.5.
+        causal: the m queries are the last m tokens of every row: query i sees stored tokens with index <= n - m + i
+            (ragged: length[r] - m + i). False: every query sees every token.
+        valid: dense only; bool [B, n] or [B, G, n]. A slot that is False is never seen and may hold NaN.
+        start: int64 [B * G], first flat row of (b, g) at b * G + g.
+        length: int32 [B * G], rows in use there; memory behind them is slack and may hold NaN.
+
+    Returns:
+        out [B, H, m, D] in q's dtype and lse [B, H, m] in float32, the natural log, scale applied. A query that sees
+        nothing has out 0 and lse -inf.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or `valid` comes with ragged rows.
+    """
+    valid = _check(q, k, v, valid, start, length)
+    run = _launch if use_triton(q, _backend) else reference
+    return run(q, k, v, scale=scale, causal=causal, valid=valid, start=start, length=length)
+
+
+def _check(q, k, v, valid, start, length):
+    """Raise ValueError on bad arguments; return `valid` as [B, G, n] or None."""
+    check_tensor("q", q, ("B", "H", "m", "D"), FLOATS)
+    check_head_dim("q", q)
+    B, H, _, D = q.shape
+    if (start is None) != (length is None):
+        raise ValueError("start and length come together (ragged rows) or not at all (dense)")
+    if start is None:
+        check_tensor("k", k, (B, "G", "n", D), (q.dtype,), q)
+        check_tensor("v", v, tuple(k.shape), (q.dtype,), q)
+        check_groups(H, k.shape[1])
+        return check_valid(valid, B, k.shape[1], k.shape[2], q)
+    if valid is not None:
+        raise ValueError("valid has no meaning for ragged rows: length already says what is stored; pass valid=None")
+    check_tensor("k", k, ("total", D), (q.dtype,), q)
+    check_tensor("v", v, tuple(k.shape), (q.dtype,), q)
+    check_tensor("start", start, ("B*G",), (torch.int64,), q)
+    check_tensor("length", length, (start.numel(),), (torch.int32,), q)
+    if B == 0 or start.numel() == 0 or start.numel() % B or H % (start.numel() // B):
+        raise ValueError(f"start has shape {list(start.shape)}; it must be [B * G] with B = {B} and G a divisor of H = {H}")
+    if start.device.type == "cpu" and bool(((start < 0) | (length < 0) | (start + length > k.shape[0])).any()):
+        raise ValueError(f"start and length reach outside the {k.shape[0]} rows of k; keep 0 <= start, start + length <= total")
+    return None

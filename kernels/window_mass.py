@@ -1,0 +1,212 @@
+"""How much attention each key receives from the last w queries, without ever holding the w x n matrix.
+
+    P[b,h,i,j] = softmax_j(scale * q[b,h,i] . k[b,g,j]) over j <= n - w + i and valid,   mass[b,h,j] = sum_i P[b,h,i,j]
+
+`squares` adds sum_i P^2, from which a caller gets the variance over the queries. With w = n this is the accumulated
+attention of H2O and D2O, and costs as much arithmetic as the prefill attention itself.
+
+Floor in bytes: K is read twice (once per pass), q once, [B, H, n] fp32 written once; for w in the tens the bound is
+arithmetic, 4 * w * H * n * D operations. Nothing is repeated per query head.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels._backend import (
+    FLOATS,
+    check_groups,
+    check_head_dim,
+    check_tensor,
+    check_valid,
+    dense_rows,
+    dot_dtype,
+    jit,
+    split_length,
+    tl,
+    triton,
+    use_triton,
+)
+
+_BLOCK_ELEMENTS = 1 << 24  # fp32 probabilities that the reference holds at a time
+
+
+def reference(q, k, *, scale, valid=None, squares=False):
+    """Plain torch in blocks of query rows, fp32: the truth, and the path off CUDA. `valid` is [B, G, n] or None."""
+    B, H, w, D = q.shape
+    G, n = k.shape[1:3]
+    q, keys = q.reshape(B, G, H // G, w, D), k.float().mT
+    sums = q.new_zeros((2 if squares else 1, B, G, H // G, n), dtype=torch.float32)
+    rows = max(1, _BLOCK_ELEMENTS // max(1, B * H * n))
+    for low in range(0, w, rows):
+        high = min(low + rows, w)
+        end = n - w + high  # no query of this block sees further
+        p = _probabilities(q[..., low:high, :], keys[..., :end], scale, None if valid is None else valid[..., :end])
+        sums[0, ..., :end] += p.sum(-2)
+        if squares:
+            sums[1, ..., :end] += p.square_().sum(-2)
+    sums = sums.view(-1, B, H, n)
+    return (sums[0], sums[1]) if squares else sums[0]
+
+
+def _probabilities(q, keys, scale, valid):
+    """q [B, G, group, r, D] are the queries of the last r of `end` keys [B, G, D, end] -> P [B, G, group, r, end]."""
+    r, end = q.shape[-2], keys.shape[-1]
+    scores = (q.flatten(2, 3).float() * scale @ keys).unflatten(2, q.shape[2:4])
+    last = torch.arange(end - r, end, device=q.device)
+    unseen = torch.arange(end, device=q.device) > last[:, None]
+    if valid is not None:  # a padding query sees nothing, a padding key is seen by none
+        unseen = unseen | ~valid[:, :, None, :] | ~valid[:, :, end - r :, None]
+        unseen = unseen[:, :, None]
+    scores.masked_fill_(unseen, -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+    return scores.sub_(lse.masked_fill_(lse == -torch.inf, 0)).exp_()
+
+
+@jit(do_not_specialize=["n", "w", "split", "splits"])
+def _lse_kernel(
+    p_q, p_k, p_valid, p_lse, s_qb, s_qh, s_qm, s_kb, s_kg, s_kn, s_mb, s_mg, s_mn,
+    n, w, split, splits, groups, scale_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """First pass: log-sum-exp of one block of the w * GROUP query rows over one split of the keys -> p_lse [splits, B, H, w]."""
+    row, piece, block = tl.program_id(0) // splits, tl.program_id(0) % splits, tl.program_id(1)
+    b, g = (row // groups).to(tl.int64), (row % groups).to(tl.int64)
+    p_k += b * s_kb + g * s_kg
+    packed = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    i, h = packed // GROUP, packed % GROUP
+    d = tl.arange(0, BLOCK_D)
+    alive = i < w
+    if MASKED:
+        p_valid += b * s_mb + g * s_mg
+        alive = alive & (tl.load(p_valid + (n - w + i).to(tl.int64) * s_mn, mask=alive, other=0) != 0)
+    o_q = b * s_qb + (g * GROUP + h) * s_qh + i.to(tl.int64) * s_qm
+    q = tl.load(p_q + o_q[:, None] + d[None, :], mask=alive[:, None] & (d < D)[None, :], other=0.0).to(DOT)
+
+    end = tl.minimum((piece + 1) * split, n - w + (block * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
+    end = tl.minimum(end, n)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for low in range(piece * split, end, BLOCK_N):
+        j = low + tl.arange(0, BLOCK_N)
+        seen = j < end
+        if MASKED:
+            seen = seen & (tl.load(p_valid + j.to(tl.int64) * s_mn, mask=seen, other=0) != 0)
+        k = tl.load(p_k + j.to(tl.int64)[:, None] * s_kn + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
+        scores = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee") * scale_log2
+        visible = seen[None, :] & alive[:, None] & (j[None, :] <= (n - w + i)[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(scores - safe[:, None]), 1)
+        top = higher
+    rows = tl.num_programs(0) // splits
+    o_lse = (piece * rows + row).to(tl.int64) * (GROUP * w) + h * w + i
+    tl.store(p_lse + o_lse, (top + tl.log2(total)) * 0.6931471805599453, mask=i < w)
+
+
+@jit(do_not_specialize=["n", "w"])
+def _mass_kernel(
+    p_q, p_k, p_valid, p_lse, p_mass, p_squares, s_qb, s_qh, s_qm, s_kb, s_kg, s_kn, s_mb, s_mg, s_mn,
+    n, w, groups, scale_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SQUARES: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Second pass: one block of keys, loaded once, against every query of its group. A program owns its columns: no atomics."""
+    row, block = tl.program_id(0), tl.program_id(1)
+    b, g = (row // groups).to(tl.int64), (row % groups).to(tl.int64)
+    j = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    seen = j < n
+    if MASKED:
+        p_valid += b * s_mb + g * s_mg
+        seen = seen & (tl.load(p_valid + j.to(tl.int64) * s_mn, mask=seen, other=0) != 0)
+    o_k = b * s_kb + g * s_kg + j.to(tl.int64) * s_kn
+    k = tl.load(p_k + o_k[:, None] + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0).to(DOT)
+    first = tl.maximum(block * BLOCK_N - (n - w), 0)  # earlier queries see none of these keys
+    for h in range(GROUP):
+        mass = tl.zeros([BLOCK_N], tl.float32)
+        squares = tl.zeros([BLOCK_N], tl.float32)
+        p_head = p_q + b * s_qb + (g * GROUP + h) * s_qh
+        for low in range(first, w, BLOCK_M):
+            i = low + tl.arange(0, BLOCK_M)
+            lse = tl.load(p_lse + (row.to(tl.int64) * GROUP + h) * w + i, mask=i < w, other=float("-inf"))
+            alive = lse != float("-inf")  # a padding query, or one that sees nothing: not read, no mass
+            q = tl.load(p_head + i.to(tl.int64)[:, None] * s_qm + d[None, :], mask=alive[:, None] & (d < D)[None, :], other=0.0)
+            scores = tl.dot(k, tl.trans(q.to(DOT)), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
+            visible = seen[:, None] & alive[None, :] & (j[:, None] <= (n - w + i)[None, :])
+            p = tl.where(visible, tl.exp2(scores - tl.where(alive, lse, 0.0)[None, :] * 1.4426950408889634), 0.0)
+            mass += tl.sum(p, 1)
+            if SQUARES:
+                squares += tl.sum(p * p, 1)
+        o_mass = (row.to(tl.int64) * GROUP + h) * n + j
+        tl.store(p_mass + o_mass, mass, mask=j < n)
+        if SQUARES:
+            tl.store(p_squares + o_mass, squares, mask=j < n)
+
+
+def _launch(q, k, *, scale, valid, squares, split=None):
+    """Run both passes; `split` (keys of one program of the first) is chosen here unless a test names it."""
+    B, H, w, D = q.shape
+    G, n = k.shape[1:3]
+    q, k = dense_rows(q), dense_rows(k)
+    block_d = triton.next_power_of_2(max(16, D))
+    block_n = max(16, min(64, 16384 // (block_d * k.element_size())))
+    block_m = min(64, max(16, triton.next_power_of_2(H // G * w)))
+    blocks = triton.cdiv(H // G * w, block_m)
+    split = split or split_length(n, B * G * blocks, q)
+    splits = max(1, triton.cdiv(n, split))
+    lse = q.new_empty((splits, B, H, w), dtype=torch.float32)
+    common = (*q.stride()[:3], *k.stride()[:3], *((0, 0, 0) if valid is None else valid.stride()))
+    flags = {"GROUP": H // G, "D": D, "MASKED": valid is not None, "DOT": dot_dtype(q), "BLOCK_N": block_n, "BLOCK_D": block_d}
+    valid = None if valid is None else valid.view(torch.uint8)
+    scale_log2 = float(scale) * 1.4426950408889634
+    _lse_kernel[(B * G * splits, blocks)](
+        q, k, valid, lse, *common, n, w, split, splits, G, scale_log2, **flags, BLOCK_M=block_m, num_warps=4, num_stages=2
+    )
+    lse = lse[0] if splits == 1 else lse.logsumexp(0)
+    mass = q.new_empty((B, H, n), dtype=torch.float32)
+    second = torch.empty_like(mass) if squares else None
+    _mass_kernel[(B * G, triton.cdiv(n, block_n))](
+        q, k, valid, lse, mass, second, *common, n, w, G, scale_log2, **flags, SQUARES=squares,
+        BLOCK_M=min(64, max(16, triton.next_power_of_2(w))), num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return (mass, second) if squares else mass
+
+
+def window_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    scale: float,
+    valid: torch.Tensor | None = None,
+    squares: bool = False,
+    _backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Sum the causal attention of a window of queries over each key; return `mass`, or `(mass, squares)`.
+
+    Args:
+        q: post-RoPE queries [B, H, w, D] of the LAST w tokens of the n keys, float16, bfloat16 or float32.
+        k: post-RoPE keys [B, G, n, D] of the same dtype, w <= n.
+        scale: factor on q . k, usually D ** -0.5.
+        valid: bool [B, n] or [B, G, n]; a False slot is neither seen nor does its query count. It may hold NaN.
+        squares: also return the sums of squared probabilities.
+
+    Returns:
+        mass [B, H, n] in float32 over ALL n keys, the window included; its sum over n is the number of valid queries.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or w > n.
+    """
+    check_tensor("q", q, ("B", "H", "w", "D"), FLOATS)
+    check_head_dim("q", q)
+    B, H, w, D = q.shape
+    check_tensor("k", k, (B, "G", "n", D), (q.dtype,), q)
+    G, n = k.shape[1:3]
+    check_groups(H, G)
+    if w > n:
+        raise ValueError(f"q has shape {list(q.shape)}, a window of {w} queries; the limit is n = {n}, the keys of k")
+    valid = check_valid(valid, B, G, n, q)
+    run = _launch if use_triton(q, _backend) else reference
+    return run(q, k, scale=scale, valid=valid, squares=squares)

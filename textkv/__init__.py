@@ -1,0 +1,27 @@
+"""textkv: caches that keep less, for any rotary text or vision-language decoder of transformers.
+
+    from textkv import MethodCache
+    cache = MethodCache(model, "snapkv", budget=0.4)
+    model.generate(**inputs, past_key_values=cache)
+"""
+
+import textkv.methods  # noqa: F401  (registers every method)
+from textkv.attention import use
+from textkv.budgets import Budget
+from textkv.cache import AtRest, MethodCache
+from textkv.method import Capabilities, Method, Needs, list_methods, register, resolve_method
+from textkv.report import CacheReport
+
+__all__ = [
+    "AtRest",
+    "Budget",
+    "CacheReport",
+    "Capabilities",
+    "Method",
+    "MethodCache",
+    "Needs",
+    "list_methods",
+    "register",
+    "resolve_method",
+    "use",
+]

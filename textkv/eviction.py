@@ -1,0 +1,107 @@
+"""Score and keep: the base of every method that gives tokens an importance and drops the rest at a prompt's end.
+
+A method says how important each stored token is (`score`) and how many each head keeps (`counts`); this file does the
+rest: it hands `score` clean blocks without padding, breaks ties by the lower index, keeps slots in order, and chooses
+dense or ragged storage by whether the heads keep the same number.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from textkv.evidence import Evidence
+from textkv.layer import Layer
+from textkv.method import Capabilities, Method
+from textkv.segments.base import Stored
+
+PROTECTED = float("inf")
+"""Score of a token that must be kept."""
+NEVER = float("-inf")
+"""Score of a hole or of a token that must go first."""
+
+
+@dataclass(frozen=True)
+class Eviction(Method):
+    """Base of scorers: keeps the highest scores of each KV head at the end of every prompt block."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(scores=True)
+
+    @abstractmethod
+    def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """Importance of the stored tokens, fp32 [batch, kv_heads, n]; larger = keep.
+
+        Args:
+            held: tokens without holes, ascending positions.
+            evidence: of the same rows and heads.
+            keep: how many tokens each head will keep (a window must fit in it).
+        """
+
+    def counts(self, layer: Layer, scores: torch.Tensor, evidence: Evidence) -> torch.Tensor:
+        """Tokens to keep, int64 [batch, 1 or kv_heads] on the CPU. Default: the budget, the same in every head."""
+        return torch.tensor([[self.budget.count(int(seen))] for seen in evidence.tokens])
+
+    def scores(self, layer: Layer, evidence: Evidence) -> torch.Tensor:
+        """`score` over a whole layer, fp32 [batch, kv_heads, n of layer.stored()], NEVER at holes."""
+        held = layer.stored()
+        if bool((held.positions >= 0).all()) and len(set(evidence.tokens.tolist())) == 1:
+            return self.score(layer, held, evidence, self.budget.count(int(evidence.tokens[0])))
+        out = torch.full(held.positions.shape, NEVER, device=held.keys.device)
+        for row, heads, slots, part, seen in _blocks(held, evidence):
+            out[row, heads, slots] = self.score(layer, part, seen, self.budget.count(int(seen.tokens[0])))
+        return out
+
+    def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        if bool((layer.lengths().amax(1) <= self._least(evidence)).all()):
+            return
+        scores = self.scores(layer, evidence)
+        keep_best(layer, scores, self.counts(layer, scores, evidence))
+
+    def _least(self, evidence: Evidence) -> torch.Tensor:
+        return torch.tensor([self.budget.count(int(seen)) for seen in evidence.tokens])
+
+
+def keep_best(layer: Layer, scores: torch.Tensor, counts: torch.Tensor) -> None:
+    """Keeps the `counts` highest scores of each head: counts int64 [batch, 1 or kv_heads] on the CPU.
+
+    Raises:
+        ValueError: a score is NaN; the message names the layer.
+    """
+    if bool(scores.isnan().any()):
+        raise ValueError(f"layer {layer.index}: the importance scores contain NaN; are keys and queries finite?")
+    # A stable sort breaks ties by the lower index, on every device; topk does not.
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    n = scores.shape[-1]
+    counts = torch.minimum(counts, layer.lengths())
+    limit = counts.to(scores.device)
+    if counts.shape[1] == 1 or bool((counts == counts[:, :1]).all()):
+        longest = int(counts.max())
+        index = order[..., :longest]
+        rank = torch.arange(longest, device=scores.device)
+        index = index.masked_fill(rank >= limit[..., None], n).sort(dim=-1).values
+        layer.keep(index.masked_fill(index == n, -1))
+        return
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(n, device=order.device).expand_as(order))
+    layer.keep_mask(rank < limit[..., None])
+
+
+def _blocks(held: Stored, evidence: Evidence) -> Iterator[tuple[int, slice, torch.Tensor, Stored, Evidence]]:
+    """Cuts what a padded batch or a ragged layer holds into blocks without holes: whole rows, else single heads."""
+    batch, heads = held.positions.shape[:2]
+    real = held.positions >= 0
+    for row in range(batch):
+        same = bool((real[row] == real[row, :1]).all())
+        for head in [None] if same else range(heads):
+            which = slice(0, heads) if head is None else slice(head, head + 1)
+            slots = real[row, 0 if head is None else head].nonzero()[:, 0]
+            part = Stored(
+                held.keys[row : row + 1, which][:, :, slots],
+                held.values[row : row + 1, which][:, :, slots],
+                held.positions[row : row + 1, which][:, :, slots],
+            )
+            # Advanced indexing with `slots` below needs one shape for row, heads and slots: scores [1, h, n] fit it.
+            yield row, which, slots, part, evidence.part(row, head, heads)

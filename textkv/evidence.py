@@ -1,0 +1,101 @@
+"""What a method may look at when a prompt block ends, gathered while it runs and only when asked for.
+
+Queries are the true ones, after norms and rotary embedding, taken where the model hands them to attention. Hidden
+states are kept as row norms only. Everything here is dropped as soon as the method's hook has returned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from textkv.method import Needs
+from textkv.segments.base import NewTokens
+
+Spans = list[list[tuple[int, int]]]
+"""Per row, the half-open [start, end) logical positions of each screenshot, oldest first."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Evidence of one prompt block in one layer.
+
+    Attributes:
+        queries: [batch, heads, w, head_dim] post-RoPE queries of the block's last w tokens (w = 0 if not asked for).
+        scale: the softmax scale.
+        tokens: int64 [batch] on the CPU: real tokens seen per row, this block included.
+        norms: fp32 [batch, m] row norms of the hidden state for the block's m tokens, or None.
+        norm_positions: int32 [batch, m] logical positions of these tokens (-1 = padding), or None.
+        rope_positions: [batch, m] rotary positions of these tokens (temporal axis under M-RoPE), or None.
+        spans: screenshots seen so far, per row.
+    """
+
+    queries: torch.Tensor
+    scale: float
+    tokens: torch.Tensor
+    norms: torch.Tensor | None = None
+    norm_positions: torch.Tensor | None = None
+    rope_positions: torch.Tensor | None = None
+    spans: Spans = field(default_factory=list)
+
+    def part(self, row: int, head: int | None, kv_heads: int) -> Evidence:
+        """The evidence of one row, and of one KV head's query heads if `head` is given."""
+        queries = self.queries[row : row + 1]
+        if head is not None:
+            group = queries.shape[1] // kv_heads
+            queries = queries[:, head * group : (head + 1) * group]
+        one = slice(row, row + 1)
+        return Evidence(
+            queries=queries,
+            scale=self.scale,
+            tokens=self.tokens[one],
+            norms=None if self.norms is None else self.norms[one],
+            norm_positions=None if self.norm_positions is None else self.norm_positions[one],
+            rope_positions=None if self.rope_positions is None else self.rope_positions[one],
+            spans=self.spans[one] if self.spans else [],
+        )
+
+
+class Gatherer:
+    """Collects one layer's evidence over the chunks of a prompt block."""
+
+    def __init__(self, needs: Needs) -> None:
+        self.needs = needs
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything gathered."""
+        self._queries: torch.Tensor | None = None
+        self._norms: list[torch.Tensor] = []
+        self._positions: list[torch.Tensor] = []
+        self._rope: list[torch.Tensor] = []
+        self.pending_norms: torch.Tensor | None = None
+
+    def take(self, new: NewTokens) -> None:
+        """One chunk of the block."""
+        q = new.q
+        if self.needs.window:
+            last = q[:, :, -self.needs.window :]
+            if self._queries is not None:
+                last = torch.cat([self._queries, last], dim=2)[:, :, -self.needs.window :]
+            # A copy: a slice would keep the whole chunk's queries alive until the block ends.
+            self._queries = last.clone()
+        if self.needs.hidden:
+            if self.pending_norms is None or self.pending_norms.shape[1] != q.shape[2]:
+                raise RuntimeError(
+                    "the method needs hidden states but none arrived: build the cache as MethodCache(model, ...) with "
+                    "the same model that runs"
+                )
+            self._norms.append(self.pending_norms)
+            self._positions.append(new.positions)
+            self.pending_norms = None
+        if self.needs.rope:
+            self._rope.append(new.rope_positions)
+
+    def finish(self, q: torch.Tensor, scale: float, tokens: torch.Tensor, spans: Spans) -> Evidence:
+        """The evidence of the whole block; the gatherer is empty afterwards."""
+        queries = self._queries if self._queries is not None else q[:, :, :0]
+        norms, positions, rope = (torch.cat(x, 1) if x else None for x in (self._norms, self._positions, self._rope))
+        self.clear()
+        return Evidence(queries, scale, tokens, norms, positions, rope, spans)

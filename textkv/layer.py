@@ -1,0 +1,292 @@
+"""One layer of a cache: its segments, its counters, and the moments at which the method may act.
+
+`update` (called by the model) only wraps the new keys and values in a small view; the model carries it to our
+attention function, which calls `step`. There queries, keys and mask meet, so there tokens are stored and evicted.
+
+Two lengths everywhere: tokens SEEN (logical, what positions and masks count) and tokens STORED (physical).
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import contextmanager
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from kernels import compact, merge
+from textkv.evidence import Gatherer
+from textkv.segments.base import NewTokens, Segment, Stored, storage_bytes
+from textkv.segments.dense import DenseSegment
+from textkv.segments.ragged import RaggedSegment
+
+if TYPE_CHECKING:
+    from textkv.cache import MethodCache
+
+ATTENTION = "textkv"
+"""The name under which our attention and mask functions are registered with transformers."""
+
+
+class View:
+    """What `update` returns in place of keys and values: the new tokens and the way back to their layer."""
+
+    def __init__(self, layer: Layer, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.layer, self.k, self.v = layer, k, v
+
+
+class Layer(CacheLayerMixin):
+    """One layer's store, driven by the method of its cache.
+
+    Attributes:
+        index: number of the layer in the model.
+        segments: what holds the tokens; the last one takes new tokens in.
+        seen: tokens seen per row, padding included: what transformers calls the sequence length.
+        real_seen: int64 [batch] on the CPU, tokens seen without padding.
+        since_eviction: tokens taken in since the method last changed what is stored: what `crop` can take back.
+    """
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, index: int, cache: MethodCache) -> None:
+        super().__init__()
+        self.index = index
+        self._cache = weakref.ref(cache)
+        self.gatherer = Gatherer(cache.needs)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.segments: list[Segment] = [DenseSegment()]
+        self.seen = 0
+        self.real_seen: torch.Tensor | None = None
+        self.since_eviction = 0
+        self.is_initialized = False
+        self.gatherer.clear()
+
+    def __getstate__(self) -> dict:
+        # The cache puts its own reference back: a weak one does not travel.
+        return {k: v for k, v in self.__dict__.items() if k != "_cache"}
+
+    @property
+    def cache(self) -> MethodCache:
+        """The cache that this layer belongs to."""
+        return self._cache()
+
+    # ---- what transformers calls -------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.kv_heads, self.head_dim = key_states.shape[1], key_states.shape[3]
+        self.real_seen = torch.zeros(key_states.shape[0], dtype=torch.int64)
+        self.is_initialized = True
+        with self._timed("on_start"):
+            self.cache.method.on_start(self)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[View, View]:
+        """Wraps new keys and values [batch, kv_heads, m, head_dim] for our attention function.
+
+        Raises:
+            ValueError: the model runs another attention implementation, which could not read the view.
+        """
+        self.cache.check_attention()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        view = View(self, key_states, value_states)
+        return view, view
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # Our mask function hands on the whole 2-D padding mask, so these sizes only have to be consistent.
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.cache.method.capabilities.crop
+
+    def reset(self) -> None:
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last -tokens_to_remove tokens (the number is negative, as in transformers).
+
+        Raises:
+            ValueError: a positive number, a method that cannot, or more tokens than came since the last eviction.
+        """
+        count = -tokens_to_remove
+        name = self.cache.method.expression
+        if count < 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
+        if count and not self.is_croppable:
+            raise ValueError(f"crop({tokens_to_remove}): {name} evicts while decoding and cannot restore tokens")
+        if count > self.since_eviction:
+            raise ValueError(
+                f"crop({tokens_to_remove}): {name} can take back only the {self.since_eviction} tokens since it last "
+                "evicted; fork the cache before the prompt instead"
+            )
+        self.segments[-1].crop(count)
+        self.seen -= count
+        self.real_seen -= count
+        self.since_eviction -= count
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if not self.is_initialized:
+            return
+        for segment in self.segments:
+            segment.take_rows(beam_idx)
+        self.real_seen = self.real_seen[beam_idx.cpu()]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.reorder_cache(torch.arange(len(self.real_seen)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.is_initialized and indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        self.reorder_cache(indices)
+
+    def offload(self) -> None:
+        raise ValueError("this cache does not offload; build it without offloading")
+
+    prefetch = offload
+
+    # ---- one forward -------------------------------------------------------------------------------------------
+
+    def step(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Takes one forward's tokens in and returns their attention output [batch, heads, m, head_dim].
+
+        Args:
+            mask: bool [batch, seen + m] padding mask, True = real token; None = no padding.
+        """
+        new = self._new_tokens(q, k, v, scale, mask)
+        m = q.shape[2]
+        target = self.cache.block_end
+        prompt = m > 1 or self.seen == 0 or self.seen < target
+        self.seen += m
+        self.real_seen = self.real_seen + (new.positions >= 0).sum(1).cpu() if new.padded else self.real_seen + m
+        self.since_eviction += m
+        method = self.cache.method
+        if not prompt:
+            with self._timed("on_decode_begin"):
+                method.on_decode_begin(self, q)
+            out = self._attend(new)
+            with self._timed("on_decode_end"):
+                method.on_decode_end(self)
+        else:
+            out = self._attend(new)
+            self.gatherer.take(new)
+            self.cache.note_bytes(self)
+            if self.seen >= target:
+                evidence = self.gatherer.finish(q, scale, self.real_seen, self.cache.spans)
+                with self._timed("on_prefill_end"):
+                    method.on_prefill_end(self, evidence)
+        self.cache.after_step(self, prompt and self.seen >= target)
+        return out
+
+    def _attend(self, new: NewTokens) -> torch.Tensor:
+        alone = len(self.segments) == 1
+        out, lse = self.segments[-1].extend(new, need_lse=not alone)
+        if alone:
+            return out
+        parts = [segment.attend(new.q, new.scale) for segment in self.segments[:-1]] + [(out, lse)]
+        return merge([p[0] for p in parts], [p[1] for p in parts])[0]
+
+    def _new_tokens(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None
+    ) -> NewTokens:
+        batch, _, m, _ = q.shape
+        first = self.real_seen.to(q.device)[:, None]
+        count = torch.arange(m, device=q.device)[None]
+        positions, padded = first + count, False
+        if mask is not None:
+            real = mask[:, -m:].bool()
+            padded = not bool(real.all())
+            if padded and not bool(real[:, -1].all()):
+                raise ValueError("the batch is padded on the right: pad on the left (tokenizer.padding_side = 'left')")
+            if padded:
+                positions = (first + real.long().cumsum(1) - 1).masked_fill(~real, -1)
+        rope = self.cache.rope_positions if self.cache.needs.rope else None
+        return NewTokens(
+            q, k, v, positions.expand(batch, m).to(torch.int32), scale, padded,
+            None if rope is None else rope.expand(batch, m),
+        )  # fmt: skip
+
+    # ---- what methods use --------------------------------------------------------------------------------------
+
+    def stored(self) -> Stored:
+        """What the layer holds, all segments side by side, padded to one length (holes have position -1)."""
+        parts = [segment.stored() for segment in self.segments]
+        if len(parts) == 1:
+            return parts[0]
+        return Stored(*(torch.cat([getattr(p, f) for p in parts], 2) for f in ("keys", "values", "positions")))
+
+    def keep(self, index: torch.Tensor) -> None:
+        """Keeps slots `index` int64 [batch, kv_heads or 1, c] of `stored()`, ascending, -1 = hole; frees the others."""
+        segment = self.segments[0]
+        if len(self.segments) > 1 or not isinstance(segment, DenseSegment):
+            segment = self._gathered()
+        segment.keep(index)
+        self.segments = [segment]
+        self.since_eviction = 0
+
+    def keep_mask(self, mask: torch.Tensor) -> None:
+        """Keeps the slots where bool [batch, kv_heads, n] is True, each head its own number of them."""
+        held = self.stored()
+        mask = mask & (held.positions >= 0)
+        rows = compact(held.keys, held.values, mask)
+        self.segments = [RaggedSegment(rows.k, rows.v, held.positions[mask], mask.sum(-1).cpu())]
+        self.since_eviction = 0
+
+    def replace(self, segments: list[Segment]) -> None:
+        """Puts other segments in place of what is stored; the method has moved over what it keeps."""
+        self.segments = segments
+        self.since_eviction = 0
+
+    def repeat_heads(self, times: int) -> None:
+        """From now on every KV head is stored `times` times, once per query head of its group."""
+        segment = self._gathered() if not isinstance(self.segments[0], DenseSegment) else self.segments[0]
+        segment.repeat_heads(times)
+        self.segments = [segment]
+
+    def _gathered(self) -> DenseSegment:
+        """All segments as one dense one (ragged heads are padded with holes)."""
+        held = self.stored()
+        segment = DenseSegment()
+        segment.k, segment.v, segment.positions = held.keys, held.values, held.positions.contiguous()
+        segment.used = held.keys.shape[2]
+        segment.holes = bool((held.positions < 0).any())
+        return segment
+
+    # ---- counting ----------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor held by the layer's segments, by "segment.name"."""
+        return {f"{i}.{name}": x for i, s in enumerate(self.segments) for name, x in s.tensors().items()}
+
+    def kv_bytes(self) -> int:
+        """Bytes of all storages that the layer keeps alive, positions and lengths included."""
+        return storage_bytes(list(self.tensors().values()))
+
+    def full_bytes(self) -> int:
+        """Bytes of K and V that a cache without eviction holds after the same tokens."""
+        if not self.is_initialized:
+            return 0
+        return 2 * len(self.real_seen) * self.kv_heads * self.seen * self.head_dim * self.dtype.itemsize
+
+    def lengths(self) -> torch.Tensor:
+        """Tokens stored, int64 [batch, stored heads], on the CPU."""
+        return sum(segment.lengths() for segment in self.segments)
+
+    @contextmanager
+    def _timed(self, hook: str):
+        start = perf_counter()
+        yield
+        self.cache.seconds[hook] = self.cache.seconds.get(hook, 0.0) + perf_counter() - start

@@ -1,0 +1,203 @@
+"""What a cache method is: a frozen policy with five hooks, what it needs to see, and what it can promise.
+
+A method never owns memory. It looks at a layer (its stored keys, the evidence it asked for) and tells the layer's
+segments what to keep. Methods compose: in "snapkv+adakv" the second wraps the first (`inner`).
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from textkv.budgets import Budget
+
+if TYPE_CHECKING:
+    from textkv.cache import MethodCache
+    from textkv.evidence import Evidence
+    from textkv.layer import Layer
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Evidence to gather while the prompt runs. Nothing is gathered that no method asked for.
+
+    Attributes:
+        window: how many of the prompt's last post-RoPE queries to keep until the prompt ends.
+        hidden: "attn_input" (after the input norm) or "residual" (before it): row norms of that hidden state.
+        rope: the rotary frequencies and the position ids of each token.
+        spans: the token spans of the prompt's screenshots, given by `MethodCache.begin`.
+    """
+
+    window: int = 0
+    hidden: Literal["attn_input", "residual"] | None = None
+    rope: bool = False
+    spans: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            window=max(self.window, other.window),
+            hidden=self.hidden or other.hidden,
+            rope=self.rope or other.rope,
+            spans=self.spans or other.spans,
+        )
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a method promises; checked when a cache is built and by `check_method`.
+
+    Attributes:
+        scores: gives an importance per token and KV head, so that wrappers can build on it.
+        per_head: KV heads may keep different numbers of tokens.
+        decode_eviction: drops tokens while decoding, not only at the end of the prompt.
+        original_positions: keys keep the rotary phase of the position where they were seen.
+        crop: tokens added since the last eviction can be taken back.
+        stores_query_heads: stores one copy per QUERY head (the official GUI-KV), so bytes are larger by the group size.
+    """
+
+    scores: bool = False
+    per_head: bool = False
+    decode_eviction: bool = False
+    original_positions: bool = True
+    crop: bool = True
+    stores_query_heads: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of every method: hooks that do nothing, so that `full` is just this.
+
+    Attributes:
+        budget: what may be kept.
+        inner: the method to the left of the `+` in a composition, or None.
+    """
+
+    budget: Budget = field(default=Budget(fraction=1.0), kw_only=True)
+    inner: Method | None = field(default=None, kw_only=True)
+
+    name: ClassVar[str] = ""
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    wraps: ClassVar[Literal["scorer"] | None] = None
+    """What this method may stand behind a `+` of; None = it stands alone."""
+
+    def __post_init__(self) -> None:
+        if self.inner is None:
+            return
+        if self.wraps is None:
+            raise ValueError(f"{self.name} cannot follow {self.inner.name}+: it wraps no other method")
+        if self.wraps == "scorer" and not self.inner.capabilities.scores:
+            raise ValueError(
+                f"{self.inner.name}+{self.name}: {self.name} needs importance scores and {self.inner.name} gives none; "
+                f"put a scorer before it: {', '.join(n for n in list_methods() if REGISTRY[n].capabilities.scores)}"
+            )
+
+    def needs(self) -> Needs:
+        """Evidence that this method (and what it wraps) asks for."""
+        return self.inner.needs() if self.inner else Needs()
+
+    def on_start(self, layer: Layer) -> None:
+        """Before the first token of a layer: choose its segments."""
+
+    def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """A block of the prompt is in and its output computed with every key: drop, merge or move tokens."""
+
+    def on_decode_begin(self, layer: Layer, query: torch.Tensor) -> None:
+        """Before one decoded token attends; `query` is [batch, heads, 1, head_dim], post-RoPE."""
+
+    def on_decode_end(self, layer: Layer) -> None:
+        """After one decoded token has attended."""
+
+    def on_finish(self, cache: MethodCache) -> None:
+        """The last layer of a prompt block is done."""
+
+    @property
+    def expression(self) -> str:
+        """The composition string that builds this method again (without the budget)."""
+        defaults = {f.name: f.default for f in fields(self)}
+        given = [
+            f"{name}={value!r}"
+            for name, value in ((f.name, getattr(self, f.name)) for f in fields(self))
+            if name not in ("budget", "inner") and value != defaults[name]
+        ]
+        own = f"{self.name}({','.join(given)})" if given else self.name
+        return f"{self.inner.expression}+{own}" if self.inner else own
+
+
+REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: makes a method known by `name` to the library, the commands, the tests and the evaluations."""
+
+    def add(cls: type[Method]) -> type[Method]:
+        known = REGISTRY.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"method name {name!r} is taken by {known.__module__}.{known.__qualname__}")
+        cls.name = name
+        REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def list_methods() -> list[str]:
+    """Names of all registered methods, sorted."""
+    return sorted(REGISTRY)
+
+
+def resolve_method(expression: str | Method, budget: Budget | float | str | None = None) -> Method:
+    """Builds a method from "name", "name(arg, key=value)" or "a+b(x)".
+
+    Args:
+        expression: composition string; each part wraps what stands left of it. A `Method` passes through.
+        budget: given to every part; None keeps each part's default.
+
+    Raises:
+        ValueError: unknown name (with the nearest ones), malformed text, an impossible pair, a bad argument.
+    """
+    if isinstance(expression, Method):
+        return expression
+    method: Method | None = None
+    for part in _split(expression):
+        name, args, kwargs = _parse_part(part)
+        cls = REGISTRY.get(name)
+        if cls is None:
+            near = difflib.get_close_matches(name, list_methods(), n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(list_methods())}"
+            raise ValueError(f"unknown method {name!r}; {hint}")
+        if budget is not None:
+            kwargs["budget"] = Budget.parse(budget)
+        try:
+            method = cls(*args, inner=method, **kwargs)
+        except TypeError as error:
+            known = ", ".join(f.name for f in fields(cls) if f.name not in ("inner", "budget")) or "none"
+            raise ValueError(f"method {part!r}: {error}; its arguments are: {known}") from None
+    return method
+
+
+def _split(expression: str) -> list[str]:
+    """Splits at the `+` outside brackets."""
+    parts = re.findall(r"[^+(]+(?:\([^()]*\))?", expression)
+    if not parts or "+".join(parts) != expression:
+        raise ValueError(f"method {expression!r} is malformed; write name, name(x, key=y) or a+b(x)")
+    return parts
+
+
+def _parse_part(part: str) -> tuple[str, list, dict]:
+    """"mikv(16, low=2)" -> ("mikv", [16], {"low": 2}); arguments are literals, never evaluated."""
+    name, bracket, _ = part.strip().partition("(")
+    if not bracket:
+        return name, [], {}
+    try:
+        call = ast.parse(f"f({part.strip()[len(name) + 1 : -1]})", mode="eval").body
+        args = [ast.literal_eval(a) for a in call.args]
+        kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError):
+        raise ValueError(f"method {part!r}: arguments must be plain numbers, strings or True/False") from None
+    return name, args, kwargs

@@ -1,0 +1,111 @@
+"""The ragged segment: every (row, KV head) holds its own number of tokens, so per-head budgets free real bytes.
+
+Flat storage [slots, head_dim]: region r = row * kv_heads + head owns slots start[r] : start[r] + length[r]. Regions are
+tight after an eviction; the first token that no longer fits gives every region some slack, which decoding then fills.
+Lengths are kept on the host too: they change only by eviction (which waits for the GPU anyway) and by appending.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels import decode_attention
+from textkv.segments.base import NewTokens, Segment, Stored
+
+
+class RaggedSegment(Segment):
+    """K and V as flat rows, one region per (row, KV head).
+
+    Args:
+        k, v: [slots, head_dim], tight regions in order.
+        positions: int32 [slots].
+        lengths: int64 [batch, kv_heads] on the CPU.
+    """
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor) -> None:
+        self.k, self.v, self.positions = k, v, positions
+        self._lengths = lengths.clone()
+        self._capacity = lengths.clone()
+        self._place()
+
+    def extend(self, new: NewTokens, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if new.padded:
+            raise ValueError("a later turn with padding is not supported with per-head budgets: run its rows one by one")
+        self._append(new)
+        return self._attend(new.q, new.scale, causal=True)
+
+    def attend(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._attend(q, scale, causal=False)
+
+    def stored(self) -> Stored:
+        batch, heads = self._lengths.shape
+        longest = int(self._lengths.max()) if self._lengths.numel() else 0
+        slot = torch.arange(longest, device=self.k.device)
+        inside = slot < self.length[:, None]
+        flat = (self.start[:, None] + slot).where(inside, self.start[:, None] * 0)
+        shape = (batch, heads, longest)
+        return Stored(
+            self.k[flat].view(*shape, -1),
+            self.v[flat].view(*shape, -1),
+            self.positions[flat].masked_fill(~inside, -1).view(shape),
+        )
+
+    def lengths(self) -> torch.Tensor:
+        return self._lengths
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            "k": self.k, "v": self.v, "positions": self.positions, "start": self.start, "length": self.length,
+        }  # fmt: skip
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        batch, heads = self._lengths.shape
+        regions = (rows.cpu()[:, None] * heads + torch.arange(heads)).reshape(-1)
+        self._move(regions, self._capacity.view(-1)[regions].view(-1, heads))
+
+    def crop(self, tokens: int) -> None:
+        self._lengths -= tokens
+        self.length -= tokens
+
+    def _attend(self, q: torch.Tensor, scale: float, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return decode_attention(
+            q, self.k, self.v, scale=scale, causal=causal, start=self.start, length=self.length,
+        )  # fmt: skip
+
+    def _append(self, new: NewTokens) -> None:
+        batch, heads, m, dim = new.k.shape
+        if bool((self._lengths + m > self._capacity).any()):
+            slack = max(8, int(self._lengths.float().mean()) // 8)
+            self._move(torch.arange(batch * heads), self._lengths + m + slack)
+        slots = (self.start + self.length)[:, None] + torch.arange(m, device=self.k.device)
+        slots = slots.view(-1)
+        self.k[slots] = new.k.reshape(-1, dim)
+        self.v[slots] = new.v.reshape(-1, dim)
+        self.positions[slots] = new.positions[:, None].expand(batch, heads, m).reshape(-1)
+        self.length += m
+        self._lengths += m
+
+    def _move(self, regions: torch.Tensor, capacity: torch.Tensor) -> None:
+        """New region i is a copy of old region regions[i], with room for capacity[i] tokens."""
+        lengths = self._lengths.view(-1)[regions]
+        old_start = self.start.cpu()[regions]
+        source = torch.cat(
+            [torch.arange(s, s + n) for s, n in zip(old_start.tolist(), lengths.tolist(), strict=True)]
+        ).to(self.k.device)
+        self._lengths, self._capacity = lengths.view(capacity.shape), capacity.clone()
+        old = self.k, self.v, self.positions
+        self._place()
+        target = torch.cat(
+            [torch.arange(s, s + n) for s, n in zip(self.start.tolist(), lengths.tolist(), strict=True)]
+        ).to(self.k.device)
+        slots = int(self._capacity.sum())
+        for name, x in zip(("k", "v", "positions"), old, strict=True):
+            room = x.new_zeros((slots, *x.shape[1:]))
+            room[target] = x[source]
+            setattr(self, name, room)
+
+    def _place(self) -> None:
+        """Regions one after another, by capacity."""
+        ends = self._capacity.view(-1).cumsum(0)
+        self.start = (ends - self._capacity.view(-1)).to(self.k.device)
+        self.length = self._lengths.view(-1).to(self.k.device, torch.int32)
