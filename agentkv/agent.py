@@ -256,7 +256,7 @@ def run_episode(
 
     `history` counts the screenshots in a prompt, the current one included (5 in the paper); older steps stay as text.
     `on_step` sees every step right after it happened; `stopping` is asked between steps (Ctrl-C). An answer that
-    cannot be read costs a step and its error goes into the next prompt. What `env` raises (a dead browser) goes through.
+    cannot be read costs a step and its error goes into the next prompt. What `env` raises (a dead browser) passes.
     """
     if history < 1:
         raise ValueError(f"history={history} would hide the current screenshot too; use 1 for no earlier ones")
@@ -282,9 +282,7 @@ def run_episode(
     return EpisodeResult(goal, success, reward, stop, len(past), seconds_reset)
 
 
-def _act(
-    env: Any, obs: dict[str, Any], decision: Decision, index: int
-) -> tuple[Step, dict[str, Any], bool, bool]:
+def _act(env: Any, obs: dict[str, Any], decision: Decision, index: int) -> tuple[Step, dict[str, Any], bool, bool]:
     """Run the decided action: (the step, the next observation, terminated, truncated)."""
     step = Step(
         index=index,

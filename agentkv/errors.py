@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 
 from agentkv.trace import NoSpace
 from envs.browser import BrowserCrashed, ChromiumMissing
@@ -33,7 +33,7 @@ def user_errors() -> Iterator[None]:
 
 
 class Interrupts:
-    """A context in which the first Ctrl-C sets `asked` (to stop after this step) and the second one interrupts at once."""
+    """A context in which the first Ctrl-C sets `asked` (stop after this step) and the second interrupts at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -50,6 +50,6 @@ class Interrupts:
         self.asked = True
         print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exc: object) -> None:
         if self._main:
             signal.signal(signal.SIGINT, self._before)

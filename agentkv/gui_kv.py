@@ -122,19 +122,22 @@ class GuiKV(Eviction):
 
     def _gated(self, held: Stored, row: int, spans: list[tuple[int, int]], share: float) -> torch.Tensor:
         """Which earlier-screenshot tokens the current one's keys make redundant: bool [kv_heads, n]."""
-        positions = held.positions[row]
-        current = _inside(positions, spans[-1:])
-        earlier = _inside(positions, spans[:-1])
+        positions, keys = held.positions[row], held.keys[row]
+        current, earlier = _inside(positions, spans[-1:]), _inside(positions, spans[:-1])
+        # Of everything that earlier screenshots ever held, this much may stay; what a past turn dropped counts as gone.
+        history = sum(end - start for start, end in spans[:-1])
+        stay = history - int((1 - share) * history + 1e-9)
         gated = torch.zeros_like(earlier)
-        for head in range(positions.shape[0]):
-            frame = held.keys[row, head, current[head]].float()
-            slots = earlier[head].nonzero()[:, 0]
-            if not len(frame) or not len(slots):
+        alike = bool((positions == positions[:1]).all())
+        for heads in [slice(0, len(keys))] if alike else [slice(h, h + 1) for h in range(len(keys))]:
+            frame, slots = current[heads][0].nonzero()[:, 0], earlier[heads][0].nonzero()[:, 0]
+            count = len(slots) - stay
+            if not len(frame) or count <= 0:
                 continue
-            basis = orthobasis(frame, self.rank, self.basis)
-            energy = subspace_residual(held.keys[row : row + 1, head : head + 1, slots], basis[None, None])[0, 0]
-            count = int((1 - share) * len(slots) + 1e-9)
-            gated[head, slots[energy.sort(stable=True).indices[:count]]] = True
+            basis = orthobasis(keys[heads][:, frame].float(), self.rank, self.basis)
+            energy = subspace_residual(keys[None, heads][:, :, slots], basis[None])[0]
+            first = slots[energy.sort(dim=-1, stable=True).indices[:, :count]]
+            gated[heads] = gated[heads].scatter(1, first, True)
         return gated
 
 
@@ -165,14 +168,16 @@ def saliency(norms: torch.Tensor, tau: float) -> torch.Tensor:
 
 
 def orthobasis(keys: torch.Tensor, rank: int, basis: Basis) -> torch.Tensor:
-    """Orthonormal columns [head_dim, r] that span the frame's keys [n, head_dim], r = min(rank, n, head_dim)."""
-    r = min(rank, *keys.shape)
-    if basis == "qr_first":
-        # Without pivoting the first r columns of Q depend on the first r keys alone.
-        return torch.linalg.qr(keys[:r].T).Q
+    """Orthonormal columns [kv_heads, head_dim, r] that span the frame's keys [kv_heads, n, head_dim].
+
+    r = min(rank, n, head_dim).
+    """
+    r = min(rank, *keys.shape[1:])
     if basis == "svd":
-        return torch.linalg.eigh(keys.T @ keys).eigenvectors[:, -r:]
-    return torch.linalg.qr(keys[_pivots(keys, r)].T).Q
+        return torch.linalg.eigh(keys.mT @ keys).eigenvectors[..., -r:]
+    # Without pivoting the first r columns of Q depend on the first r keys alone.
+    chosen = keys[:, :r] if basis == "qr_first" else torch.stack([head[_pivots(head, r)] for head in keys])
+    return torch.linalg.qr(chosen.mT).Q
 
 
 def _pivots(keys: torch.Tensor, r: int) -> list[int]:

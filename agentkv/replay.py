@@ -20,7 +20,7 @@ from agentkv.trace import RUN, STEPS, action_from_dict, read_steps
 
 def find_run(folder: Path) -> Path:
     """The run that `folder` is, or that the episode `folder` belongs to. Raises ValueError when there is none."""
-    for place in (folder, *folder.absolute().parents[:4]):
+    for place in (folder.resolve(), *folder.resolve().parents[:4]):
         if (place / RUN).exists():
             return place
     raise ValueError(f"{folder} is neither a run nor an episode of one: no {RUN} in it or above it")
@@ -28,17 +28,17 @@ def find_run(folder: Path) -> Path:
 
 def recorded(folder: Path) -> list[Path]:
     """The episode folders in or below `folder`, unfinished ones included. Raises ValueError when there are none."""
-    found = sorted(p.parent for p in folder.rglob(STEPS))
+    found = sorted(p.parent for p in folder.resolve().rglob(STEPS))
     if not found:
         raise ValueError(f"{folder} holds no recorded episode (no {STEPS})")
     return found
 
 
 def replay(folder: Path, open_env: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
-    """Replay every episode in `folder`, yielding {"method", "task", "seed", "steps", "recorded", "replayed", "screens", "same"}.
+    """Replay every episode in `folder`, yielding a dict per episode.
 
-    `open_env(task)` gives the environment. `screens` counts the screenshots that are equal to the pixel; `same` asks
-    for equal rewards on every step.
+    `open_env(task)` gives the environment. "recorded" and "replayed" are the last rewards, "screens" counts the
+    screenshots that are equal to the pixel, "same" asks for equal rewards on every step.
     """
     run = find_run(folder)
     about = json.loads((run / RUN).read_text())
@@ -62,7 +62,7 @@ def replay(folder: Path, open_env: Callable[[str], Any]) -> Iterator[dict[str, A
 
 
 def _act_again(env: Any, seed: int, steps: list[dict[str, Any]], folder: Path) -> tuple[list[float], int]:
-    """(reward of every step, number of equal screenshots). An unreadable answer did nothing then and does nothing now."""
+    """(reward of every step, number of equal screenshots); an unreadable answer did nothing then and does so now."""
     obs, _ = env.reset(seed=seed)
     rewards, equal = [], 0
     for step in steps:

@@ -1,4 +1,4 @@
-"""`python -m agentkv.run`: a GUI agent plays web tasks with one cache method or several, side by side on the same seeds.
+"""`python -m agentkv.run`: a GUI agent plays web tasks with one or several cache methods, side by side on equal seeds.
 
 Everything that can be wrong with the request (method, task, budget, model folder, browser, disk) is checked before any
 work; such an error is one line on stderr and exit code 2. The run is a folder of traces (`agentkv.trace`); the table,
@@ -8,54 +8,226 @@ work; such an error is one line on stderr and exit code 2. The run is a folder o
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import envs
-import envs.live
-from agentkv import gui_kv, tables  # noqa: F401  gui_kv registers its methods
-from agentkv.agent import Agent, EpisodeResult, Limits, Policy, run_episode
-from agentkv.errors import Interrupts, UserError, user_errors
+from agentkv import gui_kv  # noqa: F401  registers its methods
+from agentkv.agent import Agent
+from agentkv.errors import EXPLAINED, Interrupts, user_errors
 from agentkv.meta import run_meta
 from agentkv.models import load_adapter
-from agentkv.replay import replay
+from agentkv.play import LIVE, Plan, Play, open_env, open_folder, task_of
+from agentkv.replay import find_run, recorded, replay, replay_table
 from agentkv.report import write_report
 from agentkv.stats import UNITS, summarise
-from agentkv.trace import DONE, RUN, EpisodeTrace, episode_folder, need_space, read_run, write_json
-from envs.browser import Browser, BrowserCrashed, find_chromium
+from agentkv.tables import method_table, stdout_console, task_table
+from agentkv.trace import RUN, need_space, read_run, write_json
+from envs.browser import Browser
 from textkv import Budget, resolve_method
 
+DEFAULT_TASKS = (
+    "click-test-2",
+    "click-button-sequence",
+    "click-tab",
+    "click-color",
+    "click-dialog",
+    "click-widget",
+    "focus-text-2",
+    "grid-coordinate",
+    "identify-shape",
+    "memory-code",
+    "memory-changed",
+    "memory-colour",
+)
 EVALUATION_SEEDS = 1_000_000  # training uses the seeds below
 REPORT_BYTES = 20_000_000
 STEPS_GUESSED = 10  # per episode, to guess the space that the screenshots take
-LIVE_VIEWPORT = (1280, 720)
+VLM_SCALE = 4.0  # a MiniWoB screen of 160 x 210 is too small for a large model; at 4 it is 690 visual tokens
+QUERY_HEADS_NOTE = (
+    "stores one copy per query head, as released, so its bytes are its share of tokens times the group size."
+)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be played. Two runs with the same plan (methods, tasks and seeds aside) may share a folder."""
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m agentkv.run",
+        description="Let a GUI agent play web tasks with compressed KV caches; every method plays the same seeds.",
+    )
+    p.add_argument("--model", default="mini", help="mini (embedded), a folder, or a hub id of a supported family")
+    p.add_argument("--tasks", default="", help="comma-separated task names (default: those the mini model learned)")
+    p.add_argument("--episodes", type=int, default=5, help="episodes per task and method (default 5)")
+    p.add_argument("--seed", type=int, default=EVALUATION_SEEDS, help="first seed; training used those below 1000000")
+    p.add_argument("--method", default="gui-kv", help="comma-separated methods or compositions: full,gui-kv,h2o+adakv")
+    p.add_argument("--budget", default="0.4", help="share of the prompt's tokens to keep (0.4), or a number (512t)")
+    p.add_argument("--history", type=int, default=5, help="screenshots in a prompt, the current one included (5)")
+    p.add_argument("--url", default="", help="play this live page instead of tasks; needs --goal")
+    p.add_argument("--goal", default="", help="what to do on --url, in words")
+    p.add_argument("--allow", default="", help="comma-separated further origins that the page of --url may load from")
+    p.add_argument("--headed", action="store_true", help="show the browser window")
+    p.add_argument("--chromium", default=None, help="path of the browser to use")
+    p.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    p.add_argument("--device-scale", type=float, default=None, help="device pixels per CSS pixel of a screenshot")
+    p.add_argument("--max-steps", type=int, default=None, help="steps per episode (default: the task's own limit)")
+    p.add_argument("--max-new-tokens", type=int, default=64, help="length limit of one answer (default 64)")
+    p.add_argument("--out", type=Path, help="run folder (default runs/<time>); an earlier run there is moved aside")
+    p.add_argument("--json", type=Path, help="write the figures here too")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out: finished episodes are kept")
+    p.add_argument("--replay", type=Path, metavar="DIR", help="act a recorded run again, without the model")
+    return p
 
-    model: str
-    methods: tuple[str, ...]
-    budget: str
-    tasks: tuple[str, ...]
-    seeds: tuple[int, ...]
-    history: int
-    max_steps: int | None
-    max_new_tokens: int
-    device: str
-    device_scale: float
-    url: str
-    goal: str
 
-    def episodes(self) -> Iterator[tuple[int, str, str]]:
-        """(seed, task, method): every method meets the same problems, and a run cut short is still balanced."""
-        return ((s, t, m) for s in self.seeds for t in self.tasks for m in self.methods)
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 done, 1 when a replay differs, 2 for a request that cannot be carried out, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(argv)
+    try:
+        return replay_command(args) if args.replay else play_command(args, argv)
+    except EXPLAINED as error:
+        print(f"agentkv: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("agentkv: stopped; what was recorded is kept, --resume goes on", file=sys.stderr)
+        return 130
+
+
+def play_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Check, play, summarise."""
+    with user_errors():
+        plan = make_plan(args)
+        out = out_folder(args)
+        need_space(out, space_needed(plan))
+    with Interrupts() as interrupts, Browser(args.chromium, args.headed) as browser:
+        with user_errors():
+            adapter = load_adapter(plan.model, plan.device, torch.bfloat16 if "cuda" in plan.device else torch.float32)
+            agents = {m: Agent(adapter, m, plan.budget, plan.max_new_tokens) for m in plan.methods}
+            meta = run_meta("agentkv.run", argv, args.seed, chromium=browser.version, units=UNITS)
+            open_folder(out, plan, args.resume, meta, notes(plan))
+        finished = Play(plan, agents, browser, out, interrupts).run()
+    finish(out, args.json)
+    if not finished:
+        print("agentkv: stopped before the end; the same command with --resume goes on", file=sys.stderr)
+    return 0 if finished else 130
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """The request as a `Plan`. Raises ValueError naming what is wrong."""
+    budget = Budget.parse(args.budget)
+    methods = split_methods(args.method)
+    for method in methods:
+        resolve_method(method, budget)
+    plan = Plan(
+        model=args.model,
+        methods=methods,
+        budget=str(budget),
+        tasks=tasks_of(args),
+        seeds=tuple(range(args.seed, args.seed + args.episodes)),
+        history=args.history,
+        max_steps=args.max_steps,
+        max_new_tokens=args.max_new_tokens,
+        device=device_of(args.device),
+        device_scale=args.device_scale or (1.0 if args.model == "mini" or args.url else VLM_SCALE),
+        url=args.url,
+        goal=args.goal,
+        allow=tuple(split(args.allow)),
+    )
+    for task in plan.tasks:
+        task_of(task, plan)
+    return plan
+
+
+def split(text: str) -> list[str]:
+    """The parts of a comma-separated list."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def tasks_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """The tasks asked for. Raises ValueError when they and --url do not fit together."""
+    if bool(args.url) != bool(args.goal):
+        raise ValueError("--url and --goal belong together: give the address of a page and what to do there")
+    if args.url and args.tasks:
+        raise ValueError("--url and --tasks exclude each other: a live page is a task of its own")
+    return (LIVE,) if args.url else tuple(dict.fromkeys(split(args.tasks))) or DEFAULT_TASKS
+
+
+def device_of(name: str) -> str:
+    """`name`, or the best device there is. Raises ValueError for one that is not there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device {name!r} cannot be used ({reason}); use cpu, or cuda on a machine with one"
+        ) from error
+    return name
+
+
+def split_methods(text: str) -> tuple[str, ...]:
+    """ "full,gear(4,low=2)+snapkv" -> its methods: commas inside brackets belong to a method. Raises ValueError."""
+    methods = tuple(dict.fromkeys(m.strip() for m in re.split(r",(?![^(]*\))", text) if m.strip()))
+    if not methods:
+        raise ValueError("no method was named; use --method gui-kv, or several: --method full,gui-kv,snapkv")
+    return methods
+
+
+def out_folder(args: argparse.Namespace) -> Path:
+    """Where the run goes. Raises ValueError for a --resume that does not say which run."""
+    if args.resume and args.out is None:
+        raise ValueError("--resume needs --out DIR: the folder of the run to go on with")
+    return args.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+
+
+def space_needed(plan: Plan) -> int:
+    """Bytes that the screenshots and the page will take, roughly: half a byte per pixel of flat colours."""
+    pixels = sum(width * height for width, height in (task_of(t, plan).viewport for t in plan.tasks))
+    shots = len(plan.seeds) * len(plan.methods) * STEPS_GUESSED * pixels * plan.device_scale**2
+    return int(shots * 0.5) + REPORT_BYTES
+
+
+def notes(plan: Plan) -> list[str]:
+    """Footnotes of the table."""
+    fat = [m for m in plan.methods if resolve_method(m).capabilities.stores_query_heads]
+    return [f"{', '.join(fat)}: {QUERY_HEADS_NOTE}"] if fat else []
+
+
+def finish(out: Path, extra: Path | None) -> None:
+    """Draw the table, summary.json and report.html from the traces in `out`, and say where they are."""
+    about, episodes = read_run(out)
+    rows = summarise(episodes)
+    summary = {"meta": about["meta"], "rows": rows}
+    for path in filter(None, (out / "summary.json", extra)):
+        write_json(path, summary)
+    page = write_report(out)
+    console = stdout_console()
+    console.print(method_table(rows))
+    for note in about["notes"]:
+        console.print(note)
+    if len(about["tasks"]) > 1:
+        console.print(task_table(rows))
+    print(*filter(None, (out / "summary.json", extra, page)), sep="\n")
+
+
+def replay_command(args: argparse.Namespace) -> int:
+    """Act recorded episodes again; 1 when a reward differs."""
+    with user_errors():
+        about = json.loads((find_run(args.replay) / RUN).read_text())
+        recorded(args.replay)
+        plan = Plan(**{f.name: about[f.name] for f in fields(Plan)})
+    with Browser(args.chromium, args.headed) as browser, user_errors():
+        rows = list(replay(args.replay, lambda task: open_env(task, plan, browser)))
+    stdout_console().print(replay_table(rows))
+    wrong = [r for r in rows if not r["same"]]
+    print(f"{len(rows) - len(wrong)} of {len(rows)} episodes gave the same rewards")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

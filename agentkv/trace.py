@@ -131,7 +131,7 @@ class EpisodeTrace:
     """Writes one episode; what an earlier, unfinished try left in the folder is removed first."""
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        self.folder, self.about = folder, about
+        self.folder, self.about, self.steps = folder, about, 0
         with disk_errors(folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -145,6 +145,7 @@ class EpisodeTrace:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
             os.fsync(self.file.fileno())
+        self.steps += 1
 
     def finish(self, result: EpisodeResult, crashes: int) -> None:
         """Mark the episode as finished."""

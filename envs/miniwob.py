@@ -20,16 +20,16 @@ SCREEN = (160, 210)
 _TIME_LIMIT_MS = 1_000_000
 
 _START = """
-([seed, limit]) => {
+async ([seed, limit]) => {
   const style = document.createElement('style');
   style.textContent = '#reward-display, #click-canvas, #sync-task-cover { display: none !important; }';
   document.head.append(style);
   core.EPISODE_MAX_TIME = limit;
   Math.seedrandom(seed);
   core.startEpisodeReal();
+  while (!WOB_TASK_READY) await new Promise((again) => setTimeout(again, 20));
 }
 """
-_READY = "() => typeof WOB_TASK_READY === 'undefined' || WOB_TASK_READY"
 _GOAL = "() => { const u = core.getUtterance(); return typeof u === 'string' ? u : u.utterance; }"
 _STATE = "() => typeof core === 'undefined' ? null : [WOB_DONE_GLOBAL, WOB_RAW_REWARD_GLOBAL, WOB_REWARD_REASON || '']"
 
@@ -72,8 +72,6 @@ class MiniwobTask(Task):
 
     def setup(self, tab: Tab, seed: int) -> None:
         tab.evaluate(_START, [seed, _TIME_LIMIT_MS])
-        with tab.guard():
-            tab.page.wait_for_function(_READY, timeout=10_000)
 
     def goal(self, tab: Tab) -> str:
         return " ".join(tab.evaluate(_GOAL).split())

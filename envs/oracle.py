@@ -58,7 +58,8 @@ _DESCRIBE = f"""
   const kind = (e) => {{
     const tag = e.tagName.toLowerCase();
     if (e.dataset.label) return e.matches('svg') ? 'shape' : 'swatch';
-    if (tag === 'input') return e.type;
+    if (e.dataset.color) return 'swatch';
+    if (tag === 'input') return /^(text|search|email|number|tel|url)$/.test(e.type) ? 'field' : e.type;
     if (e.matches(DRAWN)) return tag === 'text' ? 'character' : 'shape';
     if (e.matches('[role=tab], .ui-tabs-anchor')) return 'tab';
     if (e.matches('.alink, a')) return 'link';
@@ -83,6 +84,7 @@ _DESCRIBE = f"""
     const inside = e.parentElement.closest(NATIVE);
     const wanted = e.matches(NATIVE) || e.matches(DRAWN) || ownText(e);
     if (!wanted || (inside && !e.matches(NATIVE))) continue;
+    if ([...e.querySelectorAll(NATIVE)].some((inner) => label(inner) === label(e))) continue;
     const points = hits(e);
     if (!points.length) continue;
     const r = e.getBoundingClientRect();
@@ -101,7 +103,7 @@ def describe(env: WebEnv) -> list[dict[str, object]]:
     """Every visible element of the screen: `text` (its label, "" if it has none), `kind`, `box` and `points`.
 
     box: [x, y, width, height] in CSS px, clipped to the screen. points: [[x, y], ...] at which a click reaches it. Kinds: button,
-    link, tab, text (also text fields), password, checkbox, radio, textarea, select, shape, swatch, character.
+    link, tab, text, field, password, checkbox, radio, textarea, select, shape, swatch, character.
     """
     if env.tab is None:
         raise RuntimeError("there is no episode yet; call reset() first")

@@ -21,6 +21,7 @@ from PIL import Image
 from playwright.sync_api import (
     Browser,
     BrowserContext,
+    CDPSession,
     Dialog,
     Download,
     Error,
@@ -36,7 +37,7 @@ from envs.allow import AllowList
 
 # nothing listens there: the TCP port multiplexer is dead since decades and needs root to open
 _NOWHERE = "http://127.0.0.1:1"
-_MAX_DIALOGS = 50
+_MAX_DIALOGS = 20
 _URL_LENGTH = 300
 
 # a blinking caret would make two pictures of the same screen differ
@@ -94,7 +95,7 @@ class Tab:
             self.page = self.context.new_page()
             self.context.on("page", self._on_popup)
             self._watch(self.page)
-            self._cdp = self.context.new_cdp_session(self.page)
+            self._cdp = self._camera(device_scale)
 
     def _isolate(self, browser: Browser, device_scale: float) -> BrowserContext:
         width, height = self.viewport
@@ -114,6 +115,14 @@ class Tab:
         context.route("**/*", self._on_request)
         context.route_web_socket("**/*", self._on_websocket)
         return context
+
+    def _camera(self, device_scale: float) -> CDPSession:
+        """A session of our own for pictures; without its own metrics a capture would reset the page's to scale 1."""
+        width, height = self.viewport
+        session = self.context.new_cdp_session(self.page)
+        metrics = {"width": width, "height": height, "deviceScaleFactor": device_scale, "mobile": False}
+        session.send("Emulation.setDeviceMetricsOverride", metrics)
+        return session
 
     def _watch(self, page: Page) -> None:
         page.on("crash", lambda _: self._mark_dead("the page crashed"))
@@ -206,8 +215,14 @@ class Tab:
             except Error as error:
                 if self._dead or self.page.is_closed() or not self._browser.is_connected():
                     raise
-                reason = self.allow.refusal(url) or error.message.splitlines()[0]
+                reason = self._why_not(url) or error.message.splitlines()[0]
                 raise PageNotLoaded(f"{url} could not be opened: {reason}") from error
+
+    def _why_not(self, url: str) -> str:
+        away = [entry for entry in self.blocked if entry.kind == "redirect"]
+        if away:
+            return f"it redirects to {away[-1].url}, and {away[-1].reason}"
+        return self.allow.refusal(url)
 
     def evaluate(self, script: str, argument: Any = None) -> Any:
         """Run our own script in the page and return its value; a page that navigates meanwhile is tried once more."""
@@ -226,7 +241,10 @@ class Tab:
         self.enforce()
 
     def enforce(self) -> None:
-        """Take away frames that show an address which is not allowed."""
+        """Close popups that are still open and take away frames that show an address which is not allowed."""
+        for popup in self.context.pages:
+            if popup != self.page:
+                self._forgive(popup.close)
         strays, self._strays = self._strays, []
         for frame in strays:
             if frame.is_detached():

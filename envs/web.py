@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 from playwright.sync_api import Page
 
-from envs.act import check, perform
+from envs.act import perform
 from envs.actions import Action, CallUser, Finished
 from envs.browser import Browser
 from envs.spaces import ActionSpace, GoalSpace
@@ -105,7 +105,7 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
             raise RuntimeError("the episode is over; call reset() first")
         self._steps += 1
         with self.browser.deadline(self.step_timeout), tab.guard():
-            error = check(action, self.task.viewport) or perform(tab.page, action, self.task.viewport)
+            error = perform(tab.page, action, self.task.viewport)
             tab.settle()
             verdict = self._judge(tab, action)
             observation = self._observe()

@@ -39,15 +39,18 @@ def use_triton(x: torch.Tensor, backend: str | None) -> bool:
     if backend is not None:
         return backend == "triton"
     if x.is_cuda and not HAVE_TRITON:
-        warnings.warn("triton is not installed: kernels run their slow torch reference on CUDA; pip install triton",
-                      RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            "triton is not installed: kernels run their slow torch reference on CUDA; pip install triton",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return x.is_cuda and HAVE_TRITON
 
 
 def dot_dtype(x: torch.Tensor):
-    """The Triton type in which tiles of `x` are multiplied (sums are fp32 always): its own, but fp32 in the interpreter.
+    """The Triton type in which tiles of `x` are multiplied; sums are always fp32.
 
-    The interpreter keeps bf16 as 16-bit integers and would multiply those.
+    It is x's own type, but fp32 in the interpreter, which keeps bf16 as 16-bit integers and would multiply those.
     """
     if triton.knobs.runtime.interpret:
         return tl.float32
@@ -66,13 +69,20 @@ def dense_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def check_tensor(name: str, x: torch.Tensor, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...],
-                 like: torch.Tensor | None = None) -> None:
-    """Raise ValueError unless `x` has `shape` (a string stands for any size), one of `dtypes` and the device of `like`."""
+def check_tensor(
+    name: str,
+    x: torch.Tensor,
+    shape: tuple[int | str, ...],
+    dtypes: tuple[torch.dtype, ...],
+    like: torch.Tensor | None = None,
+) -> None:
+    """Raise ValueError unless `x` has `shape` (a string is any size), one of `dtypes` and the device of `like`."""
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name} is {type(x).__name__}; it must be a tensor")
-    matches = x.dim() == len(shape) and all(isinstance(want, str) or have == want for have, want in zip(x.shape, shape))
-    if not matches:
+    fits = x.dim() == len(shape) and all(
+        isinstance(w, str) or w == have for w, have in zip(shape, x.shape, strict=True)
+    )
+    if not fits:
         raise ValueError(f"{name} has shape {list(x.shape)}; it must be [{', '.join(map(str, shape))}]")
     if x.dtype not in dtypes:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

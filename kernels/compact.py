@@ -1,7 +1,7 @@
 """Move the kept tokens of K and V into new storage, once, so that the old storage can be freed.
 
-Dense: every (batch, kv head) keeps the same number of tokens, given by index. Ragged: each keeps its own number, given by
-a mask; the rows come out one behind the other (row r = b * G + g owns start[r] : start[r] + length[r]), without slack.
+Dense: every (batch, kv head) keeps the same number of tokens, given by index. Ragged: each keeps its own number, given
+by a mask; the rows come out one behind the other (row r = b * G + g owns start[r] : start[r] + length[r]), no slack.
 
 Floor in bytes: the kept rows of K and V read once and written once, 4 * D * itemsize per kept token and kv head. The
 ragged form reads the number of kept rows back to the host once, because the new storage has exactly that size.
@@ -18,7 +18,7 @@ from kernels._backend import FLOATS, check_head_dim, check_tensor, dense_rows, j
 
 @dataclass(frozen=True)
 class Rows:
-    """Kept tokens. Dense: k, v [B, G, C, D], no start, no length. Ragged: k, v [total, D], start int64 and length int32 [B * G]."""
+    """Kept tokens. Dense: k, v [B, G, C, D] alone. Ragged: k, v [total, D], start int64 and length int32 [B * G]."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -40,12 +40,12 @@ def _row_bounds(keep):
     return length.cumsum(0) - length, length.int()
 
 
-@jit(do_not_specialize=["n", "total"])
+@jit(do_not_specialize=["n", "kept", "total"])
 def _gather_kernel(
     p_k, p_v, p_index, p_k_out, p_v_out, s_kb, s_kg, s_kn, s_vb, s_vg, s_vn, n, kept, groups, total,
     RAGGED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows of K and V in the order of the output; the index counts tokens of one head (dense) or of all of them (ragged)."""
+    """Rows of K and V in the order of the output; the index counts tokens of one head (dense) or of all (ragged)."""
     out = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     m_row = out < total
@@ -72,6 +72,7 @@ def _launch(k, v, keep):
         shape, kept, bounds = (index.numel(), D), 1, _row_bounds(keep)
     else:
         index = keep.contiguous()
+        torch._assert_async(((index >= 0) & (index < n)).all(), f"keep holds an index outside 0..{n - 1}")
         shape, kept, bounds = (B, G, keep.shape[2], D), max(1, keep.shape[2]), ()
     k_out, v_out = k.new_empty(shape), v.new_empty(shape)
     if index.numel():
@@ -93,7 +94,8 @@ def compact(k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor, *, _backend: s
         `Rows`, dense or ragged after the kind of `keep`; new memory, contiguous.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device, or (checked on the CPU) an index is out of range.
+        ValueError: an argument has the wrong shape, dtype or device, or an index is out of range (on CUDA
+            that is an asynchronous device assertion instead, which needs no wait).
     """
     check_tensor("k", k, ("B", "G", "n", "D"), FLOATS)
     check_head_dim("k", k)

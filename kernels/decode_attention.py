@@ -1,9 +1,10 @@
 """Attention of a few queries over one segment of the cache, dense or ragged, with the log-sum-exp of each query.
 
-    out[b,h,i] = sum_j softmax_j(scale * q[b,h,i] . k[b,g,j]) v[b,g,j],   lse[b,h,i] = log sum_j exp(scale * q . k),   g = h // (H / G)
+    s[b,h,i,j] = scale * q[b,h,i] . k[b,g,j],   g = h // (H / G)
+    out[b,h,i] = sum_j softmax_j(s) v[b,g,j],   lse[b,h,i] = log sum_j exp(s)
 
-The lse lets `kernels.merge` join several segments exactly. Dense segments are [B, G, n, D]; ragged ones keep a length of
-its own for every (batch, kv head), rows lying one behind the other in flat [total, D] storage with slack between them.
+The lse lets `kernels.merge` join several segments exactly. Dense segments are [B, G, n, D]; ragged ones keep a length
+for every (batch, kv head), their rows lying one behind the other in flat [total, D] storage with slack between them.
 
 Floor in bytes: every visible K and V row is read once, 2 * D * itemsize per token and kv head (bf16, D 128: 512 bytes),
 whatever the number of query heads. Inference only: no gradient flows through the Triton path.
@@ -28,19 +29,26 @@ from kernels._backend import (
     triton,
     use_triton,
 )
+from kernels._tiles import softmax_step
 
 _BLOCK_ELEMENTS = 1 << 24  # fp32 scores that the reference holds at a time
 
 
 def reference(q, k, v, *, scale, causal=False, valid=None, start=None, length=None):
-    """Plain torch, fp32 accumulation: the truth, and the path off CUDA. Arguments as `decode_attention`, `valid` [B, G, n]."""
+    """Plain torch, fp32 accumulation: the truth, and the path off CUDA. `valid` is [B, G, n] or None."""
     B, H, m, D = q.shape
     if start is None:
         G = k.shape[1]
         if valid is not None:  # memory behind an invalid slot may hold NaN, and 0 * NaN is NaN
             v = v.masked_fill(~valid[..., None], 0)
-        out, lse = _attend(q.unflatten(1, (G, H // G)), k[:, :, None], v[:, :, None], scale, causal,
-                           None if valid is None else valid[:, :, None, None, :])
+        out, lse = _attend(
+            q.unflatten(1, (G, H // G)),
+            k[:, :, None],
+            v[:, :, None],
+            scale,
+            causal,
+            None if valid is None else valid[:, :, None, None, :],
+        )
         return out.reshape(B, H, m, D), lse.reshape(B, H, m)
     rows = q.reshape(start.numel(), -1, m, D)  # [B * G, group, m, D]
     parts = [
@@ -80,19 +88,27 @@ def _times(a, b):
 
 
 @jit
-def _tiles_before(p_length, row, rows, split, ROWS: tl.constexpr):
-    """Tiles of the ragged rows before `row`, and of `row` itself."""
+def _tiles_of(p_length, rows, split, ROWS: tl.constexpr):
+    """How many tiles each ragged row has."""
     r = tl.arange(0, ROWS)
-    tiles = (tl.load(p_length + r, mask=r < rows, other=0) + split - 1) // split
-    return tl.sum(tl.where(r < row, tiles, 0), 0), tl.sum(tl.where(r == row, tiles, 0), 0)
+    return r, (tl.load(p_length + r, mask=r < rows, other=0) + split - 1) // split
 
 
 @jit
-def _row_of_tile(p_length, tile, rows, split, ROWS: tl.constexpr):
-    """The ragged row that owns a tile; `rows` for the tiles behind the last one."""
-    r = tl.arange(0, ROWS)
-    tiles = (tl.load(p_length + r, mask=r < rows, other=0) + split - 1) // split
-    return tl.sum(((tl.cumsum(tiles, 0) <= tile) & (r < rows)).to(tl.int32), 0)
+def _place(tile, p_start, p_length, n, rows, split, splits, ROWS: tl.constexpr, RAGGED: tl.constexpr):
+    """Where a tile lies: its row (`rows` for the surplus ones), first key, keys stored in the row, first flat row."""
+    if RAGGED:
+        r, tiles = _tiles_of(p_length, rows, split, ROWS)
+        row = tl.sum(((tl.cumsum(tiles, 0) <= tile) & (r < rows)).to(tl.int32), 0)
+        begin = (tile - tl.sum(tl.where(r < row, tiles, 0), 0)) * split
+        stored = tl.load(p_length + row, mask=row < rows, other=0)
+        origin = tl.load(p_start + row, mask=row < rows, other=0)
+    else:
+        row = tile // splits
+        begin = (tile % splits) * split
+        stored = n
+        origin = tile.to(tl.int64) * 0
+    return row, begin, stored, origin
 
 
 @jit(do_not_specialize=["n", "m", "split", "splits", "rows"])
@@ -105,31 +121,18 @@ def _attend_kernel(
 ):  # fmt: skip
     """One tile of keys against one block of the m * GROUP query rows of its kv head -> p_out [tile, GROUP * m, D]."""
     tile, block = tl.program_id(0), tl.program_id(1)
-    if RAGGED:
-        row = _row_of_tile(p_length, tile, rows, split, ROWS)
-        if row >= rows:
-            return
-        first, _ = _tiles_before(p_length, row, rows, split, ROWS)
-        begin = (tile - first) * split
-        stored = tl.load(p_length + row)
-        origin = tl.load(p_start + row)
-        p_k += origin * s_kn
-        p_v += origin * s_vn
-    else:
-        row = tile // splits
-        begin = (tile % splits) * split
-        stored = n
-        p_k += (row // groups).to(tl.int64) * s_kb + (row % groups).to(tl.int64) * s_kg
-        p_v += (row // groups).to(tl.int64) * s_vb + (row % groups).to(tl.int64) * s_vg
-    if MASKED:
-        p_valid += (row // groups).to(tl.int64) * s_mb + (row % groups).to(tl.int64) * s_mg
+    row, begin, stored, origin = _place(tile, p_start, p_length, n, rows, split, splits, ROWS, RAGGED)
+    if row >= rows:
+        return
+    b, g = (row // groups).to(tl.int64), (row % groups).to(tl.int64)
+    p_k += b * s_kb + g * s_kg + origin * s_kn
+    p_v += b * s_vb + g * s_vg + origin * s_vn
     packed = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    i, h = packed // GROUP, packed % GROUP  # neighbours in a tile are heads of one query, so causality cuts whole tiles
+    i, h = packed // GROUP, packed % GROUP  # neighbours are heads of one query, so that causality cuts whole tiles
     d = tl.arange(0, BLOCK_D)
     m_q = (i < m)[:, None] & (d < D)[None, :]
-    o_q = ((row // groups).to(tl.int64) * s_qb + ((row % groups) * GROUP + h).to(tl.int64) * s_qh + i.to(tl.int64) * s_qm)
+    o_q = b * s_qb + (g * GROUP + h) * s_qh + i.to(tl.int64) * s_qm
     q = tl.load(p_q + o_q[:, None] + d[None, :], mask=m_q, other=0.0).to(DOT)  # [BLOCK_M, BLOCK_D]
-
     end = tl.minimum(begin + split, stored)
     if CAUSAL:
         end = tl.minimum(end, stored - m + (block * BLOCK_M + BLOCK_M - 1) // GROUP + 1)
@@ -140,27 +143,19 @@ def _attend_kernel(
         j = low + tl.arange(0, BLOCK_N)
         seen = j < end
         if MASKED:
-            seen = seen & (tl.load(p_valid + j.to(tl.int64) * s_mn, mask=seen, other=0) != 0)
+            seen = seen & (tl.load(p_valid + b * s_mb + g * s_mg + j.to(tl.int64) * s_mn, mask=seen, other=0) != 0)
         m_kv = seen[:, None] & (d < D)[None, :]  # what is not seen is not even read: it may be NaN
         k = tl.load(p_k + j.to(tl.int64)[:, None] * s_kn + d[None, :], mask=m_kv, other=0.0).to(DOT)
         v = tl.load(p_v + j.to(tl.int64)[:, None] * s_vn + d[None, :], mask=m_kv, other=0.0).to(DOT)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
         visible = seen[None, :]
         if CAUSAL:
             visible = visible & (j[None, :] <= (stored - m + i)[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
-        p = tl.exp2(scores - safe[:, None])
-        decay = tl.exp2(top - safe)
-        total = total * decay + tl.sum(p, 1)
-        acc = acc * decay[:, None] + tl.dot(p.to(DOT), v, input_precision="ieee")
-        top = higher
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    lse = (top + tl.log2(total)) * 0.6931471805599453
+        scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale_log2  # [BLOCK_M, BLOCK_N]
+        p, decay, top, total = softmax_step(tl.where(visible, scores, float("-inf")), top, total)
+        acc = acc * decay[:, None] + tl.dot(p.to(DOT), v, input_precision="tf32x3")
     o_row = tile.to(tl.int64) * (GROUP * m) + h * m + i
-    tl.store(p_out + o_row[:, None] * D + d[None, :], out, mask=m_q)
-    tl.store(p_lse + o_row, lse, mask=i < m)
+    tl.store(p_out + o_row[:, None] * D + d[None, :], acc / tl.where(total == 0.0, 1.0, total)[:, None], mask=m_q)
+    tl.store(p_lse + o_row, (top + tl.log2(total)) * 0.6931471805599453, mask=i < m)
 
 
 @jit(do_not_specialize=["m", "split", "splits", "rows"])
@@ -172,7 +167,8 @@ def _merge_kernel(
     """Merge the tiles of one (batch, kv head) for one query row."""
     row, query = tl.program_id(0), tl.program_id(1)
     if RAGGED:
-        first, tiles = _tiles_before(p_length, row, rows, split, ROWS)
+        r, every = _tiles_of(p_length, rows, split, ROWS)
+        first, tiles = tl.sum(tl.where(r < row, every, 0), 0), tl.sum(tl.where(r == row, every, 0), 0)
     else:
         first, tiles = row * splits, splits
     d = tl.arange(0, BLOCK_D)
@@ -268,7 +264,8 @@ def decode_attention(
             (ragged: length[r] - m + i). False: every query sees every token.
         valid: dense only; bool [B, n] or [B, G, n]. A slot that is False is never seen and may hold NaN.
         start: int64 [B * G], first flat row of (b, g) at b * G + g.
-        length: int32 [B * G], rows in use there; memory behind them is slack and may hold NaN.
+        length: int32 [B * G], rows in use there; memory behind them is slack and may hold NaN. Regions must not
+            overlap: `total` bounds the number of programs, since reading the lengths would wait for the device.
 
     Returns:
         out [B, H, m, D] in q's dtype and lse [B, H, m] in float32, the natural log, scale applied. A query that sees
@@ -301,7 +298,7 @@ def _check(q, k, v, valid, start, length):
     check_tensor("start", start, ("B*G",), (torch.int64,), q)
     check_tensor("length", length, (start.numel(),), (torch.int32,), q)
     if B == 0 or start.numel() == 0 or start.numel() % B or H % (start.numel() // B):
-        raise ValueError(f"start has shape {list(start.shape)}; it must be [B * G] with B = {B} and G a divisor of H = {H}")
+        raise ValueError(f"start has shape {list(start.shape)}; it must be [B * G], B = {B} and G a divisor of H = {H}")
     if start.device.type == "cpu" and bool(((start < 0) | (length < 0) | (start + length > k.shape[0])).any()):
-        raise ValueError(f"start and length reach outside the {k.shape[0]} rows of k; keep 0 <= start, start + length <= total")
+        raise ValueError(f"start and length reach outside the {k.shape[0]} rows of k; every region must lie inside")
     return None

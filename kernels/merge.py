@@ -2,8 +2,8 @@
 
     lse = log sum_p exp(lse_p),   out = sum_p exp(lse_p - lse) out_p
 
-Exact, associative up to rounding, and independent of the order of the parts. A part whose lse is -inf saw nothing and is
-ignored whatever its `out` holds.
+Exact, associative up to rounding, and independent of the order of the parts. A part whose lse is -inf saw nothing and
+is ignored whatever its `out` holds.
 
 Floor in bytes: each part is read once and the result written once, (k + 1) * B * H * m * (D * itemsize + 4).
 """
@@ -100,7 +100,7 @@ def merge(
         out [B, H, m, D] in the dtype of the parts and lse [B, H, m] in float32; 0 and -inf where all parts are empty.
 
     Raises:
-        ValueError: no part, as many outs as lses missing, or shapes, dtypes, devices that differ.
+        ValueError: no part, not as many outs as lses, or shapes, dtypes, devices that differ.
     """
     if not len(outs) or len(outs) != len(lses):
         raise ValueError(f"outs has {len(outs)} parts and lses has {len(lses)}; give the same number, at least one")

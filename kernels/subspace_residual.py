@@ -31,14 +31,15 @@ def _residual_kernel(
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     o_key = b * s_kb + g * s_kg + j.to(tl.int64) * s_kn
-    keys = tl.load(p_keys + o_key[:, None] + d[None, :], mask=(j < N)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    mask = (j < N)[:, None] & (d < D)[None, :]
+    keys = tl.load(p_keys + o_key[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
     residual = keys
     for low in range(0, r, BLOCK_R):  # the basis by blocks of columns: all of it would not fit beside the keys
         c = low + tl.arange(0, BLOCK_R)
         o_basis = b * s_ub + g * s_ug + d.to(tl.int64)[:, None] * s_ud + c[None, :]
         basis = tl.load(p_basis + o_basis, mask=(d < D)[:, None] & (c < r)[None, :], other=0.0).to(tl.float32)
-        inside = tl.dot(keys, basis, input_precision="ieee")  # [BLOCK_N, BLOCK_R]
-        residual -= tl.dot(inside, tl.trans(basis), input_precision="ieee")
+        inside = tl.dot(keys, basis, input_precision="tf32x3")  # [BLOCK_N, BLOCK_R]
+        residual -= tl.dot(inside, tl.trans(basis), input_precision="tf32x3")
     tl.store(p_energy + row.to(tl.int64) * N + j, tl.sum(residual * residual, 1), mask=j < N)
 
 

@@ -27,6 +27,7 @@ from kernels._backend import (
     triton,
     use_triton,
 )
+from kernels._tiles import softmax_step
 
 _BLOCK_ELEMENTS = 1 << 24  # fp32 probabilities that the reference holds at a time
 
@@ -70,7 +71,7 @@ def _lse_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """First pass: log-sum-exp of one block of the w * GROUP query rows over one split of the keys -> p_lse [splits, B, H, w]."""
+    """First pass: one block of the w * GROUP query rows over one split of the keys -> p_lse [splits, B, H, w]."""
     row, piece, block = tl.program_id(0) // splits, tl.program_id(0) % splits, tl.program_id(1)
     b, g = (row // groups).to(tl.int64), (row % groups).to(tl.int64)
     p_k += b * s_kb + g * s_kg
@@ -94,13 +95,9 @@ def _lse_kernel(
         if MASKED:
             seen = seen & (tl.load(p_valid + j.to(tl.int64) * s_mn, mask=seen, other=0) != 0)
         k = tl.load(p_k + j.to(tl.int64)[:, None] * s_kn + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
-        scores = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee") * scale_log2
+        scores = tl.dot(q, tl.trans(k.to(DOT)), input_precision="tf32x3") * scale_log2
         visible = seen[None, :] & alive[:, None] & (j[None, :] <= (n - w + i)[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(scores - safe[:, None]), 1)
-        top = higher
+        _, _, top, total = softmax_step(tl.where(visible, scores, float("-inf")), top, total)
     rows = tl.num_programs(0) // splits
     o_lse = (piece * rows + row).to(tl.int64) * (GROUP * w) + h * w + i
     tl.store(p_lse + o_lse, (top + tl.log2(total)) * 0.6931471805599453, mask=i < w)
@@ -113,7 +110,7 @@ def _mass_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SQUARES: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Second pass: one block of keys, loaded once, against every query of its group. A program owns its columns: no atomics."""
+    """Second pass: a block of keys, loaded once, against all queries of its group. It owns its columns: no atomics."""
     row, block = tl.program_id(0), tl.program_id(1)
     b, g = (row // groups).to(tl.int64), (row % groups).to(tl.int64)
     j = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -133,8 +130,9 @@ def _mass_kernel(
             i = low + tl.arange(0, BLOCK_M)
             lse = tl.load(p_lse + (row.to(tl.int64) * GROUP + h) * w + i, mask=i < w, other=float("-inf"))
             alive = lse != float("-inf")  # a padding query, or one that sees nothing: not read, no mass
-            q = tl.load(p_head + i.to(tl.int64)[:, None] * s_qm + d[None, :], mask=alive[:, None] & (d < D)[None, :], other=0.0)
-            scores = tl.dot(k, tl.trans(q.to(DOT)), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
+            m_q = alive[:, None] & (d < D)[None, :]
+            q = tl.load(p_head + i.to(tl.int64)[:, None] * s_qm + d[None, :], mask=m_q, other=0.0)
+            scores = tl.dot(k, tl.trans(q.to(DOT)), input_precision="tf32x3") * scale_log2  # [BLOCK_N, BLOCK_M]
             visible = seen[:, None] & alive[None, :] & (j[:, None] <= (n - w + i)[None, :])
             p = tl.where(visible, tl.exp2(scores - tl.where(alive, lse, 0.0)[None, :] * 1.4426950408889634), 0.0)
             mass += tl.sum(p, 1)
@@ -159,18 +157,19 @@ def _launch(q, k, *, scale, valid, squares, split=None):
     splits = max(1, triton.cdiv(n, split))
     lse = q.new_empty((splits, B, H, w), dtype=torch.float32)
     common = (*q.stride()[:3], *k.stride()[:3], *((0, 0, 0) if valid is None else valid.stride()))
-    flags = {"GROUP": H // G, "D": D, "MASKED": valid is not None, "DOT": dot_dtype(q), "BLOCK_N": block_n, "BLOCK_D": block_d}
+    flags = {"GROUP": H // G, "D": D, "MASKED": valid is not None, "DOT": dot_dtype(q)}
+    flags |= {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
     valid = None if valid is None else valid.view(torch.uint8)
     scale_log2 = float(scale) * 1.4426950408889634
     _lse_kernel[(B * G * splits, blocks)](
-        q, k, valid, lse, *common, n, w, split, splits, G, scale_log2, **flags, BLOCK_M=block_m, num_warps=4, num_stages=2
+        q, k, valid, lse, *common, n, w, split, splits, G, scale_log2, **flags, BLOCK_M=block_m
     )
     lse = lse[0] if splits == 1 else lse.logsumexp(0)
     mass = q.new_empty((B, H, n), dtype=torch.float32)
     second = torch.empty_like(mass) if squares else None
     _mass_kernel[(B * G, triton.cdiv(n, block_n))](
         q, k, valid, lse, mass, second, *common, n, w, G, scale_log2, **flags, SQUARES=squares,
-        BLOCK_M=min(64, max(16, triton.next_power_of_2(w))), num_warps=4, num_stages=2,
+        BLOCK_M=min(64, max(16, triton.next_power_of_2(w))),
     )  # fmt: skip
     return (mass, second) if squares else mass
 

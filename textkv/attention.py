@@ -71,14 +71,18 @@ def _refuse(kwargs: dict, seen: int, new: int) -> None:
 def _without_cache(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, padding: torch.Tensor | None, dropout: float
 ) -> torch.Tensor:
-    m = q.shape[2]
+    """Exact attention over plain keys: no cache at all, or one of transformers' own that is longer than the queries."""
+    m, n = q.shape[2], k.shape[2]
+    padded = padding is not None and not bool(padding[:, -n:].all())
     visible = None
-    if padding is not None and not bool(padding.all()):
-        causal = torch.ones(m, m, dtype=torch.bool, device=q.device).tril()
-        own = torch.eye(m, dtype=torch.bool, device=q.device)
-        visible = (causal & padding[:, None, None, -m:].bool()) | own
+    if padded or 1 < m < n:
+        # torch's own causal flag aligns the first query with the first key; ours is the last with the last.
+        visible = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m)
+        if padded:
+            own = torch.zeros_like(visible).diagonal_scatter(visible.new_ones(m), n - m)
+            visible = (visible & padding[:, None, None, -n:].bool()) | own
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible, is_causal=visible is None, scale=scale, dropout_p=dropout,
+        q, k, v, attn_mask=visible, is_causal=visible is None and m > 1, scale=scale, dropout_p=dropout,
         enable_gqa=k.shape[1] != q.shape[1],
     )  # fmt: skip
 

@@ -140,7 +140,10 @@ class MethodCache(Cache):
     def after_step(self, layer: Layer, prompt_ended: bool) -> None:
         """A layer is done with a forward."""
         self.note_bytes(layer)
-        if prompt_ended and layer.index == len(self.layers) - 1:
+        if layer.index < len(self.layers) - 1:
+            return
+        self.rope_positions = None
+        if prompt_ended:
             with layer._timed("on_finish"):
                 self.method.on_finish(self)
             lengths = [x.lengths().float() for x in self.layers]

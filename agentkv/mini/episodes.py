@@ -16,7 +16,7 @@ import numpy as np
 
 from agentkv.mini.packing import Ask, Turn
 
-HISTORY_FRAMES = 4
+HISTORY_FRAMES = 8
 
 
 def write_episodes(path: Path, screens: list[np.ndarray], episodes: list[dict]) -> None:

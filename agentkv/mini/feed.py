@@ -15,21 +15,24 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerFast
 
 from agentkv.mini.drawn import drawn_turn
+from agentkv.mini.drawn_memory import drawn_episode
 from agentkv.mini.episodes import EpisodeStore
-from agentkv.mini.packing import Batch, Packer, collate
+from agentkv.mini.packing import Batch, Packer, Turn, collate
 
 
 @dataclass(frozen=True)
 class Mix:
-    """How a batch is composed: `images` screenshots per batch, `drawn` = share of them that are drawn pages, `asks` per drawn page."""
+    """How the data is composed: `images` screenshots per batch; shares of batches of single drawn pages (with `asks` questions
+    each) and of drawn memory episodes; the rest are recorded episodes (drawn pages while there are none)."""
 
-    images: int = 24
-    drawn: float = 0.5
-    asks: int = 10
+    images: int = 10
+    drawn: float = 0.4
+    memory: float = 0.3
+    asks: int = 8
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.drawn <= 1.0:
-            raise ValueError(f"drawn={self.drawn} is not a share; use a number from 0 to 1, e.g. 0.5")
+        if min(self.drawn, self.memory) < 0 or self.drawn + self.memory > 1:
+            raise ValueError(f"drawn={self.drawn} and memory={self.memory} are not shares of one whole; use e.g. 0.4 and 0.3")
         if self.images < 1 or self.asks < 1:
             raise ValueError(f"images={self.images}, asks={self.asks}: both must be at least 1")
 
@@ -47,12 +50,17 @@ class Feed(IterableDataset):
         store = EpisodeStore(self.folder)
         while True:
             store.refresh()
-            episodes = len(store) > 0 and rng.random() >= self.mix.drawn
-            sequences, images = [], 0
+            roll, sequences, images = rng.random(), [], 0
             while images < self.mix.images:
-                turns = store.sample(rng) if episodes else [drawn_turn(rng, self.mix.asks)]
-                packed = packer.pack(turns)
+                packed = packer.pack(self._turns(roll, store, rng))
                 if packed.images:
                     sequences.append(packed)
                     images += len(packed.images)
             yield collate(sequences, self.tokenizer.pad_token_id)
+
+    def _turns(self, roll: float, store: EpisodeStore, rng: random.Random) -> list[Turn]:
+        if roll < self.mix.memory:
+            return drawn_episode(rng)
+        if roll < self.mix.memory + self.mix.drawn or not len(store):
+            return [drawn_turn(rng, self.mix.asks)]
+        return store.sample(rng)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class TrainConfig:
     average: float = 0.998
     save_minutes: float = 4.0
     seed: int = 7
+    threads: int = 0
 
     def __post_init__(self) -> None:
         if self.minutes <= 0:
@@ -52,6 +54,16 @@ class TrainConfig:
         warm = min(1.0, (step + 1) / self.warmup)
         left = max(0.0, 1.0 - minutes / self.minutes)
         return self.rate * warm * max(0.02, min(1.0, left / self.fall if self.fall else 1.0))
+
+
+def free_threads(own: int) -> int:
+    """Cores that nobody but the `own` threads of this process keeps busy, by the load average; at least 1.
+
+    Two threads wait for each other at every operation, so on a crowded machine one is faster than two.
+    """
+    cores = os.cpu_count() or 1
+    others = max(0.0, os.getloadavg()[0] - own)
+    return max(1, min(cores, round(cores - others)))
 
 
 class Meter:
@@ -110,8 +122,7 @@ class Trainer:
         self.step += 1
         share = min(self.config.average, self.step / (self.step + 10))
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                self.average[name].lerp_(parameter, 1 - share)
+            torch._foreach_lerp_(list(self.average.values()), list(self.model.parameters()), 1 - share)
         return logits.detach(), targets, loss.item()
 
     def save(self) -> None:
@@ -133,6 +144,8 @@ class Trainer:
                 speed = images / (time.monotonic() - tick)
                 print(f"{self.seconds / 60:.1f} min step {self.step} {speed:.0f} img/s {meter.line()}", flush=True)
                 images, tick = 0, time.monotonic()
+                if not self.config.threads:
+                    torch.set_num_threads(free_threads(torch.get_num_threads()))
             if time.monotonic() - saved > self.config.save_minutes * 60:
                 self.save()
                 saved = time.monotonic()
@@ -152,14 +165,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of state, log and recorded episodes")
     parser.add_argument("--minutes", type=float, default=120.0, help="time budget of the whole training")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate of the plateau")
-    parser.add_argument("--images", type=int, default=24, help="screenshots per batch")
-    parser.add_argument("--drawn", type=float, default=0.5, help="share of batches made of drawn pages")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--images", type=int, default=10, help="screenshots per batch")
+    parser.add_argument("--drawn", type=float, default=0.4, help="share of batches made of drawn pages")
+    parser.add_argument("--memory", type=float, default=0.3, help="share of batches made of drawn memory episodes")
+    parser.add_argument("--threads", type=int, default=0, help="0 = those that other work leaves free, checked on the way")
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    trainer = Trainer(TrainConfig(minutes=args.minutes, rate=args.rate, seed=args.seed), args.runs)
-    mix = Mix(images=args.images, drawn=args.drawn)
+    torch.set_num_threads(args.threads or free_threads(0))
+    config = TrainConfig(minutes=args.minutes, rate=args.rate, seed=args.seed, threads=args.threads)
+    trainer = Trainer(config, args.runs)
+    mix = Mix(images=args.images, drawn=args.drawn, memory=args.memory)
     print(json.dumps({"step": trainer.step, "minutes_used": trainer.seconds / 60, **vars(mix)}, default=str), flush=True)
     trainer.run(Feed(trainer.tokenizer, SYSTEM, mix, args.runs / "episodes", args.seed + trainer.step))
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ORDINALS = ("1st", "2nd", "3rd", "4th", "5th")
-SHAPES = ("circle", "square", "triangle", "rectangle")
+SHAPES = ("circle", "square", "triangle", "rectangle", "cross")
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (255, 0, 0),
     "blue": (0, 0, 255),
@@ -48,8 +48,10 @@ Click on the red colored box.|Click the button that best describes the figure be
 Click on a "textarea" widget.|Enter "text" into the text field and press Submit.|Enter the password "word" into both text fields and press submit.
 Enter the username "user" and the password "word" into the text fields and press login.|Expand the section below and click submit.
 Select this and click Submit.|Click on the link "word".|Click on the "Submit" button.|Read (1,2)|Find the word.|Press the button.
-Remember the number shown on the first page and type it into the text field.|Remember the color on the first screen and click on it.
-Click Next and choose the item that was shown before.|Go to the next page. Which one was first? Type the code and press Submit.
+Remember the code, then enter it on the keypad.|Remember the code, then type it and press OK.|Remember the colour, then click it.
+Remember the shapes, then click the one that changed.|Remember the shapes, then click them in the order they were shown.
+Remember the shapes, then click the one that was shown first.|What was the code?|What is the code?|Which figure was second?|Which digit?
+Which colour was it?|Which figure is third?|Click on the red cross.|Click on 7.|Click on Next.|Click on the "Next" button.
 Click on the shape|Click on the largest|Click on the previous page|Tick the box|Press Login.|Choose the same one again""".replace("\n", "|").split("|")
     words = [*WORDS, *COLORS, *SHAPES, *ORDINALS, *goal_words()]
     cased = [w for word in words for w in (word, word.capitalize())]

@@ -1,6 +1,6 @@
 """One self-contained page about a run: what each method did, and which visual tokens it still held when it did it.
 
-`page.html`, `page.css` and `page.js` are put into one file with the data beside them: pictures are data: URIs, the
+The parts of the page (STYLES, SCRIPTS) are put into one file with the data beside them: pictures are data: URIs, the
 page's own policy forbids every request, and whatever a model or a web page said is data that the script writes as
 text, never as markup. The size is bounded: what did not fit is counted on the page.
 """
@@ -23,6 +23,8 @@ from PIL import Image
 from agentkv.stats import summarise
 from agentkv.trace import read_run
 
+STYLES = ("page.css", "episode.css")
+SCRIPTS = ("base.js", "summary.js", "pictures.js", "cards.js", "panels.js", "page.js")  # one script, in this order
 MAX_BYTES = 12_000_000  # of the page: opens at once, can be mailed
 MAX_STEPS = 60  # shown per episode
 SMALL_PNG = 24_000  # bytes up to which a screenshot is embedded untouched
@@ -74,12 +76,12 @@ def write_report(run: Path, notes: Sequence[str] = (), max_bytes: int = MAX_BYTE
     """
     about, episodes = read_run(run)
     data = _page_data(about, episodes, list(notes) or about.get("notes", []), max_bytes)
-    read = resources.files(__name__).joinpath
+    here = resources.files(__name__)
     title = f"agentkv: {', '.join(about['methods'])} at budget {about['budget']}"
-    html = _Page(read("page.html").read_text()).substitute(
+    html = _Page(here.joinpath("page.html").read_text()).substitute(
         TITLE=escape(title),
-        CSS=read("page.css").read_text(),
-        JS=read("page.js").read_text(),
+        CSS="\n".join(here.joinpath(name).read_text() for name in STYLES),
+        JS="\n".join(here.joinpath(name).read_text() for name in SCRIPTS),
         # "<" as an escape: no text of a model or a page can close the script element.
         DATA=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     )
@@ -119,7 +121,7 @@ def _pairs(episodes: Iterable[dict]) -> list[list[dict]]:
 
 
 def _telling_first(pairs: Sequence[list[dict]]) -> list[list[dict]]:
-    """All tasks in turn, and within a task first those on which the methods differ: worth keeping when space is short."""
+    """All tasks in turn, within a task first those on which the methods differ: what to keep when space is short."""
     by_task: dict[str, list[list[dict]]] = {}
     for pair in sorted(pairs, key=lambda p: len({bool(e["success"]) for e in p}), reverse=True):
         by_task.setdefault(pair[0]["task"], []).append(pair)

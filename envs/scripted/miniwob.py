@@ -114,7 +114,7 @@ def tick(look: Look) -> Iterator[Action]:
     for name in names:
         for number, label in enumerate(look.all("#boxes label")):
             if label.text == name:
-                yield look.click(look.visible("#boxes input")[number])
+                yield look.click(look.all("#boxes input")[number])
     yield look.click(look.one(_SUBMIT))
 
 

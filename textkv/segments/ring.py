@@ -89,7 +89,10 @@ class RingSegment(Segment):
         return count[:, None].expand(-1, self.k.shape[1]).cpu()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {} if self.k is None else {name: getattr(self, name) for name in _TENSORS}
+        if self.k is None:
+            return {}
+        table = {} if self.inv_freq is None else {"inv_freq": self.inv_freq}
+        return table | {name: getattr(self, name) for name in _TENSORS}
 
     def take_rows(self, rows: torch.Tensor) -> None:
         self.recent = self.recent[rows.cpu()]
@@ -106,11 +109,11 @@ class RingSegment(Segment):
 
     def _allocate(self, k: torch.Tensor, v: torch.Tensor) -> None:
         batch, heads, _, dim = k.shape
-        for name, x, slots in (("k", k, 0), ("v", v, 0), ("sink_k", k, self.sinks), ("sink_v", v, self.sinks)):
+        for name, x, slots in (("k", k, 1), ("v", v, 1), ("sink_k", k, self.sinks), ("sink_v", v, self.sinks)):
             setattr(self, name, x.new_zeros(batch, heads, slots, dim))
-        empty = torch.full((batch, 0), -1, dtype=torch.int32, device=k.device)
-        self.positions, self.rope = empty, empty.clone()
-        self.sink_positions = F.pad(empty, (0, self.sinks), value=-1)
+        self.positions, self.rope, self.sink_positions = (
+            torch.full((batch, slots), -1, dtype=torch.int32, device=k.device) for slots in (1, 1, self.sinks)
+        )
         self.end = torch.zeros(batch, dtype=torch.int64, device=k.device)
         self.gap_start = torch.full((batch,), -1, dtype=torch.int32, device=k.device)
 

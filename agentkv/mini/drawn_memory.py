@@ -1,0 +1,251 @@
+"""Drawn episodes in the manner of the memory pages: something is shown, then hidden, then asked for.
+
+Reading real pages one browser step at a time is slow; these replicas of their layouts cost a few milliseconds. Next to the
+action that solves the page they ask direct questions about this and earlier screenshots.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from agentkv.mini.drawn import HEIGHT, RESIZED, WIDTH, click, font, say
+from agentkv.mini.packing import Ask, Turn
+
+_SCALE = 2
+_COLOURS = {
+    "red": "#e00000",
+    "blue": "#0050ff",
+    "green": "#00a000",
+    "yellow": "#ffd800",
+    "purple": "#9000c0",
+    "orange": "#ff8000",
+    "cyan": "#00c8e0",
+    "black": "#000000",
+}
+_SHAPES = ("circle", "square", "triangle", "cross")
+_CROSS = (34, 4, 66, 4, 66, 34, 96, 34, 96, 66, 66, 66, 66, 96, 34, 96, 34, 66, 4, 66, 4, 34, 34, 34)
+_INK = "#333333"
+_NEXT = (10, 160, 140, 44)
+_CARD = (35, 30, 90, 90)
+_RECALL = ((6, 10, 70, 70), (84, 10, 70, 70), (45, 120, 70, 70))
+Box = tuple[float, float, float, float]
+
+
+def _middle(box: Box) -> str:
+    return click(box[0] + box[2] / 2, box[1] + box[3] / 2)
+
+
+class Screen:
+    """One screen under construction, drawn at twice its size and reduced at the end; boxes are (x, y, width, height)."""
+
+    def __init__(self) -> None:
+        self.image = Image.new("RGB", (WIDTH * _SCALE, HEIGHT * _SCALE), "white")
+        self.draw = ImageDraw.Draw(self.image)
+        self.asks: list[Ask] = []
+
+    def _corners(self, box: Box) -> tuple[float, float, float, float]:
+        x, y, w, h = (_SCALE * v for v in box)
+        return x, y, x + w - 1, y + h - 1
+
+    def ask(self, goal: str, answer: str, task: str) -> None:
+        self.asks.append(Ask(goal, answer, task))
+
+    def text(self, text: str, box: Box, size: int, ink: str = "black") -> None:
+        place = (_SCALE * (box[0] + box[2] / 2), _SCALE * (box[1] + box[3] / 2))
+        self.draw.text(place, text, fill=ink, font=font(_SCALE * size, "bold"), anchor="mm")
+
+    def button(self, text: str, box: Box, size: int, fill: str = "#e4e4e4", edge: str = _INK, ink: str = "black") -> None:
+        self.draw.rounded_rectangle(self._corners(box), 6 * _SCALE, fill=fill, outline=edge, width=2 * _SCALE)
+        self.text(text, box, size, ink)
+        if text:
+            self.ask(f"Click on {text}.", _middle(box), "memory-where")
+
+    def next(self) -> None:
+        self.button("Next", _NEXT, 26, "#1a3f8b", "#1a3f8b", "white")
+
+    def card(self, text: str, box: Box, size: int) -> None:
+        self.draw.rectangle(self._corners(box), fill="#fff3b8", outline=_INK, width=2 * _SCALE)
+        self.text(text, box, size)
+
+    def swatch(self, colour: str, box: Box, pressed: bool) -> None:
+        if pressed:
+            self.button("", box, 10, _COLOURS[colour])
+        else:
+            self.draw.rectangle(self._corners(box), fill=_COLOURS[colour])
+        self.ask(f"Click on {colour}.", _middle(box), "memory-where")
+
+    def figure(self, item: tuple[str, str], box: Box, faded: bool = False) -> None:
+        colour, shape = item
+        side, (x, y) = _SCALE * box[2] / 100, (_SCALE * box[0], _SCALE * box[1])
+        fill = _COLOURS[colour]
+        if faded:
+            fill = tuple(round(0.25 * int(fill[i : i + 2], 16) + 0.75 * 255) for i in (1, 3, 5))
+        points = {
+            "square": (8, 8, 92, 8, 92, 92, 8, 92),
+            "triangle": (50, 4, 98, 94, 2, 94),
+            "cross": _CROSS,
+        }.get(shape)
+        if points is None:
+            self.draw.ellipse((x + 4 * side, y + 4 * side, x + 96 * side, y + 96 * side), fill=fill)
+        else:
+            self.draw.polygon([(x + a * side, y + b * side) for a, b in zip(points[::2], points[1::2], strict=True)], fill=fill)
+        self.ask(f"Click on the {colour} {shape}.", _middle(box), "memory-where")
+
+    def pixels(self) -> np.ndarray:
+        small = self.image.reduce(_SCALE)
+        return np.asarray(small.resize(RESIZED, Image.Resampling.BICUBIC))
+
+
+class Episode:
+    """A list of finished screens with the goal's action at each."""
+
+    def __init__(self, goal: str, task: str, rng: random.Random) -> None:
+        self.goal, self.task, self.rng = goal, task, rng
+        self.turns: list[Turn] = []
+
+    def add(self, screen: Screen, answer: str) -> None:
+        extra = self.rng.sample(screen.asks, min(2, len(screen.asks)))
+        self.turns.append(Turn(screen.pixels(), [Ask(self.goal, answer, self.task), *extra], answer))
+
+    def done(self) -> list[Turn]:
+        self.turns[-1].reply = None
+        return self.turns
+
+
+def _items(rng: random.Random) -> list[tuple[str, str]]:
+    return list(zip(rng.sample(tuple(_COLOURS), 3), rng.sample(_SHAPES, 3), strict=True))
+
+
+def _figure_screen(rng: random.Random) -> Screen:
+    screen = Screen()
+    item = (rng.choice(tuple(_COLOURS)), rng.choice(_SHAPES))
+    screen.figure(item, _CARD)
+    screen.ask("Which figure?", say(" ".join(item)), "memory-read")
+    screen.next()
+    return screen
+
+
+def code(rng: random.Random) -> list[Turn]:
+    """Two or three digits, unrelated figures, then a keypad or a text field."""
+    digits = [rng.choice("0123456789") for _ in range(rng.choice((2, 2, 3)))]
+    typed = len(digits) == 2 and rng.random() < 0.3
+    end = "type it and press OK." if typed else "enter it on the keypad."
+    episode = Episode(f"Remember the code, then {end}", "drawn-code-typed" if typed else "drawn-code", rng)
+    width = 46 if len(digits) > 2 else 62
+    left = (160 - len(digits) * width - (len(digits) - 1) * 6) / 2
+    slots = [left + i * (width + 6) for i in range(len(digits))]
+    screen = Screen()
+    for digit, x in zip(digits, slots, strict=True):
+        screen.card(digit, (x, 30, width, 92), 68 if len(digits) > 2 else 76)
+    screen.ask("What is the code?", say("".join(digits)), "memory-read")
+    screen.next()
+    episode.add(screen, _middle(_NEXT))
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 4))):
+        screen = _figure_screen(rng)
+        screen.ask("What was the code?", say("".join(digits)), "memory-recall")
+        episode.add(screen, _middle(_NEXT))
+    (_typed if typed else _keypad)(episode, digits, slots, width)
+    return episode.done()
+
+
+def _keypad(episode: Episode, digits: list[str], slots: list[float], width: float) -> None:
+    keys = {key: (3 + i % 3 * 52, 49 + i // 3 * 40, 50, 38) for i, key in enumerate("123456789 0") if key != " "}
+    for pressed in range(len(digits)):
+        screen = Screen()
+        for i, x in enumerate(slots):
+            screen.card(digits[i] if i < pressed else "", (x, 4, width, 40), 32)
+        for key, box in keys.items():
+            screen.button(key, box, 28)
+        screen.ask("What was the code?", say("".join(digits)), "memory-recall")
+        episode.add(screen, _middle(keys[digits[pressed]]))
+
+
+def _typed(episode: Episode, digits: list[str], slots: list[float], width: float) -> None:
+    field, button = (15, 40, 130, 60), (30, 125, 100, 56)
+    answers = (_middle(field), f"Action: type(content='{''.join(digits)}')", _middle(button))
+    for step, answer in enumerate(answers):
+        screen = Screen()
+        edge, fill = (_INK, "#ffffff") if step == 0 else ("#0050ff", "#eaf2ff")
+        screen.draw.rectangle(screen._corners(field), fill=fill, outline=edge, width=3 * _SCALE)
+        if step == 2:
+            screen.text("".join(digits), field, 40)
+        screen.button("OK", button, 30)
+        episode.add(screen, answer)
+
+
+def colour(rng: random.Random) -> list[Turn]:
+    """One colour, unrelated digits, then four colours to choose from."""
+    four = rng.sample(tuple(_COLOURS), 4)
+    wanted = rng.choice(four)
+    episode = Episode("Remember the colour, then click it.", "drawn-colour", rng)
+    screen = Screen()
+    screen.swatch(wanted, (25, 20, 110, 110), False)
+    screen.ask("Which colour?", say(wanted), "memory-read")
+    screen.next()
+    episode.add(screen, _middle(_NEXT))
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 4))):
+        screen = Screen()
+        digit = rng.choice("0123456789")
+        screen.card(digit, (45, 30, 70, 92), 76)
+        screen.ask("Which digit?", say(digit), "memory-read")
+        screen.ask("Which colour was it?", say(wanted), "memory-recall")
+        screen.next()
+        episode.add(screen, _middle(_NEXT))
+    screen = Screen()
+    boxes = {name: (6 + i % 2 * 76, 20 + i // 2 * 88, 72, 82) for i, name in enumerate(four)}
+    for name, box in boxes.items():
+        screen.swatch(name, box, True)
+    screen.ask("Which colour was it?", say(wanted), "memory-recall")
+    episode.add(screen, _middle(boxes[wanted]))
+    return episode.done()
+
+
+def order(rng: random.Random) -> list[Turn]:
+    """Three figures on three screens, then all of them: click the first, or all in their order."""
+    items, first = _items(rng), rng.random() < 0.4
+    end = "the one that was shown first." if first else "them in the order they were shown."
+    episode = Episode(f"Remember the shapes, then click {end}", "drawn-first" if first else "drawn-order", rng)
+    for item in items:
+        screen = Screen()
+        screen.figure(item, _CARD)
+        screen.ask("Which figure?", say(" ".join(item)), "memory-read")
+        screen.next()
+        episode.add(screen, _middle(_NEXT))
+    places = dict(zip(rng.sample(items, 3), _RECALL, strict=True))
+    for chosen in range(1 if first else 3):
+        screen = Screen()
+        for item, box in places.items():
+            screen.figure(item, box, faded=items.index(item) < chosen)
+        for ordinal, item in zip(("first", "second", "third"), items, strict=True):
+            screen.ask(f"Which was {ordinal}?", say(" ".join(item)), "memory-recall")
+        episode.add(screen, _middle(places[items[chosen]]))
+    return episode.done()
+
+
+def changed(rng: random.Random) -> list[Turn]:
+    """Three figures; on the next screen one has another colour or another form."""
+    shapes, colours = rng.sample(_SHAPES, 4), rng.sample(tuple(_COLOURS), 4)
+    before = list(zip(colours, shapes, strict=True))[:3]
+    which, after = rng.randrange(3), list(before)
+    after[which] = (colours[3], before[which][1]) if rng.random() < 0.5 else (before[which][0], shapes[3])
+    episode = Episode("Remember the shapes, then click the one that changed.", "drawn-changed", rng)
+    boxes = [(4 + i * 52, 55, 48, 48) for i in range(3)]
+    for items, answer in ((before, _middle(_NEXT)), (after, _middle(boxes[which]))):
+        screen = Screen()
+        for ordinal, item, old, box in zip(("first", "second", "third"), items, before, boxes, strict=True):
+            screen.figure(item, box)
+            screen.ask(f"Which figure is {ordinal}?", say(" ".join(item)), "memory-read")
+            if items is after:
+                screen.ask(f"Which figure was {ordinal}?", say(" ".join(old)), "memory-recall")
+        if items is before:
+            screen.next()
+        episode.add(screen, answer)
+    return episode.done()
+
+
+def drawn_episode(rng: random.Random) -> list[Turn]:
+    """One drawn memory episode of a random kind."""
+    return rng.choice((code, code, colour, order, changed))(rng)

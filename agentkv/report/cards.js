@@ -1,0 +1,88 @@
+// What each method did at one step.
+
+const ACTS = {
+  Click: (a) => `click (${a.x}, ${a.y})`,
+  DoubleClick: (a) => `double click (${a.x}, ${a.y})`,
+  RightClick: (a) => `right click (${a.x}, ${a.y})`,
+  Drag: (a) => `drag (${a.x}, ${a.y}) to (${a.to_x}, ${a.to_y})`,
+  Scroll: (a) => `scroll ${a.direction} by ${a.pixels} at (${a.x}, ${a.y})`,
+  Type: (a) => `type “${a.text}”`,
+  Hotkey: (a) => `press ${a.keys.join(" + ")}`,
+  Wait: (a) => `wait ${a.seconds} s`,
+  Finished: (a) => (a.answer ? `finished: ${a.answer}` : "finished"),
+  CallUser: () => "asks the user",
+};
+const rounded = (action) =>
+  Object.fromEntries(Object.entries(action).map(([k, v]) => [k, typeof v === "number" ? Math.round(v * 10) / 10 : v]));
+const describe = (action) => (action ? ACTS[action.type](rounded(action)) : "no action: the answer could not be read");
+
+function figures(step) {
+  const rows = [["reward", step.reward.toFixed(2)]];
+  if (step.kv_bytes_full) {
+    rows.push(
+      ["KV at rest", `${bytes(step.kv_bytes)} = ${percent(step.kv_bytes / step.kv_bytes_full)} of full`],
+      ["KV peak", bytes(step.kv_bytes_peak)],
+      [
+        "tokens",
+        `${whole(step.prefill_tokens)} in, ${whole(step.decode_tokens)} out, ${whole(step.tokens_stored)} stored`,
+      ],
+    );
+  }
+  rows.push([
+    "time",
+    `${seconds(step.seconds_prefill)} + ${seconds(step.seconds_decode)} + ${seconds(step.seconds_browser)}`,
+  ]);
+  return h(
+    "dl",
+    { class: "figs", title: "time: prefill + decode + browser" },
+    rows.map(([k, v]) => [h("dt", {}, k), h("dd", {}, v)]),
+  );
+}
+
+function card(method, play) {
+  const step = play.steps[state.step],
+    last = state.step === play.steps.length - 1;
+  const badge =
+    last || !step
+      ? h(
+          "span",
+          { class: `badge ${play.success ? "won" : "lost"}` },
+          play.success ? "solved" : play.stop === "done" ? `failed, reward ${play.reward.toFixed(2)}` : play.stop,
+        )
+      : h("span", { class: "badge" }, "goes on");
+  const head = h("header", {}, h("span", { class: "method" }, h("i", { class: "dot" }), method), badge);
+  const box = (...children) =>
+    h(
+      "section",
+      { class: "card", style: `--c:${colour(method)}`, "aria-label": `${method}, step ${state.step + 1}` },
+      head,
+      children,
+    );
+  if (!step)
+    return box(
+      h(
+        "div",
+        { class: "gone" },
+        play.steps_played > play.steps.length
+          ? `step ${state.step + 1} is not in this page`
+          : `ended after step ${play.steps.length}`,
+      ),
+    );
+  const point = step.action && POINTS.includes(step.action.type) ? marker(step.action, step.viewport, method) : null;
+  return box(
+    shot(
+      step.image,
+      `Screenshot before step ${state.step + 1}; ${describe(step.action)}`,
+      widthFor(step.viewport, 400),
+      point,
+    ),
+    h("p", { class: "did" }, describe(step.action)),
+    h("pre", { class: "said", "aria-label": "what the model said" }, step.text),
+    step.error ? h("p", { class: "wrong" }, step.error) : null,
+    step.reason ? h("p", { class: "cell-note" }, step.reason) : null,
+    step.blocked.length
+      ? h("p", { class: "wrong" }, `blocked: ${step.blocked.map((b) => `${b.kind} ${b.url}`).join(", ")}`)
+      : null,
+    figures(step),
+  );
+}

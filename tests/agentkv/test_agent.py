@@ -1,0 +1,181 @@
+"""The loop: what stops it, what the model is told, what a decision measures. No browser, a tiny random model."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tests.agentkv.fake_episodes import FakeEnv, FakePolicy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from agentkv.actions import ParseError
+from agentkv.agent import Agent, Limits, ScriptPolicy, kept_frames, run_episode
+from envs.actions import CallUser, Click, Finished, Type
+
+BAD = ParseError("no action was found")
+
+
+def play(env=None, policy=None, **options):
+    steps = []
+    result = run_episode(env or FakeEnv(), policy or FakePolicy(), 7, on_step=steps.append, **options)
+    return result, steps
+
+
+def test_done_when_the_page_says_so():
+    result, steps = play(FakeEnv(needed=2))
+    assert (result.stop, result.success, result.reward, result.steps) == ("done", True, 1.0, 3)
+    assert [s.reward for s in steps] == [0.0, 0.0, 1.0]
+    assert steps[1].screenshot[0, 0, 0] == 1, "a step keeps the picture that it was decided on"
+
+
+@pytest.mark.parametrize("last", [Finished("42"), CallUser()], ids=["finished", "call_user"])
+def test_done_when_the_agent_says_so(last):
+    result, _ = play(FakeEnv(needed=9), FakePolicy([Click(1, 1), last]))
+    assert (result.stop, result.success, result.steps) == ("done", False, 2)
+
+
+def test_step_limit_of_the_loop_and_of_the_environment():
+    assert play(FakeEnv(needed=99), limits=Limits(max_steps=4))[0].steps == 4
+    result, _ = play(FakeEnv(needed=99, max_steps=3))
+    assert (result.stop, result.steps) == ("step limit", 3)
+
+
+def test_three_parse_failures_in_all():
+    result, steps = play(FakeEnv(needed=9), FakePolicy([BAD, Click(1, 1), BAD, Click(2, 2), BAD, Click(3, 3)]))
+    assert (result.stop, result.steps) == ("parse failures", 5)
+    assert [s.error for s in steps] == [BAD.message, "", BAD.message, "", BAD.message]
+
+
+def test_an_unreadable_answer_costs_a_step_and_its_error_is_in_the_next_prompt():
+    policy = FakePolicy([BAD])
+    result, steps = play(FakeEnv(needed=1), policy)
+    assert result.success and result.steps == 3
+    assert steps[0].url == "" and np.array_equal(steps[0].screenshot, steps[1].screenshot), "the page was not touched"
+    assert policy.prompts[1][1][0][1] == "Action: click\n[no action was found]"
+
+
+def test_an_error_of_the_page_is_in_the_next_prompt():
+    policy = FakePolicy()
+    play(FakeEnv(error="(900, 1) is outside the screen"), policy)
+    assert policy.prompts[1][1][0][1].endswith("[(900, 1) is outside the screen]")
+
+
+def test_the_same_action_on_an_unchanged_screen_three_times():
+    result, _ = play(FakeEnv(needed=99, frozen=True))
+    assert (result.stop, result.steps) == ("repeated action", 3)
+    assert play(FakeEnv(needed=99), limits=Limits(max_steps=6))[0].stop == "step limit", "the screen changed"
+    others = [Click(float(i), 1.0) for i in range(6)]
+    assert play(FakeEnv(needed=99, frozen=True), FakePolicy(others), limits=Limits(max_steps=6))[0].stop == "step limit"
+
+
+@pytest.mark.parametrize("history", [1, 2, 5])
+def test_history_counts_the_screenshots_of_a_prompt_with_the_current_one(history):
+    policy = FakePolicy()
+    _, steps = play(FakeEnv(needed=6), policy, history=history)
+    for index, (goal, past) in enumerate(policy.prompts):
+        shown = [image is not None for image, _ in past]
+        assert goal == "click it" and len(past) == index, "older steps stay as text"
+        assert shown == [i >= index - (history - 1) for i in range(index)]
+    assert steps[-1].frame_steps == tuple(range(6 - min(history, 7) + 1, 7))
+
+
+def test_ctrl_c_is_heard_between_steps():
+    asked = []
+    result, steps = play(FakeEnv(needed=9), stopping=lambda: len(asked) > 1 or asked.append(1))
+    assert (result.stop, len(steps)) == ("interrupted", 2)
+
+
+def test_a_script_that_ends_says_finished():
+    policy = ScriptPolicy(lambda env: [Type("a")])
+    result, steps = play(FakeEnv(needed=9), policy)
+    assert [s.decision.action for s in steps] == [Type("a"), Finished()] and result.stop == "done"
+
+
+@pytest.mark.parametrize("name", ["max_steps", "parse_failures", "repeats"])
+def test_limits_name_what_is_wrong(name):
+    with pytest.raises(ValueError, match=f"{name}=0 stops before the first step; use 1 or more"):
+        Limits(**{name: 0})
+    with pytest.raises(ValueError, match="history=0 would hide the current screenshot"):
+        play(history=0)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sets(st.integers(0, 29), max_size=30), min_size=1, max_size=4),
+    st.sampled_from([[(2, 8, 2, 3)], [(0, 4, 1, 4), (10, 22, 4, 3)]]),
+)
+def test_kept_frames_counts_layers_and_heads(kept, boxes):
+    layers = [torch.tensor([[sorted(held) + [-1] * (30 - len(held))]]) for held in kept]
+    frames = kept_frames(layers, [b[:2] for b in boxes], [b[2:] for b in boxes])
+    for frame, (start, _, rows, cols) in zip(frames, boxes, strict=True):
+        for i, share in enumerate(frame.share.ravel()):
+            assert share == pytest.approx(sum(start + i in held for held in kept) / len(kept))
+        assert frame.share.shape == (rows, cols)
+
+
+def test_kept_frames_refuses_a_grid_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"span \[0, 5\) has 5 tokens, its grid 2 x 3"):
+        kept_frames([torch.zeros(1, 1, 1, dtype=torch.int32)], [(0, 5)], [(2, 3)])
+
+
+@dataclass
+class TinyAdapter:
+    """A text model dressed as a vision model: 12 of its prompt's 40 tokens play the screenshot."""
+
+    model: LlamaForCausalLM
+
+    def __post_init__(self):
+        self.tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
+
+    def prompt(self, goal, history, screenshot):
+        ids = torch.arange(1, 41)[None]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return SimpleNamespace(inputs=inputs, spans=[(5, 17)], frames=[SimpleNamespace(grid=(3, 4))])
+
+    def parse(self, text, frame):
+        return Click(1.0, 2.0) if text else BAD
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    return TinyAdapter(LlamaForCausalLM(config).eval())
+
+
+def test_a_decision_with_the_full_cache_is_what_the_model_says(adapter):
+    image = Image.new("RGB", (4, 3))
+    plain = adapter.model.generate(**adapter.prompt("", [], image).inputs, max_new_tokens=6, do_sample=False)
+    decision = Agent(adapter, "full", 1.0, max_new_tokens=6).decide("goal", [], image)
+    assert decision.text == " ".join(map(str, plain[0, 40:].tolist()))
+    assert (decision.prompt_tokens, decision.decode_tokens, decision.action) == (40, 6, Click(1.0, 2.0))
+    # 2 layers x (K and V) x 2 KV heads x 8 numbers x 4 bytes
+    assert decision.kv_bytes_full == 40 * 2 * 2 * 2 * 8 * 4 and decision.kv_bytes >= decision.kv_bytes_full
+    assert decision.tokens_stored == 40 and (decision.frames[0].share == 1).all()
+
+
+def test_a_decision_with_a_method_holds_less(adapter):
+    decision = Agent(adapter, "snapkv", 0.5, max_new_tokens=6).decide("goal", [], Image.new("RGB", (4, 3)))
+    assert decision.tokens_stored == 20 and decision.kv_bytes < 0.6 * decision.kv_bytes_full
+    assert decision.kv_bytes <= decision.kv_bytes_peak
+    assert 0 < decision.frames[0].share.mean() < 1 and decision.spans == ((5, 17),)
+    assert decision.seconds_prefill > 0 and decision.seconds_decode > 0
+
+
+def test_an_agent_checks_its_settings(adapter):
+    with pytest.raises(ValueError, match="max_new_tokens=0 leaves no room for an answer; use 64"):
+        Agent(adapter, "full", 1.0, max_new_tokens=0)

@@ -1,0 +1,98 @@
+"""What a person can get wrong: one line on stderr that says what to change, exit code 2, no traceback, nothing played."""
+
+import errno
+import shutil
+from collections import namedtuple
+
+import pytest
+
+from agentkv import run
+from agentkv.trace import NoSpace
+
+BAD_REQUESTS = [
+    (["--method", "gui-kw"], "unknown method 'gui-kw'; did you mean gui-kv"),
+    (["--method", ","], "no method was named; use --method gui-kv"),
+    (["--tasks", "click-tap"], "there is no task 'click-tap'; did you mean click-tab"),
+    (["--budget", "40"], 'budget=40 is not a fraction; use 0.4 for 40 %, or "40t" for 40 tokens'),
+    (["--budget", "0"], "budget=0 is not a fraction; use a share in (0, 1]"),
+    (["--budget", "40%"], "budget='40%' is neither a share like 0.4 nor tokens like 512t"),
+    (["--episodes", "0"], "episodes=0 plays nothing; use 1 or more"),
+    (["--history", "0"], "history=0 would hide the current screenshot too"),
+    (["--max-steps", "0"], "max_steps=0 plays nothing"),
+    (["--resume"], "--resume needs --out DIR: the folder of the run to go on with"),
+    (["--url", "https://example.com"], "--url and --goal belong together"),
+    (["--url", "ftp://example.com", "--goal", "x"], "url='ftp://example.com' cannot be opened; use an address like"),
+    (["--url", "file:///not/there.html", "--goal", "x"], "names no file; check the path /not/there.html"),
+    (["--url", "https://a.b", "--goal", "x", "--tasks", "click-tab"], "--url and --tasks exclude each other"),
+    (["--url", "https://a.b", "--goal", "x", "--allow", "cdn"], "allow='cdn' is not an http(s) origin"),
+    (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
+    (["--device", "toaster"], "device 'toaster' cannot be used"),
+    (
+        ["--chromium", "/not/there"],
+        "there is no executable at '/not/there'; install one with `apt-get install chromium`",
+    ),
+    (["--replay", "nowhere"], "nowhere is neither a run nor an episode of one"),
+]
+
+
+def refused(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run.main(argv) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("agentkv: ") and message in told.err
+    assert "Traceback" not in told.err and len(told.err.strip().splitlines()) == 1 and told.out == ""
+    assert not list(tmp_path.rglob("run.json")), "nothing was begun"
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD_REQUESTS, ids=[" ".join(argv)[:40] for argv, _ in BAD_REQUESTS])
+def test_a_bad_request(argv, message, capsys, tmp_path, monkeypatch):
+    refused(argv, message, capsys, tmp_path, monkeypatch)
+
+
+def test_no_chromium_anywhere(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PLAYWRIGHT_BROWSERS_PATH", str(tmp_path))
+    monkeypatch.delenv("AGENTKV_CHROMIUM", raising=False)
+    refused([], "no Chromium found", capsys, tmp_path, monkeypatch)
+
+
+def test_too_little_disk(capsys, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    refused(["--out", "x"], "x: 0 MB free, about 2", capsys, tmp_path, monkeypatch)
+
+
+def test_a_disk_that_fills_up(capsys, monkeypatch):
+    def full(args, argv):
+        raise NoSpace(errno.ENOSPC, "runs/x: the disk is full; free some space and go on with --resume")
+
+    monkeypatch.setattr(run, "play_command", full)
+    assert run.main([]) == 2
+    assert "runs/x: the disk is full" in capsys.readouterr().err
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "config.json"),
+        ({"config.json": '{"model_type": "bert"}'}, "bert"),
+        ({"config.json": '{"model_type": "qwen2_5_vl"}'}, "weights"),
+    ],
+    ids=["empty", "unsupported", "no weights"],
+)
+def test_a_folder_that_is_no_model(files, message, capsys, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    refused(["--model", str(folder)], message, capsys, tmp_path, monkeypatch)
+
+
+def test_ctrl_c_before_the_first_step(capsys, monkeypatch):
+    def stop(args, argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "play_command", stop)
+    assert run.main([]) == 130
+    assert capsys.readouterr().err == "agentkv: stopped; what was recorded is kept, --resume goes on\n"

@@ -1,0 +1,160 @@
+"""The command on a real browser with scripted policies in the model's place: play, resume, replay, Ctrl-C."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from agentkv import run
+from agentkv.agent import ScriptPolicy
+from agentkv.errors import Interrupts
+from agentkv.play import Plan, Play, open_folder
+from agentkv.trace import read_run
+from envs import oracle
+from envs.actions import Click
+from envs.browser import Browser, BrowserCrashed
+from tests.agentkv.fake_episodes import META
+
+pytestmark = pytest.mark.browser
+TASKS, SEEDS = ("click-tab", "memory-colour"), (1_000_000, 1_000_001)
+
+
+class Oracle(ScriptPolicy):
+    """Solves the task; `at` is called with the number of decisions so far."""
+
+    def __init__(self, at=lambda count: None):
+        super().__init__(oracle.solve)
+        self.at, self.count = at, 0
+
+    def decide(self, goal, history, screenshot):
+        self.count += 1
+        self.at(self.count)
+        return super().decide(goal, history, screenshot)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with Browser() as browser:
+        yield browser
+
+
+def played(out, browser, policies, tasks=TASKS, seeds=SEEDS, resume=False):
+    plan = Plan("mini", tuple(policies), "0.4", tasks, seeds)
+    open_folder(out, plan, resume, META, [])
+    with Interrupts() as interrupts:
+        return Play(plan, policies, browser, out, interrupts).run()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, browser):
+    out = tmp_path_factory.mktemp("runs") / "r"
+    lost = ScriptPolicy(lambda env: [Click(1.0, 1.0)])
+    assert played(out, browser, {"oracle": Oracle(), "lost": lost})
+    return out
+
+
+def test_every_method_plays_the_same_episodes(finished):
+    _, episodes = read_run(finished)
+    pairs = {m: [(e["task"], e["seed"], e["goal"]) for e in episodes if e["method"] == m] for m in ("oracle", "lost")}
+    assert pairs["oracle"] == pairs["lost"] and len(pairs["oracle"]) == 4
+    assert [e["success"] for e in episodes] == [True] * 4 + [False] * 4
+    assert all(s["viewport"] == [160, 210] and s["seconds_browser"] > 0 for e in episodes for s in e["steps"])
+
+
+def test_the_summary_has_the_agreed_form(finished, tmp_path, capsys):
+    run.finish(finished, tmp_path / "extra" / "out.json")
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary == json.loads((tmp_path / "extra" / "out.json").read_text())
+    assert {"command", "commit", "versions", "hardware", "seed"} <= summary["meta"].keys()
+    assert [(r["method"], r["task"]) for r in summary["rows"]][2] == ("oracle", "all")
+    whole = summary["rows"][2]
+    assert (whole["n"], whole["success"], whole["high"], whole["budget"]) == (4, 1.0, 1.0, "0.4")
+    assert 0.4 < whole["low"] < 1 and all(isinstance(v, int | float | str) for v in whole.values())
+    names = "kv_bytes kv_bytes_peak kv_bytes_full prefill_tokens decode_tokens seconds_prefill seconds_decode seconds_browser"
+    assert set(names.split()) <= whole.keys()
+    told = capsys.readouterr().out
+    assert "oracle" in told and "100% (51%-100%)" in told
+    assert told.splitlines()[-3:] == [
+        str(finished / "summary.json"),
+        str(tmp_path / "extra" / "out.json"),
+        str(finished / "report.html"),
+    ]
+
+
+def test_replay_gives_the_same_rewards(finished, capsys):
+    assert run.main(["--replay", str(finished)]) == 0
+    told = capsys.readouterr().out
+    assert "8 of 8 episodes gave the same rewards" in told and "NO" not in told
+
+
+def test_replay_notices_a_changed_action(finished, browser, tmp_path, capsys):
+    out = tmp_path / "r"
+    assert played(out, browser, {"oracle": Oracle()}, ("click-tab",), SEEDS[:1])
+    path = next(out.rglob("steps.jsonl"))
+    step = json.loads(path.read_text().splitlines()[-1])
+    step["action"] = {"type": "Click", "x": 1.0, "y": 1.0}
+    path.write_text(json.dumps(step) + "\n")
+    assert run.main(["--replay", str(path.parent)]) == 1
+    assert "0 of 1 episodes gave the same rewards" in capsys.readouterr().out
+
+
+def test_ctrl_c_stops_between_steps_and_resume_goes_on(browser, tmp_path, capsys):
+    out, stop = tmp_path / "r", Oracle(lambda count: os.kill(os.getpid(), signal.SIGINT) if count == 6 else None)
+    assert not played(out, browser, {"oracle": stop})
+    assert "stopping after this step; press Ctrl-C again to stop at once" in capsys.readouterr().err
+    _, episodes = read_run(out)
+    lines = sum(len(path.read_text().splitlines()) for path in out.rglob("steps.jsonl"))
+    assert lines == 6 and 0 < len(episodes) < 4, "the step that ran was finished, the episode was not"
+    again = Oracle()
+    assert played(out, browser, {"oracle": again}, resume=True)
+    _, whole = read_run(out)
+    assert len(whole) == 4 and again.count == sum(len(e["steps"]) for e in whole[len(episodes) :])
+    assert whole[0]["steps"] == episodes[0]["steps"]
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with pytest.raises(KeyboardInterrupt), Interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_crashed_browser_repeats_the_episode_once(browser, tmp_path, capsys):
+    killer = Oracle(lambda count: os.kill(browser.pid, signal.SIGKILL) if count == 1 else None)
+    assert played(tmp_path / "r", browser, {"oracle": killer}, ("memory-colour",), SEEDS[:1])
+    _, (episode,) = read_run(tmp_path / "r")
+    assert (episode["success"], episode["crashes"], episode["stop"]) == (True, 1, "done")
+    assert "reset the environment" in capsys.readouterr().err
+
+
+def test_a_browser_that_keeps_crashing_is_reported_and_the_run_goes_on(browser, tmp_path):
+    def crash(count):
+        if count <= 2:
+            raise BrowserCrashed("the browser is gone")
+
+    assert played(tmp_path / "r", browser, {"oracle": Oracle(crash)}, ("click-tab",))
+    _, episodes = read_run(tmp_path / "r")
+    assert [(e["success"], e["crashes"], e["stop"]) for e in episodes] == [
+        (False, 2, "browser crash"),
+        (True, 0, "done"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "methods"),
+    [
+        ("gui-kv", ("gui-kv",)),
+        ("full, gui-kv,full", ("full", "gui-kv")),
+        ("gui-kv(alpha=0,window=4)+adakv(0.2),full", ("gui-kv(alpha=0,window=4)+adakv(0.2)", "full")),
+    ],
+)
+def test_a_comma_inside_brackets_belongs_to_the_method(text, methods):
+    assert run.split_methods(text) == methods
+
+
+def test_defaults_and_footnotes():
+    plan = run.make_plan(run.parser().parse_args(["--method", "full,gui-kv-official"]))
+    assert plan.seeds[0] == 1_000_000 and plan.history == 5 and plan.device_scale == 1.0 and len(plan.tasks) >= 8
+    assert run.notes(plan) == [f"gui-kv-official: {run.QUERY_HEADS_NOTE}"]
+    assert run.space_needed(plan) > run.REPORT_BYTES

@@ -1,0 +1,167 @@
+"""Nothing outside the allow-list is reached, whatever the page tries, and every attempt is reported."""
+
+from __future__ import annotations
+
+import pytest
+from tests.envs.conftest import Site
+
+import envs
+from envs import live
+from envs.actions import Click, Wait
+from envs.browser import Browser
+from envs.tab import BrowserCrashed, PageNotLoaded
+from envs.web import WebEnv
+
+SIZE = (200, 200)
+FRAME = "const f = document.createElement('iframe'); f.src = {}; document.body.append(f);"
+ATTEMPTS = {
+    "request": [
+        "fetch(B + '/x').catch(() => 0)",
+        "new Image().src = B + '/x.png'",
+        "navigator.sendBeacon(B + '/x', 'secret')",
+        "new EventSource(B + '/x')",
+        "location = 'javascript:void fetch(`' + B + '/x`)'",
+        "new Worker(URL.createObjectURL(new Blob([`fetch('${B}/x')`])))",
+        "document.head.insertAdjacentHTML('beforeend', `<link rel=stylesheet href='${B}/x.css'>`)",
+    ],
+    "navigation": [
+        "location = B + '/x'",
+        "document.head.insertAdjacentHTML('beforeend', `<meta http-equiv=refresh content='0;url=${B}/x'>`)",
+        "const f = document.createElement('form'); f.action = B + '/x'; f.method = 'post'; document.body.append(f); f.submit()",
+        FRAME.format("B + '/x'"),
+        FRAME.format("'data:text/html,<p>inline'"),
+        FRAME.format("URL.createObjectURL(new Blob(['<p>inline'], {type: 'text/html'}))"),
+        "location = URL.createObjectURL(new Blob(['<p>inline'], {type: 'text/html'}))",
+    ],
+    "redirect": ["location = '/away'", "fetch('/away').catch(() => 0)", FRAME.format("'/away'")],
+    "popup": ["window.open(B + '/x')", "window.open('/')"],
+    "websocket": ["new WebSocket(B.replace('http', 'ws') + '/x')"],
+    "download": ["const a = document.createElement('a'); a.href = '/file.bin'; a.click()"],
+}
+
+
+def prepared(browser: Browser, site: Site, elsewhere: Site, script: str) -> WebEnv:
+    elsewhere.page("<title>elsewhere</title>", "/x")
+    site.pages["/away"] = (302, {"Location": elsewhere.url + "/x"}, "")
+    site.pages["/file.bin"] = (200, {"Content-Disposition": "attachment", "Content-Type": "application/octet-stream"}, "x")
+    url = site.page(f"<body style='height: 200px'><script>const B = '{elsewhere.url}'; onclick = () => {{ {script} }};</script>")
+    env = live.make(url, "click", browser, viewport=SIZE)
+    env.reset(seed=0)
+    return env
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("kind", "script"), [(kind, script) for kind, all_ in ATTEMPTS.items() for script in all_])
+def test_attempts_are_aborted_and_reported(browser: Browser, site: Site, elsewhere: Site, kind: str, script: str) -> None:
+    env = prepared(browser, site, elsewhere, script)
+    *_, info = env.step(Click(50, 150))
+    blocked = list(info["blocked"])
+    for _ in range(20):
+        if any(entry["kind"] == kind for entry in blocked):
+            break
+        *_, info = env.step(Wait(0.1))
+        blocked += info["blocked"]
+    assert kind in {entry["kind"] for entry in blocked}, blocked
+    assert all(entry["reason"] and entry["url"] for entry in blocked)
+    assert elsewhere.hits == []
+    assert len(env.page.context.pages) == 1
+    env.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "script",
+    [
+        "location = 'data:text/html,<title>inline</title>'",
+        "location = 'file:///etc/passwd'",
+        "location = 'chrome://version'",
+        "window.open('javascript:fetch(`' + B + '/x`)')",
+        "location = 'view-source:' + B",
+        "document.head.insertAdjacentHTML('beforeend', `<link rel=preconnect href='${B}'><link rel=prefetch href='${B}/x'>`)",
+    ],
+)
+def test_what_chromium_itself_refuses(browser: Browser, site: Site, elsewhere: Site, script: str) -> None:
+    env = prepared(browser, site, elsewhere, script)
+    env.step(Click(50, 150))
+    *_, info = env.step(Wait(0.3))
+    assert info["url"].startswith((site.url, "about:blank", "chrome-error:"))
+    assert elsewhere.hits == []
+    env.close()
+
+
+@pytest.mark.browser
+def test_inline_frames_are_taken_away(browser: Browser, site: Site, elsewhere: Site) -> None:
+    env = prepared(browser, site, elsewhere, FRAME.format("'data:text/html,<p>inline'"))
+    env.step(Click(50, 150))
+    env.step(Wait(0.2))
+    assert env.page.evaluate("() => document.querySelectorAll('iframe').length") == 0
+    env.close()
+
+
+@pytest.mark.browser
+def test_inline_pictures_are_shown(browser: Browser, site: Site, elsewhere: Site) -> None:
+    pixel = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
+    env = prepared(browser, site, elsewhere, f"const i = new Image(); i.onload = () => document.title = 'shown'; i.src = '{pixel}'")
+    *_, info = env.step(Click(50, 150))
+    env.page.wait_for_function("() => document.title === 'shown'", timeout=5000)
+    assert info["blocked"] == []
+    env.close()
+
+
+@pytest.mark.browser
+def test_own_origin_and_named_origins_pass(browser: Browser, site: Site, elsewhere: Site) -> None:
+    url = site.page("<body><script>Promise.all([fetch('/y'), fetch(B + '/y', {mode: 'no-cors'})])</script>")
+    site.page(site.pages["/"][2].replace("B +", f"'{elsewhere.url}' +"))
+    env = live.make(url, "look", browser, viewport=SIZE, allow=(elsewhere.url,))
+    env.reset(seed=0)
+    *_, info = env.step(Wait(0.3))
+    assert "/y" in site.hits and elsewhere.hits == ["/y"] and info["blocked"] == []
+    env.close()
+
+
+@pytest.mark.browser
+def test_dialogs_are_dismissed_and_recorded(browser: Browser, site: Site, elsewhere: Site) -> None:
+    env = prepared(browser, site, elsewhere, "document.title = [confirm('sure?'), prompt('name?')].join()")
+    *_, info = env.step(Click(50, 150))
+    assert info["dialogs"] == ["confirm: sure?", "prompt: name?"]
+    assert env.page.title() == "false,"
+    assert env.step(Wait(0))[-1]["dialogs"] == []
+    env.close()
+
+
+@pytest.mark.browser
+def test_endless_alerts_end(browser: Browser, site: Site, elsewhere: Site) -> None:
+    env = prepared(browser, site, elsewhere, "while (true) alert('again')")
+    with pytest.raises(BrowserCrashed, match="more than 20 dialogs"):
+        env.step(Click(50, 150))
+        env.step(Wait(0.5))
+    env.reset(seed=0)
+    env.close()
+
+
+@pytest.mark.browser
+def test_permissions_are_denied(browser: Browser, site: Site, elsewhere: Site) -> None:
+    env = prepared(browser, site, elsewhere, "")
+    state = "async (name) => (await navigator.permissions.query({name})).state"
+    assert [env.page.evaluate(state, name) for name in ("geolocation", "notifications", "camera")] == ["denied"] * 3
+    env.close()
+
+
+@pytest.mark.browser
+def test_a_task_of_files_reaches_no_server(browser: Browser, elsewhere: Site) -> None:
+    env = envs.make("memory-colour", browser)
+    env.reset(seed=0)
+    env.page.evaluate("(url) => { fetch(url).catch(() => 0); new WebSocket(url.replace('http', 'ws')); }", elsewhere.url)
+    *_, info = env.step(Wait(0.3))
+    assert {entry["kind"] for entry in info["blocked"]} == {"request", "websocket"}
+    assert elsewhere.hits == []
+    env.close()
+
+
+@pytest.mark.browser
+def test_a_redirect_at_the_start_is_named(browser: Browser, site: Site, elsewhere: Site) -> None:
+    site.pages["/away"] = (302, {"Location": elsewhere.url + "/x"}, "")
+    env = live.make(site.url + "/away", "look", browser, viewport=SIZE)
+    with pytest.raises(PageNotLoaded, match="it redirects to .* is not on the allow-list"):
+        env.reset(seed=0)
+    env.close()

@@ -1,0 +1,341 @@
+"""`check_method`: what every cache method must hold, ours or a third party's, checked on a small model in seconds.
+
+    from textkv.conformance import check_method
+    for check in check_method("snapkv+adakv"):
+        print(check)
+
+Each check compares whole-model logits in fp32. "Equals masked full attention" is the strongest: after any eviction,
+decoding must give what exact attention gives when the dropped tokens are masked, per layer and head.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from textkv.attention import use
+from textkv.budgets import Budget
+from textkv.cache import MethodCache
+from textkv.method import Method, resolve_method
+from textkv.segments.base import storage_bytes
+
+TOLERANCE = 2e-4
+MASKED = "textkv_masked"
+
+
+@dataclass(frozen=True)
+class Check:
+    """Outcome of one check: "passed", or "not applicable" with the capability that says so in `note`."""
+
+    name: str
+    outcome: str
+    note: str = ""
+
+
+class NotApplicable(Exception):
+    """The method declares that it does not do this; the declaration itself was checked where possible."""
+
+
+class Bench:
+    """One method, one budget, one model, and fixed token ids."""
+
+    def __init__(self, method: str, budget: Budget | float | str, model: PreTrainedModel) -> None:
+        self.method, self.budget, self.model = method, budget, model
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(1, model.config.get_text_config().vocab_size, (3, 96), generator=generator)
+        self.policy: Method = resolve_method(method, budget)
+
+    def cache(self, budget: Budget | float | str | None = None) -> MethodCache:
+        return MethodCache(self.model, self.method, self.budget if budget is None else budget)
+
+    def run(self, cache, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [batch, tokens, vocabulary] of one forward; padding positions as `generate` would give them."""
+        options = {}
+        if mask is not None:
+            at = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            options = {"attention_mask": mask, "position_ids": at}
+        with torch.no_grad():
+            return self.model(ids, past_key_values=cache, **options).logits
+
+    def decode(self, cache, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of feeding ids one token at a time: [batch, tokens, vocabulary]."""
+        steps = []
+        for i in range(ids.shape[1]):
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            steps.append(self.run(cache, ids[:, i : i + 1], mask))
+        return torch.cat(steps, 1)
+
+
+def check_method(
+    method: str, budget: Budget | float | str = 0.4, model: PreTrainedModel | None = None
+) -> list[Check]:
+    """Runs every check on `method` (a composition string).
+
+    Args:
+        budget: used where a check needs eviction to happen.
+        model: a text model in fp32 with grouped heads; None builds a small random Llama.
+
+    Returns:
+        One `Check` per check, all passed or not applicable.
+
+    Raises:
+        AssertionError: names every check that failed, and why.
+    """
+    bench = Bench(method, budget, model or _small_llama())
+    before = bench.model.config._attn_implementation
+    results, failures = [], []
+    for name, check in CHECKS.items():
+        use(bench.model)
+        try:
+            check(bench)
+            results.append(Check(name, "passed"))
+        except NotApplicable as reason:
+            results.append(Check(name, "not applicable", str(reason)))
+        except (AssertionError, ValueError, RuntimeError, IndexError) as error:
+            failures.append(f"{name}: {type(error).__name__}: {error}")
+    bench.model.set_attn_implementation(before)
+    if failures:
+        raise AssertionError(f"{method} at budget {budget} fails " + "; ".join(failures))
+    return results
+
+
+def full_budget_equals_full_cache(bench: Bench) -> None:
+    """Budget enough for everything: logits of the prompt, of decoding and of a second turn equal transformers' own cache."""
+    enough = 1.0 if bench.policy.budget.tokens is None else "1000t"
+    ids, cache, plain = bench.ids[:1], bench.cache(enough), DynamicCache()
+    for step in (ids[:, :60], ids[:, 60:61], ids[:, 61:62], ids[:, 62:80], ids[:, 80:81]):
+        _same(bench.run(cache, step), bench.run(plain, step), "a forward")
+
+
+def equals_masked_full_attention(bench: Bench) -> None:
+    """Decoding after eviction equals full attention in which the dropped tokens are masked."""
+    if not bench.policy.capabilities.original_positions:
+        raise NotApplicable("keys are moved to other positions")
+    ids, cache = bench.ids[:2], bench.cache()
+    bench.run(cache, ids[:, :60])
+    kept = [_kept_mask(cache, i, 60) for i in range(len(cache.layers))]
+    ours = bench.decode(cache, ids[:, 60:64])
+    if bench.policy.capabilities.decode_eviction:
+        raise NotApplicable("which tokens are kept changes at every step")
+    bench.model.set_attn_implementation(MASKED)
+    plain = DynamicCache()
+    with torch.no_grad():
+        bench.model(ids[:, :60], past_key_values=plain)
+        masked = [
+            bench.model(ids[:, 60 + i : 61 + i], past_key_values=plain, kept=kept).logits for i in range(4)
+        ]  # fmt: skip
+    _same(ours, torch.cat(masked, 1), "decoding")
+
+
+def padded_batch_equals_single_runs(bench: Bench) -> None:
+    """Rows of different length, padded on the left, give what each gives alone."""
+    lengths, width = (60, 43, 51), 60
+    mask = torch.stack([torch.arange(width) >= width - n for n in lengths]).long()
+    ids = torch.zeros(3, width, dtype=torch.int64)
+    for row, n in enumerate(lengths):
+        ids[row, width - n :] = bench.ids[row, :n]
+    cache = bench.cache()
+    prompt = bench.run(cache, ids, mask)
+    after = bench.decode(cache, bench.ids[:, 80:84], mask)
+    for row, n in enumerate(lengths):
+        alone = bench.cache()
+        one = slice(row, row + 1)
+        _same(prompt[one, width - n :], bench.run(alone, bench.ids[one, :n]), f"the prompt of row {row}")
+        _same(after[one], bench.decode(alone, bench.ids[one, 80:84]), f"decoding of row {row}")
+
+
+def second_turn_continues(bench: Bench) -> None:
+    """After eviction the cache still counts every token seen, and a further prompt gets the next positions."""
+    ids, cache, seen = bench.ids[:1], bench.cache(), []
+    rotary = next(m for n, m in bench.model.named_modules() if n.endswith("rotary_emb"))
+    handle = rotary.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.extend(kwargs.get("position_ids", args[-1])[0].tolist()), with_kwargs=True
+    )
+    try:
+        bench.run(cache, ids[:, :50])
+        bench.decode(cache, ids[:, 50:53])
+        out = bench.run(cache, ids[:, 53:70])
+        bench.decode(cache, ids[:, 70:72])
+    finally:
+        handle.remove()
+    assert seen == list(range(72)), f"positions are not contiguous over turns: {seen}"
+    assert cache.get_seq_length() == 72, f"the cache says {cache.get_seq_length()} tokens, 72 were seen"
+    assert bool(out.isfinite().all()), "the second turn's logits are not finite"
+
+
+def fork_is_independent(bench: Bench) -> None:
+    """A fork goes on like the original would, and neither sees the other's tokens."""
+    ids, cache = bench.ids[:1], bench.cache()
+    bench.run(cache, ids[:, :50])
+    other = cache.fork()
+    first = bench.decode(other, ids[:, 60:64])
+    bench.decode(cache, ids[:, 70:74])
+    again = bench.cache()
+    bench.run(again, ids[:, :50])
+    _same(first, bench.decode(again, ids[:, 60:64]), "the fork")
+
+
+def crop_or_refusal(bench: Bench) -> None:
+    """Tokens since the last eviction can be taken back exactly; anything else is refused with ValueError."""
+    ids, cache = bench.ids[:1], bench.cache()
+    bench.run(cache, ids[:, :50])
+    kept = cache.fork()
+    bench.decode(cache, ids[:, 50:54])
+    if not cache.is_croppable:
+        _refused(lambda: cache.crop(-4), "crop although the method says that it cannot")
+        raise NotApplicable("crop is refused with a clear error")
+    cache.crop(-4)
+    _same(bench.decode(cache, ids[:, 60:63]), bench.decode(kept, ids[:, 60:63]), "decoding after crop")
+    if cache.at_rest.tokens_stored < 50:
+        _refused(lambda: cache.crop(-30), "crop beyond the last eviction")
+
+
+def chunked_prompt_equals_whole(bench: Bench) -> None:
+    """A prompt announced with `begin` and fed in chunks keeps what it would have kept in one forward."""
+    ids, whole, chunked = bench.ids[:1], bench.cache(), bench.cache()
+    bench.run(whole, ids[:, :60])
+    chunked.begin(tokens=60)
+    for chunk in ids[:, :60].split((1, 24, 33, 2), 1):
+        bench.run(chunked, chunk)
+    _same(bench.decode(chunked, ids[:, 60:64]), bench.decode(whole, ids[:, 60:64]), "decoding after chunks")
+
+
+def rows_can_be_reordered(bench: Bench) -> None:
+    """Beams: reordering, repeating and selecting rows moves everything that belongs to a row."""
+    order = torch.tensor([2, 0, 1])
+    cache, moved = bench.cache(), bench.cache()
+    bench.run(cache, bench.ids[:, :50])
+    bench.run(moved, bench.ids[:, :50])
+    moved.reorder_cache(order)
+    step = bench.ids[:, 50:53]
+    _same(bench.decode(moved, step[order]), bench.decode(cache, step)[order], "decoding after a reorder")
+    twice = bench.cache()
+    bench.run(twice, bench.ids[:2, :50])
+    twice.batch_repeat_interleave(2)
+    twice.batch_select_indices(torch.tensor([0, 2]))
+    alone = bench.cache()
+    bench.run(alone, bench.ids[:2, :50])
+    _same(bench.decode(twice, step[:2]), bench.decode(alone, step[:2]), "decoding after repeat and select")
+
+
+def bytes_are_really_gone(bench: Bench) -> None:
+    """No tensor of keys or values is reachable beside those reported, and the bytes fit the budget."""
+    cache = bench.cache()
+    bench.run(cache, bench.ids[:1, :90])
+    found = storage_bytes([x for x in _tensors_within(cache.layers, set()) if x.is_floating_point()])
+    told = storage_bytes([x for layer in cache.layers for x in layer.tensors().values() if x.is_floating_point()])
+    assert found == told, f"{told} bytes of keys and values reported, {found} reachable from the layers"
+    if bench.policy.name == "full":
+        return
+    allowed = bench.policy.budget.count(90)
+    stored = cache.at_rest.tokens_stored
+    copies = 2 if bench.policy.capabilities.stores_query_heads else 1
+    assert stored <= allowed, f"{stored} tokens stored per head, the budget allows {allowed}"
+    # One slot of slack for a ring, and bookkeeping of at most 12 bytes a token and head.
+    per_token = 2 * cache.layers[0].head_dim * 4 + 12
+    limit = copies * (allowed + 1) * cache.layers[0].kv_heads * len(cache.layers) * per_token + 256 * len(cache.layers)
+    assert cache.kv_bytes() <= limit, f"{cache.kv_bytes()} bytes held where the budget allows {limit}"
+
+
+def copies_survive_saving(bench: Bench) -> None:
+    """Pickling and saving to safetensors give a cache that goes on alike; reset gives an empty one."""
+    ids, cache = bench.ids[:1], bench.cache()
+    bench.run(cache, ids[:, :50])
+    pickled = pickle.load(io.BytesIO(pickle.dumps(cache)))
+    pickled.bind(bench.model)
+    with tempfile.TemporaryDirectory() as folder:
+        cache.save(folder)
+        loaded = MethodCache.load(folder, bench.model)
+    expected = bench.decode(cache, ids[:, 50:54])
+    _same(bench.decode(pickled, ids[:, 50:54]), expected, "the pickled copy")
+    _same(bench.decode(loaded, ids[:, 50:54]), expected, "the saved copy")
+    cache.reset()
+    fresh = bench.cache()
+    _same(bench.run(cache, ids[:, 20:60]), bench.run(fresh, ids[:, 20:60]), "the prompt after a reset")
+    _same(bench.decode(cache, ids[:, 60:63]), bench.decode(fresh, ids[:, 60:63]), "decoding after a reset")
+
+
+CHECKS: dict[str, Callable[[Bench], None]] = {
+    check.__name__: check
+    for check in (
+        full_budget_equals_full_cache, equals_masked_full_attention, padded_batch_equals_single_runs,
+        second_turn_continues, fork_is_independent, crop_or_refusal, chunked_prompt_equals_whole,
+        rows_can_be_reordered, bytes_are_really_gone, copies_survive_saving,
+    )
+}  # fmt: skip
+
+
+def masked_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, kept=None, **kwargs):
+    """Plain exact attention over a full cache; `kept[layer]` bool [batch, stored heads, n] hides dropped prompt tokens.
+
+    The oracle of `equals_masked_full_attention`: it shares no code with the cache.
+    """
+    group = query.shape[1] // key.shape[1]
+    k, v = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    m, n = query.shape[2], k.shape[2]
+    visible = torch.ones(m, n, dtype=torch.bool).tril(n - m).expand(*query.shape[:2], m, n).clone()
+    if kept is not None:
+        shown = kept[module.layer_idx]
+        shown = shown.repeat_interleave(query.shape[1] // shown.shape[1], 1)
+        visible[..., : shown.shape[-1]] &= shown[:, :, None]
+    scores = (query @ k.mT * scaling).masked_fill(~visible, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(MASKED, masked_attention)
+
+
+def _kept_mask(cache: MethodCache, layer: int, columns: int) -> torch.Tensor:
+    kept = cache.kept_positions(layer).long()
+    mask = torch.zeros(*kept.shape[:2], columns + 1, dtype=torch.bool)
+    return mask.scatter_(2, kept.masked_fill(kept < 0, columns), True)[..., :columns]
+
+
+def _same(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    gap = (ours - expected).abs().max().item()
+    assert gap <= TOLERANCE, f"logits of {what} differ by {gap:.2g}"
+
+
+def _refused(action: Callable[[], None], what: str) -> None:
+    try:
+        action()
+    except ValueError:
+        return
+    raise AssertionError(f"no ValueError: {what}")
+
+
+def _tensors_within(thing: object, seen: set[int]):
+    """Every tensor reachable from an object through containers and attributes (weak references are not followed)."""
+    if id(thing) in seen or isinstance(thing, type | Method | str):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        yield thing
+        return
+    parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list | tuple | set) else ()
+    for part in (*parts, *getattr(thing, "__dict__", {}).values()):
+        yield from _tensors_within(part, seen)
+
+
+def _small_llama() -> PreTrainedModel:
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    torch.random.set_rng_state(generator_state)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            # Random projections attend almost evenly; sharper ones let a wrong eviction show.
+            if "q_proj" in name or "k_proj" in name:
+                weight.mul_(6)
+    return model
