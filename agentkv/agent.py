@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import isqrt
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -20,11 +21,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import textkv
 from agentkv.actions import ParseError
+from agentkv.models import History, ModelAdapter
 from envs.actions import Action, CallUser, Finished
 from textkv import Budget, MethodCache
-
-# A past step as the prompt sees it: the screenshot that was shown (None once it is too old) and what was answered.
-History = Sequence[tuple[Image.Image | None, str]]
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ class Policy(Protocol):
     def start(self, env: Any) -> None:
         """A new episode begins on `env`, which was just reset."""
 
-    def decide(self, goal: str, history: History, screenshot: Image.Image) -> Decision:
-        """The next action for what is on the screen now."""
+    def decide(self, goal: str, history: History, screenshot: Image.Image, viewport: tuple[int, int]) -> Decision:
+        """The next action for what is on the screen now; `viewport` is (width, height) in CSS pixels."""
 
 
 class _PrefillClock(LogitsProcessor):
@@ -87,7 +86,9 @@ class Agent:
     The model is switched to textkv's attention once, here. Raises ValueError for an unknown method or a bad budget.
     """
 
-    def __init__(self, adapter: Any, method: str, budget: Budget | float | str, max_new_tokens: int = 64) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, method: str, budget: Budget | float | str, max_new_tokens: int = 64
+    ) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for an answer; use 64")
         self.adapter, self.method = adapter, method
@@ -99,10 +100,10 @@ class Agent:
         """Nothing to do: every decision builds its own prompt and cache."""
 
     @torch.inference_mode()
-    def decide(self, goal: str, history: History, screenshot: Image.Image) -> Decision:
+    def decide(self, goal: str, history: History, screenshot: Image.Image, viewport: tuple[int, int]) -> Decision:
         """Prompt, prefill, compress, decode greedily, parse. Never raises for what the model says."""
         adapter = self.adapter
-        prompt = adapter.prompt(goal, history, screenshot)
+        prompt = adapter.prompt(goal, history, screenshot, viewport)
         cache = MethodCache(adapter.model, method=self.method, budget=self.budget)
         known = ("input_ids", "attention_mask", "mm_token_type_ids")
         cache.begin(spans=[prompt.spans], **{k: prompt.inputs[k] for k in known if k in prompt.inputs})
@@ -135,22 +136,24 @@ class Agent:
 
 
 def kept_frames(
-    kept: Sequence[torch.Tensor], spans: Sequence[tuple[int, int]], grids: Sequence[tuple[int, int]]
+    kept: Sequence[torch.Tensor], spans: Sequence[tuple[int, int]], grids: Sequence[tuple[int, ...]]
 ) -> tuple[FrameKept, ...]:
     """Share of layers x stored heads that still hold each visual token.
 
-    `kept`: per layer int64 [1, heads, n] prompt positions, padded with -1; `spans`: [start, end) per frame; `grids`:
-    (rows, cols) of visual tokens per frame. Raises ValueError when a span and its grid disagree.
+    `kept`: per layer int [1, heads, n] prompt positions, padded with -1; `spans`: [start, end) per frame; `grids`:
+    (..., rows, columns) per frame, of tokens or of patches (a token merges a square of them). Raises ValueError when
+    a span and its grid do not fit.
     """
     positions = torch.cat([layer.reshape(-1) for layer in kept])
     heads = sum(layer.shape[1] for layer in kept)
     frames = []
-    for (start, end), (rows, cols) in zip(spans, grids, strict=True):
-        if end - start != rows * cols:
-            raise ValueError(f"span [{start}, {end}) has {end - start} tokens, its grid {rows} x {cols}; pass its own")
+    for (start, end), (*_, rows, cols) in zip(spans, grids, strict=True):
+        merge = isqrt(rows * cols // (end - start))
+        if merge == 0 or (end - start) * merge * merge != rows * cols:
+            raise ValueError(f"span [{start}, {end}) has {end - start} tokens, its grid {rows} x {cols} does not fit")
         inside = positions[(positions >= start) & (positions < end)] - start
         share = torch.bincount(inside, minlength=end - start).float() / heads
-        frames.append(FrameKept(share.view(rows, cols).numpy()))
+        frames.append(FrameKept(share.view(rows // merge, cols // merge).numpy()))
     return tuple(frames)
 
 
@@ -166,7 +169,7 @@ class ScriptPolicy:
     def start(self, env: Any) -> None:
         self.actions = iter(self.script(env))
 
-    def decide(self, goal: str, history: History, screenshot: Image.Image) -> Decision:
+    def decide(self, goal: str, history: History, screenshot: Image.Image, viewport: tuple[int, int]) -> Decision:
         action = next(self.actions, Finished())
         return Decision(text=str(action), action=action)
 
@@ -272,7 +275,7 @@ def run_episode(
             break
         shown = [(image if i >= len(past) - history + 1 else None, text) for i, (image, text) in enumerate(past)]
         screenshot = Image.fromarray(obs["screenshot"])
-        decision = policy.decide(goal, shown, screenshot)
+        decision = policy.decide(goal, shown, screenshot, env.task.viewport)
         step, obs, terminated, truncated = _act(env, obs, decision, len(past))
         stop = watch.stop(step, terminated, truncated)
         past.append((screenshot, f"{decision.text}\n[{step.error}]" if step.error else decision.text))
@@ -299,7 +302,7 @@ def _act(env: Any, obs: dict[str, Any], decision: Decision, index: int) -> tuple
         seconds_browser=0.0,
     )
     if isinstance(decision.action, ParseError):
-        return replace(step, error=decision.action.message), obs, False, False
+        return replace(step, error=decision.action.reason), obs, False, False
     begin = perf_counter()
     obs, _, terminated, truncated, info = env.step(decision.action)
     step = replace(

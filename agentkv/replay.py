@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from agentkv.trace import RUN, STEPS, action_from_dict, read_steps
@@ -79,7 +80,7 @@ def _act_again(env: Any, seed: int, steps: list[dict[str, Any]], folder: Path) -
 
 def replay_table(rows: list[dict[str, Any]]) -> Table:
     """What `replay` yielded, one line per episode."""
-    table = Table(title="recorded actions, played again", title_justify="left")
+    table = Table(title="recorded actions, played again", box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     for name in ("method", "task"):
         table.add_column(name)
     for name in ("seed", "steps", "reward then", "reward now", "equal screens", "same"):

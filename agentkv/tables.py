@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-MIN_WIDTH = 132  # a pipe has no width of its own
+MIN_WIDTH = 120  # a pipe has no width of its own
 
 
 def stdout_console() -> Console:
@@ -17,12 +18,15 @@ def stdout_console() -> Console:
     return console if console.is_terminal else Console(width=max(MIN_WIDTH, console.width))
 
 
+COLUMNS = ("success (95 %)", "n", "steps", "tokens in", "out", "KV at rest", "of full", "KV peak")
+PHASES = ("prefill", "decode", "browser")
+
+
 def method_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The rows with task "all": success with its interval, steps, tokens, bytes, seconds per step by phase."""
-    table = Table(title="methods on the same episodes", title_justify="left", caption_justify="left")
-    table.add_column("method", no_wrap=True)
-    columns = ("budget", "n", "success (95 %)", "steps", "prompt tok", "decoded", "KV at rest", "of full", "KV peak")
-    for name in (*columns, "prefill s", "decode s", "browser s"):
+    """The rows with task "all": success with its interval, then means per step (steps: per episode), peak KV bytes."""
+    table = Table(title="methods on the same episodes", box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("method", overflow="fold")
+    for name in (*COLUMNS, *(f"{phase} s" for phase in PHASES)):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         if row["task"] == "all":
@@ -31,27 +35,24 @@ def method_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    success = f"{row['success']:.0%} ({row['low']:.0%}-{row['high']:.0%})"
-    phases = [f"{row[f'seconds_{phase}']:.3f}" for phase in ("prefill", "decode", "browser")]
     return [
         row["method"],
-        str(row["budget"]),
+        f"{row['success']:.0%} ({row['low']:.0%}-{row['high']:.0%})",
         str(row["n"]),
-        success,
         f"{row['steps']:.1f}",
         f"{row['prefill_tokens']:.0f}",
         f"{row['decode_tokens']:.1f}",
         format_bytes(row["kv_bytes"]),
         f"{row['kv_share']:.1%}",
         format_bytes(row["kv_bytes_peak"]),
-        *phases,
+        *(f"{row[f'seconds_{phase}']:.3f}" for phase in PHASES),
     ]
 
 
 def task_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Success per task (down) and method (across)."""
     methods = list(dict.fromkeys(r["method"] for r in rows))
-    table = Table("task", title="success per task", title_justify="left")
+    table = Table("task", title="success per task", box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     for method in methods:
         table.add_column(method, justify="right")
     share = {(r["task"], r["method"]): f"{r['success']:.0%}" for r in rows}

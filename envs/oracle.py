@@ -119,11 +119,14 @@ def run(env: WebEnv, seed: int, rng: random.Random | None = None) -> tuple[float
 
 
 def check(ids: Sequence[str], seeds: int, first: int = 0, jitter: bool = False) -> list[dict[str, object]]:
-    """Solve every task on `seeds` seeds from `first`; rows with task, seeds, solved, steps (mean) and the failed seeds."""
+    """Solve every task on `seeds` seeds from `first`; rows with task, seeds, solved, steps (mean) and the failed seeds.
+
+    Each finished task is reported on stderr, because a full check takes minutes.
+    """
     rows: list[dict[str, object]] = []
     with envs.Browser() as browser:
         for task_id in ids:
-            env = envs.make(task_id, browser)
+            env = envs.make(task_id, browser, reuse_tab=True)
             runs = {}
             for seed in range(first, first + seeds):
                 rng = random.Random(seed) if jitter else None
@@ -135,9 +138,9 @@ def check(ids: Sequence[str], seeds: int, first: int = 0, jitter: bool = False) 
             env.close()
             failed = [seed for seed, (reward, _) in runs.items() if reward != 1]
             steps = sum(count for _, count in runs.values()) / max(len(runs), 1)
-            rows.append(
-                {"task": task_id, "seeds": seeds, "solved": seeds - len(failed), "steps": steps, "failed": failed}
-            )
+            solved = seeds - len(failed)
+            rows.append({"task": task_id, "seeds": seeds, "solved": solved, "steps": steps, "failed": failed})
+            print(f"{task_id}: {solved} of {seeds}", file=sys.stderr)
     return rows
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from envs.allow import AllowList
 _NOWHERE = "http://127.0.0.1:1"
 _MAX_DIALOGS = 20
 _URL_LENGTH = 300
+_ENDLESS = ("eventsource", "websocket", "media", "ping")
 
 # a blinking caret would make two pictures of the same screen differ
 _NO_CARET = """
@@ -51,12 +53,13 @@ new MutationObserver((_, watch) => {
 }).observe(document, {childList: true});
 """
 
-# at least one frame is drawn; then CSS and jQuery animations that end by themselves may run out
+# two frames are drawn, so that what the new styles need is asked for; then CSS and jQuery animations that end by themselves may run out
 _SETTLE = """
 async (cap) => {
   const end = performance.now() + cap;
   const moving = (a) => a.playState === 'running' && isFinite(a.effect.getComputedTiming().endTime);
   const busy = () => document.getAnimations().some(moving) || (window.jQuery && jQuery.timers && jQuery.timers.length);
+  await new Promise(requestAnimationFrame);
   do await new Promise(requestAnimationFrame); while (busy() && performance.now() < end);
 }
 """
@@ -90,6 +93,7 @@ class Tab:
         self._browser = browser
         self._dead = ""
         self._strays: list[Frame] = []
+        self._loading: set[Request] = set()
         with self.guard():
             self.context = self._isolate(browser, device_scale)
             self.page = self.context.new_page()
@@ -130,6 +134,9 @@ class Tab:
         page.on("download", self._on_download)
         page.on("framenavigated", self._on_navigated)
         page.on("request", self._on_redirect)
+        page.on("request", self._on_start)
+        page.on("requestfinished", self._on_end)
+        page.on("requestfailed", self._on_end)
 
     def _mark_dead(self, why: str) -> None:
         self._dead = self._dead or why
@@ -144,6 +151,13 @@ class Tab:
             route.abort("blockedbyclient")
         else:
             route.continue_()
+
+    def _on_start(self, request: Request) -> None:
+        if request.resource_type not in _ENDLESS:
+            self._loading.add(request)
+
+    def _on_end(self, request: Request) -> None:
+        self._loading.discard(request)
 
     def _on_redirect(self, request: Request) -> None:
         """Route handlers see only the first request of a redirect chain; the proxy stops the rest, this records it."""
@@ -236,9 +250,19 @@ class Tab:
                 return self.page.evaluate(script, argument)
 
     def settle(self, cap: float = 1.0) -> None:
-        """Wait until a frame is drawn and animations have run out, at most `cap` seconds of them; then `enforce`."""
+        """Wait for new frames, for animations that end and for what they load, at most `cap` seconds each; then `enforce`."""
         self.evaluate(_SETTLE, cap * 1000)
+        if self._loading:
+            self._wait_for_loads(cap)
+            self.evaluate(_SETTLE, cap * 1000)
         self.enforce()
+
+    def _wait_for_loads(self, cap: float) -> None:
+        """Pictures that an action brought up (the icon of a dialog) must be there before the screen is shown."""
+        end = time.monotonic() + cap
+        with self.guard():
+            while self._loading and time.monotonic() < end:
+                self.page.wait_for_timeout(5)
 
     def enforce(self) -> None:
         """Close popups that are still open and take away frames that show an address which is not allowed."""
@@ -260,6 +284,18 @@ class Tab:
         with self.guard():
             png = self._cdp.send("Page.captureScreenshot", {"format": "png", "optimizeForSpeed": True})["data"]
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"))
+
+    def renew(self) -> bool:
+        """Forget what was recorded and take the mouse off the page, for another load; False when the page is dead."""
+        if self._dead or self.page.is_closed() or not self._browser.is_connected():
+            return False
+        self.blocked.clear()
+        self.dialogs.clear()
+        self._strays.clear()
+        self._loading.clear()
+        with self.guard():
+            self.page.mouse.move(-1, -1)
+        return True
 
     def close(self) -> None:
         """Close the page and drop its context; safe when the browser is already gone."""

@@ -7,7 +7,7 @@ from kernels._backend import jit, tl
 
 @jit
 def softmax_step(scores, top, total):
-    """Take a tile of base-2 scores [M, N] into the running softmax; return its weights, the decay of the past, top, total.
+    """Take a tile of base-2 scores [M, N] into the running softmax: its weights, the decay of the past, top, total.
 
     -inf scores weigh nothing, and a row of nothing but -inf stays at top -inf, total 0 without a NaN.
     """

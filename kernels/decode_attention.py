@@ -50,7 +50,7 @@ def reference(q, k, v, *, scale, causal=False, valid=None, start=None, length=No
             None if valid is None else valid[:, :, None, None, :],
         )
         return out.reshape(B, H, m, D), lse.reshape(B, H, m)
-    rows = q.reshape(start.numel(), -1, m, D)  # [B * G, group, m, D]
+    rows = q.reshape(start.numel(), B * H // start.numel(), m, D)  # [B * G, group, m, D]
     parts = [
         _attend(rows[r], k[None, s : s + n], v[None, s : s + n], scale, causal)
         for r, (s, n) in enumerate(zip(start.tolist(), length.tolist(), strict=True))
@@ -64,7 +64,7 @@ def _attend(q, k, v, scale, causal, visible=None):
     m, n = q.shape[-2], k.shape[-2]
     k, v = k.float(), v.float()
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
-    rows = max(1, _BLOCK_ELEMENTS // max(1, q[..., 0, 0].numel() * n))
+    rows = max(1, _BLOCK_ELEMENTS // max(1, q.shape[:-2].numel() * n))
     for low in range(0, m, rows):
         high = min(low + rows, m)
         end = max(0, n - m + high) if causal else n  # no query of this block sees further
@@ -150,9 +150,9 @@ def _attend_kernel(
         visible = seen[None, :]
         if CAUSAL:
             visible = visible & (j[None, :] <= (stored - m + i)[:, None])
-        scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale_log2  # [BLOCK_M, BLOCK_N]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
         p, decay, top, total = softmax_step(tl.where(visible, scores, float("-inf")), top, total)
-        acc = acc * decay[:, None] + tl.dot(p.to(DOT), v, input_precision="tf32x3")
+        acc = acc * decay[:, None] + tl.dot(p.to(DOT), v, input_precision="ieee")
     o_row = tile.to(tl.int64) * (GROUP * m) + h * m + i
     tl.store(p_out + o_row[:, None] * D + d[None, :], acc / tl.where(total == 0.0, 1.0, total)[:, None], mask=m_q)
     tl.store(p_lse + o_row, (top + tl.log2(total)) * 0.6931471805599453, mask=i < m)
@@ -275,7 +275,7 @@ def decode_attention(
         ValueError: an argument has the wrong shape, dtype or device, or `valid` comes with ragged rows.
     """
     valid = _check(q, k, v, valid, start, length)
-    run = _launch if use_triton(q, _backend) else reference
+    run = _launch if use_triton(q, _backend) and q.numel() else reference
     return run(q, k, v, scale=scale, causal=causal, valid=valid, start=start, length=length)
 
 

@@ -38,8 +38,8 @@ def _residual_kernel(
         c = low + tl.arange(0, BLOCK_R)
         o_basis = b * s_ub + g * s_ug + d.to(tl.int64)[:, None] * s_ud + c[None, :]
         basis = tl.load(p_basis + o_basis, mask=(d < D)[:, None] & (c < r)[None, :], other=0.0).to(tl.float32)
-        inside = tl.dot(keys, basis, input_precision="tf32x3")  # [BLOCK_N, BLOCK_R]
-        residual -= tl.dot(inside, tl.trans(basis), input_precision="tf32x3")
+        inside = tl.dot(keys, basis, input_precision="ieee")  # [BLOCK_N, BLOCK_R]
+        residual -= tl.dot(inside, tl.trans(basis), input_precision="ieee")
     tl.store(p_energy + row.to(tl.int64) * N + j, tl.sum(residual * residual, 1), mask=j < N)
 
 

@@ -95,7 +95,7 @@ def _lse_kernel(
         if MASKED:
             seen = seen & (tl.load(p_valid + j.to(tl.int64) * s_mn, mask=seen, other=0) != 0)
         k = tl.load(p_k + j.to(tl.int64)[:, None] * s_kn + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
-        scores = tl.dot(q, tl.trans(k.to(DOT)), input_precision="tf32x3") * scale_log2
+        scores = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee") * scale_log2
         visible = seen[None, :] & alive[:, None] & (j[None, :] <= (n - w + i)[:, None])
         _, _, top, total = softmax_step(tl.where(visible, scores, float("-inf")), top, total)
     rows = tl.num_programs(0) // splits
@@ -132,7 +132,7 @@ def _mass_kernel(
             alive = lse != float("-inf")  # a padding query, or one that sees nothing: not read, no mass
             m_q = alive[:, None] & (d < D)[None, :]
             q = tl.load(p_head + i.to(tl.int64)[:, None] * s_qm + d[None, :], mask=m_q, other=0.0)
-            scores = tl.dot(k, tl.trans(q.to(DOT)), input_precision="tf32x3") * scale_log2  # [BLOCK_N, BLOCK_M]
+            scores = tl.dot(k, tl.trans(q.to(DOT)), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
             visible = seen[:, None] & alive[None, :] & (j[:, None] <= (n - w + i)[None, :])
             p = tl.where(visible, tl.exp2(scores - tl.where(alive, lse, 0.0)[None, :] * 1.4426950408889634), 0.0)
             mass += tl.sum(p, 1)
@@ -207,5 +207,5 @@ def window_mass(
     if w > n:
         raise ValueError(f"q has shape {list(q.shape)}, a window of {w} queries; the limit is n = {n}, the keys of k")
     valid = check_valid(valid, B, G, n, q)
-    run = _launch if use_triton(q, _backend) else reference
+    run = _launch if use_triton(q, _backend) and q.numel() else reference
     return run(q, k, scale=scale, valid=valid, squares=squares)

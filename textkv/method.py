@@ -183,19 +183,25 @@ def resolve_method(expression: str | Method, budget: Budget | float | str | None
 
 def _split(expression: str) -> list[str]:
     """Splits at the `+` outside brackets."""
-    parts = re.findall(r"[^+(]+(?:\([^()]*\))?", expression)
-    if not parts or "+".join(parts) != expression:
+    parts, depth = [""], 0
+    for char in expression:
+        depth += (char == "(") - (char == ")")
+        if char == "+" and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    if depth or not all(re.fullmatch(r"[\w.-]+(\(.*\))?", part.strip(), re.DOTALL) for part in parts):
         raise ValueError(f"method {expression!r} is malformed; write name, name(x, key=y) or a+b(x)")
-    return parts
+    return [part.strip() for part in parts]
 
 
 def _parse_part(part: str) -> tuple[str, list, dict]:
     """"mikv(16, low=2)" -> ("mikv", [16], {"low": 2}); arguments are literals, never evaluated."""
-    name, bracket, _ = part.strip().partition("(")
+    name, bracket, _ = part.partition("(")
     if not bracket:
         return name, [], {}
     try:
-        call = ast.parse(f"f({part.strip()[len(name) + 1 : -1]})", mode="eval").body
+        call = ast.parse(f"f({part[len(name) + 1 : -1]})", mode="eval").body
         args = [ast.literal_eval(a) for a in call.args]
         kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     except (SyntaxError, ValueError):

@@ -32,7 +32,7 @@ _GREY, _LINE, _BLUE = (239, 239, 239), (118, 118, 118), (0, 117, 255)
 
 
 @lru_cache(maxsize=256)
-def font(size: int, weight: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def face(size: int, weight: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     for name in _FONTS[weight]:
         for folder in _FOLDERS:
             if (folder / name).exists():
@@ -116,7 +116,7 @@ class Page:
 def _button(page: Page, label: str | None = None, size: int | None = None) -> None:
     rng = page.rng
     label = label or rng.choice(("ONE", "TWO", "Submit", "OK", "Cancel", "Login", "Yes", "No", "Next", any_word(rng), any_word(rng)))
-    font = font(size or rng.choice((10, 11, 13, 13, 13, 14, 18)), "plain")
+    font = face(size or rng.choice((10, 11, 13, 13, 13, 14, 18)), "plain")
     text = font.getlength(label)
     width, height = text + rng.choice((8, 12, 30, 50)), font.size + rng.choice((5, 8, 14, 26))
     spot = page.place(width, height)
@@ -135,7 +135,7 @@ def _button(page: Page, label: str | None = None, size: int | None = None) -> No
 def _word(page: Page) -> None:
     rng = page.rng
     label = any_word(rng) if rng.random() < 0.7 else "".join(rng.choice(string.digits) for _ in range(rng.randint(1, 4)))
-    font = font(rng.choice((10, 10, 11, 12, 14, 16, 20, 26)), rng.choice(("plain", "plain", "bold")))
+    font = face(rng.choice((10, 10, 11, 12, 14, 16, 20, 26)), rng.choice(("plain", "plain", "bold")))
     width, height = font.getlength(label), font.size
     spot = page.place(width, height)
     if spot is None or not page.new_label(label):
@@ -167,10 +167,10 @@ def _fields(page: Page) -> None:
         middle = (x + width / 2, y + height / 2)
         if rng.random() < 0.4:
             text = any_word(rng)
-            page.draw.text((x + 3, middle[1]), text, fill="black", font=font(rng.choice((11, 13)), "plain"), anchor="lm")
+            page.draw.text((x + 3, middle[1]), text, fill="black", font=face(rng.choice((11, 13)), "plain"), anchor="lm")
             page.what(text, *middle)
         if named:
-            page.draw.text((x, y - 6), label, fill="black", font=font(10, rng.choice(("plain", "bold"))), anchor="lm")
+            page.draw.text((x, y - 6), label, fill="black", font=face(10, rng.choice(("plain", "bold"))), anchor="lm")
             page.where((f"Click on the {label} field.", f"Focus into the {label} textbox."), *middle, "where-field")
         made.append(middle)
         y += height + rng.randint(6, 32)
@@ -194,7 +194,7 @@ def _ticks(page: Page) -> None:
         shape((x, y, x + 12, y + 12), fill=_BLUE if on and kind == "checkbox" else "white", outline=_BLUE if on else _LINE)
         if on:
             page.draw.ellipse((x + 3, y + 3, x + 9, y + 9), fill=_BLUE if kind == "radio" else "white")
-        page.draw.text((x + 18, y + 6), label, fill="black", font=font(10, "plain"), anchor="lm")
+        page.draw.text((x + 18, y + 6), label, fill="black", font=face(10, "plain"), anchor="lm")
         page.where((f"Select {label}.", f"Tick {label}.", f"Check {label} and click Submit."), x + 6, y + 6, "where-tick")
         page.what(label, x + 18 + 3 * len(label), y + 6)
         y += rng.choice((14, 16, 18, 22))
@@ -248,7 +248,7 @@ def _tabs(page: Page) -> None:
     for number in range(1, 4):
         color = (0, 127, 255) if number == active else (246, 246, 246)
         page.draw.rectangle((x, y + 2, x + 42, y + 20), fill=color, outline=(197, 197, 197))
-        page.draw.text((x + 21, y + 11), f"Tab #{number}", fill="white" if number == active else (69, 69, 69), font=font(10, "plain"), anchor="mm")
+        page.draw.text((x + 21, y + 11), f"Tab #{number}", fill="white" if number == active else (69, 69, 69), font=face(10, "plain"), anchor="mm")
         page.where((f"Click on Tab #{number}.",), x + 21, y + 11, "where-tab")
         x += 44
 
@@ -277,6 +277,22 @@ def _copy(page: Page) -> None:
     page.ask(goal.format(text), f"Action: type(content='{text}')", "copy")
 
 
+def _box(page: Page) -> None:
+    """One coloured box of any size: the plainest question of place."""
+    rng = page.rng
+    name, width, height = rng.choice(tuple(COLORS)), rng.randint(8, 80), rng.randint(8, 80)
+    spot = page.place(width, height)
+    if spot is None:
+        return
+    x, y = spot
+    page.draw.rectangle((x, y, x + width, y + height), fill=COLORS[name], outline="black")
+    middle = (x + width / 2, y + height / 2)
+    for goal in (f"Click on the {name} box.", f"Click {name}.", "Click on the box."):
+        page.ask(goal, click(*middle), "where-alone")
+    page.what(name, *middle)
+
+
+_SINGLE = (_box, _box, _box, _button, _word, _fields, _close)
 _MAKERS = (_button, _button, _word, _word, _word, _fields, _ticks, _boxes, _shapes, _tabs, _close)
 
 
@@ -284,8 +300,10 @@ def drawn_turn(rng: random.Random, asks: int = 8) -> Turn:
     """One drawn page with about `asks` questions: image uint8 [224, 168, 3] (already in resized pixels)."""
     page = Page(rng, Image.new("RGB", (WIDTH, HEIGHT), "white"))
     page.draw.rectangle((0, 0, WIDTH, QUERY_HEIGHT), fill=(255, 255, 0))
-    fixed = rng.sample((_fields, _ticks, _tabs), 1) if rng.random() < 0.5 else []
-    for maker in fixed + [rng.choice(_MAKERS) for _ in range(rng.randint(2, 7))]:
+    # Half of the pages hold a single thing: places are learned there first, telling things apart comes after.
+    alone = rng.random() < 0.5
+    fixed = rng.sample((_fields, _ticks, _tabs), 1) if not alone and rng.random() < 0.5 else []
+    for maker in fixed + [rng.choice(_SINGLE if alone else _MAKERS) for _ in range(1 if alone else rng.randint(2, 7))]:
         if maker in (_fields, _ticks, _tabs) and page.taken:
             continue
         maker(page)
@@ -297,7 +315,7 @@ def drawn_turn(rng: random.Random, asks: int = 8) -> Turn:
 
 
 def _query(page: Page, text: str) -> None:
-    font, x, y = font(10, "plain"), 3.0, 3.0
+    font, x, y = face(10, "plain"), 3.0, 3.0
     for word in text.split(" "):
         length = font.getlength(word + " ")
         if x + length > WIDTH - 3:

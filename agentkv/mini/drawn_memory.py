@@ -11,7 +11,7 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from agentkv.mini.drawn import HEIGHT, RESIZED, WIDTH, click, font, say
+from agentkv.mini.drawn import HEIGHT, RESIZED, WIDTH, click, face, say
 from agentkv.mini.packing import Ask, Turn
 
 _SCALE = 2
@@ -55,7 +55,7 @@ class Screen:
 
     def text(self, text: str, box: Box, size: int, ink: str = "black") -> None:
         place = (_SCALE * (box[0] + box[2] / 2), _SCALE * (box[1] + box[3] / 2))
-        self.draw.text(place, text, fill=ink, font=font(_SCALE * size, "bold"), anchor="mm")
+        self.draw.text(place, text, fill=ink, font=face(_SCALE * size, "bold"), anchor="mm")
 
     def button(self, text: str, box: Box, size: int, fill: str = "#e4e4e4", edge: str = _INK, ink: str = "black") -> None:
         self.draw.rounded_rectangle(self._corners(box), 6 * _SCALE, fill=fill, outline=edge, width=2 * _SCALE)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 from agentkv.mini.shape import MAX_PIXELS, MERGE, MIN_PIXELS, PATCH
 
 SYSTEM = "GUI agent"
-AGENT = {"system": SYSTEM, "prompt": "{goal}", "max_new_tokens": 24}
+AGENT = {"system": SYSTEM, "prompt": "{goal}", "history_frames": 9}
 
 
 def export(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -21,12 +22,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from agentkv.mini.checkpoint import load_state, save_state
+from agentkv.mini.drawn import STEP
 from agentkv.mini.export import SYSTEM, export
 from agentkv.mini.feed import Feed, Mix
 from agentkv.mini.forward import answer_logits
-from agentkv.mini.packing import Batch
+from agentkv.mini.packing import IGNORE, Batch
 from agentkv.mini.shape import mini_config
-from agentkv.mini.tokenizer import build_tokenizer
+from agentkv.mini.tokenizer import MAX_NUMBER, build_tokenizer
 from agentkv.mini.words import tokenizer_texts
 
 
@@ -56,6 +58,22 @@ class TrainConfig:
         return self.rate * warm * max(0.02, min(1.0, left / self.fall if self.fall else 1.0))
 
 
+def soft_targets(tokenizer: PreTrainedTokenizerFast, reach: int = 2, width: float = 4.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per token the ids [vocab, 2 * reach + 1] and weights of its target: itself, or for a number of at least 12 (smaller ones
+    are also digits) a bell of `width` pixels over the numbers STEP apart."""
+    ids = torch.arange(len(tokenizer))[:, None].repeat(1, 2 * reach + 1)
+    weights = torch.zeros(ids.shape)
+    weights[:, reach] = 1.0
+    offsets = range(-reach * STEP, reach * STEP + 1, STEP)
+    for number in range(12, MAX_NUMBER + 1, STEP):
+        near = [min(max(number + offset, 0), MAX_NUMBER - 3) for offset in offsets]
+        bell = torch.tensor([math.exp(-((offset / width) ** 2) / 2) for offset in offsets])
+        token = tokenizer.convert_tokens_to_ids(str(number))
+        ids[token] = torch.tensor(tokenizer.convert_tokens_to_ids([str(n) for n in near]))
+        weights[token] = bell / bell.sum()
+    return ids, weights
+
+
 def free_threads(own: int) -> int:
     """Cores that nobody but the `own` threads of this process keeps busy, by the load average; at least 1.
 
@@ -67,20 +85,29 @@ def free_threads(own: int) -> int:
 
 
 class Meter:
-    """Token accuracy per task and mean loss since the last report."""
+    """Right answers per task and mean loss since the last report; a coordinate counts as right within the soft target's reach."""
 
-    def __init__(self) -> None:
+    def __init__(self, neighbours: torch.Tensor) -> None:
+        self.neighbours = neighbours
         self.hits: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         self.losses: list[float] = []
 
     def add(self, batch: Batch, logits: torch.Tensor, targets: torch.Tensor, loss: float) -> None:
         self.losses.append(loss)
-        right = (logits.argmax(-1) == targets).tolist()
-        rows, columns = (batch.labels != -100).nonzero(as_tuple=True)
+        right = (logits.argmax(-1)[:, None] == self.neighbours[targets]).any(1).tolist()
+        rows, columns = (batch.labels != IGNORE).nonzero(as_tuple=True)
+        previous, whole, task = (-1, -1), True, ""
         for row, column, hit in zip(rows.tolist(), columns.tolist(), right, strict=True):
-            tally = self.hits[batch.tasks[row][column]]
-            tally[0] += hit
-            tally[1] += 1
+            if previous != (row, column - 1):
+                self._count(task, whole)
+                whole, task = True, batch.tasks[row][column + 1]
+            whole, previous = whole and hit, (row, column)
+        self._count(task, whole)
+
+    def _count(self, task: str, whole: bool) -> None:
+        if task:
+            self.hits[task][0] += whole
+            self.hits[task][1] += 1
 
     def line(self) -> str:
         loss = sum(self.losses) / max(len(self.losses), 1)
@@ -104,6 +131,7 @@ class Trainer:
         groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.rate, betas=(0.9, 0.98))
         self.average = {n: p.detach().clone() for n, p in names.items()}
+        self.neighbours, self.spread = soft_targets(self.tokenizer)
         self.step, self.seconds = 0, 0.0
         if self.state.exists():
             scalars = load_state(self.state, self.model, self.average, self.optimizer)
@@ -114,7 +142,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate_at(self.step, self.seconds / 60)
         logits, targets = answer_logits(self.model, batch)
-        loss = F.cross_entropy(logits, targets)
+        loss = self.loss(logits, targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -125,6 +153,12 @@ class Trainer:
             torch._foreach_lerp_(list(self.average.values()), list(self.model.parameters()), 1 - share)
         return logits.detach(), targets, loss.item()
 
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross entropy; a coordinate's target is spread over its neighbours, because a near miss is nearly right."""
+        scores = F.log_softmax(logits, dim=-1)
+        near = self.neighbours[targets]
+        return -(scores.gather(1, near) * self.spread[targets]).sum(1).mean()
+
     def save(self) -> None:
         scalars = {"step": self.step, "seconds": self.seconds}
         save_state(self.state, self.model, self.average, self.optimizer, scalars)
@@ -133,7 +167,7 @@ class Trainer:
     def run(self, feed: Feed, report: int = 100) -> None:
         """Train until the time budget is used up, saving and reporting on the way."""
         loader = iter(DataLoader(feed, batch_size=None, num_workers=1, prefetch_factor=8))
-        meter, images, tick, saved = Meter(), 0, time.monotonic(), time.monotonic()
+        meter, images, tick, saved = Meter(self.neighbours), 0, time.monotonic(), time.monotonic()
         while self.seconds < self.config.minutes * 60:
             start = time.monotonic()
             batch = next(loader)

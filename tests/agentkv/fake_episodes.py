@@ -72,7 +72,7 @@ class FakePolicy:
     def start(self, env: Any) -> None:
         self.actions = iter(self.given)
 
-    def decide(self, goal: str, history: Any, screenshot: Any) -> Decision:
+    def decide(self, goal: str, history: Any, screenshot: Any, viewport: tuple[int, int]) -> Decision:
         self.prompts.append((goal, list(history)))
         action = next(self.actions, Click(10.0, 20.5))
         shown = sum(image is not None for image, _ in history) + 1

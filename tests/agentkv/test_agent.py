@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.agentkv.fake_episodes import FakeEnv, FakePolicy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from agentkv.actions import ParseError
 from agentkv.agent import Agent, Limits, ScriptPolicy, kept_frames, run_episode
 from envs.actions import CallUser, Click, Finished, Type
+from tests.agentkv.fake_episodes import FakeEnv, FakePolicy
 
 BAD = ParseError("no action was found")
 
@@ -47,7 +47,7 @@ def test_step_limit_of_the_loop_and_of_the_environment():
 def test_three_parse_failures_in_all():
     result, steps = play(FakeEnv(needed=9), FakePolicy([BAD, Click(1, 1), BAD, Click(2, 2), BAD, Click(3, 3)]))
     assert (result.stop, result.steps) == ("parse failures", 5)
-    assert [s.error for s in steps] == [BAD.message, "", BAD.message, "", BAD.message]
+    assert [s.error for s in steps] == [BAD.reason, "", BAD.reason, "", BAD.reason]
 
 
 def test_an_unreadable_answer_costs_a_step_and_its_error_is_in_the_next_prompt():
@@ -107,10 +107,11 @@ def test_limits_name_what_is_wrong(name):
 @given(
     st.lists(st.sets(st.integers(0, 29), max_size=30), min_size=1, max_size=4),
     st.sampled_from([[(2, 8, 2, 3)], [(0, 4, 1, 4), (10, 22, 4, 3)]]),
+    st.sampled_from([1, 2]),
 )
-def test_kept_frames_counts_layers_and_heads(kept, boxes):
+def test_kept_frames_counts_layers_and_heads(kept, boxes, merge):
     layers = [torch.tensor([[sorted(held) + [-1] * (30 - len(held))]]) for held in kept]
-    frames = kept_frames(layers, [b[:2] for b in boxes], [b[2:] for b in boxes])
+    frames = kept_frames(layers, [b[:2] for b in boxes], [(1, b[2] * merge, b[3] * merge) for b in boxes])
     for frame, (start, _, rows, cols) in zip(frames, boxes, strict=True):
         for i, share in enumerate(frame.share.ravel()):
             assert share == pytest.approx(sum(start + i in held for held in kept) / len(kept))
@@ -118,8 +119,8 @@ def test_kept_frames_counts_layers_and_heads(kept, boxes):
 
 
 def test_kept_frames_refuses_a_grid_that_does_not_fit():
-    with pytest.raises(ValueError, match=r"span \[0, 5\) has 5 tokens, its grid 2 x 3"):
-        kept_frames([torch.zeros(1, 1, 1, dtype=torch.int32)], [(0, 5)], [(2, 3)])
+    with pytest.raises(ValueError, match=r"span \[0, 5\) has 5 tokens, its grid 4 x 6 does not fit"):
+        kept_frames([torch.zeros(1, 1, 1, dtype=torch.int32)], [(0, 5)], [(1, 4, 6)])
 
 
 @dataclass
@@ -131,10 +132,10 @@ class TinyAdapter:
     def __post_init__(self):
         self.tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
 
-    def prompt(self, goal, history, screenshot):
+    def prompt(self, goal, history, screenshot, css_size):
         ids = torch.arange(1, 41)[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return SimpleNamespace(inputs=inputs, spans=[(5, 17)], frames=[SimpleNamespace(grid=(3, 4))])
+        return SimpleNamespace(inputs=inputs, spans=[(5, 17)], frames=[SimpleNamespace(grid=(1, 6, 8))])
 
     def parse(self, text, frame):
         return Click(1.0, 2.0) if text else BAD
@@ -159,8 +160,8 @@ def adapter():
 
 def test_a_decision_with_the_full_cache_is_what_the_model_says(adapter):
     image = Image.new("RGB", (4, 3))
-    plain = adapter.model.generate(**adapter.prompt("", [], image).inputs, max_new_tokens=6, do_sample=False)
-    decision = Agent(adapter, "full", 1.0, max_new_tokens=6).decide("goal", [], image)
+    plain = adapter.model.generate(**adapter.prompt("", [], image, (4, 3)).inputs, max_new_tokens=6, do_sample=False)
+    decision = Agent(adapter, "full", 1.0, max_new_tokens=6).decide("goal", [], image, (4, 3))
     assert decision.text == " ".join(map(str, plain[0, 40:].tolist()))
     assert (decision.prompt_tokens, decision.decode_tokens, decision.action) == (40, 6, Click(1.0, 2.0))
     # 2 layers x (K and V) x 2 KV heads x 8 numbers x 4 bytes
@@ -169,7 +170,7 @@ def test_a_decision_with_the_full_cache_is_what_the_model_says(adapter):
 
 
 def test_a_decision_with_a_method_holds_less(adapter):
-    decision = Agent(adapter, "snapkv", 0.5, max_new_tokens=6).decide("goal", [], Image.new("RGB", (4, 3)))
+    decision = Agent(adapter, "snapkv", 0.5, max_new_tokens=6).decide("goal", [], Image.new("RGB", (4, 3)), (4, 3))
     assert decision.tokens_stored == 20 and decision.kv_bytes < 0.6 * decision.kv_bytes_full
     assert decision.kv_bytes <= decision.kv_bytes_peak
     assert 0 < decision.frames[0].share.mean() < 1 and decision.spans == ((5, 17),)

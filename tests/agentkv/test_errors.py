@@ -1,6 +1,5 @@
-"""What a person can get wrong: one line on stderr that says what to change, exit code 2, no traceback, nothing played."""
+"""What a person can get wrong: one line on stderr that says what to change, exit code 2, nothing played."""
 
-import errno
 import shutil
 from collections import namedtuple
 
@@ -59,12 +58,18 @@ def test_no_chromium_anywhere(capsys, tmp_path, monkeypatch):
 def test_too_little_disk(capsys, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
-    refused(["--out", "x"], "x: 0 MB free, about 2", capsys, tmp_path, monkeypatch)
+    refused(
+        ["--out", "x"],
+        "x: 0 MB free, about 30 MB needed for the traces; free some space",
+        capsys,
+        tmp_path,
+        monkeypatch,
+    )
 
 
 def test_a_disk_that_fills_up(capsys, monkeypatch):
     def full(args, argv):
-        raise NoSpace(errno.ENOSPC, "runs/x: the disk is full; free some space and go on with --resume")
+        raise NoSpace("runs/x: the disk is full; free some space and go on with --resume")
 
     monkeypatch.setattr(run, "play_command", full)
     assert run.main([]) == 2

@@ -6,7 +6,6 @@ import re
 
 import numpy as np
 import pytest
-from tests.agentkv.fake_episodes import FakePolicy, fake_run
 from PIL import Image
 
 from agentkv import report
@@ -15,6 +14,7 @@ from agentkv.report import write_report
 from agentkv.trace import read_run
 from envs.actions import Click, Drag, Scroll, Type
 from envs.browser import find_chromium
+from tests.agentkv.fake_episodes import FakePolicy, fake_run
 
 pytestmark = pytest.mark.browser
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked=1'>\u2028 {{x}} @@DATA ${1}"
@@ -152,7 +152,7 @@ def test_a_bounded_page_says_what_it_left_out(run, chromium):
 
 def test_long_episodes_are_cut(run, monkeypatch):
     monkeypatch.setattr(report, "MAX_STEPS", 2)
-    data = json.loads(re.search(r'id="data">\n(.*?)\n</script>', write_report(run).read_text(), re.S).group(1))
+    data = json.loads(re.search(r'id="data">\n(.*?)\n *</script>', write_report(run).read_text(), re.S).group(1))
     play = data["pairs"][0]["plays"]["full"]
     assert len(play["steps"]) == 2 and play["steps_played"] > 2
 

@@ -7,7 +7,6 @@ from dataclasses import MISSING, fields
 
 import numpy as np
 import pytest
-from tests.agentkv.fake_episodes import META, FakeEnv, FakePolicy, fake_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,6 +17,7 @@ from agentkv.agent import run_episode
 from agentkv.play import Plan, open_folder
 from agentkv.trace import ACTIONS, EpisodeTrace, NoSpace, action_from_dict, action_to_dict
 from envs.actions import Click, Hotkey
+from tests.agentkv.fake_episodes import META, FakeEnv, FakePolicy, fake_run
 
 ABOUT = {"method": "gui-kv", "budget": 0.4, "task": "click-tab", "seed": 3}
 

@@ -42,6 +42,15 @@ def test_order_of_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert find_chromium(tmp_path / "named") == tmp_path / "named"
 
 
+def test_the_headless_shell_comes_first_unless_headed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("chromium", "chromium-headless-shell"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.delenv(CHROMIUM_VARIABLE, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_chromium() == tmp_path / "chromium-headless-shell"
+    assert find_chromium(headed=True) == tmp_path / "chromium"
+
+
 @pytest.mark.browser
 def test_a_program_that_is_no_browser(browser: Browser) -> None:
     with pytest.raises(ChromiumMissing, match="did not start"):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import ALL_ATTENTION_FUNCTIONS, DynamicCache
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import textkv
 from tests.textkv import tiny

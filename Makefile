@@ -1,0 +1,34 @@
+# Two commands for a newcomer: `make demo` and `make test`. Everything they need is made in .venv; nothing else is touched,
+# except that a machine without any Chromium gets one.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# PyTorch's wheels for Linux are built for CUDA by default. Without a GPU the constrained version is enough.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: .venv/ready
+	$(BIN)/python -m agentkv.run --method full,gui-kv,snapkv --budget 0.4 --out runs/demo --json runs/demo/summary.json
+
+test: .venv/ready
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+# torch comes first and pinned: asked for as a range it would pull the newest build.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --upgrade pip
+	$(INSTALL) $$(grep '^torch==' constraints.txt)
+	$(INSTALL) --constraint constraints.txt --editable '.[dev,kernels]'
+	$(INSTALL) --constraint constraints.txt --no-deps miniwob
+	$(BIN)/python -m envs.install
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,124 @@
+"""Compile every shipped configuration for sm_80 and sm_90 without a GPU; run by test_compile.py in a process of its own.
+
+The public functions are called on small CPU tensors while a recorder stands in for each kernel, so what is compiled is
+what the launchers really pass. Prints one line per configuration; a type error or too much shared memory ends it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import kernels
+
+SHARED_LIMIT = 99 * 1024  # bytes of one program on the smallest GPUs of compute capability 8.6 and 8.9
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
+
+
+class Recorder:
+    """Stands in for a jitted kernel and keeps the configurations that it is launched with."""
+
+    def __init__(self, kernel: JITFunction) -> None:
+        self.kernel, self.seen = kernel, {}
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return self.launch
+
+    def launch(self, *args, num_warps: int = 4, num_stages: int = 3, **kwargs) -> None:
+        values = inspect.signature(self.kernel.fn).bind(*args, **kwargs).arguments
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(self.kernel.params):
+            value, name = values[parameter.name], parameter.name
+            specialised = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32"
+                if specialised and value % 16 == 0:
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        self.seen[str((signature, constants, options))] = (signature, constants, attributes, options)
+
+    def compile(self, capability: int) -> None:
+        for signature, constants, attributes, options in self.seen.values():
+            source = ASTSource(self.kernel, signature, constants, attributes)
+            shared = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+            print(f"sm_{capability} {self.kernel.fn.__module__}.{self.kernel.fn.__name__} {shared} bytes {constants}")
+            if shared > SHARED_LIMIT:
+                raise SystemExit(f"{self.kernel.fn.__name__} {constants} takes {shared} bytes of shared memory")
+
+
+def record() -> list[Recorder]:
+    """Put a recorder in the place of every kernel."""
+    recorders = []
+    for operation in kernels.OPERATIONS:
+        module = importlib.import_module(f"kernels.{operation}")
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                recorders.append(Recorder(value))
+                setattr(module, name, recorders[-1])
+    return recorders
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def launch_attention(D: int, group: int, m: int, **options) -> None:
+    q, k = zeros(1, 2 * group, m, D), zeros(1, 2, 600, D)
+    if options.pop("ragged", False):
+        options |= {"start": torch.tensor([0, 300]), "length": torch.tensor([300, 300], dtype=torch.int32)}
+        k = k[0, 0]
+    kernels.decode_attention(q, k, k, scale=1.0, **options, _backend="triton")
+
+
+def launch_all() -> None:
+    """One call for each configuration that the launchers can choose for a bf16 model of head_dim 128, and the extremes."""
+    valid = torch.ones(1, 600, dtype=torch.bool)
+    for options in ({}, {"valid": valid}, {"ragged": True}):
+        launch_attention(128, 7, 1, **options)
+    launch_attention(128, 4, 64, causal=True)
+    launch_attention(128, 8, 4, causal=True, ragged=True)
+    launch_attention(80, 1, 1)
+    launch_attention(256, 8, 64, causal=True, valid=valid)
+    q, k = zeros(1, 8, 32, 128), zeros(1, 2, 600, 128)
+    lse = zeros(1, 8, 32, dtype=torch.float32)
+    kernels.window_mass(q, k, scale=1.0, _backend="triton")
+    kernels.window_mass(q, k, scale=1.0, valid=valid, squares=True, _backend="triton")
+    kernels.merge([q] * 3, [lse] * 3, _backend="triton")
+    kernels.compact(k, k, torch.ones(1, 2, 600, dtype=torch.bool), _backend="triton")
+    kernels.compact(k, k, zeros(1, 2, 9, dtype=torch.int64), _backend="triton")
+    kernels.subspace_residual(k, zeros(1, 2, 128, 32, dtype=torch.float32), _backend="triton")
+    kernels.subspace_residual(zeros(1, 2, 9, 256), zeros(1, 2, 256, 32, dtype=torch.float32), _backend="triton")
+    frequencies = torch.ones(64)
+    kernels.rotate(k, torch.tensor(1), frequencies, _backend="triton")
+    kernels.rotate(k, torch.tensor(1.0), frequencies[:16], _backend="triton")
+    for interleaved in (False, True):
+        options = {"sections": [16, 24, 24], "interleaved": interleaved, "_backend": "triton"}
+        kernels.rotate(k, zeros(3, 1, 600, dtype=torch.int64), frequencies, **options)
+
+
+if __name__ == "__main__":
+    recorders = record()
+    launch_all()
+    for recorder in recorders:
+        if not recorder.seen:
+            raise SystemExit(f"{recorder.kernel.fn.__name__} was never launched")
+        for capability in (80, 90):
+            recorder.compile(capability)

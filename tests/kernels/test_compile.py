@@ -1,0 +1,24 @@
+"""The interpreter accepts what the compiler rejects, so every shipped configuration is also compiled, without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_configuration_compiles_for_sm_80_and_sm_90():
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_kernels"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    for architecture in ("sm_80", "sm_90"):
+        assert len({line.split()[1] for line in run.stdout.splitlines() if line.startswith(architecture)}) == 8

@@ -1,0 +1,108 @@
+"""The numerics once more on a real GPU: compiled kernels, bf16, sizes that the interpreter cannot reach."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import compact, decode_attention, merge, rotate, subspace_residual, window_mass
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def assert_same(function, *args, tolerance, **kwargs):
+    ours, truth = function(*args, **kwargs), function(*args, **kwargs, _backend="reference")
+    pairs = zip(ours, truth, strict=True) if isinstance(ours, tuple) else [(ours, truth)]
+    for mine, true in pairs:
+        torch.testing.assert_close(mine.float(), true.float(), rtol=tolerance, atol=tolerance)
+
+
+@DTYPES
+@pytest.mark.parametrize("group, m, n, D", [(1, 1, 1, 64), (7, 1, 32768, 128), (4, 3, 5000, 80), (8, 2000, 3000, 256)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_dense_attention(group, m, n, D, causal, dtype, poison):
+    q, k, v = (randn(2, h, t, D, dtype=dtype) for h, t in ((2 * group, m), (2, n), (2, n)))
+    valid = torch.rand(2, n, device="cuda") > 0.3
+    options = {"scale": D**-0.5, "causal": causal, "tolerance": TOLERANCE[dtype]}
+    assert_same(decode_attention, q, k, v, **options)
+    k[~valid[:, None].expand(2, 2, n)] = v[~valid[:, None].expand(2, 2, n)] = float("nan")
+    assert_same(decode_attention, q, k, v, valid=valid, **options)
+
+
+@DTYPES
+@pytest.mark.parametrize("m", [1, 5, 300])
+def test_ragged_attention_waits_for_nothing(m, dtype, poison):
+    lengths = [0, 1, 20_000, 257]
+    k, v = randn(25_000, 128, dtype=dtype), randn(25_000, 128, dtype=dtype)
+    start = torch.tensor([0, 10, 20, 24_000], device="cuda")
+    length = torch.tensor(lengths, device="cuda", dtype=torch.int32)
+    q = randn(2, 14, m, 128, dtype=dtype)
+    options = {"scale": 128**-0.5, "causal": True, "start": start, "length": length}
+    assert_same(decode_attention, q, k, v, **options, tolerance=TOLERANCE[dtype])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decode_attention(q, k, v, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_offsets_beyond_32_bits():
+    n = 2**31 // 128 + 1000
+    k = torch.zeros(n, 128, dtype=torch.float16, device="cuda")
+    k[-300:] = torch.randn(300, 128, device="cuda")
+    start, length = torch.tensor([n - 300], device="cuda"), torch.tensor([300], dtype=torch.int32, device="cuda")
+    options = {"scale": 0.1, "start": start, "length": length, "tolerance": 2e-3}
+    assert_same(decode_attention, torch.randn(1, 4, 1, 128, device="cuda").half(), k, k, **options)
+
+
+@DTYPES
+def test_merge(dtype, poison):
+    outs, lses = [randn(2, 28, 5, 128, dtype=dtype) for _ in range(6)], [randn(2, 28, 5) for _ in range(6)]
+    lses[2][0] = -torch.inf
+    assert_same(merge, outs, lses, tolerance=TOLERANCE[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize("group, w, n", [(7, 64, 32768), (4, 8, 5000), (8, 3000, 3000)])
+def test_window_mass(group, w, n, dtype, poison):
+    q, k = randn(1, 2 * group, w, 128, dtype=dtype), randn(1, 2, n, 128, dtype=dtype)
+    valid = torch.rand(1, 2, n, device="cuda") > 0.3
+    tolerance = 1e-3
+    assert_same(window_mass, q, k, scale=128**-0.5, tolerance=tolerance)
+    assert_same(window_mass, q, k, scale=128**-0.5, valid=valid, squares=True, tolerance=tolerance)
+
+
+@DTYPES
+def test_subspace_residual(dtype, poison):
+    basis = torch.linalg.qr(randn(2, 4, 128, 32))[0]
+    assert_same(subspace_residual, randn(2, 4, 5000, 128, dtype=dtype), basis, tolerance=1e-3)
+
+
+@DTYPES
+def test_compact(dtype, poison):
+    k, v = randn(2, 4, 5000, 128, dtype=dtype), randn(2, 4, 5000, 128, dtype=dtype)
+    mask = torch.rand(2, 4, 5000, device="cuda") > 0.9
+    index = torch.rand(2, 4, 5000, device="cuda").topk(500).indices.sort().values
+    for keep in (mask, index):
+        ours, truth = compact(k, v, keep), compact(k, v, keep, _backend="reference")
+        assert torch.equal(ours.k, truth.k) and torch.equal(ours.v, truth.v)
+
+
+@DTYPES
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotate(interleaved, dtype, poison):
+    x, inv_freq = randn(2, 4, 3000, 128, dtype=dtype), 1e-6 ** (torch.arange(64, device="cuda") / 64)
+    delta = torch.randint(-100_000, 100_000, (3, 2, 3000), device="cuda")
+    tolerance = TOLERANCE[dtype]
+    assert_same(rotate, x, delta, inv_freq, sections=[16, 24, 24], interleaved=interleaved, tolerance=tolerance)
+    assert_same(rotate, x, delta[0], inv_freq[:20], tolerance=tolerance)
+    assert torch.equal(rotate(x, torch.tensor(0, device="cuda"), inv_freq), x)
