@@ -1,7 +1,9 @@
-"""Web pages as Gymnasium environments: `make("click-tab")` gives a real Chromium page, `task_ids()` says which there are.
+"""Web pages as Gymnasium environments: `make("click-tab")` gives a real Chromium page, `task_ids()` says which there
+are.
 
-Screenshots and a goal go out, typed actions (`envs.actions`) come in. MiniWoB++ pages carry their bare names, our own pages that need
-memory over several screens are called `memory-...`; `envs.live` opens any address, `envs.oracle` solves the tasks by script.
+Screenshots and a goal go out, typed actions (`envs.actions`) come in. MiniWoB++ pages carry their bare names, our
+own pages that need memory over several screens are called `memory-...`; `envs.live` opens any address, `envs.oracle`
+solves the tasks by script.
 """
 
 from __future__ import annotations
@@ -49,13 +51,17 @@ CURATED = (
 
 
 def task_ids(everything: bool = False) -> list[str]:
-    """Names for `make`: our memory pages and the curated MiniWoB tasks; `everything` adds all pages of the miniwob package."""
+    """Names for `make`: our memory pages and the curated MiniWoB tasks; `everything` adds all pages of the miniwob
+    package.
+    """
     first = [*memory.PAGES, *CURATED]
     return first + [name for name in miniwob.page_ids() if name not in CURATED] if everything else first
 
 
 def task(task_id: str, max_steps: int | None = None) -> Task:
-    """The task of that name. Raises ValueError with near matches for an unknown one, `MiniwobMissing` without the package."""
+    """The task of that name. Raises ValueError with near matches for an unknown one, `MiniwobMissing` without the
+    package.
+    """
     if task_id in memory.PAGES:
         return memory.MemoryTask(task_id, max_steps)
     known = [*memory.PAGES, *miniwob.page_ids()]

@@ -1,7 +1,8 @@
-"""Typed actions to real input events: the mouse moves and presses, keys go down and up, the page cannot tell the difference.
+"""Typed actions to real input events: the mouse moves and presses, keys go down and up, the page cannot tell the
+difference.
 
-`perform` never raises for a bad action: it returns the text of the error, "" when the action ran. Coordinates are CSS pixels of
-the viewport. Nothing here looks at the page.
+`perform` never raises for a bad action: it returns the text of the error, "" when the action ran. Coordinates are
+CSS pixels of the viewport. Nothing here looks at the page.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """One Chromium driven by Playwright's sync API: found, launched, watched, relaunched after a crash.
 
-Not here: what a page may do (tab.py, allow.py) and what a task is (task.py). Playwright's sync API belongs to the thread
-that started it and cannot run inside an asyncio loop; browsers of one thread share one driver process. This limits what
-a page can reach but is no security boundary: for pages you do not trust, run the whole process in a container.
+Not here: what a page may do (tab.py, allow.py) and what a task is (task.py). Playwright's sync API belongs to the
+thread that started it and cannot run inside an asyncio loop; browsers of one thread share one driver process. This
+limits what a page can reach but is no security boundary: for pages you do not trust, run the whole process in a
+container.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class ChromiumMissing(RuntimeError):
 
 
 class _Driver(threading.local):
-    """Playwright of this thread: a second `sync_playwright().start()` in one thread is refused, so browsers share it."""
+    """Playwright of this thread: a second `sync_playwright().start()` in one thread is refused, so browsers share
+    it.
+    """
 
     playwright: Playwright | None = None
     users: int = 0
@@ -166,7 +169,7 @@ class Browser:
                 executable_path=executable,
                 headless=not self.headed,
                 chromium_sandbox=self.sandbox,
-                handle_sigint=False,  # Ctrl-C is the program's to handle: the browser must outlive it to be closed in order
+                handle_sigint=False,  # Ctrl-C belongs to the program, which closes the browser in order
                 args=list(_FLAGS),
             )
         except Error as error:

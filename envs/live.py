@@ -1,8 +1,9 @@
-"""Any page by its address, with a goal in words: the agent's own judgement ends the episode, a checker of yours may grade it.
+"""Any page by its address, with a goal in words: the agent's own judgement ends the episode, a checker of yours may
+grade it.
 
-Only the address's own origin can be reached (for a file: its folder); name further origins with `allow`. Without a checker nobody
-knows whether the goal was met, so the raw reward stays 0. A page from outside is untrusted input: what it says is data for
-the model, and running it at all is safest in a container.
+Only the address's own origin can be reached (for a file: its folder); name further origins with `allow`. Without a
+checker nobody knows whether the goal was met, so the raw reward stays 0. A page from outside is untrusted input:
+what it says is data for the model, and running it at all is safest in a container.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ Checker = Callable[[Page, str], bool]
 
 
 def own_place(url: str) -> AllowList:
-    """What `url` alone gives access to: its origin, or the folder of its file. Raises ValueError for any other address."""
+    """What `url` alone gives access to: its origin, or the folder of its file. Raises ValueError for any other
+    address.
+    """
     if origin(url) and url.partition(":")[0] in ("http", "https"):
         return AllowList(origins=(url,))
     path = file_path(url)
     if path is None:
-        raise ValueError(f"url={url!r} cannot be opened; use an address like https://example.com or file:///folder/page.html")
+        raise ValueError(
+            f"url={url!r} cannot be opened; use an address like https://example.com or file:///folder/page.html"
+        )
     if not path.is_file():
         raise ValueError(f"url={url!r} names no file; check the path {path}")
     return AllowList(folders=(path.parent,))
@@ -37,8 +42,8 @@ def own_place(url: str) -> AllowList:
 class LiveTask(Task):
     """`url` with a `goal`. `checker(page, answer)` decides when the agent has finished; seeds change nothing here.
 
-    viewport: (width, height) in CSS px. allow: further http(s) origins. Raises ValueError for an address that is not http, https or
-    an existing file, and for an empty goal.
+    viewport: (width, height) in CSS px. allow: further http(s) origins. Raises ValueError for an address that is not
+    http, https or an existing file, and for an empty goal.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Scripted solutions of the tasks: training data, end-to-end tests and proof that every task can be solved.
 
-`solve(env)` looks at the live page before each action and yields one action at a time; the caller steps the environment. `describe(env)`
-lists what is on the screen and where, for grounding data. `python -m envs.oracle --seeds 50` checks every script and prints
-a table; it exits with 1 when a single seed fails.
+`solve(env)` looks at the live page before each action and yields one action at a time; the caller steps the
+environment. `describe(env)` lists what is on the screen and where, for grounding data. `python -m envs.oracle
+--seeds 50` checks every script and prints a table; it exits with 1 when a single seed fails.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def task_ids() -> list[str]:
 def solve(env: WebEnv, rng: random.Random | None = None) -> Iterator[Action]:
     """Actions that solve the running episode, each chosen after the one before was executed by `env.step`.
 
-    The same seed gives the same actions; `rng` spreads the click points inside their elements. Stops when the episode is over.
-    Raises ValueError for a task without a script.
+    The same seed gives the same actions; `rng` spreads the click points inside their elements. Stops when the
+    episode is over. Raises ValueError for a task without a script.
     """
     script = SCRIPTS.get(env.task.id)
     if script is None:
@@ -102,8 +102,8 @@ _DESCRIBE = f"""
 def describe(env: WebEnv) -> list[dict[str, object]]:
     """Every visible element of the screen: `text` (its label, "" if it has none), `kind`, `box` and `points`.
 
-    box: [x, y, width, height] in CSS px, clipped to the screen. points: [[x, y], ...] at which a click reaches it. Kinds: button,
-    link, tab, text, field, password, checkbox, radio, textarea, select, shape, swatch, character.
+    box: [x, y, width, height] in CSS px, clipped to the screen. points: [[x, y], ...] at which a click reaches it.
+    Kinds: button, link, tab, text, field, password, checkbox, radio, textarea, select, shape, swatch, character.
     """
     if env.tab is None:
         raise RuntimeError("there is no episode yet; call reset() first")

@@ -69,5 +69,3 @@ class ActionSpace(spaces.Space[Action]):
 
     def __repr__(self) -> str:
         return f"ActionSpace({self.size})"
-
-

@@ -1,9 +1,9 @@
 """One isolated page of a browser: what it may load, what it tried to do, its picture.
 
-Every request is checked against the task's allow-list twice. A route handler aborts and records what the page asks for; below
-it the tab's own proxy setting sends every host that is not allowed to a closed port, which also catches what handlers
-never see (redirects, workers, prefetch). Dialogs are dismissed, popups closed, downloads refused, permissions denied;
-all of it is recorded, nothing of it reaches the agent.
+Every request is checked against the task's allow-list twice. A route handler aborts and records what the page asks
+for; below it the tab's own proxy setting sends every host that is not allowed to a closed port, which also catches
+what handlers never see (redirects, workers, prefetch). Dialogs are dismissed, popups closed, downloads refused,
+permissions denied; all of it is recorded, nothing of it reaches the agent.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class PageNotLoaded(RuntimeError):
 
 @dataclass(frozen=True)
 class Blocked:
-    """One thing the page tried and was refused: `kind` is request, redirect, navigation, websocket, popup or download."""
+    """One thing the page tried and was refused: `kind` is request, redirect, navigation, websocket, popup or
+    download.
+    """
 
     kind: str
     url: str
@@ -250,7 +252,9 @@ class Tab:
                 return self.page.evaluate(script, argument)
 
     def settle(self, cap: float = 1.0) -> None:
-        """Wait for new frames, for animations that end and for what they load, at most `cap` seconds each; then `enforce`."""
+        """Wait for new frames, for animations that end and for what they load, at most `cap` seconds each; then
+        `enforce`.
+        """
         self.evaluate(_SETTLE, cap * 1000)
         if self._loading:
             self._wait_for_loads(cap)

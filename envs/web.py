@@ -1,8 +1,10 @@
-"""A Gymnasium environment over one web task: a screenshot and a goal in, a typed action out, executed with real input events.
+"""A Gymnasium environment over one web task: a screenshot and a goal in, a typed action out, executed with real
+input events.
 
-Reward: the raw reward of the task, given once, on the step that ends the episode. Every `reset` loads the page afresh in a new
-isolated context, so nothing survives an episode. A wrong action (outside the screen, no such key) does nothing and says so
-in `info["error"]`. `BrowserCrashed` passes through `step`; the next `reset` starts a new browser.
+Reward: the raw reward of the task, given once, on the step that ends the episode. Every `reset` loads the page
+afresh in a new isolated context, so nothing survives an episode. A wrong action (outside the screen, no such key)
+does nothing and says so in `info["error"]`. `BrowserCrashed` passes through `step`; the next `reset` starts a new
+browser.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ SEED_LIMIT = 2**31
 class WebEnv(gym.Env[dict[str, Any], Action]):
     """`task` on `browser` (None = its own, launched at the first reset and closed with the environment).
 
-    device_scale: device pixels per CSS pixel; the screenshot is uint8 [height * scale, width * scale, 3], actions stay in CSS pixels.
-    load_timeout: seconds for the page to load. step_timeout: seconds after which a page that hangs is killed with its browser.
-    reuse_tab: load the page anew in the same tab instead of a new context at each reset; quicker, but what the page stored stays.
-    info: `raw_reward`, `success` (raw reward == 1), `error`, `reason`, `url`, `seed`, `steps`, and what this step tried
+    device_scale: device pixels per CSS pixel; the screenshot is uint8 [height * scale, width * scale, 3], actions
+    stay in CSS pixels. load_timeout: seconds for the page to load. step_timeout: seconds after which a page that
+    hangs is killed with its browser. reuse_tab: load the page anew in the same tab instead of a new context at each
+    reset; quicker, but what the page stored stays. info: `raw_reward`, `success` (raw reward == 1), `error`, `reason`, `url`, `seed`, `steps`, and what this step tried
     and was refused: `blocked` (list of dicts kind/url/reason) and `dialogs` (texts).
     """
 
@@ -49,7 +51,9 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
         width, height = task.viewport
         size = (round(height * device_scale), round(width * device_scale))
         if device_scale <= 0 or abs(size[0] - height * device_scale) + abs(size[1] - width * device_scale) > 1e-6:
-            raise ValueError(f"device_scale={device_scale} makes broken pixels of {width} x {height}; use 1, 1.5, 2 or 4")
+            raise ValueError(
+                f"device_scale={device_scale} makes broken pixels of {width} x {height}; use 1, 1.5, 2 or 4"
+            )
         self.task = task
         self.browser = browser or Browser()
         self.device_scale = device_scale
@@ -108,7 +112,9 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
         return self.browser.open(self.task.allow, self.task.viewport, self.device_scale)
 
     def step(self, action: Action) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Execute one action. Raises RuntimeError before `reset` and after the end, `BrowserCrashed` for a dead page."""
+        """Execute one action. Raises RuntimeError before `reset` and after the end, `BrowserCrashed` for a dead
+        page.
+        """
         tab = self._open_tab()
         if self.over:
             raise RuntimeError("the episode is over; call reset() first")

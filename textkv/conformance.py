@@ -73,9 +73,7 @@ class Bench:
         return torch.cat(steps, 1)
 
 
-def check_method(
-    method: str, budget: Budget | float | str = 0.4, model: PreTrainedModel | None = None
-) -> list[Check]:
+def check_method(method: str, budget: Budget | float | str = 0.4, model: PreTrainedModel | None = None) -> list[Check]:
     """Runs every check on `method` (a composition string).
 
     Args:

@@ -196,7 +196,7 @@ def _split(expression: str) -> list[str]:
 
 
 def _parse_part(part: str) -> tuple[str, list, dict]:
-    """"mikv(16, low=2)" -> ("mikv", [16], {"low": 2}); arguments are literals, never evaluated."""
+    """ "mikv(16, low=2)" -> ("mikv", [16], {"low": 2}); arguments are literals, never evaluated."""
     name, bracket, _ = part.partition("(")
     if not bracket:
         return name, [], {}

@@ -41,7 +41,9 @@ def text_config(model: PreTrainedModel):
     config = text_model(model).config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= {"full_attention", "sliding_attention"}:
-        raise ValueError(f"layers of kind {sorted(kinds - {'full_attention'})} have no KV cache that a method could keep")
+        raise ValueError(
+            f"layers of kind {sorted(kinds - {'full_attention'})} have no KV cache that a method could keep"
+        )
     return config
 
 

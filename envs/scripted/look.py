@@ -1,7 +1,7 @@
 """What a script sees of the live page: elements with the points at which a real mouse would hit them.
 
-An element counts as visible only where nothing covers it, asked of the browser itself (`elementFromPoint` on a grid), so a
-button half under another one is clicked on its free half.
+An element counts as visible only where nothing covers it, asked of the browser itself (`elementFromPoint` on a
+grid), so a button half under another one is clicked on its free half.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from envs.tab import Tab
 GRID = 9
 
 # hit(e): the grid points of e's box (clipped to the screen) at which a click reaches e
-LOOK = """
+LOOK = (
+    """
 const GRID = %d;
 const hits = (e) => {
   const r = e.getBoundingClientRect();
@@ -32,7 +33,9 @@ const hits = (e) => {
   }
   return found;
 };
-""" % GRID
+"""
+    % GRID
+)
 
 _FIND = f"""
 (selector) => {{
@@ -71,7 +74,9 @@ class ScriptLost(RuntimeError):
 
 
 class Look:
-    """Eyes and aim of a script. With `rng` the aim is spread over the inner part of an element, else it is its middle."""
+    """Eyes and aim of a script. With `rng` the aim is spread over the inner part of an element, else it is its
+    middle.
+    """
 
     def __init__(self, tab: Tab, goal: str, rng: random.Random | None = None) -> None:
         self.tab = tab

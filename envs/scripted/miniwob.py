@@ -1,4 +1,6 @@
-"""Scripts for MiniWoB++ pages: each reads the goal and the live page, as a person would, and yields one action at a time."""
+"""Scripts for MiniWoB++ pages: each reads the goal and the live page, as a person would, and yields one action at a
+time.
+"""
 
 from __future__ import annotations
 

@@ -65,7 +65,9 @@ class TestWorkedCase:
         assert torch.allclose(self.score(alpha=0.0, gate=False)[:8], torch.tensor(expected), atol=1e-4)
 
     def test_saliency(self):
-        assert torch.allclose(saliency(torch.tensor([1.0, 2.0, 3.0]), 1.0), torch.tensor([0.09, 0.2447, 0.6652]), atol=1e-4)
+        assert torch.allclose(
+            saliency(torch.tensor([1.0, 2.0, 3.0]), 1.0), torch.tensor([0.09, 0.2447, 0.6652]), atol=1e-4
+        )
 
     def test_residuals(self):
         basis = orthobasis(self.held.keys[0, :, 5:8], 1, "qr_first")

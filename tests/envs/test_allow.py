@@ -18,7 +18,9 @@ def test_origin_fills_in_the_port_and_maps_sockets() -> None:
     assert origin("https://b\u00fccher.example/") == "https://xn--bcher-kva.example:443"
 
 
-@pytest.mark.parametrize("url", ["", "about:blank", "file:///a", "http://", "http://a:99999/", "javascript:1", "http://[::1"])
+@pytest.mark.parametrize(
+    "url", ["", "about:blank", "file:///a", "http://", "http://a:99999/", "javascript:1", "http://[::1"]
+)
 def test_no_origin(url: str) -> None:
     assert origin(url) == ""
 
@@ -47,7 +49,9 @@ def test_refused(url: str) -> None:
     assert AllowList(("http://good.example",)).refusal(url)
 
 
-@pytest.mark.parametrize("url", ["http://good.example", "http://good.example:80/a", "http://u:p@good.example/", "about:blank"])
+@pytest.mark.parametrize(
+    "url", ["http://good.example", "http://good.example:80/a", "http://u:p@good.example/", "about:blank"]
+)
 def test_admitted(url: str) -> None:
     assert AllowList(("http://good.example",)).refusal(url) == ""
 

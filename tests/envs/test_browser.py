@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 import pytest
-from tests.envs.conftest import Site
 
 import envs
 from envs import live
@@ -15,6 +14,7 @@ from envs.actions import Click, Wait
 from envs.allow import AllowList
 from envs.browser import CHROMIUM_VARIABLE, Browser, ChromiumMissing, find_chromium
 from envs.tab import BrowserCrashed
+from tests.envs.conftest import Site
 
 
 def test_a_named_path_that_is_missing(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The environment's contract, and every curated task: the same for the same seed, solved by its script, not by chance."""
+"""The environment's contract, and every curated task: the same for the same seed, solved by its script, not by
+chance.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from tests.envs.conftest import SEEDS
 from gymnasium.utils.env_checker import check_env
 
 import envs
@@ -17,6 +18,7 @@ from envs.browser import Browser
 from envs.scripted.look import Look
 from envs.spaces import MAX_GOAL, ActionSpace, GoalSpace
 from envs.web import WebEnv
+from tests.envs.conftest import SEEDS
 
 
 @pytest.fixture
@@ -123,7 +125,9 @@ def test_the_time_limit_is_lifted_and_the_cover_never_shows(make) -> None:
     assert terminated and info["raw_reward"] == -1 and info["reason"] == "timed out"
     hidden = "() => getComputedStyle(document.querySelector(`#${arguments[0]}`)).display"
     for name in ("sync-task-cover", "reward-display", "click-canvas"):
-        assert env.page.evaluate(f"(id) => getComputedStyle(document.getElementById(id)).display", name) == "none", hidden
+        assert env.page.evaluate("(id) => getComputedStyle(document.getElementById(id)).display", name) == "none", (
+            hidden
+        )
 
 
 @pytest.mark.browser
@@ -182,7 +186,12 @@ def test_spaces() -> None:
 
 def test_before_the_first_reset() -> None:
     env = envs.make("memory-code")
-    for call in (lambda: env.step(Wait(0)), lambda: env.page, lambda: oracle.describe(env), lambda: list(oracle.solve(env))):
+    for call in (
+        lambda: env.step(Wait(0)),
+        lambda: env.page,
+        lambda: oracle.describe(env),
+        lambda: list(oracle.solve(env)),
+    ):
         with pytest.raises(RuntimeError, match=r"call reset\(\) first"):
             call()
     assert env.render() is None

@@ -6,12 +6,12 @@ import socket
 from pathlib import Path
 
 import pytest
-from tests.envs.conftest import Site
 
 from envs import live
 from envs.actions import Click, Finished, Type
 from envs.browser import Browser
 from envs.tab import PageNotLoaded
+from tests.envs.conftest import Site
 
 SIZE = (200, 200)
 
@@ -19,7 +19,9 @@ SIZE = (200, 200)
 @pytest.mark.browser
 def test_a_checker_grades_the_end(browser: Browser, site: Site) -> None:
     url = site.page("<body><input autofocus>")
-    env = live.make(url, " say hello ", browser, viewport=SIZE, checker=lambda page, said: said == page.input_value("input"))
+    env = live.make(
+        url, " say hello ", browser, viewport=SIZE, checker=lambda page, said: said == page.input_value("input")
+    )
     for answer, reward in (("hello", 1.0), ("good day", 0.0)):
         observation, _ = env.reset(seed=0)
         assert observation["goal"] == "say hello" and observation["screenshot"].shape == (200, 200, 3)
@@ -76,7 +78,9 @@ def test_a_page_that_never_loads(browser: Browser) -> None:
     env.close()
 
 
-@pytest.mark.parametrize("url", ["example.com", "javascript:alert(1)", "data:text/html,x", "chrome://version", "ftp://a/b", ""])
+@pytest.mark.parametrize(
+    "url", ["example.com", "javascript:alert(1)", "data:text/html,x", "chrome://version", "ftp://a/b", ""]
+)
 def test_addresses_that_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="cannot be opened; use an address like https://"):
         live.LiveTask(url, "look")

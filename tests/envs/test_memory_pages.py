@@ -36,7 +36,10 @@ def test_the_code_leaves_the_document(browser: Browser, task_id: str) -> None:
     to_the_question(env, 4)
     assert len(code) == 2
     assert all(not card.text for card in Look(env.tab, env.goal).all(".glyph"))
-    assert env.page.evaluate("() => [Object.keys(task).sort().join(), task.reason()]") == ["done,goal,reason,reward,start", ""]
+    assert env.page.evaluate("() => [Object.keys(task).sort().join(), task.reason()]") == [
+        "done,goal,reason,reward,start",
+        "",
+    ]
     env.close()
 
 
@@ -86,7 +89,9 @@ def test_a_shape_counts_once(browser: Browser) -> None:
 
 @pytest.mark.browser
 def test_the_answer_is_spread_evenly(browser: Browser) -> None:
-    """400 seeds, drawn in one page without reloading: no answer is much more frequent than the chance that is stated."""
+    """400 seeds, drawn in one page without reloading: no answer is much more frequent than the chance that is
+    stated.
+    """
     draw = "(n) => [...Array(n).keys()].map((seed) => { task.start(seed); return document.body.innerHTML; })"
     for task_id, digits in (("memory-code", 2), ("memory-colour", 0)):
         task = MemoryTask(task_id)

@@ -45,7 +45,9 @@ def test_a_covered_button_is_clicked_where_it_shows(browser: Browser) -> None:
     env = envs.make("click-test-2", browser)
     env.reset(seed=0)
     place = "left: 10px; top: 60px; width: 40px; height: 40px; position: absolute"
-    env.page.evaluate("(style) => { for (const b of [subbtn, subbtn2]) b.style = style; subbtn2.style.left = '20px'; }", place)
+    env.page.evaluate(
+        "(style) => { for (const b of [subbtn, subbtn2]) b.style = style; subbtn2.style.left = '20px'; }", place
+    )
     action = next(oracle.solve(env))
     assert isinstance(action, Click) and 10 < action.x < 20
     *_, info = env.step(action)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import pytest
-from tests.envs.conftest import Site
 
 import envs
 from envs import live
@@ -11,8 +13,28 @@ from envs.actions import Click, Wait
 from envs.browser import Browser
 from envs.tab import BrowserCrashed, PageNotLoaded
 from envs.web import WebEnv
+from tests.envs.conftest import Site
 
 SIZE = (200, 200)
+
+
+@dataclass
+class Arena:
+    """`site` is the task's own origin, `elsewhere` must never be reached."""
+
+    site: Site
+    elsewhere: Site
+    env: WebEnv
+
+    def ready(self, script: str) -> WebEnv:
+        """The page whose script runs at a click; B is the other origin."""
+        head = f"const B = '{self.elsewhere.url}'; onclick = () => {{ {script} }};"
+        self.site.page(f"<body style='height: 200px'><script>{head}</script>")
+        self.elsewhere.hits.clear()
+        self.env.reset(seed=0)
+        return self.env
+
+
 FRAME = "const f = document.createElement('iframe'); f.src = {}; document.body.append(f);"
 ATTEMPTS = {
     "request": [
@@ -27,7 +49,7 @@ ATTEMPTS = {
     "navigation": [
         "location = B + '/x'",
         "document.head.insertAdjacentHTML('beforeend', `<meta http-equiv=refresh content='0;url=${B}/x'>`)",
-        "const f = document.createElement('form'); f.action = B + '/x'; f.method = 'post'; document.body.append(f); f.submit()",
+        "document.body.innerHTML = `<form method=post action='${B}/x'>`; document.forms[0].submit()",
         FRAME.format("B + '/x'"),
         FRAME.format("'data:text/html,<p>inline'"),
         FRAME.format("URL.createObjectURL(new Blob(['<p>inline'], {type: 'text/html'}))"),
@@ -40,20 +62,27 @@ ATTEMPTS = {
 }
 
 
-def prepared(browser: Browser, site: Site, elsewhere: Site, script: str) -> WebEnv:
+@pytest.fixture(scope="module")
+def arena(browser: Browser) -> Iterator[Arena]:
+    """One tab for all attempts, loaded anew for each: a context per attempt would triple the time."""
+    site, elsewhere = Site(), Site()
     elsewhere.page("<title>elsewhere</title>", "/x")
     site.pages["/away"] = (302, {"Location": elsewhere.url + "/x"}, "")
-    site.pages["/file.bin"] = (200, {"Content-Disposition": "attachment", "Content-Type": "application/octet-stream"}, "x")
-    url = site.page(f"<body style='height: 200px'><script>const B = '{elsewhere.url}'; onclick = () => {{ {script} }};</script>")
-    env = live.make(url, "click", browser, viewport=SIZE)
-    env.reset(seed=0)
-    return env
+    attachment = {"Content-Disposition": "attachment", "Content-Type": "application/octet-stream"}
+    site.pages["/file.bin"] = (200, attachment, "x")
+    url = site.page("<body>empty")
+    env = live.make(url, "click", browser, viewport=SIZE, reuse_tab=True)
+    yield Arena(site, elsewhere, env)
+    env.close()
+    for server in (site, elsewhere):
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize(("kind", "script"), [(kind, script) for kind, all_ in ATTEMPTS.items() for script in all_])
-def test_attempts_are_aborted_and_reported(browser: Browser, site: Site, elsewhere: Site, kind: str, script: str) -> None:
-    env = prepared(browser, site, elsewhere, script)
+def test_attempts_are_aborted_and_reported(arena: Arena, kind: str, script: str) -> None:
+    env = arena.ready(script)
     *_, info = env.step(Click(50, 150))
     blocked = list(info["blocked"])
     for _ in range(20):
@@ -63,9 +92,8 @@ def test_attempts_are_aborted_and_reported(browser: Browser, site: Site, elsewhe
         blocked += info["blocked"]
     assert kind in {entry["kind"] for entry in blocked}, blocked
     assert all(entry["reason"] and entry["url"] for entry in blocked)
-    assert elsewhere.hits == []
+    assert arena.elsewhere.hits == []
     assert len(env.page.context.pages) == 1
-    env.close()
 
 
 @pytest.mark.browser
@@ -77,35 +105,34 @@ def test_attempts_are_aborted_and_reported(browser: Browser, site: Site, elsewhe
         "location = 'chrome://version'",
         "window.open('javascript:fetch(`' + B + '/x`)')",
         "location = 'view-source:' + B",
-        "document.head.insertAdjacentHTML('beforeend', `<link rel=preconnect href='${B}'><link rel=prefetch href='${B}/x'>`)",
+        "document.head.insertAdjacentHTML('beforeend', `<link rel=preconnect href='${B}'>`)",
+        "document.head.insertAdjacentHTML('beforeend', `<link rel=prefetch href='${B}/x'>`)",
     ],
 )
-def test_what_chromium_itself_refuses(browser: Browser, site: Site, elsewhere: Site, script: str) -> None:
-    env = prepared(browser, site, elsewhere, script)
+def test_what_chromium_itself_refuses(arena: Arena, script: str) -> None:
+    env = arena.ready(script)
     env.step(Click(50, 150))
     *_, info = env.step(Wait(0.3))
-    assert info["url"].startswith((site.url, "about:blank", "chrome-error:"))
-    assert elsewhere.hits == []
-    env.close()
+    assert info["url"].startswith((arena.site.url, "about:blank", "chrome-error:"))
+    assert arena.elsewhere.hits == []
 
 
 @pytest.mark.browser
-def test_inline_frames_are_taken_away(browser: Browser, site: Site, elsewhere: Site) -> None:
-    env = prepared(browser, site, elsewhere, FRAME.format("'data:text/html,<p>inline'"))
+def test_inline_frames_are_taken_away(arena: Arena) -> None:
+    env = arena.ready(FRAME.format("'data:text/html,<p>inline'"))
     env.step(Click(50, 150))
     env.step(Wait(0.2))
     assert env.page.evaluate("() => document.querySelectorAll('iframe').length") == 0
-    env.close()
 
 
 @pytest.mark.browser
-def test_inline_pictures_are_shown(browser: Browser, site: Site, elsewhere: Site) -> None:
+def test_inline_pictures_are_shown(arena: Arena) -> None:
     pixel = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
-    env = prepared(browser, site, elsewhere, f"const i = new Image(); i.onload = () => document.title = 'shown'; i.src = '{pixel}'")
+    script = "const i = new Image(); i.onload = () => document.title = 'shown'; i.src = "
+    env = arena.ready(f"{script} '{pixel}'")
     *_, info = env.step(Click(50, 150))
     env.page.wait_for_function("() => document.title === 'shown'", timeout=5000)
     assert info["blocked"] == []
-    env.close()
 
 
 @pytest.mark.browser
@@ -120,38 +147,36 @@ def test_own_origin_and_named_origins_pass(browser: Browser, site: Site, elsewhe
 
 
 @pytest.mark.browser
-def test_dialogs_are_dismissed_and_recorded(browser: Browser, site: Site, elsewhere: Site) -> None:
-    env = prepared(browser, site, elsewhere, "document.title = [confirm('sure?'), prompt('name?')].join()")
+def test_dialogs_are_dismissed_and_recorded(arena: Arena) -> None:
+    env = arena.ready("document.title = [confirm('sure?'), prompt('name?')].join()")
     *_, info = env.step(Click(50, 150))
     assert info["dialogs"] == ["confirm: sure?", "prompt: name?"]
     assert env.page.title() == "false,"
     assert env.step(Wait(0))[-1]["dialogs"] == []
-    env.close()
 
 
 @pytest.mark.browser
-def test_endless_alerts_end(browser: Browser, site: Site, elsewhere: Site) -> None:
-    env = prepared(browser, site, elsewhere, "while (true) alert('again')")
+def test_endless_alerts_end(arena: Arena) -> None:
+    env = arena.ready("while (true) alert('again')")
     with pytest.raises(BrowserCrashed, match="more than 20 dialogs"):
         env.step(Click(50, 150))
         env.step(Wait(0.5))
     env.reset(seed=0)
-    env.close()
 
 
 @pytest.mark.browser
-def test_permissions_are_denied(browser: Browser, site: Site, elsewhere: Site) -> None:
-    env = prepared(browser, site, elsewhere, "")
+def test_permissions_are_denied(arena: Arena) -> None:
+    env = arena.ready("")
     state = "async (name) => (await navigator.permissions.query({name})).state"
     assert [env.page.evaluate(state, name) for name in ("geolocation", "notifications", "camera")] == ["denied"] * 3
-    env.close()
 
 
 @pytest.mark.browser
 def test_a_task_of_files_reaches_no_server(browser: Browser, elsewhere: Site) -> None:
     env = envs.make("memory-colour", browser)
     env.reset(seed=0)
-    env.page.evaluate("(url) => { fetch(url).catch(() => 0); new WebSocket(url.replace('http', 'ws')); }", elsewhere.url)
+    script = "(url) => { fetch(url).catch(() => 0); new WebSocket(url.replace('http', 'ws')); }"
+    env.page.evaluate(script, elsewhere.url)
     *_, info = env.step(Wait(0.3))
     assert {entry["kind"] for entry in info["blocked"]} == {"request", "websocket"}
     assert elsewhere.hits == []
@@ -159,7 +184,7 @@ def test_a_task_of_files_reaches_no_server(browser: Browser, elsewhere: Site) ->
 
 
 @pytest.mark.browser
-def test_a_redirect_at_the_start_is_named(browser: Browser, site: Site, elsewhere: Site) -> None:
+def test_a_redirect_at_the_start_is_named(arena: Arena) -> None:
     site.pages["/away"] = (302, {"Location": elsewhere.url + "/x"}, "")
     env = live.make(site.url + "/away", "look", browser, viewport=SIZE)
     with pytest.raises(PageNotLoaded, match="it redirects to .* is not on the allow-list"):

@@ -18,11 +18,11 @@ def test_counts(value, seen, count):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (40, "budget=40 is not a fraction; use 0.4 for 40 %, or \"40t\" for 40 tokens"),
+        (40, 'budget=40 is not a fraction; use 0.4 for 40 %, or "40t" for 40 tokens'),
         ("40", "budget=40 is not a fraction; use 0.4"),
         (0, "budget=0 is not a fraction"),
         (-0.5, "budget=-0.5 is not a fraction"),
-        (4096, "budget=4096 is not a fraction; use \"4096t\" for 4096 tokens"),
+        (4096, 'budget=4096 is not a fraction; use "4096t" for 4096 tokens'),
         ("0t", "budget of 0 tokens"),
         ("many", "budget='many' is neither a share like 0.4 nor tokens like 512t"),
         (True, "budget=True is neither"),

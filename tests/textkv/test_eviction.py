@@ -76,7 +76,9 @@ def test_adakv_with_floor_one_or_one_head_is_its_scorer():
     for safeguard in ("mix", "protect"):
         method = AdaKV(floor=1.0, safeguard=safeguard, budget=Budget(0.5))
         assert method.counts(LAYER, scores, seen).tolist() == [[16, 16, 16]]
-        assert AdaKV(floor=0.2, safeguard=safeguard, budget=Budget(0.5)).counts(LAYER, scores[:, :1], seen).tolist() == [[16]]
+        assert AdaKV(floor=0.2, safeguard=safeguard, budget=Budget(0.5)).counts(
+            LAYER, scores[:, :1], seen
+        ).tolist() == [[16]]
 
 
 def test_a_strong_head_keeps_more_and_the_bytes_follow(model_of):

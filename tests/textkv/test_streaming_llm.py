@@ -86,7 +86,9 @@ def test_a_window_longer_than_the_stream_is_the_full_cache(model_of, family):
     model, ids = model_of(family), tiny.text_ids(30)
     expected = stream(model, MethodCache(model, "full"), ids, 10)
     for method in ("streaming_llm", EXACT.format(sinks=4, positions="cache"), "window"):
-        torch.testing.assert_close(stream(model, MethodCache(model, method, "64t"), ids, 10), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            stream(model, MethodCache(model, method, "64t"), ids, 10), expected, atol=1e-4, rtol=0
+        )
 
 
 def test_no_sinks_and_original_positions_is_the_window(model_of):

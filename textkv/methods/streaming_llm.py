@@ -51,7 +51,9 @@ class StreamingLLM(Method):
         if self.prefill not in ("full_then_trim", "exact_stream"):
             raise ValueError(f"prefill={self.prefill!r}: use 'full_then_trim' or 'exact_stream'")
         if self.budget.tokens is not None and self.budget.tokens <= self.sinks:
-            raise ValueError(f"budget={self.budget}: {self.sinks} sinks leave no recent token; use {self.sinks + 1}t or more")
+            raise ValueError(
+                f"budget={self.budget}: {self.sinks} sinks leave no recent token; use {self.sinks + 1}t or more"
+            )
         if self.prefill == "exact_stream" and self.budget.tokens is None:
             raise ValueError("prefill='exact_stream' needs the budget in tokens, e.g. '1024t'")
 

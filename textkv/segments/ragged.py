@@ -30,7 +30,9 @@ class RaggedSegment(Segment):
 
     def extend(self, new: NewTokens, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         if new.padded:
-            raise ValueError("a later turn with padding is not supported with per-head budgets: run its rows one by one")
+            raise ValueError(
+                "a later turn with padding is not supported with per-head budgets: run its rows one by one"
+            )
         self._append(new)
         return self._attend(new.q, new.scale, causal=True)
 

@@ -1,0 +1,64 @@
+"""`python -m envs.install`: makes sure that a Chromium is there, and says which one it is.
+
+Looks first; only if there is none does it install one: Debian's package where apt-get may be used, else Playwright's
+own download. Neither is tried when `AGENTKV_CHROMIUM` names a browser.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+from envs.browser import ChromiumMissing, find_chromium
+
+
+def ways() -> list[list[list[str]]]:
+    """The ways to install a Chromium on this machine, best first; each is a list of commands."""
+    found = []
+    apt = shutil.which("apt-get")
+    if apt:
+        sudo = [] if os.geteuid() == 0 else ["sudo", "--non-interactive"]
+        if not sudo or shutil.which("sudo"):
+            install = [apt, "install", "--yes", "--no-install-recommends", "chromium", "fonts-dejavu-core"]
+            found.append([[*sudo, apt, "update"], [*sudo, *install]])
+    found.append([[sys.executable, "-m", "playwright", "install", "chromium"]])
+    return found
+
+
+def look() -> Path | None:
+    """The Chromium that the environments would use, or None."""
+    with sync_playwright() as playwright:
+        try:
+            return find_chromium(playwright=playwright)
+        except ChromiumMissing:
+            if os.environ.get("AGENTKV_CHROMIUM"):
+                raise
+            return None
+
+
+def main() -> int:
+    """Finds or installs; returns the exit code."""
+    try:
+        path = look()
+        for way in ways() if path is None else []:
+            print(f"no Chromium found; trying: {' '.join(way[-1])}", file=sys.stderr)
+            if all(subprocess.run(command, check=False).returncode == 0 for command in way):
+                path = look()
+                if path is not None:
+                    break
+        if path is None:
+            raise ChromiumMissing("no Chromium could be installed")
+    except ChromiumMissing as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"Chromium: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
