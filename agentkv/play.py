@@ -22,6 +22,7 @@ from envs.task import Task
 from envs.web import WebEnv
 
 LIVE = "live"  # the name of the task that a --url is
+LOAD_TIMEOUT = 30.0  # seconds for a page to load
 TRIES = 2  # an episode whose browser dies is played once more
 # Two runs may share a folder when these agree: then their figures can stand in one table.
 SHARED = ("model", "budget", "history", "max_steps", "max_new_tokens", "device_scale", "url", "goal")
@@ -108,7 +109,7 @@ def task_of(name: str, plan: Plan) -> Task:
 
 def open_env(name: str, plan: Plan, browser: Browser) -> WebEnv:
     """The environment of a task."""
-    return WebEnv(task_of(name, plan), browser, plan.device_scale)
+    return WebEnv(task_of(name, plan), browser, plan.device_scale, load_timeout=LOAD_TIMEOUT)
 
 
 class Play:
@@ -128,7 +129,14 @@ class Play:
         self.envs: dict[str, WebEnv] = {}
 
     def run(self) -> bool:
-        """Play what is not finished yet; False when Ctrl-C cut it short."""
+        """Play what is not finished yet; False when Ctrl-C cut it short. Closes the pages, not the browser."""
+        try:
+            return self._all()
+        finally:
+            for env in self.envs.values():
+                env.close()
+
+    def _all(self) -> bool:
         todo = [e for e in self.plan.episodes() if not (self._folder(*e) / DONE).exists()]
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

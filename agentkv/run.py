@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from transformers.utils import logging
 
-from agentkv import gui_kv  # noqa: F401  registers its methods
 from agentkv.agent import Agent
 from agentkv.errors import EXPLAINED, Interrupts, user_errors
 from agentkv.meta import run_meta
-from agentkv.models import load_adapter
+from agentkv.models import ModelAdapter, load_adapter
 from agentkv.play import LIVE, Plan, Play, open_env, open_folder, task_of
 from agentkv.replay import find_run, recorded, replay, replay_table
 from agentkv.report import write_report
@@ -49,6 +52,7 @@ DEFAULT_TASKS = (
 EVALUATION_SEEDS = 1_000_000  # training uses the seeds below
 REPORT_BYTES = 20_000_000
 STEPS_GUESSED = 10  # per episode, to guess the space that the screenshots take
+SMALL = 100_000_000  # parameters
 VLM_SCALE = 4.0  # a MiniWoB screen of 160 x 210 is too small for a large model; at 4 it is 690 visual tokens
 QUERY_HEADS_NOTE = (
     "stores one copy per query head, as released, so its bytes are its share of tokens times the group size."
@@ -106,11 +110,12 @@ def play_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
         need_space(out, space_needed(plan))
     with Interrupts() as interrupts, Browser(args.chromium, args.headed) as browser:
         with user_errors():
-            adapter = load_adapter(plan.model, plan.device, torch.bfloat16 if "cuda" in plan.device else torch.float32)
+            adapter = load(plan)
+            plan = replace(plan, device_scale=args.device_scale or fitting_scale(plan, adapter))
             agents = {m: Agent(adapter, m, plan.budget, plan.max_new_tokens) for m in plan.methods}
             meta = run_meta("agentkv.run", argv, args.seed, chromium=browser.version, units=UNITS)
             open_folder(out, plan, args.resume, meta, notes(plan))
-        finished = Play(plan, agents, browser, out, interrupts).run()
+        finished = Play(plan, agents, browser, out, interrupts, {m: budget_of(m, plan) for m in plan.methods}).run()
     finish(out, args.json)
     if not finished:
         print("agentkv: stopped before the end; the same command with --resume goes on", file=sys.stderr)
@@ -170,6 +175,33 @@ def device_of(name: str) -> str:
     return name
 
 
+def load(plan: Plan) -> ModelAdapter:
+    """The model of the plan, quietly; bf16 on a GPU, fp32 on a CPU."""
+    logging.disable_progress_bar()
+    try:
+        adapter = load_adapter(plan.model, plan.device, torch.bfloat16 if "cuda" in plan.device else torch.float32)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"model {plan.model}: {str(error).splitlines()[0]}") from error
+    if plan.device == "cpu" and adapter.model.num_parameters() < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        # A small model gains nothing from threads, and waits for them as soon as the browser wants a core.
+        torch.set_num_threads(1)
+    return adapter
+
+
+def fitting_scale(plan: Plan, adapter: ModelAdapter) -> float:
+    """The plan's scale, or 1 for a small model, whose image processor would only shrink such screenshots again."""
+    pixels = max(width * height for width, height in (task_of(t, plan).viewport for t in plan.tasks))
+    return plan.device_scale if pixels * plan.device_scale**2 <= adapter.processor.size["longest_edge"] else 1.0
+
+
+def budget_of(method: str, plan: Plan) -> float | str:
+    """The figure "budget" of a method's rows: a share as a number, tokens as "512t"; the full cache has no budget."""
+    budget = resolve_method(method, plan.budget).budget
+    if method == "full":
+        return 1.0
+    return str(budget) if budget.fraction is None else budget.fraction
+
+
 def split_methods(text: str) -> tuple[str, ...]:
     """ "full,gear(4,low=2)+snapkv" -> its methods: commas inside brackets belong to a method. Raises ValueError."""
     methods = tuple(dict.fromkeys(m.strip() for m in re.split(r",(?![^(]*\))", text) if m.strip()))
@@ -222,7 +254,7 @@ def replay_command(args: argparse.Namespace) -> int:
         recorded(args.replay)
         plan = Plan(**{f.name: about[f.name] for f in fields(Plan)})
     with Browser(args.chromium, args.headed) as browser, user_errors():
-        rows = list(replay(args.replay, lambda task: open_env(task, plan, browser)))
+        rows = list(replay(args.replay, cache(lambda task: open_env(task, plan, browser))))
     stdout_console().print(replay_table(rows))
     wrong = [r for r in rows if not r["same"]]
     print(f"{len(rows) - len(wrong)} of {len(rows)} episodes gave the same rewards")

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-MIN_WIDTH = 120  # a pipe has no width of its own
+MIN_WIDTH = 132  # a pipe has no width of its own
 
 
 def stdout_console() -> Console:

@@ -1,5 +1,4 @@
-"""Typed actions to real input events: the mouse moves and presses, keys go down and up, the page cannot tell the
-difference.
+"""Typed actions as real input events: the mouse moves and presses, keys go down and up, as if a person did it.
 
 `perform` never raises for a bad action: it returns the text of the error, "" when the action ran. Coordinates are
 CSS pixels of the viewport. Nothing here looks at the page.
@@ -45,8 +44,12 @@ def check(action: Action, size: tuple[int, int]) -> str:
                 return f"pixels={pixels} is not between 0 and 10000"
             return _bad_point(x, y, size)
         case Type(text):
+            if not isinstance(text, str):
+                return f"text={text!r} is not text"
             return f"the text has {len(text)} characters; type at most {MAX_TEXT}" if len(text) > MAX_TEXT else ""
         case Hotkey(keys):
+            if isinstance(keys, str) or not all(isinstance(key, str) for key in keys):
+                return f"keys={keys!r} is not a tuple of key names"
             return "" if 1 <= len(keys) <= MAX_KEYS else f"{len(keys)} keys were named; press 1 to {MAX_KEYS}"
         case Wait(seconds):
             return "" if math.isfinite(seconds) and seconds >= 0 else f"seconds={seconds} is not a time to wait"
@@ -107,6 +110,8 @@ def perform(page: Page, action: Action, size: tuple[int, int]) -> str:
         case Type(text):
             _type(page, text)
         case Hotkey(keys):
+            if isinstance(keys, str) or not all(isinstance(key, str) for key in keys):
+                return f"keys={keys!r} is not a tuple of key names"
             return _press(page, keys)
         case Wait(seconds):
             time.sleep(min(seconds, MAX_WAIT))

@@ -1,9 +1,9 @@
 """Which addresses a page may reach: a pure decision, so that it can be tested without a browser.
 
-`AllowList.refusal(url)` says why a request is refused ("" = admitted). Default: nothing but `about:blank`. A task adds its own
-origin (`http://host:port`) or the folder of its files. `data:` and `blob:` carry inline pictures and fonts, so they
-pass as sub-resources and never as something to navigate to. Everything else (`javascript:`, `chrome:`, `view-source:`,
-`ftp:`, another host, another port, a file outside the folder) is refused.
+`AllowList.refusal(url)` says why a request is refused ("" = admitted). Default: nothing but `about:blank`. A task adds
+its own origin (`http://host:port`) or the folder of its files. `data:` and `blob:` carry inline pictures and fonts, so
+they pass as sub-resources and never as something to navigate to. Everything else is refused: `javascript:`, `chrome:`,
+`view-source:`, `ftp:`, another host, another port, a file outside the folder.
 """
 
 from __future__ import annotations

@@ -37,6 +37,8 @@ _FLAGS = (
     # the same pixels on every machine with the same fonts
     "--font-render-hinting=none",
     "--disable-lcd-text",
+    # redrawing only a part of a tile rounds its edges differently
+    "--disable-partial-raster",
     # a picture that is still being decoded would be left out of a screenshot
     "--disable-checker-imaging",
 )
@@ -109,8 +111,8 @@ def find_chromium(
 class Browser:
     """A context manager around one Chromium process; `open` gives an isolated `Tab` per episode.
 
-    executable: path of the browser, None = `find_chromium()`. headed: show a window. allow: further http(s) origins that every
-    task may reach. sandbox: Chromium's own; None = on unless the process runs as root, where Chromium refuses it.
+    executable: path of the browser, None = `find_chromium()`. headed: show a window. allow: further http(s) origins
+    that every task may reach. sandbox: Chromium's own; None = on unless the process runs as root, where it is refused.
     Raises `ChromiumMissing` on entering when no browser can be started.
     """
 

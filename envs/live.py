@@ -1,5 +1,4 @@
-"""Any page by its address, with a goal in words: the agent's own judgement ends the episode, a checker of yours may
-grade it.
+"""Any page by its address, with a goal in words: the agent ends the episode itself, a checker of yours may grade it.
 
 Only the address's own origin can be reached (for a file: its folder); name further origins with `allow`. Without a
 checker nobody knows whether the goal was met, so the raw reward stays 0. A page from outside is untrusted input:

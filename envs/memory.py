@@ -1,9 +1,9 @@
-"""Our own tasks that cannot be solved from the last screenshot alone: what an earlier screen showed is asked on a
-later one.
+"""Our own tasks that need memory: what an earlier screen showed is asked on a later one.
 
-The pages are plain HTML in `envs/pages`, drawn from a seed by their own small generator, on MiniWoB's screen of 160
-x 210 CSS px. A page offers `window.task` = {start(seed), goal(), done(), reward(), reason()}; reward is 1 or -1 once it is done. Moving on
-removes a screen from the document. `chance` is the success of an agent that reads the last screen and guesses.
+The pages are plain HTML in `envs/pages`, drawn from a seed by their own small generator, on MiniWoB's screen of
+160 x 210 CSS px. A page offers `window.task` = {start(seed), goal(), done(), reward(), reason()}; reward is 1 or -1
+once it is done. Moving on removes a screen from the document. `chance` is the success of an agent that reads the last
+screen and guesses.
 """
 
 from __future__ import annotations

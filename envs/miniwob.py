@@ -1,10 +1,10 @@
 """The tasks of the `miniwob` package (MiniWoB++, Farama Foundation): its HTML pages, driven by this package's browser.
 
-Success is raw reward == 1, the package's binary rule (BrowserGym counts raw > 0; partial-credit tasks differ). The page is loaded
-afresh for every episode, because an in-place restart leaves widgets behind; the time limit is lifted to 1e6 ms, so
-slow models are not punished; the START cover and the reward display never show. The package is located without
-importing it: its `__init__` pulls in selenium, which is not needed. The pages and their libraries have their own
-licences and are not shipped here.
+Success is raw reward == 1, the package's binary rule (BrowserGym counts raw > 0; partial-credit tasks differ). The
+page is loaded afresh for every episode, because an in-place restart leaves widgets behind; the time limit is lifted to
+1e6 ms, so slow models are not punished; the START cover and the reward display never show. The package is located
+without importing it: its `__init__` pulls in selenium, which is not needed. The pages and their libraries have their
+own licences and are not shipped here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def html_root() -> Path:
         if folder.is_dir():
             return folder
     raise MiniwobMissing(
-        'the MiniWoB++ pages are not installed; run `pip install "agentkv[miniwob]"` (or `pip install miniwob --no-deps`)'
+        'the MiniWoB++ pages are not installed; run `pip install "agentkv[miniwob]"` '
+        "(or `pip install miniwob --no-deps`)"
     )
 
 

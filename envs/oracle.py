@@ -49,7 +49,8 @@ def solve(env: WebEnv, rng: random.Random | None = None) -> Iterator[Action]:
 _DESCRIBE = f"""
 () => {{
   {LOOK}
-  const NATIVE = 'a, button, input, select, textarea, [role=button], [role=tab], [onclick], [data-label], .alink, .color';
+  const NATIVE = 'a, button, input, select, textarea, [role=button], [role=tab], [onclick], '
+    + '[data-label], .alink, .color';
   const DRAWN = 'svg circle, svg rect, svg polygon, svg text';
   const quiet = '#query, #reward-display, #sync-task-cover, #click-canvas, script, style';
   const tidy = (text) => (text || '').replace(/\\s+/g, ' ').trim();

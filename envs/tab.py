@@ -26,6 +26,7 @@ from playwright.sync_api import (
     Dialog,
     Download,
     Error,
+    FileChooser,
     Frame,
     Page,
     Request,
@@ -40,6 +41,9 @@ from envs.allow import AllowList
 _NOWHERE = "http://127.0.0.1:1"
 _MAX_DIALOGS = 20
 _URL_LENGTH = 300
+_TRIES = 5
+_ERROR_PAGE = "chrome-error:"
+_PICTURE = {"format": "png", "optimizeForSpeed": True}
 _ENDLESS = ("eventsource", "websocket", "media", "ping")
 
 # a blinking caret would make two pictures of the same screen differ
@@ -53,13 +57,22 @@ new MutationObserver((_, watch) => {
 }).observe(document, {childList: true});
 """
 
-# two frames are drawn, so that what the new styles need is asked for; then CSS and jQuery animations that end by themselves may run out
+# two frames are drawn, so that what the new styles need is asked for;
+# pictures from files are waited for here, because a request may be reported only after this script has answered;
+# then CSS and jQuery animations that end by themselves may run out
 _SETTLE = """
 async (cap) => {
   const end = performance.now() + cap;
   const moving = (a) => a.playState === 'running' && isFinite(a.effect.getComputedTiming().endTime);
   const busy = () => document.getAnimations().some(moving) || (window.jQuery && jQuery.timers && jQuery.timers.length);
   await new Promise(requestAnimationFrame);
+  if (location.protocol === 'file:') {
+    const urls = [...document.querySelectorAll('*')].map((e) => getComputedStyle(e).backgroundImage.slice(5, -2));
+    const files = [...new Set(urls)].filter((url) => url.startsWith('file:'));
+    const pictures = files.map((url) => Object.assign(new Image(), {src: url}));
+    const shown = [...pictures, ...document.images].map((picture) => picture.decode().catch(() => 0));
+    await Promise.race([Promise.all(shown), new Promise((late) => setTimeout(late, cap))]);
+  }
   do await new Promise(requestAnimationFrame); while (busy() && performance.now() < end);
 }
 """
@@ -75,9 +88,7 @@ class PageNotLoaded(RuntimeError):
 
 @dataclass(frozen=True)
 class Blocked:
-    """One thing the page tried and was refused: `kind` is request, redirect, navigation, websocket, popup or
-    download.
-    """
+    """What the page tried and was refused; kinds: request, redirect, navigation, websocket, popup, download, upload."""
 
     kind: str
     url: str
@@ -110,7 +121,6 @@ class Tab:
             device_scale_factor=device_scale,
             accept_downloads=False,
             service_workers="block",
-            permissions=[],
             locale="en-US",
             timezone_id="UTC",
             reduced_motion="reduce",
@@ -134,6 +144,7 @@ class Tab:
         page.on("crash", lambda _: self._mark_dead("the page crashed"))
         page.on("dialog", self._on_dialog)
         page.on("download", self._on_download)
+        page.on("filechooser", self._on_upload)
         page.on("framenavigated", self._on_navigated)
         page.on("request", self._on_redirect)
         page.on("request", self._on_start)
@@ -147,12 +158,23 @@ class Tab:
         self.blocked.append(Blocked(kind, url[:_URL_LENGTH], reason))
 
     def _on_request(self, route: Route, request: Request) -> None:
-        reason = self.allow.refusal(request.url, request.is_navigation_request())
-        if reason:
-            self._refuse("navigation" if request.is_navigation_request() else "request", request.url, reason)
-            route.abort("blockedbyclient")
+        navigation = request.is_navigation_request()
+        reason = self.allow.refusal(request.url, navigation)
+        if not reason:
+            self._forgive(route.continue_)
+        elif navigation and self._is_own(request):
+            # "no content" leaves the agent on the page where it is; an abort would show Chromium's error page
+            self._refuse("navigation", request.url, reason)
+            self._forgive(lambda: route.fulfill(status=204))
         else:
-            route.continue_()
+            self._refuse("navigation" if navigation else "request", request.url, reason)
+            self._forgive(lambda: route.abort("blockedbyclient"))
+
+    def _is_own(self, request: Request) -> bool:
+        try:
+            return request.frame.page == self.page
+        except Error:
+            return False  # a popup that is being opened has no frame yet
 
     def _on_start(self, request: Request) -> None:
         if request.resource_type not in _ENDLESS:
@@ -185,6 +207,10 @@ class Tab:
         self._refuse("download", download.url, "downloads are refused")
         self._forgive(download.cancel)
 
+    def _on_upload(self, chooser: FileChooser) -> None:
+        """Having a listener keeps the system's own file dialog shut; nothing is chosen."""
+        self._refuse("upload", chooser.page.url, "uploads are refused")
+
     def _on_dialog(self, dialog: Dialog) -> None:
         self.dialogs.append(f"{dialog.type}: {dialog.message[:_URL_LENGTH]}")
         self._forgive(dialog.dismiss)
@@ -195,7 +221,7 @@ class Tab:
     def _on_navigated(self, frame: Frame) -> None:
         """`data:` and `blob:` frames never pass a route handler, so they are found here and removed by `enforce`."""
         reason = self.allow.refusal(frame.url)
-        if reason and frame.url:
+        if reason and frame.url and not frame.url.startswith(_ERROR_PAGE):
             self._refuse("navigation", frame.url, reason)
             self._strays.append(frame)
 
@@ -241,20 +267,19 @@ class Tab:
         return self.allow.refusal(url)
 
     def evaluate(self, script: str, argument: Any = None) -> Any:
-        """Run our own script in the page and return its value; a page that navigates meanwhile is tried once more."""
+        """Run our own script in the page and return its value; while the page navigates it is tried again."""
         with self.guard():
-            try:
-                return self.page.evaluate(script, argument)
-            except Error as error:
-                if "context was destroyed" not in error.message:
-                    raise
-                self.page.wait_for_load_state("load", timeout=10_000)
-                return self.page.evaluate(script, argument)
+            for _ in range(_TRIES):
+                try:
+                    return self.page.evaluate(script, argument)
+                except Error as error:
+                    if "context was destroyed" not in error.message:
+                        raise
+                    self._forgive(lambda: self.page.wait_for_load_state("load", timeout=5_000))
+            return self.page.evaluate(script, argument)
 
     def settle(self, cap: float = 1.0) -> None:
-        """Wait for new frames, for animations that end and for what they load, at most `cap` seconds each; then
-        `enforce`.
-        """
+        """Wait for new frames, animations that end and what they load, at most `cap` seconds each; then `enforce`."""
         self.evaluate(_SETTLE, cap * 1000)
         if self._loading:
             self._wait_for_loads(cap)
@@ -286,8 +311,18 @@ class Tab:
     def screenshot(self) -> np.ndarray:
         """The viewport as uint8 [height * scale, width * scale, 3]."""
         with self.guard():
-            png = self._cdp.send("Page.captureScreenshot", {"format": "png", "optimizeForSpeed": True})["data"]
-        return np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"))
+            png = base64.b64decode(self._capture())
+        return np.array(Image.open(io.BytesIO(png)).convert("RGB"))
+
+    def _capture(self) -> str:
+        for _ in range(_TRIES):
+            try:
+                return self._cdp.send("Page.captureScreenshot", _PICTURE)["data"]
+            except Error as error:
+                if "Unable to capture" not in error.message:
+                    raise
+                self.page.wait_for_timeout(100)  # between two documents there is nothing to see
+        return self._cdp.send("Page.captureScreenshot", _PICTURE)["data"]
 
     def renew(self) -> bool:
         """Forget what was recorded and take the mouse off the page, for another load; False when the page is dead."""

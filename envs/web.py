@@ -1,5 +1,4 @@
-"""A Gymnasium environment over one web task: a screenshot and a goal in, a typed action out, executed with real
-input events.
+"""A Gymnasium environment over one web task: a screenshot and a goal out, a typed action in, done with real events.
 
 Reward: the raw reward of the task, given once, on the step that ends the episode. Every `reset` loads the page
 afresh in a new isolated context, so nothing survives an episode. A wrong action (outside the screen, no such key)
@@ -29,11 +28,13 @@ SEED_LIMIT = 2**31
 class WebEnv(gym.Env[dict[str, Any], Action]):
     """`task` on `browser` (None = its own, launched at the first reset and closed with the environment).
 
-    device_scale: device pixels per CSS pixel; the screenshot is uint8 [height * scale, width * scale, 3], actions
-    stay in CSS pixels. load_timeout: seconds for the page to load. step_timeout: seconds after which a page that
-    hangs is killed with its browser. reuse_tab: load the page anew in the same tab instead of a new context at each
-    reset; quicker, but what the page stored stays. info: `raw_reward`, `success` (raw reward == 1), `error`, `reason`, `url`, `seed`, `steps`, and what this step tried
-    and was refused: `blocked` (list of dicts kind/url/reason) and `dialogs` (texts).
+    - device_scale: device pixels per CSS pixel; the screenshot is uint8 [height * scale, width * scale, 3], actions
+      stay in CSS pixels
+    - load_timeout: seconds for the page to load
+    - step_timeout: seconds after which a page that hangs is killed with its browser
+    - reuse_tab: each reset loads the page anew in the same tab; quicker, but what the page stored stays
+    - info: `raw_reward`, `success` (raw reward == 1), `error`, `reason`, `url`, `seed`, `steps`, and what this step
+      tried and was refused: `blocked` (list of dicts kind/url/reason) and `dialogs` (texts)
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}

@@ -32,7 +32,8 @@ def load_other(spec: ModuleSpec) -> ModuleType:
     """Run the `__init__.py` of the other package once, as a plain module of ours, so that `from .x import y` holds."""
     if _NAME in sys.modules:  # perhaps half-way through its own import, as any package seen from its submodules
         return sys.modules[_NAME]
-    spec = importlib.util.spec_from_file_location(_NAME, spec.origin)
+    # no search locations: were it a package of its own, `from .x import y` would load every submodule a second time
+    spec = importlib.util.spec_from_file_location(_NAME, spec.origin, submodule_search_locations=None)
     module = importlib.util.module_from_spec(spec)
     sys.modules[_NAME] = module
     try:

@@ -11,8 +11,8 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from agentkv.mini.drawn import HEIGHT, RESIZED, WIDTH, click, face, say
-from agentkv.mini.packing import Ask, Turn
+from agentkv.mini.drawn import HEIGHT, RESIZED, WIDTH, click, face, say, thing
+from agentkv.mini.packing import Ask, Thing, Turn
 
 _SCALE = 2
 _COLOURS = {
@@ -42,9 +42,11 @@ class Screen:
     """One screen under construction, drawn at twice its size and reduced at the end; boxes are (x, y, width, height)."""
 
     def __init__(self) -> None:
+        self.naming = random.Random(0)
         self.image = Image.new("RGB", (WIDTH * _SCALE, HEIGHT * _SCALE), "white")
         self.draw = ImageDraw.Draw(self.image)
         self.asks: list[Ask] = []
+        self.things: list[Thing] = []
 
     def _corners(self, box: Box) -> tuple[float, float, float, float]:
         x, y, w, h = (_SCALE * v for v in box)
@@ -61,6 +63,7 @@ class Screen:
         self.draw.rounded_rectangle(self._corners(box), 6 * _SCALE, fill=fill, outline=edge, width=2 * _SCALE)
         self.text(text, box, size, ink)
         if text:
+            self.things.append(thing(text, box))
             self.ask(f"Click on {text}.", _middle(box), "memory-where")
 
     def next(self) -> None:
@@ -69,12 +72,15 @@ class Screen:
     def card(self, text: str, box: Box, size: int) -> None:
         self.draw.rectangle(self._corners(box), fill="#fff3b8", outline=_INK, width=2 * _SCALE)
         self.text(text, box, size)
+        if text:
+            self.things.append(thing(text, box))
 
     def swatch(self, colour: str, box: Box, pressed: bool) -> None:
         if pressed:
             self.button("", box, 10, _COLOURS[colour])
         else:
             self.draw.rectangle(self._corners(box), fill=_COLOURS[colour])
+        self.things.append(thing(colour, box))
         self.ask(f"Click on {colour}.", _middle(box), "memory-where")
 
     def figure(self, item: tuple[str, str], box: Box, faded: bool = False) -> None:
@@ -92,6 +98,7 @@ class Screen:
             self.draw.ellipse((x + 4 * side, y + 4 * side, x + 96 * side, y + 96 * side), fill=fill)
         else:
             self.draw.polygon([(x + a * side, y + b * side) for a, b in zip(points[::2], points[1::2], strict=True)], fill=fill)
+        self.things.append(thing(self.naming.choice(item), box))
         self.ask(f"Click on the {colour} {shape}.", _middle(box), "memory-where")
 
     def pixels(self) -> np.ndarray:
@@ -108,7 +115,7 @@ class Episode:
 
     def add(self, screen: Screen, answer: str) -> None:
         extra = self.rng.sample(screen.asks, min(2, len(screen.asks)))
-        self.turns.append(Turn(screen.pixels(), [Ask(self.goal, answer, self.task), *extra], answer))
+        self.turns.append(Turn(screen.pixels(), [Ask(self.goal, answer, self.task), *extra], answer, screen.things))
 
     def done(self) -> list[Turn]:
         self.turns[-1].reply = None

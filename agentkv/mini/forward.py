@@ -65,15 +65,40 @@ def _vision_block(block: torch.nn.Module, hidden: torch.Tensor, cos: torch.Tenso
     return hidden + block.mlp(block.norm2(hidden))
 
 
-def answer_logits(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [labels, vocab] and targets [labels] at every labelled position of `batch`, in row order."""
+def read(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, attentions: bool = False):
+    """The language model's output on `batch`; with `attentions` also every layer's weights and hidden states."""
     embedded = model.model.language_model.embed_tokens(batch.ids)
     seen = encode_images(model, batch.images)
     holes = (batch.ids == model.config.image_token_id)[..., None].expand_as(embedded)
     embedded = embedded.masked_scatter(holes, seen)
     mask = torch.zeros(batch.visible.shape, dtype=embedded.dtype).masked_fill(~batch.visible, torch.finfo(embedded.dtype).min)
-    out = model.model.language_model(
-        inputs_embeds=embedded, attention_mask={"full_attention": mask}, position_ids=batch.positions, use_cache=False
+    return model.model.language_model(
+        inputs_embeds=embedded,
+        attention_mask={"full_attention": mask},
+        position_ids=batch.positions,
+        use_cache=False,
+        output_attentions=attentions,
+        output_hidden_states=attentions,
     )
+
+
+def answer_logits(
+    model: Qwen2_5_VLForConditionalGeneration, batch: Batch, hint_layer: int = 2
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits [labels, vocab] and targets [labels] at every labelled position of `batch`, in row order, and the hidden states
+    [N, visual tokens, hidden] of its screenshots behind text layer `hint_layer`."""
+    text = model.model.language_model
+    embedded = text.embed_tokens(batch.ids)
+    seen = encode_images(model, batch.images)
+    picture = batch.ids == model.config.image_token_id
+    hidden = embedded.masked_scatter(picture[..., None].expand_as(embedded), seen)
+    mask = torch.zeros(batch.visible.shape, dtype=hidden.dtype).masked_fill(~batch.visible, torch.finfo(hidden.dtype).min)
+    angles = text.rotary_emb(hidden, batch.positions)
+    looked = seen
+    for number, layer in enumerate(text.layers):
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=angles)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        if number == hint_layer:
+            looked = hidden[picture].view(seen.shape)
     chosen = batch.labels != IGNORE
-    return model.lm_head(out.last_hidden_state[chosen]), batch.labels[chosen]
+    return model.lm_head(text.norm(hidden[chosen])), batch.labels[chosen], looked

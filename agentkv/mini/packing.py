@@ -7,6 +7,7 @@ episode costs one pass, and what is learned at step t is bit for bit the prompt 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,7 +15,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from agentkv.mini.tokenizer import MAX_NUMBER
+
 IGNORE = -100
+
+
+class Hint(NamedTuple):
+    """While predicting the token after `query`, the place asked about is visual token `key` (indices in the sequence)."""
+
+    query: int
+    key: int
 
 
 class Ask(NamedTuple):
@@ -25,18 +35,28 @@ class Ask(NamedTuple):
     task: str
 
 
+class Thing(NamedTuple):
+    """Something on a screenshot: its box (left, top, right, bottom) in resized pixels and its name."""
+
+    box: tuple[float, float, float, float]
+    name: str
+
+
 @dataclass
 class Turn:
-    """One step: `image` uint8 [height, width, 3] in resized pixels, or None for a step that is kept as text only."""
+    """One step: `image` uint8 [height, width, 3] in resized pixels, or None for a step that is kept as text only; `things`
+    on it, where known, for the trainer's hints."""
 
     image: np.ndarray | None
     asks: list[Ask] = field(default_factory=list)
     reply: str | None = None
+    things: list[Thing] = field(default_factory=list)
 
 
 @dataclass
 class Packed:
-    """One sequence of S tokens: ids [S], positions [3, S] (M-RoPE), labels [S], branch [S] (0 = trunk), images, task per token."""
+    """One sequence of S tokens: ids [S], positions [3, S] (M-RoPE), labels [S], branch [S] (0 = trunk), images, task per
+    token, and where to look for the answers that name a place."""
 
     ids: list[int]
     positions: np.ndarray
@@ -44,6 +64,7 @@ class Packed:
     branch: list[int]
     images: list[np.ndarray]
     tasks: list[str]
+    hints: list[Hint]
 
 
 class Packer:
@@ -60,6 +81,8 @@ class Packer:
         self.open_assistant = self._encode("<|im_start|>assistant\n")
         self.end = self._encode("<|im_end|>")
         self.newline = self._encode("\n")
+        self.comma = tokenizer.convert_tokens_to_ids(",")
+        self.numbers = {tokenizer.convert_tokens_to_ids(str(n)): n for n in range(MAX_NUMBER + 1)}
         self._cache: dict[str, list[int]] = {}
 
     def _encode(self, text: str) -> list[int]:
@@ -72,6 +95,30 @@ class Packer:
             self._cache[text] = self._encode(text)
         return self._cache[text]
 
+    def _place(self, ids: list[int]) -> tuple[int, int, int] | None:
+        """(index of x, column, row) of the first point "x,y" in visual tokens; small numbers are no pixels of a page."""
+        for at in range(len(ids) - 2):
+            x, y = self.numbers.get(ids[at]), self.numbers.get(ids[at + 2])
+            if x is not None and y is not None and ids[at + 1] == self.comma and max(x, y) >= 12:
+                return at, x // self.unit, y // self.unit
+        return None
+
+    def _hints(self, turn: Turn) -> np.ndarray:
+        """What each visual token of a turn's screenshot shows; a thing counts where it covers a sixth of the token."""
+        assert turn.image is not None
+        height, width = turn.image.shape[:2]
+        rows, columns = height // self.unit, width // self.unit
+        hints = np.full((rows, columns, 3), np.nan, dtype=np.float32)
+        left, top = np.meshgrid(np.arange(columns) * self.unit, np.arange(rows) * self.unit)
+        best = np.full((rows, columns), self.unit**2 / 6)
+        for (x0, y0, x1, y1), name in turn.things:
+            wide = np.clip(np.minimum(x1, left + self.unit) - np.maximum(x0, left), 0, None)
+            high = np.clip(np.minimum(y1, top + self.unit) - np.maximum(y0, top), 0, None)
+            there = wide * high > best
+            best[there] = (wide * high)[there]
+            hints[there] = ((x0 + x1) / 2 / width, (y0 + y1) / 2 / height, self._text(name)[0])
+        return hints.reshape(-1, 3)
+
     def pack(self, turns: list[Turn]) -> Packed:
         """Pack one episode (or one screenshot with many questions); token order is the order of the trunk."""
         draft = _Draft()
@@ -80,9 +127,11 @@ class Packer:
             if turn.image is not None:
                 draft.text(self.open_user + self.open_image)
                 draft.image(turn.image, self.unit, self.image_id)
+                draft.hints.append(self._hints(turn))
                 draft.text(self.close_image)
             for ask in turn.asks:
-                draft.ask(self._text(ask.goal) + self.to_assistant, self._text(ask.answer) + self.end, ask.task)
+                question, answer = self._text(ask.goal) + self.to_assistant, self._text(ask.answer) + self.end
+                draft.ask(question, answer, ask.task, self._place(question), self._place(answer))
             if turn.reply is not None:
                 draft.text(self.to_assistant if turn.image is not None else self.open_assistant)
                 draft.text(self._text(turn.reply) + self.end + self.newline)
@@ -98,9 +147,12 @@ class _Draft:
         self.branch: list[int] = []
         self.tasks: list[str] = []
         self.images: list[np.ndarray] = []
+        self.hints: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
         self.at = 0
         self.branches = 0
+        self.hints: list[Hint] = []
+        self.frame = (0, 0, 0)
 
     def _add(self, ids: list[int], labels: list[int], branch: int, positions: np.ndarray, task: str) -> None:
         self.ids += ids
@@ -120,24 +172,45 @@ class _Draft:
         grid = np.stack(
             [np.zeros(count, dtype=int), np.repeat(np.arange(rows), columns), np.tile(np.arange(columns), rows)]
         )
+        self.frame = (len(self.ids), rows, columns)
         self._add([image_id] * count, [IGNORE] * count, 0, grid + self.at, "")
         self.at += max(rows, columns)
         self.images.append(image)
 
-    def ask(self, question: list[int], answer: list[int], task: str) -> None:
+    def ask(
+        self,
+        question: list[int],
+        answer: list[int],
+        task: str,
+        asked: tuple[int, int, int] | None,
+        answered: tuple[int, int, int] | None,
+    ) -> None:
         self.branches += 1
+        reply = len(self.ids) + len(question)
+        if answered:
+            self._hint([reply + answered[0] - 1, reply + answered[0] + 1], *answered[1:])
+        elif asked:
+            self._hint(range(reply, reply + min(3, len(answer) - 1)), *asked[1:])
         ids = question + answer
         steps = np.tile(np.arange(self.at, self.at + len(ids)), (3, 1))
         self._add(ids, [IGNORE] * len(question) + answer, self.branches, steps, task)
 
+    def _hint(self, queries: Iterable[int], column: int, row: int) -> None:
+        start, rows, columns = self.frame
+        if rows:
+            key = start + min(row, rows - 1) * columns + min(column, columns - 1)
+            self.hints += [Hint(query, key) for query in queries]
+
     def done(self) -> Packed:
-        return Packed(self.ids, np.concatenate(self.positions, 1), self.labels, self.branch, self.images, self.tasks)
+        positions = np.concatenate(self.positions, 1)
+        return Packed(self.ids, positions, self.labels, self.branch, self.images, self.tasks, self.hints)
 
 
 @dataclass
 class Batch:
     """Padded tensors of B sequences: ids [B, S], positions [3, B, S], visible bool [B, 1, S, S], labels [B, S] already
-    shifted (labels[:, i] is what position i must say), images uint8 [N, height, width, 3], tasks [B][S]."""
+    shifted (labels[:, i] is what position i must say), images uint8 [N, height, width, 3], tasks [B][S], hints [K, 3]
+    (row, query, key)."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -145,6 +218,7 @@ class Batch:
     labels: torch.Tensor
     images: torch.Tensor
     tasks: list[list[str]]
+    hints: torch.Tensor
 
 
 def collate(sequences: list[Packed], pad_id: int, multiple: int = 32) -> Batch:
@@ -166,4 +240,5 @@ def collate(sequences: list[Packed], pad_id: int, multiple: int = 32) -> Batch:
     trunk = (branch == 0)[:, None, :] & (branch >= 0)[:, :, None]
     visible = (same | trunk) & torch.ones(length, length, dtype=torch.bool).tril()
     images = torch.from_numpy(np.stack([image for s in sequences for image in s.images]))
-    return Batch(ids, positions, visible[:, None], labels, images, [s.tasks for s in sequences])
+    hints = torch.tensor([(row, *hint) for row, s in enumerate(sequences) for hint in s.hints]).view(-1, 3)
+    return Batch(ids, positions, visible[:, None], labels, images, [s.tasks for s in sequences], hints)

@@ -22,7 +22,7 @@ def mini_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLConfig:
         "vocab_size": len(tokenizer),
         "hidden_size": 192,
         "intermediate_size": 512,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 5,
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,

@@ -25,8 +25,11 @@ from agentkv.mini.checkpoint import load_state, save_state
 from agentkv.mini.drawn import STEP
 from agentkv.mini.export import SYSTEM, export
 from agentkv.mini.feed import Feed, Mix
-from agentkv.mini.forward import answer_logits
+from agentkv.mini.forward import answer_logits, read
+from agentkv.mini.hints import Hints
+from agentkv.mini.hints import Hints
 from agentkv.mini.packing import IGNORE, Batch
+from agentkv.mini.place import set_place_heads
 from agentkv.mini.shape import mini_config
 from agentkv.mini.tokenizer import MAX_NUMBER, build_tokenizer
 from agentkv.mini.words import tokenizer_texts
@@ -42,6 +45,7 @@ class TrainConfig:
     fall: float = 0.25
     average: float = 0.998
     save_minutes: float = 4.0
+    hints: float = 0.3
     seed: int = 7
     threads: int = 0
 
@@ -72,6 +76,17 @@ def soft_targets(tokenizer: PreTrainedTokenizerFast, reach: int = 2, width: floa
         ids[token] = torch.tensor(tokenizer.convert_tokens_to_ids([str(n) for n in near]))
         weights[token] = bell / bell.sum()
     return ids, weights
+
+
+def fresh_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
+    """An untrained model. Its query and key biases are random: with zero biases attention ignores relative positions at
+    first, and the width and height axes of M-RoPE are found late or never."""
+    model = Qwen2_5_VLForConditionalGeneration(mini_config(tokenizer))
+    model.set_attn_implementation({"text_config": "eager"})
+    for layer in model.model.language_model.layers:
+        torch.nn.init.normal_(layer.self_attn.q_proj.bias, std=2.0)
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=2.0)
+    return model
 
 
 def free_threads(own: int) -> int:
@@ -124,13 +139,14 @@ class Trainer:
         self.config, self.state = config, runs / "state.safetensors"
         self.tokenizer = _tokenizer(runs / "tokenizer")
         torch.manual_seed(config.seed)
-        self.model = Qwen2_5_VLForConditionalGeneration(mini_config(self.tokenizer))
+        self.model = fresh_model(self.tokenizer)
+        self.hints = Hints(self.model.config.text_config.hidden_size)
+        self.hints_optimizer = torch.optim.Adam(self.hints.parameters(), lr=3e-3)
+        set_place_heads(self.model)
         names = dict(self.model.named_parameters())
-        decay = [p for n, p in names.items() if p.ndim > 1 and "embed" not in n]
-        plain = [p for n, p in names.items() if p.ndim <= 1 or "embed" in n]
-        groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.rate, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(_groups(names), lr=config.rate, betas=(0.9, 0.98))
         self.average = {n: p.detach().clone() for n, p in names.items()}
+        self.hints = Hints(self.model, config.rate)
         self.neighbours, self.spread = soft_targets(self.tokenizer)
         self.step, self.seconds = 0, 0.0
         if self.state.exists():
@@ -140,17 +156,22 @@ class Trainer:
     def learn(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, float]:
         """One optimizer step; returns logits, targets and the loss."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.rate_at(self.step, self.seconds / 60)
-        logits, targets = answer_logits(self.model, batch)
+            group["lr"] = group["share"] * self.config.rate_at(self.step, self.seconds / 60)
+        out = read(self.model, batch, attentions=True)
+        logits, targets = answer_logits(self.model, batch, out)
         loss = self.loss(logits, targets)
+        hints = self.hints(batch, out, self.model.config.image_token_id)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self.hints_optimizer.zero_grad(set_to_none=True)
+        (loss + self.config.hints * hints).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        self.hints_optimizer.step()
         self.step += 1
         share = min(self.config.average, self.step / (self.step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.model.parameters()), 1 - share)
+            self.hints.step()
         return logits.detach(), targets, loss.item()
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -176,7 +197,7 @@ class Trainer:
             self.seconds += time.monotonic() - start
             if self.step % report == 0:
                 speed = images / (time.monotonic() - tick)
-                print(f"{self.seconds / 60:.1f} min step {self.step} {speed:.0f} img/s {meter.line()}", flush=True)
+                print(f"{self.seconds / 60:.1f} min step {self.step} {speed:.0f} img/s {self.hints.line()} {meter.line()}", flush=True)
                 images, tick = 0, time.monotonic()
                 if not self.config.threads:
                     torch.set_num_threads(free_threads(torch.get_num_threads()))
@@ -184,6 +205,16 @@ class Trainer:
                 self.save()
                 saved = time.monotonic()
         self.save()
+
+
+def _groups(names: dict[str, torch.nn.Parameter]) -> list[dict]:
+    """Parameter groups with `share` of the learning rate. The merger learns slowly and decays fast: every layer normalises what
+    it reads, so nothing else keeps visual tokens from growing until the text layers cannot add to them any more."""
+    merger = [n for n in names if ".merger.mlp." in n]
+    plain = [n for n, p in names.items() if n not in merger and (p.ndim <= 1 or "embed" in n)]
+    decay = [n for n in names if n not in merger and n not in plain]
+    settings = ((decay, 1.0, 0.05), (plain, 1.0, 0.0), (merger, 0.3, 1.0))
+    return [{"params": [names[n] for n in group], "share": s, "weight_decay": w} for group, s, w in settings]
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:

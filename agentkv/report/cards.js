@@ -28,13 +28,11 @@ function figures(step) {
       ],
     );
   }
-  rows.push([
-    "time",
-    `${seconds(step.seconds_prefill)} + ${seconds(step.seconds_decode)} + ${seconds(step.seconds_browser)}`,
-  ]);
+  const phases = ["prefill", "decode", "browser"].filter((p) => step[`seconds_${p}`] > 0);
+  rows.push(...phases.map((p) => [p, seconds(step[`seconds_${p}`])]));
   return h(
     "dl",
-    { class: "figs", title: "time: prefill + decode + browser" },
+    { class: "figs" },
     rows.map(([k, v]) => [h("dt", {}, k), h("dd", {}, v)]),
   );
 }

@@ -14,12 +14,9 @@ from typing import Any
 from envs.actions import Click, Drag
 from envs.tab import Tab
 
-GRID = 9
-
 # hit(e): the grid points of e's box (clipped to the screen) at which a click reaches e
-LOOK = (
-    """
-const GRID = %d;
+LOOK = """
+const GRID = 9;
 const hits = (e) => {
   const r = e.getBoundingClientRect();
   const [x0, y0] = [Math.max(r.left, 0), Math.max(r.top, 0)];
@@ -34,8 +31,6 @@ const hits = (e) => {
   return found;
 };
 """
-    % GRID
-)
 
 _FIND = f"""
 (selector) => {{

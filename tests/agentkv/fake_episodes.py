@@ -1,4 +1,4 @@
-"""Episodes without a browser or a model: a fake page, fake decisions with made-up figures, and a run folder of them."""
+"""Episodes without a browser or a trained model: a fake page, made-up decisions, a run folder of them, a tiny adapter."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from agentkv.actions import ParseError
 from agentkv.agent import Decision, FrameKept, Limits, run_episode
@@ -107,3 +109,39 @@ def fake_run(
         trace.finish(run_episode(FakeEnv(**env), policies[method], seed, Limits(), 5, trace.step), 0)
         trace.close()
     return out
+
+
+@dataclass
+class TinyAdapter:
+    """A text model dressed as a vision model: 12 of its prompt's 40 tokens play the screenshot; it always clicks."""
+
+    model: LlamaForCausalLM
+
+    def __post_init__(self) -> None:
+        self.tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
+        self.processor = SimpleNamespace(size={"longest_edge": 1})
+
+    def prompt(self, goal: str, history: Any, screenshot: Any, css_size: tuple[int, int]) -> SimpleNamespace:
+        ids = torch.arange(1, 41)[None]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return SimpleNamespace(inputs=inputs, spans=[(5, 17)], frames=[SimpleNamespace(grid=(1, 6, 8))])
+
+    def parse(self, text: str, frame: Any) -> Action | ParseError:
+        return Click(1.0, 2.0)
+
+
+def tiny_adapter() -> TinyAdapter:
+    """The adapter with random weights, the same ones every time."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    return TinyAdapter(LlamaForCausalLM(config).eval())

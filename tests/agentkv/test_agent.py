@@ -1,20 +1,16 @@
 """The loop: what stops it, what the model is told, what a decision measures. No browser, a tiny random model."""
 
-from dataclasses import dataclass
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from agentkv.actions import ParseError
 from agentkv.agent import Agent, Limits, ScriptPolicy, kept_frames, run_episode
 from envs.actions import CallUser, Click, Finished, Type
-from tests.agentkv.fake_episodes import FakeEnv, FakePolicy
+from tests.agentkv.fake_episodes import FakeEnv, FakePolicy, tiny_adapter
 
 BAD = ParseError("no action was found")
 
@@ -123,39 +119,9 @@ def test_kept_frames_refuses_a_grid_that_does_not_fit():
         kept_frames([torch.zeros(1, 1, 1, dtype=torch.int32)], [(0, 5)], [(1, 4, 6)])
 
 
-@dataclass
-class TinyAdapter:
-    """A text model dressed as a vision model: 12 of its prompt's 40 tokens play the screenshot."""
-
-    model: LlamaForCausalLM
-
-    def __post_init__(self):
-        self.tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
-
-    def prompt(self, goal, history, screenshot, css_size):
-        ids = torch.arange(1, 41)[None]
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return SimpleNamespace(inputs=inputs, spans=[(5, 17)], frames=[SimpleNamespace(grid=(1, 6, 8))])
-
-    def parse(self, text, frame):
-        return Click(1.0, 2.0) if text else BAD
-
-
 @pytest.fixture(scope="module")
 def adapter():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
-    return TinyAdapter(LlamaForCausalLM(config).eval())
+    return tiny_adapter()
 
 
 def test_a_decision_with_the_full_cache_is_what_the_model_says(adapter):

@@ -76,15 +76,19 @@ def test_a_disk_that_fills_up(capsys, monkeypatch):
     assert "runs/x: the disk is full" in capsys.readouterr().err
 
 
+BERT, QWEN = '{"model_type": "bert"}', '{"model_type": "qwen2_5_vl"}'
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "config.json"),
-        ({"config.json": '{"model_type": "bert"}'}, "bert"),
-        ({"config.json": '{"model_type": "qwen2_5_vl"}'}, "weights"),
+        ({}, "has no config.json; give the folder that holds the model's files"),
+        ({"config.json": QWEN}, "has no weights (*.safetensors); download them"),
+        ({"config.json": BERT, "model.safetensors": ""}, "is a 'bert' model; supported families: qwen2_5_vl"),
+        ({"config.json": QWEN, "model.safetensors": "cut short"}, "model: "),
     ],
-    ids=["empty", "unsupported", "no weights"],
+    ids=["empty", "no weights", "unsupported", "damaged weights"],
 )
 def test_a_folder_that_is_no_model(files, message, capsys, tmp_path, monkeypatch):
     folder = tmp_path / "model"

@@ -3,10 +3,11 @@
 import json
 import os
 import signal
+import socket
 
 import pytest
 
-from agentkv import run
+from agentkv import play, run
 from agentkv.agent import ScriptPolicy
 from agentkv.errors import Interrupts
 from agentkv.play import Plan, Play, open_folder
@@ -14,7 +15,7 @@ from agentkv.trace import read_run
 from envs import oracle
 from envs.actions import Click
 from envs.browser import Browser, BrowserCrashed
-from tests.agentkv.fake_episodes import META
+from tests.agentkv.fake_episodes import META, tiny_adapter
 
 pytestmark = pytest.mark.browser
 TASKS, SEED = ("click-tab", "memory-colour"), 1_000_000
@@ -158,3 +159,55 @@ def test_defaults_and_footnotes():
     assert plan.seeds[0] == 1_000_000 and plan.history == 5 and plan.device_scale == 1.0 and len(plan.tasks) >= 8
     assert run.notes(plan) == [f"gui-kv-official: {run.QUERY_HEADS_NOTE}"]
     assert run.space_needed(plan) > run.REPORT_BYTES
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """The command in an empty folder with a tiny random model in the place of the real one."""
+    adapter = tiny_adapter()
+    monkeypatch.setattr(run, "load", lambda plan: adapter)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_whole_command_on_a_live_page(tiny, tmp_path, capsys):
+    (tmp_path / "page.html").write_text("<h1>Hello</h1>")
+    page = ["--url", (tmp_path / "page.html").as_uri(), "--goal", "look at it", "--max-steps", "2", "--episodes", "1"]
+    request = [
+        *page,
+        "--method",
+        "full,snapkv",
+        "--budget",
+        "0.5",
+        "--max-new-tokens",
+        "3",
+        "--out",
+        "o",
+        "--json",
+        "o.json",
+    ]
+    assert run.main(request) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[-3:] == ["o/summary.json", "o.json", "o/report.html"]
+    summary = json.loads((tmp_path / "o.json").read_text())
+    assert "--budget 0.5" in summary["meta"]["command"] and summary["meta"]["chromium"]
+    full, snapkv = (r for r in summary["rows"] if r["task"] == "all")
+    assert (full["budget"], full["steps"], full["prefill_tokens"], full["decode_tokens"]) == (1.0, 2, 40, 3)
+    assert (snapkv["budget"], snapkv["tokens_stored"], snapkv["stop_step_limit"]) == (0.5, 20, 1)
+    assert snapkv["kv_share"] < 0.6 < 1 <= full["kv_share"]
+
+
+def test_a_page_that_never_loads(tiny, monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        monkeypatch.setattr(play, "LOAD_TIMEOUT", 1.5)
+        assert run.main(["--url", url, "--goal", "wait", "--out", "o"]) == 2
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .endswith(f"agentkv: {url} did not load within 1.5 s; check the address or raise load_timeout")
+    )
+
+
+def test_a_page_that_refuses(tiny, capsys):
+    assert run.main(["--url", "http://127.0.0.1:9/", "--goal", "wait", "--out", "o"]) == 2
+    assert "http://127.0.0.1:9/ could not be opened" in capsys.readouterr().err

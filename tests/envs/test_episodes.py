@@ -1,6 +1,4 @@
-"""The environment's contract, and every curated task: the same for the same seed, solved by its script, not by
-chance.
-"""
+"""The environment's contract, and every curated task: the same for the same seed, solved by its script."""
 
 from __future__ import annotations
 
@@ -123,11 +121,8 @@ def test_the_time_limit_is_lifted_and_the_cover_never_shows(make) -> None:
     env.page.evaluate("() => core.endEpisode(-1, false, 'timed out')")
     *_, terminated, _, info = env.step(Wait(0))
     assert terminated and info["raw_reward"] == -1 and info["reason"] == "timed out"
-    hidden = "() => getComputedStyle(document.querySelector(`#${arguments[0]}`)).display"
     for name in ("sync-task-cover", "reward-display", "click-canvas"):
-        assert env.page.evaluate("(id) => getComputedStyle(document.getElementById(id)).display", name) == "none", (
-            hidden
-        )
+        assert env.page.evaluate("(id) => getComputedStyle(document.getElementById(id)).display", name) == "none"
 
 
 @pytest.mark.browser

@@ -29,7 +29,7 @@ class Arena:
     def ready(self, script: str) -> WebEnv:
         """The page whose script runs at a click; B is the other origin."""
         head = f"const B = '{self.elsewhere.url}'; onclick = () => {{ {script} }};"
-        self.site.page(f"<body style='height: 200px'><script>{head}</script>")
+        self.site.page(f"<body style='height: 200px'><script>{head}</script>ready")
         self.elsewhere.hits.clear()
         self.env.reset(seed=0)
         return self.env
@@ -58,6 +58,7 @@ ATTEMPTS = {
     "redirect": ["location = '/away'", "fetch('/away').catch(() => 0)", FRAME.format("'/away'")],
     "popup": ["window.open(B + '/x')", "window.open('/')"],
     "websocket": ["new WebSocket(B.replace('http', 'ws') + '/x')"],
+    "upload": ["document.body.innerHTML = '<input type=file>'; document.querySelector('input').click()"],
     "download": ["const a = document.createElement('a'); a.href = '/file.bin'; a.click()"],
 }
 
@@ -115,6 +116,15 @@ def test_what_chromium_itself_refuses(arena: Arena, script: str) -> None:
     *_, info = env.step(Wait(0.3))
     assert info["url"].startswith((arena.site.url, "about:blank", "chrome-error:"))
     assert arena.elsewhere.hits == []
+
+
+@pytest.mark.browser
+def test_a_blocked_link_leaves_the_agent_where_it_is(arena: Arena) -> None:
+    env = arena.ready("location = B + '/x'")
+    before = env.page.url
+    env.step(Click(50, 150))
+    *_, info = env.step(Wait(0.2))
+    assert info["url"] == before and "ready" in env.page.inner_text("body")
 
 
 @pytest.mark.browser
@@ -184,9 +194,8 @@ def test_a_task_of_files_reaches_no_server(browser: Browser, elsewhere: Site) ->
 
 
 @pytest.mark.browser
-def test_a_redirect_at_the_start_is_named(arena: Arena) -> None:
-    site.pages["/away"] = (302, {"Location": elsewhere.url + "/x"}, "")
-    env = live.make(site.url + "/away", "look", browser, viewport=SIZE)
+def test_a_redirect_at_the_start_is_named(browser: Browser, arena: Arena) -> None:
+    env = live.make(arena.site.url + "/away", "look", browser, viewport=SIZE)
     with pytest.raises(PageNotLoaded, match="it redirects to .* is not on the allow-list"):
         env.reset(seed=0)
     env.close()

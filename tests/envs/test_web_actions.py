@@ -98,6 +98,8 @@ def test_typing_and_keys(env: WebEnv) -> None:
         (Scroll(10, 10, "inward", 10), "direction='inward'"),  # type: ignore[arg-type]
         (Scroll(10, 10, "down", math.nan), "pixels=nan"),
         (Type("x" * 6000), "6000 characters"),
+        (Type(5), "text=5 is not text"),  # type: ignore[arg-type]
+        (Hotkey("Enter"), "is not a tuple of key names"),  # type: ignore[arg-type]
         (Hotkey(()), "0 keys"),
         (Hotkey(("Control", "Hyper")), "'Hyper' is not a key"),
         (Wait(math.nan), "seconds=nan"),

@@ -1,4 +1,4 @@
-"""Compile every shipped configuration for sm_80 and sm_90 without a GPU; run by test_compile.py in a process of its own.
+"""Compile every shipped configuration for sm_80 and sm_90 without a GPU; test_compile.py runs it as a process.
 
 The public functions are called on small CPU tensors while a recorder stands in for each kernel, so what is compiled is
 what the launchers really pass. Prints one line per configuration; a type error or too much shared memory ends it.
@@ -89,7 +89,7 @@ def launch_attention(D: int, group: int, m: int, **options) -> None:
 
 
 def launch_all() -> None:
-    """One call for each configuration that the launchers can choose for a bf16 model of head_dim 128, and the extremes."""
+    """One call for each configuration that a bf16 model of head_dim 128 leads to, and the extremes."""
     valid = torch.ones(1, 600, dtype=torch.bool)
     for options in ({}, {"valid": valid}, {"ragged": True}):
         launch_attention(128, 7, 1, **options)
