@@ -49,6 +49,7 @@ DEFAULT_TASKS = (
     "memory-changed",
     "memory-colour",
 )
+EPISODES = 5
 EVALUATION_SEEDS = 1_000_000  # training uses the seeds below
 REPORT_BYTES = 20_000_000
 STEPS_GUESSED = 10  # per episode, to guess the space that the screenshots take
@@ -67,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--model", default="mini", help="mini (embedded), a folder, or a hub id of a supported family")
     p.add_argument("--tasks", default="", help="comma-separated task names (default: those the mini model learned)")
-    p.add_argument("--episodes", type=int, default=5, help="episodes per task and method (default 5)")
+    p.add_argument("--episodes", type=int, help="episodes per task and method (default 5; 1 with --url)")
     p.add_argument("--seed", type=int, default=EVALUATION_SEEDS, help="first seed; training used those below 1000000")
     p.add_argument("--method", default="gui-kv", help="comma-separated methods or compositions: full,gui-kv,h2o+adakv")
     p.add_argument("--budget", default="0.4", help="share of the prompt's tokens to keep (0.4), or a number (512t)")
@@ -125,6 +126,7 @@ def play_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
 def make_plan(args: argparse.Namespace) -> Plan:
     """The request as a `Plan`. Raises ValueError naming what is wrong."""
     budget = Budget.parse(args.budget)
+    episodes = args.episodes if args.episodes is not None else (1 if args.url else EPISODES)
     methods = split_methods(args.method)
     for method in methods:
         resolve_method(method, budget)
@@ -133,7 +135,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         methods=methods,
         budget=str(budget),
         tasks=tasks_of(args),
-        seeds=tuple(range(args.seed, args.seed + args.episodes)),
+        seeds=tuple(range(args.seed, args.seed + episodes)),
         history=args.history,
         max_steps=args.max_steps,
         max_new_tokens=args.max_new_tokens,

@@ -13,7 +13,9 @@ import torch
 Span = tuple[int, int]
 
 
-def find_spans(input_ids: torch.Tensor, grids: torch.Tensor, image_token_id: int, merge_size: int = 2) -> list[list[Span]]:
+def find_spans(
+    input_ids: torch.Tensor, grids: torch.Tensor, image_token_id: int, merge_size: int = 2
+) -> list[list[Span]]:
     """Spans [start, end) of every screenshot, per row, in the order of the prompt.
 
     input_ids: [batch, columns]. grids: `image_grid_thw` [images, 3] in patches, all rows' images one after another. Runs that touch
@@ -28,13 +30,17 @@ def find_spans(input_ids: torch.Tensor, grids: torch.Tensor, image_token_id: int
     ]
     left = sum(1 for _ in sizes)
     if left:
-        raise ValueError(f"{left} of {len(grids)} grids have no placeholders in the prompt; was it cut or not expanded?")
+        raise ValueError(
+            f"{left} of {len(grids)} grids have no placeholders in the prompt; was it cut or not expanded?"
+        )
     return spans
 
 
 def _runs(inside: torch.Tensor) -> list[Span]:
     """Maximal runs of True in a bool vector, as [start, end)."""
-    edge = torch.diff(inside.to(torch.int8), prepend=inside.new_zeros(1).to(torch.int8), append=inside.new_zeros(1).to(torch.int8))
+    edge = torch.diff(
+        inside.to(torch.int8), prepend=inside.new_zeros(1).to(torch.int8), append=inside.new_zeros(1).to(torch.int8)
+    )
     starts, ends = (edge == 1).nonzero().flatten().tolist(), (edge == -1).nonzero().flatten().tolist()
     return list(zip(starts, ends, strict=True))
 
@@ -47,6 +53,8 @@ def _split(run: Span, sizes: Iterator[int], row: int) -> Iterator[Span]:
         if size is None:
             raise ValueError(f"row {row} has placeholders at [{start}, {end}) but no grid is left for them")
         if size < 1 or start + size > end:
-            raise ValueError(f"row {row}: placeholders [{start}, {end}) are {end - start} tokens, their grid makes {size}")
+            raise ValueError(
+                f"row {row}: placeholders [{start}, {end}) are {end - start} tokens, their grid makes {size}"
+            )
         yield start, start + size
         start += size

@@ -11,7 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 
-def save_state(path: Path, model: torch.nn.Module, average: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, scalars: dict) -> None:
+def save_state(
+    path: Path,
+    model: torch.nn.Module,
+    average: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    scalars: dict,
+) -> None:
     """Write model, averaged weights, AdamW moments and `scalars` (JSON values) to `path`; a crash leaves the old file."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -25,7 +31,9 @@ def save_state(path: Path, model: torch.nn.Module, average: dict[str, torch.Tens
     os.replace(partial, path)
 
 
-def load_state(path: Path, model: torch.nn.Module, average: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict:
+def load_state(
+    path: Path, model: torch.nn.Module, average: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> dict:
     """Read what `save_state` wrote into the given objects and return the scalars."""
     with safe_open(path, framework="pt") as file:
         scalars = json.loads(file.metadata()["scalars"])

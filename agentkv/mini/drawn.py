@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from agentkv.mini.packing import Ask, Thing, Turn
+from agentkv.mini.packing import Ask, Turn
 from agentkv.mini.words import COLORS, ORDINALS, SHAPES, WORDS
 
 WIDTH, HEIGHT, QUERY_HEIGHT = 160, 210, 50
@@ -50,13 +50,6 @@ def snap(value: float, size: int, resized: int) -> int:
     return min(max(STEP * round(value * resized / size / STEP), 0), resized)
 
 
-def thing(name: str, box: tuple[float, float, float, float]) -> Thing:
-    """A hint about the CSS box (x, y, width, height)."""
-    across, down = RESIZED[0] / WIDTH, RESIZED[1] / HEIGHT
-    x, y, width, height = box
-    return Thing((x * across, y * down, (x + width) * across, (y + height) * down), name)
-
-
 def say(text: str) -> str:
     """The answer to a reading question."""
     return f"Action: finished(content='{text}')"
@@ -86,7 +79,6 @@ class Page:
     asks: list[Ask] = field(default_factory=list)
     taken: list[tuple[float, float, float, float]] = field(default_factory=list)
     labels: set[str] = field(default_factory=set)
-    things: list[Thing] = field(default_factory=list)
 
     @property
     def draw(self) -> ImageDraw.ImageDraw:
@@ -112,9 +104,6 @@ class Page:
     def ask(self, goal: str, answer: str, task: str) -> None:
         self.asks.append(Ask(goal, answer, task))
 
-    def thing(self, name: str, x: float, y: float, width: float, height: float) -> None:
-        self.things.append(thing(name, (x, y, width, height)))
-
     def where(self, goals: tuple[str, ...], x: float, y: float, task: str) -> None:
         self.ask(self.rng.choice(goals), click(x, y), task)
 
@@ -126,7 +115,9 @@ class Page:
 
 def _button(page: Page, label: str | None = None, size: int | None = None) -> None:
     rng = page.rng
-    label = label or rng.choice(("ONE", "TWO", "Submit", "OK", "Cancel", "Login", "Yes", "No", "Next", any_word(rng), any_word(rng)))
+    label = label or rng.choice(
+        ("ONE", "TWO", "Submit", "OK", "Cancel", "Login", "Yes", "No", "Next", any_word(rng), any_word(rng))
+    )
     font = face(size or rng.choice((10, 11, 13, 13, 13, 14, 18)), "plain")
     text = font.getlength(label)
     width, height = text + rng.choice((8, 12, 30, 50)), font.size + rng.choice((5, 8, 14, 26))
@@ -136,7 +127,6 @@ def _button(page: Page, label: str | None = None, size: int | None = None) -> No
     x, y = spot
     fill = _GREY if rng.random() < 0.8 else rng.choice(tuple(COLORS.values()))
     page.draw.rounded_rectangle((x, y, x + width, y + height), 3, fill=fill, outline=_LINE)
-    page.thing(label, x, y, width, height)
     ink = "black" if sum(fill) > 300 else "white"
     page.draw.text((x + width / 2, y + height / 2), label, fill=ink, font=font, anchor="mm")
     goals = (f"Click button {label}.", f'Click on the "{label}" button.', f"Press {label}.")
@@ -146,7 +136,9 @@ def _button(page: Page, label: str | None = None, size: int | None = None) -> No
 
 def _word(page: Page) -> None:
     rng = page.rng
-    label = any_word(rng) if rng.random() < 0.7 else "".join(rng.choice(string.digits) for _ in range(rng.randint(1, 4)))
+    label = (
+        any_word(rng) if rng.random() < 0.7 else "".join(rng.choice(string.digits) for _ in range(rng.randint(1, 4)))
+    )
     font = face(rng.choice((10, 10, 11, 12, 14, 16, 20, 26)), rng.choice(("plain", "plain", "bold")))
     width, height = font.getlength(label), font.size
     spot = page.place(width, height)
@@ -154,8 +146,13 @@ def _word(page: Page) -> None:
         return
     x, y = spot
     link = rng.random() < 0.3
-    page.thing(label, x, y, width, height)
-    page.draw.text((x, y + height / 2), label, fill=(0, 0, 238) if link else rng.choice(("black", "black", (60, 60, 60))), font=font, anchor="lm")
+    page.draw.text(
+        (x, y + height / 2),
+        label,
+        fill=(0, 0, 238) if link else rng.choice(("black", "black", (60, 60, 60))),
+        font=font,
+        anchor="lm",
+    )
     if link:
         page.draw.line((x, y + height - 1, x + width, y + height - 1), fill=(0, 0, 238))
     goals = (f'Click on the link "{label}".', f'Click on the word "{label}".', f"Find {label}.")
@@ -176,12 +173,15 @@ def _fields(page: Page) -> None:
         label = rng.choice(("Username", "Password", "Name", "Verify password", any_word(rng).capitalize()))
         named = rng.random() < 0.5 and page.new_label(label)
         focus = rng.random() < 0.3
-        page.draw.rectangle((x, y, x + width, y + height), fill="white", outline="black" if focus else _LINE, width=2 if focus else 1)
-        page.thing("field", x, y, width, height)
+        page.draw.rectangle(
+            (x, y, x + width, y + height), fill="white", outline="black" if focus else _LINE, width=2 if focus else 1
+        )
         middle = (x + width / 2, y + height / 2)
         if rng.random() < 0.4:
             text = any_word(rng)
-            page.draw.text((x + 3, middle[1]), text, fill="black", font=face(rng.choice((11, 13)), "plain"), anchor="lm")
+            page.draw.text(
+                (x + 3, middle[1]), text, fill="black", font=face(rng.choice((11, 13)), "plain"), anchor="lm"
+            )
             page.what(text, *middle)
         if named:
             page.draw.text((x, y - 6), label, fill="black", font=face(10, rng.choice(("plain", "bold"))), anchor="lm")
@@ -205,12 +205,15 @@ def _ticks(page: Page) -> None:
         page.taken.append((x - 2, y - 2, x + 90, y + 16))
         on = rng.random() < 0.3
         shape = page.draw.ellipse if kind == "radio" else page.draw.rectangle
-        shape((x, y, x + 12, y + 12), fill=_BLUE if on and kind == "checkbox" else "white", outline=_BLUE if on else _LINE)
-        page.thing(kind, x, y, 12, 12)
+        shape(
+            (x, y, x + 12, y + 12), fill=_BLUE if on and kind == "checkbox" else "white", outline=_BLUE if on else _LINE
+        )
         if on:
             page.draw.ellipse((x + 3, y + 3, x + 9, y + 9), fill=_BLUE if kind == "radio" else "white")
         page.draw.text((x + 18, y + 6), label, fill="black", font=face(10, "plain"), anchor="lm")
-        page.where((f"Select {label}.", f"Tick {label}.", f"Check {label} and click Submit."), x + 6, y + 6, "where-tick")
+        page.where(
+            (f"Select {label}.", f"Tick {label}.", f"Check {label} and click Submit."), x + 6, y + 6, "where-tick"
+        )
         page.what(label, x + 18 + 3 * len(label), y + 6)
         y += rng.choice((14, 16, 18, 22))
 
@@ -224,7 +227,6 @@ def _boxes(page: Page) -> None:
             return
         x, y = spot
         page.draw.rectangle((x, y, x + side, y + side), fill=COLORS[name], outline="black")
-        page.thing(name, x, y, side, side)
         goals = (f"Click on the {name} colored box.", f"Click on the {name} box.", f"Click {name}.")
         page.where(goals, x + side / 2, y + side / 2, "where-color")
         page.what(name, x + side / 2, y + side / 2)
@@ -240,7 +242,6 @@ def _shapes(page: Page) -> None:
             return
         x, y = spot
         box, middle = (x, y, x + side, y + side), (x + side / 2, y + side / 2)
-        page.thing(name, x, y, side, side)
         if name == "circle":
             page.draw.ellipse(box, fill=COLORS[color])
         elif name == "triangle":
@@ -265,8 +266,13 @@ def _tabs(page: Page) -> None:
     for number in range(1, 4):
         color = (0, 127, 255) if number == active else (246, 246, 246)
         page.draw.rectangle((x, y + 2, x + 42, y + 20), fill=color, outline=(197, 197, 197))
-        page.draw.text((x + 21, y + 11), f"Tab #{number}", fill="white" if number == active else (69, 69, 69), font=face(10, "plain"), anchor="mm")
-        page.thing(str(number), x, y + 2, 42, 18)
+        page.draw.text(
+            (x + 21, y + 11),
+            f"Tab #{number}",
+            fill="white" if number == active else (69, 69, 69),
+            font=face(10, "plain"),
+            anchor="mm",
+        )
         page.where((f"Click on Tab #{number}.",), x + 21, y + 11, "where-tab")
         x += 44
 
@@ -284,7 +290,6 @@ def _close(page: Page) -> None:
     page.draw.rectangle((cx - 6, cy - 6, cx + 6, cy + 6), fill=(246, 246, 246), outline=(180, 180, 180))
     page.draw.line((cx - 3, cy - 3, cx + 3, cy + 3), fill=(90, 90, 90))
     page.draw.line((cx - 3, cy + 3, cx + 3, cy - 3), fill=(90, 90, 90))
-    page.thing("close", cx - 6, cy - 6, 12, 12)
     page.where(("Close the dialog box.", 'Close the dialog box by clicking the "x".'), cx, cy, "where-close")
 
 
@@ -292,7 +297,14 @@ def _copy(page: Page) -> None:
     """Copying does not need the picture; it shares the sequence because that is free."""
     rng = page.rng
     text = any_word(rng) if rng.random() < 0.5 else random_string(rng, 2, 6)
-    goal = rng.choice(('Type "{}".', 'Enter "{}" into the text field.', 'Write the word "{}" here.', 'Type the name "{}" and press Enter.'))
+    goal = rng.choice(
+        (
+            'Type "{}".',
+            'Enter "{}" into the text field.',
+            'Write the word "{}" here.',
+            'Type the name "{}" and press Enter.',
+        )
+    )
     page.ask(goal.format(text), f"Action: type(content='{text}')", "copy")
 
 
@@ -305,7 +317,6 @@ def _box(page: Page) -> None:
         return
     x, y = spot
     page.draw.rectangle((x, y, x + width, y + height), fill=COLORS[name], outline="black")
-    page.thing(name, x, y, width, height)
     middle = (x + width / 2, y + height / 2)
     for goal in (f"Click on the {name} box.", f"Click {name}.", "Click on the box."):
         page.ask(goal, click(*middle), "where-alone")
@@ -331,7 +342,7 @@ def drawn_turn(rng: random.Random, asks: int = 8) -> Turn:
     chosen = rng.sample(page.asks, min(asks, len(page.asks)))
     _query(page, chosen[0].goal)
     image = page.image.resize(RESIZED, Image.Resampling.BICUBIC)
-    return Turn(np.asarray(image), chosen, None, page.things)
+    return Turn(np.asarray(image), chosen)
 
 
 def _query(page: Page, text: str) -> None:

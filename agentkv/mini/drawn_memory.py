@@ -11,8 +11,8 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from agentkv.mini.drawn import HEIGHT, RESIZED, WIDTH, click, face, say, thing
-from agentkv.mini.packing import Ask, Thing, Turn
+from agentkv.mini.drawn import HEIGHT, RESIZED, WIDTH, click, face, say
+from agentkv.mini.packing import Ask, Turn
 
 _SCALE = 2
 _COLOURS = {
@@ -42,11 +42,9 @@ class Screen:
     """One screen under construction, drawn at twice its size and reduced at the end; boxes are (x, y, width, height)."""
 
     def __init__(self) -> None:
-        self.naming = random.Random(0)
         self.image = Image.new("RGB", (WIDTH * _SCALE, HEIGHT * _SCALE), "white")
         self.draw = ImageDraw.Draw(self.image)
         self.asks: list[Ask] = []
-        self.things: list[Thing] = []
 
     def _corners(self, box: Box) -> tuple[float, float, float, float]:
         x, y, w, h = (_SCALE * v for v in box)
@@ -59,11 +57,12 @@ class Screen:
         place = (_SCALE * (box[0] + box[2] / 2), _SCALE * (box[1] + box[3] / 2))
         self.draw.text(place, text, fill=ink, font=face(_SCALE * size, "bold"), anchor="mm")
 
-    def button(self, text: str, box: Box, size: int, fill: str = "#e4e4e4", edge: str = _INK, ink: str = "black") -> None:
+    def button(
+        self, text: str, box: Box, size: int, fill: str = "#e4e4e4", edge: str = _INK, ink: str = "black"
+    ) -> None:
         self.draw.rounded_rectangle(self._corners(box), 6 * _SCALE, fill=fill, outline=edge, width=2 * _SCALE)
         self.text(text, box, size, ink)
         if text:
-            self.things.append(thing(text, box))
             self.ask(f"Click on {text}.", _middle(box), "memory-where")
 
     def next(self) -> None:
@@ -72,15 +71,12 @@ class Screen:
     def card(self, text: str, box: Box, size: int) -> None:
         self.draw.rectangle(self._corners(box), fill="#fff3b8", outline=_INK, width=2 * _SCALE)
         self.text(text, box, size)
-        if text:
-            self.things.append(thing(text, box))
 
     def swatch(self, colour: str, box: Box, pressed: bool) -> None:
         if pressed:
             self.button("", box, 10, _COLOURS[colour])
         else:
             self.draw.rectangle(self._corners(box), fill=_COLOURS[colour])
-        self.things.append(thing(colour, box))
         self.ask(f"Click on {colour}.", _middle(box), "memory-where")
 
     def figure(self, item: tuple[str, str], box: Box, faded: bool = False) -> None:
@@ -97,8 +93,9 @@ class Screen:
         if points is None:
             self.draw.ellipse((x + 4 * side, y + 4 * side, x + 96 * side, y + 96 * side), fill=fill)
         else:
-            self.draw.polygon([(x + a * side, y + b * side) for a, b in zip(points[::2], points[1::2], strict=True)], fill=fill)
-        self.things.append(thing(self.naming.choice(item), box))
+            self.draw.polygon(
+                [(x + a * side, y + b * side) for a, b in zip(points[::2], points[1::2], strict=True)], fill=fill
+            )
         self.ask(f"Click on the {colour} {shape}.", _middle(box), "memory-where")
 
     def pixels(self) -> np.ndarray:
@@ -115,7 +112,7 @@ class Episode:
 
     def add(self, screen: Screen, answer: str) -> None:
         extra = self.rng.sample(screen.asks, min(2, len(screen.asks)))
-        self.turns.append(Turn(screen.pixels(), [Ask(self.goal, answer, self.task), *extra], answer, screen.things))
+        self.turns.append(Turn(screen.pixels(), [Ask(self.goal, answer, self.task), *extra], answer))
 
     def done(self) -> list[Turn]:
         self.turns[-1].reply = None

@@ -32,7 +32,9 @@ MAX_NEW_TOKENS = 32
 
 
 @torch.inference_mode()
-def answer(adapter: ModelAdapter, goal: str, past: list[tuple[Image.Image, str]], shot: Image.Image, frames: int) -> Any:
+def answer(
+    adapter: ModelAdapter, goal: str, past: list[tuple[Image.Image, str]], shot: Image.Image, frames: int
+) -> Any:
     """(text, action or ParseError) for one screenshot; `frames` screenshots at most, the current one included."""
     first = len(past) - frames + 1
     history = [(image if number >= first else None, text) for number, (image, text) in enumerate(past)]
@@ -59,7 +61,12 @@ def play(adapter: ModelAdapter, env: envs.WebEnv, seed: int, frames: int) -> tup
 
 
 def measure(
-    adapter: ModelAdapter, browser: Browser, tasks: Sequence[str], episodes: int, frames: int, first_seed: int = FIRST_SEED
+    adapter: ModelAdapter,
+    browser: Browser,
+    tasks: Sequence[str],
+    episodes: int,
+    frames: int,
+    first_seed: int = FIRST_SEED,
 ) -> list[dict[str, Any]]:
     """One row per task; `history` = screenshots per prompt."""
     rows = []
@@ -87,7 +94,9 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     made = Table("task", "screenshots", "n", "success", "95 %", "steps")
     for row in sorted(rows, key=lambda row: (row["task"] in MEMORY, row["history"])):
         interval = f"{row['low']:.2f}-{row['high']:.2f}"
-        made.add_row(row["task"], str(row["history"]), str(row["n"]), f"{row['success']:.2f}", interval, f"{row['steps']:.1f}")
+        made.add_row(
+            row["task"], str(row["history"]), str(row["n"]), f"{row['success']:.2f}", interval, f"{row['steps']:.1f}"
+        )
     return made
 
 

@@ -32,7 +32,9 @@ class Mix:
 
     def __post_init__(self) -> None:
         if min(self.drawn, self.memory) < 0 or self.drawn + self.memory > 1:
-            raise ValueError(f"drawn={self.drawn} and memory={self.memory} are not shares of one whole; use e.g. 0.4 and 0.3")
+            raise ValueError(
+                f"drawn={self.drawn} and memory={self.memory} are not shares of one whole; use e.g. 0.4 and 0.3"
+            )
         if self.images < 1 or self.asks < 1:
             raise ValueError(f"images={self.images}, asks={self.asks}: both must be at least 1")
 

@@ -6,6 +6,8 @@ through as one batch. Only positions with a label reach the vocabulary projectio
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -25,14 +27,16 @@ def patches(images: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
     return grid.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(count, -1, 3 * patch * patch)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
 def _angles(visual: torch.nn.Module, rows: int, columns: int, merge: int) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [tokens, head_dim] of one frame's patches in merge-block order."""
-    index = torch.arange(rows * columns).view(rows // merge, merge, columns // merge, merge).permute(0, 2, 1, 3).flatten()
+    index = (
+        torch.arange(rows * columns).view(rows // merge, merge, columns // merge, merge).permute(0, 2, 1, 3).flatten()
+    )
     place = torch.stack([index // columns, index % columns])
     angle = place[..., None].float() * visual.rotary_pos_emb.inv_freq.float()
     both = torch.cat([angle[0], angle[1]], dim=-1)
@@ -60,7 +64,7 @@ def _vision_block(block: torch.nn.Module, hidden: torch.Tensor, cos: torch.Tenso
     heads = block.attn.num_heads
     qkv = block.attn.qkv(block.norm1(hidden)).view(count, tokens, 3, heads, width // heads)
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    mixed = F.scaled_dot_product_attention(_rotate(query, cos, sin), _rotate(key, cos, sin), value)
+    mixed = F.scaled_dot_product_attention(rotate(query, cos, sin), rotate(key, cos, sin), value)
     hidden = hidden + block.attn.proj(mixed.transpose(1, 2).reshape(count, tokens, width))
     return hidden + block.mlp(block.norm2(hidden))
 
@@ -71,7 +75,9 @@ def read(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, attentions: bo
     seen = encode_images(model, batch.images)
     holes = (batch.ids == model.config.image_token_id)[..., None].expand_as(embedded)
     embedded = embedded.masked_scatter(holes, seen)
-    mask = torch.zeros(batch.visible.shape, dtype=embedded.dtype).masked_fill(~batch.visible, torch.finfo(embedded.dtype).min)
+    mask = torch.zeros(batch.visible.shape, dtype=embedded.dtype).masked_fill(
+        ~batch.visible, torch.finfo(embedded.dtype).min
+    )
     return model.model.language_model(
         inputs_embeds=embedded,
         attention_mask={"full_attention": mask},
@@ -82,23 +88,50 @@ def read(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, attentions: bo
     )
 
 
-def answer_logits(
-    model: Qwen2_5_VLForConditionalGeneration, batch: Batch, hint_layer: int = 2
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits [labels, vocab] and targets [labels] at every labelled position of `batch`, in row order, and the hidden states
-    [N, visual tokens, hidden] of its screenshots behind text layer `hint_layer`."""
+class Reading(NamedTuple):
+    """What the text layers made of a batch: `last` [B, S, hidden] behind the final norm; the input `hidden` [B, S, hidden] of the
+    layer that hints look into, that layer, its rotary (cos, sin) [B, S, head_dim] and the additive mask [B, 1, S, S]."""
+
+    last: torch.Tensor
+    hidden: torch.Tensor
+    layer: torch.nn.Module
+    angles: tuple[torch.Tensor, torch.Tensor]
+    mask: torch.Tensor
+
+
+def read(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, hint_layer: int = 2) -> Reading:
+    """Run the vision tower and the text layers over `batch`."""
     text = model.model.language_model
     embedded = text.embed_tokens(batch.ids)
-    seen = encode_images(model, batch.images)
-    picture = batch.ids == model.config.image_token_id
-    hidden = embedded.masked_scatter(picture[..., None].expand_as(embedded), seen)
-    mask = torch.zeros(batch.visible.shape, dtype=hidden.dtype).masked_fill(~batch.visible, torch.finfo(hidden.dtype).min)
+    holes = (batch.ids == model.config.image_token_id)[..., None].expand_as(embedded)
+    hidden = embedded.masked_scatter(holes, encode_images(model, batch.images))
+    mask = torch.zeros(batch.visible.shape, dtype=hidden.dtype).masked_fill(
+        ~batch.visible, torch.finfo(hidden.dtype).min
+    )
     angles = text.rotary_emb(hidden, batch.positions)
-    looked = seen
+    kept = hidden
     for number, layer in enumerate(text.layers):
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=angles)
-        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         if number == hint_layer:
-            looked = hidden[picture].view(seen.shape)
+            kept = hidden
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=angles)
+    sections = model.config.text_config.rope_parameters["mrope_section"]
+    return Reading(text.norm(hidden), kept, text.layers[hint_layer], _mixed(angles, sections), mask)
+
+
+def _mixed(angles: tuple[torch.Tensor, torch.Tensor], sections: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of M-RoPE [3, B, S, head_dim] -> [B, S, head_dim]: each section of frequencies from its own axis."""
+    if angles[0].ndim == 3:
+        return angles
+    cos, sin = (
+        torch.cat([part[axis % 3] for axis, part in enumerate(table.split(sections * 2, dim=-1))], dim=-1)
+        for table in angles
+    )
+    return cos, sin
+
+
+def answer_logits(
+    model: Qwen2_5_VLForConditionalGeneration, batch: Batch, reading: Reading
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [labels, vocab] and targets [labels] at every labelled position of `batch`, in row order."""
     chosen = batch.labels != IGNORE
-    return model.lm_head(text.norm(hidden[chosen])), batch.labels[chosen], looked
+    return model.lm_head(reading.last[chosen]), batch.labels[chosen]

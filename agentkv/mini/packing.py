@@ -35,22 +35,13 @@ class Ask(NamedTuple):
     task: str
 
 
-class Thing(NamedTuple):
-    """Something on a screenshot: its box (left, top, right, bottom) in resized pixels and its name."""
-
-    box: tuple[float, float, float, float]
-    name: str
-
-
 @dataclass
 class Turn:
-    """One step: `image` uint8 [height, width, 3] in resized pixels, or None for a step that is kept as text only; `things`
-    on it, where known, for the trainer's hints."""
+    """One step: `image` uint8 [height, width, 3] in resized pixels, or None for a step that is kept as text only."""
 
     image: np.ndarray | None
     asks: list[Ask] = field(default_factory=list)
     reply: str | None = None
-    things: list[Thing] = field(default_factory=list)
 
 
 @dataclass
@@ -103,22 +94,6 @@ class Packer:
                 return at, x // self.unit, y // self.unit
         return None
 
-    def _hints(self, turn: Turn) -> np.ndarray:
-        """What each visual token of a turn's screenshot shows; a thing counts where it covers a sixth of the token."""
-        assert turn.image is not None
-        height, width = turn.image.shape[:2]
-        rows, columns = height // self.unit, width // self.unit
-        hints = np.full((rows, columns, 3), np.nan, dtype=np.float32)
-        left, top = np.meshgrid(np.arange(columns) * self.unit, np.arange(rows) * self.unit)
-        best = np.full((rows, columns), self.unit**2 / 6)
-        for (x0, y0, x1, y1), name in turn.things:
-            wide = np.clip(np.minimum(x1, left + self.unit) - np.maximum(x0, left), 0, None)
-            high = np.clip(np.minimum(y1, top + self.unit) - np.maximum(y0, top), 0, None)
-            there = wide * high > best
-            best[there] = (wide * high)[there]
-            hints[there] = ((x0 + x1) / 2 / width, (y0 + y1) / 2 / height, self._text(name)[0])
-        return hints.reshape(-1, 3)
-
     def pack(self, turns: list[Turn]) -> Packed:
         """Pack one episode (or one screenshot with many questions); token order is the order of the trunk."""
         draft = _Draft()
@@ -127,7 +102,6 @@ class Packer:
             if turn.image is not None:
                 draft.text(self.open_user + self.open_image)
                 draft.image(turn.image, self.unit, self.image_id)
-                draft.hints.append(self._hints(turn))
                 draft.text(self.close_image)
             for ask in turn.asks:
                 question, answer = self._text(ask.goal) + self.to_assistant, self._text(ask.answer) + self.end
@@ -147,7 +121,6 @@ class _Draft:
         self.branch: list[int] = []
         self.tasks: list[str] = []
         self.images: list[np.ndarray] = []
-        self.hints: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
         self.at = 0
         self.branches = 0
@@ -240,5 +213,6 @@ def collate(sequences: list[Packed], pad_id: int, multiple: int = 32) -> Batch:
     trunk = (branch == 0)[:, None, :] & (branch >= 0)[:, :, None]
     visible = (same | trunk) & torch.ones(length, length, dtype=torch.bool).tril()
     images = torch.from_numpy(np.stack([image for s in sequences for image in s.images]))
-    hints = torch.tensor([(row, *hint) for row, s in enumerate(sequences) for hint in s.hints]).view(-1, 3)
+    hints = torch.tensor([(row, *hint) for row, s in enumerate(sequences) for hint in s.hints], dtype=torch.long)
+    hints = hints.view(-1, 3)
     return Batch(ids, positions, visible[:, None], labels, images, [s.tasks for s in sequences], hints)

@@ -27,7 +27,6 @@ from agentkv.mini.export import SYSTEM, export
 from agentkv.mini.feed import Feed, Mix
 from agentkv.mini.forward import answer_logits, read
 from agentkv.mini.hints import Hints
-from agentkv.mini.hints import Hints
 from agentkv.mini.packing import IGNORE, Batch
 from agentkv.mini.place import set_place_heads
 from agentkv.mini.shape import mini_config
@@ -62,7 +61,9 @@ class TrainConfig:
         return self.rate * warm * max(0.02, min(1.0, left / self.fall if self.fall else 1.0))
 
 
-def soft_targets(tokenizer: PreTrainedTokenizerFast, reach: int = 2, width: float = 4.0) -> tuple[torch.Tensor, torch.Tensor]:
+def soft_targets(
+    tokenizer: PreTrainedTokenizerFast, reach: int = 2, width: float = 4.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Per token the ids [vocab, 2 * reach + 1] and weights of its target: itself, or for a number of at least 12 (smaller ones
     are also digits) a bell of `width` pixels over the numbers STEP apart."""
     ids = torch.arange(len(tokenizer))[:, None].repeat(1, 2 * reach + 1)
@@ -80,12 +81,14 @@ def soft_targets(tokenizer: PreTrainedTokenizerFast, reach: int = 2, width: floa
 
 def fresh_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
     """An untrained model. Its query and key biases are random: with zero biases attention ignores relative positions at
-    first, and the width and height axes of M-RoPE are found late or never."""
+    first, and the width and height axes of M-RoPE are found late or never. The first layer knows rows and columns."""
     model = Qwen2_5_VLForConditionalGeneration(mini_config(tokenizer))
-    model.set_attn_implementation({"text_config": "eager"})
     for layer in model.model.language_model.layers:
         torch.nn.init.normal_(layer.self_attn.q_proj.bias, std=2.0)
         torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=2.0)
+    torch.nn.init.zeros_(model.model.language_model.layers[0].self_attn.q_proj.bias)
+    torch.nn.init.zeros_(model.model.language_model.layers[0].self_attn.k_proj.bias)
+    set_place_heads(model)
     return model
 
 
@@ -142,11 +145,9 @@ class Trainer:
         self.model = fresh_model(self.tokenizer)
         self.hints = Hints(self.model.config.text_config.hidden_size)
         self.hints_optimizer = torch.optim.Adam(self.hints.parameters(), lr=3e-3)
-        set_place_heads(self.model)
         names = dict(self.model.named_parameters())
         self.optimizer = torch.optim.AdamW(_groups(names), lr=config.rate, betas=(0.9, 0.98))
         self.average = {n: p.detach().clone() for n, p in names.items()}
-        self.hints = Hints(self.model, config.rate)
         self.neighbours, self.spread = soft_targets(self.tokenizer)
         self.step, self.seconds = 0, 0.0
         if self.state.exists():
@@ -157,7 +158,7 @@ class Trainer:
         """One optimizer step; returns logits, targets and the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["share"] * self.config.rate_at(self.step, self.seconds / 60)
-        out = read(self.model, batch, attentions=True)
+        out = read(self.model, batch)
         logits, targets = answer_logits(self.model, batch, out)
         loss = self.loss(logits, targets)
         hints = self.hints(batch, out, self.model.config.image_token_id)
@@ -171,7 +172,6 @@ class Trainer:
         share = min(self.config.average, self.step / (self.step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.model.parameters()), 1 - share)
-            self.hints.step()
         return logits.detach(), targets, loss.item()
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -197,7 +197,7 @@ class Trainer:
             self.seconds += time.monotonic() - start
             if self.step % report == 0:
                 speed = images / (time.monotonic() - tick)
-                print(f"{self.seconds / 60:.1f} min step {self.step} {speed:.0f} img/s {self.hints.line()} {meter.line()}", flush=True)
+                print(f"{self.seconds / 60:.1f} min step {self.step} {speed:.0f} img/s {meter.line()}", flush=True)
                 images, tick = 0, time.monotonic()
                 if not self.config.threads:
                     torch.set_num_threads(free_threads(torch.get_num_threads()))
@@ -227,20 +227,26 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(prog="python -m agentkv.mini.train", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="folder of state, log and recorded episodes")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/mini"), help="folder of state, log and recorded episodes"
+    )
     parser.add_argument("--minutes", type=float, default=120.0, help="time budget of the whole training")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate of the plateau")
     parser.add_argument("--images", type=int, default=10, help="screenshots per batch")
     parser.add_argument("--drawn", type=float, default=0.4, help="share of batches made of drawn pages")
     parser.add_argument("--memory", type=float, default=0.3, help="share of batches made of drawn memory episodes")
-    parser.add_argument("--threads", type=int, default=0, help="0 = those that other work leaves free, checked on the way")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="0 = those that other work leaves free, checked on the way"
+    )
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads or free_threads(0))
     config = TrainConfig(minutes=args.minutes, rate=args.rate, seed=args.seed, threads=args.threads)
     trainer = Trainer(config, args.runs)
     mix = Mix(images=args.images, drawn=args.drawn, memory=args.memory)
-    print(json.dumps({"step": trainer.step, "minutes_used": trainer.seconds / 60, **vars(mix)}, default=str), flush=True)
+    print(
+        json.dumps({"step": trainer.step, "minutes_used": trainer.seconds / 60, **vars(mix)}, default=str), flush=True
+    )
     trainer.run(Feed(trainer.tokenizer, SYSTEM, mix, args.runs / "episodes", args.seed + trainer.step))
 
 

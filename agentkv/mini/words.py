@@ -52,7 +52,9 @@ Remember the code, then enter it on the keypad.|Remember the code, then type it 
 Remember the shapes, then click the one that changed.|Remember the shapes, then click them in the order they were shown.
 Remember the shapes, then click the one that was shown first.|What was the code?|What is the code?|Which figure was second?|Which digit?
 Which colour was it?|Which figure is third?|Click on the red cross.|Click on 7.|Click on Next.|Click on the "Next" button.
-Click on the shape|Click on the largest|Click on the previous page|Tick the box|Press Login.|Choose the same one again""".replace("\n", "|").split("|")
+Click on the shape|Click on the largest|Click on the previous page|Tick the box|Press Login.|Choose the same one again""".replace(
+        "\n", "|"
+    ).split("|")
     words = [*WORDS, *COLORS, *SHAPES, *ORDINALS, *goal_words()]
     cased = [w for word in words for w in (word, word.capitalize())]
     turns = ["system\nGUI agent", "user\n", "assistant\n", "Action: ", "up", "down", "left", "right"]

@@ -28,7 +28,9 @@ def load_adapter(
     source = str(MINI) if str(path_or_id) == "mini" else str(path_or_id)
     family = _family(source)
     if family not in FAMILIES:
-        raise ValueError(f"{source} is a {family!r} model; supported families: {', '.join(FAMILIES)} (Qwen2.5-VL, UI-TARS-1.5)")
+        raise ValueError(
+            f"{source} is a {family!r} model; supported families: {', '.join(FAMILIES)} (Qwen2.5-VL, UI-TARS-1.5)"
+        )
     return FAMILIES[family].load(source, device, dtype)
 
 
@@ -40,7 +42,7 @@ def _family(source: str) -> str:
         return AutoConfig.from_pretrained(source).model_type
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{source!r} is no folder here and cannot be had from the hub; give the folder of a downloaded model or \"mini\""
+            f'{source!r} is no folder here and cannot be had from the hub; give the folder of a downloaded model or "mini"'
         ) from error
 
 
@@ -49,5 +51,7 @@ def _local_family(folder: Path) -> str:
     if not config.is_file():
         raise FileNotFoundError(f"{folder} has no config.json; give the folder that holds the model's files")
     if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"{folder} has no weights (*.safetensors); download them or convert them to safetensors")
+        raise FileNotFoundError(
+            f"{folder} has no weights (*.safetensors); download them or convert them to safetensors"
+        )
     return str(json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown"))

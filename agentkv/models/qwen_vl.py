@@ -25,7 +25,15 @@ from envs.actions import Action
 
 MODEL_TYPE = "qwen2_5_vl"
 PLACEHOLDER = "<|image_pad|>"
-_MARKERS = (PLACEHOLDER, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+_MARKERS = (
+    PLACEHOLDER,
+    "<|video_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,9 @@ class QwenVLAdapter:
         self.history_frames = text.history_frames
 
     @classmethod
-    def load(cls, source: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> QwenVLAdapter:
+    def load(
+        cls, source: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> QwenVLAdapter:
         """Load from a folder or hub id; dtype None = as saved. Text and image processor are read one by one, because the
         joint processor also wants the video processor and with it torchvision."""
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -116,7 +126,9 @@ class QwenVLAdapter:
         )
         pieces = text.split(PLACEHOLDER)
         if len(pieces) != len(sizes) + 1:
-            raise ValueError(f"the chat template placed {len(pieces) - 1} screenshots of {len(sizes)}; is it Qwen2.5-VL's?")
+            raise ValueError(
+                f"the chat template placed {len(pieces) - 1} screenshots of {len(sizes)}; is it Qwen2.5-VL's?"
+            )
         text = pieces[0] + "".join(PLACEHOLDER * n + after for n, after in zip(sizes, pieces[1:], strict=True))
         return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
 

@@ -1,4 +1,4 @@
-"""Episodes without a browser or a trained model: a fake page, made-up decisions, a run folder of them, a tiny adapter."""
+"""Episodes without browser or trained model: a fake page, made-up decisions, a run folder of them, a tiny adapter."""
 
 from __future__ import annotations
 

@@ -121,7 +121,9 @@ def test_overshoot_of_one_percent_moves_to_the_edge() -> None:
 
 points = st.tuples(st.integers(0, 167), st.integers(0, 223))
 words = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=60)
-keys = st.lists(st.sampled_from(["Control", "Shift", "Alt", "Meta", "Enter", "ArrowUp", "F5", "Space", "a", "Z", "7", "+"]))
+keys = st.lists(
+    st.sampled_from(["Control", "Shift", "Alt", "Meta", "Enter", "ArrowUp", "F5", "Space", "a", "Z", "7", "+"])
+)
 
 
 @st.composite
@@ -134,7 +136,11 @@ def some_action(draw: st.DrawFn) -> object:
 
 
 @settings(max_examples=300, deadline=None)
-@given(action=some_action(), thought=st.sampled_from(["", "Thought: it's 'here', (see)\n"]), after=st.sampled_from(["", "\n\nAction: wait()"]))
+@given(
+    action=some_action(),
+    thought=st.sampled_from(["", "Thought: it's 'here', (see)\n"]),
+    after=st.sampled_from(["", "\n\nAction: wait()"]),
+)
 def test_round_trip(action: object, thought: str, after: str) -> None:
     assert parse(thought + render(action, FRAME) + after, FRAME) == action
 
@@ -155,15 +161,38 @@ def test_resized_pixels_survive_css(css: tuple[int, int], resized: tuple[int, in
 
 def test_garbage_never_raises_and_is_quick() -> None:
     rng = random.Random(3)
-    pieces = ["Action:", "click", "type", "(", ")", "'", '"', "\\", ",", "=", "start_box", "content", "\n", " ", "(1,2)", "<think>", "</think>"]
+    pieces = [
+        "Action:",
+        "click",
+        "type",
+        "(",
+        ")",
+        "'",
+        '"',
+        "\\",
+        ",",
+        "=",
+        "start_box",
+        "content",
+        "\n",
+        " ",
+        "(1,2)",
+        "<think>",
+        "</think>",
+    ]
     start = time.process_time()
     for _ in range(20_000):
-        text = "".join(rng.choice(pieces) if rng.random() < 0.7 else chr(rng.randrange(1, 0x3000)) for _ in range(rng.randint(0, 25)))
+        text = "".join(
+            rng.choice(pieces) if rng.random() < 0.7 else chr(rng.randrange(1, 0x3000))
+            for _ in range(rng.randint(0, 25))
+        )
         parse(text, FRAME)
     assert time.process_time() - start < 20
 
 
-@pytest.mark.parametrize("unit", ["'", "' ", "' )", "')", "',content", "',content=", " ", "\n", "Action:", "\\", "\\'", "("])
+@pytest.mark.parametrize(
+    "unit", ["'", "' ", "' )", "')", "',content", "',content=", " ", "\n", "Action:", "\\", "\\'", "("]
+)
 def test_time_grows_with_length_only(unit: str) -> None:
     def cost(length: int) -> float:
         text = ("Action: type(content='" + unit * length)[:MAX_REPLY]
@@ -184,7 +213,7 @@ def test_nothing_is_executed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("eval", "exec", "compile", "open", "__import__"):
         with monkeypatch.context() as patched:
             patched.setattr(builtins, name, fail)
-            found = parse("Action: type(content='__import__(\"os\").system(\"id\")')", FRAME)
+            found = parse('Action: type(content=\'__import__("os").system("id")\')', FRAME)
         assert found == Type('__import__("os").system("id")')
 
 

@@ -69,7 +69,10 @@ def test_shape_is_checked() -> None:
         find_spans(torch.tensor(row(-1)), grids(), IMAGE)
 
 
-@given(frames=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 4)), max_size=6), pad=st.integers(0, 5))
+@given(
+    frames=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(1, 4)), max_size=6),
+    pad=st.integers(0, 5),
+)
 def test_spans_are_where_they_were_put(frames: list[tuple[int, int, int]], pad: int) -> None:
     ids, expected = [PAD] * pad, []
     for gap, h, w in frames:
