@@ -1,9 +1,10 @@
 """The UI-TARS action grammar: what a model says <-> typed actions in CSS pixels. Parsed by a scanner, never executed.
 
-A reply is an optional thought and `Action: name(key='value', ...)`. Points are pixels of the resized screenshot that the model saw and
-are spelled `(x,y)`, `<|box_start|>(x,y)<|box_end|>`, `<point>x y</point>` or `[x1, y1, x2, y2]` (a box stands for its centre).
-Only the first action counts: it may change the page, so what was said to follow it was decided without seeing the result;
-everything after it is ignored. The scan is linear in the length of the reply, which is limited.
+A reply is an optional thought and `Action: name(key='value', ...)`. Points are pixels of the resized screenshot that
+the model saw and are spelled `(x,y)`, `<|box_start|>(x,y)<|box_end|>`, `<point>x y</point>` or `[x1, y1, x2, y2]` (a
+box stands for its centre). Only the first action counts: it may change the page, so what was said to follow it was
+decided without seeing the result; everything after it is ignored. The scan is linear in the length of the reply,
+which is limited.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ OVERSHOOT = 0.01
 
 @dataclass(frozen=True)
 class Frame:
-    """One screenshot as a model saw it: `css` and `resized` are (width, height), `grid` the (rows, columns) of its visual tokens.
+    """One screenshot as a model saw it: `css` and `resized` are (width, height), `grid` the (rows, columns) of its
+    visual tokens.
 
-    Points of the model are pixels of `resized`, the size that the processor made of it; nothing else is used to convert.
+    Points of the model are pixels of `resized`, the size that the processor made of it; nothing else is used to
+    convert.
     """
 
     css: tuple[int, int]
@@ -143,7 +146,9 @@ class _Scanner:
         raise _Reject("the quoted value does not end", start)
 
     def _closes(self) -> bool:
-        """Does the quote at the cursor end its string: is it followed by `)` and the end of the line, or by `, key=`?"""
+        """Does the quote at the cursor end its string: is it followed by `)` and the end of the line, or by `,
+        key=`?
+        """
         rest = _Scanner(self.text, self.at + 1)
         rest.spaces()
         if rest.peek() == ")":
@@ -164,7 +169,9 @@ _THINK_END = "</think>"
 
 
 def parse(text: str, frame: Frame) -> Action | ParseError:
-    """The first action of a reply, in CSS pixels of `frame`, or why there is none. Never raises, never executes anything."""
+    """The first action of a reply, in CSS pixels of `frame`, or why there is none. Never raises, never executes
+    anything.
+    """
     if len(text) > MAX_REPLY:
         return ParseError(f"the reply has {len(text)} characters, more than {MAX_REPLY}", MAX_REPLY)
     if "\0" in text:
@@ -182,7 +189,9 @@ def parse(text: str, frame: Frame) -> Action | ParseError:
 
 
 def _start(text: str) -> int:
-    """Where the call begins: after the first line-opening `Action:` behind any <think> block, else where the reply begins."""
+    """Where the call begins: after the first line-opening `Action:` behind any <think> block, else where the reply
+    begins.
+    """
     thought = text.find(_THINK_END)
     begin = 0 if thought < 0 else thought + len(_THINK_END)
     mark = _MARK.search(text, begin)

@@ -41,7 +41,7 @@ class GuiKV(Eviction):
         basis: "svd" (principal), "qr_pivot" (pivoted), "qr_first" (the first `rank` tokens, as released).
         heads: "kv_mean" one selection per KV head from the group's mean; "head0" the choice of each group's first
             query head; "per_query_head" stores every query head (as released for UI-TARS).
-        saliency: hidden state whose norm is saliency: "attn_input" (after the norm, the code) or "residual" (the paper).
+        saliency: whose norm is saliency: "attn_input" (after the norm: the code) or "residual" (the paper).
         gate: whether earlier screenshots are gated at all.
     """
 

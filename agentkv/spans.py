@@ -1,7 +1,9 @@
-"""Where the screenshots are in a prompt: half-open token spans, read from the ids after placeholder expansion (gui-kv, 2.6).
+"""Where the screenshots are in a prompt: half-open token spans, read from the ids after placeholder expansion (gui-kv,
+2.6).
 
-Never derived from the length of texts: every run of the image placeholder is measured and checked against the grids that the
-image processor reported. Columns count from the left of the padded row, so left padding needs no correction.
+Never derived from the length of texts: every run of the image placeholder is measured and checked against the grids
+that the image processor reported. Columns count from the left of the padded row, so left padding needs no
+correction.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ def find_spans(
 ) -> list[list[Span]]:
     """Spans [start, end) of every screenshot, per row, in the order of the prompt.
 
-    input_ids: [batch, columns]. grids: `image_grid_thw` [images, 3] in patches, all rows' images one after another. Runs that touch
-    are split by the sizes of the grids. Raises ValueError when runs and grids do not fit each other.
+    input_ids: [batch, columns]. grids: `image_grid_thw` [images, 3] in patches, all rows' images one after another.
+    Runs that touch are split by the sizes of the grids. Raises ValueError when runs and grids do not fit each other.
     """
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give [batch, columns]")

@@ -5,18 +5,28 @@ cache = MethodCache(model, "snapkv", budget=0.4)
 model.generate(**inputs, past_key_values=cache)
 """
 
-import textkv.methods  # noqa: F401  (registers every method)
-from textkv.attention import use
-from textkv.budgets import Budget
-from textkv.cache import AtRest, MethodCache
-from textkv.method import Capabilities, Method, Needs, list_methods, register, resolve_method
-from textkv.report import CacheReport
+import kernels
+
+if not hasattr(kernels, "OPERATIONS"):
+    raise ImportError(
+        f"`import kernels` found {kernels.__file__}, another package of that name, and not ours; put "
+        "the folder of this project first on the path (run from it, or set PYTHONPATH to it)"
+    )
+
+import textkv.methods  # noqa: E402, F401  (registers every method)
+from textkv.attention import use  # noqa: E402
+from textkv.budgets import Budget  # noqa: E402
+from textkv.cache import AtRest, MethodCache  # noqa: E402
+from textkv.conversation import Conversation  # noqa: E402
+from textkv.method import Capabilities, Method, Needs, list_methods, register, resolve_method  # noqa: E402
+from textkv.report import CacheReport  # noqa: E402
 
 __all__ = [
     "AtRest",
     "Budget",
     "CacheReport",
     "Capabilities",
+    "Conversation",
     "Method",
     "MethodCache",
     "Needs",

@@ -60,7 +60,7 @@ class Budget:
         return self.fraction == 1.0
 
     def count(self, seen: int) -> int:
-        """Tokens to keep when `seen` tokens were seen: floor(fraction * seen), never less than 1, never more than seen."""
+        """Tokens to keep of `seen`: floor(fraction * seen), never less than 1, never more than were seen."""
         if self.tokens is not None:
             return min(self.tokens, seen)
         # The tiny addend undoes binary rounding: 0.29 * 100 is 28.999999999999996, and 29 was asked for.

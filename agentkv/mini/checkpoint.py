@@ -1,4 +1,6 @@
-"""Training state on disk without pickle: tensors in one safetensors file, scalars in its JSON header, replaced atomically."""
+"""Training state on disk without pickle: tensors in one safetensors file, scalars in its JSON header, replaced
+atomically.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     scalars: dict,
 ) -> None:
-    """Write model, averaged weights, AdamW moments and `scalars` (JSON values) to `path`; a crash leaves the old file."""
+    """Write model, averaged weights, AdamW moments and `scalars` (JSON values) to `path`; a crash leaves the old
+    file.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()

@@ -29,7 +29,9 @@ _POINTED = ("button", "link", "tab", "field", "password", "checkbox", "radio", "
 
 
 def answer_of(action: Action, size: tuple[int, int]) -> str:
-    """The action in the model's words; `size` = CSS (width, height) of the screenshot. Raises ValueError for other kinds."""
+    """The action in the model's words; `size` = CSS (width, height) of the screenshot. Raises ValueError for other
+    kinds.
+    """
     if isinstance(action, Click):
         return click(action.x, action.y, size)
     if isinstance(action, Type) and not set(action.text) & set("\\'\n"):

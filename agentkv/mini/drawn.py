@@ -1,8 +1,8 @@
 """Drawn pages: the curriculum of the mini model that needs no browser.
 
-Each page is a 160 x 210 picture in the style of a small web page (query box, buttons, fields, tick boxes, tabs, coloured
-boxes, shapes, plain words) with many questions about it: where is it, what is written there, which colour, copy this.
-It teaches places, colours and reading before, and beside, the oracle episodes on real pages.
+Each page is a 160 x 210 picture in the style of a small web page (query box, buttons, fields, tick boxes, tabs,
+coloured boxes, shapes, plain words) with many questions about it: where is it, what is written there, which colour,
+copy this. It teaches places, colours and reading before, and beside, the oracle episodes on real pages.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def face(size: int, weight: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def click(x: float, y: float, size: tuple[int, int] = (WIDTH, HEIGHT)) -> str:
-    """The answer "click at CSS (x, y)" in resized pixels, rounded to multiples of STEP so that a point has few names."""
+    """The answer "click at CSS (x, y)" in resized pixels, rounded to multiples of STEP so that a point has few
+    names.
+    """
     return f"Action: click(start_box='({snap(x, size[0], RESIZED[0])},{snap(y, size[1], RESIZED[1])})')"
 
 

@@ -1,7 +1,7 @@
 """Drawn episodes in the manner of the memory pages: something is shown, then hidden, then asked for.
 
-Reading real pages one browser step at a time is slow; these replicas of their layouts cost a few milliseconds. Next to the
-action that solves the page they ask direct questions about this and earlier screenshots.
+Reading real pages one browser step at a time is slow; these replicas of their layouts cost a few milliseconds. Next
+to the action that solves the page they ask direct questions about this and earlier screenshots.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def _middle(box: Box) -> str:
 
 
 class Screen:
-    """One screen under construction, drawn at twice its size and reduced at the end; boxes are (x, y, width, height)."""
+    """One screen under construction, drawn at twice its size and reduced at the end; boxes are (x, y, width,
+    height).
+    """
 
     def __init__(self) -> None:
         self.image = Image.new("RGB", (WIDTH * _SCALE, HEIGHT * _SCALE), "white")

@@ -53,7 +53,9 @@ class EpisodeStore:
                         self.by_task.setdefault(episode["task"], []).append((screens, episode))
 
     def sample(self, rng: random.Random) -> list[Turn]:
-        """A random task's random episode as turns; long episodes keep the screenshots of one window of steps, as prompts do."""
+        """A random task's random episode as turns; long episodes keep the screenshots of one window of steps, as
+        prompts do.
+        """
         screens, episode = rng.choice(self.by_task[rng.choice(list(self.by_task))])
         return turns_of(screens, episode, rng)
 

@@ -1,7 +1,8 @@
 """Measure a model on real pages it never saw: `python -m agentkv.mini.evaluate --episodes 20`.
 
-Greedy decoding with the full cache on seeds from 1,000,000 on, per task, with the history's screenshots and without them
-(`--blind`: earlier steps stay in the prompt as text). Prints a table; `--json FILE` writes the rows with 95 % Wilson intervals.
+Greedy decoding with the full cache on seeds from 1,000,000 on, per task, with the history's screenshots and without
+them (`--blind`: earlier steps stay in the prompt as text). Prints a table; `--json FILE` writes the rows with 95 %
+Wilson intervals.
 """
 
 from __future__ import annotations

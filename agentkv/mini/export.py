@@ -1,4 +1,6 @@
-"""Write the model folder that `agentkv.models.load_adapter` reads: the layout of any Qwen2.5-VL checkpoint plus agent.json."""
+"""Write the model folder that `agentkv.models.load_adapter` reads: the layout of any Qwen2.5-VL checkpoint plus
+agent.json.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +40,7 @@ def export(
     save_file(_published(model, weights), draft / "model.safetensors", metadata={"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
     for path in draft.iterdir():
+        path.chmod(0o644)
         os.replace(path, folder / path.name)
     draft.rmdir()
 

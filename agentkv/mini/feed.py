@@ -22,8 +22,9 @@ from agentkv.mini.packing import Batch, Packer, Turn, collate
 
 @dataclass(frozen=True)
 class Mix:
-    """How the data is composed: `images` screenshots per batch; shares of batches of single drawn pages (with `asks` questions
-    each) and of drawn memory episodes; the rest are recorded episodes (drawn pages while there are none)."""
+    """How the data is composed: `images` screenshots per batch; shares of batches of single drawn pages (with `asks`
+    questions each) and of drawn memory episodes; the rest are recorded episodes (drawn pages while there are none).
+    """
 
     images: int = 10
     drawn: float = 0.4

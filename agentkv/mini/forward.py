@@ -19,7 +19,9 @@ _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 
 def patches(images: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
-    """Screenshots uint8 [N, height, width, 3] -> normalised patches [N, tokens, 3 * patch * patch], merge blocks together."""
+    """Screenshots uint8 [N, height, width, 3] -> normalised patches [N, tokens, 3 * patch * patch], merge blocks
+    together.
+    """
     pixels = (images.float() / 255.0 - _MEAN) / _STD
     count, height, width, _ = pixels.shape
     side = patch * merge
@@ -69,28 +71,11 @@ def _vision_block(block: torch.nn.Module, hidden: torch.Tensor, cos: torch.Tenso
     return hidden + block.mlp(block.norm2(hidden))
 
 
-def read(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, attentions: bool = False):
-    """The language model's output on `batch`; with `attentions` also every layer's weights and hidden states."""
-    embedded = model.model.language_model.embed_tokens(batch.ids)
-    seen = encode_images(model, batch.images)
-    holes = (batch.ids == model.config.image_token_id)[..., None].expand_as(embedded)
-    embedded = embedded.masked_scatter(holes, seen)
-    mask = torch.zeros(batch.visible.shape, dtype=embedded.dtype).masked_fill(
-        ~batch.visible, torch.finfo(embedded.dtype).min
-    )
-    return model.model.language_model(
-        inputs_embeds=embedded,
-        attention_mask={"full_attention": mask},
-        position_ids=batch.positions,
-        use_cache=False,
-        output_attentions=attentions,
-        output_hidden_states=attentions,
-    )
-
-
 class Reading(NamedTuple):
-    """What the text layers made of a batch: `last` [B, S, hidden] behind the final norm; the input `hidden` [B, S, hidden] of the
-    layer that hints look into, that layer, its rotary (cos, sin) [B, S, head_dim] and the additive mask [B, 1, S, S]."""
+    """What the text layers made of a batch: `last` [B, S, hidden] behind the final norm; the input `hidden` [B, S,
+    hidden] of the layer that hints look into, that layer, its rotary (cos, sin) [B, S, head_dim] and the additive
+    mask [B, 1, S, S].
+    """
 
     last: torch.Tensor
     hidden: torch.Tensor

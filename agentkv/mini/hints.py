@@ -1,8 +1,9 @@
 """Hints for the trainer: where an answer should look, and which cell of the screen a visual token is.
 
-A click names one point of a whole page, which alone teaches a small model to point very slowly. The drawn and the recorded pages
-know the place, so one group of heads of one text layer is asked to look at it while the numbers are said, and every visual
-token is asked for its own row and column. Both live in training only; the model's own forward pass is untouched.
+A click names one point of a whole page, which alone teaches a small model to point very slowly. The drawn and the
+recorded pages know the place, so one group of heads of one text layer is asked to look at it while the numbers are
+said, and every visual token is asked for its own row and column. Both live in training only; the model's own forward
+pass is untouched.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ IGNORE = -100
 
 
 class Hint(NamedTuple):
-    """While predicting the token after `query`, the place asked about is visual token `key` (indices in the sequence)."""
+    """While predicting the token after `query`, the place asked about is visual token `key` (indices in the
+    sequence).
+    """
 
     query: int
     key: int
@@ -46,8 +48,9 @@ class Turn:
 
 @dataclass
 class Packed:
-    """One sequence of S tokens: ids [S], positions [3, S] (M-RoPE), labels [S], branch [S] (0 = trunk), images, task per
-    token, and where to look for the answers that name a place."""
+    """One sequence of S tokens: ids [S], positions [3, S] (M-RoPE), labels [S], branch [S] (0 = trunk), images, task
+    per token, and where to look for the answers that name a place.
+    """
 
     ids: list[int]
     positions: np.ndarray
@@ -59,7 +62,9 @@ class Packed:
 
 
 class Packer:
-    """Turns lists of `Turn` into `Packed` sequences for one tokenizer; `unit` is the side of a visual token in pixels."""
+    """Turns lists of `Turn` into `Packed` sequences for one tokenizer; `unit` is the side of a visual token in
+    pixels.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str, unit: int = 28) -> None:
         self.tokenizer, self.unit = tokenizer, unit
@@ -87,7 +92,9 @@ class Packer:
         return self._cache[text]
 
     def _place(self, ids: list[int]) -> tuple[int, int, int] | None:
-        """(index of x, column, row) of the first point "x,y" in visual tokens; small numbers are no pixels of a page."""
+        """(index of x, column, row) of the first point "x,y" in visual tokens; small numbers are no pixels of a
+        page.
+        """
         for at in range(len(ids) - 2):
             x, y = self.numbers.get(ids[at]), self.numbers.get(ids[at + 2])
             if x is not None and y is not None and ids[at + 1] == self.comma and max(x, y) >= 12:

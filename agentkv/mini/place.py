@@ -1,10 +1,10 @@
 """A start for the first attention layer from which every visual token knows its row and column.
 
-Rotary positions only say where tokens are relative to each other, and on a blank page all patches look alike: nothing tells a
-visual token where on the screen it is. The opening marker <|vision_start|> can: it precedes every screenshot at
-a fixed place, so the rotation between it and a visual token depends on row and column alone. The first layer is set so that three heads
-weigh the marker by row and three by column, each falling around another row (column); training goes on from there. Without it the
-model of this size did not learn to point within 2,400 steps.
+Rotary positions only say where tokens are relative to each other, and on a blank page all patches look alike:
+nothing tells a visual token where on the screen it is. The opening marker <|vision_start|> can: it precedes every
+screenshot at a fixed place, so the rotation between it and a visual token depends on row and column alone. The first
+layer is set so that three heads weigh the marker by row and three by column, each falling around another row
+(column); training goes on from there. Without it the model of this size did not learn to point within 2,400 steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _LEVEL = 3.5
 
 @torch.no_grad()
 def set_place_heads(model: Qwen2_5_VLForConditionalGeneration, size: float = 1.0) -> None:
-    """Set the attention of text layer 0 of a mini model (6 query / 2 KV heads); `size` = length of what each head adds."""
+    """Set the attention of text layer 0 of a mini model (6 query / 2 KV heads); `size` = length of what each head
+    adds.
+    """
     text = model.model.language_model
     attention = text.layers[0].self_attn
     width = attention.head_dim

@@ -1,7 +1,8 @@
 """The mini model's size: a real Qwen2.5-VL, only small enough to be trained on two CPU cores and shipped with the code.
 
-Two settings differ in kind from the 7B. `rope_theta` is 10 instead of 1e6: with 16 frequencies per head the width axis of
-M-RoPE would otherwise turn by less than 0.001 rad over a whole screenshot. Every vision block sees the whole frame.
+Two settings differ in kind from the 7B. `rope_theta` is 10 instead of 1e6: with 16 frequencies per head the width
+axis of M-RoPE would otherwise turn by less than 0.001 rad over a whole screenshot. Every vision block sees the whole
+frame.
 """
 
 from __future__ import annotations

@@ -59,7 +59,9 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 1536) -> PreTrainedTokenizerFast:
-    """Train the tokenizer on `texts` (goals, labels, actions); at most `vocab_size` learned tokens, plus numbers and specials."""
+    """Train the tokenizer on `texts` (goals, labels, actions); at most `vocab_size` learned tokens, plus numbers and
+    specials.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

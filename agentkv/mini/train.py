@@ -1,8 +1,8 @@
 """Train the mini GUI-agent model: `python -m agentkv.mini.train --minutes 120`.
 
-Plain supervised learning on drawn pages and recorded oracle episodes (collect them with `python -m agentkv.mini.collect`),
-AdamW, constant rate with a warm-up and a linear fall at the end of the time budget. The state is saved every few
-minutes and a second start goes on from it. The averaged weights are what is exported.
+Plain supervised learning on drawn pages and recorded oracle episodes (collect them with `python -m
+agentkv.mini.collect`), AdamW, constant rate with a warm-up and a linear fall at the end of the time budget. The
+state is saved every few minutes and a second start goes on from it. The averaged weights are what is exported.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ class TrainConfig:
 def soft_targets(
     tokenizer: PreTrainedTokenizerFast, reach: int = 2, width: float = 4.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per token the ids [vocab, 2 * reach + 1] and weights of its target: itself, or for a number of at least 12 (smaller ones
-    are also digits) a bell of `width` pixels over the numbers STEP apart."""
+    """Per token the ids [vocab, 2 * reach + 1] and weights of its target: itself, or for a number of at least 12
+    (smaller ones are also digits) a bell of `width` pixels over the numbers STEP apart.
+    """
     ids = torch.arange(len(tokenizer))[:, None].repeat(1, 2 * reach + 1)
     weights = torch.zeros(ids.shape)
     weights[:, reach] = 1.0
@@ -103,7 +104,9 @@ def free_threads(own: int) -> int:
 
 
 class Meter:
-    """Right answers per task and mean loss since the last report; a coordinate counts as right within the soft target's reach."""
+    """Right answers per task and mean loss since the last report; a coordinate counts as right within the soft
+    target's reach.
+    """
 
     def __init__(self, neighbours: torch.Tensor) -> None:
         self.neighbours = neighbours
@@ -208,8 +211,10 @@ class Trainer:
 
 
 def _groups(names: dict[str, torch.nn.Parameter]) -> list[dict]:
-    """Parameter groups with `share` of the learning rate. The merger learns slowly and decays fast: every layer normalises what
-    it reads, so nothing else keeps visual tokens from growing until the text layers cannot add to them any more."""
+    """Parameter groups with `share` of the learning rate. The merger learns slowly and decays fast: every layer
+    normalises what it reads, so nothing else keeps visual tokens from growing until the text layers cannot add to
+    them any more.
+    """
     merger = [n for n in names if ".merger.mlp." in n]
     plain = [n for n, p in names.items() if n not in merger and (p.ndim <= 1 or "embed" in n)]
     decay = [n for n in names if n not in merger and n not in plain]

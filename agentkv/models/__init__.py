@@ -1,4 +1,6 @@
-"""Model adapters: `load_adapter("mini")`, a local folder or a hub id gives a model that can be prompted as a GUI agent."""
+"""Model adapters: `load_adapter("mini")`, a local folder or a hub id gives a model that can be prompted as a GUI
+agent.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,11 @@ MINI = Path(__file__).parent.parent / "mini" / "weights"
 def load_adapter(
     path_or_id: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> ModelAdapter:
-    """The model at `path_or_id`: "mini" (shipped with this package), a folder, or a hub id. Safetensors only, no remote code.
+    """The model at `path_or_id`: "mini" (shipped with this package), a folder, or a hub id. Safetensors only, no remote
+    code.
 
-    Raises FileNotFoundError for a folder without config or weights and for a name that is neither a folder nor on a reachable hub;
-    ValueError for a model family without an adapter.
+    Raises FileNotFoundError for a folder without config or weights and for a name that is neither a folder nor on a
+    reachable hub; ValueError for a model family without an adapter.
     """
     source = str(MINI) if str(path_or_id) == "mini" else str(path_or_id)
     family = _family(source)
@@ -42,7 +45,8 @@ def _family(source: str) -> str:
         return AutoConfig.from_pretrained(source).model_type
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f'{source!r} is no folder here and cannot be had from the hub; give the folder of a downloaded model or "mini"'
+            f"{source!r} is no folder here and cannot be had from the hub; "
+            'give the folder of a downloaded model or "mini"'
         ) from error
 
 

@@ -1,4 +1,6 @@
-"""What a model family must offer to be an agent: a prompt from screenshots and words, and the way back from words to actions."""
+"""What a model family must offer to be an agent: a prompt from screenshots and words, and the way back from words to
+actions.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Prompt:
 
 
 class ModelAdapter(Protocol):
-    """One model with its tokenizer and image processor; `history_frames` = screenshots per prompt that it was trained for."""
+    """One model with its tokenizer and image processor; `history_frames` = screenshots per prompt that it was
+    trained for.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -41,7 +45,9 @@ class ModelAdapter(Protocol):
     def prompt(
         self, goal: str, history: History, screenshot: Image.Image, css_size: tuple[int, int] | None = None
     ) -> Prompt:
-        """The prompt for one decision. css_size: (width, height) of the viewport, if the screenshots have more pixels than that."""
+        """The prompt for one decision. css_size: (width, height) of the viewport, if the screenshots have more
+        pixels than that.
+        """
         ...
 
     def parse(self, text: str, frame: Frame) -> Action | ParseError:

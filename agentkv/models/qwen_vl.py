@@ -1,8 +1,10 @@
-"""Adapter of the Qwen2.5-VL family: Qwen2.5-VL, UI-TARS-1.5 and the embedded mini model, from any local folder or hub id.
+"""Adapter of the Qwen2.5-VL family: Qwen2.5-VL, UI-TARS-1.5 and the embedded mini model, from any local folder or hub
+id.
 
-A prompt is ChatML: one system line; per step of the history a user turn with its screenshot and an assistant turn with its answer
-(steps without a screenshot are answers only); last the current screenshot and the goal. The words around the goal come from
-`agent.json` in the model's folder; without it from UI_TARS. The goal and the answers are data: chat markers in them are defused.
+A prompt is ChatML: one system line; per step of the history a user turn with its screenshot and an assistant turn
+with its answer (steps without a screenshot are answers only); last the current screenshot and the goal. The words
+around the goal come from `agent.json` in the model's folder; without it from UI_TARS. The goal and the answers are
+data: chat markers in them are defused.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ _MARKERS = (
 
 @dataclass(frozen=True)
 class AgentText:
-    """The fixed words of a prompt. `prompt` holds `{goal}`; `history_frames` counts screenshots, the current one included."""
+    """The fixed words of a prompt. `prompt` holds `{goal}`; `history_frames` counts screenshots, the current one
+    included.
+    """
 
     system: str
     prompt: str
@@ -53,7 +57,8 @@ class AgentText:
 
 UI_TARS = AgentText(
     system="You are a helpful assistant.",
-    prompt="""You operate a web page. You get a task, your earlier actions and screenshots; say the next action that brings the task forward.
+    prompt="""You operate a web page. You get a task, your earlier actions and screenshots.
+Say the next action that brings the task forward.
 
 ## Output Format
 Thought: ...
@@ -90,8 +95,9 @@ class QwenVLAdapter:
     def load(
         cls, source: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> QwenVLAdapter:
-        """Load from a folder or hub id; dtype None = as saved. Text and image processor are read one by one, because the
-        joint processor also wants the video processor and with it torchvision."""
+        """Load from a folder or hub id; dtype None = as saved. Text and image processor are read one by one, because
+        the joint processor also wants the video processor and with it torchvision.
+        """
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             source, dtype=dtype or "auto", attn_implementation="sdpa", use_safetensors=True
         )
@@ -157,7 +163,9 @@ class QwenVLAdapter:
 
 
 def _defuse(text: str) -> str:
-    """Chat markers inside page or model text become plain words, so that data cannot open a turn or claim a screenshot."""
+    """Chat markers inside page or model text become plain words, so that data cannot open a turn or claim a
+    screenshot.
+    """
     for marker in _MARKERS:
         text = text.replace(marker, marker.replace("|", " "))
     return text

@@ -1,4 +1,6 @@
-"""The UI-TARS grammar: every spelling is read, what is rendered is read back, garbage is a value and never an exception."""
+"""The UI-TARS grammar: every spelling is read, what is rendered is read back, garbage is a value and never an
+exception.
+"""
 
 from __future__ import annotations
 

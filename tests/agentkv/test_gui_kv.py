@@ -1,4 +1,4 @@
-"""GUI-KV: the worked case of its specification, its gate and counts, and how it degenerates to SnapKV and the full cache."""
+"""GUI-KV: the worked case of its specification, its gate and counts, and how it degenerates to SnapKV."""
 
 import math
 from dataclasses import replace

@@ -27,7 +27,7 @@ def slots_by_hand(model, ids, sinks, recent):
     block, rotary = model.model.layers[0], model.model.rotary_emb
     attention, out = block.self_attn, []
     keys, values = [], []
-    for t, token in enumerate(ids[0]):
+    for token in ids[0]:
         hidden = model.model.embed_tokens(token[None, None])
         x = block.input_layernorm(hidden)
         heads = lambda y: y.view(1, 1, -1, attention.head_dim).transpose(1, 2)  # noqa: E731

@@ -54,7 +54,7 @@ class RingSegment(Segment):
         return merge([sinks[0], recent[0]], [sinks[1], recent[1]])
 
     def absorb(self, new: NewTokens, spare: int = 0) -> None:
-        """Stores new tokens without attending: sinks at the start, the last recent + spare of the others in the ring."""
+        """Stores new tokens without attending: sinks at the start, the last recent + spare others in the ring."""
         if self.k is None:
             self._allocate(new.k, new.v)
         self._write_sinks(new)

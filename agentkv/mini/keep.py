@@ -1,0 +1,95 @@
+"""Put the best weights of a running training in place: `python -m agentkv.mini.keep --minutes 40`.
+
+Every few minutes the trainer's latest export is copied, played on evaluation seeds, and moved to the package's
+`weights` folder, file by file and atomically, if it solves more than what lies there. The figures go into the
+folder's README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agentkv.mini.evaluate import FIRST_SEED, mean, measure
+from agentkv.mini.tasks import MEMORY, TASKS
+from agentkv.models import MINI, load_adapter
+from envs.browser import Browser
+
+FIGURES = "evaluation.json"
+
+
+def recorded(folder: Path) -> float:
+    """Mean success written beside the weights in `folder`, -1 if they were never measured."""
+    path = folder / FIGURES
+    return float(json.loads(path.read_text(encoding="utf-8"))["success"]) if path.is_file() else -1.0
+
+
+def readme(rows: list[dict[str, Any]], trained: dict[str, Any]) -> str:
+    """The README of the weights: what they are, from which seed and data, and what was measured."""
+    lines = [
+        "# The embedded mini GUI-agent model",
+        "",
+        "Qwen2.5-VL architecture, trained from scratch by `python -m agentkv.mini.train` (seed 7) on drawn pages and on",
+        "oracle episodes of the pages below at seeds under 1,000,000 (`python -m agentkv.mini.collect`).",
+        f"Optimizer steps {trained['step']}, {trained['seconds'] / 60:.0f} minutes on one CPU core.",
+        "",
+        f"Greedy, full cache, seeds from {FIRST_SEED:,} on (`python -m agentkv.mini.evaluate`):",
+        "",
+        "| task | episodes | success | 95 % |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| {r['task']} | {r['n']} | {r['success']:.2f} | {r['low']:.2f}-{r['high']:.2f} |" for r in rows]
+    memory = [row for row in rows if row["task"] in MEMORY]
+    web = [row for row in rows if row["task"] not in MEMORY]
+    lines += ["", f"Mean over MiniWoB++ tasks {mean(web):.2f}, over memory pages {mean(memory):.2f}.", ""]
+    return "\n".join(lines)
+
+
+def consider(latest: Path, place: Path, browser: Browser, episodes: int) -> float:
+    """Measure a copy of `latest` and install it in `place` if it is better; returns its mean success."""
+    draft = place.with_name(place.name + ".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(latest, draft)
+    adapter = load_adapter(draft)
+    rows = measure(adapter, browser, TASKS, episodes, adapter.history_frames)
+    success = mean(rows)
+    if success > recorded(place):
+        trained = json.loads((draft / "agent.json").read_text(encoding="utf-8"))["trained"]
+        (draft / FIGURES).write_text(json.dumps({"success": success, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        (draft / "README.md").write_text(readme(rows, trained), encoding="utf-8")
+        place.mkdir(parents=True, exist_ok=True)
+        for path in draft.iterdir():
+            os.replace(path, place / path.name)
+    shutil.rmtree(draft)
+    return success
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and watch until the time is over."""
+    parser = argparse.ArgumentParser(prog="python -m agentkv.mini.keep", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--latest", type=Path, default=Path("runs/mini/latest"))
+    parser.add_argument("--minutes", type=float, default=40.0)
+    parser.add_argument("--every", type=float, default=8.0, help="minutes from one measurement to the next")
+    parser.add_argument("--episodes", type=int, default=8, help="per task")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    begin, seen = time.monotonic(), 0.0
+    with Browser() as browser:
+        while time.monotonic() - begin < args.minutes * 60:
+            start, weights = time.monotonic(), args.latest / "model.safetensors"
+            if weights.is_file() and weights.stat().st_mtime > seen:
+                seen = weights.stat().st_mtime
+                success = consider(args.latest, MINI, browser, args.episodes)
+                print(f"{(start - begin) / 60:.0f} min: {success:.3f}, in place {recorded(MINI):.3f}", flush=True)
+            time.sleep(max(5.0, args.every * 60 - (time.monotonic() - start)))
+
+
+if __name__ == "__main__":
+    main()
