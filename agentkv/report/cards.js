@@ -20,12 +20,11 @@ function figures(step) {
   const rows = [["reward", step.reward.toFixed(2)]];
   if (step.kv_bytes_full) {
     rows.push(
-      ["KV at rest", `${bytes(step.kv_bytes)} = ${percent(step.kv_bytes / step.kv_bytes_full)} of full`],
+      ["KV at rest", `${bytes(step.kv_bytes)}, ${percent(step.kv_bytes / step.kv_bytes_full)}`],
       ["KV peak", bytes(step.kv_bytes_peak)],
-      [
-        "tokens",
-        `${whole(step.prefill_tokens)} in, ${whole(step.decode_tokens)} out, ${whole(step.tokens_stored)} stored`,
-      ],
+      ["tokens in", whole(step.prefill_tokens)],
+      ["stored", whole(step.tokens_stored)],
+      ["out", whole(step.decode_tokens)],
     );
   }
   const phases = ["prefill", "decode", "browser"].filter((p) => step[`seconds_${p}`] > 0);
@@ -67,13 +66,9 @@ function card(method, play) {
       ),
     );
   const point = step.action && POINTS.includes(step.action.type) ? marker(step.action, step.viewport, method) : null;
-  return box(
-    shot(
-      step.image,
-      `Screenshot before step ${state.step + 1}; ${describe(step.action)}`,
-      widthFor(step.viewport, 400),
-      point,
-    ),
+  const said = h(
+    "div",
+    { class: "info" },
     h("p", { class: "did" }, describe(step.action)),
     h("pre", { class: "said", "aria-label": "what the model said" }, step.text),
     step.error ? h("p", { class: "wrong" }, step.error) : null,
@@ -83,4 +78,6 @@ function card(method, play) {
       : null,
     figures(step),
   );
+  const alt = `Screenshot before step ${state.step + 1}; ${describe(step.action)}`;
+  return box(h("div", { class: "body" }, shot(step.image, alt, widthFor(step.viewport, 250), point), said));
 }

@@ -10,7 +10,7 @@ function heldCell(frame, method, viewport, current) {
     shot(
       frame.image,
       alt,
-      Math.min(250, widthFor(viewport, current ? 230 : 190)),
+      Math.min(250, widthFor(viewport, current ? 170 : 145)),
       state.overlay === "off" ? null : overlay(frame, method),
     ),
     h("div", { class: "cell-note num" }, `${percent(mean)} kept`),
