@@ -157,7 +157,7 @@ class _Scanner:
             return False
         rest.at += 1
         rest.spaces()
-        named = rest.name() in _ARGUMENTS
+        named = rest.name() != ""
         rest.spaces()
         return named and rest.peek() == "="
 
@@ -345,7 +345,6 @@ _BUILDERS: dict[str, Callable[[_Call], Action]] = {
     "finished": _finished,
     "call_user": _bare(CallUser),
 }
-_ARGUMENTS = {*_START, *_END, "direction", "content", "key"}
 
 
 def render(action: Action, frame: Frame) -> str:

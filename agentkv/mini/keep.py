@@ -32,7 +32,7 @@ def recorded(folder: Path) -> float:
 
 
 def readme(rows: list[dict[str, Any]], trained: dict[str, Any]) -> str:
-    """The README of the weights: what they are, from which seed and data, and what was measured."""
+    """The README of the weights: what they are, their seed and data, and what was measured."""
     lines = [
         "# The embedded mini GUI-agent model",
         "",

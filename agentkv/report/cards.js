@@ -79,5 +79,5 @@ function card(method, play) {
     figures(step),
   );
   const alt = `Screenshot before step ${state.step + 1}; ${describe(step.action)}`;
-  return box(h("div", { class: "body" }, shot(step.image, alt, widthFor(step.viewport, 250), point), said));
+  return box(h("div", { class: "body" }, shot(step.image, alt, widthFor(step.viewport, 230), point), said));
 }

@@ -1,4 +1,4 @@
-"""`python -m agentkv.report.picture RUN PICTURE [TASK/SEED/STEP]`: a PNG of a run's page, 1400 pixels wide, for a README.
+"""`python -m agentkv.report.picture RUN PICTURE [TASK/SEED/STEP]`: a PNG of a run's page, 1400 pixels wide.
 
 The picture ends below the frames that were kept; its colours are reduced to a palette, which flat pages do not show.
 """
@@ -26,7 +26,7 @@ def take(run: Path, picture: Path, place: str = "") -> None:
         page = browser.new_page(
             viewport={"width": WIDTH, "height": 1000}, color_scheme="light", reduced_motion="reduce"
         )
-        page.goto(address)
+        page.goto(address, timeout=120_000)
         held = page.locator(".panel:has(.held)")
         end = (held if held.count() else page.locator("#player")).bounding_box()
         clip = {"x": 0, "y": 0, "width": WIDTH, "height": end["y"] + end["height"] + MARGIN}

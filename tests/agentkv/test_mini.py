@@ -1,0 +1,222 @@
+"""The mini model: tokenizer, packing equal to the prompt, the trainer's forward equal to the model's, state on disk,
+weights.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+from agentkv.mini.checkpoint import load_state, save_state
+from agentkv.mini.drawn import RESIZED, click, drawn_turn
+from agentkv.mini.drawn_memory import drawn_episode
+from agentkv.mini.episodes import EpisodeStore, write_episodes
+from agentkv.mini.export import AGENT, SYSTEM, processor_settings
+from agentkv.mini.feed import Mix
+from agentkv.mini.forward import answer_logits, read
+from agentkv.mini.hints import Hints, looks
+from agentkv.mini.packing import Ask, Packer, Turn, collate
+from agentkv.mini.tokenizer import build_tokenizer
+from agentkv.mini.train import Meter, TrainConfig, fresh_model, soft_targets
+from agentkv.models import MINI, load_adapter
+from agentkv.models.qwen_vl import AgentText, QwenVLAdapter
+
+GOAL = "Click on the red box."
+ANSWER = "Action: click(start_box='(84,112)')"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer([GOAL, "Remember the code, then type it.", "system\nuser\nassistant\n"] * 3)
+
+
+@pytest.fixture(scope="module")
+def adapter(tokenizer: PreTrainedTokenizerFast) -> QwenVLAdapter:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    torch.manual_seed(0)
+    settings = {k: v for k, v in processor_settings().items() if not k.endswith(("_type", "_class"))}
+    text = AgentText(**{k: AGENT[k] for k in ("system", "prompt", "history_frames")})
+    return QwenVLAdapter(fresh_model(tokenizer).eval(), tokenizer, Qwen2VLImageProcessorPil(**settings), text)
+
+
+def test_tokenizer_is_compact_and_lossless(tokenizer: PreTrainedTokenizerFast) -> None:
+    pieces = tokenizer.tokenize(ANSWER)
+    assert pieces == ["Action: click(start_box='(", "84", ",", "112", ")')"]
+    for text in (ANSWER, "Action: type(content='a7Z, 48')", 'Enter "Zoë" (x,y) into\nit', "<|im_start|>user\n1,234"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.tokenize("code 4821")[-4:] == ["4", "8", "2", "1"]
+    assert tokenizer.tokenize("(0,255)")[1:4] == ["0", ",", "255"]
+
+
+def shots(count: int) -> list[Image.Image]:
+    rng = np.random.default_rng(1)
+    return [Image.fromarray(rng.integers(0, 255, (210, 160, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def small(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.resize(RESIZED, Image.Resampling.BICUBIC))
+
+
+def test_every_packed_step_is_the_prompt_of_that_step(adapter: QwenVLAdapter) -> None:
+    images, other = shots(2), Ask("Remember the code, then type it.", "Action: type(content='48')", "copy")
+    turns = [
+        Turn(small(images[0]), [Ask(GOAL, ANSWER, "a"), other], "Action: wait()"),
+        Turn(small(images[1]), [other, Ask(GOAL, ANSWER, "a")]),
+    ]
+    packed = Packer(adapter.tokenizer, SYSTEM).pack(turns)
+    batch = collate([packed], adapter.tokenizer.pad_token_id)
+    history: list[tuple[Image.Image, str]] = []
+    with torch.no_grad():
+        logits, targets = answer_logits(adapter.model, batch, read(adapter.model, batch))
+        expected = []
+        for turn, image in zip(turns, images, strict=True):
+            for ask in turn.asks:
+                prompt = adapter.prompt(ask.goal, history, image)
+                said = adapter.tokenizer(ask.answer + "<|im_end|>", return_tensors="pt")["input_ids"]
+                inputs = dict(prompt.inputs)
+                inputs["input_ids"] = torch.cat([inputs["input_ids"], said], 1)
+                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+                kinds = inputs["mm_token_type_ids"]
+                inputs["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(said, dtype=kinds.dtype)], 1)
+                expected.append(adapter.model(**inputs).logits[0, -said.shape[1] - 1 : -1])
+            history.append((image, turn.reply or ""))
+    torch.testing.assert_close(logits, torch.cat(expected), atol=2e-4, rtol=1e-3)
+    said = "".join(ask.answer + "<|im_end|>" for turn in turns for ask in turn.asks)
+    assert adapter.tokenizer.decode(targets) == said
+
+
+def test_hints_measure_the_attention_that_the_layer_pays(adapter: QwenVLAdapter) -> None:
+    rng = random.Random(2)
+    batch = collate([Packer(adapter.tokenizer, SYSTEM).pack([drawn_turn(rng)]) for _ in range(2)], 0)
+    assert len(batch.hints)
+    with torch.no_grad():
+        reading = read(adapter.model, batch)
+        mass = looks(batch, reading)
+        assert ((mass >= 0) & (mass <= 1)).all()
+        assert Hints(192)(batch, reading, adapter.model.config.image_token_id).isfinite()
+    rows, queries, keys = batch.hints.unbind(1)
+    assert (batch.ids[rows, keys] == adapter.model.config.image_token_id).all()
+    assert (keys < queries).all()
+
+
+def test_place_heads_fall_by_row_and_by_column(adapter: QwenVLAdapter) -> None:
+    blank = Turn(np.full((224, 168, 3), 255, dtype=np.uint8), [Ask(GOAL, ANSWER, "a")])
+    batch = collate([Packer(adapter.tokenizer, SYSTEM).pack([blank])], 0, 1)
+    with torch.no_grad():
+        after = read(adapter.model, batch, hint_layer=1).hidden[batch.ids == adapter.model.config.image_token_id]
+    grid = after.view(8, 6, -1)
+    assert (grid[0, 0] - grid[7, 0]).norm() > 0.5
+    assert (grid[0, 0] - grid[0, 5]).norm() > 0.5
+
+
+def test_drawn_data_is_sound() -> None:
+    rng = random.Random(0)
+    for _ in range(40):
+        episode = drawn_episode(rng)
+        assert episode[-1].reply is None and all(turn.reply for turn in episode[:-1])
+        for turn in [drawn_turn(rng), *episode]:
+            assert turn.image is not None and turn.image.shape == (224, 168, 3) and turn.asks
+            assert all(ask.answer.startswith("Action: ") for ask in turn.asks)
+    assert click(80, 105) == ANSWER
+
+
+def test_soft_targets_spread_over_near_coordinates_only(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids, weights = soft_targets(tokenizer)
+    number = tokenizer.convert_tokens_to_ids("84")
+    assert tokenizer.convert_ids_to_tokens(ids[number].tolist()) == ["76", "80", "84", "88", "92"]
+    assert weights[number].argmax() == 2 and weights[number].sum() == pytest.approx(1)
+    digit = tokenizer.convert_tokens_to_ids("4")
+    assert weights[digit].tolist() == [0, 0, 1, 0, 0]
+
+
+def test_meter_counts_whole_answers(tokenizer: PreTrainedTokenizerFast) -> None:
+    turn = Turn(np.zeros((224, 168, 3), dtype=np.uint8), [Ask(GOAL, ANSWER, "a"), Ask(GOAL, ANSWER, "b")])
+    batch = collate([Packer(tokenizer, SYSTEM).pack([turn])], 0)
+    targets = batch.labels[batch.labels != -100]
+    said = targets.clone()
+    said[1] = tokenizer.convert_tokens_to_ids("88")
+    said[-1] = tokenizer.convert_tokens_to_ids(",")
+    meter = Meter(soft_targets(tokenizer)[0])
+    meter.add(batch, torch.nn.functional.one_hot(said, len(tokenizer)).float(), targets, 1.0)
+    assert meter.line() == "loss 1.000 | a:100 b:0"
+
+
+def test_state_survives_a_restart(tmp_path: Path) -> None:
+    def fresh() -> tuple[torch.nn.Module, dict[str, torch.Tensor], torch.optim.AdamW]:
+        model = torch.nn.Linear(3, 2)
+        return (
+            model,
+            {n: p.detach().clone() for n, p in model.named_parameters()},
+            torch.optim.AdamW(model.parameters()),
+        )
+
+    model, average, optimizer = fresh()
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    save_state(tmp_path / "state.safetensors", model, average, optimizer, {"step": 5, "seconds": 1.5})
+    again, other, second = fresh()
+    assert load_state(tmp_path / "state.safetensors", again, other, second) == {"step": 5, "seconds": 1.5}
+    torch.testing.assert_close(again.weight, model.weight)
+    torch.testing.assert_close(other["bias"], average["bias"])
+    moments = second.state[again.weight], optimizer.state[model.weight]
+    torch.testing.assert_close(moments[0]["exp_avg"], moments[1]["exp_avg"])
+    assert moments[0]["step"] == moments[1]["step"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_recorded_episodes_come_back(tmp_path: Path) -> None:
+    screens = [np.full((224, 168, 3), shade, dtype=np.uint8) for shade in (10, 20)]
+    steps = [{"screen": 0, "answer": "Action: wait()", "asks": []}, {"screen": 1, "answer": ANSWER, "asks": []}]
+    write_episodes(tmp_path / "t-1.npz", screens, [{"task": "t", "seed": 1, "goal": GOAL, "steps": steps}])
+    store = EpisodeStore(tmp_path)
+    store.refresh()
+    assert len(store) == 1
+    sampled = [store.sample(random.Random(seed)) for seed in range(6)]
+    turns = max(sampled, key=len)
+    assert [turn.reply for turn in turns] == ["Action: wait()", None]
+    assert turns[1].asks == [Ask(GOAL, ANSWER, "t")]
+    assert turns[1].image is not None and turns[1].image[0, 0, 0] == 20
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="minutes=0 must be positive"):
+        TrainConfig(minutes=0)
+    with pytest.raises(ValueError, match="are not shares of one whole"):
+        Mix(drawn=0.8, memory=0.5)
+    config = TrainConfig(minutes=100, rate=1.0, warmup=10, fall=0.5)
+    assert config.rate_at(0, 0) == pytest.approx(0.1)
+    assert config.rate_at(50, 10) == 1.0
+    assert config.rate_at(50, 75) == pytest.approx(0.5)
+    assert config.rate_at(50, 100) == pytest.approx(0.02)
+
+
+def test_shipped_weights_load_and_answer() -> None:
+    adapter = load_adapter("mini")
+    assert (MINI / "model.safetensors").stat().st_size <= 16 * 2**20
+    assert adapter.model.config.model_type == "qwen2_5_vl"
+    assert adapter.history_frames == 9
+    prompt = adapter.prompt("Click on Tab #1.", [], Image.new("RGB", (160, 210), "white"))
+    with torch.inference_mode():
+        out = adapter.model.generate(**prompt.inputs, max_new_tokens=16, do_sample=False)
+    text = adapter.tokenizer.decode(out[0, prompt.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert text.startswith("Action: ")
+
+
+@pytest.mark.browser
+def test_shipped_weights_solve_a_page() -> None:
+    import envs
+    from agentkv.mini.evaluate import FIRST_SEED, play
+
+    adapter = load_adapter("mini")
+    with envs.Browser() as browser:
+        env = envs.make("click-tab", browser)
+        solved = [play(adapter, env, FIRST_SEED + number, adapter.history_frames)[0] for number in range(3)]
+        env.close()
+    assert any(solved)
