@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
-	$(BIN)/python -m agentkv.run --method full,gui-kv,snapkv --budget 0.4 --out runs/demo --json runs/demo/summary.json
+	$(BIN)/python -m agentkv.run --method full,gui-kv,snapkv --budget 0.4 --out runs/demo
 
 test: .venv/ready
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest

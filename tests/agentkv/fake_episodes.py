@@ -38,11 +38,11 @@ class FakeEnv:
     error: str = ""
     max_steps: int = 20
     goal: str = "click it"
-    task: Any = field(default_factory=lambda: SimpleNamespace(viewport=(40, 30)))
+    task: Any = field(default_factory=lambda: SimpleNamespace(viewport=(30, 40)))
 
     def _observe(self) -> dict[str, Any]:
         shade = 0 if self.frozen else self.acted
-        return {"screenshot": np.full((30, 40, 3), shade, np.uint8), "goal": self.goal}
+        return {"screenshot": np.full((40, 30, 3), shade, np.uint8), "goal": self.goal}
 
     def reset(self, *, seed: int) -> tuple[dict, dict]:
         self.seed, self.acted = seed, 0

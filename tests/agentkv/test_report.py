@@ -90,8 +90,8 @@ def test_the_marker_lies_on_the_executed_pixel(page):
     picture = page.locator(".card").first.locator("img").bounding_box()
     mark = page.locator(".card").first.locator("svg.click circle").last.bounding_box()
     x, y = mark["x"] + mark["width"] / 2 - picture["x"], mark["y"] + mark["height"] / 2 - picture["y"]
-    assert x / picture["width"] * 40 == pytest.approx(10.0, abs=0.2)
-    assert y / picture["height"] * 30 == pytest.approx(20.5, abs=0.2)
+    assert x / picture["width"] * 30 == pytest.approx(10.0, abs=0.2)
+    assert y / picture["height"] * 40 == pytest.approx(20.5, abs=0.2)
 
 
 def test_an_unreadable_answer_shows_its_error_and_no_marker(page):

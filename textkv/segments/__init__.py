@@ -1,0 +1,1 @@
+"""Where a layer keeps its tokens: one file per layout, one contract (`base.Segment`)."""
