@@ -112,7 +112,7 @@ class Tab:
             self.page = self.context.new_page()
             self.context.on("page", self._on_popup)
             self._watch(self.page)
-            self._cdp = self._camera(device_scale)
+            self._cdp = self._own_session(device_scale)
 
     def _isolate(self, browser: Browser, device_scale: float) -> BrowserContext:
         width, height = self.viewport
@@ -132,12 +132,14 @@ class Tab:
         context.route_web_socket("**/*", self._on_websocket)
         return context
 
-    def _camera(self, device_scale: float) -> CDPSession:
-        """A session of our own for pictures; without its own metrics a capture would reset the page's to scale 1."""
+    def _own_session(self, device_scale: float) -> CDPSession:
+        """For pictures and redirects; without metrics of its own a capture would reset the page's to scale 1."""
         width, height = self.viewport
         session = self.context.new_cdp_session(self.page)
         metrics = {"width": width, "height": height, "deviceScaleFactor": device_scale, "mobile": False}
         session.send("Emulation.setDeviceMetricsOverride", metrics)
+        session.on("Network.requestWillBeSent", self._on_raw_redirect)
+        session.send("Network.enable")
         return session
 
     def _watch(self, page: Page) -> None:
@@ -184,12 +186,20 @@ class Tab:
         self._loading.discard(request)
 
     def _on_redirect(self, request: Request) -> None:
-        """Route handlers see only the first request of a redirect chain; the proxy stops the rest, this records it."""
-        if request.redirected_from is None:
-            return
-        reason = self.allow.refusal(request.url, request.is_navigation_request())
-        if reason:
-            self._refuse("redirect", request.url, reason)
+        """Redirects of frames and workers in other processes; the page's own come surely through `_on_raw_redirect`."""
+        if request.redirected_from is not None:
+            self._refuse_redirect(request.url, request.is_navigation_request())
+
+    def _on_raw_redirect(self, event: dict[str, Any]) -> None:
+        """Playwright loses a redirect whose connection fails at once, so the protocol's own event is read."""
+        if "redirectResponse" in event:
+            self._refuse_redirect(event["request"]["url"], event.get("type") == "Document")
+
+    def _refuse_redirect(self, url: str, navigation: bool) -> None:
+        """Route handlers see only the first request of a chain; the proxy stops the rest, this records it, once a URL."""
+        reason = self.allow.refusal(url, navigation)
+        if reason and not any(entry.kind == "redirect" and url.startswith(entry.url) for entry in self.blocked):
+            self._refuse("redirect", url, reason)
 
     def _on_websocket(self, socket: WebSocketRoute) -> None:
         reason = self.allow.refusal(socket.url, navigation=False)
