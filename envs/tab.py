@@ -196,7 +196,7 @@ class Tab:
             self._refuse_redirect(event["request"]["url"], event.get("type") == "Document")
 
     def _refuse_redirect(self, url: str, navigation: bool) -> None:
-        """Route handlers see only the first request of a chain; the proxy stops the rest, this records it, once a URL."""
+        """Route handlers see only the first request of a chain; the proxy stops the rest, this notes each URL once."""
         reason = self.allow.refusal(url, navigation)
         if reason and not any(entry.kind == "redirect" and url.startswith(entry.url) for entry in self.blocked):
             self._refuse("redirect", url, reason)

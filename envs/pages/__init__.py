@@ -1,0 +1,1 @@
+"""The memory pages (HTML, CSS, JavaScript); a package so that they are installed with it."""
