@@ -342,8 +342,10 @@ class Tab:
         self.dialogs.clear()
         self._strays.clear()
         self._loading.clear()
-        with self.guard():
+        try:
             self.page.mouse.move(-1, -1)
+        except Error:
+            return False
         return True
 
     def close(self) -> None:

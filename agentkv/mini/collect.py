@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 import envs
-from agentkv.mini.drawn import RESIZED, click, say, snap
+from agentkv.mini.drawn import click, say, snap
 from agentkv.mini.episodes import write_episodes
+from agentkv.mini.shape import RESIZED
 from agentkv.mini.tasks import TASKS
 from envs import oracle
 from envs.actions import Action, Click, Finished, Type
@@ -63,10 +63,9 @@ def record(env: envs.WebEnv, seed: int, screens: list[np.ndarray], rng: random.R
     height, width, _ = observation["screenshot"].shape
     steps = []
     for action in oracle.solve(env):
-        image = Image.fromarray(observation["screenshot"]).resize(RESIZED, Image.Resampling.BICUBIC)
         asks = questions(oracle.describe(env), (width, height), rng)
         steps.append({"screen": len(screens), "answer": answer_of(action, (width, height)), "asks": asks})
-        screens.append(np.asarray(image))
+        screens.append(observation["screenshot"])
         observation, _, _, _, info = env.step(action)
     if not info["success"]:
         return None

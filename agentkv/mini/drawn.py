@@ -17,10 +17,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from agentkv.mini.packing import Ask, Turn
+from agentkv.mini.shape import RESIZED, SCREEN
 from agentkv.mini.words import COLORS, ORDINALS, SHAPES, WORDS
 
-WIDTH, HEIGHT, QUERY_HEIGHT = 160, 210, 50
-RESIZED = (168, 224)
+WIDTH, HEIGHT = SCREEN
+QUERY_HEIGHT = 50
 STEP = 4
 
 _FONTS = {
@@ -117,9 +118,7 @@ class Page:
 
 def _button(page: Page, label: str | None = None, size: int | None = None) -> None:
     rng = page.rng
-    label = label or rng.choice(
-        ("ONE", "TWO", "Submit", "OK", "Cancel", "Login", "Yes", "No", "Next", any_word(rng), any_word(rng))
-    )
+    label = label or rng.choice(("ONE", "TWO", "Submit", "OK", "Cancel", "Login", "Yes", "No", "Next", any_word(rng)))
     font = face(size or rng.choice((10, 11, 13, 13, 13, 14, 18)), "plain")
     text = font.getlength(label)
     width, height = text + rng.choice((8, 12, 30, 50)), font.size + rng.choice((5, 8, 14, 26))
@@ -325,16 +324,17 @@ def _box(page: Page) -> None:
     page.what(name, *middle)
 
 
-_SINGLE = (_box, _box, _box, _button, _word, _fields, _close)
-_MAKERS = (_button, _button, _word, _word, _word, _fields, _ticks, _boxes, _shapes, _tabs, _close)
+_SINGLE = (_box, _box, _button, _word, _fields, _close)
+# Few of the pages ask for words of any kind: reading them is slow to learn, and the tasks name little but fixed labels.
+_MAKERS = (_button, _button, _button, _word, _fields, _ticks, _boxes, _boxes, _shapes, _shapes, _tabs, _close)
 
 
 def drawn_turn(rng: random.Random, asks: int = 8) -> Turn:
-    """One drawn page with about `asks` questions: image uint8 [224, 168, 3] (already in resized pixels)."""
+    """One drawn page with about `asks` questions: image uint8 [210, 160, 3]."""
     page = Page(rng, Image.new("RGB", (WIDTH, HEIGHT), "white"))
     page.draw.rectangle((0, 0, WIDTH, QUERY_HEIGHT), fill=(255, 255, 0))
-    # Half of the pages hold a single thing: places are learned there first, telling things apart comes after.
-    alone = rng.random() < 0.5
+    # Some pages hold a single thing: places are learned there first, telling things apart comes after.
+    alone = rng.random() < 0.3
     fixed = rng.sample((_fields, _ticks, _tabs), 1) if not alone and rng.random() < 0.5 else []
     for maker in fixed + [rng.choice(_SINGLE if alone else _MAKERS) for _ in range(1 if alone else rng.randint(2, 7))]:
         if maker in (_fields, _ticks, _tabs) and page.taken:
@@ -343,8 +343,7 @@ def drawn_turn(rng: random.Random, asks: int = 8) -> Turn:
     _copy(page)
     chosen = rng.sample(page.asks, min(asks, len(page.asks)))
     _query(page, chosen[0].goal)
-    image = page.image.resize(RESIZED, Image.Resampling.BICUBIC)
-    return Turn(np.asarray(image), chosen)
+    return Turn(np.asarray(page.image), chosen)
 
 
 def _query(page: Page, text: str) -> None:

@@ -11,7 +11,7 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from agentkv.mini.drawn import HEIGHT, RESIZED, WIDTH, click, face, say
+from agentkv.mini.drawn import HEIGHT, WIDTH, click, face, say
 from agentkv.mini.packing import Ask, Turn
 
 _SCALE = 2
@@ -101,8 +101,7 @@ class Screen:
         self.ask(f"Click on the {colour} {shape}.", _middle(box), "memory-where")
 
     def pixels(self) -> np.ndarray:
-        small = self.image.reduce(_SCALE)
-        return np.asarray(small.resize(RESIZED, Image.Resampling.BICUBIC))
+        return np.asarray(self.image.reduce(_SCALE))
 
 
 class Episode:

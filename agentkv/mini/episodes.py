@@ -1,6 +1,6 @@
 """Recorded oracle episodes on disk: one .npz (screenshots, uint8) with its JSON header per file, no pickle.
 
-A file holds many episodes of one task: `screens` [N, height, width, 3] resized, and `episodes`, a JSON text: a list of
+A file holds many episodes of one task: `screens` [N, height, width, 3], and `episodes`, a JSON text: a list of
 {"task", "seed", "goal", "steps": [{"screen": index, "answer": text, "asks": [[goal, answer, task], ...]}, ...]}.
 """
 
@@ -16,7 +16,8 @@ import numpy as np
 
 from agentkv.mini.packing import Ask, Turn
 
-HISTORY_FRAMES = 8
+# earlier screenshots in a prompt: as `agentkv.run` does by default, and all that the model was made for
+HISTORY_FRAMES = (4, 8)
 
 
 def write_episodes(path: Path, screens: list[np.ndarray], episodes: list[dict]) -> None:
@@ -64,14 +65,14 @@ def turns_of(screens: np.ndarray, episode: dict, rng: random.Random) -> list[Tur
     """Turns of one episode. Where it is longer than a prompt's history, one window ends at a random step: earlier steps
     are text, and only the last step of the window is asked (the others would see too little)."""
     steps, goal, task = episode["steps"], episode["goal"], episode["task"]
-    last, blind = len(steps) - 1, rng.random() < 0.05
-    long = last > HISTORY_FRAMES
+    last, blind, frames = len(steps) - 1, rng.random() < 0.05, rng.choice(HISTORY_FRAMES)
+    long = last > frames
     if blind or (long and rng.random() < 0.8):
-        last = rng.randint(0 if blind else HISTORY_FRAMES + 1, last) if last else 0
+        last = rng.randint(0 if blind else frames + 1, last) if last else 0
     elif long:
-        last = HISTORY_FRAMES
-    only_last = blind or last > HISTORY_FRAMES
-    first_frame = last if blind else max(0, last - HISTORY_FRAMES)
+        last = frames
+    only_last = blind or last > frames
+    first_frame = last if blind else max(0, last - frames)
     turns = []
     for index, step in enumerate(steps[: last + 1]):
         image = screens[step["screen"]] if index >= first_frame else None

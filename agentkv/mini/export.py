@@ -60,9 +60,9 @@ def processor_settings() -> dict:
 
 
 def _published(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors without the tied projection (it is the embedding)."""
+    """The tensors in fp16 (loading widens them again), without the tied projection (it is the embedding)."""
     skip = "lm_head.weight"
-    return {name: tensor.detach().float().contiguous() for name, tensor in weights.items() if name != skip}
+    return {name: tensor.detach().half().cpu().contiguous() for name, tensor in weights.items() if name != skip}
 
 
 def _json(path: Path, value: dict) -> None:

@@ -11,22 +11,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from agentkv.mini.drawn import drawn_turn
 from agentkv.mini.drawn_memory import drawn_episode
 from agentkv.mini.episodes import EpisodeStore
-from agentkv.mini.packing import Batch, Packer, Turn, collate
+from agentkv.mini.packing import Batch, Packed, Packer, Turn, collate
+
+POOL = 8
 
 
 @dataclass(frozen=True)
 class Mix:
-    """How the data is composed: `images` screenshots per batch; shares of batches of single drawn pages (with `asks`
-    questions each) and of drawn memory episodes; the rest are recorded episodes (drawn pages while there are none).
+    """How the data is composed: `images` screenshots per batch; shares of sequences that are single drawn pages (with
+    `asks` questions each) and drawn memory episodes; the rest are recorded episodes (drawn pages while there are none).
     """
 
-    images: int = 10
+    images: int = 12
     drawn: float = 0.4
     memory: float = 0.3
     asks: int = 8
@@ -41,27 +43,47 @@ class Mix:
 
 
 class Feed(IterableDataset):
-    """Endless `Batch`es; sequences of one batch are all drawn pages or all episodes, so that padding stays small."""
+    """Endless `Batch`es. A pool of `POOL` batches' worth of sequences is sorted by length before it is cut, so that
+    padding stays small; drawn pages and episodes mix freely.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, system: str, mix: Mix, folder: Path, seed: int) -> None:
         self.tokenizer, self.system, self.mix, self.folder, self.seed = tokenizer, system, mix, folder, seed
 
     def __iter__(self) -> Iterator[Batch]:
-        os.nice(5)
-        rng = random.Random(self.seed)
-        packer = Packer(self.tokenizer, self.system)
-        store = EpisodeStore(self.folder)
+        worker = get_worker_info()
+        rng = random.Random(self.seed * 1000 + (worker.id if worker else 0))
+        if worker:
+            os.nice(5)
+        packer, store = Packer(self.tokenizer, self.system), EpisodeStore(self.folder)
         while True:
             store.refresh()
-            roll, sequences, images = rng.random(), [], 0
-            while images < self.mix.images:
-                packed = packer.pack(self._turns(roll, store, rng))
+            pool, images = [], 0
+            while images < POOL * self.mix.images:
+                packed = packer.pack(self._turns(store, rng))
                 if packed.images:
-                    sequences.append(packed)
+                    pool.append(packed)
                     images += len(packed.images)
-            yield collate(sequences, self.tokenizer.pad_token_id)
+            pool.sort(key=lambda packed: len(packed.ids))
+            batches = list(self._cut(pool))
+            rng.shuffle(batches)
+            for batch in batches:
+                yield collate(batch, self.tokenizer.pad_token_id)
 
-    def _turns(self, roll: float, store: EpisodeStore, rng: random.Random) -> list[Turn]:
+    def _cut(self, pool: list[Packed]) -> Iterator[list[Packed]]:
+        batch: list[Packed] = []
+        images = 0
+        for packed in pool:
+            batch.append(packed)
+            images += len(packed.images)
+            if images >= self.mix.images:
+                yield batch
+                batch, images = [], 0
+        if batch:
+            yield batch
+
+    def _turns(self, store: EpisodeStore, rng: random.Random) -> list[Turn]:
+        roll = rng.random()
         if roll < self.mix.memory:
             return drawn_episode(rng)
         if roll < self.mix.memory + self.mix.drawn or not len(store):

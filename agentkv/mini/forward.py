@@ -13,20 +13,24 @@ import torch.nn.functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from agentkv.mini.packing import IGNORE, Batch
+from agentkv.mini.shape import RESIZED
 
-_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
-_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
 
 def patches(images: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
-    """Screenshots uint8 [N, height, width, 3] -> normalised patches [N, tokens, 3 * patch * patch], merge blocks
-    together.
+    """Screenshots uint8 [N, height, width, 3], enlarged as the processor does -> normalised patches [N, tokens, 3 *
+    patch * patch], merge blocks together.
     """
-    pixels = (images.float() / 255.0 - _MEAN) / _STD
-    count, height, width, _ = pixels.shape
-    side = patch * merge
-    grid = pixels.view(count, height // side, merge, patch, width // side, merge, patch, 3)
-    return grid.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(count, -1, 3 * patch * patch)
+    (width, height), count, side = RESIZED, len(images), patch * merge
+    pixels = images.permute(0, 3, 1, 2).float()
+    # Columns first, then rows, rounded after each, as Pillow does.
+    for size in ((pixels.shape[2], width), (height, width)):
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    pixels = (pixels / 255.0 - _MEAN.to(pixels.device)) / _STD.to(pixels.device)
+    grid = pixels.view(count, 3, height // side, merge, patch, width // side, merge, patch)
+    return grid.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(count, -1, 3 * patch * patch)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -39,8 +43,9 @@ def _angles(visual: torch.nn.Module, rows: int, columns: int, merge: int) -> tup
     index = (
         torch.arange(rows * columns).view(rows // merge, merge, columns // merge, merge).permute(0, 2, 1, 3).flatten()
     )
-    place = torch.stack([index // columns, index % columns])
-    angle = place[..., None].float() * visual.rotary_pos_emb.inv_freq.float()
+    frequency = visual.rotary_pos_emb.inv_freq.float()
+    place = torch.stack([index // columns, index % columns]).to(frequency.device)
+    angle = place[..., None].float() * frequency
     both = torch.cat([angle[0], angle[1]], dim=-1)
     both = torch.cat([both, both], dim=-1)
     return both.cos(), both.sin()
@@ -50,10 +55,10 @@ def encode_images(model: Qwen2_5_VLForConditionalGeneration, images: torch.Tenso
     """Screenshots uint8 [N, height, width, 3] -> visual tokens [N, tokens, hidden]."""
     visual, config = model.model.visual, model.config.vision_config
     flat = patches(images, config.patch_size, config.spatial_merge_size)
-    rows, columns = images.shape[1] // config.patch_size, images.shape[2] // config.patch_size
+    rows, columns = RESIZED[1] // config.patch_size, RESIZED[0] // config.patch_size
     # A still image is repeated along time, so the temporal slices of the kernel may be summed first.
     weight = visual.patch_embed.proj.weight.sum(2).flatten(1)
-    hidden = F.linear(flat, weight)
+    hidden = F.linear(flat, weight).to(weight.dtype)
     cos, sin = _angles(visual, rows, columns, config.spatial_merge_size)
     for block in visual.blocks:
         hidden = _vision_block(block, hidden, cos, sin)
@@ -89,10 +94,10 @@ def read(model: Qwen2_5_VLForConditionalGeneration, batch: Batch, hint_layer: in
     text = model.model.language_model
     embedded = text.embed_tokens(batch.ids)
     holes = (batch.ids == model.config.image_token_id)[..., None].expand_as(embedded)
-    hidden = embedded.masked_scatter(holes, encode_images(model, batch.images))
-    mask = torch.zeros(batch.visible.shape, dtype=hidden.dtype).masked_fill(
-        ~batch.visible, torch.finfo(hidden.dtype).min
-    )
+    hidden = embedded.masked_scatter(holes, encode_images(model, batch.images).to(embedded.dtype))
+    shut, kind = ~batch.visible(), hidden.device.type
+    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    mask = torch.zeros(shut.shape, dtype=compute, device=shut.device).masked_fill_(shut, torch.finfo(compute).min)
     angles = text.rotary_emb(hidden, batch.positions)
     kept = hidden
     for number, layer in enumerate(text.layers):

@@ -15,19 +15,20 @@ import torch.nn.functional as F
 
 from agentkv.mini.forward import Reading, rotate
 from agentkv.mini.packing import Batch
+from agentkv.mini.shape import CELLS
 
 
 class Hints(torch.nn.Module):
-    """The linear head for cells and both losses. `cells` = visual tokens of a screenshot."""
+    """The linear head for cells and both losses."""
 
-    def __init__(self, hidden: int, cells: int = 48) -> None:
+    def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.cell = torch.nn.Linear(hidden, cells)
+        self.cell = torch.nn.Linear(hidden, CELLS[0] * CELLS[1])
 
     def forward(self, batch: Batch, reading: Reading, image_token_id: int) -> torch.Tensor:
         """Sum of both losses, a scalar."""
         seen = reading.hidden[batch.ids == image_token_id].view(-1, self.cell.out_features, reading.hidden.shape[-1])
-        cells = torch.arange(self.cell.out_features).expand(seen.shape[:2])
+        cells = torch.arange(self.cell.out_features, device=seen.device).expand(seen.shape[:2])
         loss = F.cross_entropy(self.cell(F.rms_norm(seen, seen.shape[-1:])).flatten(0, 1), cells.flatten())
         return loss - looks(batch, reading).add(1e-6).log().mean() if len(batch.hints) else loss
 

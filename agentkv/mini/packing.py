@@ -7,17 +7,20 @@ episode costs one pass, and what is learned at step t is bit for bit the prompt 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from agentkv.mini.shape import CELLS, MERGE, PATCH
 from agentkv.mini.tokenizer import MAX_NUMBER
 
 IGNORE = -100
+# side of a visual token in resized pixels
+_UNIT = PATCH * MERGE
 
 
 class Hint(NamedTuple):
@@ -39,7 +42,7 @@ class Ask(NamedTuple):
 
 @dataclass
 class Turn:
-    """One step: `image` uint8 [height, width, 3] in resized pixels, or None for a step that is kept as text only."""
+    """One step: `image` uint8 [height, width, 3] of SCREEN's size, or None for a step that is kept as text only."""
 
     image: np.ndarray | None
     asks: list[Ask] = field(default_factory=list)
@@ -48,8 +51,8 @@ class Turn:
 
 @dataclass
 class Packed:
-    """One sequence of S tokens: ids [S], positions [3, S] (M-RoPE), labels [S], branch [S] (0 = trunk), images, task
-    per token, and where to look for the answers that name a place.
+    """One sequence of S tokens: ids [S], positions [3, S] (M-RoPE), labels [S], branch [S] (0 = trunk), images, (task,
+    number of tokens) per answer in order, and where to look for the answers that name a place.
     """
 
     ids: list[int]
@@ -57,17 +60,15 @@ class Packed:
     labels: list[int]
     branch: list[int]
     images: list[np.ndarray]
-    tasks: list[str]
+    answers: list[tuple[str, int]]
     hints: list[Hint]
 
 
 class Packer:
-    """Turns lists of `Turn` into `Packed` sequences for one tokenizer; `unit` is the side of a visual token in
-    pixels.
-    """
+    """Turns lists of `Turn` into `Packed` sequences for one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str, unit: int = 28) -> None:
-        self.tokenizer, self.unit = tokenizer, unit
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str) -> None:
+        self.tokenizer = tokenizer
         self.image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self.system = self._encode(f"<|im_start|>system\n{system}<|im_end|>\n")
         self.open_user = self._encode("<|im_start|>user\n")
@@ -98,7 +99,7 @@ class Packer:
         for at in range(len(ids) - 2):
             x, y = self.numbers.get(ids[at]), self.numbers.get(ids[at + 2])
             if x is not None and y is not None and ids[at + 1] == self.comma and max(x, y) >= 12:
-                return at, x // self.unit, y // self.unit
+                return at, x // _UNIT, y // _UNIT
         return None
 
     def pack(self, turns: list[Turn]) -> Packed:
@@ -108,7 +109,7 @@ class Packer:
         for turn in turns:
             if turn.image is not None:
                 draft.text(self.open_user + self.open_image)
-                draft.image(turn.image, self.unit, self.image_id)
+                draft.image(turn.image, self.image_id)
                 draft.text(self.close_image)
             for ask in turn.asks:
                 question, answer = self._text(ask.goal) + self.to_assistant, self._text(ask.answer) + self.end
@@ -126,34 +127,33 @@ class _Draft:
         self.ids: list[int] = []
         self.labels: list[int] = []
         self.branch: list[int] = []
-        self.tasks: list[str] = []
+        self.answers: list[tuple[str, int]] = []
         self.images: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
         self.at = 0
         self.branches = 0
         self.hints: list[Hint] = []
-        self.frame = (0, 0, 0)
+        self.frame = -1
 
-    def _add(self, ids: list[int], labels: list[int], branch: int, positions: np.ndarray, task: str) -> None:
+    def _add(self, ids: list[int], labels: list[int], branch: int, positions: np.ndarray) -> None:
         self.ids += ids
         self.labels += labels
         self.branch += [branch] * len(ids)
-        self.tasks += [task] * len(ids)
         self.positions.append(positions)
 
     def text(self, ids: list[int]) -> None:
         steps = np.tile(np.arange(self.at, self.at + len(ids)), (3, 1))
-        self._add(ids, [IGNORE] * len(ids), 0, steps, "")
+        self._add(ids, [IGNORE] * len(ids), 0, steps)
         self.at += len(ids)
 
-    def image(self, image: np.ndarray, unit: int, image_id: int) -> None:
-        rows, columns = image.shape[0] // unit, image.shape[1] // unit
+    def image(self, image: np.ndarray, image_id: int) -> None:
+        columns, rows = CELLS
         count = rows * columns
         grid = np.stack(
             [np.zeros(count, dtype=int), np.repeat(np.arange(rows), columns), np.tile(np.arange(columns), rows)]
         )
-        self.frame = (len(self.ids), rows, columns)
-        self._add([image_id] * count, [IGNORE] * count, 0, grid + self.at, "")
+        self.frame = len(self.ids)
+        self._add([image_id] * count, [IGNORE] * count, 0, grid + self.at)
         self.at += max(rows, columns)
         self.images.append(image)
 
@@ -173,36 +173,54 @@ class _Draft:
             self._hint(range(reply, reply + min(3, len(answer) - 1)), *asked[1:])
         ids = question + answer
         steps = np.tile(np.arange(self.at, self.at + len(ids)), (3, 1))
-        self._add(ids, [IGNORE] * len(question) + answer, self.branches, steps, task)
+        self._add(ids, [IGNORE] * len(question) + answer, self.branches, steps)
+        self.answers.append((task, len(answer)))
 
     def _hint(self, queries: Iterable[int], column: int, row: int) -> None:
-        start, rows, columns = self.frame
-        if rows:
-            key = start + min(row, rows - 1) * columns + min(column, columns - 1)
+        columns, rows = CELLS
+        if self.frame >= 0:
+            key = self.frame + min(row, rows - 1) * columns + min(column, columns - 1)
             self.hints += [Hint(query, key) for query in queries]
 
     def done(self) -> Packed:
         positions = np.concatenate(self.positions, 1)
-        return Packed(self.ids, positions, self.labels, self.branch, self.images, self.tasks, self.hints)
+        return Packed(self.ids, positions, self.labels, self.branch, self.images, self.answers, self.hints)
 
 
 @dataclass
 class Batch:
-    """Padded tensors of B sequences: ids [B, S], positions [3, B, S], visible bool [B, 1, S, S], labels [B, S] already
-    shifted (labels[:, i] is what position i must say), images uint8 [N, height, width, 3], tasks [B][S], hints [K, 3]
-    (row, query, key)."""
+    """Padded tensors of B sequences: ids [B, S], positions [3, B, S], branch [B, S] (-1 = padding), labels [B, S]
+    already shifted (labels[:, i] is what position i must say), images uint8 [N, height, width, 3], hints [K, 3] (row,
+    query, key), and (task, number of labels) per answer in row order.
+    """
 
     ids: torch.Tensor
     positions: torch.Tensor
-    visible: torch.Tensor
+    branch: torch.Tensor
     labels: torch.Tensor
     images: torch.Tensor
-    tasks: list[list[str]]
     hints: torch.Tensor
+    answers: list[tuple[str, int]]
+
+    def visible(self) -> torch.Tensor:
+        """The tree mask, bool [B, 1, S, S]: a position sees its own branch and the trunk, up to itself."""
+        branch, length = self.branch, self.branch.shape[1]
+        same = branch[:, :, None] == branch[:, None, :]
+        trunk = (branch == 0)[:, None, :] & (branch >= 0)[:, :, None]
+        return ((same | trunk) & torch.ones(length, length, dtype=torch.bool, device=branch.device).tril())[:, None]
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The batch with `function` applied to every tensor."""
+        changed = {f.name: function(getattr(self, f.name)) for f in fields(self) if f.name != "answers"}
+        return replace(self, **changed)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory (called by the data loader)."""
+        return self.map(torch.Tensor.pin_memory)
 
 
 def collate(sequences: list[Packed], pad_id: int, multiple: int = 32) -> Batch:
-    """Right-pad the sequences to one length (a multiple of `multiple`) and build the tree mask."""
+    """Right-pad the sequences to one length, a multiple of `multiple`."""
     length = max(len(s.ids) for s in sequences)
     length = -(-length // multiple) * multiple
     count = len(sequences)
@@ -216,10 +234,7 @@ def collate(sequences: list[Packed], pad_id: int, multiple: int = 32) -> Batch:
         labels[row, : size - 1] = torch.tensor(sequence.labels[1:])
         positions[:, row, :size] = torch.from_numpy(sequence.positions)
         branch[row, :size] = torch.tensor(sequence.branch)
-    same = branch[:, :, None] == branch[:, None, :]
-    trunk = (branch == 0)[:, None, :] & (branch >= 0)[:, :, None]
-    visible = (same | trunk) & torch.ones(length, length, dtype=torch.bool).tril()
     images = torch.from_numpy(np.stack([image for s in sequences for image in s.images]))
     hints = torch.tensor([(row, *hint) for row, s in enumerate(sequences) for hint in s.hints], dtype=torch.long)
-    hints = hints.view(-1, 3)
-    return Batch(ids, positions, visible[:, None], labels, images, [s.tasks for s in sequences], hints)
+    answers = [answer for s in sequences for answer in s.answers]
+    return Batch(ids, positions, branch, labels, images, hints.view(-1, 3), answers)

@@ -1,8 +1,8 @@
 """The mini model's size: a real Qwen2.5-VL, only small enough to be trained on two CPU cores and shipped with the code.
 
-Two settings differ in kind from the 7B. `rope_theta` is 10 instead of 1e6: with 16 frequencies per head the width
+Three settings differ in kind from the 7B. `rope_theta` is 30 instead of 1e6: with 16 frequencies per head the width
 axis of M-RoPE would otherwise turn by less than 0.001 rad over a whole screenshot. Every vision block sees the whole
-frame.
+frame. Patches are not merged: a small page then still has 192 visual tokens, enough for a cache method to choose from.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
 PATCH = 14
-MERGE = 2
-# Screenshots of 160 x 210 CSS pixels become 168 x 224: 6 x 8 visual tokens.
-MIN_PIXELS = 4 * (PATCH * MERGE) ** 2
-MAX_PIXELS = 256 * (PATCH * MERGE) ** 2
+MERGE = 1
+# A screenshot of 160 x 210 CSS pixels is enlarged to 168 x 224, which makes 12 x 16 visual tokens. The library rounds
+# up after scaling to the fewest pixels, hence a little less than 12 * 16 here.
+SCREEN, RESIZED, CELLS = (160, 210), (168, 224), (12, 16)
+MIN_PIXELS = 185 * (PATCH * MERGE) ** 2
+MAX_PIXELS = 1024 * (PATCH * MERGE) ** 2
 
 
 def mini_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLConfig:
@@ -29,7 +31,7 @@ def mini_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLConfig:
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [4, 6, 6]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [4, 6, 6]},
         "bos_token_id": None,
         "eos_token_id": token("<|im_end|>"),
         "pad_token_id": token("<|endoftext|>"),

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from agentkv.mini.checkpoint import load_state, save_state
-from agentkv.mini.drawn import RESIZED, click, drawn_turn
+from agentkv.mini.drawn import click, drawn_turn
 from agentkv.mini.drawn_memory import drawn_episode
 from agentkv.mini.episodes import EpisodeStore, write_episodes
 from agentkv.mini.export import AGENT, SYSTEM, processor_settings
@@ -60,15 +60,11 @@ def shots(count: int) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 255, (210, 160, 3), dtype=np.uint8)) for _ in range(count)]
 
 
-def small(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.resize(RESIZED, Image.Resampling.BICUBIC))
-
-
 def test_every_packed_step_is_the_prompt_of_that_step(adapter: QwenVLAdapter) -> None:
     images, other = shots(2), Ask("Remember the code, then type it.", "Action: type(content='48')", "copy")
     turns = [
-        Turn(small(images[0]), [Ask(GOAL, ANSWER, "a"), other], "Action: wait()"),
-        Turn(small(images[1]), [other, Ask(GOAL, ANSWER, "a")]),
+        Turn(np.asarray(images[0]), [Ask(GOAL, ANSWER, "a"), other], "Action: wait()"),
+        Turn(np.asarray(images[1]), [other, Ask(GOAL, ANSWER, "a")]),
     ]
     packed = Packer(adapter.tokenizer, SYSTEM).pack(turns)
     batch = collate([packed], adapter.tokenizer.pad_token_id)
@@ -87,7 +83,7 @@ def test_every_packed_step_is_the_prompt_of_that_step(adapter: QwenVLAdapter) ->
                 inputs["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(said, dtype=kinds.dtype)], 1)
                 expected.append(adapter.model(**inputs).logits[0, -said.shape[1] - 1 : -1])
             history.append((image, turn.reply or ""))
-    torch.testing.assert_close(logits, torch.cat(expected), atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(logits, torch.cat(expected), atol=2e-3, rtol=1e-3)
     said = "".join(ask.answer + "<|im_end|>" for turn in turns for ask in turn.asks)
     assert adapter.tokenizer.decode(targets) == said
 
@@ -107,13 +103,13 @@ def test_hints_measure_the_attention_that_the_layer_pays(adapter: QwenVLAdapter)
 
 
 def test_place_heads_fall_by_row_and_by_column(adapter: QwenVLAdapter) -> None:
-    blank = Turn(np.full((224, 168, 3), 255, dtype=np.uint8), [Ask(GOAL, ANSWER, "a")])
+    blank = Turn(np.full((210, 160, 3), 255, dtype=np.uint8), [Ask(GOAL, ANSWER, "a")])
     batch = collate([Packer(adapter.tokenizer, SYSTEM).pack([blank])], 0, 1)
     with torch.no_grad():
         after = read(adapter.model, batch, hint_layer=1).hidden[batch.ids == adapter.model.config.image_token_id]
-    grid = after.view(8, 6, -1)
-    assert (grid[0, 0] - grid[7, 0]).norm() > 0.5
-    assert (grid[0, 0] - grid[0, 5]).norm() > 0.5
+    grid = after.view(16, 12, -1)
+    assert (grid[0, 0] - grid[15, 0]).norm() > 0.5
+    assert (grid[0, 0] - grid[0, 11]).norm() > 0.5
 
 
 def test_drawn_data_is_sound() -> None:
@@ -122,7 +118,7 @@ def test_drawn_data_is_sound() -> None:
         episode = drawn_episode(rng)
         assert episode[-1].reply is None and all(turn.reply for turn in episode[:-1])
         for turn in [drawn_turn(rng), *episode]:
-            assert turn.image is not None and turn.image.shape == (224, 168, 3) and turn.asks
+            assert turn.image is not None and turn.image.shape == (210, 160, 3) and turn.asks
             assert all(ask.answer.startswith("Action: ") for ask in turn.asks)
     assert click(80, 105) == ANSWER
 
@@ -137,42 +133,43 @@ def test_soft_targets_spread_over_near_coordinates_only(tokenizer: PreTrainedTok
 
 
 def test_meter_counts_whole_answers(tokenizer: PreTrainedTokenizerFast) -> None:
-    turn = Turn(np.zeros((224, 168, 3), dtype=np.uint8), [Ask(GOAL, ANSWER, "a"), Ask(GOAL, ANSWER, "b")])
+    turn = Turn(np.zeros((210, 160, 3), dtype=np.uint8), [Ask(GOAL, ANSWER, "a"), Ask(GOAL, ANSWER, "b")])
     batch = collate([Packer(tokenizer, SYSTEM).pack([turn])], 0)
     targets = batch.labels[batch.labels != -100]
     said = targets.clone()
     said[1] = tokenizer.convert_tokens_to_ids("88")
     said[-1] = tokenizer.convert_tokens_to_ids(",")
     meter = Meter(soft_targets(tokenizer)[0])
-    meter.add(batch, torch.nn.functional.one_hot(said, len(tokenizer)).float(), targets, 1.0)
+    meter.add(batch, torch.nn.functional.one_hot(said, len(tokenizer)).float(), targets, torch.tensor(1.0))
     assert meter.line() == "loss 1.000 | a:100 b:0"
 
 
 def test_state_survives_a_restart(tmp_path: Path) -> None:
-    def fresh() -> tuple[torch.nn.Module, dict[str, torch.Tensor], torch.optim.AdamW]:
+    def fresh() -> tuple[torch.nn.Module, dict[str, torch.Tensor], list[torch.optim.Optimizer]]:
         model = torch.nn.Linear(3, 2)
         return (
             model,
             {n: p.detach().clone() for n, p in model.named_parameters()},
-            torch.optim.AdamW(model.parameters()),
+            [torch.optim.AdamW([model.bias]), torch.optim.Muon([model.weight])],
         )
 
-    model, average, optimizer = fresh()
+    model, average, optimizers = fresh()
     model(torch.ones(3)).sum().backward()
-    optimizer.step()
-    save_state(tmp_path / "state.safetensors", model, average, optimizer, {"step": 5, "seconds": 1.5})
+    for optimizer in optimizers:
+        optimizer.step()
+    save_state(tmp_path / "state.safetensors", model, average, optimizers, {"step": 5, "seconds": 1.5})
     again, other, second = fresh()
     assert load_state(tmp_path / "state.safetensors", again, other, second) == {"step": 5, "seconds": 1.5}
     torch.testing.assert_close(again.weight, model.weight)
     torch.testing.assert_close(other["bias"], average["bias"])
-    moments = second.state[again.weight], optimizer.state[model.weight]
-    torch.testing.assert_close(moments[0]["exp_avg"], moments[1]["exp_avg"])
-    assert moments[0]["step"] == moments[1]["step"]
+    for number, key, name in ((0, "exp_avg", "bias"), (0, "step", "bias"), (1, "momentum_buffer", "weight")):
+        came = second[number].state[getattr(again, name)][key]
+        torch.testing.assert_close(came, optimizers[number].state[getattr(model, name)][key])
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_recorded_episodes_come_back(tmp_path: Path) -> None:
-    screens = [np.full((224, 168, 3), shade, dtype=np.uint8) for shade in (10, 20)]
+    screens = [np.full((210, 160, 3), shade, dtype=np.uint8) for shade in (10, 20)]
     steps = [{"screen": 0, "answer": "Action: wait()", "asks": []}, {"screen": 1, "answer": ANSWER, "asks": []}]
     write_episodes(tmp_path / "t-1.npz", screens, [{"task": "t", "seed": 1, "goal": GOAL, "steps": steps}])
     store = EpisodeStore(tmp_path)

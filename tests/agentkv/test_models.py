@@ -47,10 +47,10 @@ def test_prompt_places_screenshots_in_order(adapter: QwenVLAdapter) -> None:
     assert len(prompt.spans) == len(prompt.frames) == 3
     assert prompt.inputs["image_grid_thw"].tolist() == [[1, 16, 12]] * 3
     for start, end in prompt.spans:
-        assert end - start == 48
+        assert end - start == 192
         assert (ids[0, start:end] == token).all()
         assert ids[0, start - 1] == adapter.model.config.vision_start_token_id
-    assert int((ids == token).sum()) == 3 * 48
+    assert int((ids == token).sum()) == 3 * 192
     assert prompt.inputs["mm_token_type_ids"].tolist() == (ids == token).int().tolist()
     text = adapter.tokenizer.decode(ids[0]).replace("<|image_pad|>", "")
     picture = "<|vision_start|><|vision_end|>"

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Error
 
 import envs
 from envs import live
@@ -107,3 +108,21 @@ def test_two_browsers_share_nothing(browser: Browser, site: Site) -> None:
         for tab in tabs:
             tab.close()
             tab.close()
+
+
+@pytest.mark.browser
+def test_a_tab_whose_page_died_between_episodes_is_not_used_again(
+    browser: Browser, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dead(*place: float) -> None:
+        raise Error("Target crashed")
+
+    env = live.make(site.page("<body>fine"), "look", browser, viewport=(160, 120), reuse_tab=True)
+    env.reset(seed=0)
+    first = env.tab
+    env.reset(seed=1)
+    assert env.tab is first
+    monkeypatch.setattr(type(first.page.mouse), "move", dead)
+    observation, _ = env.reset(seed=2)
+    assert env.tab is not first and observation["screenshot"].shape == (120, 160, 3)
+    env.close()
