@@ -24,8 +24,8 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from agentkv.actions import ParseError
 from agentkv.agent import EpisodeResult, Step
+from agentkv.grammars import ParseError
 from envs import actions
 
 ACTIONS = {cls.__name__: cls for cls in get_args(actions.Action)}

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import envs
-from agentkv.actions import ParseError
+from agentkv.grammars import ParseError
 from agentkv.meta import run_meta
 from agentkv.mini.tasks import MEMORY, TASKS
 from agentkv.models import ModelAdapter, load_adapter

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agentkv.actions import Frame, ParseError
+from agentkv.grammars import Frame, ParseError
 from agentkv.spans import Span
 from envs.actions import Action
 

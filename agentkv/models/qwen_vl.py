@@ -19,8 +19,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import cached_file
 
-from agentkv import actions
-from agentkv.actions import Frame, ParseError
+from agentkv.grammars import Frame, ParseError, ui_tars
 from agentkv.models.base import History, Prompt
 from agentkv.spans import find_spans
 from envs.actions import Action
@@ -154,12 +153,12 @@ class QwenVLAdapter:
         return Frame(css_size or image.size, (columns * patch, rows * patch), (rows // merge, columns // merge))
 
     def parse(self, text: str, frame: Frame) -> Action | ParseError:
-        """The first action of a reply (`agentkv.actions.parse`)."""
-        return actions.parse(text, frame)
+        """The first action of a reply (`agentkv.grammars.ui_tars.parse`)."""
+        return ui_tars.parse(text, frame)
 
     def render(self, action: Action, frame: Frame) -> str:
-        """`action` as UI-TARS says it (`agentkv.actions.render`)."""
-        return actions.render(action, frame)
+        """`action` as UI-TARS says it (`agentkv.grammars.ui_tars.render`)."""
+        return ui_tars.render(action, frame)
 
 
 def _defuse(text: str) -> str:

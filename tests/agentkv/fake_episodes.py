@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from agentkv.actions import ParseError
 from agentkv.agent import Decision, FrameKept, Limits, run_episode
+from agentkv.grammars import ParseError
 from agentkv.play import Plan, open_folder
 from agentkv.stats import UNITS
 from agentkv.trace import EpisodeTrace, episode_folder

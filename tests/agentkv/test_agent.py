@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from agentkv.actions import ParseError
 from agentkv.agent import Agent, Limits, ScriptPolicy, kept_frames, run_episode
+from agentkv.grammars import ParseError
 from envs.actions import CallUser, Click, Finished, Type
 from tests.agentkv.fake_episodes import FakeEnv, FakePolicy, tiny_adapter
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from agentkv.actions import ParseError
+from agentkv.grammars import ParseError
 from agentkv.mini.export import export
 from agentkv.mini.tokenizer import build_tokenizer
 from agentkv.mini.train import fresh_model

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from agentkv import report
-from agentkv.actions import ParseError
+from agentkv.grammars import ParseError
 from agentkv.report import write_report
 from agentkv.trace import read_run
 from envs.actions import Click, Drag, Scroll, Type

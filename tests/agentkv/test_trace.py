@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from agentkv import trace
-from agentkv.actions import ParseError
 from agentkv.agent import run_episode
+from agentkv.grammars import ParseError
 from agentkv.play import Plan, open_folder
 from agentkv.trace import ACTIONS, EpisodeTrace, NoSpace, action_from_dict, action_to_dict
 from envs.actions import Click, Hotkey

@@ -1,20 +1,19 @@
 """The UI-TARS action grammar: what a model says <-> typed actions in CSS pixels. Parsed by a scanner, never executed.
 
-A reply is an optional thought and `Action: name(key='value', ...)`. Points are pixels of the resized screenshot that
-the model saw and are spelled `(x,y)`, `<|box_start|>(x,y)<|box_end|>`, `<point>x y</point>` or `[x1, y1, x2, y2]` (a
-box stands for its centre). Only the first action counts: it may change the page, so what was said to follow it was
-decided without seeing the result; everything after it is ignored. The scan is linear in the length of the reply,
-which is limited.
+A reply is an optional thought and `Action: name(key='value', ...)`. Points are spelled `(x,y)`,
+`<|box_start|>(x,y)<|box_end|>`, `<point>x y</point>` or `[x1, y1, x2, y2]` (a box stands for its centre). Only the
+first action counts: it may change the page, so what was said to follow it was decided without seeing the result;
+everything after it is ignored. The scan is linear in the length of the reply, which is limited.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast
 
+from agentkv.grammars.base import MAX_KEYS, Frame, ParseError, Reject, key_of, refuse_size, word_of
 from envs.actions import (
     Action,
     CallUser,
@@ -28,69 +27,6 @@ from envs.actions import (
     Type,
     Wait,
 )
-
-MAX_REPLY = 65_536
-# A point this far outside the image is a slip of rounding and moves to the edge; further out it is an error.
-OVERSHOOT = 0.01
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One screenshot as a model saw it: `css` and `resized` are (width, height), `grid` the (rows, columns) of its
-    visual tokens.
-
-    Points of the model are pixels of `resized`, the size that the processor made of it; nothing else is used to
-    convert.
-    """
-
-    css: tuple[int, int]
-    resized: tuple[int, int]
-    grid: tuple[int, int] = (0, 0)
-
-    def __post_init__(self) -> None:
-        for name, size in (("css", self.css), ("resized", self.resized)):
-            if min(size) < 1:
-                raise ValueError(f"{name}={size} is not a size in pixels; both sides must be at least 1")
-
-    def to_css(self, x: float, y: float) -> tuple[float, float]:
-        """A point of the resized image in CSS pixels."""
-        return x * self.css[0] / self.resized[0], y * self.css[1] / self.resized[1]
-
-    def to_resized(self, x: float, y: float) -> tuple[int, int]:
-        """A CSS point as whole pixels of the resized image, inside it; undoes `to_css` exactly for whole pixels."""
-        return (
-            _inside(round(x * self.resized[0] / self.css[0]), self.resized[0]),
-            _inside(round(y * self.resized[1] / self.css[1]), self.resized[1]),
-        )
-
-
-def _inside(value: int, size: int) -> int:
-    return min(max(value, 0), size - 1)
-
-
-@dataclass(frozen=True)
-class ParseError:
-    """Why a reply is no action, and at which character; a value that the loop shows and counts, never an exception."""
-
-    reason: str
-    position: int = 0
-
-
-class _Reject(Exception):
-    def __init__(self, reason: str, position: int) -> None:
-        super().__init__(reason)
-        self.error = ParseError(reason, position)
-
-
-_MODIFIERS = {"ctrl": "Control", "control": "Control", "shift": "Shift", "alt": "Alt", "option": "Alt"}
-_MODIFIERS |= dict.fromkeys(("meta", "cmd", "command", "win", "super"), "Meta")
-_NAMED = ("Enter", "Escape", "Tab", "Backspace", "Delete", "Space", "Home", "End", "PageUp", "PageDown", "Insert")
-_NAMED += ("ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight", "CapsLock") + tuple(f"F{n}" for n in range(1, 13))
-_KEYS = _MODIFIERS | {name.lower(): name for name in _NAMED}
-_KEYS |= {"return": "Enter", "esc": "Escape", "del": "Delete", "up": "ArrowUp", "down": "ArrowDown"}
-_KEYS |= {"left": "ArrowLeft", "right": "ArrowRight", "pgup": "PageUp", "pgdn": "PageDown"}
-_WORD_OF_KEY = {name: word for word, name in reversed(_KEYS.items())}
-MAX_KEYS = 5
 
 _DIRECTIONS = ("up", "down", "left", "right")
 _ESCAPES = {"n": "\n", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
@@ -121,7 +57,7 @@ class _Scanner:
         self.spaces()
         if self.peek() != char:
             found = repr(self.peek()) if self.peek() else "the end of the reply"
-            raise _Reject(f"expected {char!r}, found {found}", self.at)
+            raise Reject(f"expected {char!r}, found {found}", self.at)
         self.at += 1
 
     def string(self) -> tuple[str, int]:
@@ -129,7 +65,7 @@ class _Scanner:
         self.spaces()
         quote, start = self.peek(), self.at
         if quote not in ("'", '"') or not quote:
-            raise _Reject("expected a quoted value", start)
+            raise Reject("expected a quoted value", start)
         self.at += 1
         parts: list[str] = []
         while self.at < len(self.text):
@@ -143,7 +79,7 @@ class _Scanner:
             else:
                 parts.append(char)
                 self.at += 1
-        raise _Reject("the quoted value does not end", start)
+        raise Reject("the quoted value does not end", start)
 
     def _closes(self) -> bool:
         """Does the quote at the cursor end its string: is it followed by `)` and the end of the line, or by `,
@@ -172,19 +108,18 @@ def parse(text: str, frame: Frame) -> Action | ParseError:
     """The first action of a reply, in CSS pixels of `frame`, or why there is none. Never raises, never executes
     anything.
     """
-    if len(text) > MAX_REPLY:
-        return ParseError(f"the reply has {len(text)} characters, more than {MAX_REPLY}", MAX_REPLY)
-    if "\0" in text:
-        return ParseError("the reply contains a NUL character", text.index("\0"))
+    refused = refuse_size(text)
+    if refused:
+        return refused
     try:
         scanner = _Scanner(text, _start(text))
         scanner.spaces()
         begin, name = scanner.at, scanner.name()
         if name not in _BUILDERS:
             known = ", ".join(_BUILDERS)
-            raise _Reject(f"{name[:40]!r} is not an action; known are {known}" if name else "no action found", begin)
+            raise Reject(f"{name[:40]!r} is not an action; known are {known}" if name else "no action found", begin)
         return _BUILDERS[name](_Call(name, begin, _arguments(scanner), frame))
-    except _Reject as reject:
+    except Reject as reject:
         return reject.error
 
 
@@ -208,7 +143,7 @@ def _arguments(scanner: _Scanner) -> dict[str, tuple[str, int]]:
             scanner.spaces()
         begin, key = scanner.at, scanner.name()
         if not key or key in found:
-            raise _Reject(f"argument {key!r} is given twice" if key else "expected an argument `key='value'`", begin)
+            raise Reject(f"argument {key!r} is given twice" if key else "expected an argument `key='value'`", begin)
         scanner.expect("=")
         found[key] = scanner.string()
         scanner.spaces()
@@ -229,30 +164,21 @@ class _Call:
         for key, (_, position) in self.arguments.items():
             if key not in keys:
                 allowed = ", ".join(keys) or "no arguments"
-                raise _Reject(f"{self.name} has no argument {key[:40]!r}; it takes {allowed}", position)
+                raise Reject(f"{self.name} has no argument {key[:40]!r}; it takes {allowed}", position)
 
     def text(self, key: str, default: str | None = None) -> tuple[str, int]:
         if key in self.arguments:
             return self.arguments[key]
         if default is None:
-            raise _Reject(f"{self.name} needs {key}", self.at)
+            raise Reject(f"{self.name} needs {key}", self.at)
         return default, self.at
 
     def point(self, keys: tuple[str, ...]) -> tuple[float, float]:
         given = [key for key in keys if key in self.arguments]
         if len(given) != 1:
-            raise _Reject(f"{self.name} needs {keys[0]}" if not given else f"{self.name} has two points", self.at)
+            raise Reject(f"{self.name} needs {keys[0]}" if not given else f"{self.name} has two points", self.at)
         text, position = self.arguments[given[0]]
-        x, y = _point(text, position)
-        width, height = self.frame.resized
-        return self.frame.to_css(_clamp(x, width, "x", position), _clamp(y, height, "y", position))
-
-
-def _clamp(value: float, size: int, axis: str, position: int) -> float:
-    slack = OVERSHOOT * size
-    if not -slack <= value <= size + slack:
-        raise _Reject(f"{axis}={value:g} is outside the image of {size} pixels", position)
-    return min(max(value, 0.0), size - 1.0)
+        return self.frame.clamped(*_point(text, position), position)
 
 
 _NUMBER = re.compile(r"[+-]?\d{1,9}(?:\.\d{1,9})?(?![\w.])", re.ASCII)
@@ -267,7 +193,7 @@ def _point(text: str, position: int) -> tuple[float, float]:
             inner = inner[len(opening) : len(inner) - len(closing)].strip()
     pieces = inner.replace(",", " ").split() if len(inner) <= 80 else []
     if len(pieces) not in (2, 4) or not all(_NUMBER.fullmatch(piece) for piece in pieces):
-        raise _Reject(f"{text[:40]!r} is not a point; write (x,y)", position)
+        raise Reject(f"{text[:40]!r} is not a point; write (x,y)", position)
     numbers = [float(piece) for piece in pieces]
     if len(numbers) == 4:
         return (numbers[0] + numbers[2]) / 2, (numbers[1] + numbers[3]) / 2
@@ -292,7 +218,7 @@ def _scroll(call: _Call) -> Action:
     x, y = call.point(_START)
     direction, position = call.text("direction")
     if direction.lower() not in _DIRECTIONS:
-        raise _Reject(f"direction {direction[:40]!r} is not one of {', '.join(_DIRECTIONS)}", position)
+        raise Reject(f"direction {direction[:40]!r} is not one of {', '.join(_DIRECTIONS)}", position)
     return Scroll(x, y, cast(Literal["up", "down", "left", "right"], direction.lower()))
 
 
@@ -303,13 +229,8 @@ def _hotkey(call: _Call) -> Action:
     if len(words) == 1 and len(words[0]) > 1:
         words = [word for word in words[0].split("+") if word]
     if not 1 <= len(words) <= MAX_KEYS:
-        raise _Reject(f"{text[:40]!r} does not name 1 to {MAX_KEYS} keys", position)
-    keys = []
-    for word in words:
-        if len(word) > 1 and word.lower() not in _KEYS:
-            raise _Reject(f"{word[:40]!r} is not a key", position)
-        keys.append(word if len(word) == 1 else _KEYS[word.lower()])
-    return Hotkey(tuple(keys))
+        raise Reject(f"{text[:40]!r} does not name 1 to {MAX_KEYS} keys", position)
+    return Hotkey(tuple(key_of(word, position) for word in words))
 
 
 def _type(call: _Call) -> Action:
@@ -367,7 +288,7 @@ def render(action: Action, frame: Frame) -> str:
         case Type(text):
             return f"Action: type(content='{_escape(text)}')"
         case Hotkey(keys):
-            return f"Action: hotkey(key='{' '.join(_word_of(key) for key in keys)}')"
+            return f"Action: hotkey(key='{' '.join(word_of(key) for key in keys)}')"
         case Wait():
             return "Action: wait()"
         case Finished(answer):
@@ -378,18 +299,8 @@ def render(action: Action, frame: Frame) -> str:
 
 
 def _spell(x: float, y: float, frame: Frame) -> str:
-    if not (math.isfinite(x) and math.isfinite(y)):
-        raise ValueError(f"({x}, {y}) is not a point; give two finite numbers")
-    column, row = frame.to_resized(x, y)
+    column, row = frame.from_css(x, y)
     return f"({column},{row})"
-
-
-def _word_of(key: str) -> str:
-    if len(key) == 1 and not key.isspace() and key not in "'\"\\":
-        return key
-    if key not in _WORD_OF_KEY:
-        raise ValueError(f"{key!r} is not a key of this grammar; use a character or one of {', '.join(_NAMED)}")
-    return _WORD_OF_KEY[key]
 
 
 def _escape(text: str) -> str:

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentkv.actions import MAX_REPLY, Frame, ParseError, parse, render
+from agentkv.grammars.base import MAX_REPLY, Frame, ParseError
+from agentkv.grammars.ui_tars import parse, render
 from envs.actions import (
     CallUser,
     Click,
@@ -157,7 +158,7 @@ def test_resized_pixels_survive_css(css: tuple[int, int], resized: tuple[int, in
     frame = Frame(css, resized)
     pixel = tuple(min(int(s * size), size - 1) for s, size in zip(share, resized, strict=True))
     x, y = frame.to_css(*pixel)
-    assert frame.to_resized(x, y) == pixel
+    assert frame.from_css(x, y) == pixel
     assert 0 <= x < css[0] and 0 <= y < css[1]
 
 
