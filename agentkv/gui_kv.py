@@ -36,7 +36,8 @@ class GuiKV(Eviction):
         window: observation window in tokens; 8 in the authors' scripts.
         alpha: weight of the saliency bonus (2 in the scripts; 0 = off).
         tau: temperature of the saliency softmax; it divides, as in the code (the paper prints a product).
-        rank: dimension of the current screenshot's key subspace.
+        rank: dimension of the current screenshot's key subspace; None = a quarter of head_dim, the paper's 32 at
+            128 (a fixed 32 would be everything for heads of 32, and no key could stand out of it).
         kernel: average-pooling width over tokens.
         basis: "svd" (principal), "qr_pivot" (pivoted), "qr_first" (the first `rank` tokens, as released).
         heads: "kv_mean" one selection per KV head from the group's mean; "head0" the choice of each group's first
@@ -48,7 +49,7 @@ class GuiKV(Eviction):
     window: int = 8
     alpha: float = 2.0
     tau: float = 3.5
-    rank: int = 32
+    rank: int | None = None
     kernel: int = 5
     basis: Basis = "svd"
     heads: Literal["kv_mean", "head0", "per_query_head"] = "kv_mean"
@@ -58,8 +59,9 @@ class GuiKV(Eviction):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("window", "rank", "kernel"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel={self.kernel}: pooling needs an odd width")
         if not self.tau > 0:
@@ -134,7 +136,7 @@ class GuiKV(Eviction):
             count = len(slots) - stay
             if not len(frame) or count <= 0:
                 continue
-            basis = orthobasis(keys[heads][:, frame].float(), self.rank, self.basis)
+            basis = orthobasis(keys[heads][:, frame].float(), self.rank or keys.shape[2] // 4, self.basis)
             energy = subspace_residual(keys[None, heads][:, :, slots], basis[None])[0]
             first = slots[energy.sort(dim=-1, stable=True).indices[:, :count]]
             gated[heads] = gated[heads].scatter(1, first, True)
@@ -153,6 +155,7 @@ _CHOICES = {
 class GuiKVOfficial(GuiKV):
     """GUI-KV as released: first-tokens subspace, every query head stored (mind the bytes)."""
 
+    rank: int | None = 32
     basis: Basis = "qr_first"
     heads: Literal["kv_mean", "head0", "per_query_head"] = "per_query_head"
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -79,3 +81,13 @@ def _not_a_fraction(value: float) -> str:
     elif value > 100 and float(value).is_integer():
         mend = f'use "{int(value)}t" for {int(value)} tokens'
     return f"budget={value:g} is not a fraction; {mend}"
+
+
+def round_to_sum(shares: torch.Tensor, total: int) -> torch.Tensor:
+    """Whole numbers, int64, near the 1-D `shares` that add up to `total`: the largest remainders are rounded up, ties
+    by the lower index, so larger shares never get less. (Rounding each alone, as published code does, may overspend.)
+    """
+    low = shares.floor().long()
+    rest = total - int(low.sum())
+    low[(low - shares).sort(stable=True).indices[:rest]] += 1
+    return low

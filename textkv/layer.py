@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from contextlib import contextmanager
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -45,6 +45,7 @@ class Layer(CacheLayerMixin):
         seen: tokens seen per row, padding included: what transformers calls the sequence length.
         real_seen: int64 [batch] on the CPU, tokens seen without padding.
         since_eviction: tokens taken in since the method last changed what is stored: what `crop` can take back.
+        notes: what the method wrote down about this layer for its `on_finish`, which takes it out again.
     """
 
     is_compileable = False
@@ -64,6 +65,7 @@ class Layer(CacheLayerMixin):
         self.since_eviction = 0
         self.is_initialized = False
         self.gatherer.clear()
+        self.notes: dict[str, Any] = {}
 
     def __getstate__(self) -> dict:
         # The cache puts its own reference back: a weak one does not travel.

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from textkv.budgets import round_to_sum
 from textkv.eviction import PROTECTED, Eviction
 from textkv.evidence import Evidence
 from textkv.layer import Layer
@@ -72,13 +73,5 @@ class AdaKV(Eviction):
         winners = flat.sort(descending=True, stable=True).indices[: heads * budget]
         won = torch.bincount(winners // scores.shape[1], minlength=heads).cpu()
         if self.safeguard == "mix":
-            won = _round_to_sum((1 - self.floor) * won + self.floor * budget, heads * budget)
+            won = round_to_sum((1 - self.floor) * won + self.floor * budget, heads * budget)
         return protected + won
-
-
-def _round_to_sum(shares: torch.Tensor, total: int) -> torch.Tensor:
-    """Whole numbers near `shares` that add up to `total`: the authors round each head, which may overspend."""
-    low = shares.floor().long()
-    rest = total - int(low.sum())
-    low[(low - shares).sort(stable=True).indices[:rest]] += 1
-    return low

@@ -1,0 +1,70 @@
+"""PyramidKV: early layers keep more than late ones, on SnapKV's scores (arXiv 2406.02069).
+
+Counts fall along a straight line over the layers, from the first to the last. The authors floor the step of the line,
+so their layers together hold more than budget x layers; `pyramidkv` spends exactly that sum, `pyramidkv-official`
+keeps their arithmetic.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from textkv.budgets import round_to_sum
+from textkv.evidence import Evidence
+from textkv.layer import Layer
+from textkv.method import register
+from textkv.methods.snapkv import SnapKV
+
+
+@register("pyramidkv")
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """SnapKV with a budget per layer; the budget is the mean over layers.
+
+    Attributes:
+        beta: how steep: the last layer keeps 1 / beta of the uniform count (besides the window); 1 = SnapKV.
+    """
+
+    beta: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta < 1:
+            raise ValueError(f"beta={self.beta}: 1 keeps the same in every layer, larger is steeper; the paper uses 20")
+
+    def counts(self, layer: Layer, scores: torch.Tensor, evidence: Evidence) -> torch.Tensor:
+        layers = len(layer.cache.layers)
+        rows = []
+        for seen in evidence.tokens.tolist():
+            keep = self.budget.count(seen)
+            window = min(self.window, keep - 1, seen - 1)
+            rows.append([self.line(keep, window, seen, layers)[layer.index]])
+        return torch.tensor(rows)
+
+    def line(self, keep: int, window: int, seen: int, layers: int) -> list[int]:
+        """Tokens per layer, the window included: `keep` on average, at most `seen`, never less than the window + 1."""
+        high, low = self._ends(keep - window, seen - window)
+        if layers == 1 or high <= low:
+            return [keep] * layers
+        exact = torch.linspace(high, low, layers, dtype=torch.float64)
+        return (window + round_to_sum(exact, (keep - window) * layers)).tolist()
+
+    def _ends(self, past: int, most: int) -> tuple[int, int]:
+        """Tokens before the window in the first and in the last layer, for `past` on average and at most `most`."""
+        low = max(1, past // self.beta)
+        high = 2 * past - low
+        return (high, low) if high <= most else (most, 2 * past - most)
+
+
+@register("pyramidkv-official")
+@dataclass(frozen=True)
+class PyramidKVOfficial(PyramidKV):
+    """PyramidKV as released: a floored step, and uniform counts while the prompt is shorter than twice the budget."""
+
+    def line(self, keep: int, window: int, seen: int, layers: int) -> list[int]:
+        past = keep - window
+        high, low = self._ends(past, seen - window)
+        if layers == 1 or seen < 2 * past or high <= low:
+            return [keep] * layers
+        step = (high - low) // (layers - 1)
+        return [window + high - index * step for index in range(layers)]

@@ -1,0 +1,136 @@
+"""VL-Cache: for prompts with screenshots; layers that look narrowly keep less (arXiv 2410.23317).
+
+What the tokens after the last screenshot look at is kept. How much of it, is shared out over the layers by how dense
+their attention is, which is known only when all layers are through: so nothing is dropped before the last layer, and
+the peak of the prompt is the full cache. The GUI-KV authors' version tests probabilities against an absolute threshold
+(`vl-cache-official`); the paper's is relative to each row's largest. Their extra forward pass over raw embeddings is
+not repeated here: the layers' true attention is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from textkv.budgets import round_to_sum
+from textkv.eviction import Eviction, keep_best
+from textkv.evidence import Evidence
+from textkv.layer import Layer
+from textkv.method import Needs, register
+from textkv.scores import fit_window, group_mean, past_mass, pool, with_window
+from textkv.segments.base import Stored
+
+if TYPE_CHECKING:
+    from textkv.cache import MethodCache
+
+
+@register("vl-cache")
+@dataclass(frozen=True)
+class VLCache(Eviction):
+    """Cuts all layers when the last one is through; decoded tokens are all kept.
+
+    Attributes:
+        window: most tokens after the last screenshot that are observed; these are always kept.
+        text_window: observed tokens of a prompt without screenshots.
+        threshold: an attention entry counts as sparse below this share of its row's largest entry.
+        kernel: average-pooling width over tokens; 1 = none, as in the paper.
+        floor: least share of the total that a layer gets.
+    """
+
+    window: int = 128
+    text_window: int = 32
+    threshold: float = 0.01
+    kernel: int = 1
+    floor: float = 0.0
+
+    relative: ClassVar[bool] = True
+    """Whether `threshold` is a share of the row's largest entry (the paper) or a probability."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.window, self.text_window) < 1:
+            raise ValueError(f"window={self.window}, text_window={self.text_window}: both must be at least 1")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel={self.kernel}: pooling needs an odd width of at least 1")
+        if not 0 < self.threshold < 1 or not 0 <= self.floor < 1:
+            raise ValueError(f"threshold={self.threshold}, floor={self.floor}: both are shares below 1")
+
+    def needs(self) -> Needs:
+        return Needs(window=max(self.window, self.text_window), spans=True)
+
+    def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        rows = []
+        for row in range(len(held.keys)):
+            queries = fit_window(self._observed(evidence, row), held.keys.shape[2], keep)
+            keys = held.keys[row : row + 1]
+            mass = pool(group_mean(past_mass(queries, keys, evidence.scale), keys.shape[1]), self.kernel)
+            rows.append(with_window(mass, queries.shape[2]))
+        return torch.cat(rows)
+
+    def _observed(self, evidence: Evidence, row: int) -> torch.Tensor:
+        """Queries [1, heads, w, head_dim] of the tokens after the row's last screenshot."""
+        spans = evidence.spans[row] if evidence.spans else []
+        after = int(evidence.tokens[row]) - spans[-1][1] if spans else self.text_window
+        width = min(max(after, 1), self.window if spans else self.text_window, evidence.queries.shape[2])
+        return evidence.queries[row : row + 1, :, evidence.queries.shape[2] - width :]
+
+    def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        if not self.budget.is_full:
+            density = torch.tensor([self._density(layer, evidence, row) for row in range(len(evidence.tokens))])
+            layer.notes["vl-cache"] = self.scores(layer, evidence), density, evidence.tokens
+
+    def _density(self, layer: Layer, evidence: Evidence, row: int) -> float:
+        """Share of the causal attention entries of the observed rows that are not sparse, mean over heads."""
+        held, queries = layer.stored(), self._observed(evidence, row)[0]
+        kv_heads, width = held.keys.shape[1], queries.shape[1]
+        dense = seen = 0
+        for head, group in enumerate(queries.unflatten(0, (kv_heads, -1))):
+            keys = held.keys[row, head][held.positions[row, head] >= 0]
+            hidden = torch.ones(width, len(keys), dtype=torch.bool, device=keys.device).triu(len(keys) - width + 1)
+            scores = (group.float() @ keys.float().mT * evidence.scale).masked_fill(hidden, float("-inf"))
+            shares = scores.softmax(-1)
+            limit = self.threshold * (shares.amax(-1, keepdim=True) if self.relative else 1.0)
+            dense += int((shares >= limit).masked_fill(hidden, False).sum())
+            seen += len(group) * int((~hidden).sum())
+        return dense / seen
+
+    def on_finish(self, cache: MethodCache) -> None:
+        notes = [layer.notes.pop("vl-cache", None) for layer in cache.layers]
+        if None in notes:
+            return
+        densities = torch.stack([density for _, density, _ in notes])
+        tokens = notes[0][2].tolist()
+        counts = torch.tensor([self.shares(densities[:, row], seen) for row, seen in enumerate(tokens)])
+        for layer, (scores, _, _) in zip(cache.layers, notes, strict=True):
+            of_layer = counts[:, layer.index : layer.index + 1]
+            if not bool((layer.lengths().amax(1, keepdim=True) <= of_layer).all()):
+                keep_best(layer, scores, of_layer)
+
+    def shares(self, densities: torch.Tensor, seen: int) -> list[int]:
+        """Tokens per layer in proportion to `densities` [layers]: together layers x budget, each 1 to `seen`."""
+        layers = len(densities)
+        total = layers * self.budget.count(seen)
+        weight = (densities.double() / densities.double().sum().clamp(min=1e-12)).clamp(min=max(self.floor, 1e-9))
+        exact = torch.zeros(layers, dtype=torch.float64)
+        free = torch.ones(layers, dtype=torch.bool)
+        while bool(free.any()):
+            exact[free] = (total - seen * int((~free).sum())) * weight[free] / weight[free].sum()
+            over = free & (exact > seen)
+            if not bool(over.any()):
+                break
+            exact[over] = seen
+            free &= ~over
+        return round_to_sum(exact, total).clamp(1, seen).tolist()
+
+
+@register("vl-cache-official")
+@dataclass(frozen=True)
+class VLCacheOfficial(VLCache):
+    """VL-Cache as the GUI-KV authors re-implemented it: probabilities under 0.01 are sparse, pooled, floored shares."""
+
+    kernel: int = 5
+    floor: float = 0.001
+
+    relative: ClassVar[bool] = False
