@@ -113,7 +113,9 @@ def open_env(name: str, plan: Plan, browser: Browser) -> WebEnv:
 
 
 class Play:
-    """Plays `plan` with one policy per method. `budgets` are the figures of the rows: what each method was given."""
+    """Plays `plan` with one policy per method. `budgets` are the figures of the rows: what each method was given;
+    `quiet` shows no progress.
+    """
 
     def __init__(
         self,
@@ -123,9 +125,10 @@ class Play:
         out: Path,
         interrupts: Interrupts,
         budgets: Mapping[str, float | str] | None = None,
+        quiet: bool = False,
     ) -> None:
         self.plan, self.policies, self.browser, self.out, self.interrupts = plan, policies, browser, out, interrupts
-        self.budgets = budgets or {}
+        self.budgets, self.quiet = budgets or {}, quiet
         self.envs: dict[str, WebEnv] = {}
 
     def run(self) -> bool:
@@ -138,7 +141,7 @@ class Play:
 
     def _all(self) -> bool:
         todo = [e for e in self.plan.episodes() if not (self._folder(*e) / DONE).exists()]
-        console = Console(stderr=True)
+        console = Console(stderr=True, quiet=self.quiet)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
             bar = progress.add_task("episodes", total=len(todo))

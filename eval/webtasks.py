@@ -1,0 +1,262 @@
+"""`python -m eval.webtasks`: which cache method loses how much of an agent's success at which budget?
+
+Every method plays the same seeds of the same tasks at every budget and history length; the full cache is played once
+per history. A cell (history, budget) is a run folder of `agentkv.run`, so finished episodes are never played again and
+`python -m agentkv.report.picture` and `--replay` work on it. Work is dealt out to worker processes that share nothing
+but the disk. Out come rows per cell, method and group of tasks (web, memory, all), differences to `full` and `snapkv`
+on equal seeds, and the curve of success against bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from agentkv.agent import Agent
+from agentkv.errors import EXPLAINED, Interrupts, user_errors
+from agentkv.meta import run_meta
+from agentkv.play import Plan, Play, open_folder, task_of
+from agentkv.run import DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load, split, split_methods
+from agentkv.stats import UNITS, summarise
+from agentkv.tables import stdout_console
+from agentkv.trace import DONE, episode_folder, read_run, write_json
+from envs.browser import Browser
+from eval.curve import draw_curve
+from eval.paired import difference
+from textkv import Budget, resolve_method
+
+METHODS = "full,gui-kv,snapkv,pyramidkv,vl-cache,streaming_llm,window"
+BUDGETS = "0.4,0.2,0.1,0.05"
+FULL = "full"
+RIVALS = (FULL, "snapkv")
+
+
+@dataclass(frozen=True)
+class Study:
+    """The grid. Raises ValueError for an unknown method or task, a budget out of range, nothing to play."""
+
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    budgets: tuple[str, ...]
+    histories: tuple[int, ...]
+    episodes: int
+    seed: int
+    out: Path
+    model: str = "mini"
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if not (self.tasks and self.methods and self.budgets and self.histories):
+            raise ValueError("tasks, methods, budgets and history must each name at least one")
+        for method in self.methods:
+            for budget in self.budgets:
+                resolve_method(method, Budget.parse(budget))
+        for _, plan in self.cells():
+            for task in plan.tasks:
+                task_of(task, plan)
+
+    def cells(self) -> Iterator[tuple[Path, Plan]]:
+        """(run folder, plan) per history and budget, the full cache apart: it has no budget."""
+        rest = tuple(m for m in self.methods if m != FULL)
+        for history in self.histories:
+            if FULL in self.methods:
+                yield self.out / f"history-{history}-full", self._plan((FULL,), "1", history)
+            for budget in self.budgets if rest else ():
+                yield self.out / f"history-{history}-budget-{budget}", self._plan(rest, budget, history)
+
+    def _plan(self, methods: tuple[str, ...], budget: str, history: int) -> Plan:
+        seeds = tuple(range(self.seed, self.seed + self.episodes))
+        return Plan(
+            self.model, methods, budget, self.tasks, seeds, history=history, max_new_tokens=self.max_new_tokens
+        )  # fmt: skip
+
+    def jobs(self) -> list[tuple[Path, Plan]]:
+        """The cells cut by task and seed, seeds outermost, so that a study cut short is still balanced."""
+        cut = [
+            (folder, Plan(**{**vars(plan), "tasks": (task,), "seeds": (seed,)}))
+            for seed in range(self.seed, self.seed + self.episodes)
+            for folder, plan in self.cells()
+            for task in plan.tasks
+        ]
+        return [(folder, plan) for folder, plan in cut if _missing(folder, plan)]
+
+
+def _missing(folder: Path, plan: Plan) -> bool:
+    return any(not (episode_folder(folder, m, t, s) / DONE).exists() for s, t, m in plan.episodes())
+
+
+class Worker:
+    """One process's model and browser, opened once; jobs are played with them."""
+
+    here: Worker | None = None
+
+    def __init__(self, plan: Plan, chromium: str | None) -> None:
+        self.adapter = load(plan)
+        self.browser = Browser(chromium).start()
+
+    @classmethod
+    def open(cls, plan: Plan, chromium: str | None) -> None:
+        """Set up this process (called by the pool) for plans with the model and device of `plan`."""
+        cls.here = cls(plan, chromium)
+
+    @classmethod
+    def play(cls, folder: Path, plan: Plan) -> bool:
+        """Play one job; False after Ctrl-C."""
+        assert cls.here is not None
+        agents = {m: Agent(cls.here.adapter, m, plan.budget, plan.max_new_tokens) for m in plan.methods}
+        budgets = {m: budget_of(m, plan) for m in plan.methods}
+        with Interrupts() as interrupts:
+            return Play(plan, agents, cls.here.browser, folder, interrupts, budgets, quiet=True).run()
+
+
+def play(study: Study, workers: int, chromium: str | None, meta: dict[str, Any]) -> bool:
+    """Play what is missing; False when it was cut short."""
+    for folder, plan in study.cells():
+        open_folder(folder, plan, True, meta, [])
+    jobs = study.jobs()
+    if not jobs:
+        return True
+    # Fewer threads per process than cores would be idle, more would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), Worker.open, (jobs[0][1], chromium))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with pool, Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        bar = progress.add_task(f"{len(jobs)} jobs of {len(jobs[0][1].methods)} or more episodes", total=len(jobs))
+        waiting = [pool.submit(Worker.play, *job) for job in jobs]
+        try:
+            for done in as_completed(waiting):
+                if not done.result():
+                    return False
+                progress.advance(bar)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return True
+
+
+def rows_of(study: Study) -> list[dict[str, Any]]:
+    """One row per cell, method and group ("web", "memory", "all") and per task, from the traces."""
+    rows = []
+    for folder, plan in study.cells():
+        episodes = read_run(folder)[1]
+        for group in ("web", "memory"):
+            part = [e for e in episodes if (group == "memory") == e["task"].startswith("memory-")]
+            found = summarise(part)
+            for row in found:
+                row["task"] = group if row["task"] == "all" else row["task"]
+            rows += [{**row, "history": plan.history} for row in found]
+        rows += [{**row, "history": plan.history} for row in summarise(episodes) if row["task"] == "all"]
+    return rows
+
+
+def differences_of(study: Study) -> list[dict[str, Any]]:
+    """Success of every method minus that of `full` and of `snapkv` on equal seeds, per cell and group of tasks."""
+    won: dict[tuple[int, str, str], dict[tuple[str, int], bool]] = {}
+    for folder, plan in study.cells():
+        for e in read_run(folder)[1]:
+            cell = won.setdefault((plan.history, "" if e["method"] == FULL else plan.budget, e["method"]), {})
+            cell[e["task"], e["seed"]] = bool(e["success"])
+    rows = []
+    for (history, budget, method), mine in won.items():
+        for rival in RIVALS:
+            other = won.get((history, "" if rival == FULL else budget, rival))
+            if rival == method or method == FULL or other is None:
+                continue
+            for group in ("web", "memory", "all"):
+                part = {
+                    k: v for k, v in mine.items() if group == "all" or (group == "memory") == k[0].startswith("mem")
+                }
+                mean, low, high, n = difference(part, other)
+                row = {"method": method, "versus": rival, "budget": budget, "history": history, "task": group}
+                rows.append(row | {"difference": mean, "low": low, "high": high, "n": n})
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]], history: int) -> Table:
+    """Success and share of the full cache's bytes per method (down) and budget (across), web | memory."""
+    mine = [r for r in rows if r["history"] == history and r["task"] in ("web", "memory", "all")]
+    budgets = list(dict.fromkeys(r["budget"] for r in mine if r["method"] != FULL)) or [1.0]
+    made = Table(title=f"success (web | memory pages) and KV bytes of full, {history} screenshots in a prompt")
+    made.add_column("method")
+    for budget in budgets:
+        made.add_column(f"budget {budget}", justify="right")
+    at = {(r["method"], r["budget"], r["task"]): r for r in mine}
+    for method in dict.fromkeys(r["method"] for r in mine):
+        cells = []
+        for budget in budgets:
+            found = [at.get((method, 1.0 if method == FULL else budget, group)) for group in ("web", "memory", "all")]
+            shares = " | ".join(f"{r['success']:.0%}" if r else "-" for r in found[:2])
+            cells.append(f"{shares}  {found[2]['kv_share']:.3f}" if found[2] else "-")
+        made.add_row(method, *cells)
+    return made
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m eval.webtasks", description=__doc__.split("\n\n")[0])
+    p.add_argument("--model", default="mini", help="mini, a folder, or a hub id of a supported family")
+    p.add_argument("--tasks", default="", help="comma-separated (default: those of agentkv.run)")
+    p.add_argument("--methods", default=METHODS, help=f"comma-separated methods or compositions (default {METHODS})")
+    p.add_argument("--budgets", default=BUDGETS, help=f"comma-separated shares or tokens (default {BUDGETS})")
+    p.add_argument("--history", default="1,5", help="comma-separated numbers of screenshots in a prompt (default 1,5)")
+    p.add_argument("--episodes", type=int, default=4, help="per task, method, budget and history (default 4)")
+    p.add_argument("--seed", type=int, default=EVALUATION_SEEDS, help="first seed")
+    p.add_argument("--workers", type=int, default=2, help="processes, each with a browser and the model (default 2)")
+    p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument("--chromium", default=None, help="path of the browser to use")
+    p.add_argument("--out", type=Path, default=Path("runs/webtasks"), help="folder of the study; it is gone on with")
+    p.add_argument("--json", type=Path, help="write the figures here too")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 done, 2 for a request that cannot be carried out, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(argv)
+    try:
+        with user_errors():
+            if args.workers < 1 or args.episodes < 1:
+                raise ValueError(f"workers={args.workers}, episodes={args.episodes}: both must be at least 1")
+            study = Study(
+                tuple(dict.fromkeys(split(args.tasks))) or DEFAULT_TASKS, split_methods(args.methods),
+                tuple(str(Budget.parse(b)) for b in split(args.budgets)), tuple(int(h) for h in split(args.history)),
+                args.episodes, args.seed, args.out, args.model, args.max_new_tokens,
+            )  # fmt: skip
+            meta = run_meta("eval.webtasks", argv, args.seed, units=UNITS)
+            finished = play(study, args.workers, args.chromium, meta)
+    except EXPLAINED as error:
+        print(f"eval.webtasks: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        finished = False
+    finish(study, meta, args.json)
+    return 0 if finished else 130
+
+
+def finish(study: Study, meta: dict[str, Any], extra: Path | None) -> None:
+    """Tables, study.json and curve.png from the traces played so far."""
+    rows, differences = rows_of(study), differences_of(study)
+    for path in filter(None, (study.out / "study.json", extra)):
+        write_json(path, {"meta": meta, "rows": rows, "differences": differences})
+    console = stdout_console()
+    for history in study.histories:
+        console.print(table(rows, history))
+    pages = [study.out / f"curve-history-{history}.png" for history in study.histories]
+    for history, page in zip(study.histories, pages, strict=True):
+        draw_curve([row for row in rows if row["history"] == history], page)
+    print(json.dumps([str(path) for path in (study.out / "study.json", *pages)]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
