@@ -17,7 +17,7 @@ from agentkv.agent import EpisodeResult, Limits, Policy, run_episode
 from agentkv.errors import Interrupts
 from agentkv.trace import DONE, RUN, EpisodeTrace, episode_folder, write_json
 from envs.browser import Browser, BrowserCrashed
-from envs.live import LiveTask
+from envs.live import LiveTask, page_says
 from envs.task import Task
 from envs.web import WebEnv
 
@@ -25,14 +25,15 @@ LIVE = "live"  # the name of the task that a --url is
 LOAD_TIMEOUT = 30.0  # seconds for a page to load
 TRIES = 2  # an episode whose browser dies is played once more
 # Two runs may share a folder when these agree: then their figures can stand in one table.
-SHARED = ("model", "budget", "history", "max_steps", "max_new_tokens", "device_scale", "url", "goal")
+SHARED = ("model", "budget", "history", "max_steps", "max_new_tokens", "device_scale", "url", "goal", "expect")
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is to be played; `history` counts screenshots in a prompt, the current one included.
 
-    `allow`: further origins that the live page `url` may load from. Raises ValueError for a number out of range.
+    `allow`: further origins that the live page `url` may load from; `expect`: what its last page must show.
+    Raises ValueError for a number out of range.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Plan:
     url: str = ""
     goal: str = ""
     allow: tuple[str, ...] = ()
+    expect: str = ""
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -104,7 +106,8 @@ def task_of(name: str, plan: Plan) -> Task:
     if name != LIVE:
         return envs.task(name, plan.max_steps)
     limit = {} if plan.max_steps is None else {"max_steps": plan.max_steps}
-    return LiveTask(plan.url, plan.goal, allow=plan.allow, **limit)
+    checker = page_says(plan.expect) if plan.expect else None
+    return LiveTask(plan.url, plan.goal, allow=plan.allow, checker=checker, **limit)
 
 
 def open_env(name: str, plan: Plan, browser: Browser) -> WebEnv:

@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--history", type=int, default=5, help="screenshots in a prompt, the current one included (5)")
     p.add_argument("--url", default="", help="play this live page instead of tasks; needs --goal")
     p.add_argument("--goal", default="", help="what to do on --url, in words")
+    p.add_argument("--expect", default="", help="words that the last page of --url shows when the goal was met")
     p.add_argument("--allow", default="", help="comma-separated further origins that the page of --url may load from")
     p.add_argument("--headed", action="store_true", help="show the browser window")
     p.add_argument("--chromium", default=None, help="path of the browser to use")
@@ -145,6 +146,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         url=args.url,
         goal=args.goal,
         allow=tuple(split(args.allow)),
+        expect=args.expect,
     )
     for task in plan.tasks:
         task_of(task, plan)
@@ -160,6 +162,8 @@ def tasks_of(args: argparse.Namespace) -> tuple[str, ...]:
     """The tasks asked for. Raises ValueError when they and --url do not fit together."""
     if bool(args.url) != bool(args.goal):
         raise ValueError("--url and --goal belong together: give the address of a page and what to do there")
+    if args.expect and not args.url:
+        raise ValueError("--expect is for --url; tasks know themselves when they are solved")
     if args.url and args.tasks:
         raise ValueError("--url and --tasks exclude each other: a live page is a task of its own")
     return (LIVE,) if args.url else tuple(dict.fromkeys(split(args.tasks))) or DEFAULT_TASKS

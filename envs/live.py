@@ -38,6 +38,18 @@ def own_place(url: str) -> AllowList:
     return AllowList(folders=(path.parent,))
 
 
+def page_says(text: str) -> Checker:
+    """A checker: the page that the agent finished on shows `text` (white space and case aside)."""
+    wanted = " ".join(text.split()).casefold()
+    if not wanted:
+        raise ValueError("the expected text is empty; give words that the last page shows")
+
+    def check(page: Page, answer: str) -> bool:
+        return wanted in " ".join(page.inner_text("body").split()).casefold()
+
+    return check
+
+
 class LiveTask(Task):
     """`url` with a `goal`. `checker(page, answer)` decides when the agent has finished; seeds change nothing here.
 

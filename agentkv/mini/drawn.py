@@ -23,6 +23,8 @@ from agentkv.mini.words import COLORS, ORDINALS, SHAPES, WORDS
 WIDTH, HEIGHT = SCREEN
 QUERY_HEIGHT = 50
 STEP = 4
+# questions per page that only ask to copy words: no picture is needed, but the way from goal to answer is learned late
+COPIES = 3
 
 _FONTS = {
     "plain": ("LiberationSans-Regular.ttf", "DejaVuSans.ttf"),
@@ -340,8 +342,11 @@ def drawn_turn(rng: random.Random, asks: int = 8) -> Turn:
         if maker in (_fields, _ticks, _tabs) and page.taken:
             continue
         maker(page)
-    _copy(page)
-    chosen = rng.sample(page.asks, min(asks, len(page.asks)))
+    chosen = rng.sample(page.asks, min(asks - COPIES, len(page.asks)))
+    page.asks = []
+    for _ in range(COPIES):
+        _copy(page)
+    chosen += page.asks
     _query(page, chosen[0].goal)
     return Turn(np.asarray(page.image), chosen)
 

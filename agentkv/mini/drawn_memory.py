@@ -208,6 +208,30 @@ def colour(rng: random.Random) -> list[Turn]:
     return episode.done()
 
 
+def place(rng: random.Random) -> list[Turn]:
+    """A dot in one of nine fields, an unrelated figure, then the fields without it."""
+    wanted, ink = rng.randrange(9), rng.choice(tuple(_COLOURS))
+    boxes = [(4 + i % 3 * 52, 4 + i // 3 * 52, 48, 48) for i in range(9)]
+    episode = Episode("Remember where the dot is, then click that field.", "drawn-place", rng)
+    answers = [_middle(_NEXT)] * (1 + rng.choice((0, 1, 1, 1, 2))) + [_middle(boxes[wanted])]
+    for step, answer in enumerate(answers):
+        if 0 < step < len(answers) - 1:
+            episode.add(_figure_screen(rng), answer)
+            continue
+        screen = Screen()
+        for box in boxes:
+            screen.button("", box, 10)
+        if step == 0:
+            left, top = boxes[wanted][:2]
+            screen.figure((ink, "circle"), (left + 8, top + 8, 32, 32))
+            screen.ask("Where is the dot?", _middle(boxes[wanted]), "memory-where")
+            screen.next()
+        else:
+            screen.ask("Where was the dot?", answer, "memory-recall")
+        episode.add(screen, answer)
+    return episode.done()
+
+
 def order(rng: random.Random) -> list[Turn]:
     """Three figures on three screens, then all of them: click the first, or all in their order."""
     items, first = _items(rng), rng.random() < 0.4
@@ -253,4 +277,4 @@ def changed(rng: random.Random) -> list[Turn]:
 
 def drawn_episode(rng: random.Random) -> list[Turn]:
     """One drawn memory episode of a random kind."""
-    return rng.choice((code, code, colour, order, changed))(rng)
+    return rng.choice((code, code, colour, order, changed, place))(rng)

@@ -10,6 +10,7 @@ MEMORY = (
     "memory-changed",
     "memory-colour",
     "memory-colour-long",
+    "memory-place",
     "memory-order",
     "memory-first",
 )

@@ -43,6 +43,13 @@ def colour(look: Look) -> Iterator[Action]:
     yield look.click(look.one("[data-colour]", lambda swatch: swatch["data-colour"] == seen))
 
 
+def place(look: Look) -> Iterator[Action]:
+    wanted = look.one("[data-field]")["data-field"]
+    while look.visible(_NEXT):
+        yield look.click(look.one(_NEXT))
+    yield look.click(look.visible("button")[int(wanted)])
+
+
 def order(look: Look) -> Iterator[Action]:
     seen = []
     while look.visible(_NEXT):
@@ -60,6 +67,7 @@ SCRIPTS = {
     "memory-changed": changed,
     "memory-colour": colour,
     "memory-colour-long": colour,
+    "memory-place": place,
     "memory-order": order,
     "memory-first": order,
 }
