@@ -7,20 +7,47 @@ CSS pixels of the viewport. Nothing here looks at the page.
 from __future__ import annotations
 
 import math
+import re
 import time
+from typing import Literal
 
-from playwright.sync_api import Error, Page
+from playwright.sync_api import Page
 
-from envs.actions import Action, CallUser, Click, DoubleClick, Drag, Finished, Hotkey, RightClick, Scroll, Type, Wait
+from envs.actions import (
+    MAX_KEYS,
+    MODIFIER_KEYS,
+    NAMED_KEYS,
+    Action,
+    CallUser,
+    Clicking,
+    DoubleClick,
+    Drag,
+    Finished,
+    Hotkey,
+    KeyDown,
+    KeyUp,
+    LongPress,
+    MiddleClick,
+    Move,
+    OpenApp,
+    Pointing,
+    PressBack,
+    PressHome,
+    RightClick,
+    Scroll,
+    TripleClick,
+    Type,
+    Wait,
+)
 
 MAX_WAIT = 5.0
 MAX_TEXT = 5_000
-MAX_KEYS = 5
+LONG_PRESS = 0.7
 _DRAG_MOVES = 10
 _WHEEL = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
 
 
-def _bad_point(x: float, y: float, size: tuple[int, int]) -> str:
+def _bad_point(x: float | None, y: float | None, size: tuple[int, int]) -> str:
     width, height = size
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (x, y))
     if not numbers or not (math.isfinite(x) and math.isfinite(y)):
@@ -30,30 +57,66 @@ def _bad_point(x: float, y: float, size: tuple[int, int]) -> str:
     return ""
 
 
+def _bad_text(text: str) -> str:
+    if not isinstance(text, str):
+        return f"text={text!r} is not text"
+    if len(text) > MAX_TEXT:
+        return f"the text has {len(text)} characters; type at most {MAX_TEXT}"
+    # such text cannot be sent to the browser at all
+    return "the text holds half a character" if re.search("[\ud800-\udfff]", text) else ""
+
+
+def _bad_key(key: object) -> str:
+    if not isinstance(key, str):
+        return f"key={key!r} is not the name of a key"
+    if key == "Meta":
+        return "'Meta' belongs to the operating system and is not pressed; use Control"
+    # what a US keyboard types; Playwright has no key for anything else
+    if key in NAMED_KEYS or key in MODIFIER_KEYS or (len(key) == 1 and "!" <= key <= "~"):
+        return ""
+    return f"{key[:40]!r} is not a key; use names like Enter, Tab, Control, ArrowDown or a"
+
+
+def _bad_keys(keys: tuple[str, ...]) -> str:
+    if isinstance(keys, str) or not all(isinstance(key, str) for key in keys):
+        return f"keys={keys!r} is not a tuple of key names"
+    if not 1 <= len(keys) <= MAX_KEYS:
+        return f"{len(keys)} keys were named; press 1 to {MAX_KEYS}"
+    return next(filter(None, map(_bad_key, keys)), "")
+
+
+def _bad_scroll(action: Scroll, size: tuple[int, int]) -> str:
+    if action.direction not in _WHEEL:
+        return f"direction={action.direction!r} is not one of {', '.join(_WHEEL)}"
+    if not (math.isfinite(action.pixels) and 0 <= action.pixels <= 10_000):
+        return f"pixels={action.pixels} is not between 0 and 10000"
+    return "" if action.x is None and action.y is None else _bad_point(action.x, action.y, size)
+
+
 def check(action: Action, size: tuple[int, int]) -> str:
     """What is wrong with `action` on a viewport of `size` = (width, height) CSS pixels, "" if nothing is."""
+    if isinstance(action, Pointing):
+        return _bad_point(action.x, action.y, size)
     match action:
-        case Click(x, y) | DoubleClick(x, y) | RightClick(x, y):
-            return _bad_point(x, y, size)
+        case Drag(None, None, to_x, to_y):
+            return _bad_point(to_x, to_y, size)
         case Drag(x, y, to_x, to_y):
             return _bad_point(x, y, size) or _bad_point(to_x, to_y, size)
-        case Scroll(x, y, direction, pixels):
-            if direction not in _WHEEL:
-                return f"direction={direction!r} is not one of {', '.join(_WHEEL)}"
-            if not (math.isfinite(pixels) and 0 <= pixels <= 10_000):
-                return f"pixels={pixels} is not between 0 and 10000"
-            return _bad_point(x, y, size)
+        case Scroll():
+            return _bad_scroll(action, size)
         case Type(text):
-            if not isinstance(text, str):
-                return f"text={text!r} is not text"
-            return f"the text has {len(text)} characters; type at most {MAX_TEXT}" if len(text) > MAX_TEXT else ""
+            return _bad_text(text)
         case Hotkey(keys):
-            if isinstance(keys, str) or not all(isinstance(key, str) for key in keys):
-                return f"keys={keys!r} is not a tuple of key names"
-            return "" if 1 <= len(keys) <= MAX_KEYS else f"{len(keys)} keys were named; press 1 to {MAX_KEYS}"
+            return _bad_keys(keys)
+        case KeyDown(key) | KeyUp(key):
+            return _bad_key(key)
         case Wait(seconds):
             return "" if math.isfinite(seconds) and seconds >= 0 else f"seconds={seconds} is not a time to wait"
-        case Finished() | CallUser():
+        case PressHome():
+            return "a web page has no home button; nothing was done"
+        case OpenApp(name):
+            return f"a web page cannot open apps, {str(name)[:40]!r} neither; nothing was done"
+        case PressBack() | Finished() | CallUser():
             return ""
     return f"{type(action).__name__} is not an action; use one of envs.actions"
 
@@ -66,27 +129,59 @@ def _type(page: Page, text: str) -> None:
             page.keyboard.type(line)
 
 
-def _press(page: Page, keys: tuple[str, ...]) -> str:
+def _press(page: Page, keys: tuple[str, ...]) -> None:
     held: list[str] = []
     try:
         for key in keys:
             page.keyboard.down(key)
             held.append(key)
-    except Error as error:
-        if "Unknown key" not in error.message:
-            raise
-        return f"{keys[len(held)]!r} is not a key; use names like Enter, Tab, Control, ArrowDown or a"
     finally:
         for key in reversed(held):
             page.keyboard.up(key)
-    return ""
+
+
+def _click(page: Page, action: Clicking) -> None:
+    button: Literal["left", "right", "middle"] = "left"
+    if isinstance(action, RightClick | MiddleClick):
+        button = "right" if isinstance(action, RightClick) else "middle"
+    count = {DoubleClick: 2, TripleClick: 3}.get(type(action), 1)
+    page.mouse.click(action.x, action.y, button=button, click_count=count)
+
+
+def _long_press(page: Page, action: LongPress) -> None:
+    page.mouse.move(action.x, action.y)
+    page.mouse.down()
+    time.sleep(LONG_PRESS)
+    page.mouse.up()
 
 
 def _drag(page: Page, action: Drag) -> None:
-    page.mouse.move(action.x, action.y)
+    if action.x is not None and action.y is not None:
+        page.mouse.move(action.x, action.y)
     page.mouse.down()
     page.mouse.move(action.to_x, action.to_y, steps=_DRAG_MOVES)
     page.mouse.up()
+
+
+def _scroll(page: Page, action: Scroll) -> None:
+    if action.x is not None and action.y is not None:
+        page.mouse.move(action.x, action.y)
+    across, down = _WHEEL[action.direction]
+    page.mouse.wheel(across * action.pixels, down * action.pixels)
+
+
+def _back(page: Page) -> str:
+    session = page.context.new_cdp_session(page)
+    try:
+        history = session.send("Page.getNavigationHistory")
+    finally:
+        session.detach()
+    at, entries = history["currentIndex"], history["entries"]
+    # an address that was typed is where the episode began; what lies before it is not the agent's to see
+    if at == 0 or entries[at]["transitionType"] == "typed" or entries[at - 1]["url"] == "about:blank":
+        return "there is no page to go back to; nothing was done"
+    page.go_back(wait_until="commit")
+    return ""
 
 
 def perform(page: Page, action: Action, size: tuple[int, int]) -> str:
@@ -94,25 +189,27 @@ def perform(page: Page, action: Action, size: tuple[int, int]) -> str:
     problem = check(action, size)
     if problem:
         return problem
+    if isinstance(action, Clicking):
+        _click(page, action)
     match action:
-        case Click(x, y):
-            page.mouse.click(x, y)
-        case DoubleClick(x, y):
-            page.mouse.dblclick(x, y)
-        case RightClick(x, y):
-            page.mouse.click(x, y, button="right")
+        case LongPress():
+            _long_press(page, action)
+        case Move(x, y):
+            page.mouse.move(x, y)
         case Drag():
             _drag(page, action)
-        case Scroll(x, y, direction, pixels):
-            page.mouse.move(x, y)
-            across, down = _WHEEL[direction]
-            page.mouse.wheel(across * pixels, down * pixels)
+        case Scroll():
+            _scroll(page, action)
         case Type(text):
             _type(page, text)
         case Hotkey(keys):
-            if isinstance(keys, str) or not all(isinstance(key, str) for key in keys):
-                return f"keys={keys!r} is not a tuple of key names"
-            return _press(page, keys)
+            _press(page, keys)
+        case KeyDown(key):
+            page.keyboard.down(key)
+        case KeyUp(key):
+            page.keyboard.up(key)
         case Wait(seconds):
             time.sleep(min(seconds, MAX_WAIT))
+        case PressBack():
+            return _back(page)
     return ""

@@ -9,6 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+MODIFIER_KEYS = ("Control", "Shift", "Alt")
+MAX_KEYS = 5  # pressed together
+NAMED_KEYS = ("Enter", "Escape", "Tab", "Backspace", "Delete", "Space", "Home", "End", "PageUp", "PageDown", "Insert")
+NAMED_KEYS += ("ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight", "CapsLock") + tuple(f"F{n}" for n in range(1, 13))
+
 
 @dataclass(frozen=True)
 class Click:
@@ -35,21 +40,55 @@ class RightClick:
 
 
 @dataclass(frozen=True)
-class Drag:
-    """Press at (x, y), move, release at (to_x, to_y)."""
+class MiddleClick:
+    """One click of the middle button at (x, y)."""
 
     x: float
     y: float
+
+
+@dataclass(frozen=True)
+class TripleClick:
+    """Three quick left clicks at (x, y): selects a line or a paragraph."""
+
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class LongPress:
+    """The left button held down at (x, y) for most of a second."""
+
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Move:
+    """The pointer rests at (x, y), no button pressed: what is there sees a hover."""
+
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Drag:
+    """Press at (x, y), move, release at (to_x, to_y); x and y are both None for where the pointer is."""
+
+    x: float | None
+    y: float | None
     to_x: float
     to_y: float
 
 
 @dataclass(frozen=True)
 class Scroll:
-    """Turn the wheel over (x, y) by `pixels` CSS pixels towards `direction`."""
+    """Turn the wheel over (x, y) by `pixels` CSS pixels towards `direction`; x and y are both None for where the
+    pointer is.
+    """
 
-    x: float
-    y: float
+    x: float | None
+    y: float | None
     direction: Literal["up", "down", "left", "right"]
     pixels: float = 100.0
 
@@ -63,9 +102,26 @@ class Type:
 
 @dataclass(frozen=True)
 class Hotkey:
-    """Press the keys together, in Playwright's key names, e.g. ("Control", "a")."""
+    """Press the keys together and let go, in Playwright's key names, e.g. ("Control", "a").
+
+    Keys are one printable ASCII character, or one of `NAMED_KEYS` and `MODIFIER_KEYS`; here and below.
+    """
 
     keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class KeyDown:
+    """Press `key` and hold it, until a `KeyUp` of the same key."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class KeyUp:
+    """Let go of `key`."""
+
+    key: str
 
 
 @dataclass(frozen=True)
@@ -76,10 +132,28 @@ class Wait:
 
 
 @dataclass(frozen=True)
+class PressBack:
+    """One page back in the history, as the back button of a browser or a phone."""
+
+
+@dataclass(frozen=True)
+class PressHome:
+    """The home button of a phone: a web page has none and answers with an error."""
+
+
+@dataclass(frozen=True)
+class OpenApp:
+    """Start the app `name` of a phone: a web page has none and answers with an error."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Finished:
-    """The agent says that the task is done; `answer` is its text for the user, if any."""
+    """The agent says that it is done; `answer` is its text for the user, if any, `status` its own view of its work."""
 
     answer: str = ""
+    status: Literal["success", "failure"] = "success"
 
 
 @dataclass(frozen=True)
@@ -87,4 +161,7 @@ class CallUser:
     """The agent asks a person for help: the episode ends without success."""
 
 
-Action = Click | DoubleClick | RightClick | Drag | Scroll | Type | Hotkey | Wait | Finished | CallUser
+Clicking = Click | DoubleClick | RightClick | MiddleClick | TripleClick
+Pointing = Clicking | LongPress | Move
+Phone = PressBack | PressHome | OpenApp
+Action = Pointing | Drag | Scroll | Type | Hotkey | KeyDown | KeyUp | Wait | Phone | Finished | CallUser

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import numpy as np
 from gymnasium import spaces
 
-from envs.actions import Action, Click, DoubleClick, Drag, Hotkey, RightClick, Scroll, Type, Wait
+from envs.actions import Action, Drag, Hotkey, KeyDown, KeyUp, Pointing, Scroll, Type, Wait
 
 MAX_GOAL = 10_000
 _KEYS = ("Enter", "Tab", "Escape", "Backspace", "ArrowDown", "ArrowUp", "ArrowLeft", "ArrowRight")
@@ -30,7 +30,8 @@ class GoalSpace(spaces.Text):
 class ActionSpace(spaces.Space[Action]):
     """Every typed action, with points inside a viewport of `size` = (width, height) CSS pixels.
 
-    `sample` draws the kind uniformly, then its values; it never draws `Finished` or `CallUser`, which end the episode.
+    `sample` draws the kind uniformly, then its values. It never draws `Finished` or `CallUser`, which end the episode,
+    `PressBack`, which leaves the page, or the buttons of a phone that no page has.
     """
 
     def __init__(self, size: tuple[int, int], seed: int | np.random.Generator | None = None) -> None:
@@ -51,18 +52,20 @@ class ActionSpace(spaces.Space[Action]):
 
     def sample(self, mask: Any = None, probability: Any = None) -> Action:
         rng = self.np_random
-        kind = int(rng.integers(8))
-        if kind < 3:
-            return (Click, DoubleClick, RightClick)[kind](*self._point())
-        if kind == 3:
+        pointing = get_args(Pointing)
+        kind = int(rng.integers(len(pointing) + 7)) - len(pointing)
+        if kind < 0:
+            return pointing[kind](*self._point())
+        if kind == 0:
             return Drag(*self._point(), *self._point())
-        if kind == 4:
+        if kind == 1:
             return Scroll(*self._point(), str(rng.choice(_DIRECTIONS)), float(rng.integers(10, 200)))  # type: ignore[arg-type]
-        if kind == 5:
+        if kind == 2:
             return Type("".join(rng.choice(list("abcdefghij0123456789"), size=int(rng.integers(1, 6)))))
         if kind == 6:
-            return Hotkey((str(rng.choice(_KEYS)),))
-        return Wait(0.0)
+            return Wait(0.0)
+        key = str(rng.choice(_KEYS))
+        return (Hotkey((key,)), KeyDown(key), KeyUp(key))[kind - 3]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ActionSpace) and other.size == self.size

@@ -35,6 +35,7 @@ from playwright.sync_api import (
     WebSocketRoute,
 )
 
+from envs.actions import MODIFIER_KEYS
 from envs.allow import AllowList
 
 # nothing listens there: the TCP port multiplexer is dead since decades and needs root to open
@@ -335,7 +336,7 @@ class Tab:
         return self._cdp.send("Page.captureScreenshot", _PICTURE)["data"]
 
     def renew(self) -> bool:
-        """Forget what was recorded and take the mouse off the page, for another load; False when the page is dead."""
+        """Forget what was recorded and where it has been, let go of mouse and keys; False when the page is dead."""
         if self._dead or self.page.is_closed() or not self._browser.is_connected():
             return False
         self.blocked.clear()
@@ -344,6 +345,9 @@ class Tab:
         self._loading.clear()
         try:
             self.page.mouse.move(-1, -1)
+            for key in MODIFIER_KEYS:
+                self.page.keyboard.up(key)
+            self._cdp.send("Page.resetNavigationHistory")
         except Error:
             return False
         return True

@@ -1,19 +1,32 @@
-"""The UI-TARS action grammar: what a model says <-> typed actions in CSS pixels. Parsed by a scanner, never executed.
+"""The UI-TARS action grammar, desktop and mobile: what a model says <-> typed actions in CSS pixels.
 
-A reply is an optional thought and `Action: name(key='value', ...)`. Points are spelled `(x,y)`,
-`<|box_start|>(x,y)<|box_end|>`, `<point>x y</point>` or `[x1, y1, x2, y2]` (a box stands for its centre). Only the
-first action counts: it may change the page, so what was said to follow it was decided without seeing the result;
-everything after it is ignored. The scan is linear in the length of the reply, which is limited.
+A reply is an optional thought (`<think>` block, `Thought:`, `Reflection:`, `Action_Summary:`) and
+`Action: name(key='value', ...)`, perhaps with more calls below it, apart by blank lines. Points are spelled `(x,y)`,
+`<|box_start|>(x,y)<|box_end|>`, `<point>x y</point>` or `[x1, y1, x2, y2]` (a box stands for its centre). For an agent
+only the first action counts: it may change the page, so what was said to follow it was decided without seeing the
+result; `parse` ignores everything after it. Calls are scanned, never executed.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
-from agentkv.grammars.base import MAX_KEYS, Frame, ParseError, Reject, key_of, refuse_size, word_of
+from agentkv.grammars.base import (
+    MAX_ACTIONS,
+    Frame,
+    ParseError,
+    Reading,
+    Reject,
+    attempt,
+    key_of,
+    thought_end,
+    unsayable,
+    word_of,
+)
+from agentkv.grammars.scanner import Call, Scanner, escape, point_of
 from envs.actions import (
     Action,
     CallUser,
@@ -22,288 +35,239 @@ from envs.actions import (
     Drag,
     Finished,
     Hotkey,
+    KeyDown,
+    KeyUp,
+    LongPress,
+    Move,
+    OpenApp,
+    PressBack,
+    PressHome,
     RightClick,
     Scroll,
     Type,
     Wait,
 )
 
+NAME = "UI-TARS"
+MAX_KEYS = 3
 _DIRECTIONS = ("up", "down", "left", "right")
-_ESCAPES = {"n": "\n", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
 _START = ("start_box", "point", "start_point")
 _END = ("end_box", "end_point")
-
-
-class _Scanner:
-    """A cursor over the reply; every method moves forward only."""
-
-    def __init__(self, text: str, at: int) -> None:
-        self.text, self.at = text, at
-
-    def peek(self) -> str:
-        return self.text[self.at : self.at + 1]
-
-    def spaces(self) -> None:
-        while self.peek().isspace():
-            self.at += 1
-
-    def name(self) -> str:
-        start = self.at
-        while self.peek() == "_" or (self.peek().isalnum() and self.peek().isascii()):
-            self.at += 1
-        return self.text[start : self.at]
-
-    def expect(self, char: str) -> None:
-        self.spaces()
-        if self.peek() != char:
-            found = repr(self.peek()) if self.peek() else "the end of the reply"
-            raise Reject(f"expected {char!r}, found {found}", self.at)
-        self.at += 1
-
-    def string(self) -> tuple[str, int]:
-        """A quoted string and where it starts. A quote inside that does not close the call is taken as text."""
-        self.spaces()
-        quote, start = self.peek(), self.at
-        if quote not in ("'", '"') or not quote:
-            raise Reject("expected a quoted value", start)
-        self.at += 1
-        parts: list[str] = []
-        while self.at < len(self.text):
-            char = self.text[self.at]
-            if char == "\\" and self.text[self.at + 1 : self.at + 2] in _ESCAPES and self.at + 1 < len(self.text):
-                parts.append(_ESCAPES[self.text[self.at + 1]])
-                self.at += 2
-            elif char == quote and self._closes():
-                self.at += 1
-                return "".join(parts), start
-            else:
-                parts.append(char)
-                self.at += 1
-        raise Reject("the quoted value does not end", start)
-
-    def _closes(self) -> bool:
-        """Does the quote at the cursor end its string: is it followed by `)` and the end of the line, or by `,
-        key=`?
-        """
-        rest = _Scanner(self.text, self.at + 1)
-        rest.spaces()
-        if rest.peek() == ")":
-            return _LINE_ENDS.match(self.text, rest.at + 1) is not None
-        if rest.peek() != ",":
-            return False
-        rest.at += 1
-        rest.spaces()
-        named = rest.name() != ""
-        rest.spaces()
-        return named and rest.peek() == "="
-
-
-# what may follow a call on its line: blanks, or the next token of a chat template
-_LINE_ENDS = re.compile(r"[ \t]{0,64}(?:$|[\r\n<;])")
+# The whole text of `finished` that means "I gave up"; anything longer is an answer, whatever words it contains.
+_FAILURES = ("failure", "fail", "failed", "infeasible", "unsuccessful")
 _MARK = re.compile(r"^[ \t]{0,64}Action:", re.MULTILINE)
-_THINK_END = "</think>"
 
 
 def parse(text: str, frame: Frame) -> Action | ParseError:
     """The first action of a reply, in CSS pixels of `frame`, or why there is none. Never raises, never executes
     anything.
     """
-    refused = refuse_size(text)
-    if refused:
-        return refused
-    try:
-        scanner = _Scanner(text, _start(text))
-        scanner.spaces()
+    reading = attempt(partial(_read, limit=1), text, frame)
+    return reading if isinstance(reading, ParseError) else reading.actions[0]
+
+
+def read(text: str, frame: Frame) -> Reading | ParseError:
+    """All calls of a reply with flags, or why they cannot be read."""
+    return attempt(_read, text, frame)
+
+
+def parse_all(text: str, frame: Frame) -> list[Action] | ParseError:
+    """All actions of a reply in order, for evaluations; an agent takes only the first (`parse`)."""
+    reading = read(text, frame)
+    return reading if isinstance(reading, ParseError) else list(reading.actions)
+
+
+def _read(text: str, frame: Frame, limit: int = MAX_ACTIONS) -> Reading:
+    scanner = Scanner(text, _start(text))
+    flags: set[str] = set()
+    actions = [_action(scanner, frame, flags)]
+    while len(actions) < limit:
+        if "\n" not in scanner.spaces():
+            break
+        if text.startswith("Action:", scanner.at):
+            scanner.at += len("Action:")
+            scanner.spaces()
         begin, name = scanner.at, scanner.name()
-        if name not in _BUILDERS:
-            known = ", ".join(_BUILDERS)
-            raise Reject(f"{name[:40]!r} is not an action; known are {known}" if name else "no action found", begin)
-        return _BUILDERS[name](_Call(name, begin, _arguments(scanner), frame))
-    except Reject as reject:
-        return reject.error
+        if name not in _BUILDERS or scanner.peek() != "(":
+            scanner.at = begin
+            break
+        scanner.at = begin
+        actions.append(_action(scanner, frame, flags))
+    if limit > 1 and scanner.at < len(text) and scanner.peek() not in "<;":
+        flags.add("cut short")
+    return Reading(tuple(actions), frozenset(flags))
 
 
 def _start(text: str) -> int:
-    """Where the call begins: after the first line-opening `Action:` behind any <think> block, else where the reply
-    begins.
+    """Where the first call begins: after the first `Action:` that opens a line behind the thought, else after the last
+    one inside a line, else where the reply begins.
     """
-    thought = text.find(_THINK_END)
-    begin = 0 if thought < 0 else thought + len(_THINK_END)
+    mark = _MARK.search(text)
+    begin = thought_end(text, mark.start() if mark else len(text))
     mark = _MARK.search(text, begin)
-    return mark.end() if mark else begin
+    inline = text.rfind("Action: ", begin)
+    return mark.end() if mark else inline + len("Action: ") if inline >= 0 else begin
 
 
-def _arguments(scanner: _Scanner) -> dict[str, tuple[str, int]]:
-    scanner.expect("(")
-    found: dict[str, tuple[str, int]] = {}
+def _action(scanner: Scanner, frame: Frame, flags: set[str]) -> Action:
     scanner.spaces()
-    while scanner.peek() != ")":
-        if found:
-            scanner.expect(",")
-            scanner.spaces()
-        begin, key = scanner.at, scanner.name()
-        if not key or key in found:
-            raise Reject(f"argument {key!r} is given twice" if key else "expected an argument `key='value'`", begin)
-        scanner.expect("=")
-        found[key] = scanner.string()
-        scanner.spaces()
-    scanner.at += 1
-    return found
+    begin, name = scanner.at, scanner.name()
+    if name not in _BUILDERS:
+        known = ", ".join(_BUILDERS)
+        raise Reject(f"{name[:40]!r} is not an action; known are {known}" if name else "no action found", begin)
+    call = Call(name, begin, scanner.arguments(single=name in ("type", "finished", "open_app")))
+    return _BUILDERS[name](call, frame, flags)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A scanned call: its name, where it is, its arguments as (text, position)."""
-
-    name: str
-    at: int
-    arguments: dict[str, tuple[str, int]]
-    frame: Frame
-
-    def only(self, *keys: str) -> None:
-        for key, (_, position) in self.arguments.items():
-            if key not in keys:
-                allowed = ", ".join(keys) or "no arguments"
-                raise Reject(f"{self.name} has no argument {key[:40]!r}; it takes {allowed}", position)
-
-    def text(self, key: str, default: str | None = None) -> tuple[str, int]:
-        if key in self.arguments:
-            return self.arguments[key]
-        if default is None:
-            raise Reject(f"{self.name} needs {key}", self.at)
-        return default, self.at
-
-    def point(self, keys: tuple[str, ...]) -> tuple[float, float]:
-        given = [key for key in keys if key in self.arguments]
-        if len(given) != 1:
-            raise Reject(f"{self.name} needs {keys[0]}" if not given else f"{self.name} has two points", self.at)
-        text, position = self.arguments[given[0]]
-        return self.frame.clamped(*_point(text, position), position)
+def _point(call: Call, keys: tuple[str, ...], frame: Frame, flags: set[str]) -> tuple[float, float]:
+    given = [key for key in keys if key in call.arguments]
+    if len(given) != 1:
+        raise Reject(f"{call.name} needs {keys[0]}" if not given else f"{call.name} has two points", call.at)
+    text, position = call.arguments[given[0]]
+    return frame.clamped(*point_of(text, position), position, flags)
 
 
-_NUMBER = re.compile(r"[+-]?\d{1,9}(?:\.\d{1,9})?(?![\w.])", re.ASCII)
-_WRAPPERS = (("<|box_start|>", "<|box_end|>"), ("<point>", "</point>"), ("<bbox>", "</bbox>"), ("(", ")"), ("[", "]"))
+_Build = Callable[[Call, Frame, set[str]], Action]
 
 
-def _point(text: str, position: int) -> tuple[float, float]:
-    """`(x,y)` and its other spellings -> (x, y); four numbers are a box and give its centre."""
-    inner = text.strip()
-    for opening, closing in _WRAPPERS:
-        if inner.startswith(opening) and inner.endswith(closing) and len(inner) >= len(opening) + len(closing):
-            inner = inner[len(opening) : len(inner) - len(closing)].strip()
-    pieces = inner.replace(",", " ").split() if len(inner) <= 80 else []
-    if len(pieces) not in (2, 4) or not all(_NUMBER.fullmatch(piece) for piece in pieces):
-        raise Reject(f"{text[:40]!r} is not a point; write (x,y)", position)
-    numbers = [float(piece) for piece in pieces]
-    if len(numbers) == 4:
-        return (numbers[0] + numbers[2]) / 2, (numbers[1] + numbers[3]) / 2
-    return numbers[0], numbers[1]
-
-
-def _pointed(kind: type[Click] | type[DoubleClick] | type[RightClick]) -> Callable[[_Call], Action]:
-    def build(call: _Call) -> Action:
+def _pointed(kind: type[Click] | type[DoubleClick] | type[RightClick] | type[Move] | type[LongPress]) -> _Build:
+    def build(call: Call, frame: Frame, flags: set[str]) -> Action:
         call.only(*_START)
-        return kind(*call.point(_START))
+        return kind(*_point(call, _START, frame, flags))
 
     return build
 
 
-def _drag(call: _Call) -> Action:
+def _drag(call: Call, frame: Frame, flags: set[str]) -> Action:
     call.only(*_START, *_END)
-    return Drag(*call.point(_START), *call.point(_END))
+    return Drag(*_point(call, _START, frame, flags), *_point(call, _END, frame, flags))
 
 
-def _scroll(call: _Call) -> Action:
+def _scroll(call: Call, frame: Frame, flags: set[str]) -> Action:
     call.only(*_START, "direction")
-    x, y = call.point(_START)
+    where = _point(call, _START, frame, flags) if call.arguments.keys() & set(_START) else (None, None)
     direction, position = call.text("direction")
     if direction.lower() not in _DIRECTIONS:
         raise Reject(f"direction {direction[:40]!r} is not one of {', '.join(_DIRECTIONS)}", position)
-    return Scroll(x, y, cast(Literal["up", "down", "left", "right"], direction.lower()))
+    return Scroll(*where, cast(Literal["up", "down", "left", "right"], direction.lower()))
 
 
-def _hotkey(call: _Call) -> Action:
+def _keys(call: Call, most: int) -> tuple[str, ...]:
     call.only("key")
     text, position = call.text("key")
     words = text.split() if len(text) <= 100 else []
     if len(words) == 1 and len(words[0]) > 1:
         words = [word for word in words[0].split("+") if word]
-    if not 1 <= len(words) <= MAX_KEYS:
-        raise Reject(f"{text[:40]!r} does not name 1 to {MAX_KEYS} keys", position)
-    return Hotkey(tuple(key_of(word, position) for word in words))
+    if not 1 <= len(words) <= most:
+        wanted = "one key" if most == 1 else f"1 to {most} keys"
+        raise Reject(f"{text[:40]!r} does not name {wanted}", position)
+    return tuple(key_of(word, position) for word in words)
 
 
-def _type(call: _Call) -> Action:
+def _hotkey(call: Call, frame: Frame, flags: set[str]) -> Action:
+    return Hotkey(_keys(call, MAX_KEYS))
+
+
+def _held(kind: type[KeyDown] | type[KeyUp]) -> _Build:
+    return lambda call, frame, flags: kind(*_keys(call, 1))
+
+
+def _type(call: Call, frame: Frame, flags: set[str]) -> Action:
     call.only("content")
     return Type(call.text("content")[0])
 
 
-def _finished(call: _Call) -> Action:
+def _finished(call: Call, frame: Frame, flags: set[str]) -> Action:
     call.only("content")
-    return Finished(call.text("content", "")[0])
+    content = call.text("content", "")[0]
+    return Finished(status="failure") if _means_failure(content) else Finished(content)
 
 
-def _bare(kind: type[Wait] | type[CallUser]) -> Callable[[_Call], Action]:
-    def build(call: _Call) -> Action:
+def _means_failure(content: str) -> bool:
+    return len(content) < 40 and content.strip(" .!\n").lower() in _FAILURES
+
+
+def _open_app(call: Call, frame: Frame, flags: set[str]) -> Action:
+    call.only("app_name")
+    return OpenApp(call.text("app_name")[0])
+
+
+def _bare(kind: type[Wait] | type[CallUser] | type[PressHome] | type[PressBack]) -> _Build:
+    def build(call: Call, frame: Frame, flags: set[str]) -> Action:
         call.only()
         return kind()
 
     return build
 
 
-_BUILDERS: dict[str, Callable[[_Call], Action]] = {
+# `press` holds a key until `release`, as in the authors' client; a short press is a `hotkey` of one key
+_BUILDERS: dict[str, _Build] = {
     "click": _pointed(Click),
     "left_single": _pointed(Click),
     "left_double": _pointed(DoubleClick),
     "right_single": _pointed(RightClick),
+    "hover": _pointed(Move),
+    "long_press": _pointed(LongPress),
     "drag": _drag,
     "select": _drag,
     "hotkey": _hotkey,
-    "press": _hotkey,
+    "press": _held(KeyDown),
+    "keydown": _held(KeyDown),
+    "release": _held(KeyUp),
+    "keyup": _held(KeyUp),
     "type": _type,
     "scroll": _scroll,
     "wait": _bare(Wait),
     "finished": _finished,
     "call_user": _bare(CallUser),
+    "open_app": _open_app,
+    "press_home": _bare(PressHome),
+    "press_back": _bare(PressBack),
 }
 
 
 def render(action: Action, frame: Frame) -> str:
-    """`Action: ...` for `action`; points are rounded to whole pixels of the resized image.
+    """`Action: ...` for `action`; points are rounded to the numbers of the frame.
 
     The grammar has no words for the length of a wait or of a scroll: parsing gives the defaults of `envs.actions` back.
-    Raises ValueError for a key that the grammar does not know and for a point that is not finite.
+    Raises ValueError for an action or a key that the grammar does not know, for a point that is not finite, and for an
+    answer that it would read as giving up.
     """
+    return f"Action: {_call(action, frame)}"
+
+
+def _call(action: Action, frame: Frame) -> str:
     match action:
-        case Click(x, y):
-            return f"Action: click(start_box='{_spell(x, y, frame)}')"
-        case DoubleClick(x, y):
-            return f"Action: left_double(start_box='{_spell(x, y, frame)}')"
-        case RightClick(x, y):
-            return f"Action: right_single(start_box='{_spell(x, y, frame)}')"
-        case Drag(x, y, to_x, to_y):
-            return f"Action: drag(start_box='{_spell(x, y, frame)}', end_box='{_spell(to_x, to_y, frame)}')"
-        case Scroll(x, y, direction):
-            return f"Action: scroll(start_box='{_spell(x, y, frame)}', direction='{direction}')"
+        case Drag(x, y, to_x, to_y) if x is not None and y is not None:
+            return f"drag(start_box='{_spell(x, y, frame)}', end_box='{_spell(to_x, to_y, frame)}')"
+        case Scroll(None, None, direction):
+            return f"scroll(direction='{direction}')"
+        case Scroll(x, y, direction) if x is not None and y is not None:
+            return f"scroll(start_box='{_spell(x, y, frame)}', direction='{direction}')"
         case Type(text):
-            return f"Action: type(content='{_escape(text)}')"
-        case Hotkey(keys):
-            return f"Action: hotkey(key='{' '.join(word_of(key) for key in keys)}')"
-        case Wait():
-            return "Action: wait()"
-        case Finished(answer):
-            return f"Action: finished(content='{_escape(answer)}')"
-        case CallUser():
-            return "Action: call_user()"
-    raise ValueError(f"{action!r} is not an action; use one of envs.actions")
+            return f"type(content='{escape(text)}')"
+        case Hotkey(keys) if 1 <= len(keys) <= MAX_KEYS:
+            return f"hotkey(key='{escape(' '.join(word_of(key) for key in keys))}')"
+        case KeyDown(key) | KeyUp(key):
+            return f"{'press' if isinstance(action, KeyDown) else 'release'}(key='{escape(word_of(key))}')"
+        case OpenApp(name):
+            return f"open_app(app_name='{escape(name)}')"
+        case Finished(answer, "success") if not _means_failure(answer):
+            return f"finished(content='{escape(answer)}')"
+        case Finished("", "failure"):
+            return "finished(content='failure')"
+        case Click() | DoubleClick() | RightClick() | Move() | LongPress():
+            return f"{_WORDS[type(action)]}(start_box='{_spell(action.x, action.y, frame)}')"
+        case Wait() | CallUser() | PressHome() | PressBack():
+            return f"{_WORDS[type(action)]}()"
+    raise unsayable(NAME, action)
+
+
+_WORDS = {Click: "click", DoubleClick: "left_double", RightClick: "right_single", Move: "hover"}
+_WORDS |= {LongPress: "long_press", Wait: "wait", CallUser: "call_user"}
+_WORDS |= {PressHome: "press_home", PressBack: "press_back"}
 
 
 def _spell(x: float, y: float, frame: Frame) -> str:
     column, row = frame.from_css(x, y)
     return f"({column},{row})"
-
-
-def _escape(text: str) -> str:
-    for char, escaped in (("\\", "\\\\"), ("\n", "\\n"), ("\t", "\\t"), ("'", "\\'")):
-        text = text.replace(char, escaped)
-    return text

@@ -11,8 +11,9 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from agentkv.mini.drawn import HEIGHT, WIDTH, click, face, say
+from agentkv.mini.drawn import HEIGHT, WIDTH, click, face, say, snap
 from agentkv.mini.packing import Ask, Turn
+from agentkv.mini.shape import RESIZED
 
 _SCALE = 2
 _COLOURS = {
@@ -73,6 +74,9 @@ class Screen:
     def card(self, text: str, box: Box, size: int) -> None:
         self.draw.rectangle(self._corners(box), fill="#fff3b8", outline=_INK, width=2 * _SCALE)
         self.text(text, box, size)
+        if text:
+            x, y = snap(box[0] + box[2] / 2, WIDTH, RESIZED[0]), snap(box[1] + box[3] / 2, HEIGHT, RESIZED[1])
+            self.ask(f"Read ({x},{y})", say(text), "memory-read")
 
     def swatch(self, colour: str, box: Box, pressed: bool) -> None:
         if pressed:
@@ -110,14 +114,12 @@ class Episode:
     def __init__(self, goal: str, task: str, rng: random.Random) -> None:
         self.goal, self.task, self.rng = goal, task, rng
         self.turns: list[Turn] = []
+        self.screens: list[Screen] = []
 
     def add(self, screen: Screen, answer: str) -> None:
         extra = self.rng.sample(screen.asks, min(2, len(screen.asks)))
         self.turns.append(Turn(screen.pixels(), [Ask(self.goal, answer, self.task), *extra], answer))
-
-    def done(self) -> list[Turn]:
-        self.turns[-1].reply = None
-        return self.turns
+        self.screens.append(screen)
 
 
 def _items(rng: random.Random) -> list[tuple[str, str]]:
@@ -133,7 +135,7 @@ def _figure_screen(rng: random.Random) -> Screen:
     return screen
 
 
-def code(rng: random.Random) -> list[Turn]:
+def code(rng: random.Random) -> Episode:
     """Two or three digits, unrelated figures, then a keypad or a text field."""
     digits = [rng.choice("0123456789") for _ in range(rng.choice((2, 2, 3)))]
     typed = len(digits) == 2 and rng.random() < 0.3
@@ -153,7 +155,7 @@ def code(rng: random.Random) -> list[Turn]:
         screen.ask("What was the code?", say("".join(digits)), "memory-recall")
         episode.add(screen, _middle(_NEXT))
     (_typed if typed else _keypad)(episode, digits, slots, width)
-    return episode.done()
+    return episode
 
 
 def _keypad(episode: Episode, digits: list[str], slots: list[float], width: float) -> None:
@@ -181,7 +183,7 @@ def _typed(episode: Episode, digits: list[str], slots: list[float], width: float
         episode.add(screen, answer)
 
 
-def colour(rng: random.Random) -> list[Turn]:
+def colour(rng: random.Random) -> Episode:
     """One colour, unrelated digits, then four colours to choose from."""
     four = rng.sample(tuple(_COLOURS), 4)
     wanted = rng.choice(four)
@@ -205,10 +207,10 @@ def colour(rng: random.Random) -> list[Turn]:
         screen.swatch(name, box, True)
     screen.ask("Which colour was it?", say(wanted), "memory-recall")
     episode.add(screen, _middle(boxes[wanted]))
-    return episode.done()
+    return episode
 
 
-def place(rng: random.Random) -> list[Turn]:
+def place(rng: random.Random) -> Episode:
     """A dot in one of nine fields, an unrelated figure, then the fields without it."""
     wanted, ink = rng.randrange(9), rng.choice(tuple(_COLOURS))
     boxes = [(4 + i % 3 * 52, 4 + i // 3 * 52, 48, 48) for i in range(9)]
@@ -229,10 +231,10 @@ def place(rng: random.Random) -> list[Turn]:
         else:
             screen.ask("Where was the dot?", answer, "memory-recall")
         episode.add(screen, answer)
-    return episode.done()
+    return episode
 
 
-def order(rng: random.Random) -> list[Turn]:
+def order(rng: random.Random) -> Episode:
     """Three figures on three screens, then all of them: click the first, or all in their order."""
     items, first = _items(rng), rng.random() < 0.4
     end = "the one that was shown first." if first else "them in the order they were shown."
@@ -251,10 +253,10 @@ def order(rng: random.Random) -> list[Turn]:
         for ordinal, item in zip(("first", "second", "third"), items, strict=True):
             screen.ask(f"Which was {ordinal}?", say(" ".join(item)), "memory-recall")
         episode.add(screen, _middle(places[items[chosen]]))
-    return episode.done()
+    return episode
 
 
-def changed(rng: random.Random) -> list[Turn]:
+def changed(rng: random.Random) -> Episode:
     """Three figures; on the next screen one has another colour or another form."""
     shapes, colours = rng.sample(_SHAPES, 4), rng.sample(tuple(_COLOURS), 4)
     before = list(zip(colours, shapes, strict=True))[:3]
@@ -272,9 +274,24 @@ def changed(rng: random.Random) -> list[Turn]:
         if items is before:
             screen.next()
         episode.add(screen, answer)
-    return episode.done()
+    return episode
+
+
+_KINDS = (code, code, colour, order, changed, place)
 
 
 def drawn_episode(rng: random.Random) -> list[Turn]:
     """One drawn memory episode of a random kind."""
-    return rng.choice((code, code, colour, order, changed, place))(rng)
+    turns = rng.choice(_KINDS)(rng).turns
+    turns[-1].reply = None
+    return turns
+
+
+def drawn_screen(rng: random.Random, asks: int = 6) -> list[Turn]:
+    """One screen of such an episode alone, with questions about what is on it: cheaper than the whole."""
+    here: list[Ask] = []
+    while not here:
+        episode = rng.choice(_KINDS)(rng)
+        number = rng.randrange(len(episode.screens))
+        here = [ask for ask in episode.screens[number].asks if ask.task != "memory-recall"]
+    return [Turn(episode.turns[number].image, rng.sample(here, min(asks, len(here))))]

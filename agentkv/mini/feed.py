@@ -15,11 +15,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from agentkv.mini.drawn import drawn_turn
-from agentkv.mini.drawn_memory import drawn_episode
+from agentkv.mini.drawn_memory import drawn_episode, drawn_screen
 from agentkv.mini.episodes import EpisodeStore
 from agentkv.mini.packing import Batch, Packed, Packer, Turn, collate
 
 POOL = 8
+# share of the single drawn pages that are screens of memory episodes
+SCREENS = 0.35
 
 
 @dataclass(frozen=True)
@@ -87,5 +89,5 @@ class Feed(IterableDataset):
         if roll < self.mix.memory:
             return drawn_episode(rng)
         if roll < self.mix.memory + self.mix.drawn or not len(store):
-            return [drawn_turn(rng, self.mix.asks)]
+            return drawn_screen(rng) if rng.random() < SCREENS else [drawn_turn(rng, self.mix.asks)]
         return store.sample(rng)

@@ -43,7 +43,7 @@ class TrainConfig:
     minutes: float = 120.0
     rate: float = 2e-3
     warmup: int = 100
-    fall: float = 0.25
+    fall: float = 0.35
     average: float = 0.998
     save_minutes: float = 4.0
     hints: float = 0.3

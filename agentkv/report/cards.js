@@ -1,13 +1,24 @@
 // What each method did at one step.
 
+// A drag or a scroll may start where the pointer is.
+const at = (a) => (a.x === null ? "the pointer" : `(${a.x}, ${a.y})`);
 const ACTS = {
-  Click: (a) => `click (${a.x}, ${a.y})`,
-  DoubleClick: (a) => `double click (${a.x}, ${a.y})`,
-  RightClick: (a) => `right click (${a.x}, ${a.y})`,
-  Drag: (a) => `drag (${a.x}, ${a.y}) to (${a.to_x}, ${a.to_y})`,
-  Scroll: (a) => `scroll ${a.direction} by ${a.pixels} at (${a.x}, ${a.y})`,
+  Click: (a) => `click ${at(a)}`,
+  DoubleClick: (a) => `double click ${at(a)}`,
+  TripleClick: (a) => `triple click ${at(a)}`,
+  RightClick: (a) => `right click ${at(a)}`,
+  MiddleClick: (a) => `middle click ${at(a)}`,
+  LongPress: (a) => `long press ${at(a)}`,
+  Move: (a) => `move to ${at(a)}`,
+  Drag: (a) => `drag ${at(a)} to (${a.to_x}, ${a.to_y})`,
+  Scroll: (a) => `scroll ${a.direction} by ${a.pixels} at ${at(a)}`,
   Type: (a) => `type “${a.text}”`,
   Hotkey: (a) => `press ${a.keys.join(" + ")}`,
+  KeyDown: (a) => `hold ${a.key}`,
+  KeyUp: (a) => `let go of ${a.key}`,
+  PressBack: () => "go back",
+  PressHome: () => "press home",
+  OpenApp: (a) => `open the app ${a.name}`,
   Wait: (a) => `wait ${a.seconds} s`,
   Finished: (a) => (a.answer ? `finished: ${a.answer}` : "finished"),
   CallUser: () => "asks the user",
@@ -65,7 +76,7 @@ function card(method, play) {
           : `ended after step ${play.steps.length}`,
       ),
     );
-  const point = step.action && POINTS.includes(step.action.type) ? marker(step.action, step.viewport, method) : null;
+  const point = step.action && typeof step.action.x === "number" ? marker(step.action, step.viewport, method) : null;
   const said = h(
     "div",
     { class: "info" },

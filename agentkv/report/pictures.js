@@ -21,7 +21,6 @@ function overlay(frame, method) {
   return canvas;
 }
 
-const POINTS = ["Click", "DoubleClick", "RightClick", "Drag", "Scroll"];
 
 function arrow(x, y, toX, toY, r, look) {
   const angle = Math.atan2(toY - y, toX - x),

@@ -38,8 +38,8 @@ def test_every_action_survives_json(action):
     assert action_from_dict(json.loads(json.dumps(action_to_dict(action)))) == action
 
 
-def test_actions_are_the_ten_of_the_environment():
-    assert len(ACTIONS) == 10
+def test_actions_are_those_of_the_environment():
+    assert len(ACTIONS) == 19
     assert all(f.default is MISSING or f.default is not None for cls in ACTIONS.values() for f in fields(cls))
     assert action_to_dict(Hotkey(("Control", "a"))) == {"type": "Hotkey", "keys": ("Control", "a")}
     assert action_to_dict(ParseError("no")) is None

@@ -171,7 +171,7 @@ def test_gymnasium_accepts_it(make) -> None:
 def test_spaces() -> None:
     space = ActionSpace((160, 210), seed=1)
     drawn = [space.sample() for _ in range(200)]
-    assert all(action in space for action in drawn) and len({type(action) for action in drawn}) == 8
+    assert all(action in space for action in drawn) and len({type(action) for action in drawn}) == 14
     assert drawn[:5] == [ActionSpace((160, 210), seed=1).sample() for _ in range(1)] + drawn[1:5]
     assert "click" not in space and space == ActionSpace((160, 210)) and space != ActionSpace((1, 1))
     assert Click(1, 2) in space and Hotkey(("a",)) in space and Type("x") in space
