@@ -25,15 +25,15 @@ LIVE = "live"  # the name of the task that a --url is
 LOAD_TIMEOUT = 30.0  # seconds for a page to load
 TRIES = 2  # an episode whose browser dies is played once more
 # Two runs may share a folder when these agree: then their figures can stand in one table.
-SHARED = ("model", "budget", "history", "max_steps", "max_new_tokens", "device_scale", "url", "goal", "expect")
+SHARED = ("model", "agent", "budget", "history", "max_steps", "max_new_tokens", "device_scale", "url", "goal", "expect")
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is to be played; `history` counts screenshots in a prompt, the current one included.
 
-    `allow`: further origins that the live page `url` may load from; `expect`: what its last page must show.
-    Raises ValueError for a number out of range.
+    `allow`: further origins that the live page `url` may load from; `expect`: what its last page must show;
+    `agent`: which prompt and grammar the model has (`agentkv.models.AGENTS`), None = find out. Raises ValueError for a number out of range.
     """
 
     model: str
@@ -50,6 +50,7 @@ class Plan:
     goal: str = ""
     allow: tuple[str, ...] = ()
     expect: str = ""
+    agent: str | None = None
 
     def __post_init__(self) -> None:
         if not self.seeds:

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from agentkv.agent import Agent
 from agentkv.errors import EXPLAINED, Interrupts, user_errors
 from agentkv.meta import run_meta
-from agentkv.models import ModelAdapter, load_adapter
+from agentkv.models import AGENTS, ModelAdapter, load_adapter
 from agentkv.play import LIVE, Plan, Play, open_env, open_folder, task_of
 from agentkv.replay import find_run, recorded, replay, replay_table
 from agentkv.report import write_report
@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
         description="Let a GUI agent play web tasks with compressed KV caches; every method plays the same seeds.",
     )
     p.add_argument("--model", default="mini", help="mini (embedded), a folder, or a hub id of a supported family")
+    p.add_argument("--agent", choices=AGENTS, help="prompt and grammar of the model (default: what the checkpoint is)")
     p.add_argument("--tasks", default="", help="comma-separated task names (default: those the mini model learned)")
     p.add_argument("--episodes", type=int, help="episodes per task and method (default 5; 1 with --url)")
     p.add_argument("--seed", type=int, default=EVALUATION_SEEDS, help="first seed; training used those below 1000000")
@@ -147,6 +148,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         goal=args.goal,
         allow=tuple(split(args.allow)),
         expect=args.expect,
+        agent=args.agent,
     )
     for task in plan.tasks:
         task_of(task, plan)
@@ -186,7 +188,8 @@ def load(plan: Plan) -> ModelAdapter:
     """The model of the plan, quietly; bf16 on a GPU, fp32 on a CPU."""
     logging.disable_progress_bar()
     try:
-        adapter = load_adapter(plan.model, plan.device, torch.bfloat16 if "cuda" in plan.device else torch.float32)
+        dtype = torch.bfloat16 if "cuda" in plan.device else torch.float32
+        adapter = load_adapter(plan.model, plan.device, dtype, plan.agent)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model {plan.model}: {str(error).splitlines()[0]}") from error
     if plan.device == "cpu" and adapter.model.num_parameters() < SMALL and "OMP_NUM_THREADS" not in os.environ:

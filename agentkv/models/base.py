@@ -16,10 +16,28 @@ from agentkv.grammars import Frame, ParseError
 from agentkv.spans import Span
 from envs.actions import Action
 
-__all__ = ["Frame", "History", "ModelAdapter", "ParseError", "Prompt"]
+__all__ = ["AgentText", "Frame", "Grammar", "History", "ModelAdapter", "ParseError", "Prompt"]
 
 # past steps, oldest first: the screenshot (None = too old to be shown) and what was answered to it
 History = Sequence[tuple[Image.Image | None, str]]
+
+
+@dataclass(frozen=True)
+class AgentText:
+    """The fixed words of a prompt. `prompt` holds `{goal}`; both may hold `{width}` and `{height}`, the current
+    screenshot's size in the numbers in which the model names points. `history_frames` counts screenshots, the current
+    one included.
+    """
+
+    system: str
+    prompt: str
+    history_frames: int = 5
+
+    def __post_init__(self) -> None:
+        if "{goal}" not in self.prompt:
+            raise ValueError("the prompt of agent.json has no {goal}; put it where the task's words belong")
+        if self.history_frames < 1:
+            raise ValueError(f"history_frames={self.history_frames} shows nothing; use at least 1")
 
 
 @dataclass(frozen=True)
@@ -30,6 +48,14 @@ class Prompt:
     inputs: dict[str, torch.Tensor]
     spans: list[Span]
     frames: list[Frame]
+
+
+class Grammar(Protocol):
+    """A module of `agentkv.grammars`."""
+
+    def parse(self, text: str, frame: Frame) -> Action | ParseError: ...
+
+    def render(self, action: Action, frame: Frame) -> str: ...
 
 
 class ModelAdapter(Protocol):

@@ -1,0 +1,151 @@
+"""What all our model families share: a chat of screenshots and answers becomes token ids, spans and frames.
+
+A family is a subclass that says which model class it loads, which words it was trained on, which grammar it speaks, in
+which numbers it counts points, and how its chat marks turns and screenshots. The goal and the answers are data: chat
+markers in them are defused, so that a page cannot open a turn or claim a screenshot. Nothing here runs code that comes
+with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar, Self
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
+
+from agentkv.grammars import CoordinateSpace, Frame, ParseError
+from agentkv.models.base import AgentText, Grammar, History, Prompt
+from agentkv.spans import find_spans
+from envs.actions import Action
+
+
+class ChatAdapter:
+    """One model as an agent (`agentkv.models.ModelAdapter`); see the module docstring for what a subclass says.
+
+    Raises ValueError if the image processor cuts other patches than the model reads.
+    """
+
+    model_type: ClassVar[str]
+    architecture: ClassVar[type[PreTrainedModel]]
+    words: ClassVar[AgentText]
+    grammar: ClassVar[Grammar]
+    space: ClassVar[CoordinateSpace] = CoordinateSpace.RESIZED
+    placeholder: ClassVar[str]
+    markers: ClassVar[tuple[str, ...]]
+    chat_template: ClassVar[str | None] = None  # for a tokenizer that comes without one
+
+    def __init__(self, model: Any, tokenizer: Any, processor: Any, text: AgentText | None = None) -> None:
+        self.model, self.tokenizer, self.processor = model, tokenizer, processor
+        self.text = text or self.words
+        self.history_frames = self.text.history_frames
+        vision = model.config.vision_config
+        cut, read = (processor.patch_size, processor.merge_size), (vision.patch_size, vision.spatial_merge_size)
+        if cut != read:
+            raise ValueError(
+                f"the image processor cuts patches of {cut[0]} pixels merged {cut[1]} by {cut[1]}, the model reads "
+                f"{read[0]} and {read[1]}: take the preprocessor_config.json that belongs to this checkpoint"
+            )
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        text: AgentText | None = None,
+    ) -> Self:
+        """Load from a folder or hub id; dtype None = as saved.
+
+        All our families cut screenshots with Qwen2-VL's image processor. It is read on its own, because the joint
+        processor wants torchvision for videos, and as the PIL one, so that pixels are the same on every machine.
+        """
+        tokenizer = cls._tokenizer(source)
+        processor = Qwen2VLImageProcessorPil.from_pretrained(source)
+        model = cls.architecture.from_pretrained(
+            source, dtype=dtype or "auto", attn_implementation="sdpa", use_safetensors=True
+        )
+        return cls(model.to(device or "cpu").eval(), tokenizer, processor, text)
+
+    @classmethod
+    def _tokenizer(cls, source: str) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+    def prompt(
+        self, goal: str, history: History, screenshot: Image.Image, css_size: tuple[int, int] | None = None
+    ) -> Prompt:
+        """The prompt for one decision; see `ModelAdapter.prompt`. Tensors are on the model's device."""
+        images = [image for image, _ in history if image is not None] + [screenshot]
+        seen = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        grids, merge = seen["image_grid_thw"], self.processor.merge_size
+        frames = [self._frame(image, grid.tolist(), css_size) for image, grid in zip(images, grids, strict=True)]
+        ids = self._ids(self._messages(goal, history, frames[-1]), [int(g.prod()) // merge**2 for g in grids])
+        token = self.model.config.image_token_id
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == token).int(),
+            "pixel_values": seen["pixel_values"].to(self.model.dtype),
+            "image_grid_thw": grids,
+        }
+        spans = find_spans(ids, grids, token, merge)[0]
+        return Prompt({name: tensor.to(self.model.device) for name, tensor in inputs.items()}, spans, frames)
+
+    def _ids(self, messages: list[dict[str, Any]], sizes: list[int]) -> torch.Tensor:
+        """Token ids [1, S] of the chat with every placeholder repeated as often as its screenshot has visual tokens."""
+        template = self.tokenizer.chat_template or self.chat_template
+        text = self.tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        pieces = text.split(self.placeholder)
+        if len(pieces) != len(sizes) + 1:
+            raise ValueError(
+                f"the chat template placed {len(pieces) - 1} screenshots of {len(sizes)}; "
+                f"is it the template of a {self.model_type} model?"
+            )
+        text = pieces[0] + "".join(self.placeholder * n + after for n, after in zip(sizes, pieces[1:], strict=True))
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+
+    def _messages(self, goal: str, history: History, frame: Frame) -> list[dict[str, Any]]:
+        """The chat: one system turn; per step a user turn with its screenshot (if it is shown) and an assistant turn
+        with its answer; last the current screenshot and the goal.
+        """
+        picture = {"type": "image"}
+        messages: list[dict[str, Any]] = [{"role": "system", "content": _sized(self.text.system, frame)}]
+        for step, (image, answer) in enumerate(history):
+            if image is not None:
+                messages.append({"role": "user", "content": [picture]})
+            said = self._answer(self._defuse(answer), len(history) - step, step + 1)
+            if said is not None:
+                messages.append({"role": "assistant", "content": said})
+        words = _sized(self.text.prompt, frame).replace("{goal}", self._defuse(goal))
+        return [*messages, {"role": "user", "content": [picture, {"type": "text", "text": words}]}]
+
+    def _answer(self, answer: str, age: int, number: int) -> str | None:
+        """How an answer of step `number` (from 1), `age` steps ago, stands in the chat; None = not at all."""
+        return answer
+
+    def _defuse(self, text: str) -> str:
+        for marker in self.markers:
+            text = text.replace(marker, re.sub(r"[|\[\]]", " ", marker))
+        return text
+
+    def _frame(self, image: Image.Image, grid: list[int], css_size: tuple[int, int] | None) -> Frame:
+        _, rows, columns = grid
+        patch, merge = self.processor.patch_size, self.processor.merge_size
+        size, tokens = (columns * patch, rows * patch), (rows // merge, columns // merge)
+        return Frame(css_size or image.size, size, tokens, self.space)
+
+    def parse(self, text: str, frame: Frame) -> Action | ParseError:
+        """The first action of a reply, in CSS pixels, or why there is none; never raises."""
+        return self.grammar.parse(text, frame)
+
+    def render(self, action: Action, frame: Frame) -> str:
+        """`action` as this family says it. Raises ValueError for an action that its grammar does not have."""
+        return self.grammar.render(action, frame)
+
+
+def _sized(text: str, frame: Frame) -> str:
+    width, height = frame.extent
+    return text.replace("{width}", str(width)).replace("{height}", str(height))
