@@ -33,7 +33,8 @@ class Plan:
     """What is to be played; `history` counts screenshots in a prompt, the current one included.
 
     `allow`: further origins that the live page `url` may load from; `expect`: what its last page must show;
-    `agent`: which prompt and grammar the model has (`agentkv.models.AGENTS`), None = find out. Raises ValueError for a number out of range.
+    `agent`: which prompt and grammar the model has (`agentkv.models.AGENTS`), None = find out. Raises
+    ValueError for a number out of range.
     """
 
     model: str

@@ -27,6 +27,7 @@ from rich.table import Table
 from agentkv.agent import Agent
 from agentkv.errors import EXPLAINED, Interrupts, user_errors
 from agentkv.meta import run_meta
+from agentkv.models import AGENTS
 from agentkv.play import Plan, Play, open_folder, task_of
 from agentkv.run import DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load, split, split_methods
 from agentkv.stats import UNITS, summarise
@@ -55,6 +56,7 @@ class Study:
     seed: int
     out: Path
     model: str = "mini"
+    agent: str | None = None
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
@@ -79,7 +81,8 @@ class Study:
     def _plan(self, methods: tuple[str, ...], budget: str, history: int) -> Plan:
         seeds = tuple(range(self.seed, self.seed + self.episodes))
         return Plan(
-            self.model, methods, budget, self.tasks, seeds, history=history, max_new_tokens=self.max_new_tokens
+            self.model, methods, budget, self.tasks, seeds, history=history, agent=self.agent,
+            max_new_tokens=self.max_new_tokens,
         )  # fmt: skip
 
     def jobs(self) -> list[tuple[Path, Plan]]:
@@ -206,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.webtasks", description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="mini", help="mini, a folder, or a hub id of a supported family")
+    p.add_argument("--agent", choices=AGENTS, help="prompt and grammar of the model (default: what the checkpoint is)")
     p.add_argument("--tasks", default="", help="comma-separated (default: those of agentkv.run)")
     p.add_argument("--methods", default=METHODS, help=f"comma-separated methods or compositions (default {METHODS})")
     p.add_argument("--budgets", default=BUDGETS, help=f"comma-separated shares or tokens (default {BUDGETS})")
@@ -231,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             study = Study(
                 tuple(dict.fromkeys(split(args.tasks))) or DEFAULT_TASKS, split_methods(args.methods),
                 tuple(str(Budget.parse(b)) for b in split(args.budgets)), tuple(int(h) for h in split(args.history)),
-                args.episodes, args.seed, args.out, args.model, args.max_new_tokens,
+                args.episodes, args.seed, args.out, args.model, args.agent, args.max_new_tokens,
             )  # fmt: skip
             meta = run_meta("eval.webtasks", argv, args.seed, units=UNITS)
             finished = play(study, args.workers, args.chromium, meta)

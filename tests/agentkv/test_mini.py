@@ -24,8 +24,8 @@ from agentkv.mini.hints import Hints, looks
 from agentkv.mini.packing import Ask, Packer, Turn, collate
 from agentkv.mini.tokenizer import build_tokenizer
 from agentkv.mini.train import Meter, TrainConfig, fresh_model, soft_targets
-from agentkv.models import MINI, load_adapter
-from agentkv.models.qwen_vl import AgentText, QwenVLAdapter
+from agentkv.models import MINI, AgentText, load_adapter
+from agentkv.models.ui_tars import UiTarsAdapter
 
 GOAL = "Click on the red box."
 ANSWER = "Action: click(start_box='(84,112)')"
@@ -37,13 +37,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def adapter(tokenizer: PreTrainedTokenizerFast) -> QwenVLAdapter:
+def adapter(tokenizer: PreTrainedTokenizerFast) -> UiTarsAdapter:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     torch.manual_seed(0)
     settings = {k: v for k, v in processor_settings().items() if not k.endswith(("_type", "_class"))}
     text = AgentText(**{k: AGENT[k] for k in ("system", "prompt", "history_frames")})
-    return QwenVLAdapter(fresh_model(tokenizer).eval(), tokenizer, Qwen2VLImageProcessorPil(**settings), text)
+    return UiTarsAdapter(fresh_model(tokenizer).eval(), tokenizer, Qwen2VLImageProcessorPil(**settings), text)
 
 
 def test_tokenizer_is_compact_and_lossless(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -60,7 +60,7 @@ def shots(count: int) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 255, (210, 160, 3), dtype=np.uint8)) for _ in range(count)]
 
 
-def test_every_packed_step_is_the_prompt_of_that_step(adapter: QwenVLAdapter) -> None:
+def test_every_packed_step_is_the_prompt_of_that_step(adapter: UiTarsAdapter) -> None:
     images, other = shots(2), Ask("Remember the code, then type it.", "Action: type(content='48')", "copy")
     turns = [
         Turn(np.asarray(images[0]), [Ask(GOAL, ANSWER, "a"), other], "Action: wait()"),
@@ -88,7 +88,7 @@ def test_every_packed_step_is_the_prompt_of_that_step(adapter: QwenVLAdapter) ->
     assert adapter.tokenizer.decode(targets) == said
 
 
-def test_hints_measure_the_attention_that_the_layer_pays(adapter: QwenVLAdapter) -> None:
+def test_hints_measure_the_attention_that_the_layer_pays(adapter: UiTarsAdapter) -> None:
     rng = random.Random(2)
     batch = collate([Packer(adapter.tokenizer, SYSTEM).pack([drawn_turn(rng)]) for _ in range(2)], 0)
     assert len(batch.hints)
@@ -102,7 +102,7 @@ def test_hints_measure_the_attention_that_the_layer_pays(adapter: QwenVLAdapter)
     assert (keys < queries).all()
 
 
-def test_place_heads_fall_by_row_and_by_column(adapter: QwenVLAdapter) -> None:
+def test_place_heads_fall_by_row_and_by_column(adapter: UiTarsAdapter) -> None:
     blank = Turn(np.full((210, 160, 3), 255, dtype=np.uint8), [Ask(GOAL, ANSWER, "a")])
     batch = collate([Packer(adapter.tokenizer, SYSTEM).pack([blank])], 0, 1)
     with torch.no_grad():
