@@ -116,6 +116,8 @@ def equals_masked_full_attention(bench: Bench) -> None:
     """Decoding after eviction equals full attention in which the dropped tokens are masked."""
     if not bench.policy.capabilities.original_positions:
         raise NotApplicable("keys are moved to other positions")
+    if bench.policy.capabilities.merges:
+        raise NotApplicable("kept tokens change to stand for dropped ones")
     ids, cache = bench.ids[:2], bench.cache()
     bench.run(cache, ids[:, :60])
     kept = [_kept_mask(cache, i, 60) for i in range(len(cache.layers))]

@@ -104,4 +104,4 @@ def _blocks(held: Stored, evidence: Evidence) -> Iterator[tuple[int, slice, torc
                 held.positions[row : row + 1, which][:, :, slots],
             )
             # Advanced indexing with `slots` below needs one shape for row, heads and slots: scores [1, h, n] fit it.
-            yield row, which, slots, part, evidence.part(row, head, heads)
+            yield row, which, slots, part, evidence.part(row, head, heads, slots)

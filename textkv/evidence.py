@@ -6,12 +6,14 @@ states are kept as row norms only. Everything here is dropped as soon as the met
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
+from kernels import window_mass
 from textkv.method import Needs
-from textkv.segments.base import NewTokens
+from textkv.segments.base import NewTokens, Stored
 
 Spans = list[list[tuple[int, int]]]
 """Per row, the half-open [start, end) logical positions of each screenshot, oldest first."""
@@ -29,6 +31,8 @@ class Evidence:
         norm_positions: int32 [batch, m] logical positions of these tokens (-1 = padding), or None.
         rope_positions: [batch, m] rotary positions of these tokens (temporal axis under M-RoPE), or None.
         spans: screenshots seen so far, per row.
+        columns: fp32 [batch, kv_heads, n], n slots of `layer.stored()`: attention summed over all queries of the block,
+            mean over each KV head's query heads, or None.
     """
 
     queries: torch.Tensor
@@ -38,10 +42,12 @@ class Evidence:
     norm_positions: torch.Tensor | None = None
     rope_positions: torch.Tensor | None = None
     spans: Spans = field(default_factory=list)
+    columns: torch.Tensor | None = None
 
-    def part(self, row: int, head: int | None, kv_heads: int) -> Evidence:
-        """The evidence of one row, and of one KV head's query heads if `head` is given."""
-        queries = self.queries[row : row + 1]
+    def part(self, row: int, head: int | None, kv_heads: int, slots: torch.Tensor) -> Evidence:
+        """The evidence of one row, and of one KV head's query heads if `head` is given; `slots` int64 [k] are the
+        row's stored tokens."""
+        queries, which = self.queries[row : row + 1], slice(None) if head is None else slice(head, head + 1)
         if head is not None:
             group = queries.shape[1] // kv_heads
             queries = queries[:, head * group : (head + 1) * group]
@@ -54,6 +60,7 @@ class Evidence:
             norm_positions=None if self.norm_positions is None else self.norm_positions[one],
             rope_positions=None if self.rope_positions is None else self.rope_positions[one],
             spans=self.spans[one] if self.spans else [],
+            columns=None if self.columns is None else self.columns[one, which][:, :, slots],
         )
 
 
@@ -70,10 +77,11 @@ class Gatherer:
         self._norms: list[torch.Tensor] = []
         self._positions: list[torch.Tensor] = []
         self._rope: list[torch.Tensor] = []
+        self._columns: torch.Tensor | None = None
         self.pending_norms: torch.Tensor | None = None
 
-    def take(self, new: NewTokens) -> None:
-        """One chunk of the block."""
+    def take(self, new: NewTokens, held: Callable[[], Stored]) -> None:
+        """One chunk of the block; `held` gives what the layer stores, the chunk included."""
         q = new.q
         if self.needs.window:
             last = q[:, :, -self.needs.window :]
@@ -92,10 +100,21 @@ class Gatherer:
             self.pending_norms = None
         if self.needs.rope:
             self._rope.append(new.rope_positions)
+        if self.needs.columns:
+            self._add_columns(new, held())
+
+    def _add_columns(self, new: NewTokens, held: Stored) -> None:
+        real, kv_heads = held.positions >= 0, held.keys.shape[1]
+        valid = None if bool(real.all()) else real
+        mass = window_mass(new.q, held.keys, scale=new.scale, valid=valid).unflatten(1, (kv_heads, -1)).mean(2)
+        if self._columns is not None:
+            mass[..., : self._columns.shape[-1]] += self._columns
+        self._columns = mass
 
     def finish(self, q: torch.Tensor, scale: float, tokens: torch.Tensor, spans: Spans) -> Evidence:
         """The evidence of the whole block; the gatherer is empty afterwards."""
         queries = self._queries if self._queries is not None else q[:, :, :0]
         norms, positions, rope = (torch.cat(x, 1) if x else None for x in (self._norms, self._positions, self._rope))
+        columns = self._columns
         self.clear()
-        return Evidence(queries, scale, tokens, norms, positions, rope, spans)
+        return Evidence(queries, scale, tokens, norms, positions, rope, spans, columns)

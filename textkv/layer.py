@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import CacheLayerMixin
 
 from kernels import compact, merge
@@ -46,6 +47,8 @@ class Layer(CacheLayerMixin):
         real_seen: int64 [batch] on the CPU, tokens seen without padding.
         since_eviction: tokens taken in since the method last changed what is stored: what `crop` can take back.
         notes: what the method wrote down about this layer for its `on_finish`, which takes it out again.
+        marks: numbers that a method keeps per stored token, by name; see `mark`.
+        scale: the model's softmax scale, known from the first forward on.
     """
 
     is_compileable = False
@@ -66,6 +69,7 @@ class Layer(CacheLayerMixin):
         self.is_initialized = False
         self.gatherer.clear()
         self.notes: dict[str, Any] = {}
+        self.marks: dict[str, torch.Tensor] = {}
 
     def __getstate__(self) -> dict:
         # The cache puts its own reference back: a weak one does not travel.
@@ -133,6 +137,8 @@ class Layer(CacheLayerMixin):
                 "evicted; fork the cache before the prompt instead"
             )
         self.segments[-1].crop(count)
+        if self.marks:
+            self.marks = {name: self.mark(name) for name in self.marks}
         self.seen -= count
         self.real_seen -= count
         self.since_eviction -= count
@@ -142,6 +148,7 @@ class Layer(CacheLayerMixin):
             return
         for segment in self.segments:
             segment.take_rows(beam_idx)
+        self.marks = {name: x.index_select(0, beam_idx.to(x.device)) for name, x in self.marks.items()}
         self.real_seen = self.real_seen[beam_idx.cpu()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -168,7 +175,7 @@ class Layer(CacheLayerMixin):
         Args:
             mask: bool [batch, seen + m] padding mask, True = real token; None = no padding.
         """
-        new = self._new_tokens(q, k, v, scale, mask)
+        new, self.scale = self._new_tokens(q, k, v, scale, mask), scale
         m = q.shape[2]
         target = self.cache.block_end
         prompt = m > 1 or self.seen == 0 or self.seen < target
@@ -181,10 +188,10 @@ class Layer(CacheLayerMixin):
                 method.on_decode_begin(self, q)
             out = self._attend(new)
             with self._timed("on_decode_end"):
-                method.on_decode_end(self)
+                method.on_decode_end(self, q)
         else:
             out = self._attend(new)
-            self.gatherer.take(new)
+            self.gatherer.take(new, self.stored)
             self.cache.note_bytes(self)
             if self.seen >= target:
                 evidence = self.gatherer.finish(q, scale, self.real_seen, self.cache.spans)
@@ -230,8 +237,23 @@ class Layer(CacheLayerMixin):
             return parts[0]
         return Stored(*(torch.cat([getattr(p, f) for p in parts], 2) for f in ("keys", "values", "positions")))
 
+    def mark(self, name: str) -> torch.Tensor:
+        """The numbers that a method keeps per stored token: fp32 [batch, stored heads, n], slot by slot of `stored()`.
+        They move and go with their tokens; a token that came since they were set, or a hole, has 0. Set them through
+        `marks[name]`.
+        """
+        positions = self.stored().positions
+        known = self.marks.get(name, positions.new_zeros((*positions.shape[:2], 0), dtype=torch.float32))
+        known = known[..., : positions.shape[-1]]
+        known = F.pad(known, (0, positions.shape[-1] - known.shape[-1]))
+        return known.masked_fill(positions < 0, 0)
+
     def keep(self, index: torch.Tensor) -> None:
         """Keeps slots `index` int64 [batch, kv_heads or 1, c] of `stored()`, ascending, -1 = hole; frees the others."""
+        for name in self.marks:
+            mark = self.mark(name)
+            pick = index.expand(-1, mark.shape[1], -1)
+            self.marks[name] = mark.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, 0)
         segment = self.segments[0]
         if len(self.segments) > 1 or not isinstance(segment, DenseSegment):
             segment = self._gathered()
@@ -243,13 +265,19 @@ class Layer(CacheLayerMixin):
         """Keeps the slots where bool [batch, kv_heads, n] is True, each head its own number of them."""
         held = self.stored()
         mask = mask & (held.positions >= 0)
+        # Ragged heads show their tokens first and their missing slots last.
+        order = (~mask).sort(dim=-1, stable=True).indices[..., : int(mask.sum(-1).max())]
+        self.marks = {
+            name: self.mark(name).gather(-1, order).masked_fill(~mask.gather(-1, order), 0) for name in self.marks
+        }
         rows = compact(held.keys, held.values, mask)
         self.segments = [RaggedSegment(rows.k, rows.v, held.positions[mask], mask.sum(-1).cpu())]
         self.since_eviction = 0
 
     def replace(self, segments: list[Segment]) -> None:
-        """Puts other segments in place of what is stored; the method has moved over what it keeps."""
+        """Puts other segments in place of what is stored; the method has moved over what it keeps (marks are gone)."""
         self.segments = segments
+        self.marks = {}
         self.since_eviction = 0
 
     def repeat_heads(self, times: int) -> None:
@@ -270,8 +298,9 @@ class Layer(CacheLayerMixin):
     # ---- counting ----------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor held by the layer's segments, by "segment.name"."""
-        return {f"{i}.{name}": x for i, s in enumerate(self.segments) for name, x in s.tensors().items()}
+        """Every tensor that the layer holds: its segments' by "segment.name", its marks by "mark.name"."""
+        held = {f"{i}.{name}": x for i, s in enumerate(self.segments) for name, x in s.tensors().items()}
+        return held | {f"mark.{name}": x for name, x in self.marks.items()}
 
     def kv_bytes(self) -> int:
         """Bytes of all storages that the layer keeps alive, positions and lengths included."""

@@ -32,12 +32,15 @@ class Needs:
         hidden: "attn_input" (after the input norm) or "residual" (before it): row norms of that hidden state.
         rope: the rotary frequencies and the position ids of each token.
         spans: the token spans of the prompt's screenshots, given by `MethodCache.begin`.
+        columns: the attention that every stored token gets from ALL queries of the prompt block. Costs as much
+            arithmetic as the block's attention, but never holds an n x n matrix.
     """
 
     window: int = 0
     hidden: Literal["attn_input", "residual"] | None = None
     rope: bool = False
     spans: bool = False
+    columns: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -45,6 +48,7 @@ class Needs:
             hidden=self.hidden or other.hidden,
             rope=self.rope or other.rope,
             spans=self.spans or other.spans,
+            columns=self.columns or other.columns,
         )
 
 
@@ -59,6 +63,7 @@ class Capabilities:
         original_positions: keys keep the rotary phase of the position where they were seen.
         crop: tokens added since the last eviction can be taken back.
         stores_query_heads: stores one copy per QUERY head (the official GUI-KV), so bytes are larger by the group size.
+        merges: changes the keys and values of tokens that it keeps (to stand for those it drops).
     """
 
     scores: bool = False
@@ -67,6 +72,7 @@ class Capabilities:
     original_positions: bool = True
     crop: bool = True
     stores_query_heads: bool = False
+    merges: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,8 @@ class Method:
     def on_decode_begin(self, layer: Layer, query: torch.Tensor) -> None:
         """Before one decoded token attends; `query` is [batch, heads, 1, head_dim], post-RoPE."""
 
-    def on_decode_end(self, layer: Layer) -> None:
-        """After one decoded token has attended."""
+    def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
+        """After one decoded token has attended; it is stored, `query` is its own."""
 
     def on_finish(self, cache: MethodCache) -> None:
         """The last layer of a prompt block is done."""

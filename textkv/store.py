@@ -38,6 +38,7 @@ def save(cache: MethodCache, folder: Path) -> None:
                 if isinstance(x, torch.Tensor):
                     tensors[f"{layer.index}.{i}.{name}"] = x.contiguous().clone()
             kinds.append({"kind": kind, "plain": plain})
+        tensors |= {f"{layer.index}.mark.{name}": x.contiguous().clone() for name, x in layer.marks.items()}
         layers.append(
             {
                 "segments": kinds, "seen": layer.seen, "since_eviction": layer.since_eviction,
@@ -80,6 +81,7 @@ def load(cls: type[MethodCache], folder: Path, model) -> MethodCache:
             )
             for i, part in enumerate(saved["segments"])
         ]  # fmt: skip
+        layer.marks = _own(tensors, f"{layer.index}.mark.")
         layer.dtype, layer.device, layer.is_initialized = model.dtype, model.device, True
     return cache
 

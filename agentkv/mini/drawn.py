@@ -60,6 +60,11 @@ def say(text: str) -> str:
     return f"Action: finished(content='{text}')"
 
 
+def think(name: str, answer: str) -> str:
+    """`answer` with the thought before it that names what it acts on."""
+    return f"Thought: {name}\n{answer}"
+
+
 def random_string(rng: random.Random, low: int = 2, high: int = 8) -> str:
     """Letters and digits, mostly lower case, as the passwords of web forms are."""
     letters = string.ascii_letters + string.digits if rng.random() < 0.7 else string.ascii_lowercase

@@ -11,9 +11,9 @@ import random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from agentkv.mini.drawn import HEIGHT, WIDTH, click, face, say, snap
-from agentkv.mini.packing import Ask, Turn
-from agentkv.mini.shape import RESIZED
+from agentkv.mini.drawn import HEIGHT, WIDTH, click, face, say, snap, think
+from agentkv.mini.packing import Ask, Look, Turn
+from agentkv.mini.shape import CELLS, RESIZED
 
 _SCALE = 2
 _COLOURS = {
@@ -39,6 +39,12 @@ def _middle(box: Box) -> str:
     return click(box[0] + box[2] / 2, box[1] + box[3] / 2)
 
 
+def _look(screen: int, box: Box) -> Look:
+    """The visual token in the middle of `box`."""
+    x, y = box[0] + box[2] / 2, box[1] + box[3] / 2
+    return Look(screen, int(x * CELLS[0] / WIDTH), int(y * CELLS[1] / HEIGHT))
+
+
 class Screen:
     """One screen under construction, drawn at twice its size and reduced at the end; boxes are (x, y, width,
     height).
@@ -55,6 +61,10 @@ class Screen:
 
     def ask(self, goal: str, answer: str, task: str) -> None:
         self.asks.append(Ask(goal, answer, task))
+
+    def recall(self, goal: str, words: str, *looks: Look) -> None:
+        """Ask for `words` that an earlier screen showed at `looks`."""
+        self.asks.append(Ask(goal, say(words), "memory-recall", looks))
 
     def text(self, text: str, box: Box, size: int, ink: str = "black") -> None:
         place = (_SCALE * (box[0] + box[2] / 2), _SCALE * (box[1] + box[3] / 2))
@@ -116,10 +126,26 @@ class Episode:
         self.turns: list[Turn] = []
         self.screens: list[Screen] = []
 
-    def add(self, screen: Screen, answer: str) -> None:
-        extra = self.rng.sample(screen.asks, min(2, len(screen.asks)))
-        self.turns.append(Turn(screen.pixels(), [Ask(self.goal, answer, self.task), *extra], answer))
+    def add(self, screen: Screen, name: str, action: str, *looks: Look) -> None:
+        """Finish `screen`: there the goal wants `action` on what is called `name`; with `looks`, an earlier screen
+        showed at these places what to do. Questions of recall are rare and dear, so all of them are asked.
+        """
+        recall = [ask for ask in screen.asks if ask.task == "memory-recall"]
+        here = [ask for ask in screen.asks if ask.task != "memory-recall"]
+        here = self.rng.sample(here, min(1 if recall else 2, len(here)))
+        answer, task = think(name, action), self.task if looks else "drawn-next"
+        self.turns.append(Turn(screen.pixels(), [Ask(self.goal, answer, task, looks), *recall, *here], answer))
         self.screens.append(screen)
+
+    def next(self, screen: Screen) -> None:
+        """Finish `screen` with its button "Next"."""
+        screen.next()
+        self.add(screen, "Next", _middle(_NEXT))
+
+
+def _hops(rng: random.Random) -> int:
+    """Screens in between that have nothing to do with the goal."""
+    return rng.choice((0, 0, 1, 1, 1, 1, 2, 4))
 
 
 def _items(rng: random.Random) -> list[tuple[str, str]]:
@@ -131,7 +157,6 @@ def _figure_screen(rng: random.Random) -> Screen:
     item = (rng.choice(tuple(_COLOURS)), rng.choice(_SHAPES))
     screen.figure(item, _CARD)
     screen.ask("Which figure?", say(" ".join(item)), "memory-read")
-    screen.next()
     return screen
 
 
@@ -144,93 +169,101 @@ def code(rng: random.Random) -> Episode:
     width = 46 if len(digits) > 2 else 62
     left = (160 - len(digits) * width - (len(digits) - 1) * 6) / 2
     slots = [left + i * (width + 6) for i in range(len(digits))]
-    screen = Screen()
+    screen, looks = Screen(), []
     for digit, x in zip(digits, slots, strict=True):
         screen.card(digit, (x, 30, width, 92), 68 if len(digits) > 2 else 76)
+        looks.append(_look(0, (x, 30, width, 92)))
     screen.ask("What is the code?", say("".join(digits)), "memory-read")
-    screen.next()
-    episode.add(screen, _middle(_NEXT))
-    for _ in range(rng.choice((0, 1, 1, 1, 2, 4))):
+    episode.next(screen)
+    for _ in range(_hops(rng)):
         screen = _figure_screen(rng)
-        screen.ask("What was the code?", say("".join(digits)), "memory-recall")
-        episode.add(screen, _middle(_NEXT))
-    (_typed if typed else _keypad)(episode, digits, slots, width)
+        screen.recall("What was the code?", "".join(digits), *looks)
+        episode.next(screen)
+    if typed:
+        _typed(episode, "".join(digits), looks)
+    else:
+        _keypad(episode, digits, looks, slots, width)
     return episode
 
 
-def _keypad(episode: Episode, digits: list[str], slots: list[float], width: float) -> None:
+def _keypad(episode: Episode, digits: list[str], looks: list[Look], slots: list[float], width: float) -> None:
     keys = {key: (3 + i % 3 * 52, 49 + i // 3 * 40, 50, 38) for i, key in enumerate("123456789 0") if key != " "}
-    for pressed in range(len(digits)):
+    for pressed, (digit, look) in enumerate(zip(digits, looks, strict=True)):
         screen = Screen()
         for i, x in enumerate(slots):
             screen.card(digits[i] if i < pressed else "", (x, 4, width, 40), 32)
         for key, box in keys.items():
             screen.button(key, box, 28)
-        screen.ask("What was the code?", say("".join(digits)), "memory-recall")
-        episode.add(screen, _middle(keys[digits[pressed]]))
+        if not pressed:
+            screen.recall("What was the code?", "".join(digits), *looks)
+        episode.add(screen, digit, _middle(keys[digit]), look)
 
 
-def _typed(episode: Episode, digits: list[str], slots: list[float], width: float) -> None:
+def _typed(episode: Episode, digits: str, looks: list[Look]) -> None:
     field, button = (15, 40, 130, 60), (30, 125, 100, 56)
-    answers = (_middle(field), f"Action: type(content='{''.join(digits)}')", _middle(button))
-    for step, answer in enumerate(answers):
+    for step in range(3):
         screen = Screen()
         edge, fill = (_INK, "#ffffff") if step == 0 else ("#0050ff", "#eaf2ff")
         screen.draw.rectangle(screen._corners(field), fill=fill, outline=edge, width=3 * _SCALE)
         if step == 2:
-            screen.text("".join(digits), field, 40)
+            screen.text(digits, field, 40)
+        else:
+            screen.recall("What was the code?", digits, *looks)
         screen.button("OK", button, 30)
-        episode.add(screen, answer)
+        if step == 1:
+            episode.add(screen, digits, f"Action: type(content='{digits}')", *looks)
+        else:
+            episode.add(screen, "OK" if step else "field", _middle(button if step else field))
 
 
 def colour(rng: random.Random) -> Episode:
     """One colour, unrelated digits, then four colours to choose from."""
     four = rng.sample(tuple(_COLOURS), 4)
-    wanted = rng.choice(four)
+    wanted, shown = rng.choice(four), (25, 20, 110, 110)
     episode = Episode("Remember the colour, then click it.", "drawn-colour", rng)
-    screen = Screen()
-    screen.swatch(wanted, (25, 20, 110, 110), False)
+    screen, look = Screen(), _look(0, shown)
+    screen.swatch(wanted, shown, False)
     screen.ask("Which colour?", say(wanted), "memory-read")
-    screen.next()
-    episode.add(screen, _middle(_NEXT))
-    for _ in range(rng.choice((0, 1, 1, 1, 2, 4))):
-        screen = Screen()
-        digit = rng.choice("0123456789")
+    episode.next(screen)
+    for _ in range(_hops(rng)):
+        screen, digit = Screen(), rng.choice("0123456789")
         screen.card(digit, (45, 30, 70, 92), 76)
         screen.ask("Which digit?", say(digit), "memory-read")
-        screen.ask("Which colour was it?", say(wanted), "memory-recall")
-        screen.next()
-        episode.add(screen, _middle(_NEXT))
+        screen.recall("Which colour was it?", wanted, look)
+        episode.next(screen)
     screen = Screen()
     boxes = {name: (6 + i % 2 * 76, 20 + i // 2 * 88, 72, 82) for i, name in enumerate(four)}
     for name, box in boxes.items():
         screen.swatch(name, box, True)
-    screen.ask("Which colour was it?", say(wanted), "memory-recall")
-    episode.add(screen, _middle(boxes[wanted]))
+    screen.recall("Which colour was it?", wanted, look)
+    episode.add(screen, wanted, _middle(boxes[wanted]), look)
     return episode
 
 
 def place(rng: random.Random) -> Episode:
-    """A dot in one of nine fields, an unrelated figure, then the fields without it."""
+    """A dot in one of nine fields, an unrelated figure, then the fields without it; fields are called 1 to 9."""
     wanted, ink = rng.randrange(9), rng.choice(tuple(_COLOURS))
     boxes = [(4 + i % 3 * 52, 4 + i // 3 * 52, 48, 48) for i in range(9)]
+    name, look = str(wanted + 1), _look(0, boxes[wanted])
     episode = Episode("Remember where the dot is, then click that field.", "drawn-place", rng)
-    answers = [_middle(_NEXT)] * (1 + rng.choice((0, 1, 1, 1, 2))) + [_middle(boxes[wanted])]
-    for step, answer in enumerate(answers):
-        if 0 < step < len(answers) - 1:
-            episode.add(_figure_screen(rng), answer)
+    for step in range(hops := _hops(rng) + 2):
+        if 0 < step < hops - 1:
+            screen = _figure_screen(rng)
+            screen.recall("Which field had the dot?", name, look)
+            episode.next(screen)
             continue
         screen = Screen()
-        for box in boxes:
+        for number, box in enumerate(boxes):
             screen.button("", box, 10)
+            screen.ask(f"Click on field {number + 1}.", _middle(box), "memory-where")
         if step == 0:
             left, top = boxes[wanted][:2]
             screen.figure((ink, "circle"), (left + 8, top + 8, 32, 32))
-            screen.ask("Where is the dot?", _middle(boxes[wanted]), "memory-where")
-            screen.next()
+            screen.asks = [Ask("Which field has the dot?", say(name), "memory-read", (look,)), *screen.asks]
+            episode.next(screen)
         else:
-            screen.ask("Where was the dot?", answer, "memory-recall")
-        episode.add(screen, answer)
+            screen.recall("Which field had the dot?", name, look)
+            episode.add(screen, name, _middle(boxes[wanted]), look)
     return episode
 
 
@@ -243,16 +276,17 @@ def order(rng: random.Random) -> Episode:
         screen = Screen()
         screen.figure(item, _CARD)
         screen.ask("Which figure?", say(" ".join(item)), "memory-read")
-        screen.next()
-        episode.add(screen, _middle(_NEXT))
+        episode.next(screen)
     places = dict(zip(rng.sample(items, 3), _RECALL, strict=True))
     for chosen in range(1 if first else 3):
         screen = Screen()
         for item, box in places.items():
             screen.figure(item, box, faded=items.index(item) < chosen)
-        for ordinal, item in zip(("first", "second", "third"), items, strict=True):
-            screen.ask(f"Which was {ordinal}?", say(" ".join(item)), "memory-recall")
-        episode.add(screen, _middle(places[items[chosen]]))
+        for number, (ordinal, item) in enumerate(zip(("first", "second", "third"), items, strict=True)):
+            if not chosen:
+                screen.recall(f"Which was {ordinal}?", " ".join(item), *[_look(number, _CARD)] * 2)
+        item = items[chosen]
+        episode.add(screen, " ".join(item), _middle(places[item]), *[_look(chosen, _CARD)] * 2)
     return episode
 
 
@@ -264,16 +298,18 @@ def changed(rng: random.Random) -> Episode:
     after[which] = (colours[3], before[which][1]) if rng.random() < 0.5 else (before[which][0], shapes[3])
     episode = Episode("Remember the shapes, then click the one that changed.", "drawn-changed", rng)
     boxes = [(4 + i * 52, 55, 48, 48) for i in range(3)]
-    for items, answer in ((before, _middle(_NEXT)), (after, _middle(boxes[which]))):
+    for number, items in enumerate((before, after)):
         screen = Screen()
         for ordinal, item, old, box in zip(("first", "second", "third"), items, before, boxes, strict=True):
             screen.figure(item, box)
-            screen.ask(f"Which figure is {ordinal}?", say(" ".join(item)), "memory-read")
-            if items is after:
-                screen.ask(f"Which figure was {ordinal}?", say(" ".join(old)), "memory-recall")
-        if items is before:
-            screen.next()
-        episode.add(screen, answer)
+            looks = [_look(0, box)] * 2
+            screen.asks.append(Ask(f"Which figure is {ordinal}?", say(" ".join(item)), "memory-read"))
+            if number:
+                screen.recall(f"Which figure was {ordinal}?", " ".join(old), *looks)
+        if number:
+            episode.add(screen, " ".join(after[which]), _middle(boxes[which]), *[_look(1, boxes[which])] * 2)
+        else:
+            episode.next(screen)
     return episode
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import time
 from pathlib import Path
 
 import numpy as np
 
+from agentkv.mini.drawn import think
 from agentkv.mini.packing import Ask, Turn
+from agentkv.mini.tasks import MEMORY
 
 # earlier screenshots in a prompt: as `agentkv.run` does by default, and all that the model was made for
 HISTORY_FRAMES = (4, 8)
@@ -61,10 +64,32 @@ class EpisodeStore:
         return turns_of(screens, episode, rng)
 
 
+def _named(step: dict) -> str:
+    """What the step's action is for, in the words of the drawn replicas (`agentkv.mini.drawn_memory`)."""
+    typed = re.match(r"Action: type\(content='(.*)'\)", step["answer"])
+    names = [goal for goal, answer, task in step["asks"] if answer == step["answer"]]
+    if typed or not names:
+        return typed.group(1) if typed else "field"
+    quoted = re.match(r'Click on (?:the )?"?(?:field (?=\d))?(.+?)"?(?: button| shape| swatch)?\.$', names[0])
+    return quoted.group(1) if quoted else "field"
+
+
+def thoughtful(episode: dict) -> list[tuple[str, str]]:
+    """(answer, task it counts for) per step: on pages that need memory, the answer says first what it is for."""
+    steps, task = episode["steps"], episode["task"]
+    if task not in MEMORY:
+        return [(step["answer"], task) for step in steps]
+    names = [_named(step) for step in steps]
+    return [
+        (think(name, step["answer"]), "memory-next" if name in ("Next", "field", "OK") else task)
+        for name, step in zip(names, steps, strict=True)
+    ]
+
+
 def turns_of(screens: np.ndarray, episode: dict, rng: random.Random) -> list[Turn]:
     """Turns of one episode. Where it is longer than a prompt's history, one window ends at a random step: earlier steps
     are text, and only the last step of the window is asked (the others would see too little)."""
-    steps, goal, task = episode["steps"], episode["goal"], episode["task"]
+    steps, goal, said = episode["steps"], episode["goal"], thoughtful(episode)
     last, blind, frames = len(steps) - 1, rng.random() < 0.05, rng.choice(HISTORY_FRAMES)
     long = last > frames
     if blind or (long and rng.random() < 0.8):
@@ -78,8 +103,8 @@ def turns_of(screens: np.ndarray, episode: dict, rng: random.Random) -> list[Tur
         image = screens[step["screen"]] if index >= first_frame else None
         asks = []
         if image is not None and not (only_last and index < last):
-            asks = [Ask(goal, step["answer"], task)]
+            asks = [Ask(goal, *said[index])]
             extra = step.get("asks", [])
             asks += [Ask(*ask) for ask in rng.sample(extra, min(len(extra), 6))]
-        turns.append(Turn(image, asks, step["answer"] if index < last else None))
+        turns.append(Turn(image, asks, said[index][0] if index < last else None))
     return turns

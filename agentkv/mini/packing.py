@@ -32,12 +32,25 @@ class Hint(NamedTuple):
     key: int
 
 
+class Look(NamedTuple):
+    """A visual token by its screenshot (index of the turn), column and row."""
+
+    screen: int
+    column: int
+    row: int
+
+
 class Ask(NamedTuple):
-    """One question at a screenshot: the goal text, the right answer ("Action: ..."), and the task it counts for."""
+    """One question at a screenshot: the goal text, the right answer ("Action: ..."), and the task it counts for.
+
+    `looks`: where the words of the answer (its thought, or what it says) were shown, on this or an earlier screenshot:
+    one place per token from the first word on.
+    """
 
     goal: str
     answer: str
     task: str
+    looks: tuple[Look, ...] = ()
 
 
 @dataclass
@@ -113,7 +126,7 @@ class Packer:
                 draft.text(self.close_image)
             for ask in turn.asks:
                 question, answer = self._text(ask.goal) + self.to_assistant, self._text(ask.answer) + self.end
-                draft.ask(question, answer, ask.task, self._place(question), self._place(answer))
+                draft.ask(question, answer, ask.task, self._place(question), self._place(answer), ask.looks)
             if turn.reply is not None:
                 draft.text(self.to_assistant if turn.image is not None else self.open_assistant)
                 draft.text(self._text(turn.reply) + self.end + self.newline)
@@ -133,7 +146,7 @@ class _Draft:
         self.at = 0
         self.branches = 0
         self.hints: list[Hint] = []
-        self.frame = -1
+        self.frames: list[int] = []
 
     def _add(self, ids: list[int], labels: list[int], branch: int, positions: np.ndarray) -> None:
         self.ids += ids
@@ -152,7 +165,7 @@ class _Draft:
         grid = np.stack(
             [np.zeros(count, dtype=int), np.repeat(np.arange(rows), columns), np.tile(np.arange(columns), rows)]
         )
-        self.frame = len(self.ids)
+        self.frames.append(len(self.ids))
         self._add([image_id] * count, [IGNORE] * count, 0, grid + self.at)
         self.at += max(rows, columns)
         self.images.append(image)
@@ -164,22 +177,25 @@ class _Draft:
         task: str,
         asked: tuple[int, int, int] | None,
         answered: tuple[int, int, int] | None,
+        looks: tuple[Look, ...],
     ) -> None:
         self.branches += 1
-        reply = len(self.ids) + len(question)
+        reply, here = len(self.ids) + len(question), len(self.frames) - 1
         if answered:
-            self._hint([reply + answered[0] - 1, reply + answered[0] + 1], *answered[1:])
+            self._hint([reply + answered[0] - 1, reply + answered[0] + 1], Look(here, *answered[1:]))
         elif asked:
-            self._hint(range(reply, reply + min(3, len(answer) - 1)), *asked[1:])
+            self._hint(range(reply, reply + min(3, len(answer) - 1)), Look(here, *asked[1:]))
+        for number, look in enumerate(looks):
+            self._hint([reply + number], look)
         ids = question + answer
         steps = np.tile(np.arange(self.at, self.at + len(ids)), (3, 1))
         self._add(ids, [IGNORE] * len(question) + answer, self.branches, steps)
         self.answers.append((task, len(answer)))
 
-    def _hint(self, queries: Iterable[int], column: int, row: int) -> None:
+    def _hint(self, queries: Iterable[int], look: Look) -> None:
         columns, rows = CELLS
-        if self.frame >= 0:
-            key = self.frame + min(row, rows - 1) * columns + min(column, columns - 1)
+        if self.frames:
+            key = self.frames[look.screen] + min(look.row, rows - 1) * columns + min(look.column, columns - 1)
             self.hints += [Hint(query, key) for query in queries]
 
     def done(self) -> Packed:

@@ -29,6 +29,7 @@ SPECIAL_TOKENS = (
 )
 
 ANSWER_PIECES = (
+    "Thought: ",
     "Action: click(start_box='(",
     "Action: left_double(start_box='(",
     "Action: right_single(start_box='(",

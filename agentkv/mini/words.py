@@ -77,6 +77,8 @@ GOALS = (
     "Which figure was second?",
     "Which digit?",
     "Which colour was it?",
+    "Which field had the dot?",
+    "Remember where the dot is, then click that field.",
     "Which figure is third?",
     "Click on the red cross.",
     "Click on 7.",

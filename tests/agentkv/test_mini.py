@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerFast
 from agentkv.mini.checkpoint import load_state, save_state
 from agentkv.mini.drawn import click, drawn_turn
 from agentkv.mini.drawn_memory import drawn_episode
-from agentkv.mini.episodes import EpisodeStore, write_episodes
+from agentkv.mini.episodes import EpisodeStore, thoughtful, write_episodes
 from agentkv.mini.export import AGENT, SYSTEM, processor_settings
 from agentkv.mini.feed import Mix
 from agentkv.mini.forward import answer_logits, read
 from agentkv.mini.hints import Hints, looks
-from agentkv.mini.packing import Ask, Packer, Turn, collate
+from agentkv.mini.packing import Ask, Look, Packer, Turn, collate
 from agentkv.mini.tokenizer import build_tokenizer
 from agentkv.mini.train import Meter, TrainConfig, fresh_model, soft_targets
 from agentkv.models import MINI, AgentText, load_adapter
@@ -119,8 +119,46 @@ def test_drawn_data_is_sound() -> None:
         assert episode[-1].reply is None and all(turn.reply for turn in episode[:-1])
         for turn in [drawn_turn(rng), *episode]:
             assert turn.image is not None and turn.image.shape == (210, 160, 3) and turn.asks
-            assert all(ask.answer.startswith("Action: ") for ask in turn.asks)
+            assert all(ask.answer.startswith(("Action: ", "Thought: ")) for ask in turn.asks)
     assert click(80, 105) == ANSWER
+
+
+def test_a_thought_tells_nothing_before_it_is_asked_for() -> None:
+    """The text history must not carry what the pages show, or no screenshot would be needed."""
+    rng = random.Random(3)
+    for _ in range(40):
+        for turn in drawn_episode(rng):
+            goal = turn.asks[0]
+            if not goal.looks:
+                assert goal.answer.partition("\n")[0] in ("Thought: Next", "Thought: field", "Thought: OK")
+
+
+def test_looks_point_into_the_screenshot_that_showed_the_words(adapter: UiTarsAdapter) -> None:
+    image, words = np.zeros((210, 160, 3), dtype=np.uint8), "Action: finished(content='42')"
+    asks = [Ask("What was the code?", words, "a", (Look(0, 3, 5), Look(0, 8, 5)))]
+    packed = Packer(adapter.tokenizer, SYSTEM).pack([Turn(image, [], ANSWER), Turn(image, asks)])
+    pictures = [i for i, token in enumerate(packed.ids) if token == adapter.model.config.image_token_id]
+    assert [hint.key for hint in packed.hints] == [pictures[5 * 12 + 3], pictures[5 * 12 + 8]]
+    said = [packed.ids[hint.query + 1] for hint in packed.hints]
+    assert adapter.tokenizer.convert_ids_to_tokens(said) == ["4", "2"]
+
+
+def test_recorded_memory_episodes_get_their_thoughts() -> None:
+    def step(answer: str, *names: str) -> dict:
+        return {"answer": answer, "asks": [[name, answer, "real"] for name in names]}
+
+    typed = "Action: type(content='47')"
+    steps = [
+        step(ANSWER, 'Click on the "Next" button.', "Read (84,112)"),
+        step(ANSWER),
+        step(typed),
+        step(ANSWER, "Click on OK."),
+        step(ANSWER, 'Click on the "field 3" button.'),
+        step(ANSWER, "Click on blue circle."),
+    ]
+    answers = [answer.split("\n")[0] for answer, _ in thoughtful({"task": "memory-code", "steps": steps})]
+    assert answers == [f"Thought: {name}" for name in ("Next", "field", "47", "OK", "3", "blue circle")]
+    assert thoughtful({"task": "click-tab", "steps": steps})[0] == (ANSWER, "click-tab")
 
 
 def test_soft_targets_spread_over_near_coordinates_only(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,0 +1,106 @@
+"""Numbers per stored token move, grow and go with their tokens; column sums are gathered over a prompt's chunks."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from textkv import Capabilities, Method, MethodCache, Needs
+from textkv.evidence import Evidence
+from textkv.layer import Layer
+
+
+@dataclass(frozen=True)
+class Marking(Method):
+    """Marks every prompt token with its column sum and keeps what the test says."""
+
+    name: ClassVar = "marking"
+    capabilities: ClassVar = Capabilities()
+    ragged: bool = False
+
+    def needs(self) -> Needs:
+        return Needs(columns=True)
+
+    def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        layer.marks["position"] = layer.stored().positions.float()
+        layer.marks["columns"] = evidence.columns
+        if self.ragged:
+            keep = torch.zeros(layer.stored().positions.shape, dtype=torch.bool)
+            keep[:, 0, ::3], keep[:, 1, 1::2] = True, True
+            layer.keep_mask(keep)
+        else:
+            layer.keep(torch.arange(1, 40, 3)[None, None])
+
+
+@pytest.fixture
+def filled(model_of):
+    def fill(ragged: bool, chunks: tuple[int, ...] = (40,)) -> tuple[MethodCache, torch.Tensor]:
+        model, ids = model_of("llama"), torch.arange(44)[None] % 60 + 2
+        cache = MethodCache(model, Marking(ragged=ragged))
+        cache.begin(tokens=40)
+        with torch.no_grad():
+            for chunk in ids[:, :40].split(chunks, 1):
+                model(chunk, past_key_values=cache)
+            for token in range(40, 44):
+                model(ids[:, token : token + 1], past_key_values=cache)
+        return cache, ids
+
+    return fill
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_marks_stay_beside_their_tokens(filled, ragged):
+    cache, _ = filled(ragged)
+    for layer in cache.layers:
+        positions, mark = layer.stored().positions, layer.mark("position")
+        old = (positions >= 0) & (positions < 40)
+        assert bool((mark[old] == positions[old]).all())
+        assert bool((mark[~old] == 0).all())
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_marks_follow_rows_crops_and_saving(filled, ragged, tmp_path, model_of):
+    cache, _ = filled(ragged)
+    before = cache.layers[1].mark("position")
+    cache.save(tmp_path)
+    loaded = MethodCache(model_of("llama"), Marking(ragged=ragged))
+    assert "1.mark.position" in __import__("safetensors.torch").torch.load_file(tmp_path / "cache.safetensors")
+    assert loaded.layers[1].marks == {}
+    cache.crop(-2)
+    assert cache.layers[1].mark("position").shape == cache.layers[1].stored().positions.shape
+    cache.reorder_cache(torch.tensor([0, 0]))
+    assert torch.equal(cache.layers[1].mark("position")[1], before[0, :, : cache.layers[1].mark("position").shape[-1]])
+    cache.reset()
+    assert cache.layers[1].marks == {}
+
+
+def test_marks_count_as_bytes(filled):
+    cache, _ = filled(False)
+    layer = cache.layers[0]
+    held = layer.kv_bytes()
+    layer.marks.clear()
+    assert held - layer.kv_bytes() == 2 * 2 * 13 * 4
+
+
+def test_columns_are_the_same_in_chunks(filled):
+    whole, chunked = filled(False)[0], filled(False, (7, 1, 32))[0]
+    for a, b in zip(whole.layers, chunked.layers, strict=True):
+        torch.testing.assert_close(a.mark("columns"), b.mark("columns"))
+
+
+def test_columns_sum_to_the_number_of_queries(model_of):
+    @dataclass(frozen=True)
+    class Keeping(Marking):
+        def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+            layer.marks["columns"] = evidence.columns
+
+    model = model_of("llama")
+    ids = torch.arange(60).view(2, 30) % 50 + 2
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    cache = MethodCache(model, Keeping())
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    sums = cache.layers[0].marks["columns"].sum(-1)
+    torch.testing.assert_close(sums, torch.tensor([[30.0] * 2, [23.0] * 2]))
