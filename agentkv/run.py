@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ from transformers.utils import logging
 
 from agentkv.agent import Agent
 from agentkv.errors import EXPLAINED, Interrupts, user_errors
-from agentkv.meta import run_meta
 from agentkv.models import AGENTS, ModelAdapter, load_adapter
 from agentkv.play import LIVE, Plan, Play, open_env, open_folder, task_of
 from agentkv.replay import find_run, recorded, replay, replay_table
@@ -33,7 +31,8 @@ from agentkv.stats import UNITS, summarise
 from agentkv.tables import method_table, stdout_console, task_table
 from agentkv.trace import RUN, need_space, read_run, write_json
 from envs.browser import Browser
-from textkv import Budget, resolve_method
+from textkv import Budget, resolve_method, split_list
+from textkv.figures import run_meta
 
 # What the embedded model has begun to learn: single clicks, one task of two steps, and pages that need memory.
 DEFAULT_TASKS = (
@@ -146,18 +145,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
         device_scale=args.device_scale or (1.0 if args.model == "mini" or args.url else VLM_SCALE),
         url=args.url,
         goal=args.goal,
-        allow=tuple(split(args.allow)),
+        allow=tuple(split_list(args.allow)),
         expect=args.expect,
         agent=args.agent,
     )
     for task in plan.tasks:
         task_of(task, plan)
     return plan
-
-
-def split(text: str) -> list[str]:
-    """The parts of a comma-separated list."""
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def tasks_of(args: argparse.Namespace) -> tuple[str, ...]:
@@ -168,7 +162,7 @@ def tasks_of(args: argparse.Namespace) -> tuple[str, ...]:
         raise ValueError("--expect is for --url; tasks know themselves when they are solved")
     if args.url and args.tasks:
         raise ValueError("--url and --tasks exclude each other: a live page is a task of its own")
-    return (LIVE,) if args.url else tuple(dict.fromkeys(split(args.tasks))) or DEFAULT_TASKS
+    return (LIVE,) if args.url else tuple(split_list(args.tasks)) or DEFAULT_TASKS
 
 
 def device_of(name: str) -> str:
@@ -214,7 +208,7 @@ def budget_of(method: str, plan: Plan) -> float | str:
 
 def split_methods(text: str) -> tuple[str, ...]:
     """ "full,gear(4,low=2)+snapkv" -> its methods: commas inside brackets belong to a method. Raises ValueError."""
-    methods = tuple(dict.fromkeys(m.strip() for m in re.split(r",(?![^(]*\))", text) if m.strip()))
+    methods = tuple(split_list(text))
     if not methods:
         raise ValueError("no method was named; use --method gui-kv, or several: --method full,gui-kv,snapkv")
     return methods

@@ -11,31 +11,46 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 - the backend is chosen first: there may be no screen
 
-GROUPS = (("web", "web tasks"), ("memory", "memory pages"))
+FULL = "full"
 
 
-def draw_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write a PNG with one panel per group of tasks: x = share of the full cache's bytes (log), y = success with its
-    95 % interval; the full cache is a line across.
+def draw_curve(
+    rows: Sequence[dict[str, Any]],
+    path: Path,
+    groups: Sequence[tuple[str, str]] = (("web", "web tasks"), ("memory", "memory pages")),
+    figure_name: str = "success",
+) -> None:
+    """Write a PNG with one panel per group of tasks: x = share of the full cache's bytes (log), y = `figure_name` with
+    its 95 % interval; the full cache is a line across.
 
-    rows: flat dicts with method, task ("web" or "memory"), kv_share, success, low, high.
+    rows: flat dicts with method, task, kv_share, `figure_name`, low, high; `groups`: (task, title) per panel.
     """
-    figure, panels = pyplot.subplots(1, len(GROUPS), figsize=(11, 4.4), sharey=True, layout="constrained")
-    for panel, (group, title) in zip(panels, GROUPS, strict=True):
-        mine = [row for row in rows if row["task"] == group]
-        for method in dict.fromkeys(row["method"] for row in mine):
-            points = sorted((row for row in mine if row["method"] == method), key=lambda row: row["kv_share"])
-            if method == "full":
-                panel.axhline(points[0]["success"], color="0.4", linestyle="--", linewidth=1, label="full cache")
-                continue
-            success = [row["success"] for row in points]
-            bars = [[row["success"] - row["low"] for row in points], [row["high"] - row["success"] for row in points]]
-            shares = [row["kv_share"] for row in points]
-            panel.errorbar(shares, success, yerr=bars, marker="o", markersize=4, capsize=2, linewidth=1.4, label=method)
+    width = 1.5 + 4.75 * len(groups)
+    figure, panels = pyplot.subplots(
+        1, len(groups), figsize=(width, 4.4), sharey=True, layout="constrained", squeeze=False
+    )
+    for panel, (group, title) in zip(panels[0], groups, strict=True):
+        _panel(panel, [row for row in rows if row["task"] == group], figure_name)
         panel.set(title=title, xscale="log", xlabel="KV bytes at rest, share of the full cache", ylim=(-0.03, 1.03))
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("success (95 % interval)")
-    panels[-1].legend(frameon=False, fontsize=8)
+    panels[0, 0].set_ylabel(f"{figure_name} (95 % interval)")
+    panels[0, -1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _panel(panel: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
+    """One line per method. More methods than colours get other dashes, so that no two lines look alike."""
+    methods = [m for m in dict.fromkeys(row["method"] for row in rows) if m != FULL]
+    for number, method in enumerate(methods):
+        points = sorted((row for row in rows if row["method"] == method), key=lambda row: row["kv_share"])
+        values = [row[name] for row in points]
+        bars = [[row[name] - row["low"] for row in points], [row["high"] - row[name] for row in points]]
+        panel.errorbar(
+            [row["kv_share"] for row in points], values, yerr=bars, marker="o", markersize=4, capsize=2, linewidth=1.4,
+            linestyle=("-", "--", ":", "-.")[number // 10 % 4], label=method,
+        )  # fmt: skip
+    for row in rows:
+        if row["method"] == FULL:
+            panel.axhline(row[name], color="0.4", linestyle="--", linewidth=1, label="full cache")

@@ -26,17 +26,17 @@ from rich.table import Table
 
 from agentkv.agent import Agent
 from agentkv.errors import EXPLAINED, Interrupts, user_errors
-from agentkv.meta import run_meta
 from agentkv.models import AGENTS
 from agentkv.play import Plan, Play, open_folder, task_of
-from agentkv.run import DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load, split, split_methods
+from agentkv.run import DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load, split_methods
 from agentkv.stats import UNITS, summarise
 from agentkv.tables import stdout_console
 from agentkv.trace import DONE, episode_folder, read_run, write_json
 from envs.browser import Browser
 from eval.curve import draw_curve
 from eval.paired import difference
-from textkv import Budget, resolve_method
+from textkv import Budget, resolve_method, split_list
+from textkv.figures import run_meta
 
 METHODS = "full,gui-kv,snapkv,pyramidkv,vl-cache,streaming_llm,window"
 BUDGETS = "0.4,0.2,0.1,0.05"
@@ -233,9 +233,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.workers < 1 or args.episodes < 1:
                 raise ValueError(f"workers={args.workers}, episodes={args.episodes}: both must be at least 1")
             study = Study(
-                tuple(dict.fromkeys(split(args.tasks))) or DEFAULT_TASKS, split_methods(args.methods),
-                tuple(str(Budget.parse(b)) for b in split(args.budgets)), tuple(int(h) for h in split(args.history)),
-                args.episodes, args.seed, args.out, args.model, args.agent, args.max_new_tokens,
+                tuple(split_list(args.tasks)) or DEFAULT_TASKS, split_methods(args.methods),
+                tuple(str(Budget.parse(b)) for b in split_list(args.budgets)),
+                tuple(int(h) for h in split_list(args.history)), args.episodes, args.seed, args.out, args.model,
+                args.agent, args.max_new_tokens,
             )  # fmt: skip
             meta = run_meta("eval.webtasks", argv, args.seed, units=UNITS)
             finished = play(study, args.workers, args.chromium, meta)

@@ -34,6 +34,11 @@ class Needs:
         spans: the token spans of the prompt's screenshots, given by `MethodCache.begin`.
         columns: the attention that every stored token gets from ALL queries of the prompt block. Costs as much
             arithmetic as the block's attention, but never holds an n x n matrix.
+        query_moments: mean and covariance of the block's queries as they were before the rotary embedding, leaving out
+            each row's first `query_moments` tokens; None = not asked for. Needs `rope` to turn the queries back.
+
+    Raises:
+        ValueError: query_moments without rope, or negative.
     """
 
     window: int = 0
@@ -41,6 +46,14 @@ class Needs:
     rope: bool = False
     spans: bool = False
     columns: bool = False
+    query_moments: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.query_moments is not None and (self.query_moments < 0 or not self.rope):
+            raise ValueError(
+                f"query_moments={self.query_moments} with rope={self.rope}: give the number of first tokens to leave "
+                "out (0 = none) and rope=True, without which queries cannot be turned back"
+            )
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -49,6 +62,7 @@ class Needs:
             rope=self.rope or other.rope,
             spans=self.spans or other.spans,
             columns=self.columns or other.columns,
+            query_moments=max((x.query_moments for x in (self, other) if x.query_moments is not None), default=None),
         )
 
 
@@ -185,6 +199,12 @@ def resolve_method(expression: str | Method, budget: Budget | float | str | None
             known = ", ".join(f.name for f in fields(cls) if f.name not in ("inner", "budget")) or "none"
             raise ValueError(f"method {part!r}: {error}; its arguments are: {known}") from None
     return method
+
+
+def split_list(text: str) -> list[str]:
+    """The parts of a comma-separated list of compositions, names or numbers, each once: commas inside brackets belong
+    to a method's arguments."""
+    return list(dict.fromkeys(part.strip() for part in re.split(r",(?![^(]*\))", text) if part.strip()))
 
 
 def _split(expression: str) -> list[str]:

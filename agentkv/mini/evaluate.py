@@ -22,11 +22,10 @@ from rich.table import Table
 
 import envs
 from agentkv.grammars import ParseError
-from agentkv.meta import run_meta
 from agentkv.mini.tasks import MEMORY, TASKS
 from agentkv.models import ModelAdapter, load_adapter
-from agentkv.stats import wilson
 from envs.browser import Browser
+from textkv.figures import run_meta, wilson
 
 FIRST_SEED = 1_000_000
 MAX_NEW_TOKENS = 32

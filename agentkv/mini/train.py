@@ -1,9 +1,9 @@
 """Train the mini GUI-agent model: `python -m agentkv.mini.train --minutes 120`.
 
 Plain supervised learning on drawn pages and recorded oracle episodes (collect them with `python -m
-agentkv.mini.collect`), Muon and AdamW, constant rate with a warm-up and a linear fall at the end of the time budget. The
-state is saved every few minutes and a second start goes on from it. The averaged weights are what is exported. On a
-GPU it computes in bf16 with fp32 weights.
+agentkv.mini.collect`), Muon and AdamW, constant rate with a warm-up and a linear fall at the end of the time budget.
+The state is saved every few minutes and a second start goes on from it. The averaged weights are what is exported. On
+a GPU it computes in bf16 with fp32 weights.
 """
 
 from __future__ import annotations

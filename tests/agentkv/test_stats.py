@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentkv.stats import summarise, wilson
+from agentkv.stats import summarise
+from textkv.figures import wilson
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from textkv.figures import run_meta, wilson
 from textkv.mini import load_mini
 from textkv.mini.facts import TASKS, check_task
-from textkv.mini.figures import run_meta, wilson
 from textkv.mini.tasks import FIRST_EVALUATION_SEED, Example, make_example
 
 BATCH_TOKENS = 16_384
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Console().print(table(rows))
     if args.json:
         words = list(sys.argv[1:] if argv is None else argv)
-        meta = run_meta("textkv.mini.evaluate", words, FIRST_EVALUATION_SEED, args.device)
+        meta = run_meta("textkv.mini.evaluate", words, FIRST_EVALUATION_SEED)
         args.json.write_text(json.dumps({"meta": meta, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from textkv.figures import wilson
 from textkv.mini import evaluate, load_mini
 from textkv.mini.check import Check, right_answers
 from textkv.mini.facts import KEYS, NUMBERS, TASKS, VALUES, draw_facts, held_out
 from textkv.mini.feed import STAGES, Feed, length_at, longest_at
-from textkv.mini.figures import wilson
 from textkv.mini.filler import Filler, sentences
 from textkv.mini.shape import fresh_model
 from textkv.mini.tasks import make_example

@@ -1,0 +1,221 @@
+"""`python -m eval.leaderboard`: every text method at every budget on one table.
+
+Per method and budget: recall by task, perplexity of the text after a compressed prompt, attention-output error against
+the full cache, bytes held, tokens stored, time per hook. The full cache stands on top. A cell (method, budget) is
+written to `--json` as soon as it is done, and a second start with the same file measures only what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from agentkv.trace import write_json
+from eval.curve import draw_curve
+from eval.textbench import (
+    FULL,
+    Continuation,
+    check_model,
+    continuation,
+    examples,
+    load_text_model,
+    recall,
+    share,
+    text_rows,
+)
+from textkv import Budget, list_methods, resolve_method, split_list
+from textkv.figures import run_meta, wilson
+from textkv.mini.facts import TASKS, check_task
+from textkv.mini.tasks import FIRST_EVALUATION_SEED
+
+AFTER = 128  # tokens of text that are predicted after the prompt
+TEXTS = 4
+Cell = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Board:
+    """What is measured in every cell: `n` examples per task at `length` tokens, and `TEXTS` pieces of text."""
+
+    model: str
+    tasks: tuple[str, ...]
+    length: int
+    n: int
+    text: Path | None
+    device: str
+
+
+class Worker:
+    """One process's model and data; cells are measured with them."""
+
+    here: Worker | None = None
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+        self.model, tokenizer = load_text_model(board.model, board.device)
+        self.asked = {task: examples(tokenizer, task, board.length, board.n) for task in board.tasks}
+        self.rows = text_rows(tokenizer, board.text, TEXTS, board.length + AFTER)
+        self.truth: Continuation | None = None
+
+    @classmethod
+    def open(cls, board: Board) -> None:
+        """Set up this process (called by the pool)."""
+        cls.here = cls(board)
+
+    @classmethod
+    def run(cls, cell: Cell) -> list[dict[str, Any]]:
+        """The rows of one cell."""
+        assert cls.here is not None
+        return cls.here.measure(*cell)
+
+    def measure(self, method: str, budget: str) -> list[dict[str, Any]]:
+        """One row per task, one with task "recall" over all of them, one with task "text"."""
+        about = {"method": method, "budget": budget, "tokens_seen": self.board.length}
+        found, rows = [], []
+        for task, asked in self.asked.items():
+            right, figures = recall(self.model, method, budget, asked)
+            rows.append(about | {"task": task} | _recalled(sum(right), len(right)) | figures)
+            found += right
+        whole = about | {"task": "recall"} | _recalled(sum(found), len(found))
+        names = [name for name in rows[0] if name.startswith(("kv_", "tokens_stored", "seconds_"))]
+        whole |= {name: sum(row[name] for row in rows) / len(rows) for name in names}
+        return [share(row) for row in [*rows, whole, about | self._text(method, budget)]]
+
+    def _text(self, method: str, budget: str) -> dict[str, Any]:
+        self.truth = self.truth or continuation(self.model, FULL, "1.0", self.rows, self.board.length)
+        seen = continuation(self.model, method, budget, self.rows, self.board.length)
+        perplexity = math.exp(seen.nll.mean().item())
+        return {"task": "text", "n": TEXTS, "perplexity": perplexity, "error": seen.error(self.truth), **seen.held}
+
+
+def _recalled(right: int, n: int) -> dict[str, Any]:
+    low, high = wilson(right, n)
+    return {"n": n, "recall": right / n, "low": low, "high": high}
+
+
+def cells_of(methods: Sequence[str], budgets: Sequence[str]) -> list[Cell]:
+    """The full cache once, then every method at every budget. Raises ValueError for a bad method or budget."""
+    rest = [(method, budget) for method in methods if method != FULL for budget in budgets]
+    for method, budget in rest:
+        resolve_method(method, Budget.parse(budget))
+    return [(FULL, "1.0"), *rest]
+
+
+def table(rows: Sequence[dict[str, Any]], budgets: Sequence[str]) -> Table:
+    """Methods down, budgets across: recall, perplexity, share of the full cache's bytes."""
+    at = {(row["method"], row["budget"], row["task"]): row for row in rows}
+    made = Table("method", *(f"{b}: recall  perplexity  bytes" for b in budgets), title="text methods by budget")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = []
+        for budget in budgets:
+            key = (method, "1.0" if method == FULL else budget)
+            facts, text = at.get((*key, "recall")), at.get((*key, "text"))
+            there = facts and text
+            cells.append(f"{facts['recall']:.2f}  {text['perplexity']:.2f}  {facts['kv_share']:.3f}" if there else "-")
+        made.add_row(method, *cells)
+    return made
+
+
+def markdown(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
+    """The board as a Markdown table, one line per cell."""
+    at = {(row["method"], row["budget"], row["task"]): row for row in rows}
+    head = ["method", "budget", *tasks, "recall", "95 %", "perplexity", "error", "bytes of full", "tokens stored"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for method, budget in dict.fromkeys((row["method"], row["budget"]) for row in rows):
+        mine = {task: at[method, budget, task] for task in (*tasks, "recall", "text")}
+        all_, text = mine["recall"], mine["text"]
+        shares = [f"{mine[task]['recall']:.2f}" for task in (*tasks, "recall")]
+        figures = [f"{text['perplexity']:.2f}", f"{text['error']:.3f}", f"{all_['kv_share']:.3f}"]
+        figures += [f"{all_['tokens_stored']:.0f}"]
+        interval = f"{all_['low']:.2f}-{all_['high']:.2f}"
+        lines.append("| " + " | ".join([method, budget, *shares, interval, *figures]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def measure(board: Board, cells: Sequence[Cell], workers: int, path: Path, meta: dict[str, Any]) -> list[dict]:
+    """All rows, those that `path` already holds included; written after every cell.
+
+    Raises:
+        ValueError: `path` holds another board.
+    """
+    said = {"model": board.model, "tasks": list(board.tasks), "length": board.length, "n": board.n}
+    done: dict[Cell, list[dict[str, Any]]] = {}
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["meta"].get("board") != said:
+            raise ValueError(f"{path} holds another board ({before['meta'].get('board')}); give another --json")
+        for row in before["rows"]:
+            done.setdefault((row["method"], row["budget"]), []).append(row)
+    missing = [cell for cell in cells if cell not in done]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    meta = meta | {"board": said}
+    with ProcessPoolExecutor(workers, get_context("spawn"), Worker.open, (board,)) as pool:
+        jobs = {pool.submit(Worker.run, cell): cell for cell in missing}
+        console = Console(stderr=True)
+        for job in track(as_completed(jobs), "cells", len(jobs), console=console):
+            done[jobs[job]] = job.result()
+            write_json(path, {"meta": meta, "rows": [row for cell in cells for row in done.get(cell, [])]})
+    return [row for cell in cells for row in done[cell]]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m eval.leaderboard", description=__doc__.split("\n\n")[0])
+    p.add_argument("--model", default="mini", help="mini (embedded) or a local folder of a Llama, Qwen or Mistral")
+    p.add_argument("--methods", default="all", help="all, or comma-separated methods and compositions")
+    p.add_argument("--budgets", default="0.5,0.2,0.1,0.05", help="comma-separated shares, or tokens as 64t")
+    p.add_argument("--tasks", default=",".join(TASKS), help=f"of {', '.join(TASKS)}")
+    p.add_argument("--length", type=int, default=1024, help="tokens of a prompt with its answer (default 1024)")
+    p.add_argument("--n", type=int, default=16, help="examples per task (default 16)")
+    p.add_argument("--text", type=Path, help="text for the perplexity; its last tenth is used")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--workers", type=int, default=2, help="processes (default 2)")
+    p.add_argument("--json", type=Path, default=Path("runs/leaderboard.json"), help="rows; gone on with if it exists")
+    p.add_argument("--markdown", type=Path, help="write the table here too")
+    p.add_argument("--plot", type=Path, help="write recall against bytes here, as PNG")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 done, 2 for a request that cannot be carried out."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(argv)
+    try:
+        if min(args.n, args.workers) < 1:
+            raise ValueError(f"n={args.n}, workers={args.workers}: both must be at least 1")
+        methods = list_methods() if args.methods == "all" else split_list(args.methods)
+        budgets = [str(Budget.parse(b)) for b in split_list(args.budgets)]
+        tasks = tuple(check_task(task) for task in split_list(args.tasks))
+        check_model(args.model)
+        board = Board(args.model, tasks, args.length, args.n, args.text, args.device)
+        meta = run_meta("eval.leaderboard", argv, FIRST_EVALUATION_SEED)
+        cells = cells_of(methods, budgets)
+        rows = measure(board, cells, args.workers, args.json, meta)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"eval.leaderboard: {error}", file=sys.stderr)
+        return 2
+    Console(width=None if sys.stdout.isatty() else 200).print(table(rows, budgets))
+    if args.markdown:
+        args.markdown.write_text(markdown(rows, tasks), encoding="utf-8")
+    if args.plot:
+        groups = [(task, task) for task in (*tasks, "recall")]
+        draw_curve(rows, args.plot, groups, "recall")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""`python -m eval.needle`: at which depth of a prompt of which length is a fact lost?
+
+One cell per length and depth: the share of held-out facts that greedy decoding gives back, after the method has
+compressed the prompt. Prints a table per method, writes the rows (`--json`) and a heat map per method (`--plot`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from agentkv.trace import write_json
+from eval.textbench import FULL, examples, load_text_model, recall, share
+from textkv import Budget, resolve_method, split_list
+from textkv.figures import run_meta, wilson
+from textkv.mini.facts import TASKS, check_task
+from textkv.mini.tasks import FIRST_EVALUATION_SEED
+
+
+def measure(
+    model: str, methods: Sequence[str], budget: str, task: str, lengths: Sequence[int], depths: int, n: int, device: str
+) -> list[dict[str, Any]]:
+    """One row per method, length and depth (`depths` of them from 0 to 1, at least 2)."""
+    loaded, tokenizer = load_text_model(model, device)
+    places = [index / (depths - 1) for index in range(depths)]
+    rows = []
+    grid = [(length, depth) for length in lengths for depth in places]
+    for length, depth in track(grid, "cells", console=Console(stderr=True)):
+        asked = examples(tokenizer, task, length, n, depth)
+        for method in methods:
+            right, figures = recall(loaded, method, "1.0" if method == FULL else budget, asked)
+            low, high = wilson(sum(right), n)
+            row = {"method": method, "budget": budget, "task": task, "tokens_seen": length, "depth": depth, "n": n}
+            rows.append(share(row | {"recall": sum(right) / n, "low": low, "high": high} | figures))
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]], method: str) -> Table:
+    """Depths down, lengths across."""
+    mine = {(row["depth"], row["tokens_seen"]): row["recall"] for row in rows if row["method"] == method}
+    lengths = sorted({length for _, length in mine})
+    made = Table("depth", *(f"{length:,} tokens" for length in lengths), title=method)
+    for depth in sorted({depth for depth, _ in mine}):
+        made.add_row(f"{depth:.2f}", *(f"{mine[depth, length]:.2f}" for length in lengths))
+    return made
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """One heat map per method, side by side: x = length, y = depth, red 0 to green 1."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lengths = sorted({row["tokens_seen"] for row in rows})
+    depths = sorted({row["depth"] for row in rows})
+    figure, panels = pyplot.subplots(
+        1, len(methods), figsize=(1.6 + 2.6 * len(methods), 3.4), sharey=True, layout="constrained", squeeze=False
+    )
+    for panel, method in zip(panels[0], methods, strict=True):
+        at = {(row["depth"], row["tokens_seen"]): row["recall"] for row in rows if row["method"] == method}
+        grid = [[at[depth, length] for length in lengths] for depth in depths]
+        image = panel.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        panel.set_xticks(range(len(lengths)), lengths)
+        panel.set_yticks(range(len(depths)), [f"{depth:.2f}" for depth in depths])
+        panel.set(title=method, xlabel="tokens")
+    panels[0, 0].set_ylabel("depth (0 = first)")
+    figure.colorbar(image, ax=panels[0, -1], label="recall")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m eval.needle", description=__doc__.split("\n\n")[0])
+    p.add_argument("--model", default="mini", help="mini (embedded) or a local folder of a Llama, Qwen or Mistral")
+    p.add_argument("--methods", default="full,snapkv,streaming_llm", help="comma-separated methods and compositions")
+    p.add_argument("--budget", default="0.2", help="share of the prompt's tokens to keep, or a number as 64t")
+    p.add_argument("--task", default="needle", help=f"one of {', '.join(TASKS)}")
+    p.add_argument("--lengths", default="256,512,1024,2048", help="tokens of a prompt with its answer")
+    p.add_argument("--depths", type=int, default=5, help="places of the fact, from first to last (default 5)")
+    p.add_argument("--n", type=int, default=16, help="facts per cell (default 16)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--json", type=Path, help="write the rows here")
+    p.add_argument("--plot", type=Path, help="write the heat maps here, as PNG")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 done, 2 for a request that cannot be carried out."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(argv)
+    try:
+        if args.n < 1 or args.depths < 2:
+            raise ValueError(f"n={args.n}, depths={args.depths}: use at least 1 fact and 2 depths")
+        methods, budget = split_list(args.methods), str(Budget.parse(args.budget))
+        for method in methods:
+            resolve_method(method, budget)
+        lengths = [int(length) for length in split_list(args.lengths)]
+        rows = measure(args.model, methods, budget, check_task(args.task), lengths, args.depths, args.n, args.device)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"eval.needle: {error}", file=sys.stderr)
+        return 2
+    for method in methods:
+        Console().print(table(rows, method))
+    if args.json:
+        write_json(args.json, {"meta": run_meta("eval.needle", argv, FIRST_EVALUATION_SEED), "rows": rows})
+    if args.plot:
+        draw(rows, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""`python -m eval.perplexity`: read a text far longer than the cache, one token at a time.
+
+What StreamingLLM (arXiv 2309.17453) and LaCache (arXiv 2507.14204) are for: the cache stays at `--cache` tokens while
+the text goes on. Prints the perplexity of every stretch of the text per method; a method that streams stays flat, one
+that loses its sinks or leaves the trained positions blows up. `--plot` draws the running perplexity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+import torch.nn.functional as F
+from matplotlib import pyplot
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from agentkv.trace import write_json
+from eval.textbench import load_text_model, text_rows
+from textkv import MethodCache, resolve_method, split_list, use
+from textkv.figures import run_meta
+
+
+@torch.inference_mode()
+def stream(model: PreTrainedModel, method: str, budget: str, ids: torch.Tensor, first: int) -> tuple[torch.Tensor, int]:
+    """Feed `ids` int64 [1, n]: `first` tokens at once, then one by one.
+
+    Returns (negative log-likelihoods [n - 1] in nats, bytes held at the end).
+    """
+    use(model)
+    ids, cache = ids.to(model.device), MethodCache(model, method, budget)
+    logits = [model(ids[:, :first], past_key_values=cache).logits[0].float()]
+    steps = range(first, ids.shape[1] - 1)
+    for at in track(steps, method, console=Console(stderr=True)):
+        logits.append(model(ids[:, at : at + 1], past_key_values=cache).logits[0].float())
+    return F.cross_entropy(torch.cat(logits), ids[0, 1:], reduction="none"), cache.kv_bytes()
+
+
+def rows_of(method: str, cache: int, nll: torch.Tensor, held: int, stretches: int) -> list[dict[str, Any]]:
+    """One row per stretch of the text; "to" is the stretch's last token."""
+    rows, seen = [], 0
+    for part in nll.chunk(stretches):
+        seen += len(part)
+        row = {"method": method, "budget": f"{cache}t", "task": "stream", "to": seen, "n": len(part)}
+        rows.append(row | {"perplexity": math.exp(min(part.mean().item(), 700.0)), "kv_bytes": held})
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Methods down, stretches of the text across."""
+    ends = sorted({row["to"] for row in rows})
+    made = Table("method", *(f"to {end:,}" for end in ends), "bytes held", title="perplexity by stretch of the text")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        made.add_row(method, *(f"{row['perplexity']:.3g}" for row in mine), f"{mine[-1]['kv_bytes']:,}")
+    return made
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Perplexity (log) over the text, one line per method."""
+    figure, panel = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        panel.plot([row["to"] for row in mine], [row["perplexity"] for row in mine], marker="o", label=method)
+    panel.set(
+        xlabel="tokens read", ylabel="perplexity", yscale="log", title=f"cache of {rows[0]['budget'][:-1]} tokens"
+    )
+    panel.grid(alpha=0.3)
+    panel.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m eval.perplexity", description=__doc__.split("\n\n")[0])
+    p.add_argument("--model", default="mini", help="mini (embedded) or a local folder of a Llama, Qwen or Mistral")
+    p.add_argument("--methods", default="window,streaming_llm,lacache", help="comma-separated methods")
+    p.add_argument("--cache", type=int, default=256, help="tokens to keep per layer and head (default 256)")
+    p.add_argument("--tokens", type=int, default=8192, help="length of the text (default 8192)")
+    p.add_argument("--stretches", type=int, default=8, help="parts of the text to be told apart (default 8)")
+    p.add_argument("--text", type=Path, help="the text (its last tenth is read); default: held-out plain sentences")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--json", type=Path, help="write the rows here")
+    p.add_argument("--plot", type=Path, help="write the curves here, as PNG")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 done, 2 for a request that cannot be carried out."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(argv)
+    try:
+        if not 1 <= args.cache < args.tokens - 1 or args.stretches < 1:
+            raise ValueError(
+                f"cache={args.cache}, tokens={args.tokens}, stretches={args.stretches}: the text must be longer than "
+                "the cache, and have at least 1 stretch"
+            )
+        methods, budget = split_list(args.methods), f"{args.cache}t"
+        for method in methods:
+            resolve_method(method, budget)
+        model, tokenizer = load_text_model(args.model, args.device)
+        ids = text_rows(tokenizer, args.text, 1, args.tokens)
+        rows = []
+        for method in methods:
+            rows += rows_of(method, args.cache, *stream(model, method, budget, ids, args.cache), args.stretches)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"eval.perplexity: {error}", file=sys.stderr)
+        return 2
+    Console().print(table(rows))
+    if args.json:
+        write_json(args.json, {"meta": run_meta("eval.perplexity", argv, 0), "rows": rows})
+    if args.plot:
+        draw(rows, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
