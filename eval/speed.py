@@ -1,0 +1,167 @@
+"""`python -m eval.speed`: what a method costs at the prompt's end and what it gives back at every decoded token.
+
+A few layers of Llama-3.1-8B's shape with random weights read one prompt; methods take turns, and every figure is a
+median over the rounds. `overhead` = time in the method's hooks over the time of the whole prompt; `decode_ratio` = one
+token's attention over what the method kept against the full cache's, measured in the same round; `floor_bytes` = the
+bytes of K and V that this attention cannot help reading. A CPU says little about a GPU: `--device` is in every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from agentkv.trace import write_json
+from eval.textbench import FULL
+from textkv import Budget, MethodCache, list_methods, resolve_method, split_list
+from textkv.figures import run_meta
+
+STEPS = 8  # decoded tokens per round
+
+
+def shaped(layers: int, device: str) -> PreTrainedModel:
+    """Random weights: hidden 4096, 32 heads over 8 KV heads of 128, MLP 14336; a small vocabulary."""
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, rope_theta=500000.0,
+    )  # fmt: skip
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    with torch.device(device):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            model = LlamaForCausalLM(config)
+        finally:
+            torch.set_default_dtype(before)
+    return model.eval()
+
+
+def clock(device: str) -> float:
+    """Seconds, after all work on the device is done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@torch.inference_mode()
+def round_of(model: PreTrainedModel, method: str, budget: str, ids: torch.Tensor, device: str) -> dict[str, float]:
+    """One prompt and `STEPS` tokens' attention: the figures of one round."""
+    cache = MethodCache(model, method, budget)
+    begin = clock(device)
+    model(ids, past_key_values=cache, logits_to_keep=1)
+    prompt = clock(device) - begin
+    hooks = sum(cache.seconds.values())
+    config, rest = model.config, cache.at_rest
+    shape = (1, config.num_attention_heads, 1, config.head_dim)
+    q = torch.randn(shape, device=device, dtype=model.dtype)
+    new = torch.randn((1, config.num_key_value_heads, *shape[2:]), device=device, dtype=model.dtype)
+    begin = clock(device)
+    for _ in range(STEPS):
+        for layer in cache.layers:
+            layer.step(q, new, new, config.head_dim**-0.5, None)
+    return {
+        "seconds_prefill": prompt,
+        "overhead": hooks / prompt,
+        "seconds_decode": (clock(device) - begin) / STEPS / len(cache.layers),
+        "kv_bytes": rest.kv_bytes,
+        "kv_bytes_full": rest.full_bytes,
+        "kv_bytes_peak": cache.peak_bytes,
+        "tokens_stored": rest.tokens_stored,
+    }
+
+
+def measure(
+    model: PreTrainedModel, methods: Sequence[str], budget: str, length: int, rounds: int, device: str
+) -> list[dict[str, Any]]:
+    """One row per method, the full cache first; rounds are interleaved and the first, a warm-up, is dropped."""
+    ids = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+    names = [FULL, *(method for method in methods if method != FULL)]
+    seen: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in names}
+    for number in track(range(rounds + 1), "rounds", console=Console(stderr=True)):
+        for name in names:
+            figures = round_of(model, name, "1.0" if name == FULL else budget, ids, device)
+            for key, value in figures.items():
+                if number:
+                    seen[name][key].append(value)
+    per_token = 2 * model.config.num_key_value_heads * model.config.head_dim * model.dtype.itemsize
+    rows = []
+    for name in names:
+        row = {key: median(values) for key, values in seen[name].items()}
+        pairs = zip(seen[name]["seconds_decode"], seen[FULL]["seconds_decode"], strict=True)
+        row["decode_ratio"] = median(mine / full for mine, full in pairs)
+        row["floor_bytes"] = row["tokens_stored"] * per_token
+        row["kv_share"] = row["kv_bytes"] / row["kv_bytes_full"]
+        row["layers"] = model.config.num_hidden_layers
+        about = {"method": name, "budget": "1.0" if name == FULL else budget, "device": device, "n": rounds}
+        rows.append(about | {"tokens_seen": length} | row)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """One line per method."""
+    made = Table("method", "prompt s", "hooks / prompt", "decode ms", "of full", "bytes of full", "floor KiB")
+    for row in rows:
+        made.add_row(
+            row["method"], f"{row['seconds_prefill']:.3f}", f"{row['overhead']:.2%}",
+            f"{1000 * row['seconds_decode']:.3f}", f"{row['decode_ratio']:.2f}", f"{row['kv_share']:.3f}",
+            f"{row['floor_bytes'] / 1024:,.0f}",
+        )  # fmt: skip
+    return made
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__.split("\n\n")[0])
+    p.add_argument("--methods", default="all", help="all, or comma-separated methods and compositions")
+    p.add_argument("--budget", default="0.2", help="share of the prompt's tokens to keep, or a number as 64t")
+    p.add_argument("--length", type=int, help="tokens of the prompt (default 512 on a CPU, 16384 on a GPU)")
+    p.add_argument("--layers", type=int, default=1, help="layers of the model (default 1: 0.9 GB in fp32)")
+    p.add_argument("--rounds", type=int, default=3, help="rounds that count (default 3)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--json", type=Path, help="write the rows here")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 done, 2 for a request that cannot be carried out."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(argv)
+    cuda = args.device.startswith("cuda")
+    if cuda:
+        # Hooks are timed on the host: with this, a kernel is done when its call returns.
+        os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")
+    try:
+        length = args.length or (16384 if cuda else 512)
+        if min(length, args.layers, args.rounds) < 1:
+            raise ValueError(f"length={length}, layers={args.layers}, rounds={args.rounds}: each must be at least 1")
+        methods = list_methods() if args.methods == "all" else split_list(args.methods)
+        budget = str(Budget.parse(args.budget))
+        for method in methods:
+            resolve_method(method, budget)
+        rows = measure(shaped(args.layers, args.device), methods, budget, length, args.rounds, args.device)
+    except ValueError as error:
+        print(f"eval.speed: {error}", file=sys.stderr)
+        return 2
+    Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
+    if not cuda:
+        print("measured on a CPU: the shares of a GPU, where kernels are launched, need --device cuda")
+    if args.json:
+        write_json(args.json, {"meta": run_meta("eval.speed", argv, 0), "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
