@@ -11,12 +11,56 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kernels import window_mass
+from kernels import rotate, window_mass
 from textkv.method import Needs
 from textkv.segments.base import NewTokens, Stored
 
 Spans = list[list[tuple[int, int]]]
 """Per row, the half-open [start, end) logical positions of each screenshot, oldest first."""
+
+_BLOCK = 4096  # queries that are turned back at a time: a long prompt's fp32 copy would weigh as much as its keys
+
+
+@dataclass(frozen=True)
+class QueryMoments:
+    """How a block's pre-RoPE queries are spread, per query head. Parts of a block add up with `+`.
+
+    Kept centred: the difference of two large sums would lose a small covariance beside a large mean.
+
+    Attributes:
+        count: fp32 [batch], queries counted.
+        mean: fp32 [batch, heads, head_dim], 0 where none was counted.
+        scatter: fp32 [batch, heads, head_dim, head_dim], sum of outer products of (query - mean).
+    """
+
+    count: torch.Tensor
+    mean: torch.Tensor
+    scatter: torch.Tensor
+
+    @classmethod
+    def of(cls, q: torch.Tensor, counted: torch.Tensor) -> QueryMoments:
+        """Moments of the queries q [batch, heads, m, head_dim] at which `counted` bool [batch, m] is True."""
+        out = ~counted[:, None, :, None]
+        count = counted.sum(1).float()
+        mean = q.float().masked_fill(out, 0).sum(2) / count.clamp(min=1)[:, None, None]
+        centred = (q.float() - mean[:, :, None]).masked_fill(out, 0)
+        return cls(count, mean, centred.mT @ centred)
+
+    def __add__(self, other: QueryMoments) -> QueryMoments:
+        count = self.count + other.count
+        share = (other.count / count.clamp(min=1))[:, None, None]
+        gap = other.mean - self.mean
+        between = (share * self.count[:, None, None] * gap)[..., None] * gap[..., None, :]
+        return QueryMoments(count, self.mean + share * gap, self.scatter + other.scatter + between)
+
+    def part(self, rows: slice, heads: slice) -> QueryMoments:
+        """The moments of some rows and query heads."""
+        return QueryMoments(self.count[rows], self.mean[rows, heads], self.scatter[rows, heads])
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """fp32 [batch, heads, head_dim, head_dim], divided by the count; 0 where at most one was counted."""
+        return self.scatter / self.count.clamp(min=1)[:, None, None, None]
 
 
 @dataclass(frozen=True)
@@ -33,6 +77,7 @@ class Evidence:
         spans: screenshots seen so far, per row.
         columns: fp32 [batch, kv_heads, n], n slots of `layer.stored()`: attention summed over all queries of the block,
             mean over each KV head's query heads, or None.
+        moments: of the block's pre-RoPE queries, or None.
     """
 
     queries: torch.Tensor
@@ -43,17 +88,17 @@ class Evidence:
     rope_positions: torch.Tensor | None = None
     spans: Spans = field(default_factory=list)
     columns: torch.Tensor | None = None
+    moments: QueryMoments | None = None
 
     def part(self, row: int, head: int | None, kv_heads: int, slots: torch.Tensor) -> Evidence:
         """The evidence of one row, and of one KV head's query heads if `head` is given; `slots` int64 [k] are the
         row's stored tokens."""
-        queries, which = self.queries[row : row + 1], slice(None) if head is None else slice(head, head + 1)
+        one, which, ours = slice(row, row + 1), slice(None), slice(None)
         if head is not None:
-            group = queries.shape[1] // kv_heads
-            queries = queries[:, head * group : (head + 1) * group]
-        one = slice(row, row + 1)
+            group = self.queries.shape[1] // kv_heads
+            which, ours = slice(head, head + 1), slice(head * group, (head + 1) * group)
         return Evidence(
-            queries=queries,
+            queries=self.queries[one, ours],
             scale=self.scale,
             tokens=self.tokens[one],
             norms=None if self.norms is None else self.norms[one],
@@ -61,6 +106,7 @@ class Evidence:
             rope_positions=None if self.rope_positions is None else self.rope_positions[one],
             spans=self.spans[one] if self.spans else [],
             columns=None if self.columns is None else self.columns[one, which][:, :, slots],
+            moments=None if self.moments is None else self.moments.part(one, ours),
         )
 
 
@@ -78,10 +124,12 @@ class Gatherer:
         self._positions: list[torch.Tensor] = []
         self._rope: list[torch.Tensor] = []
         self._columns: torch.Tensor | None = None
+        self._moments: QueryMoments | None = None
         self.pending_norms: torch.Tensor | None = None
 
-    def take(self, new: NewTokens, held: Callable[[], Stored]) -> None:
-        """One chunk of the block; `held` gives what the layer stores, the chunk included."""
+    def take(self, new: NewTokens, held: Callable[[], Stored], inv_freq: torch.Tensor | None = None) -> None:
+        """One chunk of the block; `held` gives what the layer stores, the chunk included; `inv_freq` are the model's
+        rotary frequencies, if asked for."""
         q = new.q
         if self.needs.window:
             last = q[:, :, -self.needs.window :]
@@ -102,6 +150,8 @@ class Gatherer:
             self._rope.append(new.rope_positions)
         if self.needs.columns:
             self._add_columns(new, held())
+        if self.needs.query_moments is not None:
+            self._add_moments(new, inv_freq.to(q.device))
 
     def _add_columns(self, new: NewTokens, held: Stored) -> None:
         real, kv_heads = held.positions >= 0, held.keys.shape[1]
@@ -111,10 +161,20 @@ class Gatherer:
             mass[..., : self._columns.shape[-1]] += self._columns
         self._columns = mass
 
+    def _add_moments(self, new: NewTokens, inv_freq: torch.Tensor) -> None:
+        """Turns the queries back by their own rotary positions. Under M-RoPE only the temporal axis is known, so an
+        image's queries stay turned by their offset inside the image on the height and width frequencies."""
+        counted = new.positions >= self.needs.query_moments
+        for start in range(0, new.q.shape[2], _BLOCK):
+            part = slice(start, start + _BLOCK)
+            plain = rotate(new.q[:, :, part].float(), -new.rope_positions[:, part], inv_freq)
+            found = QueryMoments.of(plain, counted[:, part])
+            self._moments = found if self._moments is None else self._moments + found
+
     def finish(self, q: torch.Tensor, scale: float, tokens: torch.Tensor, spans: Spans) -> Evidence:
         """The evidence of the whole block; the gatherer is empty afterwards."""
         queries = self._queries if self._queries is not None else q[:, :, :0]
         norms, positions, rope = (torch.cat(x, 1) if x else None for x in (self._norms, self._positions, self._rope))
-        columns = self._columns
+        columns, moments = self._columns, self._moments
         self.clear()
-        return Evidence(queries, scale, tokens, norms, positions, rope, spans, columns)
+        return Evidence(queries, scale, tokens, norms, positions, rope, spans, columns, moments)

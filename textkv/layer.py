@@ -191,7 +191,7 @@ class Layer(CacheLayerMixin):
                 method.on_decode_end(self, q)
         else:
             out = self._attend(new)
-            self.gatherer.take(new, self.stored)
+            self.gatherer.take(new, self.stored, self.cache.inv_freq)
             self.cache.note_bytes(self)
             if self.seen >= target:
                 evidence = self.gatherer.finish(q, scale, self.real_seen, self.cache.spans)
