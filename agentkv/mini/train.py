@@ -165,6 +165,7 @@ class Trainer:
         self.average = {n: p.detach().clone() for n, p in names.items()}
         self.neighbours, self.spread = (table.to(self.device) for table in soft_targets(self.tokenizer))
         self.step, self.seconds = 0, 0.0
+        self.before = json.loads((start / "agent.json").read_text())["trained"] if start else {"step": 0, "seconds": 0}
         if self.state.exists():
             scalars = load_state(self.state, self.model, self.average, self.optimizers)
             self.step, self.seconds = scalars["step"], scalars["seconds"]
@@ -200,7 +201,8 @@ class Trainer:
     def save(self) -> None:
         scalars = {"step": self.step, "seconds": self.seconds}
         save_state(self.state, self.model, self.average, self.optimizers, scalars)
-        export(self.model, self.average, self.tokenizer, self.state.parent / "latest", scalars)
+        total = {name: value + self.before[name] for name, value in scalars.items()}
+        export(self.model, self.average, self.tokenizer, self.state.parent / "latest", total)
 
     def run(self, feed: Feed, report: int = 100) -> None:
         """Train until the time budget is used up, saving and reporting on the way."""
