@@ -13,7 +13,7 @@ demo: .venv/ready
 	$(BIN)/python -m agentkv.run --method full,gui-kv,snapkv --budget 0.4 --out runs/demo
 
 test: .venv/ready
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .

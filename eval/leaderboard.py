@@ -78,9 +78,12 @@ class Worker:
 
     @classmethod
     def run(cls, cell: Cell) -> list[dict[str, Any]]:
-        """The rows of one cell."""
+        """The rows of one cell; one row with task "refused" if the method cannot do that budget."""
         assert cls.here is not None
-        return cls.here.measure(*cell)
+        try:
+            return cls.here.measure(*cell)
+        except ValueError as error:
+            return [{"method": cell[0], "budget": cell[1], "task": "refused", "reason": str(error)}]
 
     def measure(self, method: str, budget: str) -> list[dict[str, Any]]:
         """One row per task, one with task "recall" over all of them, one with task "text"."""
@@ -136,6 +139,9 @@ def markdown(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
     head = ["method", "budget", *tasks, "recall", "95 %", "perplexity", "error", "bytes of full", "tokens stored"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for method, budget in dict.fromkeys((row["method"], row["budget"]) for row in rows):
+        if (method, budget, "refused") in at:
+            lines.append(f"| {method} | {budget} | refused |" + " |" * (len(head) - 3))
+            continue
         mine = {task: at[method, budget, task] for task in (*tasks, "recall", "text")}
         all_, text = mine["recall"], mine["text"]
         shares = [f"{mine[task]['recall']:.2f}" for task in (*tasks, "recall")]
@@ -214,6 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plot:
         groups = [(task, task) for task in (*tasks, "recall")]
         draw_curve(rows, args.plot, groups, "recall")
+    for row in rows:
+        if row["task"] == "refused":
+            print(f"refused: {row['method']} at {row['budget']}: {row['reason']}")
     return 0
 
 

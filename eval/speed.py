@@ -83,6 +83,22 @@ def round_of(model: PreTrainedModel, method: str, budget: str, ids: torch.Tensor
     }
 
 
+def can_run(method: str, budget: str, length: int, layers: int) -> bool:
+    """Whether a method accepts this budget for this prompt and number of layers; said on stderr if not."""
+    small = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=1,
+        num_key_value_heads=1, max_position_embeddings=131072,
+    )  # fmt: skip
+    model = LlamaForCausalLM(small).eval()
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, length, dtype=torch.int64), past_key_values=MethodCache(model, method, budget))
+    except ValueError as error:
+        print(f"left out: {method}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def measure(
     model: PreTrainedModel, methods: Sequence[str], budget: str, length: int, rounds: int, device: str
 ) -> list[dict[str, Any]]:
@@ -128,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--methods", default="all", help="all, or comma-separated methods and compositions")
     p.add_argument("--budget", default="0.2", help="share of the prompt's tokens to keep, or a number as 64t")
     p.add_argument("--length", type=int, help="tokens of the prompt (default 512 on a CPU, 16384 on a GPU)")
-    p.add_argument("--layers", type=int, default=1, help="layers of the model (default 1: 0.9 GB in fp32)")
+    p.add_argument("--layers", type=int, default=2, help="layers of the model (default 2: 1.8 GB in fp32)")
     p.add_argument("--rounds", type=int, default=3, help="rounds that count (default 3)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--json", type=Path, help="write the rows here")
@@ -151,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         budget = str(Budget.parse(args.budget))
         for method in methods:
             resolve_method(method, budget)
+        methods = [method for method in methods if can_run(method, budget, length, args.layers)]
         rows = measure(shaped(args.layers, args.device), methods, budget, length, args.rounds, args.device)
     except ValueError as error:
         print(f"eval.speed: {error}", file=sys.stderr)

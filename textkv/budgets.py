@@ -6,7 +6,9 @@ unit are always shares: `40` is refused, because it could mean 40 % or 40 tokens
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,3 +93,48 @@ def round_to_sum(shares: torch.Tensor, total: int) -> torch.Tensor:
     rest = total - int(low.sum())
     low[(low - shares).sort(stable=True).indices[:rest]] += 1
     return low
+
+
+def apportion(log_weights: Sequence[float], caps: Sequence[int], total: int, floor: int = 0) -> list[int]:
+    """Slots for each part in proportion to exp(`log_weights`), at most `caps`: they add up to min(total, sum(caps)).
+
+    A part's slot number s = 0, 1, .. is worth weight / (s + 1/2), and the `total` dearest slots of all parts are handed
+    out (Webster's rule; ties to the lower part). This is water-filling rounded to the nearest whole number, chosen for
+    one property: a part that joins later only pushes slots of others out, so no share ever grows by it.
+
+    Args:
+        log_weights: finite natural logarithms: only their differences matter, and no weight is zero.
+        caps: most slots of each part.
+        floor: slots that each part gets first, as far as its cap allows.
+
+    Raises:
+        ValueError: the floors alone exceed `total`.
+    """
+    if floor * len(caps) > total:
+        raise ValueError(f"floor={floor} for {len(caps)} parts is more than the {total} slots there are; lower it")
+    parts = list(zip(log_weights, caps, strict=True))
+    total = min(total, sum(caps))
+
+    def dearer(level: float) -> list[int]:
+        """How many slots of each part are worth more than exp(level); the exponent is bounded against overflow."""
+        return [min(cap, max(floor, math.ceil(math.exp(min(w - level, 60.0)) - 0.5))) for w, cap in parts]
+
+    low, high = min(log_weights) - math.log(max(caps) + 1) - 1, max(log_weights) + 1
+    for _ in range(64):
+        middle = (low + high) / 2
+        low, high = (low, middle) if sum(dearer(middle)) <= total else (middle, high)
+    # The last slot of each part is given back: whether it was dear enough is decided below, without rounding errors.
+    given = [max(min(floor, cap), n - 1) for n, (_, cap) in zip(dearer(high), parts, strict=True)]
+
+    def offer(part: int) -> tuple[float, int]:
+        return math.log(given[part] + 0.5) - log_weights[part], part
+
+    waiting = [offer(part) for part, cap in enumerate(caps) if given[part] < cap]
+    heapq.heapify(waiting)
+    for _ in range(total - sum(given)):
+        part = waiting[0][1]
+        given[part] += 1
+        heapq.heappop(waiting)
+        if given[part] < caps[part]:
+            heapq.heappush(waiting, offer(part))
+    return given

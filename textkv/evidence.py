@@ -155,8 +155,15 @@ class Gatherer:
 
     def _add_columns(self, new: NewTokens, held: Stored) -> None:
         real, kv_heads = held.positions >= 0, held.keys.shape[1]
+        keys, order = held.keys, None
+        if not bool(real[..., -1].all()):
+            # The kernel takes the block's queries for those of the last slots; a ragged head's missing slots are last.
+            order = real.sort(dim=-1, stable=True).indices
+            keys, real = keys.gather(2, order[..., None].expand_as(keys)), real.gather(-1, order)
         valid = None if bool(real.all()) else real
-        mass = window_mass(new.q, held.keys, scale=new.scale, valid=valid).unflatten(1, (kv_heads, -1)).mean(2)
+        mass = window_mass(new.q, keys, scale=new.scale, valid=valid).unflatten(1, (kv_heads, -1)).mean(2)
+        if order is not None:
+            mass = torch.zeros_like(mass).scatter(-1, order, mass)
         if self._columns is not None:
             mass[..., : self._columns.shape[-1]] += self._columns
         self._columns = mass

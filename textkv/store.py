@@ -15,13 +15,18 @@ from safetensors.torch import load_file, save_file
 from textkv.segments.base import Segment
 from textkv.segments.dense import DenseSegment
 from textkv.segments.ragged import RaggedSegment
+from textkv.segments.renumbered import RenumberedSegment
 from textkv.segments.ring import RingSegment
+from textkv.segments.split import SplitSegment
 
 if TYPE_CHECKING:
     from textkv.cache import MethodCache
 
 FORMAT = 1
-SEGMENTS: dict[str, type[Segment]] = {"dense": DenseSegment, "ragged": RaggedSegment, "ring": RingSegment}
+SEGMENTS: dict[str, type[Segment]] = {
+    "dense": DenseSegment, "ragged": RaggedSegment, "renumbered": RenumberedSegment, "ring": RingSegment,
+    "split": SplitSegment,
+}  # fmt: skip
 
 
 def save(cache: MethodCache, folder: Path) -> None:

@@ -187,6 +187,10 @@ class _Draft:
             self._hint(range(reply, reply + min(3, len(answer) - 1)), Look(here, *asked[1:]))
         for number, look in enumerate(looks):
             self._hint([reply + number], look)
+        # The prompt's last token looks there beforehand, as large models do of themselves: methods that choose by the
+        # end of the prompt rely on it.
+        for look in dict.fromkeys(looks):
+            self._hint([reply - 1], look)
         ids = question + answer
         steps = np.tile(np.arange(self.at, self.at + len(ids)), (3, 1))
         self._add(ids, [IGNORE] * len(question) + answer, self.branches, steps)

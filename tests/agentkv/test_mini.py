@@ -138,9 +138,12 @@ def test_looks_point_into_the_screenshot_that_showed_the_words(adapter: UiTarsAd
     asks = [Ask("What was the code?", words, "a", (Look(0, 3, 5), Look(0, 8, 5)))]
     packed = Packer(adapter.tokenizer, SYSTEM).pack([Turn(image, [], ANSWER), Turn(image, asks)])
     pictures = [i for i, token in enumerate(packed.ids) if token == adapter.model.config.image_token_id]
-    assert [hint.key for hint in packed.hints] == [pictures[5 * 12 + 3], pictures[5 * 12 + 8]]
-    said = [packed.ids[hint.query + 1] for hint in packed.hints]
-    assert adapter.tokenizer.convert_ids_to_tokens(said) == ["4", "2"]
+    assert [hint.key for hint in packed.hints] == [pictures[5 * 12 + 3], pictures[5 * 12 + 8]] * 2
+    said = adapter.tokenizer.decode([packed.ids[hint.query + 1] for hint in packed.hints[:2]])
+    assert said == "42"
+    assert {packed.ids[hint.query + 1] for hint in packed.hints[2:]} == {
+        adapter.tokenizer.convert_tokens_to_ids("Action: finished(content='")
+    }
 
 
 def test_recorded_memory_episodes_get_their_thoughts() -> None:

@@ -104,3 +104,21 @@ def test_columns_sum_to_the_number_of_queries(model_of):
         model(ids, attention_mask=mask, past_key_values=cache)
     sums = cache.layers[0].marks["columns"].sum(-1)
     torch.testing.assert_close(sums, torch.tensor([[30.0] * 2, [23.0] * 2]))
+
+
+def test_columns_of_ragged_heads_count_every_query(filled, model_of):
+    cache, ids = filled(True)
+    before = cache.layers[0].lengths().clone()
+    assert before[0, 0] != before[0, 1]
+    seen = {}
+
+    @dataclass(frozen=True)
+    class Looking(Marking):
+        def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+            seen[layer.index] = evidence.columns
+
+    cache.method = Looking()
+    with torch.no_grad():
+        model_of("llama")(ids[:, :6], past_key_values=cache)
+    torch.testing.assert_close(seen[0].sum(-1), torch.full((1, 2), 6.0))
+    assert bool((seen[0][0, 0, int(before[0, 0]) + 6 :] == 0).all())

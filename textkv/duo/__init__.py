@@ -1,0 +1,4 @@
+"""Which KV heads need the whole context: gates learned on synthetic passkeys, and the pattern files that hold them.
+
+The method that uses a pattern is `textkv.methods.duo_attention` (arXiv 2410.10819); nothing here runs at inference.
+"""

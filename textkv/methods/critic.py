@@ -1,0 +1,287 @@
+"""CRITIC: a hybrid importance of attention, entropy and gradient, under a drop rate that follows memory (the cache rule
+of PORAG/ATLAS/CRITIC, arXiv 2504.01281, no code released).
+
+What is printed does not work; this is what it can mean. The attention that a token GIVES sums to 1 for every token, so
+we take what it RECEIVES. The entropy of a token's own attention grows with its position, so it is divided by the log of
+the keys that the token saw; it is known only while the token is a query and then stays with it. The gradient of the
+change of the layer's output is taken in closed form from one query's row. And a share of the tokens still STORED,
+dropped at every step, shrinks the cache to nothing: the share is of the tokens SEEN. Sinks and the newest tokens are
+protected, which the paper does not do.
+
+Entropies need every query of the prompt: a prompt in chunks keeps them all until it ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from textkv.budgets import Budget
+from textkv.decode_eviction import accumulate, attention_row, protect
+from textkv.eviction import Eviction, keep_best
+from textkv.evidence import Evidence
+from textkv.layer import Layer
+from textkv.method import Capabilities, Needs, register
+from textkv.segments.base import Stored
+
+ATTENTION, ENTROPY = "critic.attention", "critic.entropy"
+"""Marks per stored token: attention received so far, and the normalised entropy of the token's own row."""
+OUTPUT, LOAD = "critic.output", "critic.load"
+"""Marks per row, taken out while tokens move: the last query's output [batch, kv_heads, group * head_dim] and the
+highest memory load so far [batch, 1, 1]."""
+ALL = 1 << 30
+_TILE = 1 << 22  # fp32 probabilities held at a time
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What importance is made of, fp32 [batch, kv_heads, n], and the last query's output [batch, kv_heads, group,
+    head_dim]. Entropies of tokens that were no query of this block are 0."""
+
+    attention: torch.Tensor
+    entropy: torch.Tensor
+    gradient: torch.Tensor
+    output: torch.Tensor
+
+
+@register("critic")
+@dataclass(frozen=True)
+class Critic(Eviction):
+    """Cuts at the end of each prompt block and after each decoded token, to a share of all tokens seen.
+
+    The paper's base rate r is 1 - budget; it lies between 0.1 and 0.5 there, and 0.3 (budget 0.7) where we choose. A
+    budget in tokens is a ceiling. Behind a wrapper ("critic+adakv") it only scores, and drops nothing while decoding.
+
+    Attributes:
+        weights: of attention, entropy and gradient, together 1. Not given in the paper; 0.5, 0.2, 0.3 are ours.
+        sinks: first tokens that always stay, at most a quarter of what is kept; ours, 0 in the paper.
+        recent: newest tokens that always stay, at most half of what is kept; ours, 0 in the paper.
+        heads: "shared" keeps the same tokens in all heads of a layer (the paper); "own" lets each KV head choose.
+        least: never keep fewer than this (the paper's m, no value given). It raises what short prompts keep above the
+            budget, so it is off by default; 128 is a plausible m.
+        capacity: bytes that the cache may hold, for the memory term of the rate; None = no memory term.
+        pressure: how much a full `capacity` adds to the rate (the paper's a, no value given).
+        most: the memory term never raises the rate above this (the paper's r_max, no value given).
+    """
+
+    weights: tuple[float, float, float] = (0.5, 0.2, 0.3)
+    sinks: int = 4
+    recent: int = 32
+    heads: Literal["shared", "own"] = "shared"
+    least: int = 0
+    capacity: int | None = None
+    pressure: float = 0.2
+    most: float = 0.5
+
+    capabilities: ClassVar[Capabilities] = Capabilities(scores=True, decode_eviction=True, crop=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.weights) != 3 or min(self.weights) < 0:
+            raise ValueError(f"weights={self.weights}: give three shares, of attention, entropy and gradient")
+        if abs(sum(self.weights) - 1) > 1e-6:
+            raise ValueError(f"weights={self.weights} add up to {sum(self.weights):g}; scale them to 1")
+        if min(self.sinks, self.recent, self.least) < 0:
+            raise ValueError(f"sinks={self.sinks}, recent={self.recent}, least={self.least}: none may be negative")
+        if self.heads not in ("shared", "own"):
+            raise ValueError(f"heads={self.heads!r}: use 'shared' or 'own'")
+        if self.capacity is not None and self.capacity <= 0:
+            raise ValueError(f"capacity={self.capacity}: give the bytes that the cache may hold, or None")
+        if self.pressure < 0 or not 0 <= self.most < 1:
+            raise ValueError(f"pressure={self.pressure}, most={self.most}: pressure is at least 0, most lies in [0, 1)")
+
+    def needs(self) -> Needs:
+        return Needs(window=ALL if self.weights[1] else 2, columns=True)
+
+    # ---- the rate rule -----------------------------------------------------------------------------------------
+
+    def kept(self, seen: int, load: float = 0.0) -> int:
+        """Tokens kept of `seen`: max(m, floor((1 - r) seen)) with r = min(base + a load, r_max), base = 1 - budget.
+
+        Args:
+            load: share of `capacity` in use. A base rate above `most` stays as it is.
+        """
+        base = 1 - (self.budget.fraction or min(1.0, self.budget.tokens / seen))
+        rate = max(base, min(base + self.pressure * load, self.most))
+        count = self.budget if rate == base else Budget(fraction=1 - rate)
+        return min(seen, max(self.least, count.count(seen)))
+
+    def _limits(self, layer: Layer) -> torch.Tensor:
+        """Tokens that each row may hold now, int64 [batch, 1]. What was dropped cannot return, so a load that fell is
+        taken at its highest."""
+        loads = torch.zeros(len(layer.real_seen))
+        if self.capacity is not None:
+            now = torch.full((len(loads), 1, 1), layer.cache.kv_bytes() / self.capacity)
+            highest = torch.maximum(now, layer.marks.get(LOAD, now).cpu())
+            layer.marks[LOAD] = highest.to(layer.device)
+            loads = highest[:, 0, 0]
+        pairs = zip(layer.real_seen.tolist(), loads.tolist(), strict=True)
+        return torch.tensor([[self.kept(seen, load)] for seen, load in pairs])
+
+    @property
+    def _keeps_all(self) -> bool:
+        return self.budget.is_full and self.capacity is None
+
+    # ---- importance --------------------------------------------------------------------------------------------
+
+    def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        return self._importance(self._look(held, evidence, None), held.positions, torch.tensor([keep]))
+
+    def _look(self, held: Stored, evidence: Evidence, previous: torch.Tensor | None) -> Terms:
+        """The terms of tokens without holes; the last of `evidence.queries` are those of the last tokens.
+
+        Args:
+            previous: output of the query before the block, for a block of one token.
+        """
+        queries = evidence.queries[:, :, -held.keys.shape[2] :]
+        entropy = torch.zeros_like(evidence.columns)
+        if self.weights[1]:
+            entropy[..., -queries.shape[2] :] = row_entropy(queries, held.keys, evidence.scale)
+        gradient = torch.zeros_like(entropy)
+        row, output = look_once(queries[:, :, -1], held.keys, held.values, evidence.scale)
+        if queries.shape[2] > 1:
+            before = held.keys[:, :, :-1], held.values[:, :, :-1]
+            previous = look_once(queries[:, :, -2], *before, evidence.scale)[1]
+        if previous is not None:
+            gradient = output_gradient(row, output, previous, queries[:, :, -1], held.values, evidence.scale)
+        return Terms(evidence.columns, entropy, gradient, output)
+
+    def _importance(self, terms: Terms, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        """Weighted sum of the terms, each brought to [0, 1] over a head's (or the layer's) tokens; see `protect`."""
+        real = positions >= 0
+        total = torch.zeros_like(terms.attention)
+        for weight, term in zip(self.weights, (terms.attention, terms.entropy, terms.gradient), strict=True):
+            if self.heads == "shared":
+                term = term.mean(1, keepdim=True).expand(positions.shape)
+            total = total + weight * unit(term, real)
+        sinks, recent = (keep // 4).clamp(max=self.sinks), (keep // 2).clamp(max=self.recent)
+        return protect(unit(total, real), positions, sinks, recent)
+
+    # ---- when --------------------------------------------------------------------------------------------------
+
+    def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        if self._keeps_all:
+            return
+        limits = self._limits(layer)
+        held, previous = layer.stored(), self._previous(layer)
+        attention, entropy = accumulate(layer, ATTENTION, evidence.columns), layer.mark(ENTROPY)
+        gradient, outputs = torch.zeros_like(entropy), []
+        for row in range(len(held.positions)):
+            real = held.positions[row, 0] >= 0
+            new = real[len(real) - evidence.queries.shape[2] :]
+            one, slots = slice(row, row + 1), real_slots(real)
+            part = Stored(*(x[one, :, slots] for x in (held.keys, held.values, held.positions)))
+            seen = Evidence(
+                evidence.queries[one, :, new], evidence.scale, evidence.tokens[one],
+                columns=evidence.columns[one, :, slots],
+            )  # fmt: skip
+            terms = self._look(part, seen, None if previous is None else previous[one])
+            # Tokens of earlier blocks keep the entropy that they had as queries.
+            entropy[row][:, slots] += terms.entropy[0]
+            gradient[row][:, slots] = terms.gradient[0]
+            outputs.append(terms.output)
+        self._settle(layer, Terms(attention, entropy, gradient, torch.cat(outputs)), limits)
+
+    def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
+        if self._keeps_all:
+            return
+        limits = self._limits(layer)
+        held, previous = layer.stored(), self._previous(layer)
+        real = held.positions >= 0
+        row = attention_row(layer, query).unflatten(1, (held.keys.shape[1], -1))
+        values = held.values.float().masked_fill(~real[..., None], 0)
+        output = row @ values
+        attention, entropy = accumulate(layer, ATTENTION, row.mean(2)), layer.mark(ENTROPY)
+        visible = real.sum(-1).clamp(min=2)
+        entropy[..., -1] = torch.special.entr(row).sum(-1).mean(2) / visible.log()
+        gradient = torch.zeros_like(entropy)
+        if previous is not None:
+            gradient = output_gradient(row, output, previous, query[:, :, 0], values, layer.scale)
+        self._settle(layer, Terms(attention, entropy, gradient, output), limits)
+
+    def _settle(self, layer: Layer, terms: Terms, limits: torch.Tensor) -> None:
+        """Drops what is above the limits, and puts down what the next step needs."""
+        layer.marks[ENTROPY] = terms.entropy
+        load = layer.marks.pop(LOAD, None)
+        if bool((layer.lengths().amax(1, keepdim=True) > limits).any()):
+            positions = layer.stored().positions
+            keep_best(layer, self._importance(terms, positions, limits[:, 0]), limits)
+        if load is not None:
+            layer.marks[LOAD] = load
+        if self.weights[2]:
+            layer.marks[OUTPUT] = terms.output.flatten(2)
+
+    def _previous(self, layer: Layer) -> torch.Tensor | None:
+        """Output of the last query before this step [batch, kv_heads, group, head_dim], taken out of the layer."""
+        known = layer.marks.pop(OUTPUT, None)
+        return None if known is None else known.unflatten(2, (-1, layer.head_dim))
+
+
+def real_slots(real: torch.Tensor) -> slice | torch.Tensor:
+    """Index of the slots at which bool [n] is True: a slice if all are, because indexing by a mask would copy."""
+    return slice(None) if bool(real.all()) else real
+
+
+def unit(x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Brings [.., n] linearly to [0, 1] over the slots that are `real`; equal numbers become 0."""
+    low = x.masked_fill(~real, float("inf")).amin(-1, keepdim=True)
+    high = x.masked_fill(~real, float("-inf")).amax(-1, keepdim=True)
+    return (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def row_entropy(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """Entropy of each query's attention over the log of the keys it sees: fp32 [batch, kv_heads, m], mean over heads.
+
+    In [0, 1], 0 where only one key is seen. In tiles: the m x n matrix is never held.
+
+    Args:
+        queries: [batch, heads, m, head_dim] of the last m of the keys [batch, kv_heads, n, head_dim].
+    """
+    kv_heads, n, m = keys.shape[1], keys.shape[2], queries.shape[2]
+    grouped = queries.unflatten(1, (kv_heads, -1)).float() * scale
+    rows = max(1, _TILE // (queries.shape[0] * queries.shape[1] * n))
+    out = []
+    for low in range(0, m, rows):
+        tile = grouped[..., low : low + rows, :]
+        last = torch.arange(n - m + low, n - m + low + tile.shape[-2], device=keys.device)
+        seen = keys[:, :, None, : n - m + low + tile.shape[-2]].float()
+        unseen = torch.arange(seen.shape[-2], device=keys.device) > last[:, None]
+        weights = (tile @ seen.mT).masked_fill_(unseen, float("-inf")).softmax(-1)
+        out.append(torch.special.entr(weights).sum(-1).mean(2) / (last + 1).clamp(min=2).log())
+    return torch.cat(out, -1)
+
+
+def look_once(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query [batch, heads, head_dim] to all keys: fp32 row [batch, kv_heads, group, n] and output."""
+    query = query.unflatten(1, (keys.shape[1], -1)).float()
+    row = (query * scale @ keys.float().mT).softmax(-1)
+    return row, row @ values.float()
+
+
+def output_gradient(
+    row: torch.Tensor,
+    output: torch.Tensor,
+    previous: torch.Tensor,
+    query: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """|dloss/dk|_1 + |dloss/dv|_1 of each token, loss = mean squared change of the output: fp32 [batch, kv_heads, n].
+
+    With row p, output o and g = dloss/do: dv_j = p_j g and dk_j = p_j (g . (v_j - o)) q scale. Summed over the query
+    heads of each group, as if each had keys and values of its own.
+
+    Args:
+        row: [batch, kv_heads, group, n].
+        output, previous: [batch, kv_heads, group, head_dim].
+        query: [batch, heads, head_dim].
+        values: [batch, kv_heads, n, head_dim].
+    """
+    g = 2 * (output - previous) / output[0].numel()
+    toward = g @ values.float().mT - (g * output).sum(-1, keepdim=True)
+    reach = query.unflatten(1, (row.shape[1], -1)).float().abs().sum(-1, keepdim=True) * scale
+    return (row * (g.abs().sum(-1, keepdim=True) + toward.abs() * reach)).sum(2)

@@ -1,0 +1,214 @@
+"""DuoAttention: some KV heads keep the whole context, all others only sinks and a recent window (arXiv 2410.10819).
+
+Which heads need everything is a property of the model, learned once and kept in a pattern file:
+
+    python -m textkv.methods.duo_attention identify --model FOLDER      # writes FOLDER/duo_attention.json
+    MethodCache(model, "duo_attention(pattern='FOLDER', sparsity=0.5)")
+
+Keys stay at their positions. Streaming heads read each forward of several tokens densely on top of what they hold, as
+the authors' code does, so a prompt in one forward is exact. The authors permute the weights until full heads lie
+together and split at a quantile of noisy gates; we pick heads by index and take an exact number of them, ties by seed.
+
+Without a pattern the prompt itself decides, by our own stand-in for the training-free head score of NVIDIA's kvpress:
+heads rank by how much attention the prompt's last queries pay to tokens that a streaming head would have dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from kernels import window_mass
+from textkv.duo.pattern import Pattern, full_heads
+from textkv.eviction import NEVER
+from textkv.evidence import Evidence
+from textkv.layer import Layer
+from textkv.method import Capabilities, Method, Needs, register
+from textkv.scores import group_mean
+from textkv.segments.dense import DenseSegment
+from textkv.segments.split import ChunkedRing, Part, SplitSegment, dense_part, ring_part
+
+if TYPE_CHECKING:
+    from textkv.cache import MethodCache
+
+# `python -m` warns about a module that its package has imported already, unless the module looks like a package.
+__path__: list[str] = []
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What one row keeps: `full` heads of the whole model keep everything, the others `sinks` + `recent` tokens."""
+
+    full: int
+    sinks: int
+    recent: int
+
+
+@register("duo_attention")
+@dataclass(frozen=True)
+class DuoAttention(Method):
+    """Full and streaming heads; streaming heads go on evicting while decoding.
+
+    How many heads are full follows from `sparsity`, or else from the budget, a mean over all heads and layers: at the
+    prompt's end as many as leave the streaming heads their window. A window larger than a quarter of the budget shrinks
+    towards that quarter, sinks and recent tokens alike. A share of the budget fixes the heads at the first prompt; a
+    budget in tokens turns more of them to streaming in later turns.
+
+    Attributes:
+        pattern: file or folder with the gates; None = the prompt decides.
+        sparsity: share of heads that stream. The paper uses 0.5 with grouped queries, 0.75 without; None = by budget.
+        sinks: first tokens that a streaming head keeps; 64 in the paper's long-context runs, 16 nearly as good.
+        recent: last tokens that a streaming head keeps; 256 there, 64 nearly as good.
+        prefill: "full_then_trim" frees bytes when a prompt block ends; "chunks" after every chunk of an announced block
+            too (the paper; needs `pattern` and `sparsity`).
+        window: last queries of the prompt that rank the heads where there is no pattern.
+        seed: breaks ties between gates.
+    """
+
+    pattern: str | None = None
+    sparsity: float | None = None
+    sinks: int = 64
+    recent: int = 256
+    prefill: Literal["full_then_trim", "chunks"] = "full_then_trim"
+    window: int = 32
+    seed: int = 0
+
+    capabilities: ClassVar[Capabilities] = Capabilities(per_head=True, decode_eviction=True, crop=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.sinks, self.recent, self.window) < 1:
+            raise ValueError(
+                f"sinks={self.sinks}, recent={self.recent}, window={self.window}: each needs at least 1 token"
+            )
+        if self.sparsity is not None and not 0 <= self.sparsity <= 1:
+            raise ValueError(f"sparsity={self.sparsity}: a share of heads lies in [0, 1]; use e.g. 0.5")
+        if self.sparsity is not None and not self.budget.is_full:
+            raise ValueError(f"sparsity={self.sparsity} and budget={self.budget} both say how much to keep; give one")
+        if self.prefill not in ("full_then_trim", "chunks"):
+            raise ValueError(f"prefill={self.prefill!r}: use 'full_then_trim' or 'chunks'")
+        if self.prefill == "chunks" and (self.pattern is None or self.sparsity is None):
+            raise ValueError("prefill='chunks' divides the heads before the prompt: give pattern=... and sparsity=...")
+        # Read once, here, so that a wrong file is told before a model runs. Not a field: the path is what is saved.
+        object.__setattr__(self, "_gates", Pattern.load(self.pattern).gates if self.pattern is not None else None)
+
+    def needs(self) -> Needs:
+        return Needs(window=self.window if self.pattern is None else 0)
+
+    def sizes(self, seen: int, heads: int) -> Sizes:
+        """What a row of `seen` tokens keeps in a model of `heads` KV heads over all layers."""
+        if self.sparsity is not None:
+            return Sizes(heads - math.floor(self.sparsity * heads + 0.5), self.sinks, self.recent)
+        keep, whole = self.budget.count(seen), self.sinks + self.recent
+        if keep == seen:
+            return Sizes(heads, self.sinks, self.recent)
+        least = min(whole, max(1, keep // 4))
+        full = heads * (keep - least) // (seen - least)
+        window = min(whole, (heads * keep - full * seen) // (heads - full))
+        sinks = window * self.sinks // whole
+        return Sizes(full, sinks, window - sinks)
+
+    def on_start(self, layer: Layer) -> None:
+        if self._gates is None:
+            return
+        shape = (len(layer.cache.layers), layer.kv_heads)
+        if tuple(self._gates.shape) != shape:
+            raise ValueError(
+                f"pattern {self.pattern!r} holds gates of {tuple(self._gates.shape)} (layers, KV heads), the model has "
+                f"{shape}; identify the heads of this model"
+            )
+        if self.prefill == "chunks":
+            sizes = [self.sizes(0, self._gates.numel())] * len(layer.real_seen)
+            layer.segments = [_split(layer, self._by_pattern(layer, sizes), sizes)]
+
+    def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        divided = isinstance(layer.segments[0], SplitSegment)
+        if divided and self.budget.tokens is None:
+            return
+        heads = len(layer.cache.layers) * layer.kv_heads
+        sizes = [self.sizes(int(seen), heads) for seen in evidence.tokens]
+        if all(row.full == heads for row in sizes):
+            return
+        if self._gates is None:
+            layer.notes["duo_attention"] = _far_mass(layer, evidence, sizes), sizes
+        else:
+            layer.replace([_split(layer, self._by_pattern(layer, sizes), sizes)])
+
+    def on_finish(self, cache: MethodCache) -> None:
+        notes = [layer.notes.pop("duo_attention", None) for layer in cache.layers]
+        if None in notes:
+            return
+        mass, sizes = torch.stack([far for far, _ in notes], 1), notes[0][1]
+        full = torch.stack([full_heads(row, n.full, self.seed) for row, n in zip(mass, sizes, strict=True)])
+        for layer in cache.layers:
+            layer.replace([_split(layer, full[:, layer.index], sizes)])
+
+    def _by_pattern(self, layer: Layer, sizes: list[Sizes]) -> torch.Tensor:
+        return torch.stack([full_heads(self._gates, row.full, self.seed)[layer.index] for row in sizes])
+
+
+def _full_now(layer: Layer) -> torch.Tensor:
+    """Which heads still hold everything: bool [batch, kv_heads] on the CPU."""
+    segment, rows = layer.segments[0], len(layer.real_seen)
+    if not isinstance(segment, SplitSegment):
+        return torch.ones(rows, layer.kv_heads, dtype=torch.bool)
+    full = torch.zeros(rows, layer.kv_heads, dtype=torch.bool)
+    for part in segment.parts:
+        full[part.row.cpu(), part.head.cpu()] = isinstance(part.segment, DenseSegment)
+    return full
+
+
+def _far_mass(layer: Layer, evidence: Evidence, sizes: list[Sizes]) -> torch.Tensor:
+    """Attention of the prompt's last queries to what a streaming head would have dropped: fp32 [batch, kv_heads], CPU.
+
+    Sinks do not count: every head looks at them, and every head keeps them. A head that streams already has NEVER.
+    """
+    full = _full_now(layer)
+    if not bool(full.any()):
+        return torch.full(full.shape, NEVER)
+    held = layer.stored()
+    at = held.positions
+    queries = evidence.queries[:, :, -at.shape[-1] :]
+    mass = group_mean(window_mass(queries, held.keys, scale=evidence.scale, valid=at >= 0), layer.kv_heads)
+    first, last = (
+        torch.tensor(bounds, device=at.device)[:, None, None]
+        for bounds in (
+            [row.sinks for row in sizes],
+            [int(seen) - row.recent for seen, row in zip(evidence.tokens, sizes, strict=True)],
+        )
+    )
+    return mass.masked_fill((at < first) | (at >= last), 0).sum(-1).cpu().masked_fill(~full, NEVER)
+
+
+def _split(layer: Layer, full: torch.Tensor, sizes: list[Sizes]) -> SplitSegment:
+    """What the layer holds (nothing yet, in an empty layer), divided: `full` bool [batch, kv_heads] keep everything.
+
+    Rows with windows of their own size share one ring as long as they have as many sinks.
+    """
+    full = full & _full_now(layer)
+    held = layer.stored() if layer.seen else None
+    sinks, recent = torch.tensor([n.sinks for n in sizes]), torch.tensor([n.recent for n in sizes])
+    parts = []
+    for count in (None, *sinks.unique().tolist()):
+        units = (full if count is None else ~full & (sinks == count)[:, None]).nonzero()
+        if not len(units):
+            continue
+        row, head = units.to(layer.device).unbind(1)
+        of_units = recent[units[:, 0]]
+        if held is None:
+            segment = DenseSegment() if count is None else ChunkedRing(count, of_units)
+        elif count is None:
+            segment = dense_part(held, row, head)
+        else:
+            segment = ring_part(held, row, head, count, of_units, layer.scale)
+        parts.append(Part(row.contiguous(), head.contiguous(), segment))
+    return SplitSegment(parts, len(full), layer.kv_heads)
+
+
+if __name__ == "__main__":
+    from textkv.duo.identify import main
+
+    main()
