@@ -46,7 +46,7 @@ def load_model(model: str, dtype: torch.dtype, device: str) -> tuple[PreTrainedM
         return load_mini(dtype=dtype, device=device)
     config = AutoConfig.from_pretrained(model)
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    loaded = auto.from_pretrained(model, dtype=dtype).to(device).eval()
+    loaded = auto.from_pretrained(model, dtype=dtype, use_safetensors=True).to(device).eval()
     return loaded, AutoTokenizer.from_pretrained(model)
 
 
