@@ -206,10 +206,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         methods = list_methods() if args.methods == "all" else split_list(args.methods)
         budgets = [str(Budget.parse(b)) for b in split_list(args.budgets)]
         tasks = tuple(check_task(task) for task in split_list(args.tasks))
+        cells = cells_of(methods, budgets)
         check_model(args.model)
         board = Board(args.model, tasks, args.length, args.n, args.text, args.device)
         meta = run_meta("eval.leaderboard", argv, FIRST_EVALUATION_SEED)
-        cells = cells_of(methods, budgets)
         rows = measure(board, cells, args.workers, args.json, meta)
     except (ValueError, FileNotFoundError) as error:
         print(f"eval.leaderboard: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from textkv import Capabilities, Method, MethodCache, Needs
+from textkv import Capabilities, Method, MethodCache, Needs, use
 from textkv.evidence import Evidence
 from textkv.layer import Layer
 
@@ -119,6 +119,6 @@ def test_columns_of_ragged_heads_count_every_query(filled, model_of):
 
     cache.method = Looking()
     with torch.no_grad():
-        model_of("llama")(ids[:, :6], past_key_values=cache)
+        use(model_of("llama"))(ids[:, :6], past_key_values=cache)
     torch.testing.assert_close(seen[0].sum(-1), torch.full((1, 2), 6.0))
     assert bool((seen[0][0, 0, int(before[0, 0]) + 6 :] == 0).all())

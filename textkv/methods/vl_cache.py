@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from textkv.budgets import round_to_sum
+from textkv.budgets import apportion
 from textkv.eviction import Eviction, keep_best
 from textkv.evidence import Evidence
 from textkv.layer import Layer
@@ -111,18 +111,8 @@ class VLCache(Eviction):
     def shares(self, densities: torch.Tensor, seen: int) -> list[int]:
         """Tokens per layer in proportion to `densities` [layers]: together layers x budget, each 1 to `seen`."""
         layers = len(densities)
-        total = layers * self.budget.count(seen)
         weight = (densities.double() / densities.double().sum().clamp(min=1e-12)).clamp(min=max(self.floor, 1e-9))
-        exact = torch.zeros(layers, dtype=torch.float64)
-        free = torch.ones(layers, dtype=torch.bool)
-        while bool(free.any()):
-            exact[free] = (total - seen * int((~free).sum())) * weight[free] / weight[free].sum()
-            over = free & (exact > seen)
-            if not bool(over.any()):
-                break
-            exact[over] = seen
-            free &= ~over
-        return round_to_sum(exact, total).clamp(1, seen).tolist()
+        return apportion(weight.log().tolist(), [seen] * layers, layers * self.budget.count(seen), floor=1)
 
 
 @register("vl-cache-official")
