@@ -96,6 +96,7 @@ class Screen:
         self.ask(f"Click on {colour}.", _middle(box), "memory-where")
 
     def figure(self, item: tuple[str, str], box: Box, faded: bool = False) -> None:
+        """Draw the (colour, shape) `item`; `faded` = clicked already."""
         colour, shape = item
         side, (x, y) = _SCALE * box[2] / 100, (_SCALE * box[0], _SCALE * box[1])
         fill = _COLOURS[colour]
@@ -303,7 +304,7 @@ def changed(rng: random.Random) -> Episode:
         for ordinal, item, old, box in zip(("first", "second", "third"), items, before, boxes, strict=True):
             screen.figure(item, box)
             looks = [_look(0, box)] * 2
-            screen.asks.append(Ask(f"Which figure is {ordinal}?", say(" ".join(item)), "memory-read"))
+            screen.ask(f"Which figure is {ordinal}?", say(" ".join(item)), "memory-read")
             if number:
                 screen.recall(f"Which figure was {ordinal}?", " ".join(old), *looks)
         if number:

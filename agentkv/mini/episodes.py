@@ -45,6 +45,7 @@ class EpisodeStore:
         return sum(len(episodes) for episodes in self.by_task.values())
 
     def refresh(self) -> None:
+        """Read the files that came since the last look."""
         if time.monotonic() - self._checked < 20.0 and self._known:
             return
         self._checked = time.monotonic()

@@ -37,8 +37,8 @@ def readme(rows: list[dict[str, Any]], trained: dict[str, Any]) -> str:
     lines = [
         "# The embedded mini GUI-agent model",
         "",
-        "Qwen2.5-VL architecture, trained from scratch by `python -m agentkv.mini.train` (seed 7) on drawn pages",
-        "and on oracle episodes of the pages below at seeds under 1,000,000 (`python -m agentkv.mini.collect`).",
+        "Qwen2.5-VL architecture, trained from scratch by `python -m agentkv.mini.train` on drawn pages and on oracle",
+        "episodes of the pages below at seeds under 1,000,000 (`python -m agentkv.mini.collect`).",
         f"Optimizer steps {trained['step']}, {trained['seconds'] / 60:.0f} minutes on two CPU cores.",
         "",
         f"Greedy, full cache, seeds from {FIRST_SEED:,} on (`python -m agentkv.mini.evaluate`):",

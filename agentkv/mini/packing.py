@@ -160,6 +160,7 @@ class _Draft:
         self.at += len(ids)
 
     def image(self, image: np.ndarray, image_id: int) -> None:
+        """Add a screenshot to the trunk: one placeholder per visual token, rows and columns on two M-RoPE axes."""
         columns, rows = CELLS
         count = rows * columns
         grid = np.stack(
@@ -179,6 +180,7 @@ class _Draft:
         answered: tuple[int, int, int] | None,
         looks: tuple[Look, ...],
     ) -> None:
+        """Add a branch; `asked` and `answered` are (token index, column, row) of the point that each names, if any."""
         self.branches += 1
         reply, here = len(self.ids) + len(question), len(self.frames) - 1
         if answered:

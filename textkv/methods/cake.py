@@ -149,6 +149,7 @@ class Cake(Eviction):
         return math.log(max(entropy, TINY)) / self.tau1 + math.log(max(shift, TINY)) / self.tau2
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Score the layer, then cut it and (in the cascade) all layers before it to their shares so far."""
         if self.budget.is_full:
             return
         layer.marks[NAME], claims = self._observe(layer, evidence)
@@ -202,6 +203,7 @@ class Cake(Eviction):
         return apportion(preferences, past, layers * spare, int(self.floor * spare))
 
     def on_finish(self, cache: MethodCache) -> None:
+        """Forget the scores: nothing is held at rest but the tokens."""
         for layer in cache.layers:
             layer.notes.pop(NAME, None)
             if layer.marks.pop(NAME, None) is not None:
@@ -210,6 +212,7 @@ class Cake(Eviction):
     # ---- while decoding ----------------------------------------------------------------------------------------
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
+        """Drop what the decoded token looks at least, outside the window."""
         if self.decode == "none" or self.budget.is_full:
             return
         lengths = layer.lengths().amax(1, keepdim=True)

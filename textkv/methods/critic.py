@@ -162,6 +162,7 @@ class Critic(Eviction):
     # ---- when --------------------------------------------------------------------------------------------------
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Add the block's attention, entropies and gradient to what is known of the tokens, then cut."""
         if self._keeps_all:
             return
         limits = self._limits(layer)
@@ -185,6 +186,7 @@ class Critic(Eviction):
         self._settle(layer, Terms(attention, entropy, gradient, torch.cat(outputs)), limits)
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
+        """The same for one decoded token."""
         if self._keeps_all:
             return
         limits = self._limits(layer)

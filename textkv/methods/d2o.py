@@ -111,6 +111,7 @@ class D2O(Method):
             layer.notes["d2o"] = spread(mass, layer.stored().positions >= 0).cpu(), evidence.tokens
 
     def on_finish(self, cache: MethodCache) -> None:
+        """All layers have seen the prompt: share out the budget, cut and merge."""
         if self.budget.is_full:
             return
         notes = [layer.notes.pop("d2o") for layer in cache.layers]
@@ -121,6 +122,7 @@ class D2O(Method):
                 self._compress(layer, of_layer[:, None])
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
+        """Add the decoded token's attention; where the layer is full, one token leaves and is merged."""
         if self.budget.is_full:
             return
         _added(layer, group_mean(attention_row(layer, query), layer.kv_heads))
@@ -224,6 +226,7 @@ class D2OOfficial(D2O):
     density: Literal["layers", "heads", "variance"] = "heads"
 
     def layer_counts(self, spreads: torch.Tensor, seen: int) -> list[int]:
+        """Tokens per layer as released: softmax shares clamped to [1 %, 100 %], heavy and recent parts truncated."""
         keep, layers = self.budget.count(seen), len(spreads)
         if keep == seen:
             return [seen] * layers

@@ -112,6 +112,11 @@ class DuoAttention(Method):
         return Sizes(full, sinks, window - sinks)
 
     def on_start(self, layer: Layer) -> None:
+        """Check the pattern against the model; with prefill="chunks" divide the heads before the first token.
+
+        Raises:
+            ValueError: the pattern is of another shape than the model.
+        """
         if self._gates is None:
             return
         shape = (len(layer.cache.layers), layer.kv_heads)
@@ -125,6 +130,7 @@ class DuoAttention(Method):
             layer.segments = [_split(layer, self._by_pattern(layer, sizes), sizes)]
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Divide the heads: by the pattern now, or by the prompt when all layers are through."""
         divided = isinstance(layer.segments[0], SplitSegment)
         if divided and self.budget.tokens is None:
             return
@@ -138,6 +144,7 @@ class DuoAttention(Method):
             layer.replace([_split(layer, self._by_pattern(layer, sizes), sizes)])
 
     def on_finish(self, cache: MethodCache) -> None:
+        """Without a pattern: rank all heads of the model by what they look at, and divide every layer."""
         notes = [layer.notes.pop("duo_attention", None) for layer in cache.layers]
         if None in notes:
             return

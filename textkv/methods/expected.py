@@ -60,6 +60,7 @@ class Expected(Eviction):
         return Needs(rope=True, query_moments=self.sinks)
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """(mean over the group of softmax(expected logits) + epsilon) * |value|; sinks are PROTECTED."""
         # A budget that the sinks fill would leave nothing else to read.
         sinks = held.positions < min(self.sinks, keep - 1)
         logits = self._expected_logits(held.keys, evidence, layer.cache.inv_freq)

@@ -49,9 +49,11 @@ class H2O(DecodeEviction):
         return Needs(columns=True)
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """The block's column sums; the newest `recent` share of `keep` is PROTECTED."""
         return protect(evidence.columns, held.positions, 0, part_of(keep, self.recent))
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Add the block's column sums to those of earlier turns, then cut by the total."""
         if not self.budget.is_full:
             total = accumulate(layer, MARK, evidence.columns)
             super().on_prefill_end(layer, replace(evidence, columns=total))
