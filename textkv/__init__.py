@@ -18,7 +18,8 @@ from textkv.attention import use  # noqa: E402
 from textkv.budgets import Budget  # noqa: E402
 from textkv.cache import AtRest, MethodCache  # noqa: E402
 from textkv.conversation import Conversation  # noqa: E402
-from textkv.method import Capabilities, Method, Needs, list_methods, register, resolve_method, split_list  # noqa: E402
+from textkv.expression import split_list  # noqa: E402
+from textkv.method import Capabilities, Method, Needs, list_methods, register, resolve_method  # noqa: E402
 from textkv.report import CacheReport  # noqa: E402
 
 __all__ = [

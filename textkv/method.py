@@ -6,9 +6,7 @@ segments what to keep. Methods compose: in "snapkv+adakv" the second wraps the f
 
 from __future__ import annotations
 
-import ast
 import difflib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from textkv.budgets import Budget
+from textkv.expression import parse_call, split_parts
 
 if TYPE_CHECKING:
     from textkv.cache import MethodCache
@@ -184,8 +183,8 @@ def resolve_method(expression: str | Method, budget: Budget | float | str | None
     if isinstance(expression, Method):
         return expression
     method: Method | None = None
-    for part in _split(expression):
-        name, args, kwargs = _parse_part(part)
+    for part in split_parts(expression):
+        name, args, kwargs = parse_call(part)
         cls = REGISTRY.get(name)
         if cls is None:
             near = difflib.get_close_matches(name, list_methods(), n=3, cutoff=0.5)
@@ -199,37 +198,3 @@ def resolve_method(expression: str | Method, budget: Budget | float | str | None
             known = ", ".join(f.name for f in fields(cls) if f.name not in ("inner", "budget")) or "none"
             raise ValueError(f"method {part!r}: {error}; its arguments are: {known}") from None
     return method
-
-
-def split_list(text: str) -> list[str]:
-    """The parts of a comma-separated list of compositions, names or numbers, each once: commas inside brackets belong
-    to a method's arguments."""
-    return list(dict.fromkeys(part.strip() for part in re.split(r",(?![^(]*\))", text) if part.strip()))
-
-
-def _split(expression: str) -> list[str]:
-    """Splits at the `+` outside brackets."""
-    parts, depth = [""], 0
-    for char in expression:
-        depth += (char == "(") - (char == ")")
-        if char == "+" and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
-    if depth or not all(re.fullmatch(r"[\w.-]+(\(.*\))?", part.strip(), re.DOTALL) for part in parts):
-        raise ValueError(f"method {expression!r} is malformed; write name, name(x, key=y) or a+b(x)")
-    return [part.strip() for part in parts]
-
-
-def _parse_part(part: str) -> tuple[str, list, dict]:
-    """ "mikv(16, low=2)" -> ("mikv", [16], {"low": 2}); arguments are literals, never evaluated."""
-    name, bracket, _ = part.partition("(")
-    if not bracket:
-        return name, [], {}
-    try:
-        call = ast.parse(f"f({part[len(name) + 1 : -1]})", mode="eval").body
-        args = [ast.literal_eval(a) for a in call.args]
-        kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError):
-        raise ValueError(f"method {part!r}: arguments must be plain numbers, strings or True/False") from None
-    return name, args, kwargs
