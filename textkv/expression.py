@@ -1,4 +1,4 @@
-"""Composition strings: "name", "name(arg, key=value)", "a+b(x)". Text in, names and literals out; nothing is evaluated."""
+"""Composition strings: "name", "name(arg, key=value)", "a+b(x)". Text in, names and literals out; never evaluated."""
 
 from __future__ import annotations
 
