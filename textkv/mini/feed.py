@@ -1,7 +1,8 @@
 """Training batches: full rows of one length, many facts and many questions in each, made in worker processes.
 
-One answer in a thousand tokens teaches slowly, so a row asks most of its facts, one after another at its end, and
-every answer is marked. Some rows are plain text instead. Batch `n` is the same whatever the number of workers; only
+One answer in a thousand tokens teaches slowly, so a row holds as many facts as fit beside a little filler and asks
+them all, one after another at its end; every answer is marked, and so is the place that each answer token comes from
+(`textkv.mini.hints`). Some rows are plain text instead. Batch `n` is the same whatever the number of workers; only
 its length depends on `progress`, a shared number that the trainer moves from 0 to 1.
 """
 
@@ -15,14 +16,15 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from textkv.mini.facts import MOST_FACTS, TASKS, draw_facts
+from textkv.mini.facts import MOST_FACTS, TASKS, Fact, draw_facts
 from textkv.mini.filler import Filler
+from textkv.mini.hints import AHEAD, FOLLOW
 from textkv.mini.speller import Speller
 from textkv.mini.tasks import FIRST_EVALUATION_SEED, TRAINING_FILLER, place
 from textkv.mini.words import all_words
 
 # Share of the training from which on rows are this long.
-STAGES = ((0.0, 128), (0.06, 256), (0.18, 512), (0.36, 1024), (0.56, 2048), (0.92, 3072))
+STAGES = ((0.0, 128), (0.05, 256), (0.2, 512), (0.4, 1024), (0.65, 2048), (0.95, 3072))
 SHORTER = 0.3  # of the batches keep an earlier length, so that short prompts are not forgotten
 TEXT_ROWS = 0.12
 SHARES = (0.4, 0.4, 0.2)  # of needle, two-hop, copy
@@ -31,18 +33,36 @@ SHARES = (0.4, 0.4, 0.2)  # of needle, two-hop, copy
 @dataclass(frozen=True)
 class Batch:
     """`ids` int32 [rows, length]; `asks` int32 [rows, length]: 0, or 1 + the number of the question that this token
-    answers; `tasks` int64 [questions]: index into TASKS.
+    answers; `tasks` int64 [questions]: index into TASKS; `hints` int64 [k, 4] as (layer, row, query, key), shuffled.
     """
 
     ids: torch.Tensor
     asks: torch.Tensor
     tasks: torch.Tensor
+    hints: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(x.to(device, non_blocking=True) for x in (self.ids, self.asks, self.tasks)))
+        return Batch(*(x.to(device, non_blocking=True) for x in (self.ids, self.asks, self.tasks, self.hints)))
 
     def pin_memory(self) -> Batch:
-        return Batch(*(x.pin_memory() for x in (self.ids, self.asks, self.tasks)))
+        return Batch(*(x.pin_memory() for x in (self.ids, self.asks, self.tasks, self.hints)))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An answer in a row: tokens [start, end) of `task` (index into TASKS), each copied from its place in `sources`."""
+
+    start: int
+    end: int
+    task: int
+    sources: tuple[int, ...]
+
+    def hints(self, row: int) -> list[tuple[int, int, int, int]]:
+        """(layer, row, query, key): each token before an answer token looks at its source, the question at all."""
+        told = [source for source in self.sources if source >= 0]
+        ahead = [(AHEAD, row, self.start - 1, source) for source in told]
+        follow = [(FOLLOW, row, self.start - 1 + k, source) for k, source in enumerate(self.sources) if source >= 0]
+        return ahead + follow
 
 
 class Rows:
@@ -60,29 +80,54 @@ class Rows:
         room = length - len(self.speller.start)
         return np.concatenate([self.speller.start, self.text.draw(rng, room)[0]])
 
-    def recall(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-        """([length] ids, answers as (start, end, task index))."""
+    def recall(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, list[Asked]]:
+        """([length] ids, the answers in it)."""
         spell = self.speller
-        most = max(1, min(MOST_FACTS, length * 6 // 10 // 40))
-        count = int(rng.integers(1, most + 1))
-        kinds = [TASKS[n] for n in np.searchsorted(_STEPS, rng.random(count), side="right").tolist()]
-        facts = draw_facts(rng, kinds, evaluation=False)
-        statements = [spell(words) for fact in facts for words in fact.statements]
-        asked = [facts[n] for n in rng.permutation(count).tolist()]
-        questions = [(spell(f.question), spell(f.answer), TASKS.index(f.task)) for f in asked]
-        stop = spell(["."])
+        facts = self._facts(rng, length)
+        asked = rng.permutation(len(facts)).tolist()
         tail: list[int] = []
-        marks = []
-        for question, answer, task in questions:
-            tail += question
-            marks.append((len(tail), len(tail) + len(answer), task))
-            tail += answer + stop
+        ends = []
+        for n in asked:
+            tail += spell(facts[n].question) + spell(facts[n].answer)
+            ends.append(len(tail))
+            tail += spell(["."])
+        statements = [spell(words) for fact in facts for words in fact.statements]
         room = length - len(spell.start) - sum(map(len, statements)) - len(tail)
         filler = self.text if rng.random() < 0.5 else self.grammar
-        pieces, _ = place(rng, filler, room, statements, [None] * len(statements))
-        row = np.concatenate([spell.start, *pieces, tail])
-        begin = length - len(tail)
-        return row, [(begin + a, begin + b, task) for a, b, task in marks]
+        pieces, begins = place(rng, filler, room, statements, [None] * len(statements))
+        row, begin = np.concatenate([spell.start, *pieces, tail]), length - len(tail)
+        stops = iter([len(spell.start) + b + len(s) for b, s in zip(begins, statements, strict=True)])
+        stands = [[next(stops) for _ in fact.statements] for fact in facts]
+        marks = []
+        for n, end in zip(asked, ends, strict=True):
+            sources = self._sources(facts[n], stands[n])
+            marks.append(Asked(begin + end - len(sources), begin + end, TASKS.index(facts[n].task), sources))
+        return row, marks
+
+    def _facts(self, rng: np.random.Generator, length: int) -> list[Fact]:
+        """As many facts as fit, mostly: filler keeps a tenth of the row at least, and half of it now and then."""
+        most = max(1, min(MOST_FACTS, length // 20))
+        count = max(1, int(np.ceil(most * rng.random() ** 0.5)))
+        kinds = [TASKS[n] for n in np.searchsorted(_STEPS, rng.random(count), side="right").tolist()]
+        room, facts = length * 9 // 10 - len(self.speller.start), []
+        for fact in draw_facts(rng, kinds, evaluation=False):
+            room -= sum(len(self.speller(words)) for words in (*fact.statements, fact.question, fact.answer)) + 1
+            if facts and room < 0:
+                break
+            facts.append(fact)
+        return facts
+
+    def _sources(self, fact: Fact, stops: list[int]) -> tuple[int, ...]:
+        """Where each answer token is copied from, -1 = nowhere worth a look; `stops` = end of each statement."""
+        size, stop = len(self.speller(fact.answer)), len(self.speller(["."]))
+        final = range(stops[-1] - stop - size, stops[-1] - stop)
+        if fact.task != "two-hop":
+            return tuple(final)
+        # "the code of KEY is VALUE NUMBER": the key comes from the pointing statement, "the code of" from anywhere.
+        named, frame = len(self.speller(fact.answer[:4])), len(self.speller(fact.answer[:3]))
+        ends_with_key = range(stops[0] - stop - named, stops[0] - stop)
+        is_ = len(self.speller(fact.answer[4:5]))
+        return (*[-1] * frame, *ends_with_key[frame:], *[-1] * is_, *final[named + is_ :])
 
 
 _STEPS = np.cumsum(SHARES)[:-1]
@@ -114,16 +159,19 @@ class Feed(IterableDataset):
         count = max(1, self.tokens // length)
         ids, asks = np.empty((count, length), dtype=np.int32), np.zeros((count, length), dtype=np.int32)
         tasks: list[int] = []
+        hints: list[tuple[int, int, int, int]] = []
         plain = rng.random(count) < TEXT_ROWS
         for number in range(count):
             if plain[number]:
                 ids[number] = self.rows.plain(rng, length)
                 continue
             ids[number], answers = self.rows.recall(rng, length)
-            for begin, end, task in answers:
-                tasks.append(task)
-                asks[number, begin:end] = len(tasks)
-        return Batch(torch.from_numpy(ids), torch.from_numpy(asks), torch.tensor(tasks, dtype=torch.int64))
+            for answer in answers:
+                tasks.append(answer.task)
+                asks[number, answer.start : answer.end] = len(tasks)
+                hints += answer.hints(number)
+        shuffled = rng.permutation(np.array(hints, dtype=np.int64).reshape(-1, 4))
+        return Batch(*map(torch.from_numpy, (ids, asks, np.array(tasks, dtype=np.int64), shuffled)))
 
 
 def length_at(rng: np.random.Generator, progress: float) -> int:

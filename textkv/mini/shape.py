@@ -13,13 +13,13 @@ MAX_LENGTH = 4096
 
 
 def mini_config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
-    """The configuration of the embedded text model for `tokenizer`'s vocabulary (about 2 million parameters)."""
+    """The configuration of the embedded text model for `tokenizer`'s vocabulary (about 1 million parameters)."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
+        hidden_size=128,
+        intermediate_size=384,
         num_hidden_layers=4,
-        num_attention_heads=6,
+        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=MAX_LENGTH,

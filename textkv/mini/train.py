@@ -24,6 +24,7 @@ from textkv.mini.checkpoint import export, load_state, save_state
 from textkv.mini.facts import TASKS
 from textkv.mini.feed import Batch, Feed, longest_at
 from textkv.mini.filler import sentences
+from textkv.mini.hints import hint_loss
 from textkv.mini.shape import fresh_model
 from textkv.mini.tokenizer import build_tokenizer
 
@@ -33,7 +34,8 @@ HELD_OUT = 0.1  # the end of the text file, never trained on
 @dataclass(frozen=True)
 class TrainConfig:
     """Length and step size of the training; `minutes` counts time in the loop over all restarts, `tokens` is the size
-    of a batch, `text_weight` what a token of ordinary text counts against one of an answer.
+    of a batch, `text_weight` what a token of ordinary text counts against one of an answer, `hint_weight` what the
+    hints count.
     """
 
     minutes: float = 8.0
@@ -43,6 +45,7 @@ class TrainConfig:
     fall: float = 0.3
     average: float = 0.998
     text_weight: float = 0.3
+    hint_weight: float = 0.2
     save_minutes: float = 3.0
     check_steps: int = 500
     check_examples: int = 64
@@ -102,8 +105,11 @@ class Trainer:
             group["lr"] = self.config.rate_at(self.step, self.progress)
         ids = batch.ids.long()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            logits = self.model(input_ids=ids[:, :-1], use_cache=False).logits.flatten(0, 1)
-        loss = self.loss(logits, ids[:, 1:].flatten(), batch.asks[:, 1:].flatten() > 0)
+            out = self.model(input_ids=ids[:, :-1], use_cache=False, output_hidden_states=True)
+            hint = hint_loss(self.model, out.hidden_states, batch.hints)
+        logits = out.logits.flatten(0, 1)
+        answers = self.loss(logits, ids[:, 1:].flatten(), batch.asks[:, 1:].flatten() > 0)
+        loss = answers + self.config.hint_weight * hint
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -112,7 +118,7 @@ class Trainer:
         share = min(self.config.average, self.step / (self.step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.model.parameters()), 1 - share)
-        return loss.detach(), logits.detach()
+        return answers.detach(), logits.detach()
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy over the answers plus `text_weight` times that over everything else; fp32 scalar."""

@@ -1,0 +1,144 @@
+"""`python -m eval.harness --model FOLDER --methods full,snapkv --budget 0.2 --tasks NAME`: LM Evaluation Harness tasks.
+
+LongBench, RULER and whatever else the harness knows, with the prompt's cache compressed before anything is answered.
+Task data comes from where the harness looks for it (its own cache, or `--include` for task files of yours). Needs the
+extra `harness`. Text is generated, or continuations are scored, after the method has acted: scoring prompt and
+continuation in one forward, as the harness does by itself, would never show a method anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from agentkv.trace import write_json
+from eval.textbench import FULL, held, load_text_model
+from textkv import Budget, MethodCache, resolve_method, split_list, use
+from textkv.figures import run_meta
+
+
+class CachedLM(HFLM):
+    """The harness's own transformers model, with a fresh `MethodCache` for every prompt.
+
+    Attributes:
+        held: what each batch's cache held after its prompt, bytes and tokens per sequence.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: str, budget: str, batch: int
+    ) -> None:
+        super().__init__(pretrained=use(model), tokenizer=tokenizer, batch_size=batch)
+        self._method, self._budget = method, budget
+        self.held: list[dict[str, float]] = []
+
+    def _cache(self) -> MethodCache:
+        return MethodCache(self.model, self._method, budget=self._budget)
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> torch.Tensor:
+        cache = self._cache()
+        out = super()._model_generate(context, max_length, stop, past_key_values=cache, **generation_kwargs)
+        self.held.append(held(cache, len(context)))
+        return out
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation, whether greedy decoding gives it), each after its compressed prompt."""
+        found = []
+        for _, context, continuation in tqdm(requests, disable=disable_tqdm, desc="continuations"):
+            prompt = torch.tensor([context[-(self.max_length - len(continuation)) :]], device=self.device)
+            wanted = torch.tensor(continuation, device=self.device)
+            cache = self._cache()
+            first = self.model(input_ids=prompt, past_key_values=cache, logits_to_keep=1).logits[0]
+            self.held.append(held(cache, 1))
+            rest = self.model(input_ids=wanted[None, :-1], past_key_values=cache).logits[0] if len(wanted) > 1 else None
+            logits = (first if rest is None else torch.cat([first, rest])).float()
+            total = logits.log_softmax(-1).gather(1, wanted[:, None]).sum().item()
+            found.append((total, bool((logits.argmax(-1) == wanted).all())))
+        return found
+
+
+def measure(args: argparse.Namespace, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """One row per method, task and metric of the harness."""
+    model, tokenizer = load_text_model(args.model, args.device)
+    manager = TaskManager(include_path=str(args.include) if args.include else None)
+    rows = []
+    for method in methods:
+        budget = "1.0" if method == FULL else args.budget
+        lm = CachedLM(model, tokenizer, method, budget, args.batch)
+        results = simple_evaluate(
+            model=lm, tasks=split_list(args.tasks), task_manager=manager, limit=args.limit, log_samples=False
+        )
+        names = dict.fromkeys(name for x in lm.held for name in x)  # a hook that never ran took no time
+        figures = {name: sum(x.get(name, 0.0) for x in lm.held) / len(lm.held) for name in names}
+        for task, metrics in results["results"].items():
+            for name, value in metrics.items():
+                if isinstance(value, float) and "stderr" not in name:
+                    row = {"method": method, "budget": budget, "task": task, "metric": name.split(",")[0]}
+                    rows.append(row | {"score": value, "n": results["n-samples"][task]["effective"]} | figures)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """One line per row."""
+    made = Table("method", "budget", "task", "metric", "score", "n", "bytes of full")
+    for row in rows:
+        share = row["kv_bytes"] / row["kv_bytes_full"]
+        cells = (row["method"], row["budget"], row["task"], row["metric"], f"{row['score']:.3f}", str(row["n"]))
+        made.add_row(*cells, f"{share:.3f}")
+    return made
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m eval.harness", description=__doc__.split("\n\n")[0])
+    p.add_argument("--model", default="mini", help="mini (embedded) or a local folder of a Llama, Qwen or Mistral")
+    p.add_argument("--methods", default="full,snapkv", help="comma-separated methods and compositions")
+    p.add_argument("--budget", default="0.2", help="share of the prompt's tokens to keep, or a number as 64t")
+    p.add_argument("--tasks", required=True, help="comma-separated task names of the harness, e.g. longbench_qasper")
+    p.add_argument("--include", type=Path, help="folder with task files of your own")
+    p.add_argument("--limit", type=int, help="examples per task (default: all)")
+    p.add_argument("--batch", type=int, default=1, help="prompts that run together (default 1)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--json", type=Path, help="write the rows here")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 done, 2 for a request that cannot be carried out."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(argv)
+    try:
+        methods = split_list(args.methods)
+        for method in methods:
+            resolve_method(method, str(Budget.parse(args.budget)))
+        rows = measure(args, methods)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"eval.harness: {error}", file=sys.stderr)
+        return 2
+    Console().print(table(rows))
+    if args.json:
+        write_json(args.json, {"meta": run_meta("eval.harness", argv, 0), "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
