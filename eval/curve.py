@@ -33,6 +33,11 @@ def draw_curve(
         _panel(panel, [row for row in rows if row["task"] == group], figure_name)
         panel.set(title=title, xscale="log", xlabel="KV bytes at rest, share of the full cache", ylim=(-0.03, 1.03))
         panel.grid(alpha=0.3)
+        # A log axis over less than a decade labels its minor ticks too, on top of one another.
+        held = sorted({round(row["kv_share"], 2) for row in rows if row["task"] == group and row["method"] != FULL})
+        ticks = [x for n, x in enumerate(held) if n == 0 or x >= 1.15 * held[n - 1]]
+        panel.set_xticks(ticks, [f"{x:.0%}" for x in ticks])
+        panel.set_xticks([], minor=True)
     panels[0, 0].set_ylabel(f"{figure_name} (95 % interval)")
     panels[0, -1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)

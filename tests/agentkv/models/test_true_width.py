@@ -1,12 +1,14 @@
 """One agent step per family at the true width of its published model, cut to two layers, on 1280x720 screenshots.
 
 Weights are random, the vocabulary is small. Prompts and spans are checked at the full resolution of the checkpoint's
-own image settings; the network then reads smaller screenshots, so that a step takes seconds.
+own image settings; the network then reads smaller screenshots, so that a step takes seconds. With FULL_SCREENS=1 in the
+environment it reads the full ones too (minutes per step on a CPU).
 """
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -170,9 +172,10 @@ def test_points_come_back(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("method", "budget"), [("full", 1.0), ("gui-kv", 0.2)])
 def test_one_agent_step(bench: Bench, method: str, budget: float) -> None:
-    adapter = bench.adapter(bench.family.few_pixels)
+    family, full = bench.family, "FULL_SCREENS" in os.environ
+    adapter = bench.adapter(family.pixels if full else family.few_pixels)
     decision = Agent(adapter, method, budget, max_new_tokens=4).decide(GOAL, past(adapter), screenshot(5), VIEWPORT)
-    width, height = bench.family.few_resized
+    width, height = family.resized if full else family.few_resized
     unit = adapter.processor.patch_size * adapter.processor.merge_size
     assert [end - start for start, end in decision.spans] == [width * height // unit**2] * 6
     assert [frame.share.shape for frame in decision.frames] == [(height // unit, width // unit)] * 6
