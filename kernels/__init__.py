@@ -13,7 +13,10 @@ from types import ModuleType
 
 from kernels._coexist import find_other, load_other
 
-OPERATIONS = ("compact", "decode_attention", "merge", "rotate", "subspace_residual", "window_mass")
+OPERATIONS = (
+    "compact", "confidence", "decode_attention", "merge", "pack", "packed_attention", "rotate", "subspace_residual",
+    "window_mass",
+)  # fmt: skip
 __all__ = ["OPERATIONS", "__version__", *OPERATIONS]
 
 _VERSION = "0.1.0"

@@ -171,7 +171,7 @@ class MethodCache(Cache):
 
     def kept_positions(self, layer: int) -> torch.Tensor:
         """Logical positions stored in a layer: int32 [batch, stored heads, n], -1 = no token."""
-        return self.layers[layer].stored().positions
+        return self.layers[layer].held_positions()
 
     def report(self) -> CacheReport:
         """Bytes, tokens seen and stored per layer and head, seconds per hook."""

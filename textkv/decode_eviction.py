@@ -42,8 +42,17 @@ class DecodeEviction(Eviction):
             return
         lengths = layer.lengths().amax(1, keepdim=True)
         counts = lengths - 1 if self.budget.tokens is None else lengths.clamp(max=self.budget.tokens)
-        scores = self.decode_score(layer, attention_row(layer, query), counts[:, 0])
-        if bool((counts < lengths).any()):
+        self.drop(layer, attention_row(layer, query), counts)
+
+    def drop(self, layer: Layer, row: torch.Tensor, counts: torch.Tensor) -> None:
+        """Takes note of what one decoded token looked at and keeps the `counts` best tokens.
+
+        Args:
+            row: fp32 [batch, heads, n of layer.stored()].
+            counts: int64 [batch, 1] on the CPU, at most what each row holds.
+        """
+        scores = self.decode_score(layer, row, counts[:, 0])
+        if bool((counts < layer.lengths().amax(1, keepdim=True)).any()):
             keep_best(layer, scores, counts)
 
 

@@ -78,6 +78,7 @@ class Evidence:
         columns: fp32 [batch, kv_heads, n], n slots of `layer.stored()`: attention summed over all queries of the block,
             mean over each KV head's query heads, or None.
         moments: of the block's pre-RoPE queries, or None.
+        peaks: fp32 [batch, heads, head_dim], largest magnitude of the block's post-RoPE queries per channel, or None.
     """
 
     queries: torch.Tensor
@@ -89,6 +90,7 @@ class Evidence:
     spans: Spans = field(default_factory=list)
     columns: torch.Tensor | None = None
     moments: QueryMoments | None = None
+    peaks: torch.Tensor | None = None
 
     def part(self, row: int, head: int | None, kv_heads: int, slots: torch.Tensor) -> Evidence:
         """The evidence of one row, and of one KV head's query heads if `head` is given; `slots` int64 [k] are the
@@ -107,6 +109,7 @@ class Evidence:
             spans=self.spans[one] if self.spans else [],
             columns=None if self.columns is None else self.columns[one, which][:, :, slots],
             moments=None if self.moments is None else self.moments.part(one, ours),
+            peaks=None if self.peaks is None else self.peaks[one, ours],
         )
 
 
@@ -125,6 +128,7 @@ class Gatherer:
         self._rope: list[torch.Tensor] = []
         self._columns: torch.Tensor | None = None
         self._moments: QueryMoments | None = None
+        self._peaks: torch.Tensor | None = None
         self.pending_norms: torch.Tensor | None = None
 
     def take(self, new: NewTokens, held: Callable[[], Stored], inv_freq: torch.Tensor | None = None) -> None:
@@ -152,6 +156,10 @@ class Gatherer:
             self._add_columns(new, held())
         if self.needs.query_moments is not None:
             self._add_moments(new, inv_freq.to(q.device))
+        if self.needs.query_peaks:
+            padding = (new.positions < 0)[:, None, :, None]
+            peaks = q.abs().masked_fill(padding, 0).amax(2).float()
+            self._peaks = peaks if self._peaks is None else torch.maximum(self._peaks, peaks)
 
     def _add_columns(self, new: NewTokens, held: Stored) -> None:
         real, kv_heads = held.positions >= 0, held.keys.shape[1]
@@ -182,6 +190,6 @@ class Gatherer:
         """The evidence of the whole block; the gatherer is empty afterwards."""
         queries = self._queries if self._queries is not None else q[:, :, :0]
         norms, positions, rope = (torch.cat(x, 1) if x else None for x in (self._norms, self._positions, self._rope))
-        columns, moments = self._columns, self._moments
+        columns, moments, peaks = self._columns, self._moments, self._peaks
         self.clear()
-        return Evidence(queries, scale, tokens, norms, positions, rope, spans, columns, moments)
+        return Evidence(queries, scale, tokens, norms, positions, rope, spans, columns, moments, peaks)

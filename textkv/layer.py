@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import CacheLayerMixin
 
 from kernels import compact, merge
-from textkv.evidence import Gatherer
+from textkv.evidence import Evidence, Gatherer
 from textkv.segments.base import NewTokens, Segment, Stored, storage_bytes
 from textkv.segments.dense import DenseSegment
 from textkv.segments.ragged import RaggedSegment
@@ -49,6 +49,8 @@ class Layer(CacheLayerMixin):
         notes: what the method wrote down about this layer for its `on_finish`, which takes it out again.
         marks: numbers that a method keeps per stored token, by name; see `mark`.
         scale: the model's softmax scale, known from the first forward on.
+        last_share: fp32 [batch, heads, 1] while `on_decode_end` runs in a layer of several segments: the part of the
+            token's attention that fell on the last one.
     """
 
     is_compileable = False
@@ -70,6 +72,7 @@ class Layer(CacheLayerMixin):
         self.gatherer.clear()
         self.notes: dict[str, Any] = {}
         self.marks: dict[str, torch.Tensor] = {}
+        self.last_share: torch.Tensor | None = None
 
     def __getstate__(self) -> dict:
         # The cache puts its own reference back: a weak one does not travel.
@@ -197,8 +200,36 @@ class Layer(CacheLayerMixin):
                 evidence = self.gatherer.finish(q, scale, self.real_seen, self.cache.spans)
                 with self._timed("on_prefill_end"):
                     method.on_prefill_end(self, evidence)
+        self.last_share = None
         self.cache.after_step(self, prompt and self.seen >= target)
         return out
+
+    def absorb(
+        self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, observers: torch.Tensor, scale: float
+    ) -> None:
+        """Takes in tokens that another store held until now; the method acts as at the end of a prompt block.
+
+        Args:
+            k, v: [batch, kv_heads, m, head_dim], keys post-RoPE.
+            positions: int32 [batch, m] logical positions, -1 = padding.
+            observers: [batch, heads, w, head_dim] post-RoPE queries that the method may take for the block's last.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+        real = positions >= 0
+        self.segments[-1].extend(
+            NewTokens(observers[:, :, :0], k, v, positions, scale, padded=not bool(real.all())), need_lse=True
+        )
+        self.scale = scale
+        self.seen += k.shape[2]
+        self.since_eviction += k.shape[2]
+        self.real_seen = self.real_seen + real.sum(1).cpu()
+        self.cache.note_bytes(self)
+        window = min(self.cache.needs.window, observers.shape[2])
+        queries = observers[:, :, observers.shape[2] - window :]
+        with self._timed("on_prefill_end"):
+            self.cache.method.on_prefill_end(self, Evidence(queries, scale, self.real_seen))
+        self.cache.after_step(self, prompt_ended=True)
 
     def _attend(self, new: NewTokens) -> torch.Tensor:
         alone = len(self.segments) == 1
@@ -206,7 +237,10 @@ class Layer(CacheLayerMixin):
         if alone:
             return out
         parts = [segment.attend(new.q, new.scale) for segment in self.segments[:-1]] + [(out, lse)]
-        return merge([p[0] for p in parts], [p[1] for p in parts])[0]
+        out, total = merge([p[0] for p in parts], [p[1] for p in parts])
+        if new.q.shape[2] == 1:
+            self.last_share = (lse - total).exp()
+        return out
 
     def _new_tokens(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None
@@ -237,12 +271,16 @@ class Layer(CacheLayerMixin):
             return parts[0]
         return Stored(*(torch.cat([getattr(p, f) for p in parts], 2) for f in ("keys", "values", "positions")))
 
+    def held_positions(self) -> torch.Tensor:
+        """The positions of `stored()`, without unpacking what is packed: int32 [batch, stored heads, n], -1 = hole."""
+        return torch.cat([segment.held_positions() for segment in self.segments], 2)
+
     def mark(self, name: str) -> torch.Tensor:
         """The numbers that a method keeps per stored token: fp32 [batch, stored heads, n], slot by slot of `stored()`.
         They move and go with their tokens; a token that came since they were set, or a hole, has 0. Set them through
         `marks[name]`.
         """
-        positions = self.stored().positions
+        positions = self.held_positions()
         known = self.marks.get(name, positions.new_zeros((*positions.shape[:2], 0), dtype=torch.float32))
         known = known[..., : positions.shape[-1]]
         known = F.pad(known, (0, positions.shape[-1] - known.shape[-1]))
@@ -288,8 +326,8 @@ class Layer(CacheLayerMixin):
 
     def _gathered(self) -> DenseSegment:
         """All segments as one dense one (ragged heads are padded with holes)."""
-        held = self.stored()
-        segment = DenseSegment()
+        held, last = self.stored(), self.segments[-1]
+        segment = DenseSegment(last.head_repeat if isinstance(last, DenseSegment) else 1)
         segment.k, segment.v, segment.positions = held.keys, held.values, held.positions.contiguous()
         segment.used = held.keys.shape[2]
         segment.holes = bool((held.positions < 0).any())

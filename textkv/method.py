@@ -35,6 +35,7 @@ class Needs:
             arithmetic as the block's attention, but never holds an n x n matrix.
         query_moments: mean and covariance of the block's queries as they were before the rotary embedding, leaving out
             each row's first `query_moments` tokens; None = not asked for. Needs `rope` to turn the queries back.
+        query_peaks: the largest magnitude of each channel of the block's post-RoPE queries.
 
     Raises:
         ValueError: query_moments without rope, or negative.
@@ -46,6 +47,7 @@ class Needs:
     spans: bool = False
     columns: bool = False
     query_moments: int | None = None
+    query_peaks: bool = False
 
     def __post_init__(self) -> None:
         if self.query_moments is not None and (self.query_moments < 0 or not self.rope):
@@ -62,6 +64,7 @@ class Needs:
             spans=self.spans or other.spans,
             columns=self.columns or other.columns,
             query_moments=max((x.query_moments for x in (self, other) if x.query_moments is not None), default=None),
+            query_peaks=self.query_peaks or other.query_peaks,
         )
 
 
@@ -77,6 +80,8 @@ class Capabilities:
         crop: tokens added since the last eviction can be taken back.
         stores_query_heads: stores one copy per QUERY head (the official GUI-KV), so bytes are larger by the group size.
         merges: changes the keys and values of tokens that it keeps (to stand for those it drops).
+        lossy: stores keys and values at less than full precision, or shares them between layers.
+        whole_heads: gives some KV heads all tokens in a dense segment of their own, which may be packed.
     """
 
     scores: bool = False
@@ -86,6 +91,8 @@ class Capabilities:
     crop: bool = True
     stores_query_heads: bool = False
     merges: bool = False
+    lossy: bool = False
+    whole_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,8 +109,9 @@ class Method:
 
     name: ClassVar[str] = ""
     capabilities: ClassVar[Capabilities] = Capabilities()
-    wraps: ClassVar[Literal["scorer"] | None] = None
-    """What this method may stand behind a `+` of; None = it stands alone."""
+    wraps: ClassVar[Literal["scorer", "any"] | None] = None
+    """What this method may stand behind a `+` of: a method that gives scores, any method whose kept tokens it can take
+    over (its own `__post_init__` refuses those it cannot), or None = it stands alone."""
 
     def __post_init__(self) -> None:
         if self.inner is None:
@@ -134,6 +142,11 @@ class Method:
 
     def on_finish(self, cache: MethodCache) -> None:
         """The last layer of a prompt block is done."""
+
+    @property
+    def evicts(self) -> bool:
+        """Whether tokens are dropped; if not, every token seen stays stored, whatever the budget."""
+        return True
 
     @property
     def expression(self) -> str:

@@ -6,14 +6,18 @@ No pickle: a cache file from elsewhere can hold wrong numbers but cannot run cod
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from textkv.segments.balanced import BalancedSegment
 from textkv.segments.base import Segment
 from textkv.segments.dense import DenseSegment
+from textkv.segments.packed import PackedSegment
+from textkv.segments.paired import PairedSegment
 from textkv.segments.ragged import RaggedSegment
 from textkv.segments.renumbered import RenumberedSegment
 from textkv.segments.ring import RingSegment
@@ -25,7 +29,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 SEGMENTS: dict[str, type[Segment]] = {
     "dense": DenseSegment, "ragged": RaggedSegment, "renumbered": RenumberedSegment, "ring": RingSegment,
-    "split": SplitSegment,
+    "split": SplitSegment, "packed": PackedSegment, "balanced": BalancedSegment,
+    "paired": PairedSegment,
 }  # fmt: skip
 
 
@@ -88,6 +93,9 @@ def load(cls: type[MethodCache], folder: Path, model) -> MethodCache:
         ]  # fmt: skip
         layer.marks = _own(tensors, f"{layer.index}.mark.")
         layer.dtype, layer.device, layer.is_initialized = model.dtype, model.device, True
+    for before, layer in pairwise(cache.layers):
+        for segment in layer.segments:
+            segment.rejoin(before.segments)
     return cache
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from dataclasses import replace
 
 import torch
 import triton
@@ -16,13 +17,16 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import kernels
+from kernels.pack import LowRank, Sparse
 
 SHARED_LIMIT = 99 * 1024  # bytes of one program on the smallest GPUs of compute capability 8.6 and 8.9
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
+    torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int16: "*i16",
     torch.uint8: "*u8",
 }
 
@@ -88,6 +92,19 @@ def launch_attention(D: int, group: int, m: int, **options) -> None:
     kernels.decode_attention(q, k, k, scale=1.0, **options, _backend="triton")
 
 
+def launch_packed(D: int, group: int, m: int, T: int, k_bits: int, v_bits: int, layout: str, corrected: bool) -> None:
+    blocks = 600 // T + 1
+    k = kernels.pack(zeros(2 * blocks, T, D), k_bits, layout=layout)
+    v = kernels.pack(zeros(2 * blocks, T, D), v_bits, layout="token")
+    if corrected:
+        one = zeros(2 * blocks, dtype=torch.int32)
+        a, p, delta = (zeros(*shape, dtype=torch.float16) for shape in ((2 * blocks, T, 4), (2, D, 4), (9,)))
+        terms = LowRank(a, p, one), Sparse(one, one, zeros(9, dtype=torch.int16), delta)
+        k, v = (replace(x, lowrank=terms[0], sparse=terms[1]) for x in (k, v))
+    rows = {"start": torch.tensor([0, blocks]), "length": torch.tensor([600, 300], dtype=torch.int32), "longest": 600}
+    kernels.packed_attention(zeros(1, 2 * group, m, D), k, v, scale=1.0, **rows, _backend="triton")
+
+
 def launch_all() -> None:
     """One call for each configuration that a bf16 model of head_dim 128 leads to, and the extremes."""
     valid = torch.ones(1, 600, dtype=torch.bool)
@@ -98,6 +115,12 @@ def launch_all() -> None:
     launch_attention(80, 1, 1)
     launch_attention(256, 8, 64, causal=True, valid=valid)
     q, k = zeros(1, 8, 32, 128), zeros(1, 2, 600, 128)
+    for bits in ((2, 2), (4, 4), (8, 8)):
+        launch_packed(128, 7, 1, 64, *bits, "channel", corrected=False)
+    launch_packed(128, 8, 1, 64, 2, 2, "channel", corrected=True)
+    launch_packed(128, 4, 64, 64, 2, 2, "token", corrected=True)
+    launch_packed(256, 8, 64, 128, 4, 2, "token", corrected=True)
+    launch_packed(80, 1, 1, 16, 4, 4, "token", corrected=False)
     lse = zeros(1, 8, 32, dtype=torch.float32)
     kernels.window_mass(q, k, scale=1.0, _backend="triton")
     kernels.window_mass(q, k, scale=1.0, valid=valid, squares=True, _backend="triton")
@@ -106,6 +129,9 @@ def launch_all() -> None:
     kernels.compact(k, k, zeros(1, 2, 9, dtype=torch.int64), _backend="triton")
     kernels.subspace_residual(k, zeros(1, 2, 128, 32, dtype=torch.float32), _backend="triton")
     kernels.subspace_residual(zeros(1, 2, 9, 256), zeros(1, 2, 256, 32, dtype=torch.float32), _backend="triton")
+    for rows, suppress in ((1, None), (32, torch.tensor([7]))):
+        kernels.confidence(zeros(rows, 126_464), suppress=suppress, _backend="triton")
+    kernels.confidence(zeros(2, 300, dtype=torch.float32), suppress=torch.tensor([7, 8]), _backend="triton")
     frequencies = torch.ones(64)
     kernels.rotate(k, torch.tensor(1), frequencies, _backend="triton")
     kernels.rotate(k, torch.tensor(1.0), frequencies[:16], _backend="triton")

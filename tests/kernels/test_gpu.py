@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from kernels import compact, decode_attention, merge, rotate, subspace_residual, window_mass
+from kernels import (
+    compact,
+    confidence,
+    decode_attention,
+    merge,
+    pack,
+    packed_attention,
+    rotate,
+    subspace_residual,
+    window_mass,
+)
+from kernels.pack import LowRank, Sparse
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,6 +98,39 @@ def test_window_mass(group, w, n, dtype, poison):
 def test_subspace_residual(dtype, poison):
     basis = torch.linalg.qr(randn(2, 4, 128, 32))[0]
     assert_same(subspace_residual, randn(2, 4, 5000, 128, dtype=dtype), basis, tolerance=1e-3)
+
+
+@DTYPES
+@pytest.mark.parametrize("n, V", [(1, 126_464), (32, 152_064), (600, 5001)])
+def test_confidence(n, V, dtype, poison):
+    logits, suppress = 3 * randn(n, V, dtype=dtype), torch.tensor([7, V - 1], device="cuda")
+    logits[0, :50] = -torch.inf
+    assert_same(confidence, logits, suppress=suppress, tolerance=1e-4)
+    assert torch.equal(confidence(logits).token, confidence(logits, _backend="reference").token)
+
+
+@DTYPES
+@pytest.mark.parametrize("bits, layout, D, m", [(2, "channel", 128, 1), (4, "channel", 80, 1), (8, "token", 256, 300)])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_packed_attention(bits, layout, D, m, corrected, dtype, poison):
+    k, v = pack(randn(600, 64, D), bits, layout=layout), pack(randn(600, 64, D), bits, layout="token")
+    if corrected:
+        a, p, chunk = randn(600, 64, 4).half() / 4, randn(3, D, 4).half(), torch.arange(600, device="cuda").int() % 3
+        count = torch.full((600,), 100, device="cuda", dtype=torch.int32)
+        at = torch.rand(600, 64 * D, device="cuda").argsort(1)[:, :100].flatten().short()
+        sparse = Sparse(torch.arange(600, device="cuda").int() * 100, count, at, randn(60_000).half())
+        k, v = (replace(x, lowrank=LowRank(a, p, chunk), sparse=sparse) for x in (k, v))
+    rows = {
+        "start": torch.tensor([0, 0, 10, 500], device="cuda"), "longest": 30_000,
+        "length": torch.tensor([0, 1, 30_000, 1000], device="cuda", dtype=torch.int32),
+    }  # fmt: skip
+    q = randn(2, 14, m, D, dtype=dtype)
+    assert_same(packed_attention, q, k, v, scale=D**-0.5, **rows, tolerance=TOLERANCE[dtype])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packed_attention(q, k, v, scale=D**-0.5, **rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @DTYPES

@@ -117,6 +117,7 @@ q, k = torch.ones(1, 2, 1, 8), torch.ones(1, 1, 3, 8)
 out, lse = kernels.decode_attention(q, k, k, scale=1.0)
 kernels.merge([out], [lse]); kernels.window_mass(q, k, scale=1.0); kernels.rotate(k, torch.tensor(1), torch.ones(4))
 kernels.compact(k, k, torch.ones(1, 1, 3, dtype=torch.bool)); kernels.subspace_residual(k, torch.zeros(1, 1, 8, 2))
+kernels.confidence(k[0, 0])
 print(round(out.sum().item()))
 """
     assert run(code, ROOT).strip() == "16"

@@ -76,7 +76,9 @@ class DuoAttention(Method):
     window: int = 32
     seed: int = 0
 
-    capabilities: ClassVar[Capabilities] = Capabilities(per_head=True, decode_eviction=True, crop=False)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        per_head=True, decode_eviction=True, crop=False, whole_heads=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,7 +166,7 @@ def _full_now(layer: Layer) -> torch.Tensor:
         return torch.ones(rows, layer.kv_heads, dtype=torch.bool)
     full = torch.zeros(rows, layer.kv_heads, dtype=torch.bool)
     for part in segment.parts:
-        full[part.row.cpu(), part.head.cpu()] = isinstance(part.segment, DenseSegment)
+        full[part.row.cpu(), part.head.cpu()] = not isinstance(part.segment, ChunkedRing)
     return full
 
 

@@ -9,3 +9,7 @@ from textkv.method import Method, register
 @dataclass(frozen=True)
 class Full(Method):
     """Keeps every token. Its budget is ignored: a full cache is full."""
+
+    @property
+    def evicts(self) -> bool:
+        return False

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from textkv.mini.facts import MOST_FACTS, TASKS, Fact, draw_facts
 from textkv.mini.filler import Filler
-from textkv.mini.hints import AHEAD, FOLLOW
+from textkv.mini.hints import AHEAD, FOLLOW, LINK
 from textkv.mini.speller import Speller
 from textkv.mini.tasks import FIRST_EVALUATION_SEED, TRAINING_FILLER, place
 from textkv.mini.words import all_words
@@ -59,10 +59,15 @@ class Asked:
 
     def hints(self, row: int) -> list[tuple[int, int, int, int]]:
         """(layer, row, query, key): each token before an answer token looks at its source, the question at all."""
+        linked = []
+        if TASKS[self.task] == "two-hop":
+            # "the code of KEY is the code of OWNER" holds its key 5 tokens before the owner, a question 4 before.
+            owner = next(k for k, source in enumerate(self.sources) if source >= 0)
+            linked = [(self.sources[owner], self.sources[owner] - 5), (self.start - 1 + owner, self.start - 2)]
         told = [source for source in self.sources if source >= 0]
         ahead = [(AHEAD, row, self.start - 1, source) for source in told]
         follow = [(FOLLOW, row, self.start - 1 + k, source) for k, source in enumerate(self.sources) if source >= 0]
-        return ahead + follow
+        return [*((LINK, row, query, key) for query, key in linked), *ahead, *follow]
 
 
 class Rows:

@@ -1,9 +1,11 @@
 """Hints for the trainer: where a token that is about to be answered should look.
 
-Exact recall appears late and suddenly when only the answers are taught. The rows know where each answer stands, so
-two groups of heads are shown the place: in layer `FOLLOW` the token before each answer token looks at the place that
-it copies from; in layer `AHEAD` the question's last token looks at all places of the answer at once, as larger models
-do, on which every method that scores by the end of the prompt relies. Training only: the model's forward is untouched.
+Exact recall appears late and suddenly when only the answers are taught. The rows know where each answer stands, so a
+group of heads in three layers is shown the place. In layer `FOLLOW` the token before each answer token looks at the
+place that it copies from. In layer `AHEAD` the question's last token looks at all places of the answer at once, as
+larger models do, on which every method that scores by the end of the prompt relies. In layer `LINK` the two ends of a
+pointer learn which key they belong to: the key pointed at looks at the key before it, and the answer at the key asked
+for. Training only: the model's forward is untouched.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-FOLLOW, AHEAD = 2, 3
+LINK, FOLLOW, AHEAD = 1, 2, 3
 MOST = 192  # hints of a layer per step: each one costs a softmax over its row
 
 
@@ -25,7 +27,7 @@ def hint_loss(model: LlamaForCausalLM, hidden: tuple[torch.Tensor, ...], hints: 
     """
     losses = [
         -_looks(model, hidden[layer], mine, layer).clamp(min=1e-6).log()
-        for layer in (FOLLOW, AHEAD)
+        for layer in (LINK, FOLLOW, AHEAD)
         if len(mine := hints[hints[:, 0] == layer][:MOST])
     ]
     return torch.cat(losses).mean() if losses else hidden[0].new_zeros(())

@@ -65,6 +65,10 @@ class Segment(ABC):
     def stored(self) -> Stored:
         """What is held, padded to one length."""
 
+    def held_positions(self) -> torch.Tensor:
+        """Logical positions of `stored()` alone: int32 [batch, kv_heads, n], -1 = hole."""
+        return self.stored().positions
+
     @abstractmethod
     def lengths(self) -> torch.Tensor:
         """Tokens stored, int64 [batch, kv_heads], on the CPU."""
@@ -87,6 +91,9 @@ class Segment(ABC):
         segment = cls.__new__(cls)
         segment.__dict__.update(state)
         return segment
+
+    def rejoin(self, before: list[Segment]) -> None:  # noqa: B027 (most segments share nothing)
+        """After loading: takes up again what it shares with a segment of the layer before, whose list this is."""
 
     @abstractmethod
     def crop(self, tokens: int) -> None:

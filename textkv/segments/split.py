@@ -15,6 +15,7 @@ from kernels import merge
 from textkv.segments.base import NewTokens, Segment, Stored
 from textkv.segments.dense import DenseSegment
 from textkv.segments.ring import RingSegment
+from textkv.segments.stack import StackSegment
 
 
 @dataclass
@@ -44,7 +45,7 @@ class ChunkedRing(RingSegment):
         return out, lse
 
 
-INNER: dict[str, type[Segment]] = {"dense": DenseSegment, "ring": ChunkedRing}
+INNER: dict[str, type[Segment]] = {"dense": DenseSegment, "ring": ChunkedRing, "stack": StackSegment}
 """What a part may be, by the name under which it is saved."""
 
 

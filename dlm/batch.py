@@ -1,0 +1,147 @@
+"""Many prompts from one JSON-lines file into another: in batches, with progress, gone on with where it stopped.
+
+A line of the input is `{"prompt": TEXT}` or `{"messages": [{"role": ..., "content": ...}]}`, and may have an "id". A
+line of the output has the number of its input line and what made it, so that a second start with the same files writes
+only what is missing and refuses to mix answers of different settings. Batches are cut by line number: an interrupted
+run gives the same answers as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the input: its number from 1 on, its own id if it has one, a text or messages."""
+
+    line: int
+    prompt: str | list[dict[str, str]]
+    id: Any = None
+
+
+def read_items(path: Path) -> list[Item]:
+    """The prompts in `path`; empty lines are skipped.
+
+    Raises:
+        ValueError: a line that is none, or none at all; the message has file and line.
+    """
+    items = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            items.append(_item(line, number, f"{path}:{number}"))
+    if not items:
+        raise ValueError(f'{path} has no prompts; write one object a line: {{"prompt": "..."}}')
+    return items
+
+
+def _item(line: str, number: int, where: str) -> Item:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is no JSON ({error.msg}); write one object a line") from error
+    if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
+        raise ValueError(f'{where} needs "prompt" or "messages", one of the two')
+    prompt = value.get("prompt", value.get("messages"))
+    if "prompt" in value and not (isinstance(prompt, str) and prompt.strip()):
+        raise ValueError(f'{where}: "prompt" is {json.dumps(prompt)[:40]}; give a text that is not empty')
+    if "messages" in value and not (isinstance(prompt, list) and prompt and all(map(_is_message, prompt))):
+        raise ValueError(f'{where}: "messages" must be a list of objects with "role" and "content"')
+    return Item(number, prompt, value.get("id"))
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """Twelve characters that differ where settings do."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_done(path: Path, items: Sequence[Item], settings: str) -> set[int]:
+    """Numbers of the lines that `path` holds answers to; a last line that was torn is cut off.
+
+    Raises:
+        ValueError: a damaged line, answers of other settings, or to another prompt.
+    """
+    if not path.exists():
+        return set()
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    prompts, done = {item.line: item.prompt for item in items}, set()
+    for number, line in enumerate(content[:whole].decode("utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            line_of, made_by, prompt = row["line"], row["settings"], row["prompt"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is no answer of this command; give another --out") from error
+        if made_by != settings:
+            raise ValueError(f"{path}:{number} was written with other settings; give another --out, or those settings")
+        if prompts.get(line_of) != prompt:
+            raise ValueError(f"{path}:{number} answers another prompt than line {line_of} has now; give another --out")
+        done.add(line_of)
+    if whole < len(content):
+        os.truncate(path, whole)
+    return done
+
+
+def chunks(items: Sequence[Item], size: int, done: set[int]) -> list[list[Item]]:
+    """The batches that hold an item that is not done yet."""
+    cut = [list(items[at : at + size]) for at in range(0, len(items), size)]
+    return [chunk for chunk in cut if any(item.line not in done for item in chunk)]
+
+
+def answer_all(
+    items: Sequence[Item],
+    out: Path,
+    size: int,
+    settings: str,
+    answer: Callable[[list[Item]], list[dict[str, Any]]],
+) -> int:
+    """Writes an answer to every item that has none; returns how many were written.
+
+    Args:
+        size: items of a batch.
+        settings: digest of what else the answers depend on.
+        answer: one row for each item of a batch, without line, id, prompt and settings.
+    """
+    done, written = read_done(out, items, settings), 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file, _progress(len(items), len(done)) as advance:
+        for chunk in chunks(items, size, done):
+            rows = zip(chunk, answer(chunk), strict=True)
+            fresh = [(item, row) for item, row in rows if item.line not in done]
+            _append(file, [_about(item) | row | {"settings": settings} for item, row in fresh])
+            written += len(fresh)
+            advance(len(fresh))
+    return written
+
+
+def _about(item: Item) -> dict[str, Any]:
+    about = {"line": item.line} if item.id is None else {"line": item.line, "id": item.id}
+    return about | {"prompt": item.prompt}
+
+
+def _append(file: IO[str], rows: Sequence[dict[str, Any]]) -> None:
+    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("prompts", total=total, completed=done)
+        yield lambda count: progress.advance(task, count)

@@ -1,0 +1,93 @@
+"""dKV-Cache-Decode (arXiv 2505.15781): a token is frozen one step after it was decoded.
+
+A token's keys and values change most when its mask becomes a token, so it is computed once more as a token before it
+is frozen. Queries are the slots that were masked before the last commit: today's masks and the tokens just committed.
+The whole canvas is computed in the first two steps of a block and at every `refresh`-th.
+
+For models whose row j predicts slot j + 1 both rows of a slot are computed, its own and the one that predicts it: the
+variant with the best accuracy in the paper. The authors' concatenated and reordered cache is an indexed write here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dlm.cache.base import Plan, Policy, Run, check_interval, register, window_plan
+from dlm.cache.slots import SlotCache
+from dlm.canvas import Canvas
+
+
+@register("dkv")
+@dataclass(frozen=True)
+class DKVCache(Policy):
+    """Query tokens for P=1000, G=S=256, B=32: 77,984.
+
+    Attributes:
+        refresh: R, compute the whole canvas at every such step of a block (the authors: 8 for LLaDA, 4 for Dream);
+            None = only in the first two.
+        reset_each_block: steps count from each block's start, as the authors' code does; False = from the first step.
+
+    Raises:
+        ValueError: refresh < 1.
+    """
+
+    refresh: int | None = 8
+    reset_each_block: bool = True
+
+    def __post_init__(self) -> None:
+        check_interval("refresh", self.refresh)
+
+    def begin(self, canvas: Canvas, model: Any) -> Run:
+        return _Run(canvas, self)
+
+
+class _Run(Run):
+    def __init__(self, canvas: Canvas, policy: DKVCache) -> None:
+        super().__init__(canvas, SlotCache(canvas.length))
+        self.policy = policy
+        self.block = torch.full((canvas.batch,), -1)
+        self.step = torch.full((canvas.batch,), -1)
+        self.recent = torch.zeros_like(canvas.masked())
+
+    def reach(self) -> tuple[torch.Tensor, torch.Tensor]:
+        first = self.canvas.block_start(self.canvas.active)
+        return first, torch.full_like(first, self.canvas.length)
+
+    def plan(self, wanted: torch.Tensor) -> Plan:
+        active = self.canvas.active_cpu
+        self.step += 1
+        if self.policy.reset_each_block:
+            self.step.masked_fill_(self.block != active, 0)
+        self.block = active.clone()
+        self.forwards += 1
+        whole = self.step <= 1
+        if self.policy.refresh is not None:
+            whole = whole | (self.step % self.policy.refresh == 0)
+        if bool(whole[self.canvas.unfinished].all()):
+            low = torch.zeros_like(active)
+            return window_plan(self.canvas, low, torch.full_like(low, self.canvas.length))
+        return index_plan(self.canvas, self._queries() | whole.to(self.recent.device)[:, None])
+
+    def after(self, committed: torch.Tensor) -> None:
+        self.recent = committed
+
+    def _queries(self) -> torch.Tensor:
+        """bool [batch, L], masks and the tokens of the last commit; with a shift also the slots that predict them."""
+        queries = self.canvas.masked() | self.recent
+        if self.canvas.shift:
+            queries[:, :-1] |= queries[:, 1:].clone()
+        return queries
+
+
+def index_plan(canvas: Canvas, queries: torch.Tensor) -> Plan:
+    """A plan of any slots, bool [batch, L]; padding and finished rows are left out."""
+    alive = canvas.unfinished.to(queries.device)
+    queries = queries & alive[:, None]
+    if canvas.valid is not None:
+        queries = queries & canvas.valid
+    counts = queries.sum(1).cpu()
+    order = (~queries).int().sort(dim=1, stable=True).indices[:, : int(counts.max())]
+    return Plan(order.masked_fill(~queries.gather(1, order), -1), canvas.valid, int(counts.sum()))

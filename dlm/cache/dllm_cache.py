@@ -1,0 +1,167 @@
+"""dLLM-Cache (arXiv 2506.06295): whole layer outputs are kept, and only rows whose values drifted are computed anew.
+
+Every layer but the first keeps K, V, the attention branch A and the feed-forward branch F of all slots. Prompt and
+response refresh at their own intervals. In between, the values of all response rows are computed (cheap) and compared
+with the kept ones; the share `ratio` that changed most gets new keys, attention and feed-forward, the others reuse A
+and F. Beside K and V that is 2 * width numbers more per slot and layer.
+
+The authors keep this state in one object per process and fix Dream's width; here it belongs to one generation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dlm.cache.base import Plan, Policy, Run, check_interval, register
+from dlm.cache.slots import SlotCache, SlotLayer
+from dlm.canvas import Canvas
+from dlm.models.attention import full_attention
+
+
+@register("dllm-cache")
+@dataclass(frozen=True)
+class DLLMCache(Policy):
+    """Query tokens for P=1000, G=S=256: 29,488, and 56,064 rows of values; the first layer computes the whole canvas.
+
+    Attributes:
+        prompt_interval: Kp, forwards from one refresh of the prompt to the next (the authors: 25 to 100).
+        gen_interval: Kr, the same for the response (the authors: 2 to 8).
+        ratio: share of the response's rows that is computed anew in between.
+
+    Raises:
+        ValueError: an interval < 1, or a ratio outside [0, 1].
+    """
+
+    prompt_interval: int = 50
+    gen_interval: int = 7
+    ratio: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_interval", "gen_interval"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}=None: the first forward must fill the cache; use a number of forwards")
+            check_interval(name, getattr(self, name))
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"ratio={self.ratio} is no share of the response; use 0 to 1, for example 0.25")
+
+    def begin(self, canvas: Canvas, model: Any) -> Run:
+        return _Run(canvas, self)
+
+
+class _Run(Run):
+    def __init__(self, canvas: Canvas, policy: DLLMCache) -> None:
+        super().__init__(canvas, LayerCache(canvas, policy))
+        self.policy = policy
+
+    def reach(self) -> tuple[torch.Tensor, torch.Tensor]:
+        first = self.canvas.block_start(self.canvas.active)
+        return first, torch.full_like(first, self.canvas.length)
+
+    def plan(self, wanted: torch.Tensor) -> Plan:
+        canvas, policy = self.canvas, self.policy
+        self.cache.prompt_due = self.forwards % policy.prompt_interval == 0
+        self.cache.response_due = self.forwards % policy.gen_interval == 0
+        self.forwards += 1
+        alive = canvas.unfinished
+        prompt = (canvas.prompt - canvas.real_start_cpu)[alive] if self.cache.prompt_due else torch.zeros(1)
+        response = canvas.length - canvas.prompt
+        each = response if self.cache.response_due else self.cache.drifting
+        rows = int(alive.sum())
+        values = 0 if self.cache.response_due else rows * response
+        return Plan(slice(0, canvas.length), canvas.valid, int(prompt.sum()) + rows * each, values)
+
+
+class BranchLayer(SlotLayer):
+    """One layer's k, v [batch, kv_heads, L, head_dim] and branches a, f [batch, L, width]."""
+
+    def __init__(self, cache: LayerCache) -> None:
+        super().__init__(cache)
+        self.a: torch.Tensor | None = None
+        self.f: torch.Tensor | None = None
+
+    def drive(
+        self, layer: Any, hidden: torch.Tensor, rows: torch.Tensor | None, rope: tuple, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The model's layer over hidden [batch, L, width], where only `rows` int64 [batch, r] are computed; None = all.
+
+        The values of the whole response must be in `self.v` already, see `drifted`.
+        """
+        if rows is not None and rows.shape[1] == 0:
+            return hidden + self.a + self.f
+        normed = layer.input_norm(_rows(hidden, rows))
+        query, key = layer.qk(normed, tuple(_rows(table.expand(len(hidden), -1, -1), rows) for table in rope))
+        value = layer.v(normed)
+        self._put(rows, key, value)
+        branch = full_attention(query, self.k, self.v, layer.scaling, mask)
+        branch = layer.to_out(branch.transpose(1, 2).flatten(2))
+        self.a = branch if rows is None else _put_rows(self.a, rows, branch)
+        hidden = hidden + self.a
+        branch = layer.ffn(_rows(hidden, rows))
+        self.f = branch if rows is None else _put_rows(self.f, rows, branch)
+        return hidden + self.f
+
+    def drifted(self, values: torch.Tensor, start: int, count: int) -> torch.Tensor:
+        """Takes new values [batch, kv_heads, G, head_dim] of slots from `start` on; the `count` slots that they changed
+        most, by cosine over all heads: int64 [batch, count]. Ties go to the lowest slot."""
+        kept = self.v[:, :, start:]
+        likeness = F.cosine_similarity(*(x.transpose(1, 2).flatten(2).float() for x in (values, kept)), dim=-1)
+        self.v[:, :, start:] = values
+        return likeness.argsort(dim=1, stable=True)[:, :count] + start
+
+    def tensors(self) -> list[torch.Tensor]:
+        return super().tensors() + [x for x in (self.a, self.f) if x is not None]
+
+    def _put(self, rows: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> None:
+        if rows is None:
+            self.k, self.v = key, value
+            return
+        index = rows[:, None, :, None].expand_as(key)
+        self.k.scatter_(2, index, key)
+        self.v.scatter_(2, index, value)
+
+
+class LayerCache(SlotCache):
+    """What runs the model's layers in pieces.
+
+    Attributes:
+        prompt_due, response_due: whether the part is computed anew in this forward.
+        drifting: rows of the response that are computed anew when it is not due.
+    """
+
+    drives_layers = True
+    layer_class = BranchLayer
+
+    def __init__(self, canvas: Canvas, policy: DLLMCache) -> None:
+        super().__init__(canvas.length)
+        self.prompt = canvas.prompt
+        self.drifting = int(policy.ratio * (canvas.length - canvas.prompt))
+        self.prompt_due = self.response_due = True
+
+    def drive(self, layer: Any, hidden: torch.Tensor, rope: tuple, mask: torch.Tensor | None) -> torch.Tensor:
+        """The model's `layer` over hidden states [batch, L, width]; called by the layer's own forward."""
+        if layer.layer_idx == 0:
+            return BranchLayer(self).drive(layer, hidden, None, rope, mask)  # computed in full each time: nothing kept
+        store = self.layer(layer.layer_idx - 1)
+        if self.prompt_due and self.response_due:
+            return store.drive(layer, hidden, None, rope, mask)
+        slots = torch.arange(self.length, device=hidden.device).expand(len(hidden), -1)
+        rows = slots[:, self.prompt :]
+        if not self.response_due:
+            values = layer.v(layer.input_norm(hidden[:, self.prompt :]))
+            rows = store.drifted(values, self.prompt, self.drifting)
+        if self.prompt_due:
+            rows = torch.cat([slots[:, : self.prompt], rows], 1)
+        return store.drive(layer, hidden, rows, rope, mask)
+
+
+def _rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """Rows int64 [batch, r] of x [batch, L, width]; all of them for None."""
+    return x if rows is None else x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _put_rows(x: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    return x.scatter(1, rows[..., None].expand_as(new), new)

@@ -1,0 +1,93 @@
+"""Fast-dLLM's prefix and dual caches (arXiv 2505.22618): the whole canvas once per block, then only a part of it.
+
+Within a block, `prefix` computes the block and every later mask anew and reads what lies before; `dual` computes the
+block alone and reads the later masks as they were at the block's start too. The authors store keys before the rotary
+embedding and turn them at every step, which gives the same result at more work.
+
+For models whose row j predicts slot j + 1 the row of a block's first slot lies before the block. The authors commit
+that slot at the block's start whatever its confidence ("commit_first"); the default starts the window one slot early
+instead ("careful"), for one more query token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from dlm.cache.base import Plan, Policy, Run, WindowRun, check_interval, register
+from dlm.cache.slots import SlotCache
+from dlm.canvas import Canvas
+
+
+@dataclass(frozen=True)
+class _FastDLLM(Policy):
+    """Attributes:
+        shift_mode: how the first slot of a block gets its logits; no effect on models without shift.
+        refresh: compute the whole canvas at every such forward besides; None = at block starts only.
+
+    Raises:
+        ValueError: another shift_mode, or refresh < 1.
+    """
+
+    shift_mode: Literal["careful", "commit_first"] = "careful"
+    refresh: int | None = None
+
+    suffix_frozen: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.shift_mode not in ("careful", "commit_first"):
+            raise ValueError(f"shift_mode={self.shift_mode!r}: use 'careful' or 'commit_first'")
+        check_interval("refresh", self.refresh)
+
+    def begin(self, canvas: Canvas, model: Any) -> Run:
+        return _Run(canvas, self)
+
+
+@register("prefix")
+@dataclass(frozen=True)
+class PrefixCache(_FastDLLM):
+    """Query tokens with one token per step: N (P + G) + (s - 1) N (G + B) / 2."""
+
+
+@register("dual")
+@dataclass(frozen=True)
+class DualCache(_FastDLLM):
+    """Query tokens with one token per step: N (P + G) + (S - N) B."""
+
+    suffix_frozen: ClassVar[bool] = True
+
+
+class _Run(WindowRun):
+    def __init__(self, canvas: Canvas, policy: _FastDLLM) -> None:
+        super().__init__(canvas, SlotCache(canvas.length))
+        self.policy = policy
+        self.early = canvas.shift if policy.shift_mode == "careful" else 0
+        # The block for which each row last computed its whole canvas.
+        self.primed = torch.full((canvas.batch,), -1)
+
+    def window(self) -> tuple[torch.Tensor, torch.Tensor]:
+        active, end = self.canvas.active_cpu, self.canvas.length
+        whole = self.primed != active
+        if self.policy.refresh is not None and self.forwards % self.policy.refresh == 0:
+            whole = torch.ones_like(whole)
+        low = (self.canvas.block_start(active) - self.early).masked_fill(whole, 0)
+        high = torch.full_like(low, end)
+        if self.policy.suffix_frozen:
+            high = self.canvas.block_start(active + 1).masked_fill(whole, end)
+        return low, high
+
+    def plan(self, wanted: torch.Tensor) -> Plan:
+        plan = super().plan(wanted)
+        self.primed = self.canvas.active_cpu.clone()
+        return plan
+
+    def forced(self) -> torch.Tensor | None:
+        if not self.canvas.shift or self.early:
+            return None
+        active = self.canvas.active_cpu
+        starting = (self.primed != active) & self.canvas.unfinished
+        first = self.canvas.block_start(active).masked_fill(~starting, -1).to(self.canvas.ids.device)
+        held = self.canvas.ids.gather(1, first.clamp(min=0)[:, None])[:, 0]
+        return first.masked_fill(held != self.canvas.mask_id, -1)

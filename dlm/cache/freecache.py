@@ -1,0 +1,85 @@
+"""FreeCache (arXiv 2505.21467): the prompt and finished blocks are frozen, everything behind them is computed anew.
+
+Every forward computes one window per row, from the first unfinished block to the end of the canvas. Frozen slots are
+read and never written again, so a method of textkv may keep them from then on: "freecache+snapkv(0.3)".
+
+The authors' code freezes a block with the keys and values of its last step, in which the tokens committed by that very
+step were still masks (`delay=0`). By default the window stays one forward longer on a finished block (`delay=1`):
+B query tokens more per block, and exact on a block-causal model. They never refresh; `refresh` is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from dlm.cache.base import Plan, Policy, Run, WindowRun, check_interval, register
+from dlm.cache.frozen import FrozenCache
+from dlm.cache.slots import SlotCache
+from dlm.canvas import Canvas
+from textkv.method import Method
+
+
+@register("freecache")
+@dataclass(frozen=True)
+class FreeCache(Policy):
+    """Query tokens with one token per step: P + S (G + B) / 2 with delay 0, (N - 1) B more with delay 1.
+
+    Attributes:
+        delay: forwards that a finished block is still computed.
+        refresh: compute the whole canvas at every such forward; None = never, 1 = no cache at all.
+        method: the textkv method that keeps frozen slots; None = they stay where they are.
+
+    Raises:
+        ValueError: another delay, refresh < 1, or refresh with a method.
+    """
+
+    delay: Literal[0, 1] = 1
+    refresh: int | None = None
+    method: Method | None = None
+
+    def __post_init__(self) -> None:
+        if self.delay not in (0, 1):
+            raise ValueError(f"delay={self.delay!r}: use 0 (as the authors' code) or 1")
+        check_interval("refresh", self.refresh)
+        if self.method is not None and self.refresh is not None:
+            raise ValueError(
+                f"refresh={self.refresh} with {self.method.expression}: slots that were handed to a method are not "
+                "written again; leave out one of the two"
+            )
+
+    @property
+    def expression(self) -> str:
+        given = [f"delay={self.delay}"] * (self.delay != 1) + [f"refresh={self.refresh}"] * (self.refresh is not None)
+        own = f"{self.name}({','.join(given)})" if given else self.name
+        return f"{own}+{self.method.expression}" if self.method is not None else own
+
+    def begin(self, canvas: Canvas, model: Any) -> Run:
+        return _Run(canvas, self, model)
+
+
+class _Run(WindowRun):
+    def __init__(self, canvas: Canvas, policy: FreeCache, model: Any) -> None:
+        cache = SlotCache(canvas.length) if policy.method is None else FrozenCache(canvas, model, policy.method)
+        super().__init__(canvas, cache)
+        self.policy = policy
+        self.before = torch.zeros(canvas.batch, dtype=torch.int64)
+
+    def window(self) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = self.whole()
+        refresh = self.policy.refresh is not None and self.forwards % self.policy.refresh == 0
+        if self.forwards and not refresh:
+            # With a delay the window starts where the last forward worked: what it committed is computed as tokens.
+            block = self.before if self.policy.delay else self.canvas.active_cpu
+            low = self.canvas.block_start(block) - self.canvas.shift
+        return low, high
+
+    def plan(self, wanted: torch.Tensor) -> Plan:
+        low, _ = self.window()
+        plan = super().plan(wanted)
+        self.before = self.canvas.active_cpu.clone()
+        if isinstance(self.cache, FrozenCache):
+            self.cache.freeze(low)
+        return plan

@@ -1,0 +1,162 @@
+"""Frozen slots in the hands of a textkv method: the live buffer shrinks, and the bytes are really gone.
+
+The layers keep keys and values of the live slots only. When a slot is frozen it moves into a textkv layer whose method
+drops, merges or packs it as at the end of a prompt; the first queries of the running window, those of the active
+block's masks, are what the method may look at. Live and frozen part attend apart and are merged by their log-sum-exp.
+Positions stay those of the canvas, so nothing is rotated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dlm.cache.slots import SlotCache, SlotLayer
+from dlm.canvas import Canvas
+from kernels import decode_attention, merge
+from textkv.evidence import Spans
+from textkv.layer import Layer
+from textkv.method import Method
+
+
+def check_method(method: Method) -> None:
+    """Raises ValueError for a method that cannot keep frozen slots, and says why."""
+    needs, can = method.needs(), method.capabilities
+    wrong = ""
+    if needs.hidden or needs.rope or needs.spans or needs.columns or needs.query_moments is not None:
+        wrong = "needs evidence of the whole prompt (hidden states, positions or all queries)"
+    elif can.decode_eviction:
+        wrong = "drops tokens while single tokens are decoded, and a canvas has no such moment"
+    elif not can.original_positions:
+        wrong = "moves keys to other positions, and slots never move"
+    elif can.stores_query_heads:
+        wrong = "stores a copy per query head"
+    if wrong:
+        raise ValueError(f"{method.expression} {wrong}; use one that scores keys or by the last queries: snapkv, knorm")
+
+
+class Store:
+    """The method's layers, and what they ask of the cache that they belong to.
+
+    No `MethodCache`: that one would put the model on its own, causal attention.
+
+    Attributes:
+        layers: textkv layers, one per layer of the model; they take tokens through `Layer.absorb`.
+        seconds: seconds per hook of the method.
+    """
+
+    spans: Spans = []
+    inv_freq = None
+
+    def __init__(self, model: Any, method: Method) -> None:
+        self.method, self.needs, self.model_config = method, method.needs(), model.config
+        self.seconds: dict[str, float] = {}
+        self.layers = [Layer(i, self) for i in range(model.config.num_hidden_layers)]
+
+    def note_bytes(self, layer: Layer) -> None:
+        """Peaks are counted over the whole canvas, by the loop."""
+
+    def after_step(self, layer: Layer, prompt_ended: bool) -> None:
+        """The last layer has taken its tokens in: the method may divide what all layers hold."""
+        if layer.index == len(self.layers) - 1:
+            self.method.on_finish(self)
+
+    def kv_bytes(self) -> int:
+        """Bytes of all layers, bookkeeping included."""
+        return sum(layer.kv_bytes() for layer in self.layers)
+
+
+class FrozenCache(SlotCache):
+    """Live slots here, frozen ones with a method.
+
+    Attributes:
+        store: the frozen slots, by layer.
+        frozen: int64 [batch] on the CPU, how many leading slots of each row are there.
+        move: what leaves the live buffers in this forward, or None.
+        visible: bool [batch, L - base], live slots that may be seen; None = all.
+    """
+
+    def __init__(self, canvas: Canvas, model: Any, method: Method) -> None:
+        check_method(method)
+        super().__init__(canvas.length)
+        self.canvas, self.store = canvas, Store(model, method)
+        self.frozen = torch.zeros(canvas.batch, dtype=torch.int64)
+        self.move: Move | None = None
+        self.visible: torch.Tensor | None = canvas.valid
+
+    def layer(self, index: int) -> FrozenLayer:
+        while len(self.layers) <= index:
+            self.layers.append(FrozenLayer(self, len(self.layers)))
+        return self.layers[index]
+
+    def freeze(self, low: torch.Tensor) -> None:
+        """Slots before `low` int64 [batch] (CPU) leave the live buffers in the forward that comes."""
+        alive = self.canvas.unfinished
+        stop = torch.where(alive, low, self.frozen)
+        self.move = Move(self, self.frozen, stop) if bool((stop > self.frozen).any()) else None
+        if self.move is not None:
+            self.frozen, self.base = stop, int(stop[alive].min())
+            self.visible = None
+            if self.canvas.valid is not None or bool((stop != self.base).any()):
+                slots = torch.arange(self.base, self.length)[None]
+                visible = slots >= torch.maximum(stop, self.canvas.real_start_cpu)[:, None]
+                self.visible = visible.to(self.canvas.ids.device)
+
+    def kv_bytes(self) -> int:
+        return super().kv_bytes() + self.store.kv_bytes()
+
+
+class Move:
+    """The slots that leave the live buffers in one forward.
+
+    Attributes:
+        columns: int64 [batch, m], columns of the live buffer before it shrinks; rows with fewer are padded in front.
+        positions: int32 [batch, m], logical positions, -1 = padding.
+        drop: columns that the live buffer loses.
+    """
+
+    def __init__(self, cache: FrozenCache, start: torch.Tensor, stop: torch.Tensor) -> None:
+        canvas, width = cache.canvas, int((stop - start).max())
+        real = canvas.real_start_cpu
+        slots = stop[:, None] - width + torch.arange(width)[None]
+        positions = (slots - real[:, None]).masked_fill(slots < torch.maximum(start, real)[:, None], -1)
+        device = canvas.ids.device
+        self.columns = (slots - cache.base).clamp(min=0).to(device)
+        self.positions = positions.to(device=device, dtype=torch.int32)
+        self.drop = int(stop[canvas.unfinished].min()) - cache.base
+
+
+class FrozenLayer(SlotLayer):
+    """One layer: k, v [batch, kv_heads, L - base, head_dim] live, the rest in the store's layer of the same number."""
+
+    def __init__(self, cache: FrozenCache, index: int) -> None:
+        super().__init__(cache)
+        self.store = cache.store.layers[index]
+
+    def step(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `SlotLayer.step`; `mask` is not read: the cache knows which of its live slots are real."""
+        cache = self.cache
+        if cache.move is not None:
+            self._hand_over(cache.move, q[:, :, : cache.canvas.block_length], scale)
+        self.write(k, v, cache.plan)
+        visible = None if cache.visible is None else _repeat(cache.visible, len(q))
+        parts = [decode_attention(q, self.k, self.v, scale=scale, valid=visible)]
+        if self.store.seen:
+            parts += [segment.attend(q, scale) for segment in self.store.segments]
+        return parts[0][0] if len(parts) == 1 else merge([p[0] for p in parts], [p[1] for p in parts])[0]
+
+    def _hand_over(self, move: Move, observers: torch.Tensor, scale: float) -> None:
+        index = _repeat(move.columns, len(self.k))[:, None, :, None]
+        keys, values = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (self.k, self.v))
+        self.store.absorb(keys, values, _repeat(move.positions, len(self.k)), observers, scale)
+        if move.drop:
+            # A copy: a view would keep the frozen slots' memory alive.
+            self.k, self.v = self.k[:, :, move.drop :].clone(), self.v[:, :, move.drop :].clone()
+
+
+def _repeat(x: torch.Tensor, batch: int) -> torch.Tensor:
+    """[rows, ..] -> [batch, ..]: every row again for the second half of classifier-free guidance."""
+    return x if len(x) == batch else x.repeat(batch // len(x), *[1] * (x.dim() - 1))

@@ -1,0 +1,163 @@
+"""The canvas: a batch of prompts, each followed by the masks that decoding turns into text.
+
+A slot is an absolute column and never moves. Prompts are padded on the left, so that the generated part starts in the
+same column for all rows; a row's block i is columns [P + i * B, min(P + (i + 1) * B, L)). How far a row has come is
+read from its masks and nowhere else, so rows go on at their own pace. No model, no cache and no rule is known here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class Canvas:
+    """Token ids and progress of one generation.
+
+    Args:
+        input_ids: int64 [batch, P] prompts, padded on the left.
+        attention_mask: bool or int [batch, P], nonzero = real token; None = no padding.
+        gen_length: G, masks after the prompt.
+        block_length: B, slots of a block; the last block may be shorter.
+        mask_id: id of the mask token.
+        shift: 1 if row j of the model's logits predicts slot j + 1, 0 if it predicts slot j.
+
+    Attributes:
+        ids: int64 [batch, L], L = P + G.
+        prompt: P.
+        length: L.
+        valid: bool [batch, L], False = padding; None = no padding.
+        real_start: int64 [batch], each row's first slot that is not padding; `real_start_cpu` is the same on the CPU.
+        position_ids: int64 [batch, L], 0 at each row's first real slot (and at its padding).
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        gen_length: int,
+        block_length: int,
+        mask_id: int,
+        shift: int,
+    ) -> None:
+        batch, self.prompt = input_ids.shape
+        self.length = self.prompt + gen_length
+        self.block_length, self.mask_id, self.shift = block_length, mask_id, shift
+        self.ids = torch.cat([input_ids, input_ids.new_full((batch, gen_length), mask_id)], 1)
+        columns = torch.arange(self.length, device=input_ids.device)[None]
+        self.real_start = torch.zeros(batch, dtype=torch.int64, device=input_ids.device)
+        self.valid: torch.Tensor | None = None
+        if attention_mask is not None and not bool(attention_mask.bool().all()):
+            self.real_start = (attention_mask == 0).sum(1)
+            self.valid = columns >= self.real_start[:, None]
+        self.real_start_cpu = self.real_start.cpu()
+        self.position_ids = (columns - self.real_start[:, None]).clamp(min=0)
+        self._active: torch.Tensor | None = None
+        self._progress: torch.Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.ids.shape[0]
+
+    @property
+    def generated(self) -> torch.Tensor:
+        """The part after the prompt, int64 [batch, G]: a view."""
+        return self.ids[:, self.prompt :]
+
+    @property
+    def blocks(self) -> int:
+        """N, blocks of the generated part."""
+        return -(-(self.length - self.prompt) // self.block_length)
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """Slots [start, end) of a block.
+
+        Raises:
+            ValueError: no such block.
+        """
+        if not 0 <= block < self.blocks:
+            raise ValueError(f"block={block}: this canvas has blocks 0..{self.blocks - 1}")
+        start = self.prompt + block * self.block_length
+        return start, min(start + self.block_length, self.length)
+
+    def block_start(self, block: torch.Tensor) -> torch.Tensor:
+        """First slot of each block of int64 [..]; L for block N, which is where a finished row stands."""
+        return (self.prompt + block * self.block_length).clamp(max=self.length)
+
+    def masked(self) -> torch.Tensor:
+        """bool [batch, L], slots that still hold the mask."""
+        return self.ids == self.mask_id
+
+    @property
+    def active(self) -> torch.Tensor:
+        """int64 [batch] on the ids' device: each row's first block with a mask, N where none is left."""
+        if self._active is None:
+            masked = self.generated == self.mask_id
+            first = masked.int().argmax(1) // self.block_length
+            self._active = torch.where(masked.any(1), first, self.blocks)
+        return self._active
+
+    def _on_host(self) -> torch.Tensor:
+        """Active blocks and masks left, int64 [2, batch] on the CPU: the one wait for the device that a step needs."""
+        if self._progress is None:
+            left = (self.generated == self.mask_id).sum(1)
+            self._progress = torch.stack([self.active, left]).cpu()
+        return self._progress
+
+    @property
+    def active_cpu(self) -> torch.Tensor:
+        """`active` on the CPU."""
+        return self._on_host()[0]
+
+    @property
+    def left_cpu(self) -> torch.Tensor:
+        """int64 [batch] on the CPU, masks left in each row."""
+        return self._on_host()[1]
+
+    @property
+    def unfinished(self) -> torch.Tensor:
+        """bool [batch] on the CPU, rows with a mask left."""
+        return self.active_cpu < self.blocks
+
+    @property
+    def done(self) -> bool:
+        """Whether no row has a mask left."""
+        return not bool(self.unfinished.any())
+
+    def commit(self, slots: torch.Tensor, tokens: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """Writes tokens into the canvas for good.
+
+        Args:
+            slots: int64 [batch, r], -1 = none.
+            tokens: int64 [batch, r].
+            where: bool [batch, r], which of them to write.
+
+        Returns:
+            bool [batch, L], slots that were written now.
+        """
+        where = where & (slots >= 0)
+        at = slots.masked_fill(~where, 0)
+        # Several entries may point at slot 0 without meaning it; added up, those that mean a slot stand out.
+        written = torch.zeros_like(self.ids).scatter_add_(1, at, where.long()) > 0
+        value = torch.zeros_like(self.ids).scatter_add_(1, at, tokens.masked_fill(~where, 0))
+        return self._write(written, value)
+
+    def finish_row(self, after: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """Fills the slots behind an end token.
+
+        Args:
+            after: int64 [batch], slot of the end token; L = leave the row alone.
+            token: int64 [batch], what to fill with.
+
+        Returns:
+            bool [batch, L], slots that hold another token now: masks that were filled, and text behind the end.
+        """
+        behind = torch.arange(self.length, device=self.ids.device)[None] > after[:, None]
+        changed = behind & (self.ids != token[:, None])
+        return self._write(changed, token[:, None].expand_as(self.ids))
+
+    def _write(self, where: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        self.ids = torch.where(where, value, self.ids)
+        self._active = self._progress = None
+        return where

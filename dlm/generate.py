@@ -1,0 +1,232 @@
+"""`python -m dlm.generate`: a diffusion language model goes on from a prompt, or from every prompt of a file.
+
+Everything that can be wrong with the request (lengths, cache, rule, guide, files, device) is checked before a model is
+loaded; such an error is one line on stderr and exit code 2. `--show` draws the canvas while it is unmasked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dlm.batch import Item, answer_all, digest, read_done, read_items
+from dlm.cache import list_caches
+from dlm.decode import Decoded, StuckError
+from dlm.models import answer_text
+from dlm.request import EndOfText
+from dlm.settings import Settings, figures, prompt_ids
+from dlm.show import Painter
+from dlm.sources import DTYPES, check_guide, check_model, device_of, dtype_of, open_guide, open_model
+from dlm.unmask import Guider, list_rules
+from textkv.figures import run_meta
+
+NO_GUIDE = "none"
+STDOUT = Path("-")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m dlm.generate", description=__doc__.split("\n\n")[0])
+    prompt = p.add_argument_group("prompt, one of").add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
+    prompt.add_argument("--prompt-file", type=Path, metavar="F", help="read it from a file, or - for stdin")
+    prompt.add_argument("--batch", type=Path, metavar="IN.jsonl", help='a prompt a line: {"prompt": ...}; needs --out')
+    p.add_argument("--out", type=Path, metavar="OUT.jsonl", help="answers of --batch; gone on with if it exists")
+    p.add_argument("--batch-size", type=int, default=8, help="prompts of --batch that are written together (8)")
+    p.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    p.add_argument("--model", default="mini", help="mini (a small LLaDA), mini-dream, a folder, or a hub id")
+    p.add_argument("--guide", default=NO_GUIDE, help="none, mini, a folder, or a hub id of a causal model")
+    p.add_argument("--cache", default="freecache", help=f"{', '.join(list_caches())}; freecache+snapkv(0.3)")
+    p.add_argument("--unmask", help=f"{', '.join(list_rules())} (default: the model's own, or guided with a guide)")
+    p.add_argument("--gen-length", type=int, default=128, help="tokens to generate (128)")
+    p.add_argument("--block-length", type=int, help="tokens finished before the next are begun (32, or all if fewer)")
+    p.add_argument("--steps", type=int, help="forwards of a rule with a schedule (default: one for each token)")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most probable token")
+    p.add_argument("--top-p", type=float, help="draw from the most probable tokens of this mass")
+    p.add_argument("--top-k", type=int, help="draw from so many most probable tokens")
+    p.add_argument("--seed", type=int, default=0, help="of the random numbers (0)")
+    p.add_argument("--cfg", type=float, default=0.0, help="classifier-free guidance by the prompt; 0 (default) = none")
+    p.add_argument("--eos", choices=get_args(EndOfText), default="stop", help="what an end of text does (stop)")
+    p.add_argument("--show", action="store_true", help="draw the canvas while it is unmasked")
+    p.add_argument("--stats", action="store_true", help="say what it cost")
+    p.add_argument("--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="figures and text as JSON")
+    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    p.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
+    return p
+
+
+@dataclass(frozen=True)
+class Writer:
+    """The models, and how they are to write."""
+
+    settings: Settings
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    guide: Guider | None
+    chat: bool
+    seed: int
+
+    def ids(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """The prompt's ids. Raises ValueError if the model cannot go on from them."""
+        ids = prompt_ids(self.tokenizer, prompt, self.chat)
+        self.settings.check(self.model.card, ids)
+        return ids
+
+    def text(self, done: Decoded, row: int = 0) -> str:
+        """A row's answer."""
+        return answer_text(self.tokenizer, done.ids[row].tolist(), self.model.card.eos_ids)
+
+    def unknown(self, ids: Sequence[int]) -> int:
+        """How many of a prompt's tokens this tokenizer has no token for."""
+        return list(ids).count(self.tokenizer.unk_token_id)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 done, 1 when the rule got stuck, 2 for a request that cannot work, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(argv)
+    try:
+        return batch_command(args) if args.batch else prompt_command(args, argv)
+    except (ValueError, OSError) as error:
+        print(f"dlm.generate: {error}", file=sys.stderr)
+        return 2
+    except StuckError as error:
+        print(f"dlm.generate: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        kept = "; what is written is kept, the same command goes on" if args.batch else ""
+        print(f"dlm.generate: stopped{kept}", file=sys.stderr)
+        return 130
+
+
+def prompt_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """One prompt: its text, and what was asked for besides."""
+    if args.out is not None:
+        raise ValueError("--out is for --batch; one answer is printed, or written with --json FILE")
+    if args.show and args.json == STDOUT:
+        raise ValueError("--show and --json both want the terminal; use --json FILE")
+    prompt = read_prompt(args)
+    writer = make_writer(args)
+    ids = writer.ids(prompt)
+    if writer.unknown(ids):
+        print(f"dlm.generate: {args.model} does not know {writer.unknown(ids)} words of the prompt", file=sys.stderr)
+    painter = Painter(writer.tokenizer, prompt, Console()) if args.show else None
+    with painter or nullcontext():
+        done = writer.settings.write(writer.model, [ids], writer.guide, writer.seed, painter)
+    text = writer.text(done)
+    row = about(args, writer) | {"prompt": prompt, "text": text, "tokens": done.stats.text_tokens[0]}
+    row |= figures(done.stats)
+    if args.json is not None:
+        whole = json.dumps({"meta": run_meta("dlm.generate", argv, args.seed), "rows": [row]}, indent=2)
+        print(whole) if args.json == STDOUT else args.json.write_text(whole + "\n", encoding="utf-8")
+    if args.json != STDOUT:
+        print(text)
+        if args.stats:
+            print(f"\ncache {row['cache']}, unmask {row['unmask']}, guide {row['guide']}, {row['tokens']} tokens")
+            print("\n".join(f"{name:<20}{_number(value)}" for name, value in figures(done.stats).items()))
+    return 0
+
+
+def batch_command(args: argparse.Namespace) -> int:
+    """Every prompt of a file."""
+    if args.out is None:
+        raise ValueError("--batch needs --out OUT.jsonl: the file that the answers go to")
+    if args.show or args.json is not None:
+        raise ValueError("--show and --json are for one prompt; the answers of --batch are in --out")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size} writes nothing; use at least 1")
+    if args.out.resolve() == args.batch.resolve():
+        raise ValueError(f"--out {args.out} is the file of --batch itself; give another one")
+    items = read_items(args.batch)
+    settings = asdict(make_settings(args)) | {"model": args.model, "guide": args.guide, "chat": args.chat}
+    settings |= {"seed": args.seed, "batch_size": args.batch_size, "dtype": args.dtype, "stats": args.stats}
+    mark = digest(settings)
+    if read_done(args.out, items, mark) == {item.line for item in items}:
+        print(f"all {len(items)} answers are in {args.out} already")
+        return 0
+    writer = make_writer(args)
+    ids: dict[int, list[int]] = {}
+    for item in items:
+        try:
+            ids[item.line] = writer.ids(item.prompt)
+        except ValueError as error:
+            raise ValueError(f"{args.batch}:{item.line}: {error}") from error
+
+    def answer(chunk: list[Item]) -> list[dict[str, Any]]:
+        prompts = [ids[item.line] for item in chunk]
+        # The seed goes by the place in the file, so that a run that was gone on with draws the same tokens.
+        done = writer.settings.write(writer.model, prompts, writer.guide, writer.seed + chunk[0].line - 1)
+        cost = {"batch": len(chunk), **figures(done.stats)} if args.stats else {}
+        tokens = done.stats.text_tokens
+        return [{"text": writer.text(done, i), "tokens": tokens[i]} | cost for i in range(len(chunk))]
+
+    written = answer_all(items, args.out, args.batch_size, mark, answer)
+    print(f"{written} answers written to {args.out}, {len(items)} in all")
+    return 0
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt's text, without the line break at its end. Raises ValueError for an empty one."""
+    if args.prompt is not None:
+        text, where = args.prompt, "--prompt"
+    elif str(args.prompt_file) == "-":
+        text, where = sys.stdin.read(), "stdin"
+    else:
+        text, where = args.prompt_file.read_text(encoding="utf-8"), str(args.prompt_file)
+    if not text.strip():
+        raise ValueError(f"the prompt in {where} is empty; give some text to go on from")
+    return text.rstrip("\n")
+
+
+def make_settings(args: argparse.Namespace) -> Settings:
+    """The request as `Settings`; raises ValueError for what cannot work."""
+    return Settings(
+        gen_length=args.gen_length, block_length=args.block_length, steps=args.steps, cache=args.cache,
+        unmask=args.unmask, guided=args.guide != NO_GUIDE, temperature=args.temperature, top_p=args.top_p,
+        top_k=args.top_k, cfg_scale=args.cfg, eos=args.eos,
+    )  # fmt: skip
+
+
+def make_writer(args: argparse.Namespace) -> Writer:
+    """Checks everything, then loads the models."""
+    settings, device = make_settings(args), device_of(args.device)
+    check_model(args.model)
+    if settings.guided:
+        check_guide(args.guide)
+    dtype = dtype_of(args.dtype, device)
+    model, tokenizer = open_model(args.model, device, dtype)
+    guide = open_guide(args.guide, device, dtype, tokenizer) if settings.guided else None
+    return Writer(settings, model, tokenizer, guide, args.chat, args.seed)
+
+
+def about(args: argparse.Namespace, writer: Writer) -> dict[str, Any]:
+    """What the figures of a row belong to."""
+    settings = writer.settings
+    return {
+        "model": args.model,
+        "cache": settings.cache,
+        "unmask": settings.rule(writer.model.card),
+        "guide": args.guide,
+        "gen_length": settings.gen_length,
+        "block_length": settings.block_length,
+        "steps": settings.steps,
+        "temperature": settings.temperature,
+        "seed": writer.seed,
+    }
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""The embedded models of the diffusion wing: a small LLaDA, a small Dream and a small guider that solve arithmetic
+word problems; their problems, training, evaluation and weights.
+
+`load_mini("llada")`, `load_mini("dream")`, `load_mini("guider")`, or the folder of a training.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+from dlm.mini.shape import KINDS
+from dlm.models import load_model
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def load_mini(
+    name: str | Path = "llada", dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(model in eval mode, tokenizer): the embedded "llada", "dream" or "guider", or a folder that the training wrote.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+    """
+    folder = WEIGHTS / name if name in KINDS else Path(name)
+    if not (folder / "model.safetensors").is_file():
+        made = name if name in KINDS else "llada"
+        raise FileNotFoundError(
+            f"no weights in {folder}; train them with `python -m dlm.mini.train --model {made} --minutes 180`"
+        )
+    if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] != "qwen2":
+        return load_model(folder, dtype=dtype, device=device)
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(device).eval(), PreTrainedTokenizerFast.from_pretrained(folder)

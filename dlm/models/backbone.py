@@ -1,0 +1,232 @@
+"""What LLaDA and Dream share: a pre-norm transformer without a causal mask, its layer, and the forward.
+
+The two differ in the names of their modules (those of the published checkpoints, so that weights load and save key by
+key), in biases and in the precision of the rotation. A subclass builds the modules under those names and tells this
+file where they are. The layer is made of four small steps so that a cache policy may run it in pieces.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from dlm.models.attention import ATTENTION
+from dlm.models.card import Card
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square in fp32, goes back to the dtype of the model, then scales."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        exact = hidden.float()
+        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * exact.to(hidden.dtype)
+
+
+def rope_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> Rope:
+    """Cosines and sines [batch, q, head_dim / 2] in fp32 of the angles position * theta^(-2j / head_dim)."""
+    steps = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
+    angles = position_ids[..., None].float() * (1.0 / theta**steps)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """RoPE of x [batch, heads, q, head_dim], first half against second half, in the precision of the tables."""
+    cos, sin = (table.unsqueeze(1) for table in rope)
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def refuse(config: PreTrainedConfig, given: dict[str, Any], fixed: dict[str, tuple]) -> None:
+    """Raises ValueError naming the field if `given` has a value that the published graph does not have.
+
+    `fixed` maps a field to the values that mean the published graph; the first is named in the message.
+    """
+    for name, allowed in fixed.items():
+        value = given.get(name, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is not supported: this {config.model_type} network has {allowed[0]!r}")
+
+
+class Layer(GradientCheckpointingLayer):
+    """One transformer layer over hidden states [batch, q, width].
+
+    A subclass gives the modules `input_norm`, `to_q`, `to_k`, `to_v`, `to_out`, `ffn_norm`, `gate`, `up`, `down`.
+    """
+
+    is_causal = False
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def qk(self, normed: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated queries [batch, heads, q, head_dim] and keys [batch, kv_heads, q, head_dim] of normed states."""
+        return rotate(self._heads(self.to_q(normed)), rope), rotate(self._heads(self.to_k(normed)), rope)
+
+    def v(self, normed: torch.Tensor) -> torch.Tensor:
+        """Values [batch, kv_heads, q, head_dim] of normed states."""
+        return self._heads(self.to_v(normed))
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor | Any, value: torch.Tensor | Any, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The attention branch [batch, q, width]: keys and values are tensors, or what a cache's `update` returned."""
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        out, _ = function(self, query, key, value, mask, dropout=0.0, scaling=self.scaling)
+        return self.to_out(out.flatten(2))
+
+    def ffn(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The feed-forward branch [batch, q, width], its norm included."""
+        normed = self.ffn_norm(hidden)
+        return self.down(F.silu(self.gate(normed)) * self.up(normed))
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        rope: Rope,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any | None = None,
+    ) -> torch.Tensor:
+        if getattr(past_key_values, "drives_layers", False):
+            return past_key_values.drive(self, hidden, rope, attention_mask)
+        normed = self.input_norm(hidden)
+        query, key = self.qk(normed, rope)
+        value = self.v(normed)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        hidden = hidden + self.attend(query, key, value, attention_mask)
+        return hidden + self.ffn(hidden)
+
+
+class MaskedDiffusionModel(PreTrainedModel):
+    """A diffusion language model: tokens and masks in, raw logits out.
+
+    A subclass gives the modules `embed`, `layers`, `final_norm`, `head` and the class attributes. `end_ids` are further
+    tokens that end an answer; `load_model` takes them from the tokenizer.
+    """
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    shift: ClassVar[Literal[0, 1]]
+    unmask: ClassVar[str]
+    rope_dtype: ClassVar[torch.dtype | None]
+    context_advised: ClassVar[int | None] = None
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        if config._attn_implementation is None:
+            config._attn_implementation = ATTENTION
+        super().__init__(config)
+        self.end_ids: tuple[int, ...] = ()
+
+    @property
+    def card(self) -> Card:
+        """The model's facts; raises ValueError when its config names no mask token."""
+        return self.card_of(self.config, self.end_ids)
+
+    @classmethod
+    def card_of(cls, config: PreTrainedConfig, end_ids: tuple[int, ...] = ()) -> Card:
+        """The card of a model of this class with this config; errors as `Card.of`."""
+        return Card.of(config, cls.shift, cls.unmask, end_ids, cls.context_advised)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        logits_rows: torch.Tensor | None = None,
+    ) -> MaskedLMOutput:
+        """Raw logits, not shifted: [batch, q, vocabulary], or [batch, r, vocabulary] of the rows asked for.
+
+        Args:
+            input_ids: int64 [batch, q]; or `inputs_embeds` [batch, q, width] instead.
+            attention_mask: [batch, n], true or 1 where a key may be seen; n = q without a cache, else what its slots
+                are. None = all.
+            position_ids: int64 [batch or 1, q]; may be left out without a cache: each row counts its visible tokens.
+            past_key_values: what keeps keys and values, or None. Its `update(k, v, layer)` is called once a layer with
+                post-RoPE keys; if it `drives_layers`, `drive(layer, hidden, rope, mask)` stands for the whole layer.
+            logits_rows: int64 [batch, r], indices into the q rows; the head runs on these only. -1 gives a row of no
+                meaning.
+
+        Raises:
+            ValueError: not exactly one of ids and embeddings, positions missing, a mask of another shape, a cache with
+                another attention function.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of the two")
+        hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            position_ids = self._positions(hidden, attention_mask, past_key_values)
+        mask = self._mask(hidden, attention_mask, past_key_values)
+        rope = rope_tables(position_ids, self.layers[0].head_dim, self.config.rope_theta)
+        rope = tuple(table.to(self.rope_dtype or hidden.dtype) for table in rope)
+        for layer in self.layers:
+            hidden = layer(hidden, rope, attention_mask=mask, past_key_values=past_key_values)
+        if logits_rows is not None:
+            batch = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
+            hidden = hidden[batch, logits_rows.to(hidden.device)]
+        return MaskedLMOutput(logits=self.head(self.final_norm(hidden)))
+
+    @staticmethod
+    def _positions(hidden: torch.Tensor, attention_mask: torch.Tensor | None, cache: Any | None) -> torch.Tensor:
+        if cache is not None:
+            raise ValueError("position_ids are missing; with a cache they say which positions the queries have")
+        if attention_mask is None:
+            return torch.arange(hidden.shape[1], device=hidden.device)[None]
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+    def _mask(
+        self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, cache: Any | None
+    ) -> torch.Tensor | None:
+        implementation = self.config._attn_implementation
+        if cache is not None and implementation != ATTENTION:
+            raise ValueError(
+                f"attention {implementation!r} cannot read a cache of slots; "
+                f"call model.set_attn_implementation({ATTENTION!r})"
+            )
+        if cache is not None or attention_mask is None:
+            return attention_mask
+        if attention_mask.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)}, the input has [batch, tokens] = "
+                f"{list(hidden.shape[:2])}; give one value per token"
+            )
+        return create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden, attention_mask=attention_mask.to(hidden.device)
+        )

@@ -1,0 +1,109 @@
+"""Loads a published checkpoint from a folder or the hub: safetensors (one file or shards), no remote code, no pickles.
+
+The classes are also made known to transformers' Auto classes, unless transformers has models of these types itself.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from dlm.models.backbone import MaskedDiffusionModel
+from dlm.models.dream import DreamModel
+from dlm.models.llada import LLaDAModelLM
+from dlm.models.text import end_ids, load_tokenizer
+
+MODELS: dict[str, type[MaskedDiffusionModel]] = {"llada": LLaDAModelLM, "Dream": DreamModel}
+FAULTS = {"missing_keys": "missing", "unexpected_keys": "unknown", "mismatched_keys": "of another shape"}
+
+
+def load_model(
+    path_or_id: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | dict[str, Any] | None = None,
+) -> tuple[MaskedDiffusionModel, PreTrainedTokenizerBase | None]:
+    """A model ready for decoding, and its tokenizer (None if the folder has none).
+
+    dtype None = as saved. `device` is where the model goes (None = CPU); "auto" or a dict from module names to devices
+    spreads it over several, as transformers' `device_map` does, which needs the package accelerate.
+
+    Raises:
+        FileNotFoundError: no config.json or no safetensors there, and no such model on a reachable hub.
+        ValueError: another kind of model, a config of another graph or without a mask token, weights that do not fit.
+    """
+    source = str(path_or_id)
+    kind = _kind(source)
+    config = kind.config_class.from_pretrained(source)
+    card = kind.card_of(config)
+    spread = device if device == "auto" or isinstance(device, dict) else None
+    model, info = kind.from_pretrained(
+        source,
+        config=config,
+        dtype=dtype or "auto",
+        device_map=spread,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that the report below names them all
+    )
+    _check_weights(source, info)
+    if spread is None:
+        model.to(device or "cpu")
+    tokenizer = load_tokenizer(source, config.model_type, card)
+    if tokenizer is not None:
+        model.end_ids = end_ids(tokenizer, config.model_type)
+    return model.eval(), tokenizer
+
+
+def register() -> None:
+    """Makes `AutoConfig`, `AutoModel` and `AutoModelForMaskedLM` know our models, where the type is still free."""
+    for model_type, kind in MODELS.items():
+        if model_type not in CONFIG_MAPPING:
+            AutoConfig.register(model_type, kind.config_class)
+            AutoModel.register(kind.config_class, kind)
+            AutoModelForMaskedLM.register(kind.config_class, kind)
+
+
+def _kind(source: str) -> type[MaskedDiffusionModel]:
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} has no config.json; give the folder that holds the model's files")
+        if not any(folder.glob("*.safetensors")):
+            raise FileNotFoundError(
+                f"{folder} has no *.safetensors; other weight files can run code when they are read: convert them first"
+            )
+    try:
+        path = cached_file(source, "config.json")
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{source!r} is no folder here and cannot be had from the hub; give the folder of a downloaded model"
+        ) from error
+    model_type = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
+    if model_type not in MODELS:
+        raise ValueError(
+            f"{source} is a {model_type!r} model; supported are 'llada' (LLaDA-8B, LLaDA-1.5) and 'Dream' (Dream-v0, "
+            "Dream-Coder, DiffuCoder)"
+        )
+    return MODELS[model_type]
+
+
+def _check_weights(source: str, info: dict[str, Any]) -> None:
+    """Raises ValueError naming the weights (at most four of each kind) that the config asks for and the files lack."""
+    faults = []
+    for name, title in FAULTS.items():
+        keys = sorted(str(key) for key in info[name])
+        if keys:
+            faults.append(f"{title}: {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}")
+    if faults:
+        raise ValueError(f"the weights at {source} do not fit its config.json; {'; '.join(faults)}")

@@ -1,0 +1,373 @@
+"""A diffusers pipeline around `dlm.decode.decode`: `MaskedDiffusionPipeline(model, scheduler, tokenizer)(prompt)`.
+
+The pipeline has no loop: it turns its arguments into those of `decode`, and the scheduler into a rule whose choices are
+the scheduler's `step`. Shift, cache policies, ragged batches and ends of text are `decode`'s. Schedulers are those of
+`dlm.schedulers`, and diffusers' own `BlockRefinementScheduler` (without its editing: a written token stays).
+
+Differences to diffusers' `LLaDA2Pipeline`: blocks begin at the end of the prompt, a callback may change `sequences`
+only where nothing is cached, and there are `cache`, `cfg_scale` and `eos`.
+
+Needs the package diffusers: `pip install 'agentkv[pipeline]'`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dlm.cache import Policy, resolve_cache
+from dlm.canvas import Canvas
+from dlm.decode import Decoded, Stats, decode
+from dlm.models import Card, DreamModel, LLaDAModelLM, answer_text
+from dlm.models.text import FAMILIES, end_ids
+from dlm.request import EndOfText, Request
+from dlm.schedulers import Running, UnmaskScheduler
+from dlm.settings import BLOCK_LENGTH, pad_left, prompt_ids
+from dlm.unmask import Choice, Guided, Guider, Rule, Sampling, Unmasker
+from dlm.unmask.base import Reach
+from dlm.unmask.blocks import BlockUnmasker
+
+try:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+    from diffusers.utils import BaseOutput
+except ImportError as error:
+    raise ImportError("dlm.pipeline needs the package diffusers: pip install 'agentkv[pipeline]'") from error
+
+Messages = list[dict[str, str]]
+NATIVE = (LLaDAModelLM, DreamModel)
+
+
+@dataclass
+class MaskedDiffusionPipelineOutput(BaseOutput):
+    """What a pipeline wrote.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(batch_size, gen_length)`): the generated part.
+        texts (`list[str]`, *optional*): each row up to its end of text; None with `output_type="seq"`.
+        stats (`dlm.decode.Stats`): what it cost.
+    """
+
+    sequences: torch.LongTensor
+    texts: list[str] | None
+    stats: Stats
+
+
+class MaskedDiffusionPipeline(DiffusionPipeline):
+    """Text from a masked diffusion language model (LLaDA, Dream).
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): a model of `dlm.models`.
+        scheduler ([`~dlm.schedulers.UnmaskScheduler`]): which masks to write first; or a `BlockRefinementScheduler`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): not needed for `input_ids`.
+        guider ([`~transformers.PreTrainedModel`], *optional*): the causal model that a `GuidedScheduler` asks.
+        guider_tokenizer (*optional*): of the guider, where its vocabulary is another than the model's.
+    """
+
+    model: PreTrainedModel
+    scheduler: SchedulerMixin
+    tokenizer: PreTrainedTokenizerBase | None
+
+    _optional_components = ["tokenizer", "guider", "guider_tokenizer"]
+    _callback_tensor_inputs = ["sequences", "transfer_index", "sampled_tokens", "slots"]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        scheduler: SchedulerMixin,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        guider: PreTrainedModel | None = None,
+        guider_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            model=model, scheduler=scheduler, tokenizer=tokenizer, guider=guider, guider_tokenizer=guider_tokenizer
+        )
+        if type(model) in NATIVE:
+            # diffusers reads a part's class from a module that must also hold its base class `PreTrainedModel`: this
+            # one does, the model's own need not.
+            self.register_to_config(model=(__name__, type(model).__name__))
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        if tokenizer is not None and kind in FAMILIES:
+            # `from_pretrained` of a pipeline loads the bare model; the tokens that end its answers are its tokenizer's.
+            model.end_ids = end_ids(tokenizer, kind)
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        messages: Messages | list[Messages] | None,
+        input_ids: torch.LongTensor | None,
+        gen_length: int,
+        block_length: int | None,
+        num_inference_steps: int | None,
+        temperature: float,
+        top_p: float | None,
+        top_k: int | None,
+        cache: str | Policy,
+        cfg_scale: float,
+        eos: EndOfText,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> None:
+        """Raises ValueError naming the first argument that cannot work, before anything is computed."""
+        if sum(source is not None for source in (prompt, messages, input_ids)) != 1:
+            raise ValueError("Provide one of `prompt`, `messages`, or `input_ids`.")
+        for name, source in (("prompt", prompt), ("messages", messages)):
+            if source is not None and self.tokenizer is None:
+                raise ValueError(
+                    f"`tokenizer` is needed for `{name}`; build the pipeline with one, or give `input_ids`"
+                )
+            if source is not None and len(source) == 0:
+                raise ValueError(f"`{name}` is empty; give at least one")
+        request = {"gen_length": 1, "block_length": None, "steps": None, "cfg_scale": 0, "eos": "stop"}
+        given = {"gen_length": gen_length, "block_length": block_length, "cfg_scale": cfg_scale, "eos": eos}
+        for name, value in given.items():
+            request[name] = value
+            _named(name, lambda: Request(**request))
+        sampling: dict[str, Any] = {}
+        for name, value in (("temperature", temperature), ("top_p", top_p), ("top_k", top_k)):
+            sampling[name] = value
+            _named(name, lambda: Sampling(**sampling))
+        _named("cache", lambda: resolve_cache(cache))
+        steps = num_inference_steps
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"`num_inference_steps` must be a number of steps per block >= 1, got {steps!r}")
+        if output_type not in ("text", "seq"):
+            raise ValueError(f"`output_type` must be 'text' or 'seq', got {output_type!r}")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found {unknown}"
+            )
+        self._check_scheduler()
+
+    def _check_scheduler(self) -> None:
+        guided = getattr(self.scheduler, "rule_class", None) is Guided
+        if guided and self.guider is None:
+            raise ValueError("`guider` is needed by GuidedScheduler; build the pipeline with a causal model as guider")
+        if not guided and self.guider is not None:
+            raise ValueError(f"`guider` is asked by GuidedScheduler only, not by {type(self.scheduler).__name__}")
+        if self.scheduler.config.get("editing_threshold"):
+            raise ValueError(
+                f"`scheduler` has editing_threshold={self.scheduler.config['editing_threshold']}, and a written token "
+                "is never taken back here; use None"
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        messages: Messages | list[Messages] | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
+        use_chat_template: bool = True,
+        gen_length: int = 128,
+        block_length: int | None = None,
+        num_inference_steps: int | None = None,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        cache: str | Policy = "freecache",
+        cfg_scale: float = 0.0,
+        eos: EndOfText = "stop",
+        generator: torch.Generator | None = None,
+        output_type: str = "text",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict | None] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> MaskedDiffusionPipelineOutput | tuple[torch.LongTensor, list[str] | None]:
+        """Writes `gen_length` tokens behind each prompt.
+
+        Args:
+            prompt (`str` or `list[str]`): texts, put into the tokenizer's chat template if it has one.
+            messages: one conversation, or a list of them; needs a tokenizer with a chat template.
+            input_ids (`torch.LongTensor` of shape `(batch_size, length)`): prompts padded on the left.
+            attention_mask (`torch.LongTensor`, *optional*): of `input_ids`; 0 = padding.
+            use_chat_template (`bool`): False takes `prompt` as plain text.
+            gen_length (`int`): tokens to generate.
+            block_length (`int`, *optional*): tokens finished before the next are begun; None = the scheduler's, or 32.
+            num_inference_steps (`int`, *optional*): steps per block; None = one for each token. A short last block
+                leaves some of its steps to the others; a rule without a schedule takes as many as it needs.
+            temperature, top_p, top_k: how tokens are drawn.
+            cache (`str`): which positions are computed anew in each step, see `dlm.cache`.
+            cfg_scale (`float`): classifier-free guidance by the prompt; 0 = none.
+            eos (`str`): "stop", "fill" or "none", see `dlm.decode.decode`.
+            generator (`torch.Generator`, *optional*): of the random numbers.
+            output_type (`str`): "text", or "seq" for token ids alone.
+            return_dict (`bool`): a tuple (sequences, texts) if False.
+            callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step. A `sequences` in the
+                dict that it returns replaces the generated part; only with `cache="none"`.
+            callback_on_step_end_tensor_inputs (`list[str]`): of `sequences`, `transfer_index`, `sampled_tokens` and
+                `slots` (the columns that the two before belong to, -1 = none).
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        names = ["sequences"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        if block_length is None and isinstance(gen_length, int):
+            block_length = max(1, min(self.scheduler.config.get("block_length", BLOCK_LENGTH), gen_length))
+        self.check_inputs(
+            prompt, messages, input_ids, gen_length, block_length, num_inference_steps, temperature, top_p, top_k,
+            cache, cfg_scale, eos, output_type, names,
+        )  # fmt: skip
+        ids, mask = self._encode(prompt, messages, input_ids, attention_mask, use_chat_template)
+        source = "prompt" if prompt is not None else "messages" if messages is not None else "input_ids"
+        steps = min(num_inference_steps or block_length, block_length)
+        request = Request(gen_length, block_length, steps * -(-gen_length // block_length), cfg_scale, eos)
+        _named(source, lambda: request.canvas(self.model.card, ids, mask))
+        self.scheduler.set_timesteps(steps, device=ids.device, block_length=block_length)
+        guide = None
+        if self.guider is not None:
+            own = None if self.guider_tokenizer is None else self.tokenizer
+            guide = Guider(self.guider, self.guider_tokenizer, own)
+        rule = ScheduledRule(self.scheduler, guide, sampling=Sampling(temperature, top_p, top_k))
+        with self.progress_bar(total=gen_length) as bar:
+            after = _AfterStep(self, rule, bar, callback_on_step_end, names, resolve_cache(cache).name == "none")
+            done = decode(
+                self.model, ids, mask, gen_length=gen_length, block_length=block_length, steps=request.steps,
+                cache=cache, unmask=rule, cfg_scale=cfg_scale, eos=eos, generator=generator, on_step=after,
+            )  # fmt: skip
+        self.maybe_free_model_hooks()
+        return self._output(done, output_type, return_dict)
+
+    def _encode(
+        self, prompt: str | list[str] | None, messages: Messages | list[Messages] | None,
+        input_ids: torch.LongTensor | None, attention_mask: torch.LongTensor | None, use_chat_template: bool,
+    ) -> tuple[torch.LongTensor, torch.LongTensor | None]:  # fmt: skip
+        """Prompts as ids padded on the left, and their mask."""
+        device = self._execution_device
+        if input_ids is not None:
+            return input_ids.to(device), None if attention_mask is None else attention_mask.to(device)
+        if prompt is not None:
+            sources = [prompt] if isinstance(prompt, str) else prompt
+        else:
+            sources = [messages] if isinstance(messages[0], dict) else messages
+        chat = use_chat_template and self.tokenizer.chat_template is not None
+        return pad_left([prompt_ids(self.tokenizer, x, chat) for x in sources], self.model.card.pad_id, device)
+
+    def _output(
+        self, done: Decoded, output_type: str, return_dict: bool
+    ) -> MaskedDiffusionPipelineOutput | tuple[torch.LongTensor, list[str] | None]:
+        texts = None
+        if output_type == "text" and self.tokenizer is not None:
+            texts = [answer_text(self.tokenizer, row, self.model.card.eos_ids) for row in done.ids.tolist()]
+        return MaskedDiffusionPipelineOutput(done.ids, texts, done.stats) if return_dict else (done.ids, texts)
+
+
+@dataclass(frozen=True)
+class ScheduledRule(Rule):
+    """A scheduler as `decode` sees it: a rule that chooses what the scheduler's `step` transfers.
+
+    Attributes:
+        last: what the last step did, "transfer_index", "sampled_tokens" and "slots".
+    """
+
+    scheduler: SchedulerMixin
+    guide: Guider | None = None
+    last: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def begin(self, canvas: Canvas, card: Card, generator: torch.Generator | None, steps: int) -> Unmasker:
+        if not isinstance(self.scheduler, UnmaskScheduler):
+            return _ForeignSteps(self, canvas, card, generator, steps)
+        more = {} if self.guide is None else {"guide": self.guide}
+        return _OwnSteps(self, self.scheduler.rule(self.sampling, **more).begin(canvas, card, generator, steps))
+
+    @property
+    def expression(self) -> str:
+        return type(self.scheduler).__name__
+
+
+class _OwnSteps(Unmasker):
+    """A scheduler of `dlm.schedulers`: the unmasker of its rule, asked through `step`."""
+
+    def __init__(self, rule: ScheduledRule, unmasker: Unmasker) -> None:
+        self.rule, self.unmasker, self.steps = rule, unmasker, 0
+
+    def candidates(self, canvas: Canvas, reach: Reach) -> torch.Tensor:
+        return self.unmasker.candidates(canvas, reach)
+
+    def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
+        sample = canvas.ids.gather(1, slots.clamp(min=0))
+        out = self.rule.scheduler.step(logits, self.steps, sample, running=Running(self.unmasker, canvas, slots))
+        self.steps += 1
+        self.rule.last.update(transfer_index=out.transfer_index, sampled_tokens=out.sampled_tokens, slots=slots)
+        return Choice(out.sampled_tokens, out.transfer_index)
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        return self.unmasker.stats
+
+
+class _ForeignSteps(BlockUnmasker):
+    """Any scheduler that steps through one block: what it takes of our arguments is read from its `step`.
+
+    Rows go on at their own pace, and such a scheduler has one step number for all, so rows are asked in groups.
+    """
+
+    def __init__(
+        self, rule: ScheduledRule, canvas: Canvas, card: Card, generator: torch.Generator | None, steps: int
+    ) -> None:
+        super().__init__(rule, canvas, rule.sampler(canvas, card, generator), steps, None)
+        self.card = card
+        self.block = torch.full((canvas.batch,), -1)
+        self.used = torch.zeros_like(self.block)
+        takes = inspect.signature(rule.scheduler.step).parameters
+        wanted = {"mask_token_id": card.mask_id, "generator": generator}
+        wanted |= {name: getattr(rule.sampling, name) for name in ("temperature", "top_p", "top_k")}
+        self.options = {name: value for name, value in wanted.items() if name in takes}
+
+    def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
+        logits = logits.float().index_fill(2, self.sampler.hidden, torch.finfo(torch.float32).min)
+        sample = canvas.ids.gather(1, slots.clamp(min=0)).masked_fill(slots < 0, self.card.pad_id)
+        active = canvas.active_cpu
+        self.used = torch.where(active == self.block, self.used, 0)
+        self.block = active.clone()
+        tokens, commit = sample.clone(), torch.zeros_like(sample, dtype=torch.bool)
+        for number in self.used[canvas.unfinished].unique().tolist():
+            rows = ((self.used == number) & canvas.unfinished).nonzero()[:, 0].to(sample.device)
+            out = self.rule.scheduler.step(logits[rows], number, sample[rows], **self.options)
+            tokens[rows], commit[rows] = out.sampled_tokens, out.transfer_index
+        self.used = self.used + 1
+        commit = commit & (slots >= 0)
+        self.rule.last.update(transfer_index=commit, sampled_tokens=tokens, slots=slots)
+        return Choice(tokens, commit)
+
+
+class _AfterStep:
+    """`on_step` of a pipeline's decode: the progress bar, and what a callback wants to see and to change."""
+
+    def __init__(
+        self, pipeline: MaskedDiffusionPipeline, rule: ScheduledRule, bar: Any, callback: Callable | None,
+        names: Sequence[str], changeable: bool,
+    ) -> None:  # fmt: skip
+        self.pipeline, self.rule, self.bar, self.callback = pipeline, rule, bar, callback
+        self.names, self.changeable = names, changeable
+
+    def __call__(self, canvas: Canvas, stats: Stats) -> None:
+        self.bar.update(canvas.length - canvas.prompt - int(canvas.left_cpu.max()) - self.bar.n)
+        if self.callback is None:
+            return
+        seen = {"sequences": canvas.generated.clone(), **self.rule.last}
+        step = stats.forwards - 1
+        changed = self.callback(self.pipeline, step, step, {name: seen[name] for name in self.names})
+        if changed and "sequences" in changed and not torch.equal(changed["sequences"], canvas.generated):
+            if not self.changeable:
+                raise ValueError(
+                    "`callback_on_step_end` changed `sequences`, but keys and values of the old ones are cached; "
+                    "use cache='none'"
+                )
+            tokens = changed["sequences"].to(canvas.ids)
+            slots = torch.arange(canvas.prompt, canvas.length, device=tokens.device).expand_as(tokens)
+            canvas.commit(slots, tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+
+def _named(name: str, make: Callable[[], Any]) -> None:
+    """Runs a check; what it raises is about the argument `name`."""
+    try:
+        make()
+    except ValueError as error:
+        raise ValueError(f"`{name}`: {error}") from error

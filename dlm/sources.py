@@ -1,0 +1,117 @@
+"""Models and guides by the name that a command got: an embedded one, a folder, or an id of the hub.
+
+What can be told from the name and the files beside it is checked before any weights are read. A guide is whatever
+causal language model transformers itself can load; remote code is never run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from dlm.mini import WEIGHTS, load_mini
+from dlm.models import load_model
+from dlm.models.loading import MODELS
+from dlm.unmask import Guider
+
+MINI_MODELS = {"mini": "llada", "mini-dream": "dream"}
+MINI_GUIDES = {"mini": "guider"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def device_of(name: str | None) -> str:
+    """`name`, or the best device there is. Raises ValueError for one that is not there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device {name!r} cannot be used ({reason}); use cpu, or cuda on a machine with one"
+        ) from error
+    return name
+
+
+def dtype_of(name: str | None, device: str) -> torch.dtype:
+    """The dtype called `name`, or bfloat16 on a GPU and float32 elsewhere."""
+    return DTYPES[name or ("float32" if device == "cpu" else "bfloat16")]
+
+
+def check_model(name: str) -> None:
+    """Raises ValueError or FileNotFoundError if `name` is no diffusion model, as far as the files here tell."""
+    kind = _kind(name, MINI_MODELS)
+    if kind is not None and kind not in MODELS:
+        raise ValueError(f"model {name} is a {kind!r} model; diffusion models here are {' and '.join(MODELS)}")
+
+
+def check_guide(name: str) -> None:
+    """Raises ValueError or FileNotFoundError if `name` is no causal model, as far as the files here tell."""
+    kind = _kind(name, MINI_GUIDES)
+    if kind in MODELS:
+        raise ValueError(f"guide {name} is a {kind!r} diffusion model; a guide reads from the left, as Qwen2 does")
+
+
+def open_model(name: str, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The diffusion model called `name` and its tokenizer.
+
+    Raises:
+        ValueError: files that cannot be read, or no tokenizer among them.
+        FileNotFoundError: no such model.
+    """
+    logging.disable_progress_bar()
+    try:
+        if name in MINI_MODELS:
+            return load_mini(MINI_MODELS[name], dtype, device)
+        model, tokenizer = load_model(name, dtype, device)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"model {name}: {str(error).splitlines()[0]}") from error
+    if tokenizer is None:
+        raise ValueError(f"model {name} has no tokenizer beside it; put its tokenizer.json into the folder")
+    return model, tokenizer
+
+
+def open_guide(name: str, device: str, dtype: torch.dtype, dlm_tokenizer: PreTrainedTokenizerBase) -> Guider:
+    """The guide called `name`, beside a diffusion model with `dlm_tokenizer`; errors as `open_model`."""
+    logging.disable_progress_bar()
+    try:
+        if name in MINI_GUIDES:
+            model, tokenizer = load_mini(MINI_GUIDES[name], dtype, device)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+            model = model.to(device).eval()
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"guide {name}: {str(error).splitlines()[0]}") from error
+    return Guider(model, tokenizer, dlm_tokenizer)
+
+
+def _kind(name: str, embedded: Mapping[str, str]) -> str | None:
+    """The `model_type` in the folder called `name`; None for an embedded model and for an id of the hub."""
+    if name in embedded:
+        if not (WEIGHTS / embedded[name] / "model.safetensors").is_file():
+            load_mini(embedded[name])  # says how the weights are made
+        return None
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+            raise FileNotFoundError(
+                f"{name!r} is no folder here; give one, {' or '.join(embedded)}, or an id of the hub as owner/name"
+            )
+        return None
+    config = folder / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; give the folder that holds the model's files")
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except ValueError as error:
+        raise ValueError(f"{config} is no JSON ({error}); copy the model again") from error

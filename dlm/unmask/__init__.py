@@ -1,0 +1,86 @@
+"""Unmasking rules for diffusion language models: which masks become text now, and with which token.
+
+"confidence", "random" (LLaDA), "origin", "maskgit_plus", "topk_margin", "entropy(compat=True)" (Dream),
+"threshold(0.9)", "factor(1.0)" (Fast-dLLM), "guided('topk', k=2)" (a causal model says how far a draft may be kept).
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+from transformers import PreTrainedModel
+
+from dlm.unmask.base import REGISTRY, Choice, Rule, Unmasker, find, register
+from dlm.unmask.confidence import Confidence, Random
+from dlm.unmask.dream import Entropy, MaskGitPlus, Origin, TopKMargin
+from dlm.unmask.guided import Guided
+from dlm.unmask.guider import Guider
+from dlm.unmask.parallel import Factor, Threshold
+from dlm.unmask.sampling import Sampling
+from textkv.expression import parse_call, split_parts
+
+__all__ = [
+    "Choice",
+    "Confidence",
+    "Entropy",
+    "Factor",
+    "Guided",
+    "Guider",
+    "MaskGitPlus",
+    "Origin",
+    "Random",
+    "Rule",
+    "Sampling",
+    "Threshold",
+    "TopKMargin",
+    "Unmasker",
+    "list_rules",
+    "register",
+    "resolve_unmask",
+]
+
+
+def list_rules() -> list[str]:
+    """Names of all registered rules, sorted."""
+    return sorted(REGISTRY)
+
+
+def resolve_unmask(
+    expression: str | Rule, sampling: Sampling | None = None, guide: Guider | PreTrainedModel | None = None
+) -> Rule:
+    """Builds a rule from "name" or "name(x, key=y)".
+
+    Args:
+        expression: a `Rule` is taken as it is.
+        sampling: how tokens are drawn; None = as the rule has it.
+        guide: of a guided rule; a bare model has the same ids as the diffusion model; None = as the rule has it.
+
+    Raises:
+        ValueError: unknown name (with the nearest ones), malformed text, a bad argument, a guide for a rule that takes
+            none, or none for one that needs it.
+    """
+    rule = expression if isinstance(expression, Rule) else _parse(expression)
+    if sampling is not None:
+        rule = replace(rule, sampling=sampling)
+    if isinstance(guide, PreTrainedModel):
+        guide = Guider(guide)
+    if isinstance(rule, Guided):
+        rule = replace(rule, guide=guide or rule.guide)
+        if rule.guide is None:
+            raise ValueError("the rule guided needs a guide: a Guider around a causal language model")
+    elif guide is not None:
+        raise ValueError(f"the rule {rule.name} takes no guide; use guided, or leave the guide out")
+    return rule
+
+
+def _parse(expression: str) -> Rule:
+    part, *more = split_parts(expression)
+    if more:
+        raise ValueError(f"unmasking rule {expression!r}: a rule stands alone; leave out +{'+'.join(more)}")
+    name, args, kwargs = parse_call(part)
+    cls = find(name)
+    try:
+        return cls(*args, **kwargs)
+    except TypeError as error:
+        known = ", ".join(f.name for f in fields(cls) if f.name not in ("sampling", "guide"))
+        raise ValueError(f"unmasking rule {part!r}: {error}; its arguments are: {known}") from None

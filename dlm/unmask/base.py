@@ -1,0 +1,148 @@
+"""What an unmasking rule is: which slots it wants logits of now, which token each gets, and which to write for good.
+
+A rule is a frozen configuration; `begin` makes the unmasker of one generation, which counts per row. It sees logits
+already aligned to slots and the canvas, never the model or the cache policy, so that every rule goes with every policy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from dlm.unmask.sampling import Sampler, Sampling
+
+if TYPE_CHECKING:
+    from dlm.canvas import Canvas
+    from dlm.models.card import Card
+
+Reach = tuple[torch.Tensor, torch.Tensor]
+"""Slots [low, high) of each row, int64 [batch], whose logits the next forward can give."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """tokens: int64 [batch, r], one for each candidate slot; commit: bool [batch, r], which of them to write."""
+
+    tokens: torch.Tensor
+    commit: torch.Tensor
+
+
+class Unmasker(ABC):
+    """One generation under a rule."""
+
+    @abstractmethod
+    def candidates(self, canvas: Canvas, reach: Reach) -> torch.Tensor:
+        """Masked slots whose logits are wanted of the next forward: int64 [batch, r], ascending, -1 = none."""
+
+    @abstractmethod
+    def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
+        """What to write.
+
+        Args:
+            logits: [batch, r, V] of the candidates: row i predicts slot slots[:, i]. What stands at -1 is not read.
+            slots: int64 [batch, r], what `candidates` gave, or some of it with the others replaced by -1.
+        """
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What the rule counted beside the model's forwards, by name."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """Base of every rule's configuration.
+
+    Attributes:
+        sampling: how tokens are drawn.
+        suppress: token ids that are never written; the mask always is one of them.
+        logits_eos_inf: also never write the card's first end token (LLaDA's option of that name).
+
+    Raises:
+        ValueError: a suppressed id that is no token id.
+    """
+
+    sampling: Sampling = field(default=Sampling(), kw_only=True)
+    suppress: tuple[int, ...] = field(default=(), kw_only=True)
+    logits_eos_inf: bool = field(default=False, kw_only=True)
+
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        ids = self.suppress
+        if not isinstance(ids, tuple) or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            raise ValueError(f"suppress={ids!r} is no tuple of token ids; use for example suppress=(126081,)")
+
+    @abstractmethod
+    def begin(self, canvas: Canvas, card: Card, generator: torch.Generator | None, steps: int) -> Unmasker:
+        """Starts a generation.
+
+        Args:
+            generator: of all random numbers; None = torch's own.
+            steps: forwards that a rule with a schedule spreads the tokens over, and the most that any block rule needs.
+
+        Raises:
+            ValueError: fewer steps than blocks, or a generator on another device than the canvas.
+        """
+
+    def sampler(self, canvas: Canvas, card: Card, generator: torch.Generator | None) -> Sampler:
+        """What draws this rule's tokens."""
+        device = canvas.ids.device
+        if generator is not None and generator.device.type != device.type:
+            raise ValueError(
+                f"generator is on {generator.device} and the canvas on {device}; build it as "
+                f"torch.Generator({device.type!r})"
+            )
+        hidden = (card.mask_id, *self.suppress, *(card.eos_ids[:1] if self.logits_eos_inf else ()))
+        return Sampler(self.sampling, tuple(dict.fromkeys(hidden)), generator, device)
+
+    @property
+    def expression(self) -> str:
+        """The string that builds this rule again (without what `resolve_unmask` is given beside it)."""
+        given = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in ("sampling", "guide") and value != f.default:
+                given.append(f"{f.name}={value!r}")
+        return f"{self.name}({','.join(given)})" if given else self.name
+
+
+REGISTRY: dict[str, type[Rule]] = {}
+
+
+def register(name: str) -> Callable[[type[Rule]], type[Rule]]:
+    """Class decorator: makes a rule known by `name` to the library, the commands and the evaluations."""
+
+    def add(cls: type[Rule]) -> type[Rule]:
+        known = REGISTRY.get(name)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"rule name {name!r} is taken by {known.__module__}.{known.__qualname__}")
+        cls.name = name
+        REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def find(name: str) -> type[Rule]:
+    """The rule registered as `name`.
+
+    Raises:
+        ValueError: unknown name; the message has the nearest ones.
+    """
+    if name not in REGISTRY:
+        near = difflib.get_close_matches(name, sorted(REGISTRY), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(REGISTRY))}"
+        raise ValueError(f"unknown unmasking rule {name!r}; {hint}")
+    return REGISTRY[name]
+
+
+def check_number(name: str, value: float, low: float, high: float, mend: str) -> None:
+    """Raises ValueError unless `value` is a number in [low, high]; `mend` says what to use."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r} is not in [{low:g}, {high:g}]; {mend}")

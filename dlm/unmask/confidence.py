@@ -1,0 +1,38 @@
+"""LLaDA's two rules (arXiv 2502.09992, "remasking"): a block's masks spread evenly over its steps.
+
+The authors' name means that low-confidence predictions stay masked; a written token is never taken back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dlm.unmask.base import register
+from dlm.unmask.blocks import BlockRule, BlockUnmasker, ProbabilityRule
+from dlm.unmask.pacing import Pace, even_quota, ranks
+from dlm.unmask.sampling import Draw, Sampler
+
+
+@dataclass(frozen=True)
+class QuotaRule(BlockRule):
+    """Writes the best of each block, as many as its schedule says."""
+
+    def accept(self, score: torch.Tensor, free: torch.Tensor, pace: Pace, unmasker: BlockUnmasker) -> torch.Tensor:
+        return ranks(score, free) < even_quota(pace)[:, None]
+
+
+@register("confidence")
+@dataclass(frozen=True)
+class Confidence(QuotaRule, ProbabilityRule):
+    """The tokens of the highest probability first, measured without temperature or noise."""
+
+
+@register("random")
+@dataclass(frozen=True)
+class Random(QuotaRule):
+    """In random order."""
+
+    def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
+        return sampler.uniform(draw.tokens.shape)

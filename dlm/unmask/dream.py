@@ -1,0 +1,107 @@
+"""Dream's four rules (arXiv 2508.15487, `alg`): confidence is that of the distribution which tokens are drawn from.
+
+By default a block's masks are spread evenly over its steps. `compat=True` gives the authors' timestep schedule, whose
+first steps may write nothing. On a canvas of several blocks the last step of a block writes all that it has left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+
+from dlm.unmask.base import check_number, register
+from dlm.unmask.blocks import BlockRule, BlockUnmasker, ProbabilityRule
+from dlm.unmask.pacing import Pace, even_quota, ranks, timestep_quota, timestep_shares
+from dlm.unmask.sampling import Draw, Sampler
+
+
+class _Unmasker(BlockUnmasker):
+    @cached_property
+    def shares(self) -> torch.Tensor:
+        """The timestep schedule, fp32 [steps] on the canvas's device."""
+        return timestep_shares(self.steps, self.rule.eps).to(self.sampler.hidden.device)
+
+
+@dataclass(frozen=True)
+class DreamRule(BlockRule):
+    """Attributes:
+        compat: the authors' timestep schedule instead of the even one.
+        eps: where that schedule ends.
+
+    Raises:
+        ValueError: eps outside (0, 1).
+    """
+
+    compat: bool = field(default=False, kw_only=True)
+    eps: float = field(default=1e-3, kw_only=True)
+
+    shaped: ClassVar[bool] = True
+    unmasker: ClassVar[type[BlockUnmasker]] = _Unmasker
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("eps", self.eps, 1e-12, 1 - 1e-6, "use the authors' 1e-3")
+
+
+@register("origin")
+@dataclass(frozen=True)
+class Origin(DreamRule):
+    """Every mask is written by chance, on its own: with probability 1 - t[i+1] / t[i], or one over the steps left."""
+
+    def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
+        return sampler.uniform(draw.tokens.shape)
+
+    def accept(self, score: torch.Tensor, free: torch.Tensor, pace: Pace, unmasker: _Unmasker) -> torch.Tensor:
+        chance = unmasker.shares[pace.index.clamp(max=unmasker.steps - 1)] if self.compat else 1 / pace.left
+        return score < torch.where(pace.left == 1, torch.ones_like(chance), chance)[:, None]
+
+
+@dataclass(frozen=True)
+class _Ranked(DreamRule):
+    """Attributes:
+        alg_temp: 0 = strictly by confidence; else slots are drawn without replacement from softmax(confidence /
+            alg_temp).
+
+    Raises:
+        ValueError: alg_temp below 0.
+    """
+
+    alg_temp: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("alg_temp", self.alg_temp, 0, 1e9, "use 0 for the strict order")
+
+    def accept(self, score: torch.Tensor, free: torch.Tensor, pace: Pace, unmasker: _Unmasker) -> torch.Tensor:
+        if self.alg_temp:
+            # The largest of score + Gumbel noise are such a draw without replacement.
+            score = score / self.alg_temp + unmasker.sampler.gumbel(score.shape).float()
+        quota = timestep_quota(pace, unmasker.shares) if self.compat else even_quota(pace)
+        return ranks(score, free) < quota[:, None]
+
+
+@register("maskgit_plus")
+@dataclass(frozen=True)
+class MaskGitPlus(_Ranked, ProbabilityRule):
+    """The most probable tokens first."""
+
+
+@register("topk_margin")
+@dataclass(frozen=True)
+class TopKMargin(_Ranked):
+    """First where the most probable token leads the second by most."""
+
+    def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
+        return draw.best - draw.second
+
+
+@register("entropy")
+@dataclass(frozen=True)
+class Entropy(_Ranked):
+    """First where the distribution has the least entropy."""
+
+    def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
+        return -draw.entropy

@@ -1,0 +1,86 @@
+"""One cache of the guider and the rows that share it.
+
+Rows of a batch keep drafts of different lengths, but a cache is cropped by the same number of columns in all rows. So a
+lane of several rows crops to the longest and hides the rest of the others: those columns stay and are masked, positions
+do not count them. A lane of one row never has such holes; a cache kept by a method gets one lane per row, because a
+method cannot be told of holes.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from dlm.unmask.guider import Guider
+from textkv.cache import MethodCache
+from textkv.evidence import Gatherer
+from textkv.method import Needs
+
+_ENDLESS = 1 << 62
+
+
+class Lane:
+    """Args:
+        rows: the canvas rows that it serves.
+
+    Attributes:
+        columns: columns held in the cache.
+        forwards: forwards of the guider.
+        tokens: columns fed, times rows.
+    """
+
+    def __init__(self, guide: Guider, rows: slice, device: torch.device) -> None:
+        self.guide, self.rows = guide, rows
+        self.columns = self.forwards = self.tokens = 0
+        self.size = rows.stop - rows.start
+        self.real = torch.zeros(self.size, 0, dtype=torch.bool, device=device) if self.size > 1 else None
+        self.cache: Cache = DynamicCache()
+        if guide.method is not None:
+            self.cache = MethodCache(guide.model, guide.method, guide.budget)
+
+    def read_prompt(self, tokens: torch.Tensor) -> None:
+        """Reads a prompt int64 [1, n] that the cache's method compresses; only for a cache that has one."""
+        if tokens.shape[1]:
+            self.forward(tokens, None, 1)
+        # From here on everything belongs to one prompt block that never ends: nothing is evicted, so that any draft can
+        # be taken back, and no evidence is gathered for an end that does not come.
+        self.cache.begin(tokens=_ENDLESS)
+        for layer in self.cache.layers:
+            layer.gatherer = Gatherer(Needs())
+
+    def forward(self, tokens: torch.Tensor, real: torch.Tensor | None, keep: int) -> torch.Tensor:
+        """Feeds tokens int64 [rows, c]; logits [rows, keep, V] of the last `keep` columns.
+
+        Args:
+            real: bool [rows, c], False = a column that this row does not have; not read by a lane of one row.
+        """
+        options = {}
+        if self.real is not None:
+            self.real = torch.cat([self.real, real], 1)
+            positions = self.real.cumsum(1)[:, -tokens.shape[1] :] - 1
+            options = {"attention_mask": self.real.long(), "position_ids": positions.clamp(min=0)}
+        out = self.guide.model(
+            input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=keep, **options
+        )
+        self.columns += tokens.shape[1]
+        self.forwards += 1
+        self.tokens += tokens.numel()
+        return out.logits
+
+    def keep(self, counts: list[int], fed: int) -> None:
+        """Of the last `fed` columns each row keeps the first `counts`."""
+        most = max(counts)
+        self.drop(fed - most)
+        if self.real is not None and most:
+            limit = torch.tensor(counts, device=self.real.device)[:, None]
+            self.real[:, -most:] &= torch.arange(most, device=self.real.device) < limit
+
+    def drop(self, columns: int) -> None:
+        """Takes the last columns back."""
+        if not columns:
+            return
+        self.cache.crop(-columns)
+        self.columns -= columns
+        if self.real is not None:
+            self.real = self.real[:, :-columns]

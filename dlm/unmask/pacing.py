@@ -1,0 +1,106 @@
+"""How many tokens a step writes: each row's place in its own schedule, and the order of its candidates.
+
+Two schedules. Even: the masks of a block spread over the steps that it has left, LLaDA's quota (larger shares first).
+Timestep: Dream's `t = linspace(1, eps, S + 1)`, a step writes floor(masks * (1 - t[i+1] / t[i])), the last all that is
+left; in fp32 that leaves the first steps empty. The authors take the mean of the batch's mask counts; here every row
+has its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from dlm.canvas import Canvas
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Where each row stands, int64 [batch].
+
+    Attributes:
+        left: steps that the active block has left, this one included, at least 1.
+        index: number of this step among all steps of the generation.
+        block_masks: masks of the active block.
+        row_masks: masks of the whole row.
+    """
+
+    left: torch.Tensor
+    index: torch.Tensor
+    block_masks: torch.Tensor
+    row_masks: torch.Tensor
+
+
+class Pacer:
+    """Counts the steps of each row. Every block gets one, and of the rest a share by its length.
+
+    Raises:
+        ValueError: fewer steps than blocks.
+    """
+
+    def __init__(self, canvas: Canvas, steps: int) -> None:
+        blocks, device = canvas.blocks, canvas.ids.device
+        if steps < blocks:
+            raise ValueError(
+                f"steps={steps} are fewer than the {blocks} blocks; use at least {blocks} steps or longer blocks"
+            )
+        lengths = torch.tensor([end - start for start, end in map(canvas.block_range, range(blocks))])
+        rest = (lengths - 1).cumsum(0)
+        shares = -(-(steps - blocks) * rest // rest[-1].clamp(min=1))
+        # One more: a finished row stands behind its last block.
+        self.given = torch.cat([1 + shares.diff(prepend=shares.new_zeros(1)), shares.new_ones(1)]).to(device)
+        self.first = self.given.cumsum(0) - self.given
+        self.block = torch.full((canvas.batch,), -1, device=device)
+        self.used = torch.zeros_like(self.block)
+
+    def tick(self, canvas: Canvas, free: torch.Tensor) -> Pace:
+        """One step of the rows that have a candidate; `free` bool [batch, r]."""
+        active = canvas.active
+        self.used = torch.where(active == self.block, self.used, 0)
+        self.block = active
+        masked = canvas.masked()
+        columns = torch.arange(canvas.length, device=masked.device)[None]
+        start, end = canvas.block_start(active)[:, None], canvas.block_start(active + 1)[:, None]
+        pace = Pace(
+            left=(self.given[active] - self.used).clamp(min=1),
+            index=self.first[active] + self.used,
+            block_masks=(masked & (columns >= start) & (columns < end)).sum(1),
+            row_masks=masked.sum(1),
+        )
+        self.used = self.used + free.any(1)
+        return pace
+
+
+def even_quota(pace: Pace) -> torch.Tensor:
+    """int64 [batch]: this step's part of an even split of the block's masks over its steps, at least 1 of any masks."""
+    return -(-pace.block_masks // pace.left)
+
+
+def timestep_shares(steps: int, eps: float) -> torch.Tensor:
+    """fp32 [steps], 1 - t[i+1] / t[i]: the share of a row's masks that step i of Dream's schedule writes."""
+    t = torch.linspace(1, eps, steps + 1)
+    return 1 - t[1:] / t[:-1]
+
+
+def timestep_quota(pace: Pace, shares: torch.Tensor) -> torch.Tensor:
+    """int64 [batch], Dream's schedule with `timestep_shares`; the last step of a block takes all that it has left."""
+    share = shares[pace.index.clamp(max=len(shares) - 1)]
+    quota = (pace.row_masks.float() * share).long()
+    return torch.where(pace.left == 1, pace.block_masks, torch.minimum(quota, pace.block_masks))
+
+
+def ranks(score: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
+    """int64 [batch, r], 0 for a row's highest score. Equals go by the lowest slot; what is not free comes last."""
+    order = ordered(score, free).indices
+    rank = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, rank)
+
+
+def ordered(score: torch.Tensor, free: torch.Tensor) -> torch.return_types.sort:
+    """Scores [batch, r] in descending order and their columns; what is not free has -inf and comes last."""
+    least = torch.finfo(torch.float32).min  # a free slot goes before a closed one whatever its score
+    key = score.float().nan_to_num(nan=least, neginf=least).masked_fill(~free, -torch.inf)
+    return key.sort(dim=1, descending=True, stable=True)

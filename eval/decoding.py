@@ -1,0 +1,363 @@
+"""`python -m eval.decoding`: what cache policies and unmasking rules of diffusion models save, and what they cost.
+
+Every arm of the grid answers the same problems with one model and one rule for ends of text; arms take turns batch by
+batch, so that their seconds were measured side by side. Besides the arms asked for there are always "none" (no cache,
+the model's own rule), which all ratios refer to, and the same with half and a quarter of the steps: a cache that is no
+better than fewer steps is no use. Totals are over all problems; a ratio says how many times less than "none".
+`--json` is rewritten after every round, and a second start with the same file goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from agentkv.tables import format_bytes
+from agentkv.trace import write_json
+from dlm.cache import list_caches, resolve_cache
+from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
+from dlm.models import answer_text
+from dlm.request import EndOfText
+from dlm.settings import Settings, prompt_ids
+from dlm.sources import (
+    DTYPES,
+    MINI_GUIDES,
+    MINI_MODELS,
+    check_guide,
+    check_model,
+    device_of,
+    dtype_of,
+    open_guide,
+    open_model,
+)
+from dlm.unmask import Guider, list_rules
+from eval import gsm8k
+from eval.paired import difference
+from textkv import split_list
+from textkv.expression import parse_call, split_parts
+from textkv.figures import run_meta, wilson
+
+BASE = "none"
+GEN_LENGTH = {"arithmetic": 64, "gsm8k": 256}
+FEWER = (2, 4)  # what the steps are divided by in the arms without cache
+TOTALS = ("forwards", "query_tokens", "guider_forwards", "row_forwards", "seconds")
+WIDTH = 160  # of the table where there is no terminal
+RATIOS = ("forwards", "query_tokens", "seconds")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table: its name in the grid, and how it writes."""
+
+    name: str
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A problem: the prompt as text, and whether an answer to it is right."""
+
+    prompt: str
+    right: Callable[[str], bool]
+
+
+@dataclass
+class Tally:
+    """What an arm has done so far; `right` has one of "0" and "1" for each problem."""
+
+    right: str = ""
+    totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*TOTALS, "committed", "tokens"), 0))
+    cache_bytes: int = 0
+    cache_bytes_peak: int = 0
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Tally:
+        """Back from a row."""
+        totals = {name: row[name] for name in (*TOTALS, "committed", "tokens")}
+        return cls(row["right"], totals, row["cache_bytes"], row["cache_bytes_peak"])
+
+
+def split_entry(entry: str) -> tuple[str, str | None]:
+    """ "cache+method+rule" as (cache with its method, rule); None where the last part is no rule.
+
+    Raises:
+        ValueError: malformed text, or a rule without a cache in front.
+    """
+    parts = split_parts(entry)
+    if parse_call(parts[-1])[0] not in list_rules():
+        return entry, None
+    if len(parts) == 1:
+        raise ValueError(f"grid entry {entry!r} names no cache; write {BASE}+{entry}, or freecache+{entry}")
+    return "+".join(parts[:-1]), parts[-1]
+
+
+def arms_of(grid: str, plain: Settings, guided: bool) -> list[Arm]:
+    """ "none" first, then the grid, then "none" with fewer steps.
+
+    Args:
+        grid: "all" (every cache with every rule), or entries separated by commas.
+        plain: the lengths and conventions that all arms share.
+        guided: whether there is a guide.
+
+    Raises:
+        ValueError: an entry that cannot work.
+    """
+    entries = split_list(grid)
+    if entries == ["all"]:
+        rules = [rule for rule in list_rules() if guided or rule != "guided"]
+        entries = [f"{cache}+{rule}" for cache in list_caches() for rule in rules]
+    if not entries:
+        raise ValueError("the grid is empty; use for example --grid freecache,freecache+threshold(0.9), or all")
+    arms = [Arm(BASE, replace(plain, cache=BASE))]
+    for entry in entries:
+        cache, rule = split_entry(entry)
+        asks = rule is not None and parse_call(rule)[0] == "guided"
+        if asks and not guided:
+            raise ValueError(f"grid entry {entry!r} needs a guide; name one with --guide")
+        resolve_cache(cache)
+        if entry != BASE:
+            arms.append(Arm(entry, replace(plain, cache=cache, unmask=rule, guided=asks)))
+    for part in FEWER:
+        steps = max(plain.blocks, plain.steps // part)
+        if all(steps != arm.settings.steps for arm in arms if arm.settings.cache == BASE):
+            arms.append(Arm(f"{BASE}, fewer steps ({steps})", replace(plain, cache=BASE, steps=steps)))
+    return arms
+
+
+def problems(task: str, n: int, data: Path | None, shots: Path | None, chat: bool) -> list[Asked]:
+    """The first `n` problems of a task.
+
+    Raises:
+        ValueError: a file that is missing or holds fewer problems.
+        FileNotFoundError: a file that is not there.
+    """
+    if task == "arithmetic":
+        made = [make_problem(FIRST_EVALUATION_SEED + i) for i in range(n)]
+        return [Asked(p.prompt, lambda text, total=p.total: final_answer(text) == total) for p in made]
+    if data is None:
+        raise ValueError("--task gsm8k needs --data FILE: GSM8K's test.jsonl")
+    questions = gsm8k.read_questions(data)
+    if len(questions) < n:
+        raise ValueError(f"{data} has {len(questions)} problems and --n is {n}; use at most --n {len(questions)}")
+    worked = gsm8k.read_questions(shots) if shots else ()
+    return [
+        Asked(gsm8k.prompt(q, worked, chat), lambda text, answer=q.answer: gsm8k.number_in(text) == answer)
+        for q in questions[:n]
+    ]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The models and the problems.
+
+    Attributes:
+        chat: prompts go into the model's chat template.
+        size: problems of a batch.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    guide: Guider | None
+    asked: Sequence[Asked]
+    chat: bool
+    size: int
+    seed: int
+
+    def warm_up(self, arms: Sequence[Arm]) -> None:
+        """One short answer by every arm: what is set up at the first call is nobody's time."""
+        ids = prompt_ids(self.tokenizer, self.asked[0].prompt, self.chat)
+        for arm in arms:
+            short = replace(arm.settings, gen_length=2, block_length=1, steps=2)
+            short.write(self.model, [ids], self.guide, self.seed)
+
+    def answer(self, arm: Arm, first: int, tally: Tally) -> None:
+        """Adds the batch that begins with problem `first` to the arm's tally."""
+        asked = self.asked[first : first + self.size]
+        prompts = [prompt_ids(self.tokenizer, one.prompt, self.chat) for one in asked]
+        done = arm.settings.write(self.model, prompts, self.guide, self.seed + first)
+        texts = [answer_text(self.tokenizer, row, self.model.card.eos_ids) for row in done.ids.tolist()]
+        tally.right += "".join(str(int(one.right(text))) for one, text in zip(asked, texts, strict=True))
+        for name in TOTALS:
+            tally.totals[name] += getattr(done.stats, name)
+        tally.totals["committed"] += sum(done.stats.committed)
+        tally.totals["tokens"] += sum(done.stats.text_tokens)
+        tally.cache_bytes = max(tally.cache_bytes, done.stats.cache_bytes)
+        tally.cache_bytes_peak = max(tally.cache_bytes_peak, done.stats.cache_bytes_peak)
+
+
+def row_of(arm: Arm, tally: Tally, base: Tally, about: dict[str, Any], rule: str) -> dict[str, Any]:
+    """One row: the arm, its figures, and each against `base`; `tokens` are those before an end of text."""
+    n, right = len(tally.right), tally.right.count("1")
+    low, high = wilson(right, n)
+    forwards = tally.totals["row_forwards"]
+    row = {"arm": arm.name, "cache": arm.settings.cache, "unmask": rule}
+    row |= about | {"guide": about["guide"] if arm.settings.guided else "none", "steps": arm.settings.steps}
+    row |= {"n": n, "accuracy": right / n if n else 0.0, "low": low, "high": high}
+    row |= tally.totals | {"tokens_per_forward": tally.totals["committed"] / forwards if forwards else 0.0}
+    row |= {"cache_bytes": tally.cache_bytes, "cache_bytes_peak": tally.cache_bytes_peak}
+    for name in RATIOS:
+        row[f"{name}_ratio"] = base.totals[name] / tally.totals[name] if tally.totals[name] else 1.0
+    return row | {"right": tally.right}
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with `accuracy_change`: accuracy minus the first row's, with its paired 95 % interval."""
+    marks = [{i: mark == "1" for i, mark in enumerate(row["right"])} for row in rows]
+    names = ("accuracy_change", "change_low", "change_high")
+    return [
+        row | dict(zip(names, difference(mine, marks[0])[:3], strict=True))
+        for row, mine in zip(rows, marks, strict=True)
+    ]
+
+
+def measure(
+    bench: Bench, arms: Sequence[Arm], about: dict[str, Any], meta: dict[str, Any], path: Path | None
+) -> list[dict[str, Any]]:
+    """The rows of all arms, in their order; `path` is gone on with if it exists, and rewritten after every round.
+
+    Raises:
+        ValueError: `path` holds another measurement.
+    """
+    tallies = read_tallies(arms, meta, path)
+    rules = [arm.settings.rule(bench.model.card) for arm in arms]
+
+    def rows() -> list[dict[str, Any]]:
+        return [row_of(*each, tallies[0], about, rule) for *each, rule in zip(arms, tallies, rules, strict=True)]
+
+    rounds = range(len(tallies[0].right), len(bench.asked), bench.size)
+    if rounds:
+        bench.warm_up(arms)
+    for first in track(rounds, "problems" if bench.size == 1 else "batches", console=Console(stderr=True)):
+        turn = first // bench.size % len(arms)  # nobody is always first
+        for i in (*range(turn, len(arms)), *range(turn)):
+            bench.answer(arms[i], first, tallies[i])
+        if path is not None:
+            write_json(path, {"meta": meta, "rows": rows()})
+    finished = compared(rows())
+    if path is not None:
+        write_json(path, {"meta": meta, "rows": finished})
+    return finished
+
+
+def read_tallies(arms: Sequence[Arm], meta: dict[str, Any], path: Path | None) -> list[Tally]:
+    """What each arm has done according to `path`. Raises ValueError if that is another measurement."""
+    if path is None or not path.exists():
+        return [Tally() for _ in arms]
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before["meta"].get("bench") != meta["bench"]:
+        raise ValueError(f"{path} holds another measurement ({before['meta'].get('bench')}); give another --json")
+    return [Tally.of(row) for row in before["rows"]]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """One line per arm: accuracy, then what it took less than "none"."""
+    about = rows[0]
+    title = f"{about['task']}, {about['n']} problems, {about['gen_length']} tokens in blocks of {about['block_length']}"
+    made = Table(
+        title=f"{title}; x = times less than none", box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0)
+    )
+    made.add_column("arm", overflow="fold")
+    for name in ("accuracy (95 %)", "forwards", "x", "query tokens", "x", "guider", "tokens/forward", "seconds", "x"):
+        made.add_column(name, justify="right", no_wrap=True)
+    made.add_column("cache", justify="right", no_wrap=True)
+    for row in rows:
+        name = row["arm"] if row["unmask"] in row["arm"] else f"{row['arm']} ({row['unmask']})"
+        made.add_row(
+            name,
+            f"{row['accuracy']:.1%} ({row['low']:.0%}-{row['high']:.0%})",
+            f"{row['forwards']:,}",
+            f"{row['forwards_ratio']:.2f}",
+            f"{row['query_tokens']:,}",
+            f"{row['query_tokens_ratio']:.2f}",
+            f"{row['guider_forwards']:,}",
+            f"{row['tokens_per_forward']:.2f}",
+            f"{row['seconds']:.2f}",
+            f"{row['seconds_ratio']:.2f}",
+            format_bytes(row["cache_bytes_peak"]),
+        )
+    return made
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m eval.decoding", description=__doc__.split("\n\n")[0])
+    p.add_argument("--task", choices=tuple(GEN_LENGTH), default="arithmetic")
+    p.add_argument("--data", type=Path, metavar="FILE", help="problems of gsm8k: its test.jsonl, or their folder")
+    p.add_argument("--shots", type=Path, metavar="FILE", help="worked gsm8k problems to put in front of each question")
+    p.add_argument("--model", default="mini", help="mini (a small LLaDA), mini-dream, a folder, or a hub id")
+    p.add_argument("--guide", help="none, mini, a folder, or a hub id (default: mini with the mini models, else none)")
+    p.add_argument("--grid", default="freecache,freecache+threshold(0.9)", help="cache+rule, ... or all")
+    p.add_argument("--n", type=int, default=20, help="problems (20)")
+    p.add_argument("--batch-size", type=int, default=1, help="problems that are answered together (1)")
+    p.add_argument("--gen-length", type=int, help="tokens to generate (64 for arithmetic, 256 for gsm8k)")
+    p.add_argument("--block-length", type=int, help="tokens finished before the next are begun (32, or all if fewer)")
+    p.add_argument("--steps", type=int, help="forwards of rules with a schedule (default: one for each token)")
+    p.add_argument("--eos", choices=get_args(EndOfText), default="stop", help="what an end of text does, in all arms")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most probable token")
+    p.add_argument("--seed", type=int, default=0, help="of the random numbers (0)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    p.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
+    p.add_argument("--json", type=Path, help="write the rows here; gone on with if it exists")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 done, 2 for a request that cannot be carried out, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(argv)
+    try:
+        rows = run(args, argv)
+    except (ValueError, OSError) as error:
+        print(f"eval.decoding: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("eval.decoding: stopped; the same command with --json goes on", file=sys.stderr)
+        return 130
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table(rows))
+    return 0
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, Any]]:
+    """Checks everything, loads the models, measures; the rows."""
+    if min(args.n, args.batch_size) < 1:
+        raise ValueError(f"n={args.n}, batch_size={args.batch_size}: both must be at least 1")
+    if args.shots and args.task != "gsm8k":
+        raise ValueError("--shots is for --task gsm8k; the arithmetic models need no example")
+    guide = args.guide or (next(iter(MINI_GUIDES)) if args.model in MINI_MODELS else "none")
+    gen_length = GEN_LENGTH[args.task] if args.gen_length is None else args.gen_length
+    plain = Settings(gen_length, args.block_length, args.steps, temperature=args.temperature, eos=args.eos)
+    arms = arms_of(args.grid, plain, guide != "none")
+    asks = any(arm.settings.guided for arm in arms)
+    device = device_of(args.device)
+    problems(args.task, args.n, args.data, args.shots, chat=False)
+    check_model(args.model)
+    if asks:
+        check_guide(guide)
+    about = {"task": args.task, "model": args.model, "guide": guide if asks else "none", "batch": args.batch_size}
+    about |= {name: getattr(plain, name) for name in ("gen_length", "block_length", "eos", "temperature")}
+    dtype = dtype_of(args.dtype, device)
+    said = about | {"arms": [arm.name for arm in arms], "steps": plain.steps, "n": args.n, "seed": args.seed}
+    said |= {"device": device, "dtype": str(dtype), "data": str(args.data), "shots": str(args.shots)}
+    meta = run_meta("eval.decoding", argv, args.seed, bench=said)
+    read_tallies(arms, meta, args.json)
+    model, tokenizer = open_model(args.model, device, dtype)
+    reader = open_guide(guide, device, dtype, tokenizer) if asks else None
+    chat = args.task == "gsm8k" and tokenizer.chat_template is not None and args.shots is None
+    asked = problems(args.task, args.n, args.data, args.shots, chat)
+    bench = Bench(model, tokenizer, reader, asked, chat, args.batch_size, args.seed)
+    return measure(bench, arms, about, meta, args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,373 @@
+"""Attention of a few queries over packed keys and values, read as codes: no tensor of dequantised keys is ever made.
+
+    s[b,h,i,j] = scale * q[b,h,i] . (K[j] + centre),  K = codes * scale + zero (+ A P^T) (+ delta), V likewise
+    out[b,h,i] = sum_j softmax_j(s) V[j],             lse[b,h,i] = log sum_j exp(s)
+
+Ragged by construction: a run is one (batch, kv head); it owns whole blocks of T tokens from block start[r] on, and its
+first length[r] tokens count. Dense caches are the case of equal runs. Rules of arithmetic that save reading and work:
+
+- keys with a scale per channel: q . (c s + z) = (q s) . c + q . z, so the query is scaled once per block and the codes
+  are multiplied as they are (centred, so that rounding the scaled query to bf16 is not amplified);
+- low rank: q . (A P^T) = (q P) A^T and p (A P^T) = (p A) P^T, r numbers per query instead of T x D;
+- sparse: entry (j, c) adds q[c] delta to score j, and p[j] delta to channel c of the output;
+- a centre common to all keys of a run adds the same number to all their scores: it changes only the lse.
+
+Floor in bytes: codes, scales and corrections of the visible tokens, once, whatever the number of query heads.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels._backend import (
+    FLOATS,
+    check_head_dim,
+    check_tensor,
+    dense_rows,
+    dot_dtype,
+    jit,
+    split_length,
+    tl,
+    triton,
+    use_triton,
+)
+from kernels._tiles import softmax_step
+from kernels.decode_attention import _merge_kernel
+from kernels.pack import Packed, entries, expand
+
+_TOKENS = 256  # keys of a run that the reference dequantises at a time
+_QUERIES = 512  # query rows of a run that it takes at a time
+
+
+def reference(q, k, v, *, scale, start, length, longest):
+    """Plain torch, fp32 accumulation: the truth, and the path off CUDA. Walks the runs side by side, tile by tile."""
+    B, H, m, D = q.shape
+    runs = start.numel()
+    rows = q.reshape(runs, B * H // runs * m, D)
+    parts = [
+        _walk(part.float() * scale, k, v, start, length, longest) for part in rows.split(_QUERIES, dim=1)
+    ]  # fmt: skip
+    out, lse = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return out.to(q.dtype).reshape(B, H, m, D), lse.reshape(B, H, m)
+
+
+def _walk(q, k, v, start, length, longest):
+    """q fp32 [runs, x, D], scaled -> out fp32 [runs, x, D], lse [runs, x]: the online softmax over tiles of blocks."""
+    runs, x, D = q.shape
+    tokens, step = k.block, max(1, _TOKENS // k.block)
+    top = q.new_full((runs, x, 1), -torch.inf)
+    total, acc = torch.zeros_like(top), torch.zeros_like(q)
+    for low in range(0, -(-longest // tokens), step):
+        block = torch.arange(low, min(low + step, -(-longest // tokens)), device=q.device)
+        seen = (block[:, None] * tokens + torch.arange(tokens, device=q.device)).view(1, -1) < length[:, None]
+        inside = block * tokens < length[:, None]
+        blocks = torch.where(inside, start[:, None] + block, 0)  # block 0 stands in where a run has ended
+        scores = _scores(q, k, blocks).masked_fill_(~seen[:, None], -torch.inf)
+        higher = torch.maximum(top, scores.amax(-1, keepdim=True))
+        safe = higher.masked_fill(higher == -torch.inf, 0)
+        p, decay, top = scores.sub_(safe).exp_(), (top - safe).exp(), higher
+        total = total * decay + p.sum(-1, keepdim=True)
+        acc = acc * decay + _weighted(p, v, blocks, seen)
+    out = acc / total.masked_fill(total == 0, 1)
+    return out, (top + total.log())[..., 0]
+
+
+def _scores(q, k, blocks):
+    """q [runs, x, D] against the blocks int64 [runs, s] -> fp32 [runs, x, s * T]."""
+    runs, s = blocks.shape
+    flat = blocks.reshape(-1)
+    scores = q @ expand(k, flat).view(runs, s * k.block, -1).mT
+    if k.lowrank is not None:
+        a, p = _rank_of(k, blocks)
+        scores += torch.einsum("rxd,rsdk,rstk->rxst", q, p, a).flatten(2)
+    if k.sparse is not None:
+        run, token, channel, delta = _entries_of(k, blocks)
+        extra = q.new_zeros(runs * s * k.block, q.shape[1])
+        extra.index_add_(0, run * (s * k.block) + token, q[run, :, channel] * delta[:, None])
+        scores += extra.view(runs, s * k.block, -1).mT
+    return scores
+
+
+def _weighted(p, v, blocks, seen):
+    """p fp32 [runs, x, s * T] times the values of the blocks -> fp32 [runs, x, D]; unseen slots may hold anything."""
+    runs, s = blocks.shape
+    values = expand(v, blocks.reshape(-1)).view(runs, s * v.block, -1)
+    out = p @ values.masked_fill_(~seen[..., None], 0)
+    if v.lowrank is not None:
+        a, directions = _rank_of(v, blocks)
+        a = a.masked_fill(~seen.view(runs, s, -1, 1), 0)
+        out += torch.einsum("rxst,rstk,rsdk->rxd", p.unflatten(2, (s, -1)), a, directions)
+    if v.sparse is not None:
+        run, token, channel, delta = _entries_of(v, blocks)
+        extra = p.new_zeros(runs * out.shape[-1], p.shape[1])
+        extra.index_add_(0, run * out.shape[-1] + channel, p[run, :, token] * delta[:, None])
+        out += extra.view(runs, out.shape[-1], -1).mT
+    return out
+
+
+def _rank_of(packed, blocks):
+    """What the blocks [runs, s] take of their directions: fp32 a [runs, s, T, r], p [runs, s, D, r]."""
+    part = packed.lowrank
+    return part.a[blocks].float(), part.p[part.chunk[blocks].long()].float()
+
+
+def _entries_of(packed, blocks):
+    """The corrected entries of the blocks [runs, s]: run, token among the s * T, channel (int64), delta (fp32)."""
+    owner, entry = entries(packed.sparse, blocks.reshape(-1))
+    at, s = packed.sparse.at[entry].long(), blocks.shape[1]
+    token = owner % s * packed.block + at // packed.head_dim
+    return owner // s, token, at % packed.head_dim, packed.sparse.delta[entry].float()
+
+
+@jit
+def _codes(p_codes, block, t, d, mask, BITS: tl.constexpr, T: tl.constexpr, D: tl.constexpr):
+    """Codes of tokens t of a block, fp32 [tokens, channels]. Planes read the same bytes: all but one from L1."""
+    rows: tl.constexpr = T * BITS // 8
+    byte = tl.load(p_codes + (block * rows + t % rows)[:, None] * D + d[None, :], mask=mask, other=0).to(tl.int32)
+    return ((byte >> (t // rows * BITS)[:, None]) & ((1 << BITS) - 1)).to(tl.float32)
+
+
+@jit
+def _by_token(
+    p_codes, p_scale, p_zero, block, t, d, mask,
+    BITS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """Dequantised tokens of a block whose scales are per token and channel group, fp32 [tokens, channels]."""
+    o = (block * T + t)[:, None] * TABLE + (d // (D // TABLE))[None, :]
+    scale = tl.load(p_scale + o, mask=mask, other=0.0).to(tl.float32)
+    zero = tl.load(p_zero + o, mask=mask, other=0.0).to(tl.float32)
+    return _codes(p_codes, block, t, d, mask, BITS, T, D) * scale + zero
+
+
+@jit
+def _rank_tiles(
+    p_a, p_p, p_chunk, block, t, d, seen, DOT: tl.constexpr, RANK: tl.constexpr, T: tl.constexpr, D: tl.constexpr
+):
+    """A [tokens, r] and P [channels, r] of a block, padded with zeros to tiles that can be multiplied."""
+    r = tl.arange(0, 16)
+    chunk = tl.load(p_chunk + block).to(tl.int64)
+    m_r = (r < RANK)[None, :]
+    a = tl.load(p_a + (block * T + t)[:, None] * RANK + r[None, :], mask=seen[:, None] & m_r, other=0.0)
+    p = tl.load(p_p + (chunk * D + d)[:, None] * RANK + r[None, :], mask=(d < D)[:, None] & m_r, other=0.0)
+    return a.to(tl.float32).to(DOT), p.to(tl.float32).to(DOT)
+
+
+@jit
+def _entry_tile(p_at, p_delta, first, count, e, D: tl.constexpr):
+    """Token, channel and delta of entries e of a block; what is no entry has token -1 and delta 0."""
+    real = e < count
+    at = tl.load(p_at + first + e, mask=real, other=0).to(tl.int32)
+    delta = tl.load(p_delta + first + e, mask=real, other=0.0).to(tl.float32)
+    return tl.where(real, at // D, -1), at % D, delta
+
+
+@jit
+def _key_scores(
+    p_q, o_q, m_row, q, p_codes, p_scale, p_zero, p_a, p_p, p_chunk, p_first, p_count, p_at, p_delta,
+    block, t, d, seen, BITS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, TABLE: tl.constexpr,
+    RANK: tl.constexpr, SPARSE: tl.constexpr, DOT: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """q [queries, channels] . keys t of a block, fp32 [queries, tokens]; TABLE 0 = a scale per channel."""
+    mask = seen[:, None] & (d < D)[None, :]
+    if TABLE == 0:  # scale the query, multiply the codes
+        s = tl.load(p_scale + block * D + d, mask=d < D, other=0.0).to(tl.float32)
+        z = tl.load(p_zero + block * D + d, mask=d < D, other=0.0).to(tl.float32)
+        half: tl.constexpr = 1 << (BITS - 1)
+        codes = _codes(p_codes, block, t, d, mask, BITS, T, D) - half
+        scores = tl.dot((q * s[None, :]).to(DOT), tl.trans(codes.to(DOT)), input_precision="ieee")
+        scores += tl.sum(q * (z + half * s)[None, :], 1)[:, None]
+    else:
+        keys = _by_token(p_codes, p_scale, p_zero, block, t, d, mask, BITS, T, D, TABLE)
+        scores = tl.dot(q.to(DOT), tl.trans(keys.to(DOT)), input_precision="ieee")
+    if RANK:
+        a, p = _rank_tiles(p_a, p_p, p_chunk, block, t, d, seen, DOT, RANK, T, D)
+        qp = tl.dot(q.to(DOT), p, input_precision="ieee")
+        scores += tl.dot(qp.to(DOT), tl.trans(a), input_precision="ieee")
+    if SPARSE:
+        first, count = tl.load(p_first + block), tl.load(p_count + block)
+        for e in range(0, count, BLOCK_E):
+            token, c, delta = _entry_tile(p_at, p_delta, first, count, e + tl.arange(0, BLOCK_E), D)
+            q_e = tl.load(p_q + o_q[:, None] + c[None, :], mask=m_row[:, None], other=0.0).to(tl.float32)
+            here = (token[:, None] == t[None, :]).to(tl.float32).to(DOT)  # [BLOCK_E, tokens]
+            scores += tl.dot((q_e * delta[None, :]).to(DOT), here, input_precision="ieee")
+    return scores
+
+
+@jit
+def _value_sums(
+    p, p_codes, p_scale, p_zero, p_a, p_p, p_chunk, p_first, p_count, p_at, p_delta,
+    block, t, d, seen, BITS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, TABLE: tl.constexpr,
+    RANK: tl.constexpr, SPARSE: tl.constexpr, DOT: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Weights p [queries, tokens] times the values of tokens t of a block, fp32 [queries, channels]."""
+    mask = seen[:, None] & (d < D)[None, :]
+    values = _by_token(p_codes, p_scale, p_zero, block, t, d, mask, BITS, T, D, TABLE)
+    sums = tl.dot(p.to(DOT), values.to(DOT), input_precision="ieee")
+    if RANK:
+        a, directions = _rank_tiles(p_a, p_p, p_chunk, block, t, d, seen, DOT, RANK, T, D)
+        pa = tl.dot(p.to(DOT), a, input_precision="ieee")
+        sums += tl.dot(pa.to(DOT), tl.trans(directions), input_precision="ieee")
+    if SPARSE:
+        first, count = tl.load(p_first + block), tl.load(p_count + block)
+        for e in range(0, count, BLOCK_E):
+            token, c, delta = _entry_tile(p_at, p_delta, first, count, e + tl.arange(0, BLOCK_E), D)
+            here = (token[:, None] == t[None, :]).to(tl.float32).to(DOT)
+            there = (c[:, None] == d[None, :]).to(tl.float32).to(DOT)  # [BLOCK_E, channels]
+            p_e = tl.dot(p.to(DOT), tl.trans(here), input_precision="ieee") * delta[None, :]
+            sums += tl.dot(p_e.to(DOT), there, input_precision="ieee")
+    return sums
+
+
+@jit(do_not_specialize=["m", "split", "splits"])
+def _packed_kernel(
+    p_q, k_codes, k_scale, k_zero, k_a, k_p, k_chunk, k_first, k_count, k_at, k_delta,
+    v_codes, v_scale, v_zero, v_a, v_p, v_chunk, v_first, v_count, v_at, v_delta,
+    p_start, p_length, p_out, p_lse, s_qb, s_qh, s_qm, m, split, splits, groups, scale_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, T: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr,
+    K_SPARSE: tl.constexpr, V_SPARSE: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One split of one run against one block of its m * GROUP query rows -> p_out [run * splits + part, rows, D]."""
+    run, part = tl.program_id(0) // splits, tl.program_id(0) % splits
+    b, g = (run // groups).to(tl.int64), (run % groups).to(tl.int64)
+    packed = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i, h = packed // GROUP, packed % GROUP
+    d = tl.arange(0, BLOCK_D)
+    m_q = (i < m)[:, None] & (d < D)[None, :]
+    o_q = b * s_qb + (g * GROUP + h) * s_qh + i.to(tl.int64) * s_qm
+    q = tl.load(p_q + o_q[:, None] + d[None, :], mask=m_q, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_D]
+    first = tl.load(p_start + run)
+    begin = part * split
+    end = tl.minimum(begin + split, tl.load(p_length + run))
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for low in range(begin, end, BLOCK_T):  # a tile lies within one block: BLOCK_T divides T
+        block = first + low // T
+        t = low % T + tl.arange(0, BLOCK_T)
+        seen = low + tl.arange(0, BLOCK_T) < end
+        scores = _key_scores(
+            p_q, o_q, i < m, q, k_codes, k_scale, k_zero, k_a, k_p, k_chunk, k_first, k_count, k_at, k_delta,
+            block, t, d, seen, K_BITS, T, D, K_TABLE, K_RANK, K_SPARSE, DOT, BLOCK_E,
+        )  # fmt: skip
+        scores = tl.where(seen[None, :], scores * scale_log2, float("-inf"))
+        p, decay, top, total = softmax_step(scores, top, total)
+        acc = acc * decay[:, None] + _value_sums(
+            p, v_codes, v_scale, v_zero, v_a, v_p, v_chunk, v_first, v_count, v_at, v_delta,
+            block, t, d, seen, V_BITS, T, D, V_TABLE, V_RANK, V_SPARSE, DOT, BLOCK_E,
+        )  # fmt: skip
+    o_row = tl.program_id(0).to(tl.int64) * (GROUP * m) + h * m + i
+    tl.store(p_out + o_row[:, None] * D + d[None, :], acc / tl.where(total == 0.0, 1.0, total)[:, None], mask=m_q)
+    tl.store(p_lse + o_row, (top + tl.log2(total)) * 0.6931471805599453, mask=i < m)
+
+
+def _arguments(packed):
+    """The ten tensors of a `Packed` in the kernel's order, None for what it has not."""
+    rank, sparse = packed.lowrank, packed.sparse
+    ranked = (None,) * 3 if rank is None else (rank.a, rank.p, rank.chunk)
+    single = (None,) * 4 if sparse is None else (sparse.start, sparse.count, sparse.at, sparse.delta)
+    return packed.codes, packed.scale, packed.zero, *ranked, *single
+
+
+def _launch(q, k, v, *, scale, start, length, longest, split=None):
+    """Run the kernel; `split` (tokens of one program, whole blocks) is chosen here unless a test names it."""
+    B, H, m, D = q.shape
+    runs, tokens = start.numel(), k.block
+    group, q = B * H // runs, dense_rows(q)
+    query_rows = group * m
+    block_d = triton.next_power_of_2(max(16, D))
+    block_m = min(64, max(16, triton.next_power_of_2(query_rows)))
+    # the largest power of two that divides T, within 64 and what two fp32 tiles may take of shared memory
+    block_t = min(tokens & -tokens, 64 if block_d <= 128 else 32)
+    blocks = triton.cdiv(query_rows, block_m)
+    split = split or split_length(longest, runs * blocks, q)
+    split = triton.cdiv(split, tokens) * tokens
+    splits = max(1, triton.cdiv(longest, split))
+    out, lse = q.new_empty((B, H, m, D)), q.new_empty((B, H, m), dtype=torch.float32)
+    part = out if splits == 1 else q.new_empty((runs * splits, query_rows, D), dtype=torch.float32)
+    part_lse = lse if splits == 1 else q.new_empty((runs * splits, query_rows), dtype=torch.float32)
+    _packed_kernel[(runs * splits, blocks)](
+        q, *_arguments(k), *_arguments(v), start, length, part, part_lse, *q.stride()[:3],
+        m, split, splits, runs // B, float(scale) * 1.4426950408889634,
+        GROUP=group, D=D, T=tokens, K_BITS=k.bits, V_BITS=v.bits,
+        K_TABLE=0 if k.scale.shape[1] == 1 else k.scale.shape[2], V_TABLE=v.scale.shape[2],
+        K_RANK=0 if k.lowrank is None else k.lowrank.a.shape[2],
+        V_RANK=0 if v.lowrank is None else v.lowrank.a.shape[2],
+        K_SPARSE=k.sparse is not None, V_SPARSE=v.sparse is not None, DOT=dot_dtype(q),
+        BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_E=32,
+        num_warps=8 if block_m * block_d > 4096 else 4, num_stages=2,
+    )  # fmt: skip
+    if splits > 1:
+        _merge_kernel[(runs, query_rows)](
+            part, part_lse, None, out, lse, m, split, splits, runs, GROUP=group, D=D, ROWS=1, RAGGED=False,
+            BLOCK_T=16, BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+def packed_attention(
+    q: torch.Tensor,
+    k: Packed,
+    v: Packed,
+    *,
+    scale: float,
+    start: torch.Tensor,
+    length: torch.Tensor,
+    longest: int,
+    centre: torch.Tensor | None = None,
+    _backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend to packed tokens, all of which lie before the queries; return `(out, lse)`.
+
+    Args:
+        q: queries [B, H, m, D], float16, bfloat16 or float32; query head h reads kv head h // (H / G).
+        k: packed per channel or per token, with at most 16 ranks; every block is of T tokens.
+        v: packed per token, the same blocks.
+        scale: factor on q . k, usually D ** -0.5.
+        start: int64 [B * G], first block of (b, g) at b * G + g.
+        length: int32 [B * G], its tokens; what lies behind them in the last block, or in later blocks, is slack.
+        longest: the largest length, known to the caller so that nothing here waits for the device.
+        centre: float32 [B * G, D], what was subtracted from all keys of a run before packing, or None.
+
+    Returns:
+        out [B, H, m, D] in q's dtype and lse [B, H, m] in float32, the natural log, scale applied. A query of a run
+        without tokens has out 0 and lse -inf.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or layout.
+    """
+    _check(q, k, v, start, length, longest, centre)
+    run = _launch if use_triton(q, _backend) and q.numel() else reference
+    out, lse = run(q, k, v, scale=scale, start=start, length=length, longest=longest)
+    if centre is not None:
+        rows = q.reshape(start.numel(), -1, q.shape[-1]).float()
+        lse = lse + (rows @ centre[..., None]).view(lse.shape) * scale
+    return out, lse
+
+
+def _check(q, k, v, start, length, longest, centre):
+    """Raise ValueError on bad arguments."""
+    check_tensor("q", q, ("B", "H", "m", "D"), FLOATS)
+    check_head_dim("q", q)
+    B, H, _, D = q.shape
+    check_tensor("start", start, ("B*G",), (torch.int64,), q)
+    check_tensor("length", length, (start.numel(),), (torch.int32,), q)
+    runs = start.numel()
+    if B == 0 or runs == 0 or runs % B or H % (runs // B):
+        raise ValueError(f"start has shape {list(start.shape)}; it must be [B * G], B = {B} and G a divisor of H = {H}")
+    for name, packed in (("k", k), ("v", v)):
+        check_tensor(f"{name}.codes", packed.codes, (k.blocks, k.block * packed.bits // 8, D), (torch.uint8,), q)
+        if packed.lowrank is not None and packed.lowrank.a.shape[2] > 16:
+            raise ValueError(f"{name} has rank {packed.lowrank.a.shape[2]}; the kernel takes at most 16")
+    if v.scale.shape[1] == 1:
+        raise ValueError("v is packed per channel; values are packed per token: pack(v, bits, layout='token')")
+    if centre is not None:
+        check_tensor("centre", centre, (runs, D), (torch.float32,), q)
+    if start.device.type == "cpu":
+        ends = start + -(-length.long() // k.block)
+        if bool(((start < 0) | (length < 0) | (ends > k.blocks) | (length > longest)).any()):
+            raise ValueError(
+                f"start, length and longest={longest} do not fit {k.blocks} blocks of {k.block} tokens: every run must "
+                "lie inside, and none be longer than `longest`"
+            )

@@ -1,0 +1,113 @@
+"""FreeCache with its frozen slots in the hands of a textkv method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dlm.cache import resolve_cache
+from dlm.cache.frozen import FrozenCache
+from dlm.decode import decode
+from tests.dlm.cache.test_identities import gap
+from tests.dlm.toys import Rule, dream, llada, prompts, traced
+
+
+@pytest.mark.parametrize("make", [llada, dream])
+@pytest.mark.parametrize("delay", [0, 1])
+def test_keeping_everything_is_freecache(make, delay):
+    model, (ids, _) = make(), prompts(9)
+    truth, wanted = traced(model, ids, f"freecache({delay})")
+    for method in ("full", "snapkv(1.0)", "knorm(1.0)", "kivi(4)"):  # kivi has too few to pack
+        got, seen = traced(model, ids, f"freecache({delay})+{method}")
+        assert torch.equal(got.ids, truth.ids) and gap(seen, wanted) < 1e-5, method
+        assert got.stats.query_tokens == truth.stats.query_tokens
+
+
+def test_keeping_everything_is_freecache_in_a_ragged_batch_at_different_speeds():
+    model, (ids, mask) = llada(), prompts(3, 9, 5)
+    options = dict(gen_length=16, block_length=4, eos="none")
+    for rule in (dict(run=3), dict(threshold=0.35)):
+        truth = decode(model, ids, mask, cache="freecache", unmask=Rule(**rule), **options)
+        got = decode(model, ids, mask, cache="freecache+full", unmask=Rule(**rule), **options)
+        assert torch.equal(got.ids, truth.ids)
+
+
+def test_bytes_are_really_gone():
+    """Half of the frozen slots, and the live ones: no buffer of the whole canvas is left."""
+    model, (ids, _) = llada(), prompts(40)
+    plain = decode(model, ids, gen_length=8, block_length=4, cache="freecache", unmask=Rule(), eos="none").stats
+    small = decode(model, ids, gen_length=8, block_length=4, cache="freecache+snapkv(0.5)", unmask=Rule(), eos="none")
+    per_slot = 2 * 2 * 32 * 4
+    assert plain.cache_bytes == 48 * per_slot == small.stats.cache_bytes_peak
+    # The second block was running at the end: 44 slots are frozen, of which 22 are kept, and 4 are live.
+    positions = 2 * 4 * 22 * 4  # layers, heads, tokens, bytes
+    assert small.stats.cache_bytes == 26 * per_slot + positions
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.5])
+def test_slots_leave_once_and_in_order(cfg_scale, monkeypatch):
+    model, (ids, mask) = llada(), prompts(3, 9)
+    caches = []
+    monkeypatch.setattr(
+        FrozenCache, "kv_bytes", lambda self: caches.append(self) or 0,
+    )  # fmt: skip
+    decode(
+        model, ids, mask, gen_length=12, block_length=4, cache="freecache+full", unmask=Rule(run=2), eos="none",
+        cfg_scale=cfg_scale,
+    )  # fmt: skip
+    held = caches[-1].store.layers[1].stored().positions[:, 0]
+    for row, frozen in enumerate(caches[-1].frozen.tolist()):
+        real = frozen - (6 if row == 0 else 0)
+        for half in (row, row + 2) if cfg_scale else (row,):
+            assert held[half][held[half] >= 0].tolist() == list(range(real))
+
+
+def test_compositions_of_methods_and_budgets():
+    policy = resolve_cache("freecache(delay=0)+snapkv(0.3,window=8)+adakv")
+    assert policy.method.budget.fraction == 0.3 and policy.method.inner.window == 8
+    assert policy.expression == "freecache(delay=0)+snapkv(window=8)+adakv"
+    assert resolve_cache("freecache+snapkv('512t')").method.budget.tokens == 512
+    assert resolve_cache("freecache+knorm(budget=0.5)").method.budget.fraction == 0.5
+    model, (ids, _) = llada(), prompts(20)
+    got = decode(model, ids, gen_length=8, block_length=4, cache="freecache+snapkv(0.3)+adakv", unmask=Rule())
+    assert (got.ids != model.card.mask_id).all()
+
+
+def test_frozen_slots_are_packed_once():
+    """kivi packs 64 at a time: of the 96 slots of the prompt 64, what is behind waits exactly."""
+    model, (ids, _) = llada(), prompts(96)
+    options = dict(gen_length=8, block_length=4, unmask=Rule(), eos="none")
+    plain = decode(model, ids, cache="freecache", **options).stats
+    sizes = {}
+    for bits in (8, 4):
+        stats = decode(model, ids, cache=f"freecache+kivi({bits})", **options).stats
+        assert stats.query_tokens == plain.query_tokens
+        sizes[bits] = stats.cache_bytes
+    # 64 tokens less at 4 bytes, and at bits / 8 instead; scales, offsets, centres and positions come on top.
+    packed = 2 * 2 * 32 * 64
+    assert plain.cache_bytes - packed * 4 < sizes[4] < sizes[8] < 0.7 * plain.cache_bytes
+    assert sizes[8] - sizes[4] == packed // 2
+
+
+def test_eight_bits_stay_near_the_exact_logits():
+    model, (ids, _) = llada(), prompts(96)
+    wanted = traced(model, ids, "freecache", gen_length=4)[1]
+    first = traced(model, ids, "freecache+kivi(8)", gen_length=4)[1]
+    assert torch.allclose(first[0][1], wanted[0][1], atol=1e-5)  # nothing is frozen in the first forward
+    assert 0 < float((first[1][1] - wanted[1][1]).masked_fill(first[1][1] == wanted[1][1], 0).abs().max()) < 0.2
+
+
+@pytest.mark.parametrize(
+    "cache, message",
+    [
+        ("freecache+h2o(0.5)", "h2o.* needs evidence of the whole prompt"),
+        ("freecache+window(4)", "window.* drops tokens while single tokens are decoded"),
+        ("dual+snapkv(0.3)", r"only freecache freezes slots for good; write freecache\+snapkv\(0.3\)"),
+        ("freecache(refresh=4)+snapkv(0.3)", "refresh=4 with snapkv: slots that were handed to a method"),
+        ("freecache+snapkw(0.3)", "unknown method 'snapkw'; did you mean snapkv"),
+        ("freecache+snapkv(40.0)", "budget=40"),
+    ],
+)
+def test_what_cannot_be(cache, message):
+    with pytest.raises(ValueError, match=message):
+        decode(llada(), prompts(5)[0], gen_length=8, block_length=4, cache=cache, unmask=Rule())

@@ -1,0 +1,331 @@
+"""The command: what it prints, what it refuses before a model is loaded, the canvas it draws, files of prompts."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from dlm import generate, mini, sources
+from dlm.canvas import Canvas
+from dlm.decode import Stats, decode
+from dlm.mini import load_mini
+from dlm.mini.tokenizer import build_tokenizer
+from dlm.settings import Settings, pad_left
+from dlm.show import Painter, pieces
+from dlm.sources import open_guide
+from tests.dlm import untrained
+
+PROMPT = "tom has 37 apples. he buys 25. how many now?"
+SHORT = ["--gen-length", "6", "--block-length", "3", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return untrained.make(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(autouse=True)
+def embedded(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The untrained models stand for the embedded ones."""
+    for module in (mini, sources):
+        monkeypatch.setattr(module, "WEIGHTS", weights)
+
+
+def expected(weights: Path, kind: str = "llada", prompt: str = PROMPT, **options) -> tuple[str, dict]:
+    """What decode() itself gives."""
+    model, tokenizer = load_mini(weights / kind)
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    done = decode(model, ids, gen_length=6, block_length=3, **options)
+    kept = done.ids[0].tolist()
+    ends = [at for at, i in enumerate(kept) if i == tokenizer.eos_token_id]
+    return tokenizer.decode(kept[: ends[0]] if ends else kept, skip_special_tokens=True), vars(done.stats)
+
+
+def test_prints_the_text_and_its_cost(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, cost = expected(weights)
+    assert generate.main(["--prompt", PROMPT, *SHORT]) == 0
+    assert capsys.readouterr().out == text + "\n"
+    assert generate.main(["--prompt", PROMPT, *SHORT, "--stats"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(text + "\n\ncache freecache, unmask confidence, guide none")
+    for name in ("forwards", "query_tokens", "guider_forwards", "cache_bytes"):
+        assert f"{name:<20}{cost[name]:,}\n" in said
+    assert "tokens_per_forward  1.000\n" in said and "seconds" in said
+
+
+def test_every_option_reaches_decode(weights: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    argv = [
+        "--prompt",
+        PROMPT,
+        *SHORT,
+        "--model",
+        str(weights / "dream"),
+        "--cache",
+        "dual",
+        "--unmask",
+        "threshold(0)",
+    ]
+    argv += ["--steps", "4", "--temperature", "0.7", "--top-p", "0.9", "--top-k", "9", "--seed", "5", "--cfg", "0.5"]
+    argv += ["--eos", "none", "--dtype", "float32"]
+    text, cost = expected(
+        weights, "dream", cache="dual", unmask="threshold(0)", steps=4, temperature=0.7, top_p=0.9, top_k=9,
+        cfg_scale=0.5, eos="none", generator=torch.Generator().manual_seed(5),
+    )  # fmt: skip
+    assert generate.main([*argv, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert generate.main([*argv, "--json", str(tmp_path / "x.json")]) == 0
+    assert capsys.readouterr().out == text + "\n"
+    written = json.loads((tmp_path / "x.json").read_text())
+    for made in (printed, written):
+        (row,) = made["rows"]
+        assert row["text"] == text and row["query_tokens"] == cost["query_tokens"] and row["forwards"] == 2
+        assert (row["cache"], row["unmask"], row["guide"]) == ("dual", "threshold(0)", "none")
+        assert made["meta"]["command"].startswith("python -m dlm.generate --prompt") and made["meta"]["seed"] == 5
+
+
+def test_prompt_from_a_file_and_from_stdin(
+    weights: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, _ = expected(weights)
+    (tmp_path / "p.txt").write_text(PROMPT + "\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT + "\n"))
+    for name in (str(tmp_path / "p.txt"), "-"):
+        assert generate.main(["--prompt-file", name, *SHORT]) == 0
+        assert capsys.readouterr().out == text + "\n"
+
+
+@pytest.mark.parametrize("guide", ["mini", "folder"])
+def test_guides(weights: Path, capsys: pytest.CaptureFixture[str], guide: str) -> None:
+    """The embedded guide and the same one as a folder that transformers loads."""
+    name = str(weights / "guider") if guide == "folder" else guide
+    assert generate.main(["--prompt", PROMPT, *SHORT, "--guide", name, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    model, tokenizer = load_mini(weights / "llada")
+    own = open_guide("mini", "cpu", torch.float32, tokenizer)
+    assert own.same_ids
+    assert row["text"] == expected(weights, guide=own)[0]
+    assert row["unmask"] == "guided" and row["guider_forwards"] >= 1
+
+
+def test_words_that_the_model_does_not_know_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(["--prompt", "tom has a zebra", *SHORT]) == 0
+    assert "mini does not know 2 words" in capsys.readouterr().err
+
+
+WRONG = {
+    "steps": (["--steps", "1"], "steps=1 do not reach gen_length=6"),
+    "length": (["--gen-length", "0"], "gen_length=0 is no number of tokens"),
+    "block": (["--block-length", "9"], "block_length=9 is longer than gen_length=6"),
+    "cache": (["--cache", "freecash"], "did you mean freecache"),
+    "cache method": (["--cache", "dual+kivi(4)"], "only freecache freezes slots for good"),
+    "rule": (["--unmask", "treshold"], "did you mean threshold"),
+    "rule argument": (["--unmask", "guided('topk', k=0)", "--guide", "mini"], "k=0 is no number of tokens"),
+    "no guide": (["--unmask", "guided"], "asks a guide and none is named; use --guide"),
+    "idle guide": (["--unmask", "random", "--guide", "mini"], "asks no guide; use guided(...)"),
+    "temperature": (["--temperature", "-1"], "temperature=-1.0 is no number >= 0"),
+    "top-p": (["--top-p", "2"], "top_p=2.0 is not in (0, 1]"),
+    "cfg": (["--cfg", "-1"], "cfg_scale=-1.0 is no strength of guidance"),
+    "model": (["--model", "./nowhere"], "'./nowhere' is no folder here; give one, mini or mini-dream"),
+    "guide": (["--guide", "./nowhere"], "'./nowhere' is no folder here; give one, mini, or"),
+    "device": (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+    "out": (["--out", "x.jsonl"], "--out is for --batch"),
+    "show and json": (["--show", "--json"], "both want the terminal; use --json FILE"),
+    "empty": (["--prompt", "  "], "the prompt in --prompt is empty"),
+    "no file": (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_refused_before_a_model_is_loaded(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "open_model", lambda *args: pytest.fail("a model was loaded"))
+    more, message = WRONG[name]
+    prompt = [] if any(x.startswith("--prompt") for x in more) else ["--prompt", PROMPT]
+    assert generate.main([*prompt, *SHORT, *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_diffusion_model_is_no_guide_and_a_guide_no_model(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(["--prompt", PROMPT, *SHORT, "--guide", str(weights / "dream")]) == 2
+    assert "is a 'Dream' diffusion model; a guide reads from the left" in capsys.readouterr().err
+    assert generate.main(["--prompt", PROMPT, *SHORT, "--model", str(weights / "guider")]) == 2
+    assert "is a 'qwen2' model; diffusion models here are llada and Dream" in capsys.readouterr().err
+
+
+def test_missing_weights_name_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (mini, sources):
+        monkeypatch.setattr(module, "WEIGHTS", tmp_path)
+    assert generate.main(["--prompt", PROMPT, *SHORT]) == 2
+    assert "train them with `python -m dlm.mini.train --model llada" in capsys.readouterr().err
+
+
+def test_what_only_the_model_can_tell(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(["--prompt", PROMPT, "--gen-length", "4000", "--device", "cpu"]) == 2
+    assert "need 4015 positions, the model has 2048" in capsys.readouterr().err
+    assert generate.main(["--prompt", "tom has <mask>", *SHORT]) == 2
+    assert "contains the mask token" in capsys.readouterr().err
+    assert generate.main(["--prompt", PROMPT, *SHORT, "--chat"]) == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+def canvas_of(prompt: str, blocks: str) -> Canvas:
+    """A canvas with blocks of four slots; `_` in `blocks` is a mask."""
+    tokenizer = build_tokenizer()
+    words = [tokenizer.mask_token if word == "_" else word for word in blocks.split()]
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    canvas = Canvas(
+        ids, None, gen_length=len(words), block_length=4, mask_id=tokenizer.mask_token_id, shift=0
+    )  # fmt: skip
+    canvas.ids[0, canvas.prompt :] = torch.tensor(tokenizer.convert_tokens_to_ids(words))
+    return canvas
+
+
+def test_pieces_of_a_canvas() -> None:
+    canvas = canvas_of("tom has 3", "7 apples . he _ _ 2 5 _ now _ </s>")
+    assert pieces(canvas, build_tokenizer()) == [
+        ("frozen", "7 apples. he"),
+        ("active mask", "▒▒"),
+        ("active", " 25"),
+        ("mask", "░"),
+        ("ahead", " now"),
+        ("mask", "░"),
+        ("end", "·"),
+    ]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_canvas_is_drawn(terminal: bool) -> None:
+    drawn = io.StringIO()
+    console = Console(file=drawn, force_terminal=terminal, color_system="standard", width=60, height=12)
+    with Painter(build_tokenizer(), "tom has 3", console) as painter:
+        painter(canvas_of("tom has 3", "7 apples . he _ _ 2 5"), Stats(forwards=3))
+    said = drawn.getvalue()
+    if not terminal:
+        assert said == "forward 3, 6 of 8 tokens: 7 apples. he__ 25\n"
+        return
+    styles = {"frozen": "\x1b[32m", "active mask": "\x1b[33m", "active": "\x1b[1;30;43m", "prompt": "\x1b[2m"}
+    for name, text in (("prompt", "tom has 3"), ("frozen", "7 apples. he"), ("active mask", "▒▒"), ("active", " 25")):
+        assert styles[name] + text in said, name
+
+
+def test_a_large_canvas_keeps_its_end_in_sight() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=20, height=6)
+    painter = Painter(build_tokenizer(), "tom " * 60, console)
+    painter(canvas_of("tom", "7 " * 60 + "_ _ _ _"), Stats())
+    assert painter.prompt.startswith("…") and len(painter.prompt) == 161
+    assert len(painter.picture().plain.splitlines()[0]) == 40 and "▒▒▒▒" in painter.picture().plain
+
+
+def test_show_without_a_terminal_is_plain_text(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(["--prompt", PROMPT, *SHORT, "--show", "--eos", "none"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7 and lines[0].startswith("forward 1, 1 of 6 tokens: ") and "\x1b" not in "".join(lines)
+    assert lines[-1] == expected(weights, eos="none")[0]
+
+
+def prompts_file(path: Path) -> list[str]:
+    prompts = [PROMPT, "how many pears has ann? she had 20.", "the bus has 12 people.", "5 nails", "tom has 11 eggs."]
+    lines = [json.dumps({"prompt": p} | ({"id": "b"} if i == 1 else {})) for i, p in enumerate(prompts)]
+    path.write_text("\n".join([lines[0], "", *lines[1:]]) + "\n")
+    return prompts
+
+
+def test_a_file_of_prompts_and_its_resume(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_file(tmp_path / "in.jsonl")
+    argv = ["--batch", str(tmp_path / "in.jsonl"), *SHORT, "--batch-size", "2", "--temperature", "0.5"]
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    assert generate.main([*argv, "--out", str(whole)]) == 0
+    assert "5 answers written" in capsys.readouterr().out
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == prompts and [row["line"] for row in rows] == [1, 3, 4, 5, 6]
+    assert [row.get("id") for row in rows] == [None, "b", None, None, None]
+    # Killed in the middle of the fourth answer: the torn line goes, its batch is written again.
+    lines = whole.read_text().splitlines(keepends=True)
+    cut.write_text("".join(lines[:3]) + lines[3][:20])
+    assert generate.main([*argv, "--out", str(cut)]) == 0
+    assert "2 answers written" in capsys.readouterr().out and cut.read_text() == whole.read_text()
+    monkeypatch.setattr(generate, "open_model", lambda *args: pytest.fail("a model was loaded"))
+    assert generate.main([*argv, "--out", str(cut)]) == 0
+    assert "all 5 answers are in" in capsys.readouterr().out
+    assert generate.main([*argv, "--out", str(cut), "--seed", "1"]) == 2
+    assert "cut.jsonl:1 was written with other settings" in capsys.readouterr().err
+
+
+def test_rows_of_a_batch_are_what_they_are_alone(weights: Path, tmp_path: Path) -> None:
+    prompts = prompts_file(tmp_path / "in.jsonl")
+    argv = ["--batch", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), *SHORT, "--stats"]
+    assert generate.main(argv) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == [expected(weights, prompt=p)[0] for p in prompts]
+    assert rows[0]["batch"] == 5 and rows[0]["query_tokens"] == rows[4]["query_tokens"] > 0
+
+
+BAD_FILES = {
+    "no json": ('{"prompt": "a"}\nnonsense\n', "in.jsonl:2 is no JSON"),
+    "neither": ('{"text": "a"}\n', 'in.jsonl:1 needs "prompt" or "messages"'),
+    "empty prompt": ('{"prompt": " "}\n', 'in.jsonl:1: "prompt" is " "; give a text that is not empty'),
+    "messages": ('{"messages": [{"role": "user"}]}\n', 'must be a list of objects with "role" and "content"'),
+    "nothing": ("\n", "in.jsonl has no prompts"),
+    "mask": ('{"prompt": "tom"}\n{"prompt": "<mask>"}\n', "in.jsonl:2: a prompt contains the mask token"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_of_prompts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content, message = BAD_FILES[name]
+    (tmp_path / "in.jsonl").write_text(content)
+    assert generate.main(["--batch", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "o.jsonl"), *SHORT]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "o.jsonl").exists()
+
+
+def test_batch_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts_file(tmp_path / "in.jsonl")
+    batch = ["--batch", str(tmp_path / "in.jsonl"), *SHORT]
+    out = ["--out", str(tmp_path / "o.jsonl")]
+    for more, message in (
+        ([], "--batch needs --out"),
+        ([*out, "--show"], "are for one prompt"),
+        ([*out, "--batch-size", "0"], "use at least 1"),
+        (["--out", str(tmp_path / "in.jsonl")], "is the file of --batch itself"),
+    ):
+        assert generate.main([*batch, *more]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "o.jsonl").write_text('{"text": "mine"}\n')
+    assert generate.main([*batch, *out]) == 2
+    assert "o.jsonl:1 is no answer of this command" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_what_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts_file(tmp_path / "in.jsonl")
+    calls = []
+
+    def write(self: Settings, *args: object):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(self, *args)
+
+    plain = Settings.write
+    monkeypatch.setattr(Settings, "write", write)
+    argv = ["--batch", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "o.jsonl"), *SHORT, "--batch-size", "2"]
+    assert generate.main(argv) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 2
+
+
+def test_padding() -> None:
+    ids, mask = pad_left([[1, 2, 3], [4], []], 9)
+    assert ids.tolist() == [[1, 2, 3], [9, 9, 4], [9, 9, 9]] and mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 0]]

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from kernels import decode_attention, pack, packed_attention
+from kernels.pack import LowRank, Packed, Sparse, unpack
+from tests.kernels.helpers import TOLERANCE, assert_close, randn
+
+module = importlib.import_module("kernels.packed_attention")
+
+
+def with_corrections(packed: Packed, rank: int, single: int) -> Packed:
+    """Random corrections: `rank` directions of one chunk per two blocks, and `single` entries in every second block."""
+    blocks, T, D = packed.blocks, packed.block, packed.head_dim
+    lowrank = sparse = None
+    if rank:
+        chunk = torch.arange(blocks) // 2
+        lowrank = LowRank(randn(blocks, T, rank).half(), randn(blocks // 2 + 1, D, rank).half(), chunk.int())
+    if single:
+        count = torch.arange(blocks).remainder(2) * single
+        at = torch.cat([torch.zeros(0)] + [torch.randperm(T * D)[: int(n)] for n in count]).short()
+        sparse = Sparse((count.cumsum(0) - count).int(), count.int(), at, randn(len(at)).half() * 3)
+    return Packed(packed.codes, packed.scale, packed.zero, packed.bits, lowrank, sparse)
+
+
+def cache(lengths, *, T=16, D=32, bits=(4, 2), keys="channel", rank=0, single=0, slack=1):
+    """Packed K and V of runs with these lengths, slack blocks full of NaN scales between them, and the rows' bounds."""
+    need = [-(-n // T) for n in lengths]
+    start = torch.tensor([sum(need[:r]) + slack * r for r in range(len(need))])
+    blocks = sum(need) + slack * len(need)
+    k = pack(randn(blocks, T, D) + torch.linspace(-4, 4, D), bits[0], layout=keys)
+    v = pack(randn(blocks, T, D), bits[1], layout="token", group=D // 2)
+    k, v = with_corrections(k, rank, single), with_corrections(v, rank, single)
+    used = torch.zeros(blocks, dtype=torch.bool)
+    for s, n in zip(start.tolist(), need, strict=True):
+        used[s : s + n] = True
+    for packed in (k, v):
+        packed.scale[~used], packed.zero[~used] = float("nan"), float("nan")
+    length = torch.tensor(lengths, dtype=torch.int32)
+    return k, v, {"start": start, "length": length, "longest": max(lengths)}
+
+
+def truth(q, k, v, rows, scale, centre=None):
+    """Ragged attention over everything unpacked."""
+    keys, values = unpack(k), unpack(v)
+    if centre is not None:
+        for r, (s, n) in enumerate(zip(rows["start"].tolist(), rows["length"].tolist(), strict=True)):
+            keys[s : s + -(-n // k.block)] += centre[r]
+    T = k.block
+    out, lse = decode_attention(
+        q.float(), keys.flatten(0, 1), values.flatten(0, 1), scale=scale,
+        start=rows["start"] * T, length=rows["length"],
+    )  # fmt: skip
+    return out, lse
+
+
+def check(q, k, v, rows, scale, backend, centre=None, tolerance=None):
+    out, lse = packed_attention(q, k, v, scale=scale, centre=centre, **rows, _backend=backend)
+    true, true_lse = truth(q, k, v, rows, scale, centre)
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    tolerance = tolerance or 4 * TOLERANCE[q.dtype]
+    assert_close(out.float(), true, tolerance)
+    assert_close(lse, true_lse, tolerance)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("keys", ["channel", "token"])
+@pytest.mark.parametrize("bits", [(2, 2), (4, 4), (8, 8), (4, 2)])
+def test_equals_attention_over_what_is_unpacked(backend, keys, bits, interpreted):
+    k, v, rows = cache((48, 16, 7, 33), bits=bits, keys=keys)
+    check(randn(2, 4, 1, 32), k, v, rows, 0.2, backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("rank, single", [(1, 0), (4, 0), (0, 5), (3, 40)])
+@pytest.mark.parametrize("keys", ["channel", "token"])
+def test_low_rank_and_single_corrections(backend, rank, single, keys, interpreted):
+    k, v, rows = cache((48, 0, 32, 16), rank=rank, single=single, keys=keys)
+    check(randn(1, 8, 3, 32), k, v, rows, 0.2, backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("T, D, group", [(32, 80, 1), (48, 64, 7), (128, 32, 4), (16, 20, 2)])
+def test_block_sizes_head_dims_and_groups(backend, T, D, group, interpreted):
+    k, v, rows = cache((T, 2 * T), T=T, D=D, rank=2, single=9)
+    check(randn(1, 2 * group, 1, D), k, v, rows, D**-0.5, backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_runs_without_tokens_and_no_query(backend, interpreted):
+    k, v, rows = cache((0, 16))
+    out, lse = packed_attention(randn(1, 4, 1, 32), k, v, scale=0.2, **rows, _backend=backend)
+    assert bool((out[:, :2] == 0).all()) and bool((lse[:, :2] == -torch.inf).all())
+    assert bool(lse[:, 2:].isfinite().all())
+    k, v, rows = cache((0, 0), slack=0)
+    out, lse = packed_attention(randn(1, 4, 2, 32), k, v, scale=0.2, **rows, _backend=backend)
+    assert bool((out == 0).all()) and bool((lse == -torch.inf).all())
+    k, v, rows = cache((16, 16))
+    out, lse = packed_attention(randn(1, 4, 0, 32), k, v, scale=0.2, **rows, _backend=backend)
+    assert out.shape == (1, 4, 0, 32) and lse.shape == (1, 4, 0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_the_centre_changes_only_the_log_sum_exp(backend, interpreted):
+    k, v, rows = cache((32, 16))
+    q, centre = randn(1, 4, 2, 32), 5 * randn(2, 32)
+    check(q, k, v, rows, 0.2, backend, centre=centre)
+    with_centre = packed_attention(q, k, v, scale=0.2, centre=centre, **rows, _backend=backend)
+    without = packed_attention(q, k, v, scale=0.2, **rows, _backend=backend)
+    assert torch.equal(with_centre[0], without[0]) and not torch.equal(with_centre[1], without[1])
+
+
+@pytest.mark.parametrize("split", [16, 32, 1000])
+def test_result_does_not_depend_on_the_split(split, interpreted):
+    k, v, rows = cache((80, 16, 0, 65), rank=2, single=6)
+    q = randn(2, 4, 2, 32)
+    ours = module._launch(q, k, v, scale=0.2, **rows, split=split)
+    for mine, true in zip(ours, truth(q, k, v, rows, 0.2), strict=True):
+        assert_close(mine, true, 4e-5)
+
+
+@pytest.mark.parametrize("tokens, queries", [(16, 3), (64, 512)])
+def test_reference_does_not_depend_on_its_tiles(tokens, queries, monkeypatch):
+    k, v, rows = cache((80, 16, 0, 65), rank=2, single=6)
+    q = randn(2, 4, 2, 32)
+    monkeypatch.setattr(module, "_TOKENS", tokens)
+    monkeypatch.setattr(module, "_QUERIES", queries)
+    check(q, k, v, rows, 0.2, "reference")
+
+
+def test_more_query_rows_than_a_tile_holds(interpreted):
+    k, v, rows = cache((48, 32), rank=2, single=6)
+    check(randn(1, 8, 20, 32), k, v, rows, 0.2, "triton")
+
+
+def test_bf16_queries(interpreted):
+    k, v, rows = cache((48, 32), rank=2, single=6)
+    check(randn(1, 4, 1, 32, dtype=torch.bfloat16), k, v, rows, 0.2, "triton")
+    check(randn(1, 4, 1, 32, dtype=torch.bfloat16), k, v, rows, 0.2, "reference")
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_extreme_scores(backend, interpreted):
+    keys = torch.full((2, 16, 32), -1e4 / 32)
+    keys[1, 3] = 1e4 / 32  # one key at +1e4, all others at -1e4
+    values = torch.arange(32.0).view(2, 16, 1).expand(2, 16, 32)
+    k, v = pack(keys, 8, layout="token"), pack(values, 8, layout="token")
+    rows = {"start": torch.tensor([0]), "length": torch.tensor([32]).int(), "longest": 32}
+    out, lse = packed_attention(torch.ones(1, 1, 1, 32), k, v, scale=1.0, **rows, _backend=backend)
+    assert_close(out, torch.full((1, 1, 1, 32), 19.0))
+    assert_close(lse, torch.full((1, 1, 1), 1e4), 1e-3)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_strided_queries(backend, interpreted):
+    k, v, rows = cache((48, 32))
+    q = randn(1, 3, 4, 32).transpose(1, 2)
+    check(q, k, v, rows, 0.2, backend)
+
+
+def test_other_runs_do_not_matter(interpreted):
+    k, v, rows = cache((48, 32), rank=2, single=6)
+    q = randn(1, 2, 1, 32)
+    before = packed_attention(q, k, v, scale=0.2, **rows, _backend="triton")
+    shorter = rows | {"length": torch.tensor([48, 20]).int()}
+    after = packed_attention(q, k, v, scale=0.2, **shorter, _backend="triton")
+    assert torch.equal(before[0][:, 0], after[0][:, 0]) and not torch.equal(before[0][:, 1], after[0][:, 1])
+
+
+K, V, ROWS = cache((16, 32), D=16)
+Q = torch.zeros(1, 4, 1, 16)
+
+
+@pytest.mark.parametrize(
+    "q, k, v, options, message",
+    [
+        (Q[0], K, V, {}, r"q has shape \[4, 1, 16\]; it must be \[B, H, m, D\]"),
+        (Q.double(), K, V, {}, "q is float64"),
+        (Q[:, :3], K, V, {}, r"start has shape \[2\]; it must be \[B \* G\], B = 1 and G a divisor of H = 3"),
+        (Q[..., :8], K, V, {}, r"k.codes has shape \[5, 8, 16\]; it must be \[5, 8, 8\]"),
+        (Q, K, V.take(torch.tensor([0])), {}, r"v.codes has shape \[1, 4, 16\]; it must be \[5, 4, 16\]"),
+        (Q, K, K, {}, "v is packed per channel; values are packed per token"),
+        (Q, with_corrections(K, 17, 0), V, {}, "k has rank 17; the kernel takes at most 16"),
+        (Q, K, V, {"start": ROWS["start"].int()}, "start is int32; it must be int64"),
+        (Q, K, V, {"length": ROWS["length"].long()}, "length is int64; it must be int32"),
+        (Q, K, V, {"length": ROWS["length"] * 10}, "do not fit 5 blocks of 16 tokens"),
+        (Q, K, V, {"longest": 16}, "longest=16 do not fit"),
+        (Q, K, V, {"centre": torch.zeros(1, 16)}, r"centre has shape \[1, 16\]; it must be \[2, 16\]"),
+    ],
+)
+def test_errors_name_the_argument(q, k, v, options, message):
+    with pytest.raises(ValueError, match=message):
+        packed_attention(q, k, v, scale=1.0, **(ROWS | options))

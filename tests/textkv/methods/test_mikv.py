@@ -1,0 +1,325 @@
+"""MiKV at the ends of its settings, token by token, against brute-force codes, and in bytes."""
+
+from dataclasses import replace
+from functools import cache as once
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kernels.pack import unpack
+from tests.textkv import tiny
+from tests.textkv.watch import Largest
+from textkv import MethodCache, resolve_method
+from textkv.conformance import check_method
+from textkv.methods.mikv import MiKV
+from textkv.methods.snapkv import SnapKV
+from textkv.segments.balanced import BalancedSegment
+from textkv.segments.base import Stored
+
+DIM, HEADS, GROUP = 16, 2, 2
+
+
+@once
+def one_layer_model(dim=DIM):
+    shape = {"num_hidden_layers": 1, "head_dim": dim, "max_position_embeddings": 8192}
+    return LlamaForCausalLM(LlamaConfig(**tiny.TEXT | shape)).eval()
+
+
+def tokens(n, batch=1, dim=DIM, seed=0):
+    """Random queries, keys and values of one layer."""
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, h, n, dim, generator=g) for h in (HEADS * GROUP, HEADS, HEADS))
+
+
+def feed(method, budget, qkv, prompt, model=None):
+    """A cache whose layer reads a prompt and then one token at a time: yields (layer, last output) after each."""
+    cache = MethodCache(model or one_layer_model(qkv[0].shape[-1]), method, budget)
+    layer, n = cache.layers[0], qkv[0].shape[2]
+    for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, n))]:
+        q, k, v = (x[:, :, start:stop] for x in qkv)
+        layer.update(k, v)
+        yield layer, layer.step(q, k, v, DIM**-0.5, None)
+
+
+def run(model, cache, ids):
+    with torch.no_grad():
+        return model(ids, past_key_values=cache).logits
+
+
+def exact_at(layer):
+    """Positions in the exact tier: [batch, kv_heads, n]."""
+    return layer.segments[-1].held_positions()
+
+
+@pytest.mark.parametrize(
+    ("method", "budget"), [("snapkv+adakv+mikv(16,4)", 0.4), ("cake+mikv", 0.4), ("mikv(16,2,grow=True)", 0.4)]
+)
+def test_it_conforms_with_other_scorers(method, budget):
+    declared = {check.name for check in check_method(method, budget) if check.outcome != "passed"}
+    assert declared <= {"full_budget_equals_full_cache", "equals_masked_full_attention", "crop_or_refusal"}
+
+
+@pytest.mark.parametrize("method", ["mikv(16,2)", "snapkv+mikv(16,2)"])
+def test_all_important_is_the_full_cache(model_of, method):
+    model, ids = model_of("llama"), tiny.text_ids(80, batch=2)
+    ours, full = MethodCache(model, method, 1.0), MethodCache(model, "full")
+    for step in ids.split((50, 1, 1, 1, 20, 1, 6), 1):
+        torch.testing.assert_close(run(model, ours, step), run(model, full, step), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scorer", ["h2o", "snapkv", "cake", "snapkv+adakv"])
+def test_with_no_bits_for_the_rest_it_is_the_scorer(model_of, scorer):
+    model, ids = model_of("llama"), tiny.text_ids(70, batch=2)
+    ours, alone = MethodCache(model, f"{scorer}+mikv(16,0)", 0.4), MethodCache(model, scorer, 0.4)
+    for step in ids.split((50, 1, 1, 1, 15, 1, 1), 1):
+        assert torch.equal(run(model, ours, step), run(model, alone, step))
+        for index in range(3):
+            assert torch.equal(ours.kept_positions(index), alone.kept_positions(index))
+
+
+@pytest.mark.parametrize("scorer", ["h2o", "snapkv", "pyramidkv", "cake", "vl-cache"])
+def test_after_the_prompt_the_exact_tokens_are_those_that_the_scorer_keeps(model_of, scorer):
+    model, ids = model_of("llama"), tiny.text_ids(90, batch=2)
+    ours, alone = MethodCache(model, f"{scorer}+mikv", 0.4), MethodCache(model, scorer, 0.4)
+    run(model, ours, ids)
+    run(model, alone, ids)
+    for mine, true in zip(ours.layers, alone.layers, strict=True):
+        assert torch.equal(exact_at(mine), true.held_positions())
+
+
+def test_nothing_important_is_plain_rounding_once_per_token():
+    """One exact token (the newest) and no balancer: every other key and value has the codes of brute force."""
+    qkv = tokens(49)
+    *_, (layer, _) = feed("mikv(16,2,balance=False,group=8)", "1t", qkv, 33)
+    low = layer.segments[0]
+    assert exact_at(layer).tolist() == [[[48]] * HEADS]
+    assert [x.lengths().tolist() for x in layer.segments] == [[[48] * HEADS], [[1] * HEADS]]
+    held, at = low.stored(), low.held_positions()[0, 0].long()
+    assert sorted(at.tolist()) == list(range(48))
+    centre = qkv[1][:, :, :33].mean(2, keepdim=True)
+    for ours, true in ((held.keys, (qkv[1] - centre)[:, :, at]), (held.values, qkv[2][:, :, at])):
+        groups = true.unflatten(-1, (2, 8))
+        zero = groups.amin(-1, keepdim=True).half().float()
+        scale = ((groups.amax(-1, keepdim=True) - zero) / 3).half().float()
+        rounded = (((groups - zero) / scale).round().clamp(0, 3) * scale + zero).flatten(-2)
+        expected = rounded + centre if ours is held.keys else rounded
+        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(("method", "budget"), [("mikv(16,2)", "20t"), ("mikv(16,4)", 0.4), ("tova+mikv(16,4)", 0.3)])
+def test_tokens_are_conserved_and_demotion_is_final(method, budget):
+    qkv = tokens(100, batch=2)
+    demoted, codes = None, None
+    for layer, _ in feed(method, budget, qkv, 40):
+        at = layer.held_positions()
+        everything = torch.arange(layer.seen).expand_as(at).int()
+        assert torch.equal(at.sort(-1).values, everything)
+        exact, low = exact_at(layer), layer.segments[0]
+        if "tova" not in method:
+            newest = max(1, exact.shape[-1] // 2)
+            assert torch.equal(exact[..., -newest:], everything[..., -newest:])
+        if demoted is not None:
+            gone = torch.zeros(2, HEADS, layer.seen, dtype=torch.bool).scatter_(-1, demoted.long(), True)
+            assert not bool(gone.gather(-1, exact.long()).any())
+            n = codes.shape[2]
+            assert torch.equal(low.stored().keys[:, :, :n], codes)
+        demoted = torch.cat([x.held_positions() for x in layer.segments[:-1]], -1)
+        codes = low.stored().keys
+    assert codes.shape[2] >= 48
+
+
+def test_the_exact_share_is_fixed_or_grows():
+    qkv, sizes = tokens(100), {}
+    for method in ("mikv(16,2)", "mikv(16,2,grow=True)"):
+        sizes[method] = [exact_at(layer).shape[-1] for layer, _ in feed(method, 0.3, qkv, 50)]
+    assert sizes["mikv(16,2)"] == [15] * 51
+    assert sizes["mikv(16,2,grow=True)"] == [int(0.3 * n + 1e-9) for n in range(50, 101)]
+
+
+def test_demoted_tokens_wait_exactly_until_they_fill_a_block():
+    qkv, seen = tokens(60), []
+    for layer, _ in feed("mikv(16,2)", "20t", qkv, 40):
+        lengths = [int(segment.lengths()[0, 0]) for segment in layer.segments]
+        seen.append((lengths[0], sum(lengths[1:-1]), lengths[-1]))
+        if len(lengths) == 3:
+            held = layer.segments[1].stored()
+            for head in range(HEADS):
+                at = held.positions[0, head].long()
+                assert torch.equal(held.keys[0, head], qkv[1][0, head, at])
+                assert torch.equal(held.values[0, head], qkv[2][0, head, at])
+    assert seen == [(20 + i - (20 + i) % 16, (20 + i) % 16, 20) for i in range(21)]
+
+
+def test_scores_are_those_of_attention_over_all_tokens():
+    """At 8 bits codes are all but exact: what the exact tokens have gathered is what a full cache would count."""
+    qkv = tokens(60)
+    q, k = qkv[0][0].double().unflatten(0, (HEADS, GROUP)), qkv[1][0].double()
+    for layer, _ in feed("mikv(16,8)", "24t", qkv, 40):
+        n = layer.seen
+        scores = (q[:, :, :n] @ k[:, None, :n].mT * DIM**-0.5).masked_fill(
+            torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf
+        )
+        true = scores.softmax(-1).mean(1).sum(1)
+        at = exact_at(layer)[0].long()
+        torch.testing.assert_close(layer.marks["h2o"][0], true.gather(-1, at).float(), rtol=5e-3, atol=5e-3)
+
+
+def test_outputs_are_nearer_to_the_full_cache_than_those_of_dropping():
+    qkv = tokens(120)
+    outs = {}
+    for method in ("full", "h2o", "mikv(16,2)", "mikv(16,4)", "mikv(16,8)"):
+        outs[method] = torch.cat([out for _, out in feed(method, 0.2, qkv, 100)][1:], 2)
+    gap = {name: float((out - outs["full"]).norm()) for name, out in outs.items()}
+    assert gap["h2o"] > 2 * gap["mikv(16,2)"] > 4 * gap["mikv(16,4)"] > 8 * gap["mikv(16,8)"]
+
+
+# ---- the balancer --------------------------------------------------------------------------------------------------
+
+
+def test_scores_do_not_change_by_balancing():
+    q, k, _ = tokens(30)
+    k[:, :, :, 3] *= 40
+    k[:, :, :, 5] = 0
+    k[:, :, :, 7] += 25
+    at = torch.arange(30, dtype=torch.int32).expand(1, HEADS, 30)
+    low = BalancedSegment.for_prompt(Stored(k, k, at), q.abs().amax(2))
+    assert low.balance.shape == (1, HEADS, DIM) and bool(low.balance.isfinite().all())
+    assert torch.equal(low.balance.log2(), low.balance.log2().round())
+    assert bool((low.balance[..., 3] < low.balance[..., 7]).all())
+    packed = low.balanced(k) + low.centre[:, :, None]
+    turned = q.unflatten(1, (HEADS, GROUP)) / low.balance[:, :, None, None]
+    torch.testing.assert_close(turned @ packed[:, :, None].mT, q.unflatten(1, (HEADS, GROUP)) @ k[:, :, None].mT)
+
+
+def test_balance_is_the_root_of_the_ratio_and_padding_does_not_count():
+    q, k, _ = tokens(8)
+    k[:, :, 0] = 1e4
+    at = torch.arange(-1, 7, dtype=torch.int32).expand(1, HEADS, 8)
+    low = BalancedSegment.for_prompt(Stored(k, k, at), q.abs().amax(2))
+    real = k[:, :, 1:]
+    largest = (real - real.mean(2, keepdim=True)).abs().amax(2)
+    exact = (q.abs().amax(2).unflatten(1, (HEADS, GROUP)).amax(2) / largest).sqrt()
+    assert bool(((low.balance / exact).log2().abs() <= 0.5 + 1e-5).all())
+
+
+def outlier_keys(kind, n=256, dim=64):
+    q, k, v = tokens(n, dim=dim)
+    if kind == "scaled":
+        k[..., :4] *= 15
+    else:
+        k[..., 0] += 100
+        k[..., 1] -= 80
+    return q, k, v
+
+
+@pytest.mark.parametrize("kind", ["scaled", "biased"])
+def test_balancing_mends_keys_with_outlier_channels(kind):
+    """Attention error with and without; the paper's balancer makes biased keys worse, centring mends that."""
+    q, k, v = outlier_keys(kind)
+    gap = {}
+    for balance in (True, False):
+        method = f"mikv(16,4,balance={balance})"
+        *_, (_, out) = feed(method, "2t", (q, k, v), 255)
+        *_, (_, true) = feed("full", None, (q, k, v), 255)
+        gap[balance] = float((out - true).norm() / true.norm())
+    assert gap[True] < 0.35
+    assert gap[True] < 0.6 * gap[False] if kind == "scaled" else gap[True] < 1.5 * gap[False]
+
+
+# ---- bytes, memory, refusals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("low", "share"), [(2, 0.2), (4, 0.2), (2, 0.5)])
+def test_bytes_are_those_of_the_formula(low, share):
+    """(r 16 + (1 - r) (b + 32 / g)) / 16 of a half-precision cache; positions, scores and the balancer beside it."""
+    n, dim = 2560, 64
+    qkv = tuple(x.half() for x in tokens(n, dim=dim))
+    ((layer, _),) = feed(f"mikv(16,{low},group=32)", share, qkv, n)
+    vectors = sum(
+        x.untyped_storage().nbytes()
+        for name, x in layer.tensors().items()
+        if x.is_floating_point() or x.dtype == torch.uint8
+        if not name.startswith("mark") and name.split(".")[1] not in ("centre", "balance")
+    )
+    formula = (share * 16 + (1 - share) * (low + 1)) / 16
+    assert vectors / (2 * HEADS * n * dim * 2) == pytest.approx(formula, rel=0.01)
+    # Position and score of a token and head are 4 bytes each, scores only of the exact ones.
+    beside = HEADS * n * (4 + 4 * share) + 2 * HEADS * dim * 4
+    assert layer.kv_bytes() == pytest.approx(vectors + beside, rel=0.01)
+
+
+def test_decoding_never_rebuilds_a_layer():
+    qkv = tokens(1100)
+    steps = feed("mikv(16,4)", 0.2, qkv, 1060)
+    next(steps)
+    watch = Largest()
+    with watch:
+        for _ in steps:
+            pass
+    assert 0 < watch.numbers < 1060 * HEADS * DIM / 2
+
+
+def test_later_turns_demote_on(model_of):
+    model, ids = model_of("llama"), tiny.text_ids(160, batch=2)
+    cache = MethodCache(model, "snapkv+mikv(16,4)", "40t")
+    run(model, cache, ids[:, :80])
+    before = cache.layers[1].segments[0].stored().keys.clone()
+    for i in range(80, 84):
+        run(model, cache, ids[:, i : i + 1])
+    run(model, cache, ids[:, 84:150])
+    layer = cache.layers[1]
+    assert before.shape[2] == 32 and layer.segments[0].lengths().tolist() == [[96, 96]] * 2
+    assert torch.equal(layer.segments[0].stored().keys[:, :, :32], before)
+    assert torch.equal(layer.held_positions().sort(-1).values, torch.arange(150).expand(2, 2, -1).int())
+    assert layer.segments[-1].lengths().tolist() == [[40, 40]] * 2
+
+
+def test_a_prompt_of_one_token_works(model_of):
+    model, ids = model_of("llama"), tiny.text_ids(40)
+    cache = MethodCache(model, "mikv", "8t")
+    for i in range(40):
+        assert bool(run(model, cache, ids[:, i : i + 1]).isfinite().all())
+    assert [int(x.lengths()[0, 0]) for x in cache.layers[0].segments] == [32, 8]
+
+
+def test_codes_are_small_integers():
+    *_, (layer, _) = feed("mikv(16,2)", "16t", tokens(48), 48)
+    (slab,) = layer.segments[0].slabs
+    assert slab.k.codes.dtype == torch.uint8 and slab.k.bits == 2 and len(unpack(slab.v)) == 2 * HEADS
+
+
+def test_what_is_not_finite_is_told_with_layer_row_and_head():
+    qkv = tokens(60, batch=2)
+    qkv[2][1, 1, 7, 3] = torch.inf
+    with pytest.raises(ValueError, match="layer 0, row 1, head 1: the values hold NaN, inf"):
+        list(feed("mikv", "1t", qkv, 50))
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("mikv(16,3)", "bits=3 cannot be packed"),
+        ("mikv(8,2)", "high=8: important tokens are stored as they are; use 16"),
+        ("mikv(16,2,block=20)", "a group of 20 tokens cannot be packed"),
+        ("mikv(16,2,group=0)", "group=0: a group needs"),
+        ("streaming_llm+mikv", "streaming_llm gives none"),
+        ("mikv+snapkv", "snapkv cannot follow mikv"),
+    ],
+)
+def test_bad_settings_are_refused(expression, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_method(expression, 0.5)
+
+
+def test_a_scorer_with_a_copy_per_query_head_is_refused():
+    copies = replace(SnapKV().capabilities, stores_query_heads=True)
+    scorer = SnapKV()
+    object.__setattr__(scorer, "capabilities", copies)
+    with pytest.raises(ValueError, match="snapkv stores a copy per query head, of which nothing can be demoted"):
+        MiKV(inner=scorer)
+
+
+def test_a_group_that_does_not_fit_the_model_is_refused(model_of):
+    with pytest.raises(ValueError, match="a group of 12 channels does not divide head_dim 16; use 16"):
+        run(model_of("llama"), MethodCache(model_of("llama"), "mikv(16,2,group=12)"), tiny.text_ids(8))

@@ -1,0 +1,50 @@
+"""Tokens that come from another store: taken in without attention, then kept by the method as after a prompt."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import decode_attention
+from textkv import MethodCache
+
+KV_HEADS, HEADS, DIM = 2, 4, 16
+
+
+def tokens(count: int, seed: int, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(rows, KV_HEADS, count, DIM, generator=generator) for _ in range(2))
+    return k, v, torch.randn(rows, HEADS, 6, DIM, generator=generator)
+
+
+@pytest.mark.parametrize("method", ["full", "snapkv+adakv", "kivi(8)"])
+def test_blocks_are_attended_as_one(model_of, method):
+    cache = MethodCache(model_of("llama"), method)
+    layer, parts = cache.layers[0], [tokens(70, 0), tokens(3, 1), tokens(9, 2)]
+    for start, (k, v, observers) in zip((0, 70, 73), parts, strict=True):
+        layer.absorb(k, v, start + torch.arange(k.shape[2], dtype=torch.int32)[None], observers, 0.25)
+    q = parts[0][2]
+    k, v = (torch.cat([part[i] for part in parts], 2) for i in (0, 1))
+    got = [segment.attend(q, 0.25) for segment in layer.segments]
+    lse = torch.stack([one[1] for one in got])
+    out = sum(one[0] * (one[1] - lse.logsumexp(0)).exp()[..., None] for one in got)
+    exact, exact_lse = decode_attention(q, k, v, scale=0.25)
+    near = 0.02 if method == "kivi(8)" else 1e-5
+    assert torch.allclose(out, exact, atol=near) and torch.allclose(lse.logsumexp(0), exact_lse, atol=near)
+    assert layer.seen == 82 and layer.real_seen.tolist() == [82]
+    assert cache.kept_positions(0)[0, 0].sort().values.tolist() == list(range(82))
+
+
+def test_the_observers_decide_and_padding_is_nobody(model_of):
+    """A key that all observers look at stays; rows may bring fewer tokens, padded in front."""
+    cache = MethodCache(model_of("llama"), "snapkv(window=6,kernel=1)", 0.5)
+    layer = cache.layers[0]
+    k, v, observers = tokens(20, 0, rows=2)
+    observers = observers + 3
+    k[:, :, 7] = 3.0
+    positions = torch.arange(20, dtype=torch.int32).repeat(2, 1)
+    positions[1] = (positions[1] - 4).clamp(min=-1)
+    layer.absorb(k, v, positions, observers, 0.25)
+    assert layer.real_seen.tolist() == [20, 16] and layer.lengths().tolist() == [[10] * 2, [8] * 2]
+    kept = cache.kept_positions(0)
+    assert (kept[0] == 7).any(-1).all() and (kept[1] == 3).any(-1).all()

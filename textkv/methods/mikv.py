@@ -1,0 +1,225 @@
+"""MiKV: what an eviction method would drop is kept with few bits (arXiv 2402.18096).
+
+Wraps any scorer ("snapkv+mikv(16,2)"; alone it wraps h2o, the paper's score). The scorer works as if it were alone, at
+the end of prompts and, if it evicts there, while decoding. The tokens that it drops are not lost but demoted: packed
+per token, keys balanced against queries (`textkv.segments.balanced`). Demotion is final, the exact values are gone.
+
+The budget is the share r of exact tokens: at one budget a scorer with and without mikv holds the same tokens exactly,
+so that what is won by demoting instead of dropping can be read off. r = 1 is the full cache, `mikv(16,0)` the scorer.
+Codes come in blocks of `block` tokens of a head; demoted tokens wait, exact, until they fill one. No code was released.
+The paper lets the exact share grow with the text (`grow=True`); by default it is fixed by the prompt, as every share.
+Ours is the centring of keys, without which a balanced channel with a large constant part is worse than an unbalanced.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from kernels.pack import channel_group, check_block, pack
+from textkv.decode_eviction import DecodeEviction, attention_row
+from textkv.evidence import Evidence
+from textkv.layer import Layer
+from textkv.method import Capabilities, Method, Needs, register
+from textkv.methods.h2o import H2O
+from textkv.segments.balanced import BalancedSegment
+from textkv.segments.base import Segment, Stored
+from textkv.segments.packed import blocks_of
+from textkv.segments.ragged import RaggedSegment
+
+if TYPE_CHECKING:
+    from textkv.cache import MethodCache
+
+
+@register("mikv")
+@dataclass(frozen=True)
+class MiKV(Method):
+    """Demotes where its scorer evicts. A layer is [packed, waiting if any, exact].
+
+    Attributes:
+        high: bits of the important tokens: 16, as they are.
+        low: bits of the others: 2, 4, 8, or 0 to drop them.
+        group: neighbouring channels that share a scale in each token; None = the largest divisor of head_dim up to 64
+            (64 of 128 in the paper: low + 0.5 bits per element).
+        block: demoted tokens of a head that are packed together, a multiple of 16; fewer wait.
+        balance: whether key channels are balanced against query channels.
+        grow: under a scorer that evicts while decoding and a budget that is a share, the number of exact tokens follows
+            the tokens seen (the paper); False = it stays what it was at the end of the prompt.
+
+    Raises:
+        ValueError: bits, block or group that cannot be packed, or a scorer that stores a copy per query head.
+    """
+
+    high: int = 16
+    low: int = 2
+    group: int | None = None
+    block: int = 16
+    balance: bool = True
+    grow: bool = False
+
+    wraps: ClassVar = "scorer"
+    capabilities: ClassVar[Capabilities] = Capabilities(lossy=True)
+
+    def __post_init__(self) -> None:
+        if self.inner is None:
+            object.__setattr__(self, "inner", H2O(budget=self.budget))
+        super().__post_init__()
+        if self.high != 16:
+            raise ValueError(
+                f"high={self.high}: important tokens are stored as they are; use 16 (packed ones could not be demoted "
+                "without rounding twice)"
+            )
+        if self.low:
+            check_block(self.low, self.block, self.block)
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"group={self.group}: a group needs at least 1 channel; None chooses by head_dim")
+        known = self.inner.capabilities
+        if known.stores_query_heads:
+            raise ValueError(
+                f"{self.inner.name}+{self.name}: {self.inner.name} stores a copy per query head, of which nothing can "
+                "be demoted; use a scorer that selects per KV head, e.g. snapkv or gui-kv"
+            )
+        object.__setattr__(self, "capabilities", replace(known, scores=False, lossy=bool(self.low)))
+
+    @property
+    def evicts(self) -> bool:
+        return not self.low
+
+    def needs(self) -> Needs:
+        return self.inner.needs() | Needs(query_peaks=bool(self.low))
+
+    # ---- the scorer's moments ----------------------------------------------------------------------------------
+
+    def on_start(self, layer: Layer) -> None:
+        """Check that the groups fit the model.
+
+        Raises:
+            ValueError: `group` does not divide head_dim.
+        """
+        if self.low:
+            check_block(self.low, self.block, layer.head_dim, self.group or channel_group(layer.head_dim))
+        self.inner.on_start(layer)
+
+    def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        if self.low and not isinstance(layer.segments[0], BalancedSegment):
+            low = BalancedSegment.for_prompt(layer.stored(), evidence.peaks if self.balance else None)
+            layer.segments = [low, *layer.segments]
+        if evidence.columns is not None:
+            exact = layer.segments[-1].held_positions().shape[-1]
+            evidence = replace(evidence, columns=evidence.columns[..., evidence.columns.shape[-1] - exact :])
+        with self._demoting(layer.cache.layers[: layer.index + 1]):
+            self.inner.on_prefill_end(layer, evidence)
+
+    def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
+        if not self.inner.capabilities.decode_eviction:
+            return
+        if not isinstance(self.inner, DecodeEviction):
+            with self._demoting(layer.cache.layers):
+                self.inner.on_decode_end(layer, query)
+            return
+        if self.inner.budget.is_full:
+            return
+        share = layer.last_share
+        with self._demoting([layer]):
+            row = attention_row(layer, query)
+            self.inner.drop(layer, row if share is None else row * share, self._counts(layer))
+
+    def on_finish(self, cache: MethodCache) -> None:
+        with self._demoting(cache.layers):
+            self.inner.on_finish(cache)
+
+    def _counts(self, layer: Layer) -> torch.Tensor:
+        """Exact tokens of each row after a decoded token, int64 [batch, 1]."""
+        lengths = layer.lengths().amax(1, keepdim=True)
+        budget = self.inner.budget
+        if budget.tokens is not None:
+            return lengths.clamp(max=budget.tokens)
+        if self.grow:
+            allowed = torch.tensor([[budget.count(int(seen))] for seen in layer.real_seen])
+            return torch.minimum(lengths, torch.maximum(allowed, lengths - 1))
+        return lengths - 1
+
+    # ---- demoting ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _demoting(self, layers: Sequence[Layer]) -> Iterator[None]:
+        """While it lasts these layers show their exact tokens alone; those dropped meanwhile are demoted at its end.
+
+        So marks that a scorer keeps are marks of the exact tokens.
+        """
+        if not self.low:
+            yield
+            return
+        aside = [
+            (layer, layer.segments[:-1], copy.copy(layer.segments[-1]))
+            for layer in layers
+            if isinstance(layer.segments[0], BalancedSegment)
+        ]
+        for layer, others, _ in aside:
+            layer.segments = layer.segments[len(others) :]
+        yield
+        for layer, others, before in aside:
+            exact = layer.segments[0]
+            layer.segments = [*others, exact]
+            # Whatever drops tokens makes a new tensor of positions.
+            if exact.positions is not before.positions:
+                self._demote(layer, before)
+
+    def _demote(self, layer: Layer, before: Segment) -> None:
+        """Packs what was dropped from `before`, together with what waits; the rest waits on."""
+        low, exact = layer.segments[0], layer.segments[-1]
+        gone = _picked(before.stored(), _missing(before.held_positions(), exact.held_positions()))
+        if len(layer.segments) == 3:
+            held = layer.segments[1].stored()
+            gone = Stored(*(torch.cat([getattr(x, f) for x in (held, gone)], 2) for f in _FIELDS))
+        real = gone.positions >= 0
+        counts = real.sum(-1).cpu() // self.block * self.block
+        ready = real & (real.cumsum(-1) <= counts.to(real.device)[..., None])
+        if bool(counts.any()):
+            self._pack(low, _picked(gone, ready), counts, layer.index)
+        late = real & ~ready
+        left = late.sum(-1).cpu()
+        waiting = []
+        if bool(left.any()):
+            waiting = [RaggedSegment(gone.keys[late], gone.values[late], gone.positions[late], left)]
+        layer.segments = [low, *waiting, exact]
+
+    def _pack(self, low: BalancedSegment, taken: Stored, counts: torch.Tensor, index: int) -> None:
+        """Moves tokens into the packed segment; counts int64 [batch, kv_heads] on the CPU."""
+        for what, x in (("keys", taken.keys), ("values", taken.values)):
+            bad = (~(x.abs().amax((2, 3)).float() <= torch.finfo(torch.float16).max)).nonzero()
+            if len(bad):
+                raise ValueError(
+                    f"layer {index}, row {int(bad[0, 0])}, head {int(bad[0, 1])}: the {what} hold NaN, inf or values "
+                    "beyond float16 and cannot be packed"
+                )
+        halves = (
+            pack(blocks_of(x.flatten(0, 1), counts.view(-1), self.block), self.low, layout="token", group=self.group)
+            for x in (low.balanced(taken.keys), taken.values.float())
+        )
+        low.append(*halves, counts, taken.positions)
+
+
+_FIELDS = ("keys", "values", "positions")
+
+
+def _missing(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """Which of the positions `before` [batch, kv_heads, n] (-1 = none) are not among those `now` [.., c]."""
+    table = torch.zeros(*before.shape[:2], int(before.max()) + 2, dtype=torch.bool, device=before.device)
+    table.scatter_(-1, now.long() + 1, True)
+    return ~table.gather(-1, before.long() + 1) & (before >= 0)
+
+
+def _picked(held: Stored, mask: torch.Tensor) -> Stored:
+    """The tokens where bool [batch, kv_heads, n] is True, first in each head; what a head has not is 0, position -1."""
+    n = int(mask.sum(-1).max())
+    order = (~mask).sort(dim=-1, stable=True).indices[..., :n]
+    inside = mask.gather(-1, order)
+    index = order[..., None].expand(*order.shape, held.keys.shape[-1])
+    keys, values = (x.gather(2, index).masked_fill(~inside[..., None], 0) for x in (held.keys, held.values))
+    return Stored(keys, values, held.positions.gather(-1, order).masked_fill(~inside, -1))

@@ -1,0 +1,252 @@
+"""`Packer`: what every method that stores tokens as small integers does, alone or behind a method that evicts.
+
+A prompt is read exactly. When its block ends, the method to the left of the `+` evicts as ever, and of what each head
+keeps, the first whole multiple of `residual` tokens is packed; the rest stays exact in the last segment, the buffer.
+Decoded tokens go to the buffer too, and each time a head has `residual` tokens there, these are packed. What is packed
+stays as it is until the left method evicts again, in a later turn: then it goes by what the codes stand for.
+
+Behind a `+` a packer takes prompt ends only: a scorer that also evicts while decoding does not do that here, as under
+any wrapper (see `textkv.decode_eviction`), because tokens cannot leave a packed block one by one; and what it marked
+down about tokens of earlier blocks is forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from kernels.pack import Packed, channel_group, check_block
+from textkv.evidence import Evidence
+from textkv.layer import Layer
+from textkv.method import Capabilities, Method
+from textkv.segments.base import Segment, Stored
+from textkv.segments.dense import DenseSegment
+from textkv.segments.packed import PackedSegment
+from textkv.segments.ragged import RaggedSegment
+from textkv.segments.split import Part, SplitSegment
+from textkv.segments.stack import StackSegment
+
+if TYPE_CHECKING:
+    from textkv.cache import MethodCache
+
+
+@dataclass(frozen=True)
+class Packer(Method):
+    """Base of kivi and gear. A subclass says how tokens become blocks (`encode`).
+
+    Attributes:
+        bits: of a code: 2, 4 or 8.
+        group: tokens that share a key scale in each channel, and make a block; a multiple of 16 up to 128.
+        residual: tokens that are packed together, a multiple of `group`; fewer stay exact.
+        channels: channels that share a value scale in each token; None = the largest divisor of head_dim up to 64.
+        centre: subtract each channel's mean over the tokens held when the first are packed from all packed keys of a
+            head. The scores get it back exactly, so this costs nothing but 4 * head_dim bytes a head, and keys that
+            share a large offset (a biased projection) do not lose their differences to float16.
+    """
+
+    bits: int = 4
+    group: int = 64
+    residual: int = 64
+    channels: int | None = None
+    centre: bool = True
+
+    wraps: ClassVar = "any"
+    capabilities: ClassVar[Capabilities] = Capabilities(lossy=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_block(self.bits, self.group, self.group)
+        if self.residual < self.group or self.residual % self.group:
+            near = max(1, round(self.residual / self.group)) * self.group
+            raise ValueError(f"residual={self.residual} is no multiple of group={self.group}; use {near}")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"channels={self.channels}: a group needs at least 1 channel; None chooses by head_dim")
+        if self.inner is not None:
+            _refuse(self.inner, self.name)
+            object.__setattr__(self, "capabilities", _behind(self.inner.capabilities))
+
+    @abstractmethod
+    def encode(
+        self, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, prompt: bool
+    ) -> tuple[Packed, Packed]:
+        """The blocks of the runs, run by run.
+
+        Args:
+            keys: fp32 [runs, n, head_dim], centred; a run is one KV head of one row.
+            values: fp32 [runs, n, head_dim].
+            counts: int64 [runs] on the CPU: the tokens of each run, multiples of `group`; the slots behind them hold 0.
+            prompt: whether this is the end of a prompt block; else a full buffer of decoded tokens.
+        """
+
+    @property
+    def evicts(self) -> bool:
+        return self.inner is not None and self.inner.evicts
+
+    def on_start(self, layer: Layer) -> None:
+        """Check that the groups fit the model.
+
+        Raises:
+            ValueError: `channels` does not divide head_dim.
+        """
+        check_block(self.bits, self.group, layer.head_dim, self.channels or channel_group(layer.head_dim))
+        if self.inner is not None:
+            self.inner.on_start(layer)
+
+    def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        if self.inner is not None:
+            self.inner.on_prefill_end(layer, evidence)
+        if not self._waits:
+            self._flush(layer, prompt=True)
+
+    def on_finish(self, cache: MethodCache) -> None:
+        if self.inner is not None:
+            self.inner.on_finish(cache)
+        if self._waits:
+            for layer in cache.layers:
+                self._flush(layer, prompt=True)
+
+    def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
+        self._flush(layer, prompt=False)
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the left method goes on changing layers after their own prompt end."""
+        return self.inner is not None and type(self.inner).on_finish is not Method.on_finish
+
+    def _flush(self, layer: Layer, prompt: bool) -> None:
+        """Packs what has come together."""
+        if prompt:
+            layer.marks = {}
+        if isinstance(layer.segments[0], SplitSegment):
+            self._flush_heads(layer, prompt)
+            return
+        before = layer.since_eviction
+        place = f"layer {layer.index}"
+        segments = self._packed(layer.segments, prompt, lambda row, head: f"{place}, row {row}, head {head}")
+        if segments is not None:
+            layer.replace(segments)
+            layer.since_eviction = min(before, int(segments[-1].lengths().min()))
+
+    def _flush_heads(self, layer: Layer, prompt: bool) -> None:
+        """Packs the heads that keep everything; the others hold few tokens and drop them one by one."""
+        for part in layer.segments[0].parts:
+            segment = part.segment
+            if not isinstance(segment, DenseSegment | StackSegment):
+                continue
+            inner = segment.segments if isinstance(segment, StackSegment) else [segment]
+            packed = self._packed(inner, prompt, partial(_unit_name, layer.index, part))
+            if packed is not None:
+                part.segment = StackSegment(packed)
+
+    def _packed(self, segments: list[Segment], prompt: bool, name: Callable[[int, int], str]) -> list[Segment] | None:
+        """The segments with all whole multiples of `residual` tokens packed; None if no head has that many.
+
+        Args:
+            segments: a buffer, or packed tokens and a buffer.
+            name: says which head of the model a row and head of the segments are.
+
+        Raises:
+            ValueError: NaN or inf in what is to be packed, or values beyond float16.
+        """
+        packed, buffer = segments[0], segments[-1]
+        counts = buffer.lengths() // self.residual * self.residual
+        if not bool(counts.any()):
+            return None
+        held = buffer.stored()
+        _check_values(held, name)
+        taken = _first(held, counts)
+        keys, values = (x.flatten(0, 1).float() for x in (taken.keys, taken.values))
+        if not isinstance(packed, PackedSegment):
+            packed = PackedSegment(held.keys.dtype, _mean(held) if self.centre else None)
+        if packed.centre is not None:
+            real = (taken.positions >= 0).flatten(0, 1)[..., None]
+            keys = (keys - packed.centre.flatten(0, 1)[:, None]) * real
+        positions = taken.positions
+        if bool((positions == positions[:, :1]).all()):
+            positions = positions[:, :1]
+        packed.append(*self.encode(keys, values, counts.view(-1), prompt), counts, positions)
+        return [packed, _rest(buffer, held, counts)]
+
+
+def _refuse(inner: Method, name: str) -> None:
+    """Raise ValueError for a method whose tokens a packer cannot take over."""
+    known = inner.capabilities
+    if known.lossy:
+        raise ValueError(f"{inner.name}+{name}: {inner.name} has changed what it stores already; pack only once")
+    if known.decode_eviction and not known.scores and not known.whole_heads:
+        raise ValueError(
+            f"{inner.name}+{name}: {inner.name} evicts or merges at every decoded token, and packed tokens cannot "
+            f"leave one by one; use a method that evicts at the end of the prompt, e.g. snapkv+{name}"
+        )
+
+
+def _behind(inner: Capabilities) -> Capabilities:
+    """What a packer promises behind a method."""
+    if inner.scores:  # its own decoding hooks do not run here
+        inner = replace(inner, scores=False, decode_eviction=False, crop=True)
+    return replace(inner, lossy=True, whole_heads=False)
+
+
+def _unit_name(layer: int, part: Part, unit: int, _head: int) -> str:
+    """Which head of the model a single-head row of a split segment's part is."""
+    return f"layer {layer}, row {int(part.row[unit])}, head {int(part.head[unit])}"
+
+
+def _mean(held: Stored) -> torch.Tensor:
+    """Mean key of each head: fp32 [batch, heads, head_dim], 0 for a head without tokens."""
+    real = (held.positions >= 0)[..., None]
+    return held.keys.float().masked_fill(~real, 0).sum(2) / real.sum(2).clamp(min=1)
+
+
+def _first(held: Stored, counts: torch.Tensor) -> Stored:
+    """The first counts[b, h] tokens of each head, padded to one length: 0, position -1."""
+    n, real = int(counts.max()), held.positions >= 0
+    if bool((counts == n).all()) and bool(real[..., :n].all()):
+        return Stored(held.keys[:, :, :n], held.values[:, :, :n], held.positions[..., :n])
+    order = (~real).sort(dim=-1, stable=True).indices[..., :n]
+    inside = torch.arange(n, device=real.device) < counts.to(real.device)[..., None]
+    pick = order[..., None].expand(*order.shape, held.keys.shape[-1])
+    keys, values = (x.gather(2, pick).masked_fill(~inside[..., None], 0) for x in (held.keys, held.values))
+    return Stored(keys, values, held.positions.gather(2, order).masked_fill(~inside, -1))
+
+
+def _rest(buffer: Segment, held: Stored, counts: torch.Tensor) -> Segment:
+    """A buffer of the same kind with all but the first counts[b, h] tokens of each head."""
+    real = held.positions >= 0
+    stays = real & (real.cumsum(-1) > counts.to(real.device)[..., None])
+    left = stays.sum(-1)
+    n = int(left.max())
+    if isinstance(buffer, RaggedSegment):
+        return RaggedSegment(held.keys[stays], held.values[stays], held.positions[stays], left.cpu())
+    if n == 0:
+        return DenseSegment.from_state(
+            {
+                "k": held.keys[:, :, :0].clone(), "v": held.values[:, :, :0].clone(),
+                "positions": held.positions[:, :1, :0].clone(), "used": 0, "holes": False,
+                "head_repeat": buffer.head_repeat,
+            }
+        )  # fmt: skip
+    # The newest tokens last, holes before them: so that a crop takes tokens from every row.
+    slots = stays.sort(dim=-1, stable=True).indices[..., -n:]
+    index = slots.masked_fill(~stays.gather(-1, slots), -1)
+    buffer.keep(index[:, : buffer.positions.shape[1]])
+    return buffer
+
+
+def _check_values(held: Stored, name: Callable[[int, int], str]) -> None:
+    """Raise ValueError naming the first head whose keys or values cannot be packed."""
+    hole = (held.positions < 0)[..., None]
+    for what, x in (("keys", held.keys), ("values", held.values)):
+        largest = x.abs().masked_fill(hole, 0).amax((2, 3)).float()
+        bad = (~(largest <= torch.finfo(torch.float16).max)).nonzero()
+        if len(bad):
+            row, head = bad[0].tolist()
+            size = float(largest[row, head])
+            found = f"magnitudes up to {size:.3g}" if math.isfinite(size) else "NaN or inf"
+            raise ValueError(f"{name(row, head)}: the {what} hold {found}, which cannot be packed (limit 65504)")

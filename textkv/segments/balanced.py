@@ -1,0 +1,86 @@
+"""The balanced segment: packed per token, with every key channel brought to the size of its query channel first
+(MiKV, arXiv 2402.18096).
+
+A channel whose keys are large takes the whole range of a group that spans channels. Keys are stored as (k - centre) * b
+and queries are divided by b, so that scores are exact but for the rounding of the codes. b is a power of two: then both
+products are exact as well. b and centre are set before the first token comes and stay.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from textkv.segments.base import Stored
+from textkv.segments.packed import PackedSegment
+
+
+class BalancedSegment(PackedSegment):
+    """See the module's docstring. It may be empty, unlike a `PackedSegment`.
+
+    Args:
+        dtype: what `stored` gives back and the model computes in.
+        centre: fp32 [batch, kv_heads, head_dim], subtracted from all keys AFTER they were multiplied by `balance`.
+        balance: fp32 [batch, kv_heads, head_dim], the b of each channel.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, centre: torch.Tensor | None = None, balance: torch.Tensor | None = None
+    ) -> None:
+        super().__init__(dtype, centre)
+        self.balance = balance
+
+    @classmethod
+    def for_prompt(cls, held: Stored, peaks: torch.Tensor | None) -> BalancedSegment:
+        """An empty segment whose centre is the mean of the keys of `held` and whose b is
+        sqrt(largest |query| / largest |key - mean|) of each channel, to the nearest power of two.
+
+        Args:
+            peaks: fp32 [batch, heads, head_dim], the largest |query| of each channel; None leaves b at 1.
+        """
+        real = (held.positions >= 0)[..., None]
+        keys = held.keys.float().masked_fill(~real, 0)
+        mean = keys.sum(2) / real.sum(2).clamp(min=1)
+        balance = torch.ones_like(mean)
+        if peaks is not None:
+            largest = ((keys - mean[:, :, None]) * real).abs().amax(2).clamp(min=1e-6)
+            queries = peaks.unflatten(1, (mean.shape[1], -1)).amax(2).clamp(min=1e-6)
+            balance = ((queries / largest).log2() / 2).round().exp2()
+        return cls(held.keys.dtype, mean * balance, balance)
+
+    def balanced(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys [batch, kv_heads, n, head_dim] as they are to be packed, fp32."""
+        return keys.float() * self.balance[:, :, None] - self.centre[:, :, None]
+
+    def attend(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.slabs:
+            return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+        grouped = q.unflatten(1, (self.balance.shape[1], -1)) / self.balance[:, :, None, None].to(q.dtype)
+        return super().attend(grouped.flatten(1, 2), scale)
+
+    def stored(self) -> Stored:
+        if not self.slabs:
+            none = self.balance.new_zeros((*self.balance.shape[:2], 0, self.balance.shape[2]), dtype=self.dtype)
+            return Stored(none, none, self.held_positions())
+        held = super().stored()
+        return Stored((held.keys.float() / self.balance[:, :, None]).to(self.dtype), held.values, held.positions)
+
+    def held_positions(self) -> torch.Tensor:
+        if not self.slabs:
+            return self.balance.new_zeros((*self.balance.shape[:2], 0), dtype=torch.int32)
+        return super().held_positions()
+
+    def lengths(self) -> torch.Tensor:
+        return super().lengths() if self.slabs else torch.zeros(self.balance.shape[:2], dtype=torch.int64)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return super().tensors() | {"balance": self.balance}
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        super().take_rows(rows)
+        self.balance = self.balance.index_select(0, rows.to(self.balance.device))
+
+    @classmethod
+    def from_state(cls, state: dict) -> BalancedSegment:
+        segment = super().from_state(state)
+        segment.balance = state["balance"]
+        return segment

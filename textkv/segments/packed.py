@@ -1,0 +1,275 @@
+"""The packed segment: tokens as small integers, in blocks that are written once and never touched again.
+
+Every (row, KV head) owns runs of whole blocks, each as many as it has; dense caches are the case of equal runs. Blocks
+lie in slabs. What a prompt packs fills a slab of its own exactly; what decoding packs goes into slabs with room for an
+eighth of what is there, so that neither old blocks are ever moved nor a long answer is read in many small pieces.
+
+Tokens come in whole blocks only: the tokens that do not fill one wait in the dense or ragged segment behind this one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from kernels import merge, packed_attention
+from kernels.pack import Packed, unpack
+from textkv.segments.base import NewTokens, Segment, Stored, compact_storage
+
+
+@dataclass
+class Slab:
+    """Blocks of all runs: run r = row * heads + head owns blocks from start[r] on and fills them in order.
+
+    Attributes:
+        k, v: the blocks.
+        start: int64 [runs].
+        length: int32 [runs], tokens of each run.
+        counts: the same, int64 [batch, heads] on the CPU.
+        room: blocks that a run may fill; None = exactly those it has.
+        positions: int32 [batch, heads or 1, n], a run's token j in column j, -1 = none.
+        chunks, entries: filled rows of the low-rank directions and sparse entries of k and v.
+    """
+
+    k: Packed
+    v: Packed
+    start: torch.Tensor
+    length: torch.Tensor
+    counts: torch.Tensor
+    positions: torch.Tensor
+    room: int | None = None
+    chunks: tuple[int, int] = (0, 0)
+    entries: tuple[int, int] = (0, 0)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest run."""
+        return int(self.counts.max())
+
+
+class PackedSegment(Segment):
+    """Packed keys and values; see the module's docstring.
+
+    Args:
+        dtype: what `stored` gives back and the model computes in.
+        centre: fp32 [batch, heads, head_dim] that was subtracted from all keys, or None. Their scores get it back.
+    """
+
+    def __init__(self, dtype: torch.dtype, centre: torch.Tensor | None = None) -> None:
+        self.dtype, self.centre = dtype, centre
+        self.slabs: list[Slab] = []
+
+    def append(self, k: Packed, v: Packed, counts: torch.Tensor, positions: torch.Tensor) -> None:
+        """Takes packed blocks in, later than all that are here.
+
+        Args:
+            k, v: the blocks of all runs, run by run, nothing between them.
+            counts: int64 [batch, heads] on the CPU, tokens of each run, whole blocks.
+            positions: int32 [batch, heads or 1, n], n = the largest count; -1 where a run has no such token.
+        """
+        each = (counts // k.block).view(-1)
+        start = (each.cumsum(0) - each).to(k.codes.device)
+        tight = Slab(
+            k, v, start, counts.view(-1).to(start.device, torch.int32), counts.clone(),
+            compact_storage(positions.contiguous()),
+        )  # fmt: skip
+        if not self.slabs:
+            self.slabs.append(tight)
+            return
+        if not _fits(self.slabs[-1], tight):
+            times = int(sum(slab.longest for slab in self.slabs)) // 8 // tight.longest
+            if times < 2:
+                self.slabs.append(tight)
+                return
+            self.slabs.append(_with_room(tight, times))
+        _write(self.slabs[-1], tight)
+
+    def extend(self, new: NewTokens, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        raise RuntimeError("a packed segment takes whole blocks; single tokens go to the segment behind it")
+
+    def attend(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        centre = None if self.centre is None else self.centre.flatten(0, 1)
+        parts = [
+            packed_attention(
+                q, slab.k, slab.v, scale=scale, start=slab.start, length=slab.length, longest=slab.longest,
+                centre=centre,
+            )
+            for slab in self.slabs
+        ]  # fmt: skip
+        return parts[0] if len(parts) == 1 else merge([out for out, _ in parts], [lse for _, lse in parts])
+
+    def stored(self) -> Stored:
+        """Everything unpacked, for scoring and for moving elsewhere: as large as if it had never been packed."""
+        keys, values = ([self._padded(slab, unpack(getattr(slab, x))) for slab in self.slabs] for x in ("k", "v"))
+        keys, values = torch.cat(keys, 2), torch.cat(values, 2)
+        if self.centre is not None:
+            keys = keys + self.centre[:, :, None]
+        return Stored(keys.to(self.dtype), values.to(self.dtype), self.held_positions())
+
+    def held_positions(self) -> torch.Tensor:
+        heads = self.slabs[0].counts.shape[1]
+        return torch.cat([x.positions[..., : x.longest].expand(-1, heads, -1) for x in self.slabs], 2)
+
+    def lengths(self) -> torch.Tensor:
+        return torch.stack([slab.counts for slab in self.slabs]).sum(0)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        held = {} if self.centre is None else {"centre": self.centre}
+        for i, slab in enumerate(self.slabs):
+            own = {f"k.{name}": x for name, x in slab.k.tensors().items()}
+            own |= {f"v.{name}": x for name, x in slab.v.tensors().items()}
+            own |= {"start": slab.start, "length": slab.length, "positions": slab.positions}
+            held |= {f"{i}.{name}": x for name, x in own.items()}
+        return held
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        if self.centre is not None:
+            self.centre = self.centre.index_select(0, rows.to(self.centre.device))
+        self.slabs = [_rows_of(slab, rows.cpu()) for slab in self.slabs]
+
+    def crop(self, tokens: int) -> None:
+        if tokens:
+            raise ValueError("packed tokens cannot be taken back one by one")
+
+    def state(self) -> dict:
+        plain = [
+            {"bits": (x.k.bits, x.v.bits), "room": x.room, "chunks": x.chunks, "entries": x.entries} for x in self.slabs
+        ]
+        counts = {f"{i}.counts": slab.counts for i, slab in enumerate(self.slabs)}
+        return self.tensors() | counts | {"dtype": str(self.dtype).removeprefix("torch."), "slabs": plain}
+
+    @classmethod
+    def from_state(cls, state: dict) -> PackedSegment:
+        segment = cls(getattr(torch, state["dtype"]), state.get("centre"))
+        for i, plain in enumerate(state["slabs"]):
+            own = {key.removeprefix(f"{i}."): x for key, x in state.items() if key.startswith(f"{i}.")}
+            k, v = (
+                Packed.from_tensors({key[2:]: x for key, x in own.items() if key.startswith(f"{which}.")}, bits)
+                for which, bits in zip("kv", plain["bits"], strict=True)
+            )
+            segment.slabs.append(
+                Slab(
+                    k, v, own["start"], own["length"], own["counts"].cpu(), own["positions"],
+                    plain["room"], tuple(plain["chunks"]), tuple(plain["entries"]),
+                )
+            )  # fmt: skip
+        return segment
+
+    @staticmethod
+    def _padded(slab: Slab, x: torch.Tensor) -> torch.Tensor:
+        """Unpacked blocks [N, T, D] as [batch, heads, n, D]; what a run has not is 0."""
+        batch, heads = slab.counts.shape
+        flat = x.flatten(0, 1)
+        token = torch.arange(slab.longest, device=x.device)
+        inside = token < slab.length[:, None]
+        where = torch.where(inside, slab.start[:, None] * slab.k.block + token, 0)
+        return flat[where].masked_fill(~inside[..., None], 0).view(batch, heads, slab.longest, -1)
+
+
+def blocks_of(x: torch.Tensor, counts: torch.Tensor, block: int) -> torch.Tensor:
+    """Tokens [runs, n, D] cut into blocks, run by run: [N, block, D]; of each run its first counts[r] tokens.
+
+    Args:
+        counts: int64 [runs] on the CPU, multiples of `block`; n is the largest.
+    """
+    cut = x.unflatten(1, (-1, block))
+    if bool((counts == x.shape[1]).all()):
+        return cut.flatten(0, 1)
+    return cut[(torch.arange(cut.shape[1]) < (counts // block)[:, None]).to(x.device)]
+
+
+def _in_order(first: torch.Tensor, each: torch.Tensor) -> torch.Tensor:
+    """first[r], first[r] + 1, .. each[r] of them, run by run: int64 [sum of each]."""
+    return (first - (each.cumsum(0) - each)).repeat_interleave(each) + torch.arange(int(each.sum()))
+
+
+def _sizes(packed: Packed) -> tuple[int, int]:
+    """Rows of low-rank directions, sparse entries."""
+    return (
+        0 if packed.lowrank is None else len(packed.lowrank.p),
+        0 if packed.sparse is None else len(packed.sparse.at),
+    )
+
+
+def _fits(slab: Slab, new: Slab) -> bool:
+    """Whether the blocks of `new` fit in what is free in `slab`."""
+    if slab.room is None or slab.positions.shape[1] != new.positions.shape[1]:
+        return False
+    if bool((slab.counts + new.counts > slab.room * slab.k.block).any()):
+        return False
+    for i, (old, more) in enumerate(((slab.k, new.k), (slab.v, new.v))):
+        free = [room - used for room, used in zip(_sizes(old), (slab.chunks[i], slab.entries[i]), strict=True)]
+        alike = [x.shape[1:] for x in old.tensors().values()] == [x.shape[1:] for x in more.tensors().values()]
+        if not alike or any(need > have for need, have in zip(_sizes(more), free, strict=True)):
+            return False
+    return True
+
+
+def _with_room(like: Slab, times: int) -> Slab:
+    """An empty slab that takes what `like` holds `times` times over, in every run."""
+    each = like.counts // like.k.block
+    runs, room, due = each.numel(), times * int(each.max()), int((each > 0).sum())
+
+    def empty(packed: Packed) -> Packed:
+        rooms = {"p": -(-_sizes(packed)[0] // due), "at": -(-_sizes(packed)[1] // due)}
+        rooms["delta"] = rooms["at"]
+        held = {}
+        for name, x in packed.tensors().items():
+            last = name.split(".")[-1]
+            held[name] = x.new_zeros((runs * (times * rooms[last] if last in rooms else room), *x.shape[1:]))
+        return Packed.from_tensors(held, packed.bits)
+
+    return Slab(
+        empty(like.k), empty(like.v), torch.arange(runs, device=like.start.device) * room, like.length * 0,
+        like.counts * 0, like.positions.new_full((*like.positions.shape[:2], room * like.k.block), -1), room,
+    )  # fmt: skip
+
+
+def _write(slab: Slab, new: Slab) -> None:
+    """Puts the blocks of `new` behind those of each run, into memory that nothing has used."""
+    block, before = slab.k.block, slab.counts
+    each = (new.counts // block).view(-1)
+    where = _in_order(slab.start.cpu() + before.view(-1) // block, each).to(slab.start.device)
+    for i, (old, more) in enumerate(((slab.k, new.k), (slab.v, new.v))):
+        _write_blocks(old, more, where, slab.chunks[i], slab.entries[i])
+    grown = [_sizes(x) for x in (new.k, new.v)]
+    slab.chunks = tuple(a + b[0] for a, b in zip(slab.chunks, grown, strict=True))
+    slab.entries = tuple(a + b[1] for a, b in zip(slab.entries, grown, strict=True))
+    column = (before[:, : new.positions.shape[1], None] + torch.arange(new.positions.shape[2])).to(where.device)
+    real = new.positions >= 0
+    room = F.pad(slab.positions, (0, 1))  # what is no token lands in a column that is dropped
+    target = column.masked_fill(~real, room.shape[-1] - 1)
+    slab.positions = room.scatter_(-1, target, new.positions)[..., :-1].contiguous()
+    slab.counts = before + new.counts
+    slab.length = slab.counts.view(-1).to(slab.length.device, torch.int32)
+
+
+def _write_blocks(old: Packed, new: Packed, where: torch.Tensor, chunks: int, entries: int) -> None:
+    """Copies blocks to the indices `where`, their directions and entries behind those in use."""
+    old.codes[where], old.scale[where], old.zero[where] = new.codes, new.scale, new.zero
+    if new.lowrank is not None:
+        old.lowrank.a[where] = new.lowrank.a
+        old.lowrank.chunk[where] = new.lowrank.chunk + chunks
+        old.lowrank.p[chunks : chunks + len(new.lowrank.p)] = new.lowrank.p
+    if new.sparse is not None:
+        old.sparse.start[where] = new.sparse.start + entries
+        old.sparse.count[where] = new.sparse.count
+        end = entries + len(new.sparse.at)
+        old.sparse.at[entries:end], old.sparse.delta[entries:end] = new.sparse.at, new.sparse.delta
+
+
+def _rows_of(slab: Slab, rows: torch.Tensor) -> Slab:
+    """A tight slab with the blocks of other rows: int64 on the CPU, a row may come twice."""
+    batch, heads = slab.counts.shape
+    runs = (rows[:, None] * heads + torch.arange(heads)).view(-1)
+    counts = slab.counts[rows]
+    each = (counts // slab.k.block).view(-1)
+    blocks = _in_order(slab.start.cpu()[runs], each).to(slab.start.device)
+    positions = slab.positions.index_select(0, rows.to(blocks.device))[..., : int(counts.max())]
+    return replace(
+        slab, k=slab.k.take(blocks), v=slab.v.take(blocks), start=(each.cumsum(0) - each).to(blocks.device),
+        counts=counts, length=counts.view(-1).to(blocks.device, torch.int32), positions=positions.contiguous(),
+        room=None,
+    )  # fmt: skip
