@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from dlm.mini.checkpoint import export, load_state, read_counters, save_state
 from dlm.mini.evaluate import answers
 from dlm.mini.feed import STAGES, Batch, Feed, answer_tokens, stage_at
+from dlm.mini.hints import Watch, hints_of
 from dlm.mini.masks import hide, show_all
 from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
 from dlm.mini.shape import KINDS, check_kind, fresh_model
@@ -34,7 +35,8 @@ SOLVED = 0.8  # of the held-out problems of a stage, after which the next one be
 @dataclass(frozen=True)
 class TrainConfig:
     """Kind of model, length and step size of the training; `minutes` counts time in the loop over all restarts,
-    `tokens` is the size of a batch, `long` the share of batches with a long tail of end tokens.
+    `tokens` is the size of a batch, `long` the share of batches with a long tail of end tokens, `hint_weight` what
+    the hints count.
     """
 
     model: str = "llada"
@@ -45,6 +47,7 @@ class TrainConfig:
     fall: float = 0.3
     average: float = 0.998
     long: float = 0.1
+    hint_weight: float = 0.3
     save_minutes: float = 4.0
     check_steps: int = 500
     check_problems: int = 64
@@ -85,6 +88,10 @@ class Trainer:
         # Row j of the logits stands for token j + shift.
         self.shift = self.model.card.shift if config.model != "guider" else 1
         content = self.tokenizer.convert_tokens_to_ids([*DIGITS, PLAIN, CARRIED])
+        self.digit = torch.zeros(len(self.tokenizer), dtype=torch.bool)
+        self.digit[self.tokenizer.convert_tokens_to_ids(list(DIGITS))] = True
+        layers = self.model.model.layers if config.model == "guider" else self.model.layers
+        self.watch = Watch(layers[len(layers) // 2], self.shift, causal=config.model == "guider")
         self.content = torch.zeros(len(self.tokenizer), dtype=torch.bool).index_fill_(0, torch.tensor(content), True)
         self.step, self.seconds, self.stage = 0, 0.0, 0
         if self.state.exists():
@@ -132,14 +139,17 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         targets, ids = batch.ids[:, batch.prompt :], batch.ids.clone()
         if self.config.model == "guider":
-            weights = show_all(*targets.shape, batch.answer)
+            hidden, weights = torch.ones_like(targets, dtype=torch.bool), show_all(*targets.shape, batch.answer)
         else:
             hidden, weights = hide(self.content[targets], batch.answer, generator)
             ids[:, batch.prompt :][hidden] = self.tokenizer.mask_token_id
         logits = self._logits(ids, batch)
         each = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().to(self.device), reduction="none")
         usual = self.config.tokens / (batch.prompt + batch.answer)
-        return (each * weights.flatten().to(self.device)).sum() / (len(ids) * max(usual, len(ids))) ** 0.5
+        loss = (each * weights.flatten().to(self.device)).sum() / (len(ids) * max(usual, len(ids))) ** 0.5
+        hints = hints_of(batch, hidden, self.digit)
+        told = self.watch.loss(hints, batch.visible) if len(hints) else 0.0
+        return loss + self.config.hint_weight * told * min(1.0, len(ids) / usual)
 
     def _logits(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[rows, slots behind the prompt, vocab], aligned to the slots."""
