@@ -1,11 +1,11 @@
 """Diffusion language models on current transformers: native LLaDA and Dream, cache policies, unmasking rules.
 
-    from dlm import decode, load_model
+from dlm import decode, load_model
 
-    model, tokenizer = load_model("GSAI-ML/LLaDA-8B-Instruct")
-    ids = tokenizer("...", return_tensors="pt").input_ids
-    done = decode(model, ids, gen_length=128, cache="freecache+kivi(4)", unmask="threshold(0.9)")
-    print(tokenizer.decode(done.ids[0]), done.stats)
+model, tokenizer = load_model("GSAI-ML/LLaDA-8B-Instruct")
+ids = tokenizer("...", return_tensors="pt").input_ids
+done = decode(model, ids, gen_length=128, cache="freecache+kivi(4)", unmask="threshold(0.9)")
+print(tokenizer.decode(done.ids[0]), done.stats)
 """
 
 from dlm.cache import list_caches, resolve_cache

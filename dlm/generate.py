@@ -127,7 +127,11 @@ def prompt_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
     row |= figures(done.stats)
     if args.json is not None:
         whole = json.dumps({"meta": run_meta("dlm.generate", argv, args.seed), "rows": [row]}, indent=2)
-        print(whole) if args.json == STDOUT else args.json.write_text(whole + "\n", encoding="utf-8")
+        if args.json == STDOUT:
+            print(whole)
+        else:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(whole + "\n", encoding="utf-8")
     if args.json != STDOUT:
         print(text)
         if args.stats:

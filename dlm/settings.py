@@ -17,8 +17,7 @@ from dlm.canvas import Canvas
 from dlm.decode import Decoded, Stats, decode
 from dlm.models import Card, chat_ids, text_ids
 from dlm.request import EndOfText, Request
-from dlm.unmask import Guided, Guider, Sampling
-from dlm.unmask import _parse as parse_rule
+from dlm.unmask import Guided, Guider, Sampling, parse_rule
 
 BLOCK_LENGTH = 32  # of an answer that is at least as long
 

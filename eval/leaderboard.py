@@ -44,6 +44,7 @@ from textkv.mini.tasks import FIRST_EVALUATION_SEED
 
 AFTER = 128  # tokens of text that are predicted after the prompt
 TEXTS = 4
+WHOLE = "1.0"
 Cell = tuple[str, str]
 
 
@@ -57,6 +58,7 @@ class Board:
     n: int
     text: Path | None
     device: str
+    dtype: str | None = None
 
 
 class Worker:
@@ -66,7 +68,7 @@ class Worker:
 
     def __init__(self, board: Board) -> None:
         self.board = board
-        self.model, tokenizer = load_text_model(board.model, board.device)
+        self.model, tokenizer = load_text_model(board.model, board.device, board.dtype)
         self.asked = {task: examples(tokenizer, task, board.length, board.n) for task in board.tasks}
         self.rows = text_rows(tokenizer, board.text, TEXTS, board.length + AFTER)
         self.truth: Continuation | None = None
@@ -99,7 +101,7 @@ class Worker:
         return [share(row) for row in [*rows, whole, about | self._text(method, budget)]]
 
     def _text(self, method: str, budget: str) -> dict[str, Any]:
-        self.truth = self.truth or continuation(self.model, FULL, "1.0", self.rows, self.board.length)
+        self.truth = self.truth or continuation(self.model, FULL, WHOLE, self.rows, self.board.length)
         seen = continuation(self.model, method, budget, self.rows, self.board.length)
         perplexity = math.exp(seen.nll.mean().item())
         return {"task": "text", "n": TEXTS, "perplexity": perplexity, "error": seen.error(self.truth), **seen.held}
@@ -111,11 +113,16 @@ def _recalled(right: int, n: int) -> dict[str, Any]:
 
 
 def cells_of(methods: Sequence[str], budgets: Sequence[str]) -> list[Cell]:
-    """The full cache once, then every method at every budget. Raises ValueError for a bad method or budget."""
-    rest = [(method, budget) for method in methods if method != FULL for budget in budgets]
-    for method, budget in rest:
-        resolve_method(method, Budget.parse(budget))
-    return [(FULL, "1.0"), *rest]
+    """The full cache, then every method at every budget, or once if the budget changes nothing.
+
+    Raises ValueError for a bad method or budget.
+    """
+    cells = [(FULL, WHOLE)]
+    for method in methods:
+        for budget in budgets:
+            budgeted = resolve_method(method, Budget.parse(budget)).budgeted
+            cells.append((method, budget if budgeted else WHOLE))
+    return list(dict.fromkeys(cells))
 
 
 def table(rows: Sequence[dict[str, Any]], budgets: Sequence[str]) -> Table:
@@ -125,7 +132,7 @@ def table(rows: Sequence[dict[str, Any]], budgets: Sequence[str]) -> Table:
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = []
         for budget in budgets:
-            key = (method, "1.0" if method == FULL else budget)
+            key = (method, WHOLE if (method, WHOLE, "recall") in at else budget)
             facts, text = at.get((*key, "recall")), at.get((*key, "text"))
             there = facts and text
             cells.append(f"{facts['recall']:.2f}  {text['perplexity']:.2f}  {facts['kv_share']:.3f}" if there else "-")
@@ -136,7 +143,18 @@ def table(rows: Sequence[dict[str, Any]], budgets: Sequence[str]) -> Table:
 def markdown(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
     """The board as a Markdown table, one line per cell."""
     at = {(row["method"], row["budget"], row["task"]): row for row in rows}
-    head = ["method", "budget", *tasks, "recall", "95 %", "perplexity", "error", "bytes of full", "tokens stored"]
+    head = [
+        "method",
+        "budget",
+        *tasks,
+        "recall",
+        "95 %",
+        "perplexity",
+        "error",
+        "bytes of full",
+        "bits",
+        "tokens stored",
+    ]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for method, budget in dict.fromkeys((row["method"], row["budget"]) for row in rows):
         if (method, budget, "refused") in at:
@@ -146,7 +164,7 @@ def markdown(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
         all_, text = mine["recall"], mine["text"]
         shares = [f"{mine[task]['recall']:.2f}" for task in (*tasks, "recall")]
         figures = [f"{text['perplexity']:.2f}", f"{text['error']:.3f}", f"{all_['kv_share']:.3f}"]
-        figures += [f"{all_['tokens_stored']:.0f}"]
+        figures += [f"{all_['kv_bits']:.2f}", f"{all_['tokens_stored']:.0f}"]
         interval = f"{all_['low']:.2f}-{all_['high']:.2f}"
         lines.append("| " + " | ".join([method, budget, *shares, interval, *figures]) + " |")
     return "\n".join(lines) + "\n"
@@ -159,6 +177,7 @@ def measure(board: Board, cells: Sequence[Cell], workers: int, path: Path, meta:
         ValueError: `path` holds another board.
     """
     said = {"model": board.model, "tasks": list(board.tasks), "length": board.length, "n": board.n}
+    said |= {"dtype": board.dtype} if board.dtype else {}
     done: dict[Cell, list[dict[str, Any]]] = {}
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -189,6 +208,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--n", type=int, default=16, help="examples per task (default 16)")
     p.add_argument("--text", type=Path, help="text for the perplexity; its last tenth is used")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 else"
+    )
     p.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     p.add_argument("--json", type=Path, default=Path("runs/leaderboard.json"), help="rows; gone on with if it exists")
     p.add_argument("--markdown", type=Path, help="write the table here too")
@@ -208,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tasks = tuple(check_task(task) for task in split_list(args.tasks))
         cells = cells_of(methods, budgets)
         check_model(args.model)
-        board = Board(args.model, tasks, args.length, args.n, args.text, args.device)
+        board = Board(args.model, tasks, args.length, args.n, args.text, args.device, args.dtype)
         meta = run_meta("eval.leaderboard", argv, FIRST_EVALUATION_SEED)
         rows = measure(board, cells, args.workers, args.json, meta)
     except (ValueError, FileNotFoundError) as error:

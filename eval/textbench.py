@@ -29,17 +29,19 @@ BATCH_TOKENS = 8_192  # prompts that run together; more gains nothing on a CPU
 FULL = "full"
 
 
-def load_text_model(name: str, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(model, tokenizer) of "mini" or of a local folder; fp32 on a CPU, bf16 on a GPU.
+def load_text_model(
+    name: str, device: str = "cpu", dtype: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(model, tokenizer) of "mini" or of a local folder; `dtype` None = float32 on a CPU, bfloat16 on a GPU.
 
     Raises:
         FileNotFoundError: no such folder, or the embedded model has no weights.
     """
     check_model(name)
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    kind = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     if name == "mini":
-        return load_mini(dtype=dtype, device=device)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, local_files_only=True)
+        return load_mini(dtype=kind, device=device)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, use_safetensors=True, local_files_only=True)
     return model.to(device).eval(), AutoTokenizer.from_pretrained(name, local_files_only=True)
 
 
@@ -50,9 +52,11 @@ def check_model(name: str) -> None:
 
 
 def held(cache: MethodCache, rows: int) -> dict[str, float]:
-    """What the cache held right after the prompt, per sequence of a batch of `rows`."""
+    """What the cache held right after the prompt, per sequence of a batch of `rows`; "kv_bits" per key or value element
+    of a token seen, bookkeeping included."""
     rest = cache.at_rest
     return {
+        "kv_bits": 8 * rest.kv_bytes / rest.full_bytes * cache.layers[0].dtype.itemsize,
         "kv_bytes": rest.kv_bytes / rows,
         "kv_bytes_full": rest.full_bytes / rows,
         "kv_bytes_peak": cache.peak_bytes / rows,

@@ -149,6 +149,11 @@ class Method:
         return True
 
     @property
+    def budgeted(self) -> bool:
+        """Whether the budget changes anything; a method that only packs holds the same at any budget."""
+        return self.evicts
+
+    @property
     def expression(self) -> str:
         """The composition string that builds this method again (without the budget)."""
         defaults = {f.name: f.default for f in fields(self)}

@@ -35,6 +35,7 @@ __all__ = [
     "TopKMargin",
     "Unmasker",
     "list_rules",
+    "parse_rule",
     "register",
     "resolve_unmask",
 ]
@@ -59,7 +60,7 @@ def resolve_unmask(
         ValueError: unknown name (with the nearest ones), malformed text, a bad argument, a guide for a rule that takes
             none, or none for one that needs it.
     """
-    rule = expression if isinstance(expression, Rule) else _parse(expression)
+    rule = expression if isinstance(expression, Rule) else parse_rule(expression)
     if sampling is not None:
         rule = replace(rule, sampling=sampling)
     if isinstance(guide, PreTrainedModel):
@@ -73,7 +74,12 @@ def resolve_unmask(
     return rule
 
 
-def _parse(expression: str) -> Rule:
+def parse_rule(expression: str) -> Rule:
+    """The rule of an expression, with default sampling and no guide yet.
+
+    Raises:
+        ValueError: unknown name, malformed text, a bad argument.
+    """
     part, *more = split_parts(expression)
     if more:
         raise ValueError(f"unmasking rule {expression!r}: a rule stands alone; leave out +{'+'.join(more)}")

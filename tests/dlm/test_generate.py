@@ -79,9 +79,9 @@ def test_every_option_reaches_decode(weights: Path, capsys: pytest.CaptureFixtur
     )  # fmt: skip
     assert generate.main([*argv, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert generate.main([*argv, "--json", str(tmp_path / "x.json")]) == 0
+    assert generate.main([*argv, "--json", str(tmp_path / "new" / "x.json")]) == 0
     assert capsys.readouterr().out == text + "\n"
-    written = json.loads((tmp_path / "x.json").read_text())
+    written = json.loads((tmp_path / "new" / "x.json").read_text())
     for made in (printed, written):
         (row,) = made["rows"]
         assert row["text"] == text and row["query_tokens"] == cost["query_tokens"] and row["forwards"] == 2
@@ -107,7 +107,7 @@ def test_guides(weights: Path, capsys: pytest.CaptureFixture[str], guide: str) -
     assert generate.main(["--prompt", PROMPT, *SHORT, "--guide", name, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     model, tokenizer = load_mini(weights / "llada")
-    own = open_guide("mini", "cpu", torch.float32, tokenizer)
+    own = open_guide(name, "cpu", torch.float32, tokenizer)
     assert own.same_ids
     assert row["text"] == expected(weights, guide=own)[0]
     assert row["unmask"] == "guided" and row["guider_forwards"] >= 1

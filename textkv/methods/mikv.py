@@ -90,6 +90,10 @@ class MiKV(Method):
     def evicts(self) -> bool:
         return not self.low
 
+    @property
+    def budgeted(self) -> bool:
+        return True
+
     def needs(self) -> Needs:
         return self.inner.needs() | Needs(query_peaks=bool(self.low))
 
