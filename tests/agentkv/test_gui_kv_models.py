@@ -6,7 +6,7 @@ import torch
 import agentkv  # noqa: F401  (registers gui-kv)
 from tests.textkv import tiny
 from tests.textkv.conftest import model_of  # noqa: F401
-from textkv import MethodCache
+from textkv import MethodCache, resolve_method
 from textkv.conformance import CHECKS, check_method
 from textkv.conversation import Conversation
 
@@ -156,3 +156,27 @@ def test_dropping_what_nobody_looks_at_changes_nothing(model_of):  # noqa: F811
 def test_bad_spans_are_refused_before_any_work(model_of, spans):  # noqa: F811
     with pytest.raises(ValueError, match="must lie in"):
         MethodCache(model_of("qwen2"), "gui-kv", 0.4).begin(tiny.text_ids(30), spans=spans)
+
+
+@pytest.mark.parametrize(
+    "store",
+    ["kivi(4,group=16,residual=16)", "gear(4,group=16,residual=16)", "mikv(16,4)", "minicache(window=8,block=8)"],
+)
+@pytest.mark.parametrize("family", tiny.VISION_FAMILIES)
+def test_what_gui_kv_keeps_may_be_stored_in_fewer_bytes(model_of, family, store):  # noqa: F811
+    model = model_of(family)
+    inputs, spans = tiny.screens(4, text=9, grid=(6, 8))
+    plain = generate(model, inputs, "gui-kv", 0.5, spans)[1]
+    _, cache = generate(model, inputs, f"gui-kv+{store}", 0.5, spans)
+    if store.startswith("mikv"):  # what gui-kv would drop is demoted
+        assert cache.at_rest.tokens_stored == inputs["input_ids"].shape[1]
+        assert cache.at_rest.kv_bytes < cache.at_rest.full_bytes
+        return
+    # A pair of layers keeps the same tokens, as many as gui-kv keeps in each.
+    assert cache.at_rest.tokens_stored == plain.at_rest.tokens_stored
+    assert cache.at_rest.kv_bytes < plain.at_rest.kv_bytes
+
+
+def test_copies_per_query_head_cannot_be_demoted():
+    with pytest.raises(ValueError, match="stores a copy per query head"):
+        resolve_method("gui-kv-official+mikv(16,2)")

@@ -136,9 +136,9 @@ def recall_sample(rows: Rows, rng: np.random.Generator, length: int) -> Sample:
     """A row of the embedded text model's recall tasks: `length` tokens, several facts, several questions at its end."""
     ids, answers = rows.recall(rng, length)
     passkeys = np.zeros(length, dtype=bool)
-    for begin, end, _ in answers:
-        passkeys[begin:end] = True
-    return Sample(ids.astype(np.int64), np.arange(length) >= answers[0][0], passkeys)
+    for answer in answers:
+        passkeys[answer.start : answer.end] = True
+    return Sample(ids.astype(np.int64), np.arange(length) >= answers[0].start, passkeys)
 
 
 def _marked(parts: list[tuple[list, bool]]) -> np.ndarray:
