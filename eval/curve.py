@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 - the backend is chosen first: there may be no screen
 
 FULL = "full"
+TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 
 
 def draw_curve(
@@ -33,11 +34,10 @@ def draw_curve(
         _panel(panel, [row for row in rows if row["task"] == group], figure_name)
         panel.set(title=title, xscale="log", xlabel="KV bytes at rest, share of the full cache", ylim=(-0.03, 1.03))
         panel.grid(alpha=0.3)
-        # A log axis over less than a decade labels its minor ticks too, on top of one another.
-        held = sorted({round(row["kv_share"], 2) for row in rows if row["task"] == group and row["method"] != FULL})
-        ticks = [x for n, x in enumerate(held) if n == 0 or x >= 1.15 * held[n - 1]]
-        panel.set_xticks(ticks, [f"{x:.0%}" for x in ticks])
+        # A log axis over little more than a decade labels its minor ticks too, on top of one another.
+        panel.set_xticks(TICKS, [f"{x:.0%}" for x in TICKS])
         panel.set_xticks([], minor=True)
+        panel.set_xlim(*_limits(rows))
     panels[0, 0].set_ylabel(f"{figure_name} (95 % interval)")
     panels[0, -1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,3 +59,9 @@ def _panel(panel: Any, rows: Sequence[dict[str, Any]], name: str) -> None:
     for row in rows:
         if row["method"] == FULL:
             panel.axhline(row[name], color="0.4", linestyle="--", linewidth=1, label="full cache")
+
+
+def _limits(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Where the axis of bytes begins and ends: a little beyond what is drawn, the same in all panels."""
+    shares = [row["kv_share"] for row in rows if row["method"] != FULL and "kv_share" in row] or [1.0]
+    return 0.9 * min(shares), 1.1 * max(shares)
