@@ -58,7 +58,9 @@ def test_every_code_survives_in_every_place(bits):
     st.integers(0, 2**31), st.sampled_from([2, 4, 8]), st.sampled_from(["channel", "token"]),
     st.sampled_from([0.1, 1.0, 300.0]), st.sampled_from([0.0, 3.0, -8.0]),
 )  # fmt: skip
-def test_error_is_within_half_a_step_and_packing_again_changes_nothing(seed, bits, layout, spread, offset):
+def test_error_is_within_half_a_step_and_packing_again_adds_only_the_rounding_of_the_table(
+    seed, bits, layout, spread, offset
+):
     x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(seed)) + offset
     x *= spread
     packed = pack(x, bits, layout=layout)
@@ -68,8 +70,13 @@ def test_error_is_within_half_a_step_and_packing_again_changes_nothing(seed, bit
     # half a step, and what rounding the minimum and the step to float16 clips at the ends
     slack = x.abs().amax() * 2.0**-10 + 2.0**bits * scale * 2.0**-11 + 1e-6
     assert bool(((unpack(packed) - x).abs() <= 0.5 * scale + slack).all())
-    again = pack(unpack(packed), bits, layout=layout)
-    assert all(torch.equal(a, b) for a, b in zip(again.tensors().values(), packed.tensors().values(), strict=True))
+    once, again = unpack(packed), pack(unpack(packed), bits, layout=layout)
+    assert bool(((unpack(again) - once).abs() <= slack).all())
+    # Where a group uses its first and last code, the table is found again, and so is every code.
+    codes = ((once - packed.zero.float().repeat_interleave(8 // packed.zero.shape[2], 2)) / scale).round()
+    axes = 1 if layout == "channel" else 2
+    if bool((codes.amin(axes) == 0).all() & (codes.amax(axes) == 2**bits - 1).all()):
+        assert all(torch.equal(a, b) for a, b in zip(again.tensors().values(), packed.tensors().values(), strict=True))
 
 
 def test_what_float16_cannot_hold_beside_a_large_offset_is_lost_within_its_precision():
