@@ -6,8 +6,6 @@ segments what to keep. Methods compose: in "snapkv+adakv" the second wraps the f
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -15,6 +13,7 @@ import torch
 
 from textkv.budgets import Budget
 from textkv.expression import parse_call, split_parts
+from textkv.registry import Registry
 
 if TYPE_CHECKING:
     from textkv.cache import MethodCache
@@ -166,21 +165,8 @@ class Method:
         return f"{self.inner.expression}+{own}" if self.inner else own
 
 
-REGISTRY: dict[str, type[Method]] = {}
-
-
-def register(name: str) -> Callable[[type[Method]], type[Method]]:
-    """Class decorator: makes a method known by `name` to the library, the commands, the tests and the evaluations."""
-
-    def add(cls: type[Method]) -> type[Method]:
-        known = REGISTRY.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
-            raise ValueError(f"method name {name!r} is taken by {known.__module__}.{known.__qualname__}")
-        cls.name = name
-        REGISTRY[name] = cls
-        return cls
-
-    return add
+REGISTRY = Registry("method")
+register = REGISTRY.register
 
 
 def list_methods() -> list[str]:
@@ -203,11 +189,7 @@ def resolve_method(expression: str | Method, budget: Budget | float | str | None
     method: Method | None = None
     for part in split_parts(expression):
         name, args, kwargs = parse_call(part)
-        cls = REGISTRY.get(name)
-        if cls is None:
-            near = difflib.get_close_matches(name, list_methods(), n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(list_methods())}"
-            raise ValueError(f"unknown method {name!r}; {hint}")
+        cls = REGISTRY.find(name)
         if budget is not None:
             kwargs["budget"] = Budget.parse(budget)
         try:

@@ -7,15 +7,14 @@ real slots are attended. So a policy never touches a model, and a row's plan dep
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from dlm.canvas import Canvas
+from textkv.registry import Registry
 
 if TYPE_CHECKING:
     from dlm.cache.slots import SlotCache
@@ -151,34 +150,8 @@ class Policy(ABC):
         return f"{self.name}({','.join(given)})" if given else self.name
 
 
-REGISTRY: dict[str, type[Policy]] = {}
-
-
-def register(name: str) -> Callable[[type[Policy]], type[Policy]]:
-    """Class decorator: makes a policy known by `name` to the library, the commands and the evaluations."""
-
-    def add(cls: type[Policy]) -> type[Policy]:
-        known = REGISTRY.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
-            raise ValueError(f"cache name {name!r} is taken by {known.__module__}.{known.__qualname__}")
-        cls.name = name
-        REGISTRY[name] = cls
-        return cls
-
-    return add
-
-
-def find(name: str) -> type[Policy]:
-    """The policy registered as `name`.
-
-    Raises:
-        ValueError: unknown name; the message has the nearest ones.
-    """
-    if name not in REGISTRY:
-        near = difflib.get_close_matches(name, sorted(REGISTRY), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(REGISTRY))}"
-        raise ValueError(f"unknown cache {name!r}; {hint}")
-    return REGISTRY[name]
+REGISTRY = Registry("cache")
+register, find = REGISTRY.register, REGISTRY.find
 
 
 def check_interval(name: str, value: int | None) -> None:

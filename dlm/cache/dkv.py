@@ -57,6 +57,7 @@ class _Run(Run):
         return first, torch.full_like(first, self.canvas.length)
 
     def plan(self, wanted: torch.Tensor) -> Plan:
+        """The whole canvas at refreshes; else each row's masks and what its last forward committed."""
         active = self.canvas.active_cpu
         self.step += 1
         if self.policy.reset_each_block:

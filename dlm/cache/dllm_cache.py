@@ -62,6 +62,7 @@ class _Run(Run):
         return first, torch.full_like(first, self.canvas.length)
 
     def plan(self, wanted: torch.Tensor) -> Plan:
+        """Says which part is due; all rows go in, and the layers choose the drifting ones themselves."""
         canvas, policy = self.canvas, self.policy
         self.cache.prompt_due = self.forwards % policy.prompt_interval == 0
         self.cache.response_due = self.forwards % policy.gen_interval == 0

@@ -68,6 +68,7 @@ class _Run(WindowRun):
         self.primed = torch.full((canvas.batch,), -1)
 
     def window(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole canvas in a block's first forward; then from the block on, or (dual) the block alone."""
         active, end = self.canvas.active_cpu, self.canvas.length
         whole = self.primed != active
         if self.policy.refresh is not None and self.forwards % self.policy.refresh == 0:

@@ -6,15 +6,14 @@ already aligned to slots and the canvas, never the model or the cache policy, so
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from dlm.unmask.sampling import Sampler, Sampling
+from textkv.registry import Registry
 
 if TYPE_CHECKING:
     from dlm.canvas import Canvas
@@ -112,34 +111,8 @@ class Rule(ABC):
         return f"{self.name}({','.join(given)})" if given else self.name
 
 
-REGISTRY: dict[str, type[Rule]] = {}
-
-
-def register(name: str) -> Callable[[type[Rule]], type[Rule]]:
-    """Class decorator: makes a rule known by `name` to the library, the commands and the evaluations."""
-
-    def add(cls: type[Rule]) -> type[Rule]:
-        known = REGISTRY.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
-            raise ValueError(f"rule name {name!r} is taken by {known.__module__}.{known.__qualname__}")
-        cls.name = name
-        REGISTRY[name] = cls
-        return cls
-
-    return add
-
-
-def find(name: str) -> type[Rule]:
-    """The rule registered as `name`.
-
-    Raises:
-        ValueError: unknown name; the message has the nearest ones.
-    """
-    if name not in REGISTRY:
-        near = difflib.get_close_matches(name, sorted(REGISTRY), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(REGISTRY))}"
-        raise ValueError(f"unknown unmasking rule {name!r}; {hint}")
-    return REGISTRY[name]
+REGISTRY = Registry("unmasking rule")
+register, find = REGISTRY.register, REGISTRY.find
 
 
 def check_number(name: str, value: float, low: float, high: float, mend: str) -> None:

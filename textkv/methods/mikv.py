@@ -110,6 +110,7 @@ class MiKV(Method):
         self.inner.on_start(layer)
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Fix balancer and centre by the first prompt, then let the scorer drop: what it drops is demoted."""
         if self.low and not isinstance(layer.segments[0], BalancedSegment):
             low = BalancedSegment.for_prompt(layer.stored(), evidence.peaks if self.balance else None)
             layer.segments = [low, *layer.segments]
@@ -120,6 +121,7 @@ class MiKV(Method):
             self.inner.on_prefill_end(layer, evidence)
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
+        """Demote what the scorer drops while decoding; its row of attention covers the packed tokens too."""
         if not self.inner.capabilities.decode_eviction:
             return
         if not isinstance(self.inner, DecodeEviction):

@@ -202,7 +202,7 @@ class PairedSegment(Segment):
         self.pair, self.side = pair, side
 
     def extend(self, new: NewTokens, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        raise NotImplementedError("a pair takes tokens from both layers at once (`Pair.absorb`), never from one")
+        raise RuntimeError("a pair takes tokens from both layers at once (`Pair.absorb`), never from one")
 
     def attend(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         parts = []

@@ -43,9 +43,12 @@ class Marker(Counter):
 def test_every_slot_is_held_once_whatever_is_accepted(cache, lengths, gen, block, run, shift):
     ids, mask = prompts(*lengths)
     model = Marker(shift, vocab=25)
-    decode(
+    done = decode(
         model, ids, mask, gen_length=gen, block_length=min(block, gen), cache=cache, unmask=Rule(run=run), eos="none"
     )
+    # Every forward went through the marker's own assertions, and all of the canvas was written.
+    assert len(model.shapes) == done.stats.forwards > 0
+    assert not bool((done.ids == model.card.mask_id).any())
 
 
 def test_an_indexed_write_equals_a_window():
