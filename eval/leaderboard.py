@@ -178,6 +178,7 @@ def measure(board: Board, cells: Sequence[Cell], workers: int, path: Path, meta:
     """
     said = {"model": board.model, "tasks": list(board.tasks), "length": board.length, "n": board.n}
     said |= {"dtype": board.dtype} if board.dtype else {}
+    said |= {"text": board.text.name} if board.text else {}
     done: dict[Cell, list[dict[str, Any]]] = {}
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
