@@ -29,7 +29,7 @@ class Stage:
 
 
 STAGES = (Stage(0.0, 1, 39), Stage(0.1, 1, MOST), Stage(0.25, 2, MOST), Stage(0.45, 3, MOST))
-EARLIER = 0.2  # share of batches with an earlier number of steps, so that the short problems are not forgotten
+EARLIER = 0.5  # share of batches with any number of steps so far, so that the shorter problems are not forgotten
 
 
 @dataclass(frozen=True)
