@@ -1,7 +1,7 @@
 """`python -m dlm.generate`: a diffusion language model goes on from a prompt, or from every prompt of a file.
 
-Everything that can be wrong with the request (lengths, cache, rule, guide, files, device) is checked before a model is
-loaded; such an error is one line on stderr and exit code 2. `--show` draws the canvas while it is unmasked.
+Everything that can be wrong with the request (lengths, cache, rule, guide, prompt, files, device) is checked before any
+weights are loaded; such an error is one line on stderr and exit code 2. `--show` draws the canvas while it is unmasked.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dlm.cache import list_caches
 from dlm.decode import Decoded, StuckError
 from dlm.models import answer_text
 from dlm.request import EndOfText
-from dlm.settings import Settings, figures, prompt_ids
+from dlm.settings import Settings, figures
 from dlm.show import Painter
-from dlm.sources import DTYPES, check_guide, check_model, device_of, dtype_of, open_guide, open_model
+from dlm.sources import DTYPES, Sketch, device_of, dtype_of, open_guide, open_model, sketch
 from dlm.unmask import Guider, list_rules
 from textkv.figures import run_meta
 
@@ -72,22 +72,11 @@ class Writer:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     guide: Guider | None
-    chat: bool
     seed: int
-
-    def ids(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        """The prompt's ids. Raises ValueError if the model cannot go on from them."""
-        ids = prompt_ids(self.tokenizer, prompt, self.chat)
-        self.settings.check(self.model.card, ids)
-        return ids
 
     def text(self, done: Decoded, row: int = 0) -> str:
         """A row's answer."""
         return answer_text(self.tokenizer, done.ids[row].tolist(), self.model.card.eos_ids)
-
-    def unknown(self, ids: Sequence[int]) -> int:
-        """How many of a prompt's tokens this tokenizer has no token for."""
-        return list(ids).count(self.tokenizer.unk_token_id)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,10 +104,11 @@ def prompt_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.show and args.json == STDOUT:
         raise ValueError("--show and --json both want the terminal; use --json FILE")
     prompt = read_prompt(args)
-    writer = make_writer(args)
-    ids = writer.ids(prompt)
-    if writer.unknown(ids):
-        print(f"dlm.generate: {args.model} does not know {writer.unknown(ids)} words of the prompt", file=sys.stderr)
+    settings, known = make_request(args)
+    ids = known.ids(settings, prompt, args.chat)
+    if unknown := ids.count(known.tokenizer.unk_token_id):
+        print(f"dlm.generate: {args.model} does not know {unknown} words of the prompt", file=sys.stderr)
+    writer = make_writer(args, settings)
     painter = Painter(writer.tokenizer, prompt, Console()) if args.show else None
     with painter or nullcontext():
         done = writer.settings.write(writer.model, [ids], writer.guide, writer.seed, painter)
@@ -151,19 +141,20 @@ def batch_command(args: argparse.Namespace) -> int:
     if args.out.resolve() == args.batch.resolve():
         raise ValueError(f"--out {args.out} is the file of --batch itself; give another one")
     items = read_items(args.batch)
-    settings = asdict(make_settings(args)) | {"model": args.model, "guide": args.guide, "chat": args.chat}
-    settings |= {"seed": args.seed, "batch_size": args.batch_size, "dtype": args.dtype, "stats": args.stats}
-    mark = digest(settings)
+    said = asdict(make_settings(args)) | {"model": args.model, "guide": args.guide, "chat": args.chat}
+    said |= {"seed": args.seed, "batch_size": args.batch_size, "dtype": args.dtype, "stats": args.stats}
+    mark = digest(said)
     if read_done(args.out, items, mark) == {item.line for item in items}:
         print(f"all {len(items)} answers are in {args.out} already")
         return 0
-    writer = make_writer(args)
+    settings, known = make_request(args)
     ids: dict[int, list[int]] = {}
     for item in items:
         try:
-            ids[item.line] = writer.ids(item.prompt)
+            ids[item.line] = known.ids(settings, item.prompt, args.chat)
         except ValueError as error:
             raise ValueError(f"{args.batch}:{item.line}: {error}") from error
+    writer = make_writer(args, settings)
 
     def answer(chunk: list[Item]) -> list[dict[str, Any]]:
         prompts = [ids[item.line] for item in chunk]
@@ -200,16 +191,20 @@ def make_settings(args: argparse.Namespace) -> Settings:
     )  # fmt: skip
 
 
-def make_writer(args: argparse.Namespace) -> Writer:
-    """Checks everything, then loads the models."""
-    settings, device = make_settings(args), device_of(args.device)
-    check_model(args.model)
-    if settings.guided:
-        check_guide(args.guide)
+def make_request(args: argparse.Namespace) -> tuple[Settings, Sketch]:
+    """All that can be known before weights are read; raises ValueError or FileNotFoundError for what cannot work."""
+    settings = make_settings(args)
+    device_of(args.device)
+    return settings, sketch(args.model, args.guide if settings.guided else None)
+
+
+def make_writer(args: argparse.Namespace, settings: Settings) -> Writer:
+    """Loads the models."""
+    device = device_of(args.device)
     dtype = dtype_of(args.dtype, device)
     model, tokenizer = open_model(args.model, device, dtype)
     guide = open_guide(args.guide, device, dtype, tokenizer) if settings.guided else None
-    return Writer(settings, model, tokenizer, guide, args.chat, args.seed)
+    return Writer(settings, model, tokenizer, guide, args.seed)
 
 
 def about(args: argparse.Namespace, writer: Writer) -> dict[str, Any]:

@@ -91,7 +91,9 @@ def _check_number(name: str, value: int, unit: str) -> None:
 
 def _check_prompts(card: Card, input_ids: torch.Tensor, real: torch.Tensor, gen_length: int) -> None:
     if bool(((input_ids == card.mask_id) & real).any()):
-        raise ValueError(f"a prompt contains the mask token {card.mask_id}; masks stand for what is to be written")
+        raise ValueError(
+            f"a prompt contains the mask token {card.mask_id}, which stands for what is to be written; take it out"
+        )
     tokens = real.sum(1)
     if card.shift and int(tokens.min()) == 0:
         raise ValueError(

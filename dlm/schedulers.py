@@ -20,8 +20,10 @@ from dlm.models import Card
 from dlm.unmask import (
     Confidence,
     Entropy,
+    EntropyBound,
     Factor,
     Guided,
+    Hierarchical,
     MaskGitPlus,
     Origin,
     Random,
@@ -142,7 +144,7 @@ class UnmaskScheduler(SchedulerMixin, ConfigMixin):
         if not hasattr(self, "timesteps"):
             raise ValueError("`set_timesteps` must be called before the first step")
         if timestep == 0:
-            card = Card(mask_id, tuple(ends), int(mask_id == 0), 0, None, None, self.rule_class.name)
+            card = Card(mask_id, tuple(ends), int(mask_id == 0), 0, None, self.rule_class.name)
             length = sample.shape[1]
             canvas = Canvas(sample[:, :0], gen_length=length, block_length=length, mask_id=mask_id, shift=0)
             steps = self.num_inference_steps
@@ -280,6 +282,33 @@ class FactorScheduler(UnmaskScheduler):
         self.rule()
 
 
+class EntropyBoundScheduler(UnmaskScheduler):
+    """diffusers' entropy bound on masks, see `dlm.unmask.peers.EntropyBound`."""
+
+    rule_class = EntropyBound
+
+    @register_to_config
+    def __init__(self, bound: float = 0.1, suppress: Sequence[int] = (), logits_eos_inf: bool = False) -> None:
+        self.rule()
+
+
+class HierarchicalScheduler(UnmaskScheduler):
+    """dInfer's hierarchy, see `dlm.unmask.peers.Hierarchical`."""
+
+    rule_class = Hierarchical
+
+    @register_to_config
+    def __init__(
+        self,
+        tau: float = 0.9,
+        low: float = 0.4,
+        confidence_eos_eot_inf: bool = False,
+        suppress: Sequence[int] = (),
+        logits_eos_inf: bool = False,
+    ) -> None:
+        self.rule()
+
+
 class GuidedScheduler(UnmaskScheduler):
     """FlashDLM's guided rule, see `dlm.unmask.guided.Guided`. The pipeline has the guider.
 
@@ -318,6 +347,8 @@ SCHEDULERS: dict[str, type[UnmaskScheduler]] = {
         EntropyScheduler,
         ThresholdScheduler,
         FactorScheduler,
+        EntropyBoundScheduler,
+        HierarchicalScheduler,
         GuidedScheduler,
     )
 }

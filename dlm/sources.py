@@ -1,23 +1,26 @@
 """Models and guides by the name that a command got: an embedded one, a folder, or an id of the hub.
 
-What can be told from the name and the files beside it is checked before any weights are read. A guide is whatever
-causal language model transformers itself can load; remote code is never run.
+A `Sketch` is what can be told of both without their weights, so that a request that cannot work is refused before they
+are read (or fetched). A guide is whatever causal language model transformers itself can load; remote code is never run.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from dlm.mini import WEIGHTS, load_mini
-from dlm.models import load_model
+from dlm.models import Card, load_card, load_model
 from dlm.models.loading import MODELS
+from dlm.settings import Settings, prompt_ids
 from dlm.unmask import Guider
 
 MINI_MODELS = {"mini": "llada", "mini-dream": "dream"}
@@ -57,29 +60,67 @@ def check_guide(name: str) -> None:
         raise ValueError(f"guide {name} is a {kind!r} diffusion model; a guide reads from the left, as Qwen2 does")
 
 
-def open_model(name: str, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The diffusion model called `name` and its tokenizer.
+@dataclass(frozen=True)
+class Sketch:
+    """A diffusion model by its card and tokenizer, and a guide without weights where there is one."""
+
+    card: Card
+    tokenizer: PreTrainedTokenizerBase
+    guide: Guider | None = None
+
+    def ids(self, settings: Settings, prompt: str | list[dict[str, str]], chat: bool) -> list[int]:
+        """A prompt's ids. Raises ValueError if the model or the guide cannot go on from them."""
+        ids = prompt_ids(self.tokenizer, prompt, chat)
+        settings.check(self.card, ids)
+        if self.guide is not None:
+            self.guide.check_length(len(ids) + settings.gen_length)
+        return ids
+
+
+def sketch(model: str, guide: str | None = None) -> Sketch:
+    """What the files of a model and of a guide say beside their weights.
 
     Raises:
-        ValueError: files that cannot be read, or no tokenizer among them.
-        FileNotFoundError: no such model.
+        ValueError: files that cannot be read, no tokenizer among them, or two that cannot work together.
+        FileNotFoundError: no such model or guide.
     """
     logging.disable_progress_bar()
-    try:
+    check_model(model)
+    if guide is not None:
+        check_guide(guide)
+    with _named(f"model {model}"):
+        card, tokenizer = load_card(_source(model, MINI_MODELS))
+    if tokenizer is None:
+        raise ValueError(f"model {model} has no tokenizer beside it; put its tokenizer.json into the folder")
+    if guide is None:
+        return Sketch(card, tokenizer)
+    with _named(f"guide {guide}"):
+        source = _source(guide, MINI_GUIDES)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        own = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        if not own("0", add_special_tokens=False)["input_ids"]:  # transformers makes up an empty one without a word
+            raise ValueError("no tokenizer beside it; put its tokenizer.json into the folder")
+        with torch.device("meta"):
+            body = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return Sketch(card, tokenizer, Guider(body, own, tokenizer))
+
+
+def open_model(name: str, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The diffusion model called `name`, of which there is a sketch already, and its tokenizer.
+
+    Raises:
+        ValueError: weights that cannot be read.
+        FileNotFoundError: no such model.
+    """
+    with _named(f"model {name}"):
         if name in MINI_MODELS:
             return load_mini(MINI_MODELS[name], dtype, device)
-        model, tokenizer = load_model(name, dtype, device)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"model {name}: {str(error).splitlines()[0]}") from error
-    if tokenizer is None:
-        raise ValueError(f"model {name} has no tokenizer beside it; put its tokenizer.json into the folder")
-    return model, tokenizer
+        return load_model(name, dtype, device)
 
 
 def open_guide(name: str, device: str, dtype: torch.dtype, dlm_tokenizer: PreTrainedTokenizerBase) -> Guider:
     """The guide called `name`, beside a diffusion model with `dlm_tokenizer`; errors as `open_model`."""
-    logging.disable_progress_bar()
-    try:
+    with _named(f"guide {name}"):
         if name in MINI_GUIDES:
             model, tokenizer = load_mini(MINI_GUIDES[name], dtype, device)
         else:
@@ -88,11 +129,22 @@ def open_guide(name: str, device: str, dtype: torch.dtype, dlm_tokenizer: PreTra
             )
             model = model.to(device).eval()
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"guide {name}: {str(error).splitlines()[0]}") from error
     return Guider(model, tokenizer, dlm_tokenizer)
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Errors of files that cannot be read, in one line that says whose."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{what}: {str(error).splitlines()[0]}") from error
+
+
+def _source(name: str, embedded: Mapping[str, str]) -> str:
+    return str(WEIGHTS / embedded[name]) if name in embedded else name
 
 
 def _kind(name: str, embedded: Mapping[str, str]) -> str | None:

@@ -29,18 +29,8 @@ from dlm.cache import list_caches, resolve_cache
 from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
 from dlm.models import answer_text
 from dlm.request import EndOfText
-from dlm.settings import Settings, prompt_ids
-from dlm.sources import (
-    DTYPES,
-    MINI_GUIDES,
-    MINI_MODELS,
-    check_guide,
-    check_model,
-    device_of,
-    dtype_of,
-    open_guide,
-    open_model,
-)
+from dlm.settings import Settings
+from dlm.sources import DTYPES, MINI_GUIDES, MINI_MODELS, device_of, dtype_of, open_guide, open_model, sketch
 from dlm.unmask import Guider, list_rules
 from eval import gsm8k
 from eval.paired import difference
@@ -162,7 +152,7 @@ class Bench:
     """The models and the problems.
 
     Attributes:
-        chat: prompts go into the model's chat template.
+        prompts: of the problems, as ids.
         size: problems of a batch.
     """
 
@@ -170,21 +160,19 @@ class Bench:
     tokenizer: PreTrainedTokenizerBase
     guide: Guider | None
     asked: Sequence[Asked]
-    chat: bool
+    prompts: Sequence[list[int]]
     size: int
     seed: int
 
     def warm_up(self, arms: Sequence[Arm]) -> None:
         """One short answer by every arm: what is set up at the first call is nobody's time."""
-        ids = prompt_ids(self.tokenizer, self.asked[0].prompt, self.chat)
         for arm in arms:
             short = replace(arm.settings, gen_length=2, block_length=1, steps=2)
-            short.write(self.model, [ids], self.guide, self.seed)
+            short.write(self.model, self.prompts[:1], self.guide, self.seed)
 
     def answer(self, arm: Arm, first: int, tally: Tally) -> None:
         """Adds the batch that begins with problem `first` to the arm's tally."""
-        asked = self.asked[first : first + self.size]
-        prompts = [prompt_ids(self.tokenizer, one.prompt, self.chat) for one in asked]
+        asked, prompts = (x[first : first + self.size] for x in (self.asked, self.prompts))
         done = arm.settings.write(self.model, prompts, self.guide, self.seed + first)
         texts = [answer_text(self.tokenizer, row, self.model.card.eos_ids) for row in done.ids.tolist()]
         tally.right += "".join(str(int(one.right(text))) for one, text in zip(asked, texts, strict=True))
@@ -261,7 +249,7 @@ def read_tallies(arms: Sequence[Arm], meta: dict[str, Any], path: Path | None) -
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """One line per arm: accuracy, then what it took less than "none"."""
+    """One line per arm: accuracy, then what it took less than "none"; bytes of the cache at the end, and the most."""
     about = rows[0]
     title = f"{about['task']}, {about['n']} problems, {about['gen_length']} tokens in blocks of {about['block_length']}"
     made = Table(
@@ -270,7 +258,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     made.add_column("arm", overflow="fold")
     for name in ("accuracy (95 %)", "forwards", "x", "query tokens", "x", "guider", "tokens/forward", "seconds", "x"):
         made.add_column(name, justify="right", no_wrap=True)
-    made.add_column("cache", justify="right", no_wrap=True)
+    for name in ("cache", "peak"):
+        made.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         name = row["arm"] if row["unmask"] in row["arm"] else f"{row['arm']} ({row['unmask']})"
         made.add_row(
@@ -284,6 +273,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['tokens_per_forward']:.2f}",
             f"{row['seconds']:.2f}",
             f"{row['seconds_ratio']:.2f}",
+            format_bytes(row["cache_bytes"]),
             format_bytes(row["cache_bytes_peak"]),
         )
     return made
@@ -340,10 +330,11 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, Any]]:
     arms = arms_of(args.grid, plain, guide != "none")
     asks = any(arm.settings.guided for arm in arms)
     device = device_of(args.device)
-    problems(args.task, args.n, args.data, args.shots, chat=False)
-    check_model(args.model)
-    if asks:
-        check_guide(guide)
+    problems(args.task, args.n, args.data, args.shots, chat=False)  # are they there, before a hub is asked
+    known = sketch(args.model, guide if asks else None)
+    chat = args.task == "gsm8k" and known.tokenizer.chat_template is not None and args.shots is None
+    asked = problems(args.task, args.n, args.data, args.shots, chat)
+    prompts = [known.ids(plain, one.prompt, chat) for one in asked]
     about = {"task": args.task, "model": args.model, "guide": guide if asks else "none", "batch": args.batch_size}
     about |= {name: getattr(plain, name) for name in ("gen_length", "block_length", "eos", "temperature")}
     dtype = dtype_of(args.dtype, device)
@@ -353,9 +344,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, Any]]:
     read_tallies(arms, meta, args.json)
     model, tokenizer = open_model(args.model, device, dtype)
     reader = open_guide(guide, device, dtype, tokenizer) if asks else None
-    chat = args.task == "gsm8k" and tokenizer.chat_template is not None and args.shots is None
-    asked = problems(args.task, args.n, args.data, args.shots, chat)
-    bench = Bench(model, tokenizer, reader, asked, chat, args.batch_size, args.seed)
+    bench = Bench(model, tokenizer, reader, asked, prompts, args.batch_size, args.seed)
     return measure(bench, arms, about, meta, args.json)
 
 

@@ -5,7 +5,7 @@ load the published checkpoints without remote code.
 from dlm.models.card import Card
 from dlm.models.dream import DreamConfig, DreamModel
 from dlm.models.llada import LLaDAConfig, LLaDAModelLM
-from dlm.models.loading import load_model, register
+from dlm.models.loading import load_card, load_model, register
 from dlm.models.text import answer_text, chat_ids, text_ids
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "LLaDAModelLM",
     "answer_text",
     "chat_ids",
+    "load_card",
     "load_model",
     "text_ids",
 ]

@@ -17,10 +17,10 @@ class Card:
         eos_ids: tokens that end an answer.
         pad_id: the token for the left of shorter prompts.
         shift: row j of the logits predicts position j + shift (LLaDA 0, Dream 1).
-        block_causal: block length of a model in which no block sees a later one; None = all positions see all.
         context_limit: positions that the model was made for (prompt and answer together); None = unknown.
         unmask: the model's own rule of which tokens to write first, as an expression.
         context_advised: positions up to which its authors vouch for it, where that is less than `context_limit`.
+        vocabulary: logits of a row; None = unknown.
 
     Raises:
         ValueError: an id below 0, a mask that is also an end or padding, a shift other than 0 and 1, a limit below 1.
@@ -30,10 +30,10 @@ class Card:
     eos_ids: tuple[int, ...]
     pad_id: int
     shift: Literal[0, 1]
-    block_causal: int | None
     context_limit: int | None
     unmask: str
     context_advised: int | None = None
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         for name, ids in (("mask_id", (self.mask_id,)), ("pad_id", (self.pad_id,)), ("eos_ids", self.eos_ids)):
@@ -46,7 +46,7 @@ class Card:
             )
         if self.shift not in (0, 1):
             raise ValueError(f"shift={self.shift} is neither 0 (row j predicts position j) nor 1 (position j + 1)")
-        for name in ("block_causal", "context_limit", "context_advised"):
+        for name in ("context_limit", "context_advised"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is below 1; use None for no limit")
@@ -84,8 +84,8 @@ class Card:
             eos_ids=tuple(dict.fromkeys(ends + more_ends)),
             pad_id=pad,
             shift=shift,
-            block_causal=None,
             context_limit=limit,
             unmask=unmask,
             context_advised=None if context_advised is None else min(context_advised, limit),
+            vocabulary=getattr(config, "embedding_size", config.vocab_size),
         )

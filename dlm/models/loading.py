@@ -15,11 +15,13 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
 
 from dlm.models.backbone import MaskedDiffusionModel
+from dlm.models.card import Card
 from dlm.models.dream import DreamModel
 from dlm.models.llada import LLaDAModelLM
 from dlm.models.text import end_ids, load_tokenizer
@@ -43,9 +45,7 @@ def load_model(
         ValueError: another kind of model, a config of another graph or without a mask token, weights that do not fit.
     """
     source = str(path_or_id)
-    kind = _kind(source)
-    config = kind.config_class.from_pretrained(source)
-    card = kind.card_of(config)
+    kind, config, tokenizer, ends = _read(source)
     spread = device if device == "auto" or isinstance(device, dict) else None
     model, info = kind.from_pretrained(
         source,
@@ -59,10 +59,14 @@ def load_model(
     _check_weights(source, info)
     if spread is None:
         model.to(device or "cpu")
-    tokenizer = load_tokenizer(source, config.model_type, card)
-    if tokenizer is not None:
-        model.end_ids = end_ids(tokenizer, config.model_type)
+    model.end_ids = ends
     return model.eval(), tokenizer
+
+
+def load_card(path_or_id: str | Path) -> tuple[Card, PreTrainedTokenizerBase | None]:
+    """The card of a model and its tokenizer, without its weights; errors as `load_model`."""
+    kind, config, tokenizer, ends = _read(str(path_or_id))
+    return kind.card_of(config, ends), tokenizer
 
 
 def register() -> None:
@@ -72,6 +76,16 @@ def register() -> None:
             AutoConfig.register(model_type, kind.config_class)
             AutoModel.register(kind.config_class, kind)
             AutoModelForMaskedLM.register(kind.config_class, kind)
+
+
+def _read(
+    source: str,
+) -> tuple[type[MaskedDiffusionModel], PreTrainedConfig, PreTrainedTokenizerBase | None, tuple[int, ...]]:
+    """All that the files beside the weights say: class, config, tokenizer and its end tokens."""
+    kind = _kind(source)
+    config = kind.config_class.from_pretrained(source)
+    tokenizer = load_tokenizer(source, config.model_type, kind.card_of(config))
+    return kind, config, tokenizer, () if tokenizer is None else end_ids(tokenizer, config.model_type)
 
 
 def _kind(source: str) -> type[MaskedDiffusionModel]:

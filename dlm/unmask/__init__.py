@@ -1,7 +1,8 @@
 """Unmasking rules for diffusion language models: which masks become text now, and with which token.
 
 "confidence", "random" (LLaDA), "origin", "maskgit_plus", "topk_margin", "entropy(compat=True)" (Dream),
-"threshold(0.9)", "factor(1.0)" (Fast-dLLM), "guided('topk', k=2)" (a causal model says how far a draft may be kept).
+"threshold(0.9)", "factor(1.0)" (Fast-dLLM), "entropy_bound(0.1)" (diffusers), "hierarchical(0.9, low=0.4)" (dInfer),
+"guided('topk', k=2)" (a causal model says how far a draft may be kept).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dlm.unmask.dream import Entropy, MaskGitPlus, Origin, TopKMargin
 from dlm.unmask.guided import Guided
 from dlm.unmask.guider import Guider
 from dlm.unmask.parallel import Factor, Threshold
+from dlm.unmask.peers import EntropyBound, Hierarchical
 from dlm.unmask.sampling import Sampling
 from textkv.expression import parse_call, split_parts
 
@@ -23,9 +25,11 @@ __all__ = [
     "Choice",
     "Confidence",
     "Entropy",
+    "EntropyBound",
     "Factor",
     "Guided",
     "Guider",
+    "Hierarchical",
     "MaskGitPlus",
     "Origin",
     "Random",

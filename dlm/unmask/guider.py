@@ -109,11 +109,24 @@ class Guider:
             raise ValueError(f"the guider computes in {self.model.dtype}; load it in one of {allowed}")
         if int(canvas.real_start.max()) >= canvas.prompt:
             raise ValueError("a prompt is empty and a guider needs a token to read on from; begin it with one")
-        needed = canvas.length - int(canvas.real_start.min())
-        if self.same_ids and self.context is not None and needed > self.context:
+        self.check_length(canvas.length - int(canvas.real_start.min()))
+        if card.vocabulary is not None:
+            self.check_vocabulary(card.vocabulary)
+
+    def check_length(self, tokens: int) -> None:
+        """Raises ValueError if prompt and answer of so many of the diffusion model's tokens are too long for it."""
+        if self.same_ids and self.context is not None and tokens > self.context:
             raise ValueError(
-                f"prompt and answer take {needed} tokens and the guider has {self.context} positions; shorten the "
+                f"prompt and answer take {tokens} tokens and the guider has {self.context} positions; shorten the "
                 "prompt or generate less"
+            )
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raises ValueError if ids go over as they are and the diffusion model has another number of tokens."""
+        if self.tokenizer is None and self.vocabulary != size:
+            raise ValueError(
+                f"the guider has {self.vocabulary} tokens and the model {size}; give Guider both tokenizers, so that "
+                "their vocabularies can be compared"
             )
 
 

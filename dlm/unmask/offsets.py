@@ -127,6 +127,7 @@ class ByOffsets:
                     "the guider can read nothing of a prompt that consists of special tokens; name what they are to it "
                     "in Guider(specials=...)"
                 )
+            self._check_length(len(prompt) + 1)
             self.prompts.append(prompt)
         self.held: list[list[int]] = [[] for _ in self.lanes]
 
@@ -153,11 +154,7 @@ class ByOffsets:
     def _judge(self, row: int, stream: list[int], first: int) -> int:
         """How many tokens of the stream the guider accepts from index `first` on."""
         lane, held = self.lanes[row], self.held[row]
-        if self.guide.context is not None and len(stream) > self.guide.context:
-            raise ValueError(
-                f"the text takes {len(stream)} of the guider's tokens and it has {self.guide.context} positions; "
-                "shorten the prompt or generate less"
-            )
+        self._check_length(len(stream))
         if self.guide.method is not None and not held:
             held = self.prompts[row][:-1]
             lane.read_prompt(torch.tensor([held], dtype=torch.int64, device=self.device))
@@ -176,6 +173,13 @@ class ByOffsets:
                 break
         self.held[row] = stream[:fed]
         return total
+
+    def _check_length(self, tokens: int) -> None:
+        if self.guide.context is not None and tokens > self.guide.context:
+            raise ValueError(
+                f"the text takes {tokens} of the guider's tokens and it has {self.guide.context} positions; shorten "
+                "the prompt or generate less"
+            )
 
     @property
     def cache_columns(self) -> list[int]:

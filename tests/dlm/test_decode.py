@@ -20,7 +20,7 @@ class Script:
     """A model that writes row r's text[r], the first slots most surely."""
 
     def __init__(self, *texts: list[int], prompt: int = 3) -> None:
-        self.card = Card(MASK, (END, END - 5), PAD, 0, None, 256, "confidence")
+        self.card = Card(MASK, (END, END - 5), PAD, 0, 256, "confidence")
         self.texts, self.prompt = torch.tensor(texts), prompt
 
     def __call__(self, input_ids, *, position_ids, past_key_values, logits_rows, attention_mask):
@@ -314,6 +314,21 @@ def test_a_shifted_model_needs_a_token_to_predict_from():
     assert decode(llada(), ids, mask, gen_length=4, block_length=4).ids.shape == (2, 4)
 
 
+def test_a_guider_that_does_not_fit_is_refused_before_the_first_forward(guide):
+    class Never:
+        card = llada().card
+
+    options = dict(gen_length=8, block_length=8, guide=guide)
+    with pytest.raises(ValueError, match="the guider has 24 tokens and the model 30; give Guider both tokenizers"):
+        never = Never()
+        never.card = replace(Never.card, vocabulary=30)
+        decode(never, IDS, **options)
+    with pytest.raises(ValueError, match="take 68 tokens and the guider has 64 positions; shorten the prompt or"):
+        decode(Never(), IDS, **(options | {"gen_length": 64}))
+    with pytest.raises(ValueError, match="a prompt is empty and a guider needs a token to read on from; begin it"):
+        decode(Never(), IDS[:, :0], **options)
+
+
 def test_a_model_that_insists_on_the_mask_still_ends():
     class Stubborn(Counter):
         def __call__(self, *args, **kwargs):
@@ -340,7 +355,7 @@ def test_a_rule_that_stops_committing_is_told():
 
 def test_advice_is_a_warning():
     model = Script([1] * 8)
-    model.card = Card(MASK, (END,), PAD, 0, None, 256, "confidence", context_advised=10)
+    model.card = Card(MASK, (END,), PAD, 0, 256, "confidence", context_advised=10)
     with pytest.warns(UserWarning, match="take 11 positions, the model's authors advise at most 10"):
         decode(model, IDS[:, :3], gen_length=8, block_length=8, unmask=Rule())
 

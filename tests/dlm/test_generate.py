@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from transformers import GPT2Config
 
 from dlm import generate, mini, sources
 from dlm.canvas import Canvas
@@ -168,13 +170,36 @@ def test_missing_weights_name_the_training(
     assert "train them with `python -m dlm.mini.train --model llada" in capsys.readouterr().err
 
 
-def test_what_only_the_model_can_tell(capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate.main(["--prompt", PROMPT, "--gen-length", "4000", "--device", "cpu"]) == 2
-    assert "need 4015 positions, the model has 2048" in capsys.readouterr().err
-    assert generate.main(["--prompt", "tom has <mask>", *SHORT]) == 2
-    assert "contains the mask token" in capsys.readouterr().err
-    assert generate.main(["--prompt", PROMPT, *SHORT, "--chat"]) == 2
-    assert "no chat template" in capsys.readouterr().err
+BLOCKED = {
+    "positions": (["--gen-length", "4000"], "need 4015 positions, the model has 2048; shorten the prompt or generate"),
+    "mask": (["--prompt", "tom has <mask>"], "a prompt contains the mask token 2, which stands for what is to be"),
+    "chat": (["--chat"], "no chat template, so its model is no chat model; give it plain text"),
+    "guide's positions": (["--guide", "short"], "take 21 tokens and the guider has 20 positions; shorten the prompt"),
+    "guide's offsets": (["--guide", "letters"], "ByT5Tokenizer gives no character offsets (is_fast is False); use a"),
+    "guide's tokenizer": (["--guide", "silent"], "silent: no tokenizer beside it; put its tokenizer.json into"),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_what_only_the_files_of_the_models_can_tell(
+    name: str, weights: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused by config and tokenizer alone, in one line."""
+    for loader in ("open_model", "open_guide"):
+        monkeypatch.setattr(generate, loader, lambda *args: pytest.fail("weights were loaded"))
+    for guide in ("short", "silent"):
+        shutil.copytree(weights / "guider", tmp_path / guide)
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
+    (tmp_path / "silent" / "tokenizer.json").unlink()
+    GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=400).save_pretrained(tmp_path / "letters")
+    (tmp_path / "letters" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    more, message = BLOCKED[name]
+    more = [str(tmp_path / word) if word in ("short", "letters", "silent") else word for word in more]
+    prompt = [] if "--prompt" in more else ["--prompt", PROMPT]
+    assert generate.main([*prompt, *SHORT, *more]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("dlm.generate: ") and message in said and said.count("\n") == 1
 
 
 def canvas_of(prompt: str, blocks: str) -> Canvas:

@@ -149,7 +149,7 @@ def test_steps_alone_equal_the_unmasker() -> None:
     scheduler.set_timesteps(5)
     sample = torch.full((2, 9), mask)
     canvas = Canvas(sample[:, :0], gen_length=9, block_length=9, mask_id=mask, shift=0)
-    rule = resolve_unmask("entropy(compat=True)").begin(canvas, Card(mask, (), 0, 0, None, None, "entropy"), None, 5)
+    rule = resolve_unmask("entropy(compat=True)").begin(canvas, Card(mask, (), 0, 0, None, "entropy"), None, 5)
     for step in range(5):
         logits = torch.randn(2, 9, 12, generator=generator)
         slots = rule.candidates(canvas, (torch.zeros(2).long(), torch.full((2,), 9)))

@@ -78,7 +78,7 @@ class Counter:
     """No network: counts the rows that it is asked for and puts out noise that depends on the slot alone."""
 
     def __init__(self, shift: int = 0, vocab: int = 4) -> None:
-        self.card = Card(vocab - 1, (), vocab - 2, shift, None, None, "confidence")
+        self.card = Card(vocab - 1, (), vocab - 2, shift, None, "confidence")
         self.rows, self.shapes, self.noise = 0, [], torch.rand(4096, vocab, generator=torch.Generator().manual_seed(1))
 
     def __call__(self, input_ids, *, position_ids, past_key_values, logits_rows, attention_mask):

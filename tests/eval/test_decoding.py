@@ -163,6 +163,7 @@ def test_arms_take_turns_and_a_stopped_run_goes_on(
         (["--task", "gsm8k", "--data", "nowhere.jsonl"], "nowhere.jsonl is not there; give GSM8K's test.jsonl"),
         (["--shots", "x"], "--shots is for --task gsm8k"),
         (["--model", "./nowhere"], "is no folder here"),
+        (["--gen-length", "4000"], "positions, the model has 2048; shorten the prompt"),
     ],
 )
 def test_refused_before_a_model_is_loaded(

@@ -35,6 +35,21 @@ def test_table(cache, tokens):
     assert count(cache, P, G, B, S)[0] == tokens
 
 
+@pytest.mark.parametrize(
+    "prompt, gen, block, savings",
+    [
+        (1000, 256, 32, {"freecache(0)": "8.49", "prefix": "7.03", "dual": "17.9"}),
+        (1000, 1024, 256, {"freecache(0)": "3.16", "prefix": "3.14", "dual": "7.7"}),
+        (200, 256, 32, {"freecache(0)": "3.15", "prefix": "2.97", "dual": "10.1"}),
+    ],
+)
+def test_published_savings(prompt, gen, block, savings):
+    base = count("none", prompt, gen, block, gen)[0]
+    for cache, times in savings.items():
+        digits = len(times.split(".")[1])
+        assert f"{base / count(cache, prompt, gen, block, gen)[0]:.{digits}f}" == times, cache
+
+
 class CountingLayer:
     """The steps of a model's layer, reduced to counting rows."""
 

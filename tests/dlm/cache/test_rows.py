@@ -42,9 +42,10 @@ def test_rows_really_differ_in_speed():
     assert len({one.stats.forwards for one in alone}) > 1
 
 
+@pytest.mark.parametrize("make", [llada, dream])
 @pytest.mark.parametrize("cache", CACHES)
-def test_guidance_of_a_ragged_batch(cache):
-    model = llada()
+def test_guidance_of_a_ragged_batch(make, cache):
+    model = make()
     ids, mask = prompts(3, 6)
     together = generate(model, ids, mask, cache, RULES["threshold"], cfg_scale=0.7)
     alone = [generate(model, x, None, cache, RULES["threshold"], cfg_scale=0.7) for x in (ids[:1, 3:], ids[1:])]

@@ -9,14 +9,15 @@ import pytest
 
 from dlm.models import Card, DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
 
-CARD = Card(mask_id=60, eos_ids=(61,), pad_id=61, shift=0, block_causal=None, context_limit=128, unmask="confidence")
+CARD = Card(mask_id=60, eos_ids=(61,), pad_id=61, shift=0, context_limit=128, unmask="confidence")
 
 
 def test_cards_of_the_published_models() -> None:
     llada = LLaDAModelLM.card_of(LLaDAConfig(mask_token_id=126336), end_ids=(126081, 126348))
-    assert llada == Card(126336, (126081, 126348), 126081, 0, None, 4096, "confidence")
+    assert llada == Card(126336, (126081, 126348), 126081, 0, 4096, "confidence", vocabulary=126464)
     dream = DreamModel.card_of(DreamConfig(mask_token_id=151666), end_ids=(151643, 151645))
-    assert dream == Card(151666, (151643, 151645), 151643, 1, None, 131072, "entropy", context_advised=2048)
+    expected = Card(151666, (151643, 151645), 151643, 1, 131072, "entropy", context_advised=2048)
+    assert dream == replace(expected, vocabulary=152064)
 
 
 def test_ends_may_be_several_and_padding_falls_back_on_the_first() -> None:
@@ -43,7 +44,6 @@ def test_a_config_without_end_and_padding_is_refused() -> None:
         ({"eos_ids": (3, -2)}, r"eos_ids=\(3, -2\) is below 0"),
         ({"mask_id": 61}, "mask_id=61 is also the padding or an end"),
         ({"shift": 2}, "shift=2 is neither 0"),
-        ({"block_causal": 0}, "block_causal=0 is below 1; use None"),
         ({"context_limit": 0}, "context_limit=0 is below 1"),
     ],
 )

@@ -14,7 +14,7 @@ from dlm.models.card import Card
 from dlm.unmask import Rule, resolve_unmask
 
 VOCAB, MASK, END = 40, 39, 38
-CARD = Card(MASK, (END,), 37, 0, None, None, "confidence")
+CARD = Card(MASK, (END,), 37, 0, None, "confidence")
 
 
 def canvas(batch: int = 1, prompt: int = 3, gen: int = 12, block: int = 4, seed: int = 0, pads: tuple = ()) -> Canvas:

@@ -281,7 +281,7 @@ def test_errors_of_a_generation():
 
 
 def test_a_token_that_the_guider_lacks_is_written_but_not_read():
-    card = Card(MASK, (END,), 37, 0, None, None, "confidence")
+    card = Card(MASK, (END,), 37, 0, None, "confidence")
     toy = Toy(bigram=0.0)
     toy.place[:, 36:] = -9.0
     toy.place[[1, 5], 36] = 40.0  # the guider has ids below 36

@@ -55,7 +55,7 @@ def special(name: str, kind: str = "dlm") -> int:
 
 
 def card() -> Card:
-    return Card(special("<mask>"), (special("<end>"),), special("<end>"), 0, None, None, "confidence")
+    return Card(special("<mask>"), (special("<end>"),), special("<end>"), 0, None, "confidence")
 
 
 def guider(model, kind: str = "bytes", **options) -> Guider:

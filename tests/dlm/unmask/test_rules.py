@@ -160,7 +160,7 @@ def test_random_order_depends_on_the_generator_alone():
     assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
 
 
-# ---- threshold and factor -------------------------------------------------------------------------------------------
+# ---- several tokens per forward -------------------------------------------------------------------------------------
 
 
 def accept(rule, score):
@@ -212,7 +212,50 @@ def test_factor_writes_a_lone_mask_but_not_a_last_rank_that_fails():
     assert accept("factor(1.0)", [0.99, 0.7, 0.999]).tolist() == [True, False, True]  # 4 * 0.3 >= 1: the third rank
 
 
-@pytest.mark.parametrize("rule", ["threshold(2)", "factor(0.0001)", "confidence", "origin", "random"])
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(0, 2, width=32), min_size=1, max_size=8), st.floats(0, 3, width=32))
+def test_entropy_bound_writes_while_the_entropies_before_stay_below(entropy, bound):
+    order, written, total = sorted(range(len(entropy)), key=lambda i: (entropy[i], i)), [], torch.tensor(0.0)
+    for i in order:
+        if float(total) > bound:
+            break
+        written.append(i)
+        total += entropy[i]
+    assert accept(f"entropy_bound({bound})", [-e for e in entropy]).nonzero()[:, 0].tolist() == sorted(written)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.none() | st.floats(0, 1, width=32), min_size=1, max_size=9), st.floats(0, 1, width=32))
+def test_hierarchical_writes_the_surest_of_each_run(score, low):
+    """None stands for a slot that is written already."""
+    masks = [i for i, c in enumerate(score) if c is not None]
+    if not masks:
+        return
+    runs = [[masks[0]]]
+    for before, i in zip(masks, masks[1:], strict=False):
+        runs.append([i]) if i > before + 1 else runs[-1].append(i)
+
+    def surest(of):
+        return max(of, key=lambda i: (score[i], -i))
+
+    wanted = {surest(masks)} | {i for i in masks if score[i] >= 0.9}
+    wanted |= {surest(run) for run in runs if score[surest(run)] >= low}
+    free = torch.tensor([[c is not None for c in score]])
+    left = torch.tensor([len(masks)])
+    rule = resolve_unmask(f"hierarchical(low={low})")
+    given = torch.tensor([[0.95 if c is None else c for c in score]])  # what stands at a written slot is not read
+    written = rule.accept(given, free, Pace(left, left * 0, left, left), None) & free
+    assert set(written[0].nonzero()[:, 0].tolist()) == wanted
+
+
+def test_hierarchical_below_low_writes_one():
+    assert accept("hierarchical", [0.1, 0.3, 0.2]).tolist() == [False, True, False]
+    assert accept("hierarchical(low=0.3)", [0.1, 0.3, 0.95]).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "rule", ["threshold(2)", "factor(0.0001)", "confidence", "origin", "random", "hierarchical(2,low=2)"]
+)
 def test_steps_bound_the_forwards_of_every_rule(rule):
     assert len(play(rule, canvas(gen=12, block=4), Toy(), steps=6, generator=seeded()).history) <= 6
 
@@ -289,6 +332,8 @@ def test_any_lengths(rule, gen, block, extra):
         ("confidence+random", r"a rule stands alone; leave out \+random"),
         ("threshold('a')", r"tau='a' is not in \[0, 1e\+09\]; use a probability"),
         ("threshold(-0.1)", r"tau=-0.1 is not in \[0, 1e\+09\]"),
+        ("entropy_bound(-1)", "bound=-1 is not in .*; use an entropy, diffusers has 0.1"),
+        ("hierarchical(low='a')", "low='a' is not in .*; use a probability, the authors' are tau=0.9 and low=0.4"),
         ("factor(0)", "f=0 is not in .*; use a factor above 0"),
         ("threshold(0.9, f=1)", "its arguments are: .*tau"),
         ("entropy(alg_temp=-1)", "alg_temp=-1 is not in .*; use 0 for the strict order"),
