@@ -3,7 +3,8 @@
 A few layers of Llama-3.1-8B's shape with random weights read one prompt; methods take turns, and every figure is a
 median over the rounds. `overhead` = time in the method's hooks over the time of the whole prompt; `decode_ratio` = one
 token's attention over what the method kept against the full cache's, measured in the same round; `floor_bytes` = the
-bytes of K and V that this attention cannot help reading. A CPU says little about a GPU: `--device` is in every row.
+bytes of K and V that this attention cannot help reading. `--json` is written after every round. A CPU tells bytes and
+tokens; its times are those of the reference kernels beside slow products of matrices, and are marked so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +30,9 @@ from eval.textbench import FULL
 from textkv import Budget, MethodCache, list_methods, resolve_method, split_list
 from textkv.figures import run_meta
 
+WHOLE = "1.0"
 STEPS = 8  # decoded tokens per round
+TIMES = ("seconds_prefill", "overhead", "seconds_decode", "decode_ratio")  # what a CPU cannot say about a GPU
 
 
 def shaped(layers: int, device: str) -> PreTrainedModel:
@@ -101,34 +104,44 @@ def can_run(method: str, budget: str, length: int, layers: int) -> bool:
 
 def measure(
     model: PreTrainedModel, methods: Sequence[str], budget: str, length: int, rounds: int, device: str
-) -> list[dict[str, Any]]:
-    """One row per method, the full cache first; rounds are interleaved and the first, a warm-up, is dropped."""
+) -> Iterator[list[dict[str, Any]]]:
+    """After every round, one row per method, the full cache first; "n" = rounds so far, which are interleaved.
+
+    What comes before them warms the machine up: every method once on a GPU, where first calls compile kernels, and the
+    full cache alone on a CPU.
+    """
     ids = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     names = [FULL, *(method for method in methods if method != FULL)]
+    budgets = {name: WHOLE if name == FULL else budget for name in names}
+    for name in names if device.startswith("cuda") else [FULL]:
+        round_of(model, name, budgets[name], ids, device)
     seen: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in names}
-    for number in track(range(rounds + 1), "rounds", console=Console(stderr=True)):
-        for name in names:
-            figures = round_of(model, name, "1.0" if name == FULL else budget, ids, device)
-            for key, value in figures.items():
-                if number:
-                    seen[name][key].append(value)
+    turns = [(number, name) for number in range(rounds) for name in names]
+    for number, name in track(turns, "prompts", console=Console(stderr=True)):
+        for key, value in round_of(model, name, budgets[name], ids, device).items():
+            seen[name][key].append(value)
+        if name == names[-1]:
+            about = {"device": device, "n": number + 1, "tokens_seen": length}
+            yield [{"method": m, "budget": budgets[m]} | about | _row(model, seen[m], seen[FULL]) for m in names]
+
+
+def _row(model: PreTrainedModel, mine: dict[str, list[float]], full: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians of a method's rounds, and what follows from them."""
+    row: dict[str, Any] = {key: median(values) for key, values in mine.items()}
+    pairs = zip(mine["seconds_decode"], full["seconds_decode"], strict=True)
+    row["decode_ratio"] = median(one / whole for one, whole in pairs)
     per_token = 2 * model.config.num_key_value_heads * model.config.head_dim * model.dtype.itemsize
-    rows = []
-    for name in names:
-        row = {key: median(values) for key, values in seen[name].items()}
-        pairs = zip(seen[name]["seconds_decode"], seen[FULL]["seconds_decode"], strict=True)
-        row["decode_ratio"] = median(mine / full for mine, full in pairs)
-        row["floor_bytes"] = row["tokens_stored"] * per_token
-        row["kv_share"] = row["kv_bytes"] / row["kv_bytes_full"]
-        row["layers"] = model.config.num_hidden_layers
-        about = {"method": name, "budget": "1.0" if name == FULL else budget, "device": device, "n": rounds}
-        rows.append(about | {"tokens_seen": length} | row)
-    return rows
+    row["floor_bytes"] = row["tokens_stored"] * per_token
+    row["kv_share"] = row["kv_bytes"] / row["kv_bytes_full"]
+    return row | {"layers": model.config.num_hidden_layers}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """One line per method."""
-    made = Table("method", "prompt s", "hooks / prompt", "decode ms", "of full", "bytes of full", "floor KiB")
+    """One line per method; columns that only a GPU's times would fill with meaning are marked."""
+    cuda = rows[0]["device"].startswith("cuda")
+    mark, caption = ("", None) if cuda else ("*", "* on this CPU, with the reference kernels; needs --device cuda")
+    times = (f"{name}{mark}" for name in ("prompt s", "hooks / prompt", "decode ms", "of full"))
+    made = Table("method", *times, "bytes of full", "floor KiB", caption=caption)
     for row in rows:
         made.add_row(
             row["method"], f"{row['seconds_prefill']:.3f}", f"{row['overhead']:.2%}",
@@ -147,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--layers", type=int, default=2, help="layers of the model (default 2: 1.8 GB in fp32)")
     p.add_argument("--rounds", type=int, default=3, help="rounds that count (default 3)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--json", type=Path, help="write the rows here")
+    p.add_argument("--json", type=Path, help="write the rows here, after every round")
     return p
 
 
@@ -168,15 +181,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for method in methods:
             resolve_method(method, budget)
         methods = [method for method in methods if can_run(method, budget, length, args.layers)]
-        rows = measure(shaped(args.layers, args.device), methods, budget, length, args.rounds, args.device)
+        meta = run_meta("eval.speed", argv, 0) | ({} if cuda else {"needs_gpu": TIMES})
+        model = shaped(args.layers, args.device)
+        for rows in measure(model, methods, budget, length, args.rounds, args.device):
+            if args.json:
+                write_json(args.json, {"meta": meta, "rows": rows})
     except ValueError as error:
         print(f"eval.speed: {error}", file=sys.stderr)
         return 2
     Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
-    if not cuda:
-        print("measured on a CPU: the shares of a GPU, where kernels are launched, need --device cuda")
-    if args.json:
-        write_json(args.json, {"meta": run_meta("eval.speed", argv, 0), "rows": rows})
     return 0
 
 

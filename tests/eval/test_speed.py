@@ -9,7 +9,8 @@ from tests.textkv import tiny
 
 
 def test_rows_hold_times_and_bytes_of_every_method() -> None:
-    rows = speed.measure(tiny.build("llama"), ["snapkv", "full", "window"], "0.25", 64, 2, "cpu")
+    first, rows = speed.measure(tiny.build("llama"), ["snapkv", "full", "window"], "0.25", 64, 2, "cpu")
+    assert [row["n"] for row in first] == [1, 1, 1] and first[1]["kv_bytes"] == rows[1]["kv_bytes"]
     assert [row["method"] for row in rows] == ["full", "snapkv", "window"]
     full, snap, _ = rows
     assert full["decode_ratio"] == 1.0 and full["budget"] == "1.0" and full["n"] == 2

@@ -1,10 +1,13 @@
 """Find out which KV heads of a model need the whole context, and write its pattern file.
 
     python -m textkv.methods.duo_attention identify --model FOLDER
-    python -m textkv.methods.duo_attention identify --model mini --task recall --longest 1024 --steps 400
+    python -m textkv.methods.duo_attention identify --model mini --task recall --shortest 256 --longest 1024 \\
+        --steps 300 --sinks 16 --recent 64
 
-Gates are trained on synthetic passkeys; `--how mean_qk` only looks at average queries and keys. The pattern goes beside
-the model as duo_attention.json, or into the current folder if the model is no local folder.
+The second made the embedded text model's pattern, `duo_attention(pattern='mini')`: that model knows its own recall
+tasks and no passkeys, and its prompts are so short that streaming heads must be shown a short window. `--how mean_qk`
+trains nothing and looks at average queries and keys. The pattern goes beside the model as duo_attention.json, or into
+the current folder if the model is no local folder.
 """
 
 from __future__ import annotations

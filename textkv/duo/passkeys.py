@@ -134,11 +134,11 @@ class Passkeys:
 
 def recall_sample(rows: Rows, rng: np.random.Generator, length: int) -> Sample:
     """A row of the embedded text model's recall tasks: `length` tokens, several facts, several questions at its end."""
-    ids, answers = rows.recall(rng, length)
+    row = rows.recall(rng, length)
     passkeys = np.zeros(length, dtype=bool)
-    for answer in answers:
+    for answer in row.answers:
         passkeys[answer.start : answer.end] = True
-    return Sample(ids.astype(np.int64), np.arange(length) >= answers[0].start, passkeys)
+    return Sample(row.ids.astype(np.int64), np.arange(length) >= row.answers[0].start, passkeys)
 
 
 def _marked(parts: list[tuple[list, bool]]) -> np.ndarray:

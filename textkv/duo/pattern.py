@@ -1,6 +1,7 @@
 """A pattern: one gate per KV head, 1 = it needs the whole context; a small JSON file that lies beside its model.
 
-The authors' released patterns (a folder with `full_attention_heads.tsv` and `config.json`) are read as well.
+"mini" is the pattern of the embedded text model. The authors' released patterns (a folder with
+`full_attention_heads.tsv` and `config.json`) are read as well.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from textkv.mini import WEIGHTS
 
 FILE = "duo_attention.json"
 FORMAT = 1
@@ -57,12 +60,12 @@ class Pattern:
 
     @classmethod
     def load(cls, path: str | Path) -> Pattern:
-        """Reads a file that `save` wrote, a released .tsv, or a folder that holds either.
+        """Reads a file that `save` wrote, a released .tsv, or a folder that holds either; "mini" is the embedded one.
 
         Raises:
             ValueError: nothing there, or not a pattern.
         """
-        file = Path(path)
+        file = WEIGHTS if path == "mini" else Path(path)
         if file.is_dir():
             file = next((file / name for name in (FILE, RELEASED) if (file / name).exists()), file / FILE)
         if not file.is_file():

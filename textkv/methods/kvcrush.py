@@ -38,8 +38,8 @@ Heads = Literal["own", "shared", "summed"]
 class KVCrush(Eviction):
     """Important and representative tokens; cuts at the end of each prompt block, decoded tokens are all kept.
 
-    Where the protected tokens (the scorer's, `start`, `recent`, pages that are not full) leave no room in the budget,
-    the scorer's own choice stands.
+    Where the protected tokens (the scorer's, `start`, `recent`, pages that are not full) leave no room for a page in
+    the budget, the scorer's own choice stands: first and last tokens alone would be no choice at all.
 
     Attributes:
         ratio: share of the unprotected budget that is representatives; 0 = the scorer alone, 1 = representatives only.
@@ -140,7 +140,7 @@ class KVCrush(Eviction):
         distance = self._distance(votes, full, layer.index)
         worth = places.spread(scores, NEVER).masked_fill(~full[..., None], 0).sum(-1)
         kept = places.gather(loose | self._chosen(full, worth, distance, room)[..., None])
-        fits = room >= 0
+        fits = room > 0
         wanted = torch.zeros_like(scores).masked_fill(kept, PROTECTED).masked_fill(~kept, NEVER)
         return (
             torch.where(fits[..., None], wanted, scores),
@@ -201,8 +201,10 @@ class KVCrush(Eviction):
 class KVCrushOfficial(KVCrush):
     """KVCrush as OpenVINO runs it: blocks of 32 of the layer's summed scores, a random anchor, whole-numbered steps.
 
-    Its budget counts the representatives too; OpenVINO's 960 tokens + 2 blocks is "1024t" and ratio=0.0741 (of the 27
-    blocks beside start and recent) here. Its own random anchors depend on how many layers and steps came before.
+    First, last and partly filled blocks take 160 to 191 tokens: where a budget leaves no block of 32 beside them, the
+    scorer's choice stands. The budget counts the representatives too; OpenVINO's 960 tokens + 2 blocks is "1024t" and
+    ratio=0.0741 (of the 27 blocks beside start and recent) here. Its own random anchors depend on how many layers and
+    steps came before.
     """
 
     anchor: Anchor = "random"

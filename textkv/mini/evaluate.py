@@ -1,7 +1,8 @@
 """Measure recall by greedy decoding: `python -m textkv.mini.evaluate --lengths 256,1024 --n 100`.
 
 `model.generate` with the full cache on held-out examples (seeds from 1,000,000 on), per task and length. An answer
-counts when every token of it is right. Prints a table; `--json FILE` writes the rows with 95 % Wilson intervals.
+counts when every token of it is right. Prints a table, and how much attention rests on the first token in held-out
+plain sentences; `--json FILE` writes both, the rows with 95 % Wilson intervals.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from textkv.figures import run_meta, wilson
 from textkv.mini import load_mini
 from textkv.mini.facts import TASKS, check_task
-from textkv.mini.tasks import FIRST_EVALUATION_SEED, Example, make_example
+from textkv.mini.filler import Filler
+from textkv.mini.sinks import sink_mass
+from textkv.mini.speller import Speller
+from textkv.mini.tasks import EVALUATION_FILLER, FIRST_EVALUATION_SEED, Example, make_example
 
 BATCH_TOKENS = 16_384
+PLAIN_ROWS, PLAIN_LENGTH = 4, 512  # in which attention on the first token is looked at
 
 
 @torch.inference_mode()
@@ -66,6 +71,23 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return made
 
 
+def resting(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Mean attention on the first token in held-out plain sentences: fp32 [layers, heads], on the CPU."""
+    speller, rng = Speller(tokenizer), np.random.default_rng(FIRST_EVALUATION_SEED)
+    filler, room = Filler.grammar(speller, EVALUATION_FILLER), PLAIN_LENGTH - len(speller.start)
+    rows = np.stack([np.concatenate([speller.start, filler.draw(rng, room)[0]]) for _ in range(PLAIN_ROWS)])
+    return sink_mass(model, torch.from_numpy(rows.astype(np.int64)).to(model.device)).cpu()
+
+
+def sink_table(mass: torch.Tensor) -> Table:
+    """Layers down, heads across."""
+    heads = (f"head {number}" for number in range(mass.shape[1]))
+    made = Table("layer", *heads, title="attention on the first token")
+    for number, row in enumerate(mass.tolist()):
+        made.add_row(str(number), *(f"{share:.3f}" for share in row))
+    return made
+
+
 def _lengths(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -91,14 +113,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         tasks = [check_task(task) for task in args.task or TASKS]
         model, tokenizer = load_mini(None if args.model == "mini" else args.model, device=args.device)
-        rows = measure(model, tokenizer, tasks, args.lengths, args.n)
+        rows, mass = measure(model, tokenizer, tasks, args.lengths, args.n), resting(model, tokenizer)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    Console().print(table(rows))
+    Console().print(table(rows), sink_table(mass))
     if args.json:
         words = list(sys.argv[1:] if argv is None else argv)
         meta = run_meta("textkv.mini.evaluate", words, FIRST_EVALUATION_SEED)
-        args.json.write_text(json.dumps({"meta": meta, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        made = {"meta": meta, "rows": rows, "on_first_token": mass.tolist()}
+        args.json.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Training batches: full rows of one length, many facts and many questions in each, made in worker processes.
 
 One answer in a thousand tokens teaches slowly, so a row holds as many facts as fit beside a little filler and asks
-them all, one after another at its end; every answer is marked, and so is the place that each answer token comes from
-(`textkv.mini.hints`). Some rows are plain text instead. Batch `n` is the same whatever the number of workers; only
-its length depends on `progress`, a shared number that the trainer moves from 0 to 1.
+them all, one after another at its end; every answer is marked, and so are the place that each answer token comes from
+(`textkv.mini.hints`) and some of the tokens that are no fact and no question (`textkv.mini.sinks`). Some rows are plain
+text instead. Batch `n` is the same whatever the number of workers; only its length depends on `progress`, a shared
+number that the trainer moves from 0 to 1.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from textkv.mini.facts import MOST_FACTS, TASKS, Fact, draw_facts
 from textkv.mini.filler import Filler
 from textkv.mini.hints import AHEAD, FOLLOW, LINK
+from textkv.mini.sinks import MOST
 from textkv.mini.speller import Speller
 from textkv.mini.tasks import FIRST_EVALUATION_SEED, TRAINING_FILLER, place
 from textkv.mini.words import all_words
@@ -33,19 +35,21 @@ SHARES = (0.4, 0.4, 0.2)  # of needle, two-hop, copy
 @dataclass(frozen=True)
 class Batch:
     """`ids` int32 [rows, length]; `asks` int32 [rows, length]: 0, or 1 + the number of the question that this token
-    answers; `tasks` int64 [questions]: index into TASKS; `hints` int64 [k, 4] as (layer, row, query, key), shuffled.
+    answers; `tasks` int64 [questions]: index into TASKS; `hints` int64 [k, 4] as (layer, row, query, key), shuffled;
+    `idle` int64 [k, 2] as (row, token), a few tokens of filler and ordinary text.
     """
 
     ids: torch.Tensor
     asks: torch.Tensor
     tasks: torch.Tensor
     hints: torch.Tensor
+    idle: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(x.to(device, non_blocking=True) for x in (self.ids, self.asks, self.tasks, self.hints)))
+        return Batch(*(x.to(device, non_blocking=True) for x in vars(self).values()))
 
     def pin_memory(self) -> Batch:
-        return Batch(*(x.pin_memory() for x in (self.ids, self.asks, self.tasks, self.hints)))
+        return Batch(*(x.pin_memory() for x in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,15 @@ class Asked:
         return [*((LINK, row, query, key) for query, key in linked), *ahead, *follow]
 
 
+@dataclass(frozen=True)
+class Row:
+    """`ids` int64 [length], the answers in them, and which tokens are filler: `idle` bool [length]."""
+
+    ids: np.ndarray
+    answers: list[Asked]
+    idle: np.ndarray
+
+
 class Rows:
     """Draws single rows; `text` replaces the grammar's sentences in half of the recall rows and in all plain ones."""
 
@@ -80,13 +93,14 @@ class Rows:
         # Known beforehand, so that a worker never calls the tokenizer, whose threads do not survive a fork.
         self.speller(all_words())
 
-    def plain(self, rng: np.random.Generator, length: int) -> np.ndarray:
-        """[length] ids of ordinary text."""
-        room = length - len(self.speller.start)
-        return np.concatenate([self.speller.start, self.text.draw(rng, room)[0]])
+    def plain(self, rng: np.random.Generator, length: int) -> Row:
+        """Ordinary text."""
+        shift = len(self.speller.start)
+        ids = np.concatenate([self.speller.start, self.text.draw(rng, length - shift)[0]])
+        return Row(ids, [], np.arange(length) >= shift)
 
-    def recall(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, list[Asked]]:
-        """([length] ids, the answers in it)."""
+    def recall(self, rng: np.random.Generator, length: int) -> Row:
+        """Facts in filler, all of them asked at the end."""
         spell = self.speller
         facts = self._facts(rng, length)
         asked = rng.permutation(len(facts)).tolist()
@@ -100,14 +114,17 @@ class Rows:
         room = length - len(spell.start) - sum(map(len, statements)) - len(tail)
         filler = self.text if rng.random() < 0.5 else self.grammar
         pieces, begins = place(rng, filler, room, statements, [None] * len(statements))
-        row, begin = np.concatenate([spell.start, *pieces, tail]), length - len(tail)
-        stops = iter([len(spell.start) + b + len(s) for b, s in zip(begins, statements, strict=True)])
+        ids, begin, shift = np.concatenate([spell.start, *pieces, tail]), length - len(tail), len(spell.start)
+        idle = (np.arange(length) >= shift) & (np.arange(length) < begin)
+        for at, statement in zip(begins, statements, strict=True):
+            idle[shift + at : shift + at + len(statement)] = False
+        stops = iter([shift + b + len(s) for b, s in zip(begins, statements, strict=True)])
         stands = [[next(stops) for _ in fact.statements] for fact in facts]
         marks = []
         for n, end in zip(asked, ends, strict=True):
             sources = self._sources(facts[n], stands[n])
             marks.append(Asked(begin + end - len(sources), begin + end, TASKS.index(facts[n].task), sources))
-        return row, marks
+        return Row(ids, marks, idle)
 
     def _facts(self, rng: np.random.Generator, length: int) -> list[Fact]:
         """As many facts as fit, mostly: filler keeps a tenth of the row at least, and half of it now and then."""
@@ -163,20 +180,21 @@ class Feed(IterableDataset):
         """One batch of rows of `length` tokens."""
         count = max(1, self.tokens // length)
         ids, asks = np.empty((count, length), dtype=np.int32), np.zeros((count, length), dtype=np.int32)
+        idle = np.empty((count, length), dtype=bool)
         tasks: list[int] = []
         hints: list[tuple[int, int, int, int]] = []
         plain = rng.random(count) < TEXT_ROWS
         for number in range(count):
-            if plain[number]:
-                ids[number] = self.rows.plain(rng, length)
-                continue
-            ids[number], answers = self.rows.recall(rng, length)
-            for answer in answers:
+            row = (self.rows.plain if plain[number] else self.rows.recall)(rng, length)
+            ids[number], idle[number] = row.ids, row.idle
+            for answer in row.answers:
                 tasks.append(answer.task)
                 asks[number, answer.start : answer.end] = len(tasks)
                 hints += answer.hints(number)
         shuffled = rng.permutation(np.array(hints, dtype=np.int64).reshape(-1, 4))
-        return Batch(*map(torch.from_numpy, (ids, asks, np.array(tasks, dtype=np.int64), shuffled)))
+        # The last token of a row is only predicted: the model does not read it.
+        resting = rng.permutation(np.argwhere(idle[:, :-1]))[:MOST]
+        return Batch(*map(torch.from_numpy, (ids, asks, np.array(tasks, dtype=np.int64), shuffled, resting)))
 
 
 def length_at(rng: np.random.Generator, progress: float) -> int:

@@ -25,25 +25,40 @@ def hint_loss(model: LlamaForCausalLM, hidden: tuple[torch.Tensor, ...], hints: 
         hidden: inputs of the layers, [rows, length, hidden] each.
         hints: int64 [k, 4] as (layer, row, query, key).
     """
-    losses = [
-        -_looks(model, hidden[layer], mine, layer).clamp(min=1e-6).log()
-        for layer in (LINK, FOLLOW, AHEAD)
-        if len(mine := hints[hints[:, 0] == layer][:MOST])
-    ]
+    losses = []
+    for layer in (LINK, FOLLOW, AHEAD):
+        _, rows, queries, keys = hints[hints[:, 0] == layer][:MOST].unbind(1)
+        if len(rows):
+            seen = looks(model, hidden[layer], layer, rows, queries)
+            found = seen.gather(2, keys[:, None, None].expand(-1, seen.shape[1], 1)).exp().mean((1, 2))
+            losses.append(-found.clamp(min=1e-6).log())
     return torch.cat(losses).mean() if losses else hidden[0].new_zeros(())
 
 
-def _looks(model: LlamaForCausalLM, hidden: torch.Tensor, hints: torch.Tensor, number: int) -> torch.Tensor:
-    """Attention [k] of each hint, averaged over the group's heads."""
+def looks(
+    model: LlamaForCausalLM,
+    hidden: torch.Tensor,
+    number: int,
+    rows: torch.Tensor,
+    queries: torch.Tensor,
+    groups: int = 1,
+) -> torch.Tensor:
+    """Log of the attention of some tokens in layer `number`: fp32 [k, heads of the first `groups` KV heads, length].
+
+    Args:
+        hidden: input of the layer, [rows, length, hidden].
+        rows, queries: int64 [k], which tokens.
+    """
     layer = model.model.layers[number]
     attention, width = layer.self_attn, layer.self_attn.head_dim
-    _, rows, queries, keys = hints.unbind(1)
     states = layer.input_layernorm(hidden)
     places = torch.arange(states.shape[1], device=states.device)[None]
     cos, sin = model.model.rotary_emb(states, places)
-    key = states @ attention.k_proj.weight[:width].T
-    query = states @ attention.q_proj.weight[: width * attention.num_key_value_groups].T
-    query, key = apply_rotary_pos_emb(query.unflatten(-1, (-1, width)).transpose(1, 2), key[:, None], cos, sin)
-    scores = query[rows, :, queries].float() @ key[rows, 0].float().transpose(1, 2) * attention.scaling
-    scores = scores.masked_fill(places[:, None] > queries[:, None, None], float("-inf"))
-    return scores.softmax(-1).gather(2, keys[:, None, None].expand(-1, scores.shape[1], 1)).mean((1, 2))
+    key = states @ attention.k_proj.weight[: width * groups].T
+    query = states @ attention.q_proj.weight[: width * groups * attention.num_key_value_groups].T
+    query, key = (x.unflatten(-1, (-1, width)).transpose(1, 2) for x in (query, key))
+    query, key = apply_rotary_pos_emb(query, key, cos, sin)
+    asked = query[rows, :, queries].float().unflatten(1, (groups, -1))
+    scores = asked @ key[rows].float().transpose(2, 3) * attention.scaling
+    scores = scores.masked_fill(places > queries[:, None, None, None], float("-inf"))
+    return scores.log_softmax(-1).flatten(1, 2)

@@ -26,6 +26,7 @@ from textkv.mini.feed import Batch, Feed, longest_at
 from textkv.mini.filler import sentences
 from textkv.mini.hints import hint_loss
 from textkv.mini.shape import fresh_model
+from textkv.mini.sinks import sink_loss
 from textkv.mini.tokenizer import build_tokenizer
 
 HELD_OUT = 0.1  # the end of the text file, never trained on
@@ -33,9 +34,10 @@ HELD_OUT = 0.1  # the end of the text file, never trained on
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length and step size of the training; `minutes` counts time in the loop over all restarts, `tokens` is the size
-    of a batch, `text_weight` what a token of ordinary text counts against one of an answer, `hint_weight` what the
-    hints count.
+    """Length and step size of the training; `minutes` counts time in the loop over all restarts (on a CPU, what this
+    process got of it: other work on the machine makes a training slower, not shorter), `tokens` is the size of a
+    batch, `text_weight` what a token of ordinary text counts against one of an answer, `hint_weight` and `sink_weight`
+    what the hints and the sinks count until they fade over the last `fade` of the time.
     """
 
     minutes: float = 8.0
@@ -46,6 +48,8 @@ class TrainConfig:
     average: float = 0.998
     text_weight: float = 0.3
     hint_weight: float = 0.2
+    sink_weight: float = 0.2
+    fade: float = 0.1
     save_minutes: float = 3.0
     check_steps: int = 500
     check_examples: int = 64
@@ -56,16 +60,26 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.minutes <= 0:
             raise ValueError(f"minutes={self.minutes} must be positive; use e.g. 8")
-        if not 0.0 <= self.fall <= 1.0:
-            raise ValueError(f"fall={self.fall} is not a share of the time; use e.g. 0.3")
+        for name, share in (("fall", self.fall), ("fade", self.fade)):
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(f"{name}={share} is not a share of the time; use e.g. 0.2")
+        if not 0.0 <= self.average < 1.0:
+            raise ValueError(f"average={self.average} lies outside [0, 1); use e.g. 0.99, or 0 for no average")
         if self.workers < 0:
             raise ValueError(f"workers={self.workers} must not be negative; use 0 to make data in the main process")
 
     def rate_at(self, step: int, progress: float) -> float:
         """Learning rate at optimizer step `step`, a share `progress` into the budget."""
-        left = max(0.0, 1.0 - progress)
-        falling = min(1.0, left / self.fall) if self.fall else 1.0
-        return self.rate * min(1.0, (step + 1) / self.warmup) * max(0.02, falling)
+        return self.rate * min(1.0, (step + 1) / self.warmup) * max(0.02, _left(progress, self.fall))
+
+    def help_at(self, progress: float) -> float:
+        """Share of the hints' and sinks' weights that is left: none at the end, so that attention ends on its own."""
+        return _left(progress, self.fade)
+
+
+def _left(progress: float, share: float) -> float:
+    """1 until the last `share` of the time, then a line down to 0."""
+    return min(1.0, max(0.0, 1.0 - progress) / share) if share else 1.0
 
 
 class Trainer:
@@ -106,10 +120,10 @@ class Trainer:
         ids = batch.ids.long()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             out = self.model(input_ids=ids[:, :-1], use_cache=False, output_hidden_states=True)
-            hint = hint_loss(self.model, out.hidden_states, batch.hints)
+            shown = self._shown(out.hidden_states, batch)
         logits = out.logits.flatten(0, 1)
         answers = self.loss(logits, ids[:, 1:].flatten(), batch.asks[:, 1:].flatten() > 0)
-        loss = answers + self.config.hint_weight * hint
+        loss = answers + shown
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -119,6 +133,14 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.model.parameters()), 1 - share)
         return answers.detach(), logits.detach()
+
+    def _shown(self, hidden: tuple[torch.Tensor, ...], batch: Batch) -> torch.Tensor:
+        """What the hints and the sinks add to the loss now."""
+        config, left = self.config, self.config.help_at(self.progress)
+        if not left:
+            return hidden[0].new_zeros(())
+        hint, sink = hint_loss(self.model, hidden, batch.hints), sink_loss(self.model, hidden, batch.idle)
+        return left * (config.hint_weight * hint + config.sink_weight * sink)
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy over the answers plus `text_weight` times that over everything else; fp32 scalar."""
@@ -144,6 +166,7 @@ class Trainer:
     def run(self, report: int = 100) -> None:
         """Train until the time budget is used up, saving and reporting on the way."""
         config, cuda = self.config, self.device.type == "cuda"
+        clock = time.monotonic if cuda else time.thread_time
         feed = Feed(self.tokenizer, config.tokens, config.seed, self.step, self.text)
         feed.progress.fill_(self.progress)
         workers = {"num_workers": config.workers, "prefetch_factor": 4 if config.workers else None, "pin_memory": cuda}
@@ -151,15 +174,15 @@ class Trainer:
         check = Check(self.tokenizer, config.check_examples, self.device)
         meter, saved = Meter(), time.monotonic()
         while self.progress < 1.0:
-            begin = time.monotonic()
+            begin, start = clock(), time.monotonic()
             batch = next(loader).to(self.device)
-            waited = time.monotonic() - begin
+            waited = time.monotonic() - start
             loss, logits = self.learn(batch)
             meter.add(batch.ids.numel(), waited)
             if self.step % 10 == 0:
                 # Reading a result waits for the device, so it is asked for seldom.
                 meter.look(loss, logits, batch)
-            self.seconds += time.monotonic() - begin
+            self.seconds += clock() - begin
             feed.progress.fill_(self.progress)
             if self.step % report == 0:
                 where = f"{self.seconds / 60:.2f} min step {self.step} length {longest_at(self.progress)}"
@@ -239,6 +262,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     parser.add_argument("--text", type=Path, help="ordinary text to learn as well (its last tenth is left out)")
     parser.add_argument("--start", type=Path, help="model folder to begin a new training with")
+    parser.add_argument(
+        "--average", type=float, default=TrainConfig.average, help="share of the averaged weights that a step keeps"
+    )
     parser.add_argument("--save-minutes", type=float, default=TrainConfig.save_minutes)
     parser.add_argument(
         "--check-steps", type=int, default=TrainConfig.check_steps, help="steps between held-out checks"
@@ -252,6 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         minutes=args.minutes,
         tokens=args.tokens or (131_072 if gpu else 8_192),
         rate=args.rate,
+        average=args.average,
         save_minutes=args.save_minutes,
         check_steps=args.check_steps,
         check_examples=64 if gpu else 4,

@@ -21,6 +21,13 @@ def test_a_pattern_survives_its_file(tmp_path):
     assert (saved["layers"], saved["kv_heads"]) == (1, 3)
 
 
+def test_the_embedded_models_pattern_tells_its_heads_apart():
+    """The answer is copied in layer 2 by the heads of the first KV head (`textkv.mini.hints`)."""
+    gates = Pattern.load("mini").gates
+    assert gates.shape == (4, 2) and gates[2, 0] > 0.9 and gates.argmax() == 4
+    assert (gates < 0.05).float().mean() >= 0.5
+
+
 def test_the_summary():
     told = Pattern(torch.tensor([[0.0, 0.04], [0.6, 1.0]]), 1, 1).summary()
     assert told == pytest.approx({"mean": 0.41, "median": 0.04, "above_0.5": 0.5, "below_0.05": 0.5})

@@ -215,8 +215,9 @@ def test_first_and_last_tokens_are_protected():
     for slots in choose(crush(ratio=0.5, start=3, recent=4), scores, 12)[0]:
         assert len(slots) == 12 and set(slots) >= {0, 1, 2, 36, 37, 38, 39}
     # No room beside them: the scorer's choice stands.
-    base = scores.topk(6, dim=-1).indices.sort().values[0].tolist()
-    assert choose(crush(ratio=0.5, start=3, recent=4), scores, 6)[0] == base
+    for keep in (6, 7):
+        base = scores.topk(keep, dim=-1).indices.sort().values[0].tolist()
+        assert choose(crush(ratio=0.5, start=3, recent=4), scores, keep)[0] == base
 
 
 def test_representatives_reach_more_kinds_of_tokens():
@@ -262,6 +263,16 @@ def test_regions_shorter_than_a_page_are_left_to_the_scorer():
     scores = torch.rand(1, 2, 7)
     base = scores.topk(4, dim=-1).indices.sort().values[0].tolist()
     assert choose(crush(ratio=0.5, page=8), scores, 4)[0] == base
+
+
+def test_where_no_page_fits_beside_the_protected_ones_the_scorer_chooses():
+    """Pages of 8: the first, the two touched by the last 16 of 62 tokens and the ragged one hold 30; 37 leave none."""
+    scores = torch.rand(1, 2, 62, generator=torch.Generator().manual_seed(5))
+    method = crush(ratio=0.5, page=8, start=8, recent=16)
+    base = scores.topk(37, dim=-1).indices.sort().values[0].tolist()
+    assert choose(method, scores, 37)[0] == base
+    for slots in choose(method, scores, 38)[0]:
+        assert len(slots) == 38 and set(slots) >= {*range(8), *range(40, 62)}
 
 
 def test_official_by_hand():
