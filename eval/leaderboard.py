@@ -1,8 +1,10 @@
 """`python -m eval.leaderboard`: every text method at every budget on one table.
 
 Per method and budget: recall by task, perplexity of the text after a compressed prompt, attention-output error against
-the full cache, bytes held, tokens stored, time per hook. The full cache stands on top. A cell (method, budget) is
-written to `--json` as soon as it is done, and a second start with the same file measures only what is missing.
+the full cache, bytes held, tokens stored, time per hook. The full cache stands on top. transformers' own quantised
+caches are rows like ours (`hf-quanto(4)`, `hf-hqq(4)`, `hf-fp8`), and `--memory` adds what a decoded token needs beside
+the cache. A cell (method, budget) is written to `--json` as soon as it is done, and a second start with the same file
+measures only what is missing.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from rich.table import Table
 
 from agentkv.trace import write_json
 from eval.curve import draw_curve
+from eval.memory import check_length, decoding_row
+from eval.quantized import takes_budget
 from eval.textbench import (
     FULL,
     Continuation,
@@ -37,7 +41,7 @@ from eval.textbench import (
     share,
     text_rows,
 )
-from textkv import Budget, list_methods, resolve_method, split_list
+from textkv import Budget, list_methods, split_list
 from textkv.figures import run_meta, wilson
 from textkv.mini.facts import TASKS, check_task
 from textkv.mini.tasks import FIRST_EVALUATION_SEED
@@ -50,7 +54,9 @@ Cell = tuple[str, str]
 
 @dataclass(frozen=True)
 class Board:
-    """What is measured in every cell: `n` examples per task at `length` tokens, and `TEXTS` pieces of text."""
+    """What is measured in every cell: `n` examples per task at `length` tokens, `TEXTS` pieces of text, and what
+    decoding a token takes after `memory` tokens (0 = not measured).
+    """
 
     model: str
     tasks: tuple[str, ...]
@@ -59,6 +65,7 @@ class Board:
     text: Path | None
     device: str
     dtype: str | None = None
+    memory: int = 0
 
 
 class Worker:
@@ -88,7 +95,7 @@ class Worker:
             return [{"method": cell[0], "budget": cell[1], "task": "refused", "reason": str(error)}]
 
     def measure(self, method: str, budget: str) -> list[dict[str, Any]]:
-        """One row per task, one with task "recall" over all of them, one with task "text"."""
+        """One row per task, one with task "recall" over all of them, one with task "text", and "decoding" if asked."""
         about = {"method": method, "budget": budget, "tokens_seen": self.board.length}
         found, rows = [], []
         for task, asked in self.asked.items():
@@ -98,13 +105,18 @@ class Worker:
         whole = about | {"task": "recall"} | _recalled(sum(found), len(found))
         names = [name for name in rows[0] if name.startswith(("kv_", "tokens_stored", "seconds_"))]
         whole |= {name: sum(row[name] for row in rows) / len(rows) for name in names}
-        return [share(row) for row in [*rows, whole, about | self._text(method, budget)]]
+        rows = [share(row) for row in [*rows, whole, about | self._text(method, budget)]]
+        if self.board.memory:
+            seen = decoding_row(self.model, method, budget, self.board.memory)
+            rows.append(about | {"task": "decoding"} | seen)
+        return rows
 
     def _text(self, method: str, budget: str) -> dict[str, Any]:
         self.truth = self.truth or continuation(self.model, FULL, WHOLE, self.rows, self.board.length)
         seen = continuation(self.model, method, budget, self.rows, self.board.length)
         perplexity = math.exp(seen.nll.mean().item())
-        return {"task": "text", "n": TEXTS, "perplexity": perplexity, "error": seen.error(self.truth), **seen.held}
+        errors = {"error": seen.error(self.truth), "logit_error": seen.logit_error(self.truth)}
+        return {"task": "text", "n": TEXTS, "perplexity": perplexity, **errors, **seen.held}
 
 
 def _recalled(right: int, n: int) -> dict[str, Any]:
@@ -120,8 +132,7 @@ def cells_of(methods: Sequence[str], budgets: Sequence[str]) -> list[Cell]:
     cells = [(FULL, WHOLE)]
     for method in methods:
         for budget in budgets:
-            budgeted = resolve_method(method, Budget.parse(budget)).budgeted
-            cells.append((method, budget if budgeted else WHOLE))
+            cells.append((method, budget if takes_budget(method, budget) else WHOLE))
     return list(dict.fromkeys(cells))
 
 
@@ -141,32 +152,27 @@ def table(rows: Sequence[dict[str, Any]], budgets: Sequence[str]) -> Table:
 
 
 def markdown(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
-    """The board as a Markdown table, one line per cell."""
+    """The board as a Markdown table, one line per cell; "largest" and "alive" are shares of one layer's K and V."""
     at = {(row["method"], row["budget"], row["task"]): row for row in rows}
-    head = [
-        "method",
-        "budget",
-        *tasks,
-        "recall",
-        "95 %",
-        "perplexity",
-        "error",
-        "bytes of full",
-        "bits",
-        "tokens stored",
-    ]
+    memory = any(row["task"] == "decoding" for row in rows)
+    head = ["method", "budget", *tasks, "recall", "95 %", "perplexity", "error", "logit error", "bytes of full", "bits"]
+    head += ["tokens stored", *(["largest", "alive"] if memory else [])]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for method, budget in dict.fromkeys((row["method"], row["budget"]) for row in rows):
         if (method, budget, "refused") in at:
             lines.append(f"| {method} | {budget} | refused |" + " |" * (len(head) - 3))
             continue
         mine = {task: at[method, budget, task] for task in (*tasks, "recall", "text")}
+        step = at.get((method, budget, "decoding"), {})
         all_, text = mine["recall"], mine["text"]
-        shares = [f"{mine[task]['recall']:.2f}" for task in (*tasks, "recall")]
-        figures = [f"{text['perplexity']:.2f}", f"{text['error']:.3f}", f"{all_['kv_share']:.3f}"]
-        figures += [f"{all_['kv_bits']:.2f}", f"{all_['tokens_stored']:.0f}"]
-        interval = f"{all_['low']:.2f}-{all_['high']:.2f}"
-        lines.append("| " + " | ".join([method, budget, *shares, interval, *figures]) + " |")
+        cells = [f"{mine[task]['recall']:.2f}" for task in (*tasks, "recall")]
+        cells += [f"{all_['low']:.2f}-{all_['high']:.2f}", f"{text['perplexity']:.2f}", f"{text['error']:.3f}"]
+        # A board that was begun before logits were compared has none.
+        cells += [f"{text['logit_error']:.4f}" if "logit_error" in text else "-"]
+        cells += [f"{all_['kv_share']:.3f}", f"{all_['kv_bits']:.2f}", f"{all_['tokens_stored']:.0f}"]
+        if memory:
+            cells += [f"{step[f'step_{x}_share']:.2f}" if step else "-" for x in ("largest", "alive")]
+        lines.append("| " + " | ".join([method, budget, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -179,6 +185,7 @@ def measure(board: Board, cells: Sequence[Cell], workers: int, path: Path, meta:
     said = {"model": board.model, "tasks": list(board.tasks), "length": board.length, "n": board.n}
     said |= {"dtype": board.dtype} if board.dtype else {}
     said |= {"text": board.text.name} if board.text else {}
+    said |= {"memory": board.memory} if board.memory else {}
     done: dict[Cell, list[dict[str, Any]]] = {}
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -201,13 +208,16 @@ def measure(board: Board, cells: Sequence[Cell], workers: int, path: Path, meta:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.leaderboard", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini", help="mini (embedded) or a local folder of a Llama, Qwen or Mistral")
-    p.add_argument("--methods", default="all", help="all, or comma-separated methods and compositions")
+    p.add_argument("--model", default="mini", help="mini (embedded), biased:even, or a local folder")
+    p.add_argument("--methods", default="all", help="all (ours), or comma-separated methods, compositions, hf-...")
     p.add_argument("--budgets", default="0.5,0.2,0.1,0.05", help="comma-separated shares, or tokens as 64t")
     p.add_argument("--tasks", default=",".join(TASKS), help=f"of {', '.join(TASKS)}")
     p.add_argument("--length", type=int, default=1024, help="tokens of a prompt with its answer (default 1024)")
     p.add_argument("--n", type=int, default=16, help="examples per task (default 16)")
     p.add_argument("--text", type=Path, help="text for the perplexity; its last tenth is used")
+    p.add_argument(
+        "--memory", type=int, default=0, metavar="TOKENS", help="also: the tensors made while decoding after so many"
+    )
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 else"
@@ -226,12 +236,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if min(args.n, args.workers) < 1:
             raise ValueError(f"n={args.n}, workers={args.workers}: both must be at least 1")
+        if args.memory:
+            check_length(args.memory)
         methods = list_methods() if args.methods == "all" else split_list(args.methods)
         budgets = [str(Budget.parse(b)) for b in split_list(args.budgets)]
         tasks = tuple(check_task(task) for task in split_list(args.tasks))
         cells = cells_of(methods, budgets)
         check_model(args.model)
-        board = Board(args.model, tasks, args.length, args.n, args.text, args.device, args.dtype)
+        board = Board(args.model, tasks, args.length, args.n, args.text, args.device, args.dtype, args.memory)
         meta = run_meta("eval.leaderboard", argv, FIRST_EVALUATION_SEED)
         rows = measure(board, cells, args.workers, args.json, meta)
     except (ValueError, FileNotFoundError) as error:

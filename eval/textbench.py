@@ -1,8 +1,8 @@
 """What a text model under a cache method can still do: recall facts from a long prompt, and predict the text after it.
 
-Two measurements, both on batches of equal length and through the public interface (`MethodCache` beside the model):
-`recall` asks for a fact of the prompt by greedy decoding; `continuation` feeds the text that follows a compressed
-prompt and compares probabilities and attention outputs with the full cache's. Commands build tables from them.
+Two measurements, both on batches of equal length and through the public interface (a cache beside the model, ours or
+one of transformers' own): `recall` asks for a fact of the prompt by greedy decoding; `continuation` feeds the text that
+follows a compressed prompt and compares logits and attention outputs with the full cache's. Commands build tables.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from eval.biased import PLACEMENTS, biased_mini
+from eval.quantized import ForeignCache, open_cache
 from textkv import MethodCache, use
 from textkv.mini import WEIGHTS, load_mini
 from textkv.mini.filler import Filler
@@ -27,17 +29,23 @@ from textkv.probes import text_model
 
 BATCH_TOKENS = 8_192  # prompts that run together; more gains nothing on a CPU
 FULL = "full"
+BIASED = "biased:"
 
 
 def load_text_model(
     name: str, device: str = "cpu", dtype: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(model, tokenizer) of "mini" or of a local folder; `dtype` None = float32 on a CPU, bfloat16 on a GPU.
+    """(model, tokenizer) of "mini", "biased:even" (see `eval.biased`) or a local folder; `dtype` None = float32 on a
+    CPU or for a biased model, else bfloat16.
 
     Raises:
         FileNotFoundError: no such folder, or the embedded model has no weights.
+        ValueError: unknown placement of a bias.
     """
     check_model(name)
+    if name.startswith(BIASED):
+        model, tokenizer = biased_mini(name.removeprefix(BIASED))
+        return model.to(device, getattr(torch, dtype or "float32")), tokenizer
     kind = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     if name == "mini":
         return load_mini(dtype=kind, device=device)
@@ -46,12 +54,17 @@ def load_text_model(
 
 
 def check_model(name: str) -> None:
-    """Raises FileNotFoundError if `name` is neither "mini" (with its weights) nor a folder."""
-    if not (WEIGHTS if name == "mini" else Path(name)).is_dir():
+    """Raises FileNotFoundError if `name` is neither "mini" (with its weights) nor a folder, ValueError for an unknown
+    placement of a bias.
+    """
+    embedded = name == "mini" or name.startswith(BIASED)
+    if name.startswith(BIASED) and name.removeprefix(BIASED) not in PLACEMENTS:
+        raise ValueError(f"model {name}: no such placement; use {BIASED}{f' or {BIASED}'.join(PLACEMENTS)}")
+    if not (WEIGHTS if embedded else Path(name)).is_dir():
         raise FileNotFoundError(f"model {name}: no such folder; give a local checkpoint of a Llama, Qwen or Mistral")
 
 
-def held(cache: MethodCache, rows: int) -> dict[str, float]:
+def held(cache: MethodCache | ForeignCache, rows: int) -> dict[str, float]:
     """What the cache held right after the prompt, per sequence of a batch of `rows`; "kv_bits" per key or value element
     of a token seen, bookkeeping included."""
     rest = cache.at_rest
@@ -85,7 +98,7 @@ def recall(
         part = asked[first : first + size]
         prompts = torch.from_numpy(np.stack([e.prompt_ids for e in part])).to(model.device)
         wanted = np.stack([e.answer_ids for e in part])
-        cache = MethodCache(model, method, budget)
+        cache = open_cache(model, method, budget)
         length = {"max_new_tokens": wanted.shape[1], "min_new_tokens": wanted.shape[1], "do_sample": False}
         out = model.generate(prompts, attention_mask=torch.ones_like(prompts), past_key_values=cache, **length)
         right += (out[:, prompts.shape[1] :].cpu().numpy() == wanted).all(1).tolist()
@@ -100,11 +113,12 @@ def mean_of(figures: Sequence[dict[str, float]]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Continuation:
-    """How the text after a prompt looked: `nll` [batch, tokens] negative log-likelihoods in nats, attention outputs per
-    layer [batch, tokens, hidden], and what was held.
+    """How the text after a prompt looked: `nll` [batch, tokens] negative log-likelihoods in nats, fp32 `logits` [batch,
+    tokens, vocabulary], attention outputs per layer [batch, tokens, hidden], and what was held.
     """
 
     nll: torch.Tensor
+    logits: torch.Tensor
     outputs: tuple[torch.Tensor, ...]
     held: dict[str, float]
 
@@ -113,20 +127,25 @@ class Continuation:
         pairs = zip(self.outputs, truth.outputs, strict=True)
         return float(np.mean([((a - b).norm() / b.norm()).item() for a, b in pairs]))
 
+    def logit_error(self, truth: Continuation) -> float:
+        """|ours - truth| / |truth| of the logits, each token's without their mean, which no softmax sees."""
+        ours, theirs = (x - x.mean(-1, keepdim=True) for x in (self.logits, truth.logits))
+        return ((ours - theirs).norm() / theirs.norm()).item()
+
 
 @torch.inference_mode()
 def continuation(model: PreTrainedModel, method: str, budget: str, rows: torch.Tensor, prompt: int) -> Continuation:
     """Compress the first `prompt` tokens of `rows` int64 [batch, n] and look at the rest, fed in one forward."""
     use(model)
     rows = rows.to(model.device)
-    cache = MethodCache(model, method, budget)
+    cache = open_cache(model, method, budget)
     first = model(rows[:, :prompt], past_key_values=cache, logits_to_keep=1).logits
     figures = held(cache, len(rows))
     with _attention_outputs(model) as outputs:
         rest = model(rows[:, prompt:-1], past_key_values=cache).logits
     logits = torch.cat([first, rest], 1).float()
     nll = F.cross_entropy(logits.flatten(0, 1), rows[:, prompt:].flatten(), reduction="none").view(len(rows), -1)
-    return Continuation(nll, tuple(outputs), figures)
+    return Continuation(nll, logits, tuple(outputs), figures)
 
 
 @contextmanager

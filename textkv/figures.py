@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution: a two-sided 95 % interval
-PACKAGES = ("agentkv", "torch", "transformers", "triton", "playwright", "gymnasium", "miniwob")
+PACKAGES = ("agentkv", "torch", "transformers", "triton", "optimum-quanto", "hqq", "playwright", "gymnasium", "miniwob")
 
 
 def run_meta(module: str, argv: Sequence[str], seed: int, **more: Any) -> dict[str, Any]:

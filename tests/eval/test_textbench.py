@@ -69,6 +69,18 @@ def test_board_from_command_to_plot_and_resume(folder: str, tmp_path: Path, caps
     assert "holds another board" in capsys.readouterr().err
 
 
+def test_transformers_cache_is_a_row_and_decoding_has_one(folder: str) -> None:
+    board = leaderboard.Board(folder, ("needle",), 96, 1, None, "cpu", memory=128)
+    worker = leaderboard.Worker(board)
+    rows = [row for method in ("full", "hf-fp8") for row in worker.measure(method, "1.0")]
+    at = {(row["method"], row["task"]): row for row in rows}
+    assert at["hf-fp8", "recall"]["kv_bits"] == pytest.approx(8, abs=0.1)
+    assert at["full", "text"]["logit_error"] == 0 < at["hf-fp8", "text"]["logit_error"] < 1
+    assert at["hf-fp8", "decoding"]["step_largest_share"] >= 0.5, "all keys of a layer, dequantised"
+    page = leaderboard.markdown(rows, board.tasks).splitlines()
+    assert page[0].endswith("| largest | alive |") and len({line.count("|") for line in page}) == 1
+
+
 def test_needle_and_perplexity_from_command_to_plot(folder: str, tmp_path: Path) -> None:
     out, plot = tmp_path / "n.json", tmp_path / "n.png"
     argv = ["--model", folder, "--lengths", "96,128", "--depths", "2", "--n", "1", "--methods", "full,snapkv"]
@@ -88,6 +100,9 @@ def test_needle_and_perplexity_from_command_to_plot(folder: str, tmp_path: Path)
         (leaderboard, ["--methods", "snapkw"], "did you mean snapkv"),
         (leaderboard, ["--budgets", "40"], "use 0.4 for 40 %"),
         (leaderboard, ["--model", "nowhere"], "no such folder"),
+        (leaderboard, ["--model", "biased:evn"], "use biased:even or biased:slow"),
+        (leaderboard, ["--memory", "64"], "memory=64: give the tokens of a prompt, at least 128"),
+        (leaderboard, ["--methods", "hf-quanta(4)"], "did you mean hf-quanto"),
         (needle, ["--task", "needel"], "did you mean needle"),
         (needle, ["--depths", "1"], "2 depths"),
         (perplexity, ["--cache", "9000"], "longer than the cache"),
