@@ -209,7 +209,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.leaderboard", description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="mini", help="mini (embedded), biased:even, or a local folder")
-    p.add_argument("--methods", default="all", help="all (ours), or comma-separated methods, compositions, hf-...")
+    p.add_argument("--methods", default="all", help="comma-separated: all (of ours), methods, compositions, hf-...")
     p.add_argument("--budgets", default="0.5,0.2,0.1,0.05", help="comma-separated shares, or tokens as 64t")
     p.add_argument("--tasks", default=",".join(TASKS), help=f"of {', '.join(TASKS)}")
     p.add_argument("--length", type=int, default=1024, help="tokens of a prompt with its answer (default 1024)")
@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"n={args.n}, workers={args.workers}: both must be at least 1")
         if args.memory:
             check_length(args.memory)
-        methods = list_methods() if args.methods == "all" else split_list(args.methods)
+        methods = [x for name in split_list(args.methods) for x in (list_methods() if name == "all" else [name])]
         budgets = [str(Budget.parse(b)) for b in split_list(args.budgets)]
         tasks = tuple(check_task(task) for task in split_list(args.tasks))
         cells = cells_of(methods, budgets)

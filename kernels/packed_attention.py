@@ -10,7 +10,8 @@ first length[r] tokens count. Dense caches are the case of equal runs. Rules of 
   are multiplied as they are (centred, so that rounding the scaled query to bf16 is not amplified);
 - low rank: q . (A P^T) = (q P) A^T and p (A P^T) = (p A) P^T, r numbers per query instead of T x D;
 - sparse: entry (j, c) adds q[c] delta to score j, and p[j] delta to channel c of the output;
-- a centre common to all keys of a run adds the same number to all their scores: it changes only the lse.
+- a centre common to all keys of a run adds the same number to all their scores: it changes only the lse;
+- a centre that turns with the token's position, as RoPE turns a key bias, costs sines (see `kernels._turning`).
 
 Floor in bytes: codes, scales and corrections of the visible tokens, once, whatever the number of query heads.
 """
@@ -32,6 +33,7 @@ from kernels._backend import (
     use_triton,
 )
 from kernels._tiles import softmax_step
+from kernels._turning import check_turn, turned_products, turned_scores, turned_tile
 from kernels.decode_attention import _merge_kernel
 from kernels.pack import Packed, entries, expand
 
@@ -39,19 +41,19 @@ _TOKENS = 256  # keys of a run that the reference dequantises at a time
 _QUERIES = 512  # query rows of a run that it takes at a time
 
 
-def reference(q, k, v, *, scale, start, length, longest):
+def reference(q, k, v, *, scale, start, length, longest, turn=None):
     """Plain torch, fp32 accumulation: the truth, and the path off CUDA. Walks the runs side by side, tile by tile."""
     B, H, m, D = q.shape
     runs = start.numel()
     rows = q.reshape(runs, B * H // runs * m, D)
     parts = [
-        _walk(part.float() * scale, k, v, start, length, longest) for part in rows.split(_QUERIES, dim=1)
+        _walk(part.float() * scale, k, v, start, length, longest, turn) for part in rows.split(_QUERIES, dim=1)
     ]  # fmt: skip
     out, lse = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     return out.to(q.dtype).reshape(B, H, m, D), lse.reshape(B, H, m)
 
 
-def _walk(q, k, v, start, length, longest):
+def _walk(q, k, v, start, length, longest, turn):
     """q fp32 [runs, x, D], scaled -> out fp32 [runs, x, D], lse [runs, x]: the online softmax over tiles of blocks."""
     runs, x, D = q.shape
     tokens, step = k.block, max(1, _TOKENS // k.block)
@@ -62,7 +64,10 @@ def _walk(q, k, v, start, length, longest):
         seen = (block[:, None] * tokens + torch.arange(tokens, device=q.device)).view(1, -1) < length[:, None]
         inside = block * tokens < length[:, None]
         blocks = torch.where(inside, start[:, None] + block, 0)  # block 0 stands in where a run has ended
-        scores = _scores(q, k, blocks).masked_fill_(~seen[:, None], -torch.inf)
+        scores = _scores(q, k, blocks)
+        if turn is not None:
+            scores += turned_scores(q, *turn, slice(low * tokens, low * tokens + scores.shape[2]))
+        scores.masked_fill_(~seen[:, None], -torch.inf)
         higher = torch.maximum(top, scores.amax(-1, keepdim=True))
         safe = higher.masked_fill(higher == -torch.inf, 0)
         p, decay, top = scores.sub_(safe).exp_(), (top - safe).exp(), higher
@@ -222,11 +227,12 @@ def _value_sums(
 def _packed_kernel(
     p_q, k_codes, k_scale, k_zero, k_a, k_p, k_chunk, k_first, k_count, k_at, k_delta,
     v_codes, v_scale, v_zero, v_a, v_p, v_chunk, v_first, v_count, v_at, v_delta,
-    p_start, p_length, p_out, p_lse, s_qb, s_qh, s_qm, m, split, splits, groups, scale_log2,
+    p_start, p_length, p_centre, p_rate, p_positions, s_pb, s_pg, p_out, p_lse, s_qb, s_qh, s_qm, m, split, splits,
+    groups, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, T: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr,
-    K_SPARSE: tl.constexpr, V_SPARSE: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    K_SPARSE: tl.constexpr, V_SPARSE: tl.constexpr, HALF: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """One split of one run against one block of its m * GROUP query rows -> p_out [run * splits + part, rows, D]."""
     run, part = tl.program_id(0) // splits, tl.program_id(0) % splits
@@ -243,6 +249,9 @@ def _packed_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if HALF:
+        with_cos, with_sin, rate = turned_products(p_q, o_q, i < m, p_centre, p_rate, run, D, HALF, BLOCK_F)
+        p_positions += b * s_pb + g * s_pg
     for low in range(begin, end, BLOCK_T):  # a tile lies within one block: BLOCK_T divides T
         block = first + low // T
         t = low % T + tl.arange(0, BLOCK_T)
@@ -251,6 +260,9 @@ def _packed_kernel(
             p_q, o_q, i < m, q, k_codes, k_scale, k_zero, k_a, k_p, k_chunk, k_first, k_count, k_at, k_delta,
             block, t, d, seen, K_BITS, T, D, K_TABLE, K_RANK, K_SPARSE, DOT, BLOCK_E,
         )  # fmt: skip
+        if HALF:
+            j = low + tl.arange(0, BLOCK_T)
+            scores += turned_tile(with_cos, with_sin, rate, p_positions, j, seen)
         scores = tl.where(seen[None, :], scores * scale_log2, float("-inf"))
         p, decay, top, total = softmax_step(scores, top, total)
         acc = acc * decay[:, None] + _value_sums(
@@ -270,14 +282,17 @@ def _arguments(packed):
     return packed.codes, packed.scale, packed.zero, *ranked, *single
 
 
-def _launch(q, k, v, *, scale, start, length, longest, split=None):
+def _launch(q, k, v, *, scale, start, length, longest, turn=None, split=None):
     """Run the kernel; `split` (tokens of one program, whole blocks) is chosen here unless a test names it."""
     B, H, m, D = q.shape
     runs, tokens = start.numel(), k.block
     group, q = B * H // runs, dense_rows(q)
     query_rows = group * m
     block_d = triton.next_power_of_2(max(16, D))
-    block_m = min(64, max(16, triton.next_power_of_2(query_rows)))
+    half = 0 if turn is None else turn[1].shape[1]
+    # a turning centre multiplies fp32 tiles besides: they take the shared memory of the other query rows
+    most = 64 if half == 0 else 32 if half <= 64 else 16
+    block_m = min(most, max(16, triton.next_power_of_2(query_rows)))
     # the largest power of two that divides T, within 64 and what two fp32 tiles may take of shared memory
     block_t = min(tokens & -tokens, 64 if block_d <= 128 else 32)
     blocks = triton.cdiv(query_rows, block_m)
@@ -287,15 +302,18 @@ def _launch(q, k, v, *, scale, start, length, longest, split=None):
     out, lse = q.new_empty((B, H, m, D)), q.new_empty((B, H, m), dtype=torch.float32)
     part = out if splits == 1 else q.new_empty((runs * splits, query_rows, D), dtype=torch.float32)
     part_lse = lse if splits == 1 else q.new_empty((runs * splits, query_rows), dtype=torch.float32)
+    centre, rates, positions = turn or (None, None, None)
+    strides = (0, 0) if turn is None else positions.expand(-1, runs // B, -1).stride()[:2]
     _packed_kernel[(runs * splits, blocks)](
-        q, *_arguments(k), *_arguments(v), start, length, part, part_lse, *q.stride()[:3],
-        m, split, splits, runs // B, float(scale) * 1.4426950408889634,
+        q, *_arguments(k), *_arguments(v), start, length, centre, rates, positions, *strides, part, part_lse,
+        *q.stride()[:3], m, split, splits, runs // B, float(scale) * 1.4426950408889634,
         GROUP=group, D=D, T=tokens, K_BITS=k.bits, V_BITS=v.bits,
         K_TABLE=0 if k.scale.shape[1] == 1 else k.scale.shape[2], V_TABLE=v.scale.shape[2],
         K_RANK=0 if k.lowrank is None else k.lowrank.a.shape[2],
         V_RANK=0 if v.lowrank is None else v.lowrank.a.shape[2],
-        K_SPARSE=k.sparse is not None, V_SPARSE=v.sparse is not None, DOT=dot_dtype(q),
+        K_SPARSE=k.sparse is not None, V_SPARSE=v.sparse is not None, HALF=half, DOT=dot_dtype(q),
         BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_E=32,
+        BLOCK_F=triton.next_power_of_2(max(16, half)),
         num_warps=8 if block_m * block_d > 4096 else 4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
@@ -316,6 +334,8 @@ def packed_attention(
     length: torch.Tensor,
     longest: int,
     centre: torch.Tensor | None = None,
+    rates: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
     _backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to packed tokens, all of which lie before the queries; return `(out, lse)`.
@@ -329,6 +349,9 @@ def packed_attention(
         length: int32 [B * G], its tokens; what lies behind them in the last block, or in later blocks, is slack.
         longest: the largest length, known to the caller so that nothing here waits for the device.
         centre: float32 [B * G, D], what was subtracted from all keys of a run before packing, or None.
+        rates: float32 [B * G, R / 2] with R <= D: the centre had been turned for each key, in radians per position and
+            pair of dims (f, f + R / 2); the dims from R on stood still. None = all did.
+        positions: int32 [B, G or 1, n] with n >= longest: of token j of a run in column j. With rates.
 
     Returns:
         out [B, H, m, D] in q's dtype and lse [B, H, m] in float32, the natural log, scale applied. A query of a run
@@ -338,11 +361,15 @@ def packed_attention(
         ValueError: an argument has the wrong shape, dtype, device or layout.
     """
     _check(q, k, v, start, length, longest, centre)
+    turn, still = None, 0
+    if rates is not None:
+        check_turn(q, centre, rates, positions, longest)
+        turn, still = (centre.contiguous(), rates.contiguous(), positions), 2 * rates.shape[1]
     run = _launch if use_triton(q, _backend) and q.numel() else reference
-    out, lse = run(q, k, v, scale=scale, start=start, length=length, longest=longest)
-    if centre is not None:
-        rows = q.reshape(start.numel(), -1, q.shape[-1]).float()
-        lse = lse + (rows @ centre[..., None]).view(lse.shape) * scale
+    out, lse = run(q, k, v, scale=scale, start=start, length=length, longest=longest, turn=turn)
+    if centre is not None and still < q.shape[-1]:
+        rows = q.reshape(start.numel(), -1, q.shape[-1])[..., still:].float()
+        lse = lse + (rows @ centre[..., still:, None]).view(lse.shape) * scale
     return out, lse
 
 

@@ -26,7 +26,7 @@ from textkv.budgets import Budget
 from textkv.evidence import Spans
 from textkv.layer import ATTENTION, Layer
 from textkv.method import Method, resolve_method
-from textkv.probes import Probes, text_config, text_rotary
+from textkv.probes import Probes, key_frequencies, text_config, text_rotary
 from textkv.report import CacheReport, report
 
 
@@ -90,6 +90,14 @@ class MethodCache(Cache):
     def model_config(self) -> PreTrainedConfig:
         """Configuration of the model's text decoder."""
         return self._config
+
+    def key_frequencies(self) -> torch.Tensor:
+        """The rotary frequencies fp32 [R / 2] with which a token's index in its row turns its keys.
+
+        Raises:
+            ValueError: the model's keys turn otherwise; the message says how.
+        """
+        return key_frequencies(self._model())
 
     def check_attention(self) -> None:
         """Raises ValueError if the model was switched away from our attention implementation."""

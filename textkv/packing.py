@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
@@ -27,7 +27,7 @@ from textkv.layer import Layer
 from textkv.method import Capabilities, Method
 from textkv.segments.base import Segment, Stored
 from textkv.segments.dense import DenseSegment
-from textkv.segments.packed import PackedSegment
+from textkv.segments.packed import PackedSegment, turned
 from textkv.segments.ragged import RaggedSegment
 from textkv.segments.split import Part, SplitSegment
 from textkv.segments.stack import StackSegment
@@ -35,6 +35,8 @@ from textkv.segments.stack import StackSegment
 if TYPE_CHECKING:
     from textkv.cache import MethodCache
 
+_ENOUGH = 0.75  # a centre that turns costs the reader sines: its ranges must be this small beside a fixed one's
+_SAMPLE = 512  # tokens of a head on which the two are compared
 
 @dataclass(frozen=True)
 class Packer(Method):
@@ -45,16 +47,23 @@ class Packer(Method):
         group: tokens that share a key scale in each channel, and make a block; a multiple of 16 up to 128.
         residual: tokens that are packed together, a multiple of `group`; fewer stay exact.
         channels: channels that share a value scale in each token; None = the largest divisor of head_dim up to 64.
-        centre: subtract each channel's mean over the tokens held when the first are packed from all packed keys of a
-            head. The scores get it back exactly, so this costs nothing but 4 * head_dim bytes a head, and keys that
-            share a large offset (a biased projection) do not lose their differences to float16.
+        centre: what is subtracted from all packed keys of a head; the scores get it back exactly. Set when its first
+            tokens are packed, from all that it holds then. "fixed": the mean of each channel, 4 * head_dim bytes a
+            head; keys with a large constant part do not lose their differences to float16. "turned": the mean of the
+            keys turned back by their positions, turned again for each key. A bias of the key projection (Qwen2,
+            Qwen2.5) turns with the position as keys do: on fast frequencies it sweeps its whole size within a block,
+            which a constant does not take away. 2 * R more bytes a head, for R rotary dims. "auto": turned in the heads
+            where that makes the ranges of keys in a block, hence the steps of codes, smaller by a quarter; fixed in
+            the others, and where a token's index does not tell how its key is turned (frequencies that change with the
+            length; M-RoPE, whose text tokens lie off their index behind an image. There a block of image tokens has one
+            time and slow heights and widths, so that each block's own zero points take most of a bias away). "none".
     """
 
     bits: int = 4
     group: int = 64
     residual: int = 64
     channels: int | None = None
-    centre: bool = True
+    centre: Literal["auto", "turned", "fixed", "none"] = "auto"
 
     wraps: ClassVar = "any"
     capabilities: ClassVar[Capabilities] = Capabilities(lossy=True)
@@ -67,6 +76,8 @@ class Packer(Method):
             raise ValueError(f"residual={self.residual} is no multiple of group={self.group}; use {near}")
         if self.channels is not None and self.channels < 1:
             raise ValueError(f"channels={self.channels}: a group needs at least 1 channel; None chooses by head_dim")
+        if self.centre not in ("auto", "turned", "fixed", "none"):
+            raise ValueError(f"centre={self.centre!r} is not known; use 'auto', 'turned', 'fixed' or 'none'")
         if self.inner is not None:
             _refuse(self.inner, self.name)
             object.__setattr__(self, "capabilities", _behind(self.inner.capabilities))
@@ -89,12 +100,13 @@ class Packer(Method):
         return self.inner is not None and self.inner.evicts
 
     def on_start(self, layer: Layer) -> None:
-        """Check that the groups fit the model.
+        """Check that groups and centre fit the model.
 
         Raises:
-            ValueError: `channels` does not divide head_dim.
+            ValueError: `channels` does not divide head_dim, or centre="turned" and positions do not turn keys.
         """
         check_block(self.bits, self.group, layer.head_dim, self.channels or channel_group(layer.head_dim))
+        self._frequencies(layer)
         if self.inner is not None:
             self.inner.on_start(layer)
 
@@ -128,7 +140,7 @@ class Packer(Method):
             return
         before = layer.since_eviction
         place = f"layer {layer.index}"
-        segments = self._packed(layer.segments, prompt, lambda row, head: f"{place}, row {row}, head {head}")
+        segments = self._packed(layer, layer.segments, prompt, lambda row, head: f"{place}, row {row}, head {head}")
         if segments is not None:
             layer.replace(segments)
             layer.since_eviction = min(before, int(segments[-1].lengths().min()))
@@ -140,14 +152,17 @@ class Packer(Method):
             if not isinstance(segment, DenseSegment | StackSegment):
                 continue
             inner = segment.segments if isinstance(segment, StackSegment) else [segment]
-            packed = self._packed(inner, prompt, partial(_unit_name, layer.index, part))
+            packed = self._packed(layer, inner, prompt, partial(_unit_name, layer.index, part))
             if packed is not None:
                 part.segment = StackSegment(packed)
 
-    def _packed(self, segments: list[Segment], prompt: bool, name: Callable[[int, int], str]) -> list[Segment] | None:
+    def _packed(
+        self, layer: Layer, segments: list[Segment], prompt: bool, name: Callable[[int, int], str]
+    ) -> list[Segment] | None:
         """The segments with all whole multiples of `residual` tokens packed; None if no head has that many.
 
         Args:
+            layer: whose they are.
             segments: a buffer, or packed tokens and a buffer.
             name: says which head of the model a row and head of the segments are.
 
@@ -161,17 +176,49 @@ class Packer(Method):
         held = buffer.stored()
         _check_values(held, name)
         taken = _first(held, counts)
-        keys, values = (x.flatten(0, 1).float() for x in (taken.keys, taken.values))
         if not isinstance(packed, PackedSegment):
-            packed = PackedSegment(held.keys.dtype, _mean(held) if self.centre else None)
-        if packed.centre is not None:
-            real = (taken.positions >= 0).flatten(0, 1)[..., None]
-            keys = (keys - packed.centre.flatten(0, 1)[:, None]) * real
+            packed = PackedSegment(held.keys.dtype, *self._centre(held, counts, self._frequencies(layer)))
         positions = taken.positions
         if bool((positions == positions[:, :1]).all()):
             positions = positions[:, :1]
+        keys = (taken.keys.float() - packed.centres(positions)) * (positions >= 0)[..., None]
+        keys, values = keys.flatten(0, 1), taken.values.float().flatten(0, 1)
         packed.append(*self.encode(keys, values, counts.view(-1), prompt), counts, positions)
         return [packed, _rest(buffer, held, counts)]
+
+    def _frequencies(self, layer: Layer) -> torch.Tensor | None:
+        """With which a centre of this layer may turn: fp32 [R / 2]; None = none that may turn is asked for or known."""
+        if self.centre in ("fixed", "none"):
+            return None
+        try:
+            return layer.cache.key_frequencies()
+        except ValueError as error:
+            if self.centre == "turned":
+                raise ValueError(
+                    f"{self.name}(centre='turned') cannot follow the keys of this model: {error}; use centre='fixed'"
+                ) from None
+            return None
+
+    def _centre(
+        self, held: Stored, counts: torch.Tensor, frequencies: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Centre and rates of a `PackedSegment`, which begins with the first counts[b, h] tokens of each head held."""
+        if self.centre == "none":
+            return None, None
+        mean = _mean(held.keys, held.positions)
+        if frequencies is None:
+            return mean, None
+        rates = frequencies.to(mean.device).repeat(*mean.shape[:2], 1)
+        origin = _mean(turned(held.keys.float(), -held.positions, rates), held.positions)
+        if self.centre == "turned":
+            return origin, rates
+        sample = _first(held, counts.clamp(max=max(1, _SAMPLE // self.group) * self.group))
+        moved = sample.keys - turned(origin[:, :, None], sample.positions, rates)
+        moved *= (sample.positions >= 0)[..., None]
+        better = (_ranges(moved, self.group) < _ENOUGH * _ranges(sample.keys.float(), self.group))[..., None]
+        if not bool(better.any()):
+            return mean, None
+        return torch.where(better, origin, mean), rates * better
 
 
 def _refuse(inner: Method, name: str) -> None:
@@ -198,10 +245,16 @@ def _unit_name(layer: int, part: Part, unit: int, _head: int) -> str:
     return f"layer {layer}, row {int(part.row[unit])}, head {int(part.head[unit])}"
 
 
-def _mean(held: Stored) -> torch.Tensor:
+def _mean(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Mean key of each head: fp32 [batch, heads, head_dim], 0 for a head without tokens."""
-    real = (held.positions >= 0)[..., None]
-    return held.keys.float().masked_fill(~real, 0).sum(2) / real.sum(2).clamp(min=1)
+    real = (positions >= 0)[..., None]
+    return keys.float().masked_fill(~real, 0).sum(2) / real.sum(2).clamp(min=1)
+
+
+def _ranges(keys: torch.Tensor, group: int) -> torch.Tensor:
+    """What the codes of each head's keys [batch, heads, n, head_dim] have to span, all blocks and channels together."""
+    blocks = keys.unflatten(2, (-1, group))
+    return (blocks.amax(3) - blocks.amin(3)).sum((2, 3))
 
 
 def _first(held: Stored, counts: torch.Tensor) -> Stored:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from textkv.cache import MethodCache
 
 
+_MOVING = ("dynamic", "longrope")
+"""Rope types whose frequencies change with the length."""
+
+
 def text_model(model: PreTrainedModel) -> torch.nn.Module:
     """The decoder with `.layers`: of a text model, or the text half of a vision-language model.
 
@@ -55,12 +59,28 @@ def text_rotary(model: PreTrainedModel) -> torch.nn.Module:
     """
     rotary = text_model(model).rotary_emb
     kind = getattr(rotary, "rope_type", "default")
-    if kind in ("dynamic", "longrope"):
+    if kind in _MOVING:
         raise ValueError(
             f"rope type {kind!r} changes its frequencies with the length: keys cannot be moved to other positions; "
             "use positions='original'"
         )
     return rotary
+
+
+def key_frequencies(model: PreTrainedModel) -> torch.Tensor:
+    """The frequencies fp32 [R / 2] with which a token's position alone turns its keys.
+
+    Raises:
+        ValueError: there are none: they change with the length, each layer has its own, or a position has several axes.
+    """
+    rotary = text_model(model).rotary_emb
+    if getattr(rotary, "rope_type", "default") in _MOVING:
+        raise ValueError(f"rope type {rotary.rope_type!r} changes its frequencies with the length")
+    if "mrope_section" in (getattr(text_config(model), "rope_parameters", None) or {}):
+        raise ValueError("keys of M-RoPE turn with three axes of an image, of which a token's index knows none")
+    if not isinstance(getattr(rotary, "inv_freq", None), torch.Tensor):
+        raise ValueError(f"{type(rotary).__name__} has no one table of frequencies for all layers")
+    return rotary.inv_freq.float()
 
 
 class Probes:

@@ -14,6 +14,7 @@ import torch
 
 from dlm.cache.slots import SlotCache, SlotLayer
 from dlm.canvas import Canvas
+from dlm.models.backbone import rope_frequencies
 from kernels import decode_attention, merge
 from textkv.evidence import Spans
 from textkv.layer import Layer
@@ -52,6 +53,7 @@ class Store:
     def __init__(self, model: Any, method: Method) -> None:
         self.method, self.needs, self.model_config = method, method.needs(), model.config
         self.seconds: dict[str, float] = {}
+        self._head_dim = model.layers[0].head_dim
         self.layers = [Layer(i, self) for i in range(model.config.num_hidden_layers)]
 
     def note_bytes(self, layer: Layer) -> None:
@@ -61,6 +63,10 @@ class Store:
         """The last layer has taken its tokens in: the method may divide what all layers hold."""
         if layer.index == len(self.layers) - 1:
             self.method.on_finish(self)
+
+    def key_frequencies(self) -> torch.Tensor:
+        """The rotary frequencies fp32 [head_dim / 2]: slots keep their positions, which turn their keys."""
+        return rope_frequencies(self._head_dim, self.model_config.rope_theta)
 
     def kv_bytes(self) -> int:
         """Bytes of all layers, bookkeeping included."""

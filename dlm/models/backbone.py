@@ -41,9 +41,13 @@ class RMSNorm(nn.Module):
 
 def rope_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> Rope:
     """Cosines and sines [batch, q, head_dim / 2] in fp32 of the angles position * theta^(-2j / head_dim)."""
-    steps = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
-    angles = position_ids[..., None].float() * (1.0 / theta**steps)
+    angles = position_ids[..., None].float() * rope_frequencies(head_dim, theta, position_ids.device)
     return angles.cos(), angles.sin()
+
+
+def rope_frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> torch.Tensor:
+    """theta^(-2j / head_dim), fp32 [head_dim / 2]."""
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
 
 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:

@@ -92,7 +92,9 @@ def launch_attention(D: int, group: int, m: int, **options) -> None:
     kernels.decode_attention(q, k, k, scale=1.0, **options, _backend="triton")
 
 
-def launch_packed(D: int, group: int, m: int, T: int, k_bits: int, v_bits: int, layout: str, corrected: bool) -> None:
+def launch_packed(
+    D: int, group: int, m: int, T: int, k_bits: int, v_bits: int, layout: str, corrected: bool, half: int = 0
+) -> None:
     blocks = 600 // T + 1
     k = kernels.pack(zeros(2 * blocks, T, D), k_bits, layout=layout)
     v = kernels.pack(zeros(2 * blocks, T, D), v_bits, layout="token")
@@ -102,6 +104,9 @@ def launch_packed(D: int, group: int, m: int, T: int, k_bits: int, v_bits: int, 
         terms = LowRank(a, p, one), Sparse(one, one, zeros(9, dtype=torch.int16), delta)
         k, v = (replace(x, lowrank=terms[0], sparse=terms[1]) for x in (k, v))
     rows = {"start": torch.tensor([0, blocks]), "length": torch.tensor([600, 300], dtype=torch.int32), "longest": 600}
+    if half:
+        rows |= {"centre": torch.zeros(2, D), "rates": torch.zeros(2, half)}
+        rows["positions"] = zeros(1, 1, 600, dtype=torch.int32)
     kernels.packed_attention(zeros(1, 2 * group, m, D), k, v, scale=1.0, **rows, _backend="triton")
 
 
@@ -121,6 +126,9 @@ def launch_all() -> None:
     launch_packed(128, 4, 64, 64, 2, 2, "token", corrected=True)
     launch_packed(256, 8, 64, 128, 4, 2, "token", corrected=True)
     launch_packed(80, 1, 1, 16, 4, 4, "token", corrected=False)
+    launch_packed(128, 7, 1, 64, 4, 4, "channel", corrected=False, half=64)
+    launch_packed(80, 1, 1, 16, 4, 4, "channel", corrected=False, half=20)
+    launch_packed(256, 8, 64, 128, 2, 2, "channel", corrected=True, half=128)
     lse = zeros(1, 8, 32, dtype=torch.float32)
     kernels.window_mass(q, k, scale=1.0, _backend="triton")
     kernels.window_mass(q, k, scale=1.0, valid=valid, squares=True, _backend="triton")

@@ -43,9 +43,30 @@ def cache(lengths, *, T=16, D=32, bits=(4, 2), keys="channel", rank=0, single=0,
     return k, v, {"start": start, "length": length, "longest": max(lengths)}
 
 
-def truth(q, k, v, rows, scale, centre=None):
+def turning(lengths, D, half, shared=False, size=5.0):
+    """A centre that turns, and positions with gaps, -1 where a run has no token; `shared` by the heads of a row."""
+    runs, n = len(lengths), max(lengths)
+    positions = torch.randint(0, 4, (2 if runs > 2 else 1, 1 if shared else 2, n)).cumsum(-1) + 900
+    if not shared:
+        positions = positions.masked_fill(torch.arange(n) >= torch.tensor(lengths).view(-1, 2, 1), -1)
+    rates = 10000.0 ** -(torch.arange(half) / half) * torch.ones(runs, 1)
+    rates[0] = 0  # a head whose centre stands still
+    return {"centre": size * randn(runs, D), "rates": rates, "positions": positions.int()}
+
+
+def truth(q, k, v, rows, scale, centre=None, rates=None, positions=None):
     """Ragged attention over everything unpacked."""
     keys, values = unpack(k), unpack(v)
+    if rates is not None:
+        half = rates.shape[1]
+        shown = positions.expand(-1, len(rates) // len(positions), -1).flatten(0, 1)
+        for r, (s, n) in enumerate(zip(rows["start"].tolist(), rows["length"].tolist(), strict=True)):
+            angle = shown[r, :n, None].double() * rates[r]
+            c1, c2 = centre[r, :half].double(), centre[r, half : 2 * half].double()
+            turned = torch.cat([c1 * angle.cos() - c2 * angle.sin(), c2 * angle.cos() + c1 * angle.sin()], 1)
+            turned = torch.cat([turned, centre[r, 2 * half :].expand(n, -1)], 1)
+            keys.flatten(0, 1)[s * k.block : s * k.block + n] += turned.float()
+        centre = None
     if centre is not None:
         for r, (s, n) in enumerate(zip(rows["start"].tolist(), rows["length"].tolist(), strict=True)):
             keys[s : s + -(-n // k.block)] += centre[r]
@@ -57,9 +78,9 @@ def truth(q, k, v, rows, scale, centre=None):
     return out, lse
 
 
-def check(q, k, v, rows, scale, backend, centre=None, tolerance=None):
-    out, lse = packed_attention(q, k, v, scale=scale, centre=centre, **rows, _backend=backend)
-    true, true_lse = truth(q, k, v, rows, scale, centre)
+def check(q, k, v, rows, scale, backend, tolerance=None, **centre):
+    out, lse = packed_attention(q, k, v, scale=scale, **rows, **centre, _backend=backend)
+    true, true_lse = truth(q, k, v, rows, scale, **centre)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
     tolerance = tolerance or 4 * TOLERANCE[q.dtype]
     assert_close(out.float(), true, tolerance)
@@ -113,6 +134,44 @@ def test_the_centre_changes_only_the_log_sum_exp(backend, interpreted):
     assert torch.equal(with_centre[0], without[0]) and not torch.equal(with_centre[1], without[1])
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("D, half", [(32, 16), (64, 32), (80, 40), (96, 24), (128, 64), (20, 3)])
+def test_a_centre_that_turns_with_the_position(backend, D, half, interpreted):
+    lengths = (48, 16, 0, 33)
+    k, v, rows = cache(lengths)
+    if D != 32:
+        k, v, rows = cache(lengths, D=D, rank=2, single=5)
+    check(randn(2, 4, 3, D), k, v, rows, D**-0.5, backend, 1e-4, **turning(lengths, D, half))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("keys, shared", [("channel", True), ("token", False)])
+def test_a_large_turning_centre_keeps_its_accuracy_in_bf16(backend, keys, shared, interpreted):
+    k, v, rows = cache((64, 48), keys=keys)
+    centre = turning((64, 48), 32, 16, shared, size=600.0)
+    q = (randn(1, 4, 1, 32) / 20).bfloat16()  # scores of some hundreds
+    check(q, k, v, rows, 1.0, backend, 2.0**-6, **centre)
+
+
+def test_a_centre_that_turns_by_nothing_stands_still(interpreted):
+    k, v, rows = cache((48, 33))
+    q, centre = randn(1, 4, 2, 32), turning((48, 33), 32, 16)
+    still = packed_attention(q, k, v, scale=0.2, centre=centre["centre"], **rows, _backend="reference")
+    for backend in ("reference", "triton"):
+        ours = packed_attention(q, k, v, scale=0.2, **rows, **centre | {"rates": 0 * centre["rates"]}, _backend=backend)
+        for mine, true in zip(ours, still, strict=True):
+            assert_close(mine, true, 1e-4)
+
+
+@pytest.mark.parametrize("split", [16, 32, 1000])
+def test_a_turning_centre_does_not_depend_on_the_split(split, interpreted):
+    k, v, rows = cache((80, 16, 0, 65))
+    q, centre = randn(2, 4, 2, 32), turning((80, 16, 0, 65), 32, 16)
+    ours = module._launch(q, k, v, scale=0.2, **rows, turn=tuple(centre.values()), split=split)
+    for mine, true in zip(ours, truth(q, k, v, rows, 0.2, **centre), strict=True):
+        assert_close(mine, true, 1e-4)
+
+
 @pytest.mark.parametrize("split", [16, 32, 1000])
 def test_result_does_not_depend_on_the_split(split, interpreted):
     k, v, rows = cache((80, 16, 0, 65), rank=2, single=6)
@@ -129,6 +188,7 @@ def test_reference_does_not_depend_on_its_tiles(tokens, queries, monkeypatch):
     monkeypatch.setattr(module, "_TOKENS", tokens)
     monkeypatch.setattr(module, "_QUERIES", queries)
     check(q, k, v, rows, 0.2, "reference")
+    check(q, k, v, rows, 0.2, "reference", 1e-4, **turning((80, 16, 0, 65), 32, 16))
 
 
 def test_more_query_rows_than_a_tile_holds(interpreted):
@@ -172,6 +232,7 @@ def test_other_runs_do_not_matter(interpreted):
 
 K, V, ROWS = cache((16, 32), D=16)
 Q = torch.zeros(1, 4, 1, 16)
+TURN = turning((16, 32), 16, 8)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +250,11 @@ Q = torch.zeros(1, 4, 1, 16)
         (Q, K, V, {"length": ROWS["length"] * 10}, "do not fit 5 blocks of 16 tokens"),
         (Q, K, V, {"longest": 16}, "longest=16 do not fit"),
         (Q, K, V, {"centre": torch.zeros(1, 16)}, r"centre has shape \[1, 16\]; it must be \[2, 16\]"),
+        (Q, K, V, {"rates": torch.zeros(2, 8)}, "rates turn a centre .* pass centre and positions"),
+        (Q, K, V, TURN | {"rates": torch.zeros(2, 9)}, r"rates has shape \[2, 9\]; the limit is D / 2 = 8 pairs"),
+        (Q, K, V, TURN | {"rates": torch.zeros(1, 8)}, r"rates has shape \[1, 8\]; it must be \[2, R/2\]"),
+        (Q, K, V, TURN | {"positions": torch.zeros(1, 2, 32)}, "positions is float32; it must be int32"),
+        (Q, K, V, TURN | {"positions": torch.zeros(1, 2, 31).int()}, r"positions has shape \[1, 2, 31\].* n >= 32"),
     ],
 )
 def test_errors_name_the_argument(q, k, v, options, message):

@@ -55,11 +55,22 @@ class PackedSegment(Segment):
     Args:
         dtype: what `stored` gives back and the model computes in.
         centre: fp32 [batch, heads, head_dim] that was subtracted from all keys, or None. Their scores get it back.
+        rates: fp32 [batch, heads, R / 2], or None: the centre was turned first, by rate times position of each key (see
+            `turned`). Any rates are exact; those of the model's RoPE follow a bias that its keys got before it.
     """
 
-    def __init__(self, dtype: torch.dtype, centre: torch.Tensor | None = None) -> None:
-        self.dtype, self.centre = dtype, centre
+    def __init__(
+        self, dtype: torch.dtype, centre: torch.Tensor | None = None, rates: torch.Tensor | None = None
+    ) -> None:
+        self.dtype, self.centre, self.rates = dtype, centre, rates
         self.slabs: list[Slab] = []
+
+    def centres(self, positions: torch.Tensor) -> torch.Tensor | float:
+        """What is subtracted from keys at `positions` [batch, heads or 1, n]: fp32 [batch, heads, n or 1, head_dim]."""
+        if self.centre is None:
+            return 0.0
+        centre = self.centre[:, :, None]
+        return centre if self.rates is None else turned(centre, positions, self.rates)
 
     def append(self, k: Packed, v: Packed, counts: torch.Tensor, positions: torch.Tensor) -> None:
         """Takes packed blocks in, later than all that are here.
@@ -90,11 +101,11 @@ class PackedSegment(Segment):
         raise RuntimeError("a packed segment takes whole blocks; single tokens go to the segment behind it")
 
     def attend(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        centre = None if self.centre is None else self.centre.flatten(0, 1)
+        centre, rates = (None if x is None else x.flatten(0, 1) for x in (self.centre, self.rates))
         parts = [
             packed_attention(
                 q, slab.k, slab.v, scale=scale, start=slab.start, length=slab.length, longest=slab.longest,
-                centre=centre,
+                centre=centre, rates=rates, positions=None if rates is None else slab.positions,
             )
             for slab in self.slabs
         ]  # fmt: skip
@@ -104,9 +115,9 @@ class PackedSegment(Segment):
         """Everything unpacked, for scoring and for moving elsewhere: as large as if it had never been packed."""
         keys, values = ([self._padded(slab, unpack(getattr(slab, x))) for slab in self.slabs] for x in ("k", "v"))
         keys, values = torch.cat(keys, 2), torch.cat(values, 2)
-        if self.centre is not None:
-            keys = keys + self.centre[:, :, None]
-        return Stored(keys.to(self.dtype), values.to(self.dtype), self.held_positions())
+        positions = self.held_positions()
+        keys = keys + self.centres(positions)
+        return Stored(keys.to(self.dtype), values.to(self.dtype), positions)
 
     def held_positions(self) -> torch.Tensor:
         heads = self.slabs[0].counts.shape[1]
@@ -116,7 +127,7 @@ class PackedSegment(Segment):
         return torch.stack([slab.counts for slab in self.slabs]).sum(0)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        held = {} if self.centre is None else {"centre": self.centre}
+        held = {name: x for name, x in (("centre", self.centre), ("rates", self.rates)) if x is not None}
         for i, slab in enumerate(self.slabs):
             own = {f"k.{name}": x for name, x in slab.k.tensors().items()}
             own |= {f"v.{name}": x for name, x in slab.v.tensors().items()}
@@ -125,8 +136,9 @@ class PackedSegment(Segment):
         return held
 
     def take_rows(self, rows: torch.Tensor) -> None:
-        if self.centre is not None:
-            self.centre = self.centre.index_select(0, rows.to(self.centre.device))
+        self.centre, self.rates = (
+            None if x is None else x.index_select(0, rows.to(x.device)) for x in (self.centre, self.rates)
+        )
         self.slabs = [_rows_of(slab, rows.cpu()) for slab in self.slabs]
 
     def crop(self, tokens: int) -> None:
@@ -143,6 +155,7 @@ class PackedSegment(Segment):
     @classmethod
     def from_state(cls, state: dict) -> PackedSegment:
         segment = cls(getattr(torch, state["dtype"]), state.get("centre"))
+        segment.rates = state.get("rates")
         for i, plain in enumerate(state["slabs"]):
             own = {key.removeprefix(f"{i}."): x for key, x in state.items() if key.startswith(f"{i}.")}
             k, v = (
@@ -166,6 +179,24 @@ class PackedSegment(Segment):
         inside = token < slab.length[:, None]
         where = torch.where(inside, slab.start[:, None] * slab.k.block + token, 0)
         return flat[where].masked_fill(~inside[..., None], 0).view(batch, heads, slab.longest, -1)
+
+
+def turned(x: torch.Tensor, positions: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+    """x rotated as RoPE rotates a key at `positions`, in the halves layout; dims from R on stay.
+
+    Angles are fp32 products, as the models and `packed_attention` form them: only the same angles cancel.
+
+    Args:
+        x: fp32 [batch, heads, n or 1, head_dim].
+        positions: int32 [batch, heads or 1, n], negative = backwards.
+        rates: fp32 [R / 2] or [batch, heads, R / 2], radians per position.
+    """
+    half = rates.shape[-1]
+    angle = positions[..., None].float() * rates[..., None, :]
+    cos, sin = angle.cos(), angle.sin()
+    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    return torch.cat([*parts, rest.expand(*parts[0].shape[:-1], -1)], -1)
 
 
 def blocks_of(x: torch.Tensor, counts: torch.Tensor, block: int) -> torch.Tensor:

@@ -190,7 +190,7 @@ def test_conforms(method):
 class PerToken(Kivi):
     """The wrong axis for keys, and no centre: what other caches do by default."""
 
-    centre: bool = False
+    centre: str = "none"
 
     def encode(self, keys, values, counts, prompt):
         k, v = (blocks_of(x, counts, self.group) for x in (keys, values))
@@ -243,6 +243,80 @@ def test_the_centre_is_exact_in_the_scores_and_saves_what_float16_would_lose():
     torch.testing.assert_close(lse, true_lse, rtol=1e-4, atol=1e-2)
 
 
+def evenly_biased(model, size: float, head: int | None = None):
+    """The model with a key bias of this norm per layer on all channels, or on those of one KV head."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            bias = torch.randn(2, 16, generator=generator)
+            if head is not None:
+                bias[1 - head] = 0
+            layer.self_attn.k_proj.bias.copy_(bias.flatten() * size / bias.norm())
+    return model
+
+
+def centres_turn(cache) -> list[list[list[bool]]]:
+    """Per layer and row, which heads' centres turn."""
+    segments = [layer.segments[0] for layer in cache.layers]
+    still = torch.zeros(segments[0].lengths().shape, dtype=torch.bool)
+    return [(still if x.rates is None else x.rates.any(-1)).tolist() for x in segments]
+
+
+def test_a_centre_turns_in_the_heads_whose_keys_have_a_bias_on_fast_frequencies(model_of):
+    plain, ids = model_of("qwen2"), tiny.text_ids(60, 2)
+    both, one = evenly_biased(plain, 30.0), evenly_biased(plain, 30.0, head=1)
+    cases = ((plain, "auto", [False, False]), (both, "auto", [True, True]), (one, "auto", [False, True]),
+             (plain, "turned", [True, True]), (both, "fixed", [False, False]))  # fmt: skip
+    for model, centre, turns in cases:
+        cache = MethodCache(model, f"kivi(4,{SMALL},centre={centre!r})")
+        feed(model, cache, ids)
+        assert centres_turn(cache) == [[turns] * 2] * 3
+        names = set(cache.layers[0].segments[0].tensors())
+        assert ("rates" in names) == any(turns) and "centre" in names
+    cache = MethodCache(both, f"kivi(4,{SMALL},centre='none')")
+    feed(both, cache, ids)
+    assert not {"rates", "centre"} & set(cache.layers[0].segments[0].tensors())
+
+
+@pytest.mark.parametrize("method", ["kivi(4,{})", "gear(2,{})", "adakv+kivi(4,{})", "duo_attention+kivi(4,{})"])
+def test_turned_centres_leave_as_small_an_error_as_no_bias(model_of, method):
+    """Compared are keys as they are stored: the scores of a biased model are another model's."""
+    ids, errors = tiny.text_ids(90), {}
+    for name, size in (("plain", 0.0), ("biased", 200.0)):
+        model = evenly_biased(model_of("qwen2"), size)
+        caches = [MethodCache(model, method.format(f"{SMALL},centre={c!r}"), 0.6) for c in ("auto", "fixed")]
+        true = DynamicCache()
+        feed(model, true, ids)
+        for cache, centre in zip(caches, ("auto", "fixed"), strict=True):
+            feed(model, cache, ids)
+            held = cache.layers[0].stored()
+            real = held.positions >= 0
+            at = held.positions.clamp(min=0).long()[..., None].expand(held.keys.shape)
+            error = (held.keys - true.layers[0].keys.gather(2, at))[real]
+            errors[name, centre] = float(error.norm() / real.sum() ** 0.5)
+    assert errors["biased", "auto"] < 1.25 * errors["plain", "fixed"] < 0.3 * errors["biased", "fixed"], errors
+
+
+@pytest.mark.parametrize("method", [f"kivi(4,{SMALL})", f"adakv+kivi(4,{SMALL})"])
+def test_conforms_with_centres_that_turn(model_of, method):
+    """Rows that are padded, moved, forked, cropped and saved keep their turned centres."""
+    check_method(method, model=evenly_biased(model_of("qwen2"), 12.0))
+
+
+def test_where_positions_do_not_turn_keys_the_centre_stays_fixed_or_is_refused(model_of):
+    changing = evenly_biased(model_of("qwen2"), 30.0)
+    changing.model.rotary_emb.rope_type = "dynamic"
+    cases = ((changing, "rope type 'dynamic' changes its frequencies"), (model_of("qwen2_5_vl"), "keys of M-RoPE turn"))
+    for model, reason in cases:
+        cache = MethodCache(model, f"kivi(4,{SMALL})")
+        feed(model, cache, tiny.text_ids(40))
+        assert centres_turn(cache) == [[[False, False]]] * 3
+        cache = MethodCache(model, f"kivi(4,{SMALL},centre='turned')")
+        with pytest.raises(ValueError, match=rf"kivi\(centre='turned'\) cannot follow.*{reason}.*use centre='fixed'"):
+            feed(model, cache, tiny.text_ids(40))
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +328,7 @@ def test_the_centre_is_exact_in_the_scores_and_saves_what_float16_would_lose():
         ("kivi(4,residual=100)", "residual=100 is no multiple of group=64; use 128"),
         ("kivi(4,residual=0)", "residual=0 is no multiple of group=64; use 64"),
         ("kivi(4,channels=0)", "channels=0: a group needs at least 1 channel"),
+        ("kivi(4,centre=True)", "centre=True is not known; use 'auto', 'turned', 'fixed' or 'none'"),
         ("kivi(4)+kivi(2)", "kivi has changed what it stores already"),
         ("streaming_llm+kivi(4)", r"evicts or merges at every decoded token.*e.g. snapkv\+kivi"),
         ("window+kivi(4)", r"window\+kivi: window evicts or merges at every decoded token"),
