@@ -27,9 +27,7 @@ def turned_scores(q, centre, rates, positions, tile):
 
 
 @jit
-def turned_products(
-    p_q, o_q, m_row, p_centre, p_rate, run, D: tl.constexpr, HALF: tl.constexpr, BLOCK_F: tl.constexpr
-):
+def turned_products(p_q, o_q, m_row, p_centre, p_rate, run, D: tl.constexpr, HALF: tl.constexpr, BLOCK_F: tl.constexpr):
     """What cos and sin of a token's angles [frequencies] are multiplied with: fp32 [queries, frequencies] each."""
     f = tl.arange(0, BLOCK_F)
     real = f < HALF

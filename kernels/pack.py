@@ -10,21 +10,28 @@ of neighbouring tokens, and keys and values unpack in the same order.
 Scale and minimum are float16 whatever the model's dtype: bfloat16 would keep 8 of their 11 bits, and its rounding of a
 large minimum costs more than a step of 4 bits. Codes are rounded against the ROUNDED scale and minimum.
 
+"fp8" stores a byte a number too, as an 8-bit float (e4m3) of its distance from the group's mean: coarser than 8-bit
+integers for most numbers, finer near the mean of a group that single numbers stretch.
+
+    scale = max |x - mean| / 448,   x ~ e4m3((x - mean) / scale) * scale + mean
+
 Plain torch on every device: a block is packed once in its life, so it is the reading of it that has a kernel.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from kernels._backend import FLOATS, check_head_dim, check_tensor
 
-BITS = (2, 4, 8)
+Bits = Literal[2, 4, 8, "fp8"]
+BITS: tuple[Bits, ...] = get_args(Bits)
 MIN_BLOCK, MAX_BLOCK = 16, 128
 FLOAT16_MAX = 65504.0
+FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
 Layout = Literal["channel", "token"]
 
 
@@ -66,15 +73,16 @@ class Packed:
 
     Attributes:
         codes: uint8 [N, T * bits / 8, D].
-        scale, zero: float16 [N, 1, D] (per channel) or [N, T, D / group] (per token); zero is the minimum.
-        bits: 2, 4 or 8.
+        scale, zero: float16 [N, 1, D] (per channel) or [N, T, D / group] (per token); zero is the minimum, under "fp8"
+            the mean.
+        bits: 2, 4, 8 or "fp8".
         lowrank, sparse: corrections on top, or None.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor
-    bits: int
+    bits: Bits
     lowrank: LowRank | None = None
     sparse: Sparse | None = None
 
@@ -86,7 +94,7 @@ class Packed:
     @property
     def block(self) -> int:
         """T, tokens of a block."""
-        return self.codes.shape[1] * 8 // self.bits
+        return self.codes.shape[1] * 8 // width(self.bits)
 
     @property
     def head_dim(self) -> int:
@@ -103,7 +111,7 @@ class Packed:
         return held
 
     @classmethod
-    def from_tensors(cls, held: dict[str, torch.Tensor], bits: int) -> Packed:
+    def from_tensors(cls, held: dict[str, torch.Tensor], bits: Bits) -> Packed:
         """What had these `tensors()`."""
         own = {name: x for name, x in held.items() if "." not in name}
         for name, kind in (("lowrank", LowRank), ("sparse", Sparse)):
@@ -134,10 +142,15 @@ def entries(sparse: Sparse, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return owner, sparse.start[blocks].long()[owner] + rank
 
 
-def check_block(bits: int, tokens: int, head_dim: int, group: int | None = None) -> None:
+def width(bits: Bits) -> int:
+    """Bits that a code takes."""
+    return 8 if bits == "fp8" else bits
+
+
+def check_block(bits: Bits, tokens: int, head_dim: int, group: int | None = None) -> None:
     """Raise ValueError unless blocks of `tokens` tokens with channel groups of `group` (None = not grouped) can be."""
     if bits not in BITS:
-        raise ValueError(f"bits={bits} cannot be packed; use {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}")
+        raise ValueError(f"bits={bits!r} cannot be packed; use {', '.join(map(str, BITS[:-1]))} or {BITS[-1]!r}")
     if tokens % MIN_BLOCK or not MIN_BLOCK <= tokens <= MAX_BLOCK:
         raise ValueError(
             f"a group of {tokens} tokens cannot be packed; use a multiple of {MIN_BLOCK} up to {MAX_BLOCK}, e.g. 64"
@@ -155,7 +168,7 @@ def channel_group(head_dim: int, most: int = 64) -> int:
 
 def pack(
     x: torch.Tensor,
-    bits: int,
+    bits: Bits,
     *,
     layout: Layout,
     group: int | None = None,
@@ -165,7 +178,7 @@ def pack(
 
     Args:
         x: [N, T, D], float16, bfloat16 or float32; T a multiple of 16, at most 128.
-        bits: 2, 4 or 8.
+        bits: 2, 4, 8 or "fp8".
         layout: "channel": a scale per block and channel; "token": a scale per token and group of channels.
         group: "token" only: channels of a group, a divisor of D; None = the largest divisor up to 64.
         ignore: bool, broadcastable to [N, T, D]: entries that do not widen the range (padding, outliers that are kept
@@ -192,21 +205,37 @@ def pack(
     # [N, 1, T, D, 1] or [N, T, 1, D / group, group]: the axes 2 and 4 share a scale
     shape = (blocks, 1, tokens, dim, 1) if layout == "channel" else (blocks, tokens, 1, dim // group, group)
     grouped = x.reshape(shape)
-    low, high = grouped, grouped
+    table = (blocks, 1, dim) if layout == "channel" else (blocks, tokens, dim // group)
+    ignore = None if ignore is None else ignore.expand(x.shape).reshape(shape)
+    scale, zero = (_float_table if bits == "fp8" else _integer_table)(grouped, ignore, width(bits))
+    step = scale.float()
+    codes = ((grouped - zero.float()) * torch.where(step > 0, 1 / step, 0)).view(x.shape)
+    if bits == "fp8":
+        stored = codes.clamp_(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
+    else:
+        stored = _into_bytes(codes.round_().clamp_(0, 2**bits - 1).to(torch.uint8), bits)
+    return Packed(stored, scale.reshape(table), zero.reshape(table), bits)
+
+
+def _integer_table(x: torch.Tensor, ignore: torch.Tensor | None, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and minimum, float16, of grouped entries, whose axes 2 and 4 share one."""
+    low, high = x, x
     if ignore is not None:
-        ignore = ignore.expand(x.shape).reshape(shape)
-        low, high = grouped.masked_fill(ignore, torch.inf), grouped.masked_fill(ignore, -torch.inf)
+        low, high = x.masked_fill(ignore, torch.inf), x.masked_fill(ignore, -torch.inf)
     zero, top = low.amin((2, 4), keepdim=True), high.amax((2, 4), keepdim=True)
     if ignore is not None:  # a group of nothing but ignored entries
         nothing = zero > top
         zero, top = zero.masked_fill(nothing, 0), top.masked_fill(nothing, 0)
     zero = zero.half()
-    scale = ((top - zero.float()) / (2**bits - 1)).clamp(min=0).half()
-    step = scale.float()
-    inverse = torch.where(step > 0, 1 / step, 0)
-    codes = ((grouped - zero.float()) * inverse).round_().clamp_(0, 2**bits - 1).to(torch.uint8).view(x.shape)
-    table = (blocks, 1, dim) if layout == "channel" else (blocks, tokens, dim // group)
-    return Packed(_into_bytes(codes, bits), scale.reshape(table), zero.reshape(table), bits)
+    return ((top - zero.float()) / (2**bits - 1)).clamp(min=0).half(), zero
+
+
+def _float_table(x: torch.Tensor, ignore: torch.Tensor | None, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and mean, float16, of grouped entries, whose axes 2 and 4 share one."""
+    seen = torch.ones_like(x, dtype=torch.bool) if ignore is None else ~ignore
+    zero = ((x * seen).sum((2, 4), keepdim=True) / seen.sum((2, 4), keepdim=True).clamp(min=1)).half()
+    far = ((x - zero.float()).abs() * seen).amax((2, 4), keepdim=True)
+    return (far / FP8_MAX).half(), zero
 
 
 def unpack(packed: Packed) -> torch.Tensor:
@@ -241,8 +270,10 @@ def _into_bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def _from_bytes(packed: torch.Tensor, bits: int) -> torch.Tensor:
+def _from_bytes(packed: torch.Tensor, bits: Bits) -> torch.Tensor:
     """The inverse, as float32."""
+    if bits == "fp8":
+        return packed.view(FP8).float()
     planes = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
     return torch.cat(planes, 1).float()
 

@@ -32,10 +32,11 @@ from kernels._backend import (
     triton,
     use_triton,
 )
+from kernels._packed_tiles import by_token, codes, entry_tile, rank_tiles
 from kernels._tiles import softmax_step
 from kernels._turning import check_turn, turned_products, turned_scores, turned_tile
 from kernels.decode_attention import _merge_kernel
-from kernels.pack import Packed, entries, expand
+from kernels.pack import Packed, entries, expand, width
 
 _TOKENS = 256  # keys of a run that the reference dequantises at a time
 _QUERIES = 512  # query rows of a run that it takes at a time
@@ -125,48 +126,6 @@ def _entries_of(packed, blocks):
 
 
 @jit
-def _codes(p_codes, block, t, d, mask, BITS: tl.constexpr, T: tl.constexpr, D: tl.constexpr):
-    """Codes of tokens t of a block, fp32 [tokens, channels]. Planes read the same bytes: all but one from L1."""
-    rows: tl.constexpr = T * BITS // 8
-    byte = tl.load(p_codes + (block * rows + t % rows)[:, None] * D + d[None, :], mask=mask, other=0).to(tl.int32)
-    return ((byte >> (t // rows * BITS)[:, None]) & ((1 << BITS) - 1)).to(tl.float32)
-
-
-@jit
-def _by_token(
-    p_codes, p_scale, p_zero, block, t, d, mask,
-    BITS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, TABLE: tl.constexpr,
-):  # fmt: skip
-    """Dequantised tokens of a block whose scales are per token and channel group, fp32 [tokens, channels]."""
-    o = (block * T + t)[:, None] * TABLE + (d // (D // TABLE))[None, :]
-    scale = tl.load(p_scale + o, mask=mask, other=0.0).to(tl.float32)
-    zero = tl.load(p_zero + o, mask=mask, other=0.0).to(tl.float32)
-    return _codes(p_codes, block, t, d, mask, BITS, T, D) * scale + zero
-
-
-@jit
-def _rank_tiles(
-    p_a, p_p, p_chunk, block, t, d, seen, DOT: tl.constexpr, RANK: tl.constexpr, T: tl.constexpr, D: tl.constexpr
-):
-    """A [tokens, r] and P [channels, r] of a block, padded with zeros to tiles that can be multiplied."""
-    r = tl.arange(0, 16)
-    chunk = tl.load(p_chunk + block).to(tl.int64)
-    m_r = (r < RANK)[None, :]
-    a = tl.load(p_a + (block * T + t)[:, None] * RANK + r[None, :], mask=seen[:, None] & m_r, other=0.0)
-    p = tl.load(p_p + (chunk * D + d)[:, None] * RANK + r[None, :], mask=(d < D)[:, None] & m_r, other=0.0)
-    return a.to(tl.float32).to(DOT), p.to(tl.float32).to(DOT)
-
-
-@jit
-def _entry_tile(p_at, p_delta, first, count, e, D: tl.constexpr):
-    """Token, channel and delta of entries e of a block; what is no entry has token -1 and delta 0."""
-    real = e < count
-    at = tl.load(p_at + first + e, mask=real, other=0).to(tl.int32)
-    delta = tl.load(p_delta + first + e, mask=real, other=0.0).to(tl.float32)
-    return tl.where(real, at // D, -1), at % D, delta
-
-
-@jit
 def _key_scores(
     p_q, o_q, m_row, q, p_codes, p_scale, p_zero, p_a, p_p, p_chunk, p_first, p_count, p_at, p_delta,
     block, t, d, seen, BITS: tl.constexpr, T: tl.constexpr, D: tl.constexpr, TABLE: tl.constexpr,
@@ -177,21 +136,21 @@ def _key_scores(
     if TABLE == 0:  # scale the query, multiply the codes
         s = tl.load(p_scale + block * D + d, mask=d < D, other=0.0).to(tl.float32)
         z = tl.load(p_zero + block * D + d, mask=d < D, other=0.0).to(tl.float32)
-        half: tl.constexpr = 1 << (BITS - 1)
-        codes = _codes(p_codes, block, t, d, mask, BITS, T, D) - half
-        scores = tl.dot((q * s[None, :]).to(DOT), tl.trans(codes.to(DOT)), input_precision="ieee")
+        half: tl.constexpr = (1 << BITS) // 2
+        own = codes(p_codes, block, t, d, mask, BITS, T, D) - half
+        scores = tl.dot((q * s[None, :]).to(DOT), tl.trans(own.to(DOT)), input_precision="ieee")
         scores += tl.sum(q * (z + half * s)[None, :], 1)[:, None]
     else:
-        keys = _by_token(p_codes, p_scale, p_zero, block, t, d, mask, BITS, T, D, TABLE)
+        keys = by_token(p_codes, p_scale, p_zero, block, t, d, mask, BITS, T, D, TABLE)
         scores = tl.dot(q.to(DOT), tl.trans(keys.to(DOT)), input_precision="ieee")
     if RANK:
-        a, p = _rank_tiles(p_a, p_p, p_chunk, block, t, d, seen, DOT, RANK, T, D)
+        a, p = rank_tiles(p_a, p_p, p_chunk, block, t, d, seen, DOT, RANK, T, D)
         qp = tl.dot(q.to(DOT), p, input_precision="ieee")
         scores += tl.dot(qp.to(DOT), tl.trans(a), input_precision="ieee")
     if SPARSE:
         first, count = tl.load(p_first + block), tl.load(p_count + block)
         for e in range(0, count, BLOCK_E):
-            token, c, delta = _entry_tile(p_at, p_delta, first, count, e + tl.arange(0, BLOCK_E), D)
+            token, c, delta = entry_tile(p_at, p_delta, first, count, e + tl.arange(0, BLOCK_E), D)
             q_e = tl.load(p_q + o_q[:, None] + c[None, :], mask=m_row[:, None], other=0.0).to(tl.float32)
             here = (token[:, None] == t[None, :]).to(tl.float32).to(DOT)  # [BLOCK_E, tokens]
             scores += tl.dot((q_e * delta[None, :]).to(DOT), here, input_precision="ieee")
@@ -206,16 +165,16 @@ def _value_sums(
 ):  # fmt: skip
     """Weights p [queries, tokens] times the values of tokens t of a block, fp32 [queries, channels]."""
     mask = seen[:, None] & (d < D)[None, :]
-    values = _by_token(p_codes, p_scale, p_zero, block, t, d, mask, BITS, T, D, TABLE)
+    values = by_token(p_codes, p_scale, p_zero, block, t, d, mask, BITS, T, D, TABLE)
     sums = tl.dot(p.to(DOT), values.to(DOT), input_precision="ieee")
     if RANK:
-        a, directions = _rank_tiles(p_a, p_p, p_chunk, block, t, d, seen, DOT, RANK, T, D)
+        a, directions = rank_tiles(p_a, p_p, p_chunk, block, t, d, seen, DOT, RANK, T, D)
         pa = tl.dot(p.to(DOT), a, input_precision="ieee")
         sums += tl.dot(pa.to(DOT), tl.trans(directions), input_precision="ieee")
     if SPARSE:
         first, count = tl.load(p_first + block), tl.load(p_count + block)
         for e in range(0, count, BLOCK_E):
-            token, c, delta = _entry_tile(p_at, p_delta, first, count, e + tl.arange(0, BLOCK_E), D)
+            token, c, delta = entry_tile(p_at, p_delta, first, count, e + tl.arange(0, BLOCK_E), D)
             here = (token[:, None] == t[None, :]).to(tl.float32).to(DOT)
             there = (c[:, None] == d[None, :]).to(tl.float32).to(DOT)  # [BLOCK_E, channels]
             p_e = tl.dot(p.to(DOT), tl.trans(here), input_precision="ieee") * delta[None, :]
@@ -307,7 +266,7 @@ def _launch(q, k, v, *, scale, start, length, longest, turn=None, split=None):
     _packed_kernel[(runs * splits, blocks)](
         q, *_arguments(k), *_arguments(v), start, length, centre, rates, positions, *strides, part, part_lse,
         *q.stride()[:3], m, split, splits, runs // B, float(scale) * 1.4426950408889634,
-        GROUP=group, D=D, T=tokens, K_BITS=k.bits, V_BITS=v.bits,
+        GROUP=group, D=D, T=tokens, K_BITS=0 if k.bits == "fp8" else k.bits, V_BITS=0 if v.bits == "fp8" else v.bits,
         K_TABLE=0 if k.scale.shape[1] == 1 else k.scale.shape[2], V_TABLE=v.scale.shape[2],
         K_RANK=0 if k.lowrank is None else k.lowrank.a.shape[2],
         V_RANK=0 if v.lowrank is None else v.lowrank.a.shape[2],
@@ -384,7 +343,7 @@ def _check(q, k, v, start, length, longest, centre):
     if B == 0 or runs == 0 or runs % B or H % (runs // B):
         raise ValueError(f"start has shape {list(start.shape)}; it must be [B * G], B = {B} and G a divisor of H = {H}")
     for name, packed in (("k", k), ("v", v)):
-        check_tensor(f"{name}.codes", packed.codes, (k.blocks, k.block * packed.bits // 8, D), (torch.uint8,), q)
+        check_tensor(f"{name}.codes", packed.codes, (k.blocks, k.block * width(packed.bits) // 8, D), (torch.uint8,), q)
         if packed.lowrank is not None and packed.lowrank.a.shape[2] > 16:
             raise ValueError(f"{name} has rank {packed.lowrank.a.shape[2]}; the kernel takes at most 16")
     if v.scale.shape[1] == 1:

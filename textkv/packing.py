@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from kernels.pack import Packed, channel_group, check_block
+from kernels.pack import Bits, Packed, channel_group, check_block
 from textkv.evidence import Evidence
 from textkv.layer import Layer
 from textkv.method import Capabilities, Method
@@ -38,12 +38,13 @@ if TYPE_CHECKING:
 _ENOUGH = 0.75  # a centre that turns costs the reader sines: its ranges must be this small beside a fixed one's
 _SAMPLE = 512  # tokens of a head on which the two are compared
 
+
 @dataclass(frozen=True)
 class Packer(Method):
     """Base of kivi and gear. A subclass says how tokens become blocks (`encode`).
 
     Attributes:
-        bits: of a code: 2, 4 or 8.
+        bits: of a code: 2, 4 or 8 for integers, "fp8" for 8-bit floats.
         group: tokens that share a key scale in each channel, and make a block; a multiple of 16 up to 128.
         residual: tokens that are packed together, a multiple of `group`; fewer stay exact.
         channels: channels that share a value scale in each token; None = the largest divisor of head_dim up to 64.
@@ -59,7 +60,7 @@ class Packer(Method):
             time and slow heights and widths, so that each block's own zero points take most of a bias away). "none".
     """
 
-    bits: int = 4
+    bits: Bits = 4
     group: int = 64
     residual: int = 64
     channels: int | None = None

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import kernels
-from kernels.pack import LowRank, Sparse
+from kernels.pack import Bits, LowRank, Sparse
 
 SHARED_LIMIT = 99 * 1024  # bytes of one program on the smallest GPUs of compute capability 8.6 and 8.9
 POINTERS = {
@@ -93,7 +93,7 @@ def launch_attention(D: int, group: int, m: int, **options) -> None:
 
 
 def launch_packed(
-    D: int, group: int, m: int, T: int, k_bits: int, v_bits: int, layout: str, corrected: bool, half: int = 0
+    D: int, group: int, m: int, T: int, k_bits: Bits, v_bits: Bits, layout: str, corrected: bool, half: int = 0
 ) -> None:
     blocks = 600 // T + 1
     k = kernels.pack(zeros(2 * blocks, T, D), k_bits, layout=layout)
@@ -120,7 +120,7 @@ def launch_all() -> None:
     launch_attention(80, 1, 1)
     launch_attention(256, 8, 64, causal=True, valid=valid)
     q, k = zeros(1, 8, 32, 128), zeros(1, 2, 600, 128)
-    for bits in ((2, 2), (4, 4), (8, 8)):
+    for bits in ((2, 2), (4, 4), (8, 8), ("fp8", "fp8")):
         launch_packed(128, 7, 1, 64, *bits, "channel", corrected=False)
     launch_packed(128, 8, 1, 64, 2, 2, "channel", corrected=True)
     launch_packed(128, 4, 64, 64, 2, 2, "token", corrected=True)

@@ -53,6 +53,27 @@ def test_every_code_survives_in_every_place(bits):
         assert (planes[token % rows] >> (token // rows * bits) & (2**bits - 1)).tolist() == codes[token].tolist()
 
 
+@LAYOUTS
+def test_8_bit_floats_equal_the_formula_group_by_group(layout):
+    x = torch.randn(2, 16, 12) * torch.linspace(0.1, 9, 12) + torch.linspace(-3, 40, 12)
+    x[0, 3, 5] = 900.0
+    packed = pack(x, "fp8", layout=layout, group=4 if layout == "token" else None)
+    assert packed.codes.shape == x.shape and packed.block == 16
+    shape = (2, 1, 16, 12, 1) if layout == "channel" else (2, 16, 1, 3, 4)
+    parts = x.view(shape)
+    mean = parts.mean((2, 4), keepdim=True).half().float()
+    scale = ((parts - mean).abs().amax((2, 4), keepdim=True) / 448).half().float()
+    wanted = ((parts - mean) / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale + mean
+    torch.testing.assert_close(unpack(packed), wanted.view(x.shape), rtol=0, atol=1e-5)
+
+
+def test_8_bit_floats_keep_small_numbers_beside_a_large_one():
+    x = torch.randn(1, 64, 1)
+    x[0, 7] = 500.0
+    errors = [(unpack(pack(x, bits, layout="channel")) - x)[0, :7].abs().mean() for bits in ("fp8", 8)]
+    assert errors[0] < errors[1]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 2**31), st.sampled_from([2, 4, 8]), st.sampled_from(["channel", "token"]),
@@ -170,7 +191,7 @@ X = torch.zeros(1, 16, 8)
     [
         (X[0], 4, {}, r"x has shape \[16, 8\]; it must be \[N, T, D\]"),
         (X.double(), 4, {}, "x is float64; it must be float16 or bfloat16 or float32"),
-        (X, 3, {}, "bits=3 cannot be packed; use 2, 4 or 8"),
+        (X, 3, {}, "bits=3 cannot be packed; use 2, 4, 8 or 'fp8'"),
         (X[:, :12], 4, {}, "a group of 12 tokens cannot be packed; use a multiple of 16 up to 128"),
         (torch.zeros(1, 144, 8), 4, {}, "a group of 144 tokens cannot be packed"),
         (X, 4, {"layout": "token", "group": 3}, "a group of 3 channels does not divide head_dim 8; use 8"),

@@ -89,7 +89,7 @@ def check(q, k, v, rows, scale, backend, tolerance=None, **centre):
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("keys", ["channel", "token"])
-@pytest.mark.parametrize("bits", [(2, 2), (4, 4), (8, 8), (4, 2)])
+@pytest.mark.parametrize("bits", [(2, 2), (4, 4), (8, 8), (4, 2), ("fp8", "fp8"), (4, "fp8")])
 def test_equals_attention_over_what_is_unpacked(backend, keys, bits, interpreted):
     k, v, rows = cache((48, 16, 7, 33), bits=bits, keys=keys)
     check(randn(2, 4, 1, 32), k, v, rows, 0.2, backend)

@@ -22,7 +22,8 @@ from textkv.segments.packed import blocks_of
 @register("kivi")
 @dataclass(frozen=True)
 class Kivi(Packer):
-    """bits + 32 / 64 bits per element at head_dim 128: 4.5 for `kivi(4)`, 2.5 for `kivi(2)`.
+    """bits + 32 / 64 bits per element at head_dim 128: 4.5 for `kivi(4)`, 2.5 for `kivi(2)`, 8.5 for `kivi(8)` and for
+    `kivi('fp8')`, the same groups in 8-bit floats.
 
     The authors advise 4 bits for models with grouped query heads, 2 without; their tables use group=32, residual=128.
     """

@@ -323,7 +323,7 @@ def test_where_positions_do_not_turn_keys_the_centre_stays_fixed_or_is_refused(m
 @pytest.mark.parametrize(
     "method, message",
     [
-        ("kivi(3)", "bits=3 cannot be packed; use 2, 4 or 8"),
+        ("kivi(3)", "bits=3 cannot be packed; use 2, 4, 8 or 'fp8'"),
         ("kivi(4,group=20)", "a group of 20 tokens cannot be packed; use a multiple of 16 up to 128"),
         ("kivi(4,residual=100)", "residual=100 is no multiple of group=64; use 128"),
         ("kivi(4,residual=0)", "residual=0 is no multiple of group=64; use 64"),
