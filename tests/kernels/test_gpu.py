@@ -110,7 +110,10 @@ def test_confidence(n, V, dtype, poison):
 
 
 @DTYPES
-@pytest.mark.parametrize("bits, layout, D, m", [(2, "channel", 128, 1), (4, "channel", 80, 1), (8, "token", 256, 300)])
+@pytest.mark.parametrize(
+    "bits, layout, D, m",
+    [(2, "channel", 128, 1), ("fp8", "channel", 128, 1), (4, "channel", 80, 1), (8, "token", 256, 300)],
+)
 @pytest.mark.parametrize("corrected", [False, True])
 def test_packed_attention(bits, layout, D, m, corrected, dtype, poison):
     k, v = pack(randn(600, 64, D), bits, layout=layout), pack(randn(600, 64, D), bits, layout="token")
@@ -131,6 +134,21 @@ def test_packed_attention(bits, layout, D, m, corrected, dtype, poison):
         packed_attention(q, k, v, scale=D**-0.5, **rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@DTYPES
+@pytest.mark.parametrize("D, half", [(128, 64), (80, 20), (256, 128)])
+def test_packed_attention_with_a_turning_centre(D, half, dtype, poison):
+    k, v = pack(randn(600, 64, D), 4, layout="channel"), pack(randn(600, 64, D), 4, layout="token")
+    rates = 1e4 ** -(torch.arange(half, device="cuda") / half)
+    rows = {
+        "start": torch.tensor([0, 500], device="cuda"), "longest": 30_000,
+        "length": torch.tensor([30_000, 1000], device="cuda", dtype=torch.int32),
+        "centre": 20 * randn(2, D), "rates": rates.expand(2, -1),
+        "positions": torch.arange(30_000, device="cuda", dtype=torch.int32).expand(1, 1, -1),
+    }  # fmt: skip
+    q = randn(1, 14, 1, D, dtype=dtype) / 20
+    assert_same(packed_attention, q, k, v, scale=1.0, **rows, tolerance=TOLERANCE[dtype])
 
 
 @DTYPES
