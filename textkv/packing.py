@@ -54,11 +54,11 @@ class Packer(Method):
             head; keys with a large constant part do not lose their differences to float16. "turned": the mean of the
             keys turned back by their positions, turned again for each key. A bias of the key projection (Qwen2,
             Qwen2.5) turns with the position as keys do: on fast frequencies it sweeps its whole size within a block,
-            which a constant does not take away. 2 * R more bytes a head, for R rotary dims; under M-RoPE 12 more a
-            token, whose rotary positions its index does not tell, in each layer that has such heads (and as many in
-            the cache, whether or not one has). "auto": turned in the heads where that makes the ranges of keys in a
-            block, hence the steps of codes, smaller by a quarter; fixed in the others, and where frequencies change
-            with the length, so that nothing kept could tell how a key is turned. "none".
+            which a constant does not take away. 2 * R more bytes a head, for R rotary dims. Under M-RoPE a token's
+            index does not tell how its keys are turned: 12 more a token for the cache, and for each layer with such
+            heads (a token and head where each keeps its own). "auto": turned in the heads where that makes the ranges
+            of keys in a block, hence the steps of codes, smaller by a quarter; fixed in the others, and where
+            frequencies change with the length, so that nothing kept could tell how a key is turned. "none".
     """
 
     bits: Bits = 4

@@ -52,9 +52,10 @@ class Places:
         Args:
             rows: int64 [batch], which row of the cache each is of; None = its own number.
         """
-        table = self.table if rows is None else self.table.index_select(1, rows.to(self.table.device))
-        index = logical.clamp(min=0).long().flatten(1).expand(3, -1, -1)
-        return table.gather(2, index).unflatten(2, logical.shape[1:])
+        device = self.table.device  # the first layer's; another may lie elsewhere
+        table = self.table if rows is None else self.table.index_select(1, rows.to(device))
+        index = logical.to(device).clamp(min=0).long().flatten(1).expand(3, -1, -1)
+        return table.gather(2, index).unflatten(2, logical.shape[1:]).to(logical.device)
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Keeps these rows, in this order."""

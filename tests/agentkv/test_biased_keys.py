@@ -47,11 +47,11 @@ def attention_outputs(model, method, budget: float) -> list[torch.Tensor]:
     return [torch.cat(own, 1) for own in seen]
 
 
-def error(model, method, against: str = "full", budget: float = 1.0) -> float:
-    """Mean over layers of |ours - truth| / |truth|."""
+def errors(model, method, against: str = "full", budget: float = 1.0) -> list[float]:
+    """Of each layer, |ours - truth| / |truth|."""
     ours, true = attention_outputs(model, method, budget), attention_outputs(model, against, budget)
     assert all(bool(x.isfinite().all()) for x in ours)
-    return sum(float((a - b).norm() / b.norm()) for a, b in zip(ours, true, strict=True)) / len(ours)
+    return [float((a - b).norm() / b.norm()) for a, b in zip(ours, true, strict=True)]
 
 
 @torch.no_grad()
@@ -86,12 +86,16 @@ def test_a_bias_costs_stored_keys_nothing(model_of, pairs, method, against, budg
         assert with_bias < 0.2 * key_errors(model, method.format(",centre='fixed'"), budget)
 
 
-@pytest.mark.parametrize("pairs, limit", [("all", 0.35), ("time", 0.45), ("heights and widths", 0.2), ("slow", 0.15)])
+@pytest.mark.parametrize("pairs", ["all", "time", "slow"])
 @pytest.mark.parametrize("method, against, budget", METHODS)
-def test_a_bias_leaves_four_bits_usable(model_of, pairs, limit, method, against, budget):  # noqa: F811
-    """The scores of a biased model are sharper: keys stored as well weigh more in what it attends to."""
-    model = biased(model_of("qwen2_5_vl"), PAIRS[pairs])
-    ours = error(model, method.format(""), against, budget)
-    assert ours < limit < 0.5 * error(model, PerToken(4, group=16, residual=16))
+def test_a_bias_leaves_four_bits_usable(model_of, pairs, method, against, budget):  # noqa: F811
+    """Behind the first layer hidden states are off by what its values lose, and queries off by that meet the whole
+    bias: no way to store keys mends it."""
+    plain = model_of("qwen2_5_vl")
+    model = biased(plain, PAIRS[pairs])
+    without, ours = errors(plain, method.format(""), against, budget), errors(model, method.format(""), against, budget)
+    fixed, wrong_axis = method.format(",centre='fixed'"), PerToken(4, group=16, residual=16)
+    assert ours[0] < 1.25 * without[0] < 0.6 * errors(model, wrong_axis)[0]
+    assert sum(ours) < 0.6 * sum(errors(model, wrong_axis))
     if pairs != "slow":
-        assert ours < 0.55 * error(model, method.format(",centre='fixed'"), against, budget)
+        assert sum(ours) < 0.55 * sum(errors(model, fixed, against, budget))
