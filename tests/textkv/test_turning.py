@@ -111,8 +111,10 @@ class Talk:
         )  # fmt: skip
         self.tokens = self.mask.sum(1).tolist()
 
-    def read(self, method=TURNED) -> MethodCache:
+    def read(self, method=TURNED, deaf: bool = False) -> MethodCache:
         cache = MethodCache(self.model, method)
+        if deaf:
+            cache._probes._finalizer()
         with torch.no_grad():
             self.model(**self.inputs, attention_mask=self.mask, position_ids=self.rope, past_key_values=cache)
         return cache
@@ -185,6 +187,15 @@ def test_keys_are_stored_as_well_as_without_turning(talk, method):
     scored = method.replace("adakv", "snapkv+adakv")
     ours, fixed = list(error(scored)), list(error(scored.replace("turned", "fixed")))
     assert max(ours) < 0.01 and sum(ours) < 1.5 * sum(fixed)
+
+
+def test_positions_that_no_probe_saw_are_taken_for_the_index(talk):
+    cache, whole = talk.read(deaf=True), talk.read("full")
+    every = torch.arange(talk.tokens[0]).expand(3, -1).int()
+    assert torch.equal(cache.places.table[:, 0, : talk.tokens[0]], every)
+    held, true = cache.layers[0].stored(), whole.layers[0].stored()
+    assert torch.equal(held.positions[0], true.positions[0])
+    torch.testing.assert_close(held.keys[0], true.keys[0], rtol=0, atol=0.2)  # a coarser code, still of the same keys
 
 
 def test_copies_go_on_alike(talk, tmp_path):
