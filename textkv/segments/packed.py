@@ -179,7 +179,8 @@ class PackedSegment(Segment):
 
     @classmethod
     def from_state(cls, state: dict) -> PackedSegment:
-        segment = cls(getattr(torch, state["dtype"]), state.get("centre"), state.get("rates"), state.get("axes"))
+        segment = cls(getattr(torch, state["dtype"]), state.get("centre"))  # a subclass may have other parameters
+        segment.rates, segment.axes = state.get("rates"), state.get("axes")
         for i, plain in enumerate(state["slabs"]):
             own = {key.removeprefix(f"{i}."): x for key, x in state.items() if key.startswith(f"{i}.")}
             k, v = (
