@@ -5,6 +5,8 @@
 with q and c cut into the halves of the R rotary dims. The two products are made once per query; a tile of tokens needs
 its cosines and sines only, which are never stored. Angles are fp32 products, as the models form them: what was turned
 by them when it was subtracted must be turned by the same when it comes back.
+
+Under M-RoPE a token has three positions (time, height, width), and p is for each frequency that of its own axis.
 """
 
 from __future__ import annotations
@@ -15,11 +17,15 @@ import torch.nn.functional as F
 from kernels._backend import check_tensor, jit, tl
 
 
-def turned_scores(q, centre, rates, positions, tile):
-    """q [runs, x, D] against the turned centres of the tokens `tile` of each run -> fp32 [runs, x, tokens]."""
+def turned_scores(q, centre, rates, positions, axes, tile):
+    """q [runs, x, D] against the turned centres of the tokens `tile` of each run -> fp32 [runs, x, tokens].
+
+    positions are [1 or 3, B, G or 1, n], as `check_turn` returns them.
+    """
     half = rates.shape[1]
-    shown = positions[..., tile].expand(-1, len(q) // len(positions), -1).flatten(0, 1)
-    angle = shown.float()[:, None] * rates[:, :, None]
+    shown = positions[..., tile].expand(-1, -1, len(q) // positions.shape[1], -1).flatten(1, 2).float()
+    shown = (shown if axes is None else shown[axes.long()]).movedim(0, 1)  # [runs, 1 or R / 2, tokens]
+    angle = shown * rates[:, :, None]
     (q1, q2), (c1, c2) = (x[..., : 2 * half].unflatten(-1, (2, half)).unbind(-2) for x in (q, centre[:, None]))
     scores = (q1 * c1 + q2 * c2) @ angle.cos() + (q2 * c1 - q1 * c2) @ angle.sin()
     # positions may end before the last tile does
@@ -27,8 +33,12 @@ def turned_scores(q, centre, rates, positions, tile):
 
 
 @jit
-def turned_products(p_q, o_q, m_row, p_centre, p_rate, run, D: tl.constexpr, HALF: tl.constexpr, BLOCK_F: tl.constexpr):
-    """What cos and sin of a token's angles [frequencies] are multiplied with: fp32 [queries, frequencies] each."""
+def turned_products(
+    p_q, o_q, m_row, p_centre, p_rate, p_axis, run,
+    D: tl.constexpr, HALF: tl.constexpr, AXES: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """What cos and sin of a token's angles [frequencies] are multiplied with: fp32 [queries, frequencies] each; then
+    rate and axis of the frequencies."""
     f = tl.arange(0, BLOCK_F)
     real = f < HALF
     c_1 = tl.load(p_centre + run * D + f, mask=real, other=0.0)[None, :]
@@ -37,30 +47,48 @@ def turned_products(p_q, o_q, m_row, p_centre, p_rate, run, D: tl.constexpr, HAL
     q_1 = tl.load(p_q + o_q[:, None] + f[None, :], mask=mask, other=0.0).to(tl.float32)
     q_2 = tl.load(p_q + o_q[:, None] + HALF + f[None, :], mask=mask, other=0.0).to(tl.float32)
     rate = tl.load(p_rate + run * HALF + f, mask=real, other=0.0)
-    return q_1 * c_1 + q_2 * c_2, q_2 * c_1 - q_1 * c_2, rate
+    axis = tl.zeros([BLOCK_F], tl.int32)
+    if AXES == 3:
+        axis = tl.load(p_axis + f, mask=real, other=0)
+    return q_1 * c_1 + q_2 * c_2, q_2 * c_1 - q_1 * c_2, rate, axis
 
 
 @jit
-def turned_tile(with_cos, with_sin, rate, p_positions, j, seen):
+def turned_tile(with_cos, with_sin, rate, axis, p_positions, s_pa, j, seen, AXES: tl.constexpr):
     """Queries . turned centres of tokens j, fp32 [queries, tokens]. Centres are large: their products stay fp32."""
-    position = tl.load(p_positions + j, mask=seen, other=0).to(tl.float32)
-    angle = rate[:, None] * position[None, :]
+    time = tl.load(p_positions + j, mask=seen, other=0).to(tl.float32)
+    if AXES == 3:
+        # three rows and a choice between them: a gather would load one number per frequency and token
+        height = tl.load(p_positions + s_pa + j, mask=seen, other=0).to(tl.float32)
+        width = tl.load(p_positions + 2 * s_pa + j, mask=seen, other=0).to(tl.float32)
+        own = tl.where(axis[:, None] == 1, height[None, :], time[None, :])
+        angle = rate[:, None] * tl.where(axis[:, None] == 2, width[None, :], own)
+    else:
+        angle = rate[:, None] * time[None, :]
     scores = tl.dot(with_cos, tl.cos(angle), input_precision="tf32x3")
     return scores + tl.dot(with_sin, tl.sin(angle), input_precision="tf32x3")
 
 
-def check_turn(q, centre, rates, positions, longest):
-    """Raise ValueError on bad arguments of a centre that turns."""
+def check_turn(q, centre, rates, positions, axes, longest):
+    """Raise ValueError on bad arguments of a centre that turns; return the positions as [1 or 3, B, G or 1, n]."""
     if centre is None or positions is None:
         raise ValueError("rates turn a centre by the tokens' positions; pass centre and positions with them")
     runs, batch = len(centre), q.shape[0]
     check_tensor("rates", rates, (runs, "R/2"), (torch.float32,), q)
     if not 1 <= rates.shape[1] <= q.shape[-1] // 2:
         raise ValueError(f"rates has shape {list(rates.shape)}; the limit is D / 2 = {q.shape[-1] // 2} pairs of dims")
-    check_tensor("positions", positions, (batch, "G or 1", "n"), (torch.int32,), q)
-    groups, n = positions.shape[1:]
-    if groups not in (1, runs // batch) or n < longest or positions.stride(2) != 1:
+    lead = () if axes is None else (3,)
+    check_tensor("positions", positions, (*lead, batch, "G or 1", "n"), (torch.int32,), q)
+    groups, n = positions.shape[-2:]
+    if groups not in (1, runs // batch) or n < longest or positions.stride(-1) != 1:
+        first = ", ".join(map(str, (*lead, batch)))
         raise ValueError(
-            f"positions has shape {list(positions.shape)}; it must be [{batch}, {runs // batch} or 1, n >= {longest}], "
+            f"positions has shape {list(positions.shape)}; it must be [{first}, {runs // batch} or 1, n >= {longest}], "
             "dense in n"
         )
+    if axes is None:
+        return positions[None]
+    check_tensor("axes", axes, (rates.shape[1],), (torch.int32,), q)
+    if axes.device.type == "cpu" and not bool(((axes >= 0) & (axes < 3)).all()):
+        raise ValueError(f"axes holds {axes.unique().tolist()}; a frequency turns with axis 0 (t), 1 (h) or 2 (w)")
+    return positions

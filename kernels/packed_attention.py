@@ -11,7 +11,7 @@ first length[r] tokens count. Dense caches are the case of equal runs. Rules of 
 - low rank: q . (A P^T) = (q P) A^T and p (A P^T) = (p A) P^T, r numbers per query instead of T x D;
 - sparse: entry (j, c) adds q[c] delta to score j, and p[j] delta to channel c of the output;
 - a centre common to all keys of a run adds the same number to all their scores: it changes only the lse;
-- a centre that turns with the token's position, as RoPE turns a key bias, costs sines (see `kernels._turning`).
+- a centre that turns with the token's position, as RoPE and M-RoPE turn a key bias, costs sines (`kernels._turning`).
 
 Floor in bytes: codes, scales and corrections of the visible tokens, once, whatever the number of query heads.
 """
@@ -186,12 +186,12 @@ def _value_sums(
 def _packed_kernel(
     p_q, k_codes, k_scale, k_zero, k_a, k_p, k_chunk, k_first, k_count, k_at, k_delta,
     v_codes, v_scale, v_zero, v_a, v_p, v_chunk, v_first, v_count, v_at, v_delta,
-    p_start, p_length, p_centre, p_rate, p_positions, s_pb, s_pg, p_out, p_lse, s_qb, s_qh, s_qm, m, split, splits,
-    groups, scale_log2,
+    p_start, p_length, p_centre, p_rate, p_axis, p_positions, s_pa, s_pb, s_pg, p_out, p_lse, s_qb, s_qh, s_qm,
+    m, split, splits, groups, scale_log2,
     GROUP: tl.constexpr, D: tl.constexpr, T: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr,
-    K_SPARSE: tl.constexpr, V_SPARSE: tl.constexpr, HALF: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
+    K_SPARSE: tl.constexpr, V_SPARSE: tl.constexpr, HALF: tl.constexpr, AXES: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """One split of one run against one block of its m * GROUP query rows -> p_out [run * splits + part, rows, D]."""
     run, part = tl.program_id(0) // splits, tl.program_id(0) % splits
@@ -209,7 +209,9 @@ def _packed_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HALF:
-        with_cos, with_sin, rate = turned_products(p_q, o_q, i < m, p_centre, p_rate, run, D, HALF, BLOCK_F)
+        with_cos, with_sin, rate, axis = turned_products(
+            p_q, o_q, i < m, p_centre, p_rate, p_axis, run, D, HALF, AXES, BLOCK_F
+        )
         p_positions += b * s_pb + g * s_pg
     for low in range(begin, end, BLOCK_T):  # a tile lies within one block: BLOCK_T divides T
         block = first + low // T
@@ -221,7 +223,7 @@ def _packed_kernel(
         )  # fmt: skip
         if HALF:
             j = low + tl.arange(0, BLOCK_T)
-            scores += turned_tile(with_cos, with_sin, rate, p_positions, j, seen)
+            scores += turned_tile(with_cos, with_sin, rate, axis, p_positions, s_pa, j, seen, AXES)
         scores = tl.where(seen[None, :], scores * scale_log2, float("-inf"))
         p, decay, top, total = softmax_step(scores, top, total)
         acc = acc * decay[:, None] + _value_sums(
@@ -261,17 +263,17 @@ def _launch(q, k, v, *, scale, start, length, longest, turn=None, split=None):
     out, lse = q.new_empty((B, H, m, D)), q.new_empty((B, H, m), dtype=torch.float32)
     part = out if splits == 1 else q.new_empty((runs * splits, query_rows, D), dtype=torch.float32)
     part_lse = lse if splits == 1 else q.new_empty((runs * splits, query_rows), dtype=torch.float32)
-    centre, rates, positions = turn or (None, None, None)
-    strides = (0, 0) if turn is None else positions.expand(-1, runs // B, -1).stride()[:2]
+    centre, rates, positions, axes = turn or (None, None, None, None)
+    strides = (0, 0, 0) if turn is None else positions.expand(-1, -1, runs // B, -1).stride()[:3]
     _packed_kernel[(runs * splits, blocks)](
-        q, *_arguments(k), *_arguments(v), start, length, centre, rates, positions, *strides, part, part_lse,
+        q, *_arguments(k), *_arguments(v), start, length, centre, rates, axes, positions, *strides, part, part_lse,
         *q.stride()[:3], m, split, splits, runs // B, float(scale) * 1.4426950408889634,
         GROUP=group, D=D, T=tokens, K_BITS=0 if k.bits == "fp8" else k.bits, V_BITS=0 if v.bits == "fp8" else v.bits,
         K_TABLE=0 if k.scale.shape[1] == 1 else k.scale.shape[2], V_TABLE=v.scale.shape[2],
         K_RANK=0 if k.lowrank is None else k.lowrank.a.shape[2],
         V_RANK=0 if v.lowrank is None else v.lowrank.a.shape[2],
-        K_SPARSE=k.sparse is not None, V_SPARSE=v.sparse is not None, HALF=half, DOT=dot_dtype(q),
-        BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_E=32,
+        K_SPARSE=k.sparse is not None, V_SPARSE=v.sparse is not None, HALF=half,
+        AXES=1 if axes is None else 3, DOT=dot_dtype(q), BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_E=32,
         BLOCK_F=triton.next_power_of_2(max(16, half)),
         num_warps=8 if block_m * block_d > 4096 else 4, num_stages=2,
     )  # fmt: skip
@@ -295,6 +297,7 @@ def packed_attention(
     centre: torch.Tensor | None = None,
     rates: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    axes: torch.Tensor | None = None,
     _backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to packed tokens, all of which lie before the queries; return `(out, lse)`.
@@ -310,7 +313,10 @@ def packed_attention(
         centre: float32 [B * G, D], what was subtracted from all keys of a run before packing, or None.
         rates: float32 [B * G, R / 2] with R <= D: the centre had been turned for each key, in radians per position and
             pair of dims (f, f + R / 2); the dims from R on stood still. None = all did.
-        positions: int32 [B, G or 1, n] with n >= longest: of token j of a run in column j. With rates.
+        positions: int32 [B, G or 1, n] with n >= longest: of token j of a run in column j. With rates; with axes
+            [3, B, G or 1, n], its time, height and width.
+        axes: int32 [R / 2], under M-RoPE the axis (0 t, 1 h, 2 w) whose position turns each pair (see
+            `kernels.rotate.frequency_axes`); None = a token has one position.
 
     Returns:
         out [B, H, m, D] in q's dtype and lse [B, H, m] in float32, the natural log, scale applied. A query of a run
@@ -322,8 +328,9 @@ def packed_attention(
     _check(q, k, v, start, length, longest, centre)
     turn, still = None, 0
     if rates is not None:
-        check_turn(q, centre, rates, positions, longest)
-        turn, still = (centre.contiguous(), rates.contiguous(), positions), 2 * rates.shape[1]
+        positions = check_turn(q, centre, rates, positions, axes, longest)
+        axes = None if axes is None else axes.contiguous()
+        turn, still = (centre.contiguous(), rates.contiguous(), positions, axes), 2 * rates.shape[1]
     run = _launch if use_triton(q, _backend) and q.numel() else reference
     out, lse = run(q, k, v, scale=scale, start=start, length=length, longest=longest, turn=turn)
     if centre is not None and still < q.shape[-1]:

@@ -26,8 +26,10 @@ from textkv.budgets import Budget
 from textkv.evidence import Spans
 from textkv.layer import ATTENTION, Layer
 from textkv.method import Method, resolve_method
-from textkv.probes import Probes, key_frequencies, text_config, text_rotary
+from textkv.probes import Probes, key_turning, rotary_axes, text_config, text_rotary
 from textkv.report import CacheReport, report
+from textkv.segments.base import NewTokens
+from textkv.turning import Places, Turning
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class MethodCache(Cache):
         self.seconds: dict[str, float] = {}
         self.peak_bytes = 0
         self.at_rest: AtRest | None = None
+        self.places: Places | None = None
         self._layer_bytes = [0] * self._config.num_hidden_layers
         super().__init__(layers=[Layer(i, self) for i in range(self._config.num_hidden_layers)])
         self.bind(model)
@@ -84,6 +87,8 @@ class MethodCache(Cache):
         self._model = weakref.ref(model)
         self.inv_freq = text_rotary(model).inv_freq if self.needs.rope else None
         self.rope_positions: torch.Tensor | None = None
+        if self.places is None and self.needs.turning and rotary_axes(model) is not None:
+            self.places = Places()
         self._probes = Probes(model, self, self.needs)
 
     @property
@@ -91,13 +96,13 @@ class MethodCache(Cache):
         """Configuration of the model's text decoder."""
         return self._config
 
-    def key_frequencies(self) -> torch.Tensor:
-        """The rotary frequencies fp32 [R / 2] with which a token's index in its row turns its keys.
+    def key_turning(self) -> Turning:
+        """How the model's keys turn with their positions. Only a method whose `needs` say so may ask under M-RoPE.
 
         Raises:
-            ValueError: the model's keys turn otherwise; the message says how.
+            ValueError: no table of frequencies tells it; the message says why.
         """
-        return key_frequencies(self._model())
+        return key_turning(self._model(), self.places)
 
     def check_attention(self) -> None:
         """Raises ValueError if the model was switched away from our attention implementation."""
@@ -140,10 +145,15 @@ class MethodCache(Cache):
 
     # ---- what a layer calls ------------------------------------------------------------------------------------
 
+    def note_places(self, layer: Layer, new: NewTokens) -> None:
+        """A layer has numbered the tokens of a forward; the first one tells where all layers' keys are turned to."""
+        if self.places is not None and layer.index == 0:
+            self.places.write(new.positions, layer.seen + new.positions.shape[1])
+
     def note_bytes(self, layer: Layer) -> None:
         """Counts a layer's bytes at a moment when they may be at their highest."""
         self._layer_bytes[layer.index] = layer.kv_bytes()
-        self.peak_bytes = max(self.peak_bytes, sum(self._layer_bytes))
+        self.peak_bytes = max(self.peak_bytes, sum(self._layer_bytes) + self._places_bytes())
 
     def after_step(self, layer: Layer, prompt_ended: bool) -> None:
         """A layer is done with a forward."""
@@ -171,7 +181,10 @@ class MethodCache(Cache):
 
     def kv_bytes(self) -> int:
         """Bytes held now: every storage that the cache keeps alive, counted once."""
-        return sum(layer.kv_bytes() for layer in self.layers)
+        return sum(layer.kv_bytes() for layer in self.layers) + self._places_bytes()
+
+    def _places_bytes(self) -> int:
+        return 0 if self.places is None else self.places.kv_bytes()
 
     def full_bytes(self) -> int:
         """Bytes of K and V that a cache without eviction would hold now."""
@@ -184,6 +197,30 @@ class MethodCache(Cache):
     def report(self) -> CacheReport:
         """Bytes, tokens seen and stored per layer and head, seconds per hook."""
         return report(self)
+
+    # ---- rows --------------------------------------------------------------------------------------------------
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._take_places(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.places is not None and self.places.table is not None:
+            self._take_places(torch.arange(self.places.table.shape[1]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._take_places(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def reset(self) -> None:
+        super().reset()
+        if self.places is not None:
+            self.places = Places()
+
+    def _take_places(self, rows: torch.Tensor) -> None:
+        if self.places is not None:
+            self.places.take_rows(rows)
 
     # ---- copies ------------------------------------------------------------------------------------------------
 

@@ -179,6 +179,7 @@ class Layer(CacheLayerMixin):
             mask: bool [batch, seen + m] padding mask, True = real token; None = no padding.
         """
         new, self.scale = self._new_tokens(q, k, v, scale, mask), scale
+        self.cache.note_places(self, new)
         m = q.shape[2]
         target = self.cache.block_end
         prompt = m > 1 or self.seen == 0 or self.seen < target

@@ -35,6 +35,7 @@ class Needs:
         query_moments: mean and covariance of the block's queries as they were before the rotary embedding, leaving out
             each row's first `query_moments` tokens; None = not asked for. Needs `rope` to turn the queries back.
         query_peaks: the largest magnitude of each channel of the block's post-RoPE queries.
+        turning: where each token's keys were turned to, for as long as the cache lives (`MethodCache.key_turning`).
 
     Raises:
         ValueError: query_moments without rope, or negative.
@@ -47,6 +48,7 @@ class Needs:
     columns: bool = False
     query_moments: int | None = None
     query_peaks: bool = False
+    turning: bool = False
 
     def __post_init__(self) -> None:
         if self.query_moments is not None and (self.query_moments < 0 or not self.rope):
@@ -64,6 +66,7 @@ class Needs:
             columns=self.columns or other.columns,
             query_moments=max((x.query_moments for x in (self, other) if x.query_moments is not None), default=None),
             query_peaks=self.query_peaks or other.query_peaks,
+            turning=self.turning or other.turning,
         )
 
 

@@ -24,13 +24,14 @@ import torch
 from kernels.pack import Bits, Packed, channel_group, check_block
 from textkv.evidence import Evidence
 from textkv.layer import Layer
-from textkv.method import Capabilities, Method
+from textkv.method import Capabilities, Method, Needs
 from textkv.segments.base import Segment, Stored
 from textkv.segments.dense import DenseSegment
-from textkv.segments.packed import PackedSegment, turned
+from textkv.segments.packed import PackedSegment
 from textkv.segments.ragged import RaggedSegment
 from textkv.segments.split import Part, SplitSegment
 from textkv.segments.stack import StackSegment
+from textkv.turning import Turning, turned
 
 if TYPE_CHECKING:
     from textkv.cache import MethodCache
@@ -53,11 +54,11 @@ class Packer(Method):
             head; keys with a large constant part do not lose their differences to float16. "turned": the mean of the
             keys turned back by their positions, turned again for each key. A bias of the key projection (Qwen2,
             Qwen2.5) turns with the position as keys do: on fast frequencies it sweeps its whole size within a block,
-            which a constant does not take away. 2 * R more bytes a head, for R rotary dims. "auto": turned in the heads
-            where that makes the ranges of keys in a block, hence the steps of codes, smaller by a quarter; fixed in
-            the others, and where a token's index does not tell how its key is turned (frequencies that change with the
-            length; M-RoPE, whose text tokens lie off their index behind an image. There a block of image tokens has one
-            time and slow heights and widths, so that each block's own zero points take most of a bias away). "none".
+            which a constant does not take away. 2 * R more bytes a head, for R rotary dims. Under M-RoPE a token's
+            index does not tell how its keys are turned: 12 more a token for the cache, and for each layer with such
+            heads (a token and head where each keeps its own). "auto": turned in the heads where that makes the ranges
+            of keys in a block, hence the steps of codes, smaller by a quarter; fixed in the others, and where
+            frequencies change with the length, so that nothing kept could tell how a key is turned. "none".
     """
 
     bits: Bits = 4
@@ -96,6 +97,9 @@ class Packer(Method):
             prompt: whether this is the end of a prompt block; else a full buffer of decoded tokens.
         """
 
+    def needs(self) -> Needs:
+        return super().needs() | Needs(turning=self.centre in ("auto", "turned"))
+
     @property
     def evicts(self) -> bool:
         return self.inner is not None and self.inner.evicts
@@ -104,10 +108,10 @@ class Packer(Method):
         """Check that groups and centre fit the model.
 
         Raises:
-            ValueError: `channels` does not divide head_dim, or centre="turned" and positions do not turn keys.
+            ValueError: `channels` does not divide head_dim, or centre="turned" and no table tells how keys turn.
         """
         check_block(self.bits, self.group, layer.head_dim, self.channels or channel_group(layer.head_dim))
-        self._frequencies(layer)
+        self._turning(layer)
         if self.inner is not None:
             self.inner.on_start(layer)
 
@@ -153,12 +157,17 @@ class Packer(Method):
             if not isinstance(segment, DenseSegment | StackSegment):
                 continue
             inner = segment.segments if isinstance(segment, StackSegment) else [segment]
-            packed = self._packed(layer, inner, prompt, partial(_unit_name, layer.index, part))
+            packed = self._packed(layer, inner, prompt, partial(_unit_name, layer.index, part), part.row)
             if packed is not None:
                 part.segment = StackSegment(packed)
 
     def _packed(
-        self, layer: Layer, segments: list[Segment], prompt: bool, name: Callable[[int, int], str]
+        self,
+        layer: Layer,
+        segments: list[Segment],
+        prompt: bool,
+        name: Callable[[int, int], str],
+        rows: torch.Tensor | None = None,
     ) -> list[Segment] | None:
         """The segments with all whole multiples of `residual` tokens packed; None if no head has that many.
 
@@ -166,6 +175,7 @@ class Packer(Method):
             layer: whose they are.
             segments: a buffer, or packed tokens and a buffer.
             name: says which head of the model a row and head of the segments are.
+            rows: int64 [batch], which row of the cache a row of the segments is; None = they are the same.
 
         Raises:
             ValueError: NaN or inf in what is to be packed, or values beyond float16.
@@ -176,23 +186,25 @@ class Packer(Method):
             return None
         held = buffer.stored()
         _check_values(held, name)
-        taken = _first(held, counts)
+        taken, turning = _first(held, counts), self._turning(layer)
         if not isinstance(packed, PackedSegment):
-            packed = PackedSegment(held.keys.dtype, *self._centre(held, counts, self._frequencies(layer)))
+            packed = PackedSegment(held.keys.dtype, *self._centre(held, counts, turning, rows))
         positions = taken.positions
         if bool((positions == positions[:, :1]).all()):
             positions = positions[:, :1]
-        keys = (taken.keys.float() - packed.centres(positions)) * (positions >= 0)[..., None]
+        places = None if packed.axes is None else turning.at(positions, rows)
+        centres = packed.centres(positions if places is None else places)
+        keys = (taken.keys.float() - centres) * (positions >= 0)[..., None]
         keys, values = keys.flatten(0, 1), taken.values.float().flatten(0, 1)
-        packed.append(*self.encode(keys, values, counts.view(-1), prompt), counts, positions)
+        packed.append(*self.encode(keys, values, counts.view(-1), prompt), counts, positions, places)
         return [packed, _rest(buffer, held, counts)]
 
-    def _frequencies(self, layer: Layer) -> torch.Tensor | None:
-        """With which a centre of this layer may turn: fp32 [R / 2]; None = none that may turn is asked for or known."""
+    def _turning(self, layer: Layer) -> Turning | None:
+        """How a centre of this layer may turn; None = none that turns is asked for, or how is not known."""
         if self.centre in ("fixed", "none"):
             return None
         try:
-            return layer.cache.key_frequencies()
+            return layer.cache.key_turning()
         except ValueError as error:
             if self.centre == "turned":
                 raise ValueError(
@@ -201,25 +213,26 @@ class Packer(Method):
             return None
 
     def _centre(
-        self, held: Stored, counts: torch.Tensor, frequencies: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Centre and rates of a `PackedSegment`, which begins with the first counts[b, h] tokens of each head held."""
+        self, held: Stored, counts: torch.Tensor, turning: Turning | None, rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Centre, rates and axes of a `PackedSegment`, which begins with the first counts[b, h] tokens of each head."""
         if self.centre == "none":
-            return None, None
+            return None, None, None
         mean = _mean(held.keys, held.positions)
-        if frequencies is None:
-            return mean, None
-        rates = frequencies.to(mean.device).repeat(*mean.shape[:2], 1)
-        origin = _mean(turned(held.keys.float(), -held.positions, rates), held.positions)
+        if turning is None:
+            return mean, None, None
+        rates = turning.rates.to(mean.device).repeat(*mean.shape[:2], 1)
+        axes = None if turning.axes is None else turning.axes.to(mean.device)
+        origin = _mean(turned(held.keys.float(), -turning.at(held.positions, rows), rates, axes), held.positions)
         if self.centre == "turned":
-            return origin, rates
+            return origin, rates, axes
         sample = _first(held, counts.clamp(max=max(1, _SAMPLE // self.group) * self.group))
-        moved = sample.keys - turned(origin[:, :, None], sample.positions, rates)
+        moved = sample.keys - turned(origin[:, :, None], turning.at(sample.positions, rows), rates, axes)
         moved *= (sample.positions >= 0)[..., None]
         better = (_ranges(moved, self.group) < _ENOUGH * _ranges(sample.keys.float(), self.group))[..., None]
         if not bool(better.any()):
-            return mean, None
-        return torch.where(better, origin, mean), rates * better
+            return mean, None, None
+        return torch.where(better, origin, mean), rates * better, axes
 
 
 def _refuse(inner: Method, name: str) -> None:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
+from kernels.rotate import frequency_axes
 from textkv.method import Needs
+from textkv.turning import Places, Turning
 
 if TYPE_CHECKING:
     from textkv.cache import MethodCache
@@ -67,20 +69,30 @@ def text_rotary(model: PreTrainedModel) -> torch.nn.Module:
     return rotary
 
 
-def key_frequencies(model: PreTrainedModel) -> torch.Tensor:
-    """The frequencies fp32 [R / 2] with which a token's position alone turns its keys.
+def key_turning(model: PreTrainedModel, places: Places | None = None) -> Turning:
+    """How the positions of a token turn its keys; `places` is where a cache of an M-RoPE model notes them.
 
     Raises:
-        ValueError: there are none: they change with the length, each layer has its own, or a position has several axes.
+        ValueError: nothing common tells: frequencies change with the length, or each layer has its own.
     """
     rotary = text_model(model).rotary_emb
     if getattr(rotary, "rope_type", "default") in _MOVING:
         raise ValueError(f"rope type {rotary.rope_type!r} changes its frequencies with the length")
-    if "mrope_section" in (getattr(text_config(model), "rope_parameters", None) or {}):
-        raise ValueError("keys of M-RoPE turn with three axes of an image, of which a token's index knows none")
     if not isinstance(getattr(rotary, "inv_freq", None), torch.Tensor):
         raise ValueError(f"{type(rotary).__name__} has no one table of frequencies for all layers")
-    return rotary.inv_freq.float()
+    rates, axes = rotary.inv_freq.float(), rotary_axes(model)
+    if axes is None:
+        return Turning(rates)
+    if len(axes) != len(rates):
+        raise ValueError(f"the sections of M-RoPE name an axis for {len(axes)} frequencies, the model has {len(rates)}")
+    return Turning(rates, torch.tensor(axes, dtype=torch.int32, device=rates.device), places)
+
+
+def rotary_axes(model: PreTrainedModel) -> list[int] | None:
+    """The axis (0 t, 1 h, 2 w) that turns each frequency of an M-RoPE model; None = tokens have one position."""
+    known = getattr(text_config(model), "rope_parameters", None) or {}
+    sections = known.get("mrope_section") or getattr(text_model(model).rotary_emb, "mrope_section", None)
+    return None if sections is None else frequency_axes(sections, known.get("mrope_interleaved", False))
 
 
 class Probes:
@@ -90,7 +102,7 @@ class Probes:
         decoder = text_model(model)
         target = weakref.ref(cache)
         handles = []
-        if needs.rope:
+        if needs.rope or cache.places is not None:
             handles.append(decoder.rotary_emb.register_forward_pre_hook(_see_positions(target), with_kwargs=True))
         if needs.hidden:
             for index, block in enumerate(decoder.layers):
@@ -104,6 +116,8 @@ def _see_positions(target: weakref.ref):
         cache = target()
         positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
         if cache is not None and positions is not None:
+            if cache.places is not None:
+                cache.places.see(positions)
             # M-RoPE gives [3, batch, m]; the temporal axis comes first and is the smallest of the three.
             cache.rope_positions = positions[0] if positions.dim() == 3 else positions
 

@@ -56,6 +56,8 @@ def save(cache: MethodCache, folder: Path) -> None:
                 "kv_heads": getattr(layer, "kv_heads", None), "head_dim": getattr(layer, "head_dim", None),
             }
         )  # fmt: skip
+    if cache.places is not None and cache.places.table is not None:
+        tensors["places"] = cache.places.table.contiguous().clone()
     meta = {
         "format": FORMAT, "method": cache.method.expression, "budget": str(cache.method.budget),
         "spans": cache.spans, "block_end": cache.block_end, "layers": layers,
@@ -79,6 +81,8 @@ def load(cls: type[MethodCache], folder: Path, model) -> MethodCache:
     tensors = load_file(folder / "cache.safetensors", device=str(model.device))
     cache.spans = [[tuple(span) for span in row] for row in meta["spans"]]
     cache.block_end = meta["block_end"]
+    if cache.places is not None:
+        cache.places.table = tensors.get("places")
     for layer, saved in zip(cache.layers, meta["layers"], strict=True):
         if saved["real_seen"] is None:
             continue

@@ -19,6 +19,7 @@ from kernels import decode_attention, merge
 from textkv.evidence import Spans
 from textkv.layer import Layer
 from textkv.method import Method
+from textkv.turning import Turning
 
 
 def check_method(method: Method) -> None:
@@ -64,9 +65,9 @@ class Store:
         if layer.index == len(self.layers) - 1:
             self.method.on_finish(self)
 
-    def key_frequencies(self) -> torch.Tensor:
-        """The rotary frequencies fp32 [head_dim / 2]: slots keep their positions, which turn their keys."""
-        return rope_frequencies(self._head_dim, self.model_config.rope_theta)
+    def key_turning(self) -> Turning:
+        """Slots keep their positions, and these turn their keys."""
+        return Turning(rope_frequencies(self._head_dim, self.model_config.rope_theta))
 
     def kv_bytes(self) -> int:
         """Bytes of all layers, bookkeeping included."""

@@ -93,8 +93,9 @@ def launch_attention(D: int, group: int, m: int, **options) -> None:
 
 
 def launch_packed(
-    D: int, group: int, m: int, T: int, k_bits: Bits, v_bits: Bits, layout: str, corrected: bool, half: int = 0
-) -> None:
+    D: int, group: int, m: int, T: int, k_bits: Bits, v_bits: Bits, layout: str, corrected: bool, half: int = 0,
+    axes: int = 1,
+) -> None:  # fmt: skip
     blocks = 600 // T + 1
     k = kernels.pack(zeros(2 * blocks, T, D), k_bits, layout=layout)
     v = kernels.pack(zeros(2 * blocks, T, D), v_bits, layout="token")
@@ -106,7 +107,8 @@ def launch_packed(
     rows = {"start": torch.tensor([0, blocks]), "length": torch.tensor([600, 300], dtype=torch.int32), "longest": 600}
     if half:
         rows |= {"centre": torch.zeros(2, D), "rates": torch.zeros(2, half)}
-        rows["positions"] = zeros(1, 1, 600, dtype=torch.int32)
+        rows["positions"] = zeros(*[3] * (axes == 3), 1, 1, 600, dtype=torch.int32)
+        rows["axes"] = zeros(half, dtype=torch.int32) if axes == 3 else None
     kernels.packed_attention(zeros(1, 2 * group, m, D), k, v, scale=1.0, **rows, _backend="triton")
 
 
@@ -129,6 +131,8 @@ def launch_all() -> None:
     launch_packed(128, 7, 1, 64, 4, 4, "channel", corrected=False, half=64)
     launch_packed(80, 1, 1, 16, 4, 4, "channel", corrected=False, half=20)
     launch_packed(256, 8, 64, 128, 2, 2, "channel", corrected=True, half=128)
+    launch_packed(128, 7, 1, 64, 4, 4, "channel", corrected=False, half=64, axes=3)
+    launch_packed(256, 8, 64, 128, 2, 2, "channel", corrected=True, half=128, axes=3)
     lse = zeros(1, 8, 32, dtype=torch.float32)
     kernels.window_mass(q, k, scale=1.0, _backend="triton")
     kernels.window_mass(q, k, scale=1.0, valid=valid, squares=True, _backend="triton")

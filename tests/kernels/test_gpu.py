@@ -138,7 +138,8 @@ def test_packed_attention(bits, layout, D, m, corrected, dtype, poison):
 
 @DTYPES
 @pytest.mark.parametrize("D, half", [(128, 64), (80, 20), (256, 128)])
-def test_packed_attention_with_a_turning_centre(D, half, dtype, poison):
+@pytest.mark.parametrize("axes", [1, 3])
+def test_packed_attention_with_a_turning_centre(D, half, axes, dtype, poison):
     k, v = pack(randn(600, 64, D), 4, layout="channel"), pack(randn(600, 64, D), 4, layout="token")
     rates = 1e4 ** -(torch.arange(half, device="cuda") / half)
     rows = {
@@ -147,6 +148,9 @@ def test_packed_attention_with_a_turning_centre(D, half, dtype, poison):
         "centre": 20 * randn(2, D), "rates": rates.expand(2, -1),
         "positions": torch.arange(30_000, device="cuda", dtype=torch.int32).expand(1, 1, -1),
     }  # fmt: skip
+    if axes == 3:
+        rows["positions"] = rows["positions"] + 50 * torch.arange(3, device="cuda", dtype=torch.int32).view(3, 1, 1, 1)
+        rows["axes"] = torch.arange(half, device="cuda", dtype=torch.int32) % 3
     q = randn(1, 14, 1, D, dtype=dtype) / 20
     assert_same(packed_attention, q, k, v, scale=1.0, **rows, tolerance=TOLERANCE[dtype])
 

@@ -7,6 +7,7 @@ import torch
 
 from kernels import decode_attention, pack, packed_attention
 from kernels.pack import LowRank, Packed, Sparse, unpack
+from kernels.rotate import frequency_axes
 from tests.kernels.helpers import TOLERANCE, assert_close, randn
 
 module = importlib.import_module("kernels.packed_attention")
@@ -43,25 +44,31 @@ def cache(lengths, *, T=16, D=32, bits=(4, 2), keys="channel", rank=0, single=0,
     return k, v, {"start": start, "length": length, "longest": max(lengths)}
 
 
-def turning(lengths, D, half, shared=False, size=5.0):
-    """A centre that turns, and positions with gaps, -1 where a run has no token; `shared` by the heads of a row."""
+def turning(lengths, D, half, shared=False, size=5.0, axes=None):
+    """A centre that turns, and positions with gaps, -1 where a run has no token; `shared` by the heads of a row. With
+    `axes` each token has three, as a patch of an image behind a text has."""
     runs, n = len(lengths), max(lengths)
     positions = torch.randint(0, 4, (2 if runs > 2 else 1, 1 if shared else 2, n)).cumsum(-1) + 900
+    if axes is not None:
+        positions = positions + torch.randint(0, 40, (3, *positions.shape))
+        axes = torch.tensor(axes, dtype=torch.int32)
     if not shared:
         positions = positions.masked_fill(torch.arange(n) >= torch.tensor(lengths).view(-1, 2, 1), -1)
     rates = 10000.0 ** -(torch.arange(half) / half) * torch.ones(runs, 1)
     rates[0] = 0  # a head whose centre stands still
-    return {"centre": size * randn(runs, D), "rates": rates, "positions": positions.int()}
+    turn = {"centre": size * randn(runs, D), "rates": rates, "positions": positions.int()}
+    return turn if axes is None else turn | {"axes": axes}
 
 
-def truth(q, k, v, rows, scale, centre=None, rates=None, positions=None):
+def truth(q, k, v, rows, scale, centre=None, rates=None, positions=None, axes=None):
     """Ragged attention over everything unpacked."""
     keys, values = unpack(k), unpack(v)
     if rates is not None:
         half = rates.shape[1]
-        shown = positions.expand(-1, len(rates) // len(positions), -1).flatten(0, 1)
+        shown = positions[None].expand(half, -1, -1, -1) if axes is None else positions[axes.long()]
+        shown = shown.expand(-1, -1, len(rates) // shown.shape[1], -1).flatten(1, 2)
         for r, (s, n) in enumerate(zip(rows["start"].tolist(), rows["length"].tolist(), strict=True)):
-            angle = shown[r, :n, None].double() * rates[r]
+            angle = shown[:, r, :n].T.double() * rates[r]
             c1, c2 = centre[r, :half].double(), centre[r, half : 2 * half].double()
             turned = torch.cat([c1 * angle.cos() - c2 * angle.sin(), c2 * angle.cos() + c1 * angle.sin()], 1)
             turned = torch.cat([turned, centre[r, 2 * half :].expand(n, -1)], 1)
@@ -145,6 +152,30 @@ def test_a_centre_that_turns_with_the_position(backend, D, half, interpreted):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    "D, sections, interleaved",
+    [(32, [4, 6, 6], False), (32, [6, 5, 5], True), (80, [16, 12, 12], False), (20, [1, 1, 1], True)],
+)
+def test_a_centre_that_turns_with_three_axes(backend, D, sections, interleaved, shared, interpreted):
+    lengths = (48, 16, 0, 33)
+    k, v, rows = cache(lengths, D=D, rank=2, single=5)
+    centre = turning(lengths, D, sum(sections), shared, 2.0, frequency_axes(sections, interleaved))
+    check(randn(2, 4, 3, D), k, v, rows, D**-0.5, backend, 1e-4, **centre)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_three_axes_of_one_position_are_one_axis(backend, interpreted):
+    k, v, rows = cache((48, 33))
+    q, centre = randn(1, 4, 2, 32), turning((48, 33), 32, 16)
+    plain = packed_attention(q, k, v, scale=0.2, **rows, **centre, _backend=backend)
+    axes = torch.arange(16, dtype=torch.int32) % 3
+    three = centre | {"positions": centre["positions"].expand(3, -1, -1, -1), "axes": axes}
+    ours = packed_attention(q, k, v, scale=0.2, **rows, **three, _backend=backend)
+    assert all(torch.equal(mine, true) for mine, true in zip(ours, plain, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("keys, shared", [("channel", True), ("token", False)])
 def test_a_large_turning_centre_keeps_its_accuracy_in_bf16(backend, keys, shared, interpreted):
     k, v, rows = cache((64, 48), keys=keys)
@@ -167,7 +198,8 @@ def test_a_centre_that_turns_by_nothing_stands_still(interpreted):
 def test_a_turning_centre_does_not_depend_on_the_split(split, interpreted):
     k, v, rows = cache((80, 16, 0, 65))
     q, centre = randn(2, 4, 2, 32), turning((80, 16, 0, 65), 32, 16)
-    ours = module._launch(q, k, v, scale=0.2, **rows, turn=tuple(centre.values()), split=split)
+    turn = (centre["centre"], centre["rates"], centre["positions"][None], None)
+    ours = module._launch(q, k, v, scale=0.2, **rows, turn=turn, split=split)
     for mine, true in zip(ours, truth(q, k, v, rows, 0.2, **centre), strict=True):
         assert_close(mine, true, 1e-4)
 
@@ -233,6 +265,7 @@ def test_other_runs_do_not_matter(interpreted):
 K, V, ROWS = cache((16, 32), D=16)
 Q = torch.zeros(1, 4, 1, 16)
 TURN = turning((16, 32), 16, 8)
+THREE = turning((16, 32), 16, 8, axes=frequency_axes([2, 3, 3], False))
 
 
 @pytest.mark.parametrize(
@@ -255,6 +288,10 @@ TURN = turning((16, 32), 16, 8)
         (Q, K, V, TURN | {"rates": torch.zeros(1, 8)}, r"rates has shape \[1, 8\]; it must be \[2, R/2\]"),
         (Q, K, V, TURN | {"positions": torch.zeros(1, 2, 32)}, "positions is float32; it must be int32"),
         (Q, K, V, TURN | {"positions": torch.zeros(1, 2, 31).int()}, r"positions has shape \[1, 2, 31\].* n >= 32"),
+        (Q, K, V, THREE | {"positions": TURN["positions"]}, r"positions has shape \[1, 2, 32\]; it must be \[3, 1, "),
+        (Q, K, V, THREE | {"positions": THREE["positions"][..., :9]}, r"it must be \[3, 1, 2 or 1, n >= 32\]"),
+        (Q, K, V, THREE | {"axes": THREE["axes"][:7]}, r"axes has shape \[7\]; it must be \[8\]"),
+        (Q, K, V, THREE | {"axes": THREE["axes"] + 1}, r"axes holds \[1, 2, 3\]; .* axis 0 \(t\), 1 \(h\) or 2 \(w\)"),
     ],
 )
 def test_errors_name_the_argument(q, k, v, options, message):

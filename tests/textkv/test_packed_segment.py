@@ -11,7 +11,7 @@ from kernels import decode_attention
 from textkv.methods.gear import Gear
 from textkv.segments.base import NewTokens, storage_bytes
 from textkv.segments.dense import DenseSegment
-from textkv.segments.packed import PackedSegment, blocks_of, turned
+from textkv.segments.packed import PackedSegment, blocks_of
 from textkv.segments.stack import StackSegment
 
 D = 24
@@ -33,9 +33,11 @@ def grow(segment: PackedSegment, counts: list[list[int]], prompt: bool) -> tuple
     positions = (before[..., None] + torch.arange(n)).masked_fill(~real, -1).int()
     if bool((positions == positions[:, :1]).all()):
         positions = positions[:, :1]
-    centred = (k - segment.centres(positions)) * real[..., None]
+    # three rotary positions that no index tells, in rows of one origin each
+    places = None if segment.axes is None else torch.stack([positions // 5, positions % 5, positions * 3]).int()
+    centred = (k - segment.centres(positions if places is None else places)) * real[..., None]
     packed = PACKER.encode(centred.flatten(0, 1), v.flatten(0, 1), counts.view(-1), prompt)
-    segment.append(*packed, counts, positions)
+    segment.append(*packed, counts, positions, places)
     return k, v
 
 
@@ -43,7 +45,8 @@ def make(counts, flushes: int = 0, centre: str = "turned") -> PackedSegment:
     rates = 10000.0 ** -(torch.arange(9) / 9) * torch.ones(2, 2, 1)  # 18 of 24 dims turn
     rates[0, 1] = 0
     segment = PackedSegment(torch.float32, 3 * torch.randn(2, 2, D) if centre != "none" else None)
-    segment.rates = rates if centre == "turned" else None
+    segment.rates = rates if centre in ("turned", "three axes") else None
+    segment.axes = torch.arange(9, dtype=torch.int32) % 3 if centre == "three axes" else None
     grow(segment, counts, prompt=True)
     for _ in range(flushes):
         grow(segment, [[16, 16], [16, 16]], prompt=False)
@@ -57,7 +60,7 @@ def attention_over_what_is_stored(segment, q):
 
 @pytest.mark.parametrize("counts", [UNIFORM, RAGGED])
 @pytest.mark.parametrize("flushes", [0, 1, 5])
-@pytest.mark.parametrize("centre", ["turned", "fixed", "none"])
+@pytest.mark.parametrize("centre", ["three axes", "turned", "fixed", "none"])
 def test_attends_as_over_what_the_codes_stand_for(counts, flushes, centre):
     segment, q = make(counts, flushes, centre), torch.randn(2, 6, 3, D)
     for ours, true in zip(segment.attend(q, 0.3), attention_over_what_is_stored(segment, q), strict=True):
@@ -110,8 +113,9 @@ def test_room_that_heads_fill_at_their_own_pace():
 
 @pytest.mark.parametrize("counts", [UNIFORM, RAGGED])
 @pytest.mark.parametrize("rows", [[1, 0], [1], [0, 0, 1]])
-def test_rows_move_and_leave_with_all_that_is_theirs(counts, rows):
-    segment, rows = make(counts, 3), torch.tensor(rows)
+@pytest.mark.parametrize("centre", ["three axes", "turned"])
+def test_rows_move_and_leave_with_all_that_is_theirs(counts, rows, centre):
+    segment, rows = make(counts, 3, centre), torch.tensor(rows)
     before, weight = segment.stored(), storage_bytes(list(segment.tensors().values()))
     segment.take_rows(rows)
     after = segment.stored()
@@ -129,8 +133,10 @@ def test_rows_move_and_leave_with_all_that_is_theirs(counts, rows):
     assert segment.lengths().tolist() == [[n + 64 for n in counts[row]] for row in rows.tolist()]
 
 
-def test_a_copy_and_a_saved_one_hold_the_same():
-    segment = make(RAGGED, 4)
+@pytest.mark.parametrize("centre", ["three axes", "turned"])
+def test_a_copy_and_a_saved_one_hold_the_same(centre):
+    segment = make(RAGGED, 4, centre)
+    assert ("0.places" in segment.tensors()) == (centre == "three axes")
     for other in (copy.deepcopy(segment), PackedSegment.from_state(segment.state())):
         assert all(torch.equal(a, b) for a, b in zip(other.tensors().values(), segment.tensors().values(), strict=True))
         grow(other, [[16, 16], [16, 16]], prompt=False)
@@ -147,17 +153,6 @@ def test_single_tokens_are_refused():
     segment.crop(0)
     with pytest.raises(ValueError, match="cannot be taken back one by one"):
         segment.crop(1)
-
-
-def test_a_centre_turns_as_a_key_does():
-    x, at = torch.randn(1, 2, 1, 6), torch.tensor([[[0, 3, -3]]])
-    out = turned(x, at, torch.tensor([1.0, 0.5]))
-    assert torch.equal(out[:, :, 0], x[:, :, 0]) and torch.equal(out[..., 4:], x[..., 4:].expand(1, 2, 3, 2))
-    for p, row in ((3, out[:, :, 1]), (-3, out[:, :, 2])):
-        for f, rate in enumerate((1.0, 0.5)):
-            key = torch.complex(x[:, :, 0, f], x[:, :, 0, f + 2]) * torch.polar(torch.ones(()), torch.tensor(p * rate))
-            torch.testing.assert_close(torch.complex(row[..., f], row[..., f + 2]), key)
-    torch.testing.assert_close(turned(out, -at, torch.tensor([1.0, 0.5])), x.expand(1, 2, 3, 6))
 
 
 def test_cutting_into_blocks():

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from kernels import merge, packed_attention
 from kernels.pack import Packed, unpack
 from textkv.segments.base import NewTokens, Segment, Stored, compact_storage
+from textkv.turning import turned
 
 
 @dataclass
@@ -30,6 +31,8 @@ class Slab:
         counts: the same, int64 [batch, heads] on the CPU.
         room: blocks that a run may fill; None = exactly those it has.
         positions: int32 [batch, heads or 1, n], a run's token j in column j, -1 = none.
+        places: int32 [3, batch, heads or 1, n], the rotary positions of the same tokens, if their centre turned by
+            these; None = by the logical ones, or not at all.
         chunks, entries: filled rows of the low-rank directions and sparse entries of k and v.
     """
 
@@ -39,6 +42,7 @@ class Slab:
     length: torch.Tensor
     counts: torch.Tensor
     positions: torch.Tensor
+    places: torch.Tensor | None = None
     room: int | None = None
     chunks: tuple[int, int] = (0, 0)
     entries: tuple[int, int] = (0, 0)
@@ -47,6 +51,11 @@ class Slab:
     def longest(self) -> int:
         """Tokens of the longest run."""
         return int(self.counts.max())
+
+    @property
+    def turned_by(self) -> torch.Tensor:
+        """The positions by which centres turned."""
+        return self.positions if self.places is None else self.places
 
 
 class PackedSegment(Segment):
@@ -57,34 +66,44 @@ class PackedSegment(Segment):
         centre: fp32 [batch, heads, head_dim] that was subtracted from all keys, or None. Their scores get it back.
         rates: fp32 [batch, heads, R / 2], or None: the centre was turned first, by rate times position of each key (see
             `turned`). Any rates are exact; those of the model's RoPE follow a bias that its keys got before it.
+        axes: int32 [R / 2], with rates under M-RoPE: keys turn by their rotary positions, each pair of dims by that on
+            its axis; None = by their logical ones.
     """
 
     def __init__(
-        self, dtype: torch.dtype, centre: torch.Tensor | None = None, rates: torch.Tensor | None = None
+        self,
+        dtype: torch.dtype,
+        centre: torch.Tensor | None = None,
+        rates: torch.Tensor | None = None,
+        axes: torch.Tensor | None = None,
     ) -> None:
-        self.dtype, self.centre, self.rates = dtype, centre, rates
+        self.dtype, self.centre, self.rates, self.axes = dtype, centre, rates, axes
         self.slabs: list[Slab] = []
 
     def centres(self, positions: torch.Tensor) -> torch.Tensor | float:
-        """What is subtracted from keys at `positions` [batch, heads or 1, n]: fp32 [batch, heads, n or 1, head_dim]."""
+        """What is subtracted from keys at `positions` [batch, heads or 1, n], with axes rotary ones [3, batch, heads or
+        1, n]: fp32 [batch, heads, n or 1, head_dim]."""
         if self.centre is None:
             return 0.0
         centre = self.centre[:, :, None]
-        return centre if self.rates is None else turned(centre, positions, self.rates)
+        return centre if self.rates is None else turned(centre, positions, self.rates, self.axes)
 
-    def append(self, k: Packed, v: Packed, counts: torch.Tensor, positions: torch.Tensor) -> None:
+    def append(
+        self, k: Packed, v: Packed, counts: torch.Tensor, positions: torch.Tensor, places: torch.Tensor | None = None
+    ) -> None:
         """Takes packed blocks in, later than all that are here.
 
         Args:
             k, v: the blocks of all runs, run by run, nothing between them.
             counts: int64 [batch, heads] on the CPU, tokens of each run, whole blocks.
             positions: int32 [batch, heads or 1, n], n = the largest count; -1 where a run has no such token.
+            places: int32 [3, batch, heads or 1, n], their rotary positions: with axes.
         """
         each = (counts // k.block).view(-1)
         start = (each.cumsum(0) - each).to(k.codes.device)
         tight = Slab(
             k, v, start, counts.view(-1).to(start.device, torch.int32), counts.clone(),
-            compact_storage(positions.contiguous()),
+            compact_storage(positions.contiguous()), None if places is None else compact_storage(places.contiguous()),
         )  # fmt: skip
         if not self.slabs:
             self.slabs.append(tight)
@@ -105,7 +124,7 @@ class PackedSegment(Segment):
         parts = [
             packed_attention(
                 q, slab.k, slab.v, scale=scale, start=slab.start, length=slab.length, longest=slab.longest,
-                centre=centre, rates=rates, positions=None if rates is None else slab.positions,
+                centre=centre, rates=rates, positions=None if rates is None else slab.turned_by, axes=self.axes,
             )
             for slab in self.slabs
         ]  # fmt: skip
@@ -115,23 +134,29 @@ class PackedSegment(Segment):
         """Everything unpacked, for scoring and for moving elsewhere: as large as if it had never been packed."""
         keys, values = ([self._padded(slab, unpack(getattr(slab, x))) for slab in self.slabs] for x in ("k", "v"))
         keys, values = torch.cat(keys, 2), torch.cat(values, 2)
-        positions = self.held_positions()
-        keys = keys + self.centres(positions)
-        return Stored(keys.to(self.dtype), values.to(self.dtype), positions)
+        keys = keys + self.centres(self._joined([slab.turned_by for slab in self.slabs]))
+        return Stored(keys.to(self.dtype), values.to(self.dtype), self.held_positions())
 
     def held_positions(self) -> torch.Tensor:
+        return self._joined([slab.positions for slab in self.slabs])
+
+    def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """What slabs have per token, [.., batch, heads or 1, n] each, for all heads and one slab behind the other."""
         heads = self.slabs[0].counts.shape[1]
-        return torch.cat([x.positions[..., : x.longest].expand(-1, heads, -1) for x in self.slabs], 2)
+        cut = [x[..., : slab.longest] for x, slab in zip(parts, self.slabs, strict=True)]
+        return torch.cat([x.expand(*x.shape[:-2], heads, -1) for x in cut], -1)
 
     def lengths(self) -> torch.Tensor:
         return torch.stack([slab.counts for slab in self.slabs]).sum(0)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        held = {name: x for name, x in (("centre", self.centre), ("rates", self.rates)) if x is not None}
+        own = {"centre": self.centre, "rates": self.rates, "axes": self.axes}
+        held = {name: x for name, x in own.items() if x is not None}
         for i, slab in enumerate(self.slabs):
             own = {f"k.{name}": x for name, x in slab.k.tensors().items()}
             own |= {f"v.{name}": x for name, x in slab.v.tensors().items()}
             own |= {"start": slab.start, "length": slab.length, "positions": slab.positions}
+            own |= {} if slab.places is None else {"places": slab.places}
             held |= {f"{i}.{name}": x for name, x in own.items()}
         return held
 
@@ -154,8 +179,8 @@ class PackedSegment(Segment):
 
     @classmethod
     def from_state(cls, state: dict) -> PackedSegment:
-        segment = cls(getattr(torch, state["dtype"]), state.get("centre"))
-        segment.rates = state.get("rates")
+        segment = cls(getattr(torch, state["dtype"]), state.get("centre"))  # a subclass may have other parameters
+        segment.rates, segment.axes = state.get("rates"), state.get("axes")
         for i, plain in enumerate(state["slabs"]):
             own = {key.removeprefix(f"{i}."): x for key, x in state.items() if key.startswith(f"{i}.")}
             k, v = (
@@ -165,7 +190,7 @@ class PackedSegment(Segment):
             segment.slabs.append(
                 Slab(
                     k, v, own["start"], own["length"], own["counts"].cpu(), own["positions"],
-                    plain["room"], tuple(plain["chunks"]), tuple(plain["entries"]),
+                    own.get("places"), plain["room"], tuple(plain["chunks"]), tuple(plain["entries"]),
                 )
             )  # fmt: skip
         return segment
@@ -179,24 +204,6 @@ class PackedSegment(Segment):
         inside = token < slab.length[:, None]
         where = torch.where(inside, slab.start[:, None] * slab.k.block + token, 0)
         return flat[where].masked_fill(~inside[..., None], 0).view(batch, heads, slab.longest, -1)
-
-
-def turned(x: torch.Tensor, positions: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
-    """x rotated as RoPE rotates a key at `positions`, in the halves layout; dims from R on stay.
-
-    Angles are fp32 products, as the models and `packed_attention` form them: only the same angles cancel.
-
-    Args:
-        x: fp32 [batch, heads, n or 1, head_dim].
-        positions: int32 [batch, heads or 1, n], negative = backwards.
-        rates: fp32 [R / 2] or [batch, heads, R / 2], radians per position.
-    """
-    half = rates.shape[-1]
-    angle = positions[..., None].float() * rates[..., None, :]
-    cos, sin = angle.cos(), angle.sin()
-    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    return torch.cat([*parts, rest.expand(*parts[0].shape[:-1], -1)], -1)
 
 
 def blocks_of(x: torch.Tensor, counts: torch.Tensor, block: int) -> torch.Tensor:
@@ -252,9 +259,13 @@ def _with_room(like: Slab, times: int) -> Slab:
             held[name] = x.new_zeros((runs * (times * rooms[last] if last in rooms else room), *x.shape[1:]))
         return Packed.from_tensors(held, packed.bits)
 
+    positions, places = (
+        None if x is None else x.new_full((*x.shape[:-1], room * like.k.block), -1)
+        for x in (like.positions, like.places)
+    )
     return Slab(
         empty(like.k), empty(like.v), torch.arange(runs, device=like.start.device) * room, like.length * 0,
-        like.counts * 0, like.positions.new_full((*like.positions.shape[:2], room * like.k.block), -1), room,
+        like.counts * 0, positions, places, room,
     )  # fmt: skip
 
 
@@ -269,12 +280,18 @@ def _write(slab: Slab, new: Slab) -> None:
     slab.chunks = tuple(a + b[0] for a, b in zip(slab.chunks, grown, strict=True))
     slab.entries = tuple(a + b[1] for a, b in zip(slab.entries, grown, strict=True))
     column = (before[:, : new.positions.shape[1], None] + torch.arange(new.positions.shape[2])).to(where.device)
-    real = new.positions >= 0
-    room = F.pad(slab.positions, (0, 1))  # what is no token lands in a column that is dropped
-    target = column.masked_fill(~real, room.shape[-1] - 1)
-    slab.positions = room.scatter_(-1, target, new.positions)[..., :-1].contiguous()
+    # what is no token lands in a column that is dropped
+    target = column.masked_fill(new.positions < 0, slab.positions.shape[-1])
+    slab.positions = _put(slab.positions, target, new.positions)
+    if slab.places is not None:
+        slab.places = _put(slab.places, target.expand_as(new.places), new.places)
     slab.counts = before + new.counts
     slab.length = slab.counts.view(-1).to(slab.length.device, torch.int32)
+
+
+def _put(room: torch.Tensor, target: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """`room` with the numbers `new` in the columns `target` of its last dim, one behind the last meaning nowhere."""
+    return F.pad(room, (0, 1)).scatter_(-1, target, new)[..., :-1].contiguous()
 
 
 def _write_blocks(old: Packed, new: Packed, where: torch.Tensor, chunks: int, entries: int) -> None:
@@ -298,9 +315,12 @@ def _rows_of(slab: Slab, rows: torch.Tensor) -> Slab:
     counts = slab.counts[rows]
     each = (counts // slab.k.block).view(-1)
     blocks = _in_order(slab.start.cpu()[runs], each).to(slab.start.device)
-    positions = slab.positions.index_select(0, rows.to(blocks.device))[..., : int(counts.max())]
+    positions, places = (
+        None if x is None else x.index_select(-3, rows.to(x.device))[..., : int(counts.max())].contiguous()
+        for x in (slab.positions, slab.places)
+    )
     return replace(
         slab, k=slab.k.take(blocks), v=slab.v.take(blocks), start=(each.cumsum(0) - each).to(blocks.device),
-        counts=counts, length=counts.view(-1).to(blocks.device, torch.int32), positions=positions.contiguous(),
+        counts=counts, length=counts.view(-1).to(blocks.device, torch.int32), positions=positions, places=places,
         room=None,
     )  # fmt: skip

@@ -304,10 +304,12 @@ def test_conforms_with_centres_that_turn(model_of, method):
     check_method(method, model=evenly_biased(model_of("qwen2"), 12.0))
 
 
-def test_where_positions_do_not_turn_keys_the_centre_stays_fixed_or_is_refused(model_of):
+def test_where_it_is_not_known_how_keys_turn_the_centre_stays_fixed_or_is_refused(model_of):
     changing = evenly_biased(model_of("qwen2"), 30.0)
     changing.model.rotary_emb.rope_type = "dynamic"
-    cases = ((changing, "rope type 'dynamic' changes its frequencies"), (model_of("qwen2_5_vl"), "keys of M-RoPE turn"))
+    odd = copy.deepcopy(model_of("qwen2_5_vl"))
+    odd.config.text_config.rope_parameters["mrope_section"] = [2, 3, 2]
+    cases = ((changing, "rope type 'dynamic' changes its frequencies"), (odd, "an axis for 7 frequencies, .* has 8"))
     for model, reason in cases:
         cache = MethodCache(model, f"kivi(4,{SMALL})")
         feed(model, cache, tiny.text_ids(40))
