@@ -2,7 +2,8 @@
 
 They run in the same model, through the same attention function, on the same prompts, and are counted the same way: by
 the storages that they keep alive (codes, scales and the full-precision tokens that wait), plus, at each peak, the keys
-and values that they hand to attention. `hf-quanto` and `hf-hqq` need the extra `quantized`; `hf-fp8` needs nothing.
+and values that they hand to attention. `hf-quanto` and `hf-hqq` need the extra `quantized`, `hf-fp8` a
+transformers newer than 5.17.
 
 What differs is what they do: the whole prompt is quantised when it ends, every decoded token dequantises all of it, and
 every 128 tokens all of it, loss included, is quantised again.
@@ -16,7 +17,7 @@ from shutil import which
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel, QuantizedCache
+from transformers import PreTrainedModel, QuantizedCache, __version__, cache_utils
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from textkv import AtRest, Budget, MethodCache, resolve_method
@@ -25,6 +26,7 @@ from textkv.registry import Registry
 from textkv.segments.base import storage_bytes
 
 PREFIX = "hf-"
+HAS_FP8 = hasattr(cache_utils, "Fp8QuantizedLayer")
 BACKENDS = Registry("cache of transformers")
 
 
@@ -41,6 +43,8 @@ class Fp8:
 
     def check_installed(self) -> None:
         """Raises ValueError, with the mend, if what the backend needs is not there."""
+        if not HAS_FP8:
+            raise ValueError(f"{self.name}: transformers {__version__} has no such cache; 5.23 has, pip install -U it")
 
 
 @dataclass(frozen=True)

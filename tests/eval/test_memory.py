@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from eval.memory import Allocations, decoding_memory, decoding_row
+from eval.quantized import HAS_FP8
 from tests.textkv import tiny
 
 
@@ -51,6 +52,7 @@ def test_packing_a_buffer_is_watched_too() -> None:
         decoding_row(tiny.build("llama"), "kivi(4)", "0.2", 64)
 
 
+@pytest.mark.skipif(not HAS_FP8, reason="this transformers has no fp8 cache")
 def test_transformers_cache_makes_a_layers_keys_and_values() -> None:
     seen = decoding_memory(tiny.build("llama"), "hf-fp8", "1.0", tiny.text_ids(400), 398)
     assert seen.row()["step_largest_share"] == pytest.approx(0.5), "all keys of a layer in full precision"
@@ -59,6 +61,7 @@ def test_transformers_cache_makes_a_layers_keys_and_values() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not HAS_FP8, reason="this transformers has no fp8 cache")
 def test_a_gpus_own_count_is_no_less_than_the_tensors() -> None:
     model = tiny.build("llama").to("cuda")
     try:

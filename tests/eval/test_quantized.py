@@ -9,7 +9,7 @@ import torch
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from eval import quantized
-from eval.quantized import BACKENDS, ForeignCache, open_cache, parse_foreign, takes_budget, tensors_in
+from eval.quantized import BACKENDS, HAS_FP8, ForeignCache, open_cache, parse_foreign, takes_budget, tensors_in
 from eval.textbench import held
 from tests.textkv import tiny
 from textkv import MethodCache, use
@@ -25,6 +25,7 @@ def everything_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names are read alike with and without the extra."""
     monkeypatch.setattr(quantized, "is_optimum_quanto_available", lambda: True)
     monkeypatch.setattr(quantized, "is_hqq_available", lambda: True)
+    monkeypatch.setattr(quantized, "HAS_FP8", True)
     monkeypatch.setattr(quantized, "which", lambda name: f"/usr/bin/{name}")
 
 
@@ -54,6 +55,9 @@ def test_a_bad_name_is_refused(method: str, message: str) -> None:
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "HAS_FP8", False)
+    with pytest.raises(ValueError, match="hf-fp8: transformers .* has no such cache; 5.23 has"):
+        parse_foreign("hf-fp8")
     monkeypatch.setattr(quantized, "is_hqq_available", lambda: False)
     with pytest.raises(ValueError, match=r"hf-hqq needs hqq, .* pip install 'agentkv\[quantized\]'"):
         takes_budget("hf-hqq(4)", "0.2")
@@ -92,6 +96,7 @@ def test_bytes_are_those_of_what_wrappers_and_containers_hold() -> None:
     assert quantized.storage_bytes(found) == 256 + 32 + 384, "a storage counts once, views with all that they hold"
 
 
+@pytest.mark.skipif(not HAS_FP8, reason="this transformers has no fp8 cache")
 def test_their_cache_tells_what_it_holds_in_our_words() -> None:
     model = use(tiny.build("llama"))
     ids = tiny.text_ids(40, batch=2)

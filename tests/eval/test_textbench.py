@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from eval import leaderboard, needle, perplexity
+from eval.quantized import HAS_FP8
 from eval.textbench import continuation, examples, load_text_model, recall, text_rows
 from textkv.mini.checkpoint import export
 from textkv.mini.filler import sentences
@@ -69,6 +70,7 @@ def test_board_from_command_to_plot_and_resume(folder: str, tmp_path: Path, caps
     assert "holds another board" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not HAS_FP8, reason="this transformers has no fp8 cache")
 def test_transformers_cache_is_a_row_and_decoding_has_one(folder: str) -> None:
     board = leaderboard.Board(folder, ("needle",), 96, 1, None, "cpu", memory=128)
     worker = leaderboard.Worker(board)
