@@ -207,7 +207,7 @@ def pack(
     grouped = x.reshape(shape)
     table = (blocks, 1, dim) if layout == "channel" else (blocks, tokens, dim // group)
     ignore = None if ignore is None else ignore.expand(x.shape).reshape(shape)
-    scale, zero = (_float_table if bits == "fp8" else _integer_table)(grouped, ignore, width(bits))
+    scale, zero = _float_table(grouped, ignore) if bits == "fp8" else _integer_table(grouped, ignore, bits)
     step = scale.float()
     codes = ((grouped - zero.float()) * torch.where(step > 0, 1 / step, 0)).view(x.shape)
     if bits == "fp8":
@@ -230,7 +230,7 @@ def _integer_table(x: torch.Tensor, ignore: torch.Tensor | None, bits: int) -> t
     return ((top - zero.float()) / (2**bits - 1)).clamp(min=0).half(), zero
 
 
-def _float_table(x: torch.Tensor, ignore: torch.Tensor | None, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _float_table(x: torch.Tensor, ignore: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and mean, float16, of grouped entries, whose axes 2 and 4 share one."""
     seen = torch.ones_like(x, dtype=torch.bool) if ignore is None else ~ignore
     zero = ((x * seen).sum((2, 4), keepdim=True) / seen.sum((2, 4), keepdim=True).clamp(min=1)).half()

@@ -115,6 +115,14 @@ class Layer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any | None = None,
     ) -> torch.Tensor:
+        """One layer's output [batch, q, width] in the dtype of `hidden`, which has the same shape.
+
+        Args:
+            rope: cosines and sines of the queries' positions, see `rope_tables`.
+            attention_mask: broadcastable to [batch, heads, q, keys], or None: all see all.
+            past_key_values: takes the new keys and values in and returns what is attended; one that `drives_layers`
+                computes the layer itself (dLLM-Cache). None = nothing is stored.
+        """
         if getattr(past_key_values, "drives_layers", False):
             return past_key_values.drive(self, hidden, rope, attention_mask)
         normed = self.input_norm(hidden)

@@ -17,11 +17,11 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from kernels.pack import channel_group, check_block, pack
+from kernels.pack import Bits, channel_group, check_block, pack
 from textkv.decode_eviction import DecodeEviction, attention_row
 from textkv.evidence import Evidence
 from textkv.layer import Layer
@@ -43,7 +43,7 @@ class MiKV(Method):
 
     Attributes:
         high: bits of the important tokens: 16, as they are.
-        low: bits of the others: 2, 4, 8, or 0 to drop them.
+        low: bits of the others: 2, 4, 8, "fp8" (8-bit floats), or 0 to drop them.
         group: neighbouring channels that share a scale in each token; None = the largest divisor of head_dim up to 64
             (64 of 128 in the paper: low + 0.5 bits per element).
         block: demoted tokens of a head that are packed together, a multiple of 16; fewer wait.
@@ -56,7 +56,7 @@ class MiKV(Method):
     """
 
     high: int = 16
-    low: int = 2
+    low: Bits | Literal[0] = 2
     group: int | None = None
     block: int = 16
     balance: bool = True

@@ -14,11 +14,11 @@ not follow from merging half of the layers (4 : 3.1 at best); what is held is in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
-from kernels.pack import check_block
+from kernels.pack import Bits, check_block
 from textkv.eviction import PROTECTED, Eviction, keep_best
 from textkv.evidence import Evidence
 from textkv.layer import Layer
@@ -38,7 +38,7 @@ class MiniCache(Method):
     Alone it drops nothing and ignores the budget; behind a scorer the budget is the scorer's.
 
     Attributes:
-        bits: of the stored directions: 2, 4, 8, or 16 = unpacked.
+        bits: of the stored directions: 2, 4, 8, "fp8" (8-bit floats), or 16 = unpacked.
         t: place on the arc from the earlier layer's direction (0) to the later's (1); 0.6 in the paper.
         gamma: how much stays exact, see `retention`; 0.05 in the paper. 0 = nothing, 1 = everything.
         retention: "range" (the paper) keeps the tokens whose distance lies in the uppermost `gamma` of the range of
@@ -53,7 +53,7 @@ class MiniCache(Method):
         ValueError: an argument out of its range, or a scorer whose heads keep different numbers of tokens.
     """
 
-    bits: int = 16
+    bits: Bits | Literal[16] = 16
     t: float = 0.6
     gamma: float = 0.05
     retention: Rule = "range"

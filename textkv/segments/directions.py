@@ -7,10 +7,11 @@ that keep them. Directions may be packed to few bits: keys per channel over grou
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from kernels.pack import Layout, Packed, pack, unpack
+from kernels.pack import Bits, Layout, Packed, pack, unpack
 
 Unit = torch.Tensor | Packed
 
@@ -76,7 +77,7 @@ class Directions:
         return own | unit | {"slots": self.slots}
 
     @classmethod
-    def from_tensors(cls, held: dict[str, torch.Tensor], bits: int) -> Directions:
+    def from_tensors(cls, held: dict[str, torch.Tensor], bits: Bits | Literal[16]) -> Directions:
         """The block whose two sides had these `tensors`."""
         codes = {name.removeprefix("unit."): x for name, x in held.items() if name.startswith("unit.")}
         unit = Packed.from_tensors(codes, bits) if codes else held["unit"]
@@ -84,7 +85,7 @@ class Directions:
         return cls(unit, sizes, held["slots"], exact)
 
 
-def store(direction: torch.Tensor, dtype: torch.dtype, bits: int, group: int, layout: Layout) -> Unit:
+def store(direction: torch.Tensor, dtype: torch.dtype, bits: Bits | Literal[16], group: int, layout: Layout) -> Unit:
     """Directions fp32 [batch, kv_heads, c, head_dim] as they are kept: in `dtype` if `bits` is 16, else packed in
     blocks of `group` tokens, which must divide c."""
     if bits == 16:

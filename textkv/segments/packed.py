@@ -120,6 +120,8 @@ class PackedSegment(Segment):
         raise RuntimeError("a packed segment takes whole blocks; single tokens go to the segment behind it")
 
     def attend(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of q [batch, heads, m, head_dim] over all packed tokens, which are read as codes: out like q, and
+        lse fp32 [batch, heads, m]."""
         centre, rates = (None if x is None else x.flatten(0, 1) for x in (self.centre, self.rates))
         parts = [
             packed_attention(
@@ -150,6 +152,7 @@ class PackedSegment(Segment):
         return torch.stack([slab.counts for slab in self.slabs]).sum(0)
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor held: those of all slabs by "number.name", and what was subtracted from keys."""
         own = {"centre": self.centre, "rates": self.rates, "axes": self.axes}
         held = {name: x for name, x in own.items() if x is not None}
         for i, slab in enumerate(self.slabs):
@@ -179,6 +182,7 @@ class PackedSegment(Segment):
 
     @classmethod
     def from_state(cls, state: dict) -> PackedSegment:
+        """What had this `state()`."""
         segment = cls(getattr(torch, state["dtype"]), state.get("centre"))  # a subclass may have other parameters
         segment.rates, segment.axes = state.get("rates"), state.get("axes")
         for i, plain in enumerate(state["slabs"]):

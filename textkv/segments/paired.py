@@ -11,10 +11,12 @@ the directions twice, once per layer, so what is won is room, not bandwidth.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from kernels import decode_attention, merge
+from kernels.pack import Bits
 from textkv.segments.base import NewTokens, Segment, Stored
 from textkv.segments.dense import DenseSegment
 from textkv.segments.directions import Directions, plain, store
@@ -33,14 +35,14 @@ class Merging:
         retention: which tokens stay exact.
         sinks: the first tokens, which always do: they often point opposite ways in neighbouring layers. They are out of
             the range that `retention` looks at.
-        bits: of the stored directions; 16 = as they are, in the model's dtype.
+        bits: of the stored directions, as `kernels.pack` knows them; 16 = as they are, in the model's dtype.
         group: tokens that are packed together; of no meaning for 16 bits.
     """
 
     t: float
     retention: Retention
     sinks: int
-    bits: int = 16
+    bits: Bits | Literal[16] = 16
     group: int = 32
 
     @property
@@ -174,7 +176,9 @@ class Pair:
         return held
 
     @classmethod
-    def from_tensors(cls, held: dict[str, torch.Tensor], layers: tuple[int, int], bits: list[int]) -> Pair:
+    def from_tensors(
+        cls, held: dict[str, torch.Tensor], layers: tuple[int, int], bits: list[Bits | Literal[16]]
+    ) -> Pair:
         """The pair whose two sides told these tensors; `bits` of each block."""
         pair = cls.__new__(cls)
         pair.layers = layers
