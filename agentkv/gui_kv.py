@@ -18,9 +18,9 @@ import torch
 
 from kernels import subspace_residual
 from textkv.eviction import NEVER, PROTECTED, Eviction, keep_best
-from textkv.evidence import Evidence
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Capabilities, Needs, register
+from textkv.method import Capabilities, register
 from textkv.scores import fit_window, past_mass, pool, with_window
 from textkv.segments.base import Stored
 

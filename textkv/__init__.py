@@ -14,12 +14,13 @@ if not hasattr(kernels, "OPERATIONS"):
     )
 
 import textkv.methods  # noqa: E402, F401  (registers every method)
-from textkv.attention import use  # noqa: E402
+from textkv.attention import release, use  # noqa: E402
 from textkv.budgets import Budget  # noqa: E402
-from textkv.cache import AtRest, MethodCache  # noqa: E402
+from textkv.cache import MethodCache  # noqa: E402
+from textkv.context import AtRest  # noqa: E402
 from textkv.conversation import Conversation  # noqa: E402
-from textkv.expression import split_list  # noqa: E402
-from textkv.method import Capabilities, Method, Needs, list_methods, register, resolve_method  # noqa: E402
+from textkv.evidence import Needs
+from textkv.method import Capabilities, Method, list_methods, register, resolve_method  # noqa: E402
 from textkv.report import CacheReport  # noqa: E402
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Needs",
     "list_methods",
     "register",
+    "release",
     "resolve_method",
     "split_list",
     "use",

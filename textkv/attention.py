@@ -1,16 +1,30 @@
-"""The one attention function and the one mask function that we register with transformers.
+"""The attention and mask functions that we register with transformers, one pair for each implementation that a model
+may have had before.
 
-Both are pure: state lives in the cache layer that the view points back to. Without a cache of ours (training, or a
-plain forward) keys and values are tensors and the function is ordinary exact attention.
+All are pure: state lives in the cache layer that a view points back to. What is not a call on one of our caches is
+handed on to the implementation and the mask that the model had, so that training, packed texts, static caches and
+plain forwards give what they gave before.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+import inspect
+from functools import partial
+from typing import Any
 
-from textkv.layer import ATTENTION, View
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from textkv import probes
+from textkv.call import Call
+from textkv.context import ATTENTION
+from textkv.kinds import text_config, text_model
+from textkv.layer import View
+
+_BEFORE: dict[str, str] = {}
+"""The implementation that each of our names stands in for."""
 
 
 def attention(
@@ -18,74 +32,97 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor | View,
     value: torch.Tensor | View,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
+    attention_mask: torch.Tensor | Call | None,
     dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """Attention of [batch, heads, m, head_dim] queries; returns ([batch, m, heads, head_dim], None).
+    scaling: float | None = None,
+    *,
+    before: str,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of [batch, heads, m, head_dim] queries; returns ([batch, m, heads, head_dim], weights or None).
 
     Raises:
-        ValueError: soft-capped scores, learned sinks, a sliding window that would hide tokens, a 4-D mask.
+        ValueError: an argument that changes the scores in a way that the cache does not know.
     """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    _refuse(kwargs, seen=key.layer.seen if isinstance(key, View) else 0, new=query.shape[2])
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(
-            f"attention mask of shape {tuple(attention_mask.shape)}: give the 2-D padding mask [batch, tokens]; "
-            "which stored tokens are visible is the cache's business"
-        )
-    if isinstance(key, View):
-        out = key.layer.step(query, key.k, key.v, scale, attention_mask)
-    else:
-        out = _without_cache(query, key, value, scale, attention_mask, dropout)
+    rotary, norms, seen = (kwargs.pop(name, None) for name in (probes.ROTARY, probes.NORMS, CAPTURE))
+    if not isinstance(key, View):
+        if seen is not None:
+            seen[module.layer_idx] = key.detach()
+        function = _eager(module) if before == "eager" else ALL_ATTENTION_FUNCTIONS[before]
+        return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    wrong = [name for name in ("position_bias", "indices") if kwargs.get(name) is not None]
+    if wrong:
+        raise ValueError(f"{type(module).__name__} passes {wrong[0]} to attention, which this cache does not support")
+    out = key.layer.step(
+        key, query, module=module, mask=attention_mask,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"), rotary=rotary, norms=norms,
+    )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
 
-def mask(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-    """Hands the 2-D padding mask [batch, tokens] on as it is: causality and eviction are the layer's business."""
-    return attention_mask
+CAPTURE = "textkv_capture"
+"""Name of a dictionary that a plain call may pass down: it gets the keys of each layer, by the layer's number."""
+
+
+def mask(attention_mask: torch.Tensor | None = None, *, before: str, **kwargs: Any) -> Any:
+    """The mask of a forward: a `Call` where one of our layers told the sizes, else what the model had before."""
+    # Our layers give False for the offset: arithmetic takes it for 0, and nobody else gives it.
+    if kwargs.get("kv_offset") is False:
+        return Call(
+            attention_mask, kwargs["q_length"], kwargs["kv_length"] - kwargs["q_length"],
+            None if kwargs.get("allow_is_causal_skip", True) else kwargs["mask_function"],
+        )  # fmt: skip
+    if getattr(kwargs.get("config"), "kv_sharing_modes", None) is not None:
+        # Such models cut the mask down to the last queries, unless it is None and the implementation is called sdpa.
+        kwargs["allow_is_causal_skip"] = False
+    if before not in ALL_MASK_ATTENTION_FUNCTIONS:
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS[before](attention_mask=attention_mask, **kwargs)
 
 
 def use(model: PreTrainedModel) -> PreTrainedModel:
-    """Puts the model's text attention on this cache; a vision tower keeps its own. Returns the model."""
-    if getattr(model.config, "text_config", None) is not None and hasattr(model.config, "vision_config"):
-        model.set_attn_implementation({"text_config": ATTENTION})
-    else:
-        model.set_attn_implementation(ATTENTION)
+    """Puts the model's text attention on this cache; a vision tower keeps its own. Returns the model.
+
+    Calls without a cache of ours give what they gave before; `release` undoes it.
+
+    Raises:
+        ValueError: the model does not take its attention from transformers' registry.
+    """
+    decoder = text_model(model)
+    before = decoder.config._attn_implementation or "eager"
+    if before in _BEFORE:
+        return model
+    name = f"{ATTENTION}_{before.replace('/', '--')}"
+    if name not in _BEFORE:
+        AttentionInterface.register(name, torch.compiler.disable(partial(attention, before=before)))
+        AttentionMaskInterface.register(name, torch.compiler.disable(partial(mask, before=before)))
+        _BEFORE[name] = before
+    decoder.set_attn_implementation(name)
+    if not runs_on_ours(text_config(model)):
+        raise ValueError(
+            f"{type(model).__name__} runs attention {decoder.config._attn_implementation!r} and cannot be switched to "
+            "another, so no cache can attend for it"
+        )
     return model
 
 
-def _refuse(kwargs: dict, seen: int, new: int) -> None:
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"the model passes {name} to attention, which this cache does not support")
-    window = kwargs.get("sliding_window")
-    if window is not None and seen + new > window:
-        raise ValueError(
-            f"the model's layers slide over {window} tokens and {seen + new} were seen: this cache keeps one length "
-            "rule per method; use a model without sliding windows or shorter texts"
-        )
+def release(model: PreTrainedModel) -> PreTrainedModel:
+    """Gives the model back the attention that it had before `use` (or a `MethodCache`), and takes our hooks away."""
+    decoder = text_model(model)
+    before = _BEFORE.get(decoder.config._attn_implementation)
+    if before is not None:
+        decoder.set_attn_implementation(before)
+    probes.remove(model)
+    return model
 
 
-def _without_cache(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, padding: torch.Tensor | None, dropout: float
-) -> torch.Tensor:
-    """Exact attention over plain keys: no cache at all, or one of transformers' own that is longer than the queries."""
-    m, n = q.shape[2], k.shape[2]
-    padded = padding is not None and not bool(padding[:, -n:].all())
-    visible = None
-    if padded or 1 < m < n:
-        # torch's own causal flag aligns the first query with the first key; ours is the last with the last.
-        visible = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m)
-        if padded:
-            own = torch.zeros_like(visible).diagonal_scatter(visible.new_ones(m), n - m)
-            visible = (visible & padding[:, None, None, -n:].bool()) | own
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible, is_causal=visible is None and m > 1, scale=scale, dropout_p=dropout,
-        enable_gqa=k.shape[1] != q.shape[1],
-    )  # fmt: skip
+def runs_on_ours(config: Any) -> bool:
+    """Whether a decoder's configuration names one of our attention functions."""
+    return config._attn_implementation in _BEFORE
 
 
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, mask)
+def _eager(module: torch.nn.Module):
+    """The plain attention function of the file in which a module's forward was written."""
+    forward = inspect.unwrap(type(module).forward)
+    return forward.__globals__["eager_attention_forward"]

@@ -13,47 +13,35 @@ from __future__ import annotations
 
 import copy
 import weakref
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
-from textkv import store
+from textkv import probes, rotary, store
 from textkv.attention import use
 from textkv.budgets import Budget
+from textkv.context import AtRest, Context
 from textkv.evidence import Spans
-from textkv.layer import ATTENTION, Layer
+from textkv.kinds import attention_modules, describe, text_config
+from textkv.layer import HybridLayer, Layer
 from textkv.method import Method, resolve_method
-from textkv.probes import Probes, key_turning, rotary_axes, text_config, text_rotary
+from textkv.positions import PositionTable
 from textkv.report import CacheReport, report
-from textkv.segments.base import NewTokens
-from textkv.turning import Places, Turning
-
-
-@dataclass(frozen=True)
-class AtRest:
-    """The cache right after a prompt block was compressed, before the next token is decoded.
-
-    Attributes:
-        kv_bytes: bytes held by all layers, bookkeeping included.
-        full_bytes: bytes of K and V without eviction, same tokens.
-        tokens_stored: mean over layers, rows and stored heads.
-        kept: per layer int32 [batch, stored heads, n] logical positions on the CPU, -1 = none.
-    """
-
-    kv_bytes: int
-    full_bytes: int
-    tokens_stored: float
-    kept: tuple[torch.Tensor, ...]
 
 
 class MethodCache(Cache):
     """A cache kept by a method.
 
+    The method governs the layers of full attention, and the budget counts these. Layers with sliding windows or chunks
+    keep what the model itself can see; linear and convolution states stay in transformers' own layer objects.
+
     Args:
         model: the model that will run; it is put on our attention implementation (its vision tower is left alone).
+            Calls without a cache of ours give what they gave before; `textkv.release(model)` undoes it.
         method: composition string ("snapkv", "snapkv+adakv(floor=0.2)") or a `Method`.
         budget: share in (0, 1], "512t", or a `Budget`; None keeps the method's own.
 
@@ -67,50 +55,87 @@ class MethodCache(Cache):
         method: str | Method = "full",
         budget: Budget | float | str | None = None,
     ) -> None:
-        self.method = resolve_method(method, budget)
-        self.needs = self.method.needs()
-        self._config = text_config(model)
-        self.spans: Spans = []
-        self.block_end = 0
-        self.seconds: dict[str, float] = {}
-        self.peak_bytes = 0
-        self.at_rest: AtRest | None = None
-        self.places: Places | None = None
-        self._layer_bytes = [0] * self._config.num_hidden_layers
-        super().__init__(layers=[Layer(i, self) for i in range(self._config.num_hidden_layers)])
+        policy = resolve_method(method, budget)
+        kinds = describe(model)
+        self.context = Context(policy, policy.needs(), text_config(model), kinds)
+        layers, governed = [], 0
+        for kind in kinds:
+            if not kind.attends:
+                layers.append(kind.native())
+                continue
+            cls = HybridLayer if kind.name.startswith("hybrid") else Layer
+            layers.append(cls(kind, self.context, governed if kind.governed else -1))
+            governed += kind.governed
+        self.context.layers = [layer for layer in layers if isinstance(layer, Layer) and layer.kind.governed]
+        self.context.everything = layers
+        if not governed:
+            raise ValueError(
+                f"{type(model).__name__} has no layer of full attention: its layers forget by themselves, and a method "
+                "has nothing to govern; use transformers' own cache"
+            )
+        super().__init__(layers=layers)
         self.bind(model)
 
     def bind(self, model: PreTrainedModel) -> None:
-        """Ties the cache to the model that will run it (again, after unpickling)."""
+        """Ties the cache to the model that will run it (again, after unpickling).
+
+        Raises:
+            ValueError: the method moves keys, and how the model turns them is not known.
+        """
         use(model)
-        self._config = text_config(model)
+        self.context.config = text_config(model)
         self._model = weakref.ref(model)
-        self.inv_freq = text_rotary(model).inv_freq if self.needs.rope else None
-        self.rope_positions: torch.Tensor | None = None
-        if self.places is None and self.needs.turning and rotary_axes(model) is not None:
-            self.places = Places()
-        self._probes = Probes(model, self, self.needs)
+        probes.place(model, self.context.needs)
+        modules = attention_modules(model)
+        for layer in self.layers:
+            if isinstance(layer, Layer):
+                layer.bind(modules.get(layer.kind.number))
+        self._learn_rotary(model)
+
+    def _learn_rotary(self, model: PreTrainedModel) -> None:
+        context, needs = self.context, self.context.needs
+        governed = [layer.kind.number for layer in context.layers]
+        if needs.rope:
+            context.rotary = rotary.proven(model, governed)
+        if not needs.positions:
+            return
+        if context.table is None and rotary.axes_of(model) is not None:
+            context.table = PositionTable()
+        try:
+            told = rotary.told(model, governed, context.table)
+            context.rotary = context.rotary or told
+        except ValueError as error:
+            context.rotary_unknown = str(error)
+
+    @property
+    def method(self) -> Method:
+        """The policy."""
+        return self.context.method
 
     @property
     def model_config(self) -> PreTrainedConfig:
         """Configuration of the model's text decoder."""
-        return self._config
+        return self.context.config
 
-    def key_turning(self) -> Turning:
-        """How the model's keys turn with their positions. Only a method whose `needs` say so may ask under M-RoPE.
+    @property
+    def spans(self) -> Spans:
+        """Screenshots of the conversation: logical positions per row."""
+        return self.context.spans
 
-        Raises:
-            ValueError: no table of frequencies tells it; the message says why.
-        """
-        return key_turning(self._model(), self.places)
+    @property
+    def at_rest(self) -> AtRest | None:
+        """The cache as it was at the end of the last prompt block."""
+        return self.context.at_rest
 
-    def check_attention(self) -> None:
-        """Raises ValueError if the model was switched away from our attention implementation."""
-        if self._config._attn_implementation != ATTENTION:
-            raise ValueError(
-                f"the model runs attention {self._config._attn_implementation!r}, which cannot read this cache; "
-                "call textkv.use(model) first"
-            )
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes held so far, the moment before each eviction included."""
+        return self.context.peak_bytes
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds per hook so far."""
+        return self.context.seconds
 
     # ---- telling the cache what comes ---------------------------------------------------------------------------
 
@@ -139,38 +164,46 @@ class MethodCache(Cache):
         seen = self.get_seq_length()
         if columns and columns <= seen:
             raise ValueError(f"the prompt has {columns} tokens and {seen} were seen: pass the whole conversation")
-        self.block_end = columns
+        self.context.block_end = columns
         if spans is not None:
-            self.spans = _logical_spans(spans, columns, attention_mask)
+            self.context.spans = _logical_spans(spans, columns, attention_mask)
 
-    # ---- what a layer calls ------------------------------------------------------------------------------------
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """While it lasts nothing is evicted and no evidence collected: what comes can be taken back with `crop`."""
+        before, self.context.frozen = self.context.frozen, True
+        try:
+            yield
+        finally:
+            self.context.frozen = before
 
-    def note_places(self, layer: Layer, new: NewTokens) -> None:
-        """A layer has numbered the tokens of a forward; the first one tells where all layers' keys are turned to."""
-        if self.places is not None and layer.index == 0:
-            self.places.write(new.positions, layer.seen + new.positions.shape[1])
+    def forget(self, spans: Spans) -> None:
+        """Drops the tokens of given logical positions from every layer, whatever holds them.
 
-    def note_bytes(self, layer: Layer) -> None:
-        """Counts a layer's bytes at a moment when they may be at their highest."""
-        self._layer_bytes[layer.index] = layer.kv_bytes()
-        self.peak_bytes = max(self.peak_bytes, sum(self._layer_bytes) + self._places_bytes())
+        Later tokens keep their positions. Linear and convolution states remember what they have read.
 
-    def after_step(self, layer: Layer, prompt_ended: bool) -> None:
-        """A layer is done with a forward."""
-        self.note_bytes(layer)
-        if layer.index < len(self.layers) - 1:
-            return
-        self.rope_positions = None
-        if prompt_ended:
-            with layer._timed("on_finish"):
-                self.method.on_finish(self)
-            lengths = [x.lengths().float() for x in self.layers]
-            self.at_rest = AtRest(
-                kv_bytes=self.kv_bytes(),
-                full_bytes=self.full_bytes(),
-                tokens_stored=float(torch.stack([n.mean() for n in lengths]).mean()),
-                kept=tuple(self.kept_positions(i).cpu() for i in range(len(self.layers))),
-            )
+        Args:
+            spans: per row, half-open [start, end) logical positions (columns, where nothing is padded).
+
+        Raises:
+            ValueError: not one list for each row, or a span that is empty or was not seen.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, Layer) and layer.is_initialized]
+        seen = layers[0].real_seen.tolist() if layers else []
+        if len(spans) != len(seen):
+            raise ValueError(f"forget got spans for {len(spans)} rows, the cache has {len(seen)}")
+        gone = torch.zeros(len(seen), max(seen, default=0), dtype=torch.bool)
+        for row, of_row in enumerate(spans):
+            for start, stop in of_row:
+                if not 0 <= start < stop <= seen[row]:
+                    raise ValueError(
+                        f"forget: ({start}, {stop}) of row {row} must not be empty and lie in [0, {seen[row]}), the "
+                        "tokens seen"
+                    )
+                gone[row, start:stop] = True
+        for layer in layers:
+            layer.forget(gone.to(layer.device))
+            self.context.note_bytes(layer)
 
     # ---- counting ----------------------------------------------------------------------------------------------
 
@@ -180,15 +213,16 @@ class MethodCache(Cache):
         return self.get_seq_length()
 
     def kv_bytes(self) -> int:
-        """Bytes held now: every storage that the cache keeps alive, counted once."""
-        return sum(layer.kv_bytes() for layer in self.layers) + self._places_bytes()
+        """Bytes held now on the model's device: every storage that the cache keeps alive, counted once."""
+        return self.context.kv_bytes()
 
-    def _places_bytes(self) -> int:
-        return 0 if self.places is None else self.places.kv_bytes()
+    def host_bytes(self) -> int:
+        """Bytes held in host memory although the model runs on a device."""
+        return sum(layer.host_bytes() for layer in self.layers if isinstance(layer, Layer))
 
     def full_bytes(self) -> int:
-        """Bytes of K and V that a cache without eviction would hold now."""
-        return sum(layer.full_bytes() for layer in self.layers)
+        """Bytes that the model's own cache would hold now."""
+        return self.context.full_bytes()
 
     def kept_positions(self, layer: int) -> torch.Tensor:
         """Logical positions stored in a layer: int32 [batch, stored heads, n], -1 = no token."""
@@ -196,31 +230,123 @@ class MethodCache(Cache):
 
     def report(self) -> CacheReport:
         """Bytes, tokens seen and stored per layer and head, seconds per hook."""
-        return report(self)
+        return report(self.context)
+
+    # ---- what transformers calls -------------------------------------------------------------------------------
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        if layer_idx == self.context.first:
+            self._begin_forward()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _begin_forward(self) -> None:
+        """Sets right, or refuses, what an earlier forward left behind."""
+        if self.context.hold and any(layer._due for layer in self.context.layers):
+            # Nobody took anything back or said that it stays: those were no drafts.
+            self._commit()
+            self.context.hold = False
+        seen = [layer.seen for layer in self.layers if isinstance(layer, Layer)]
+        if len(set(seen)) == 1:
+            return
+        least = min(seen)
+        if self.states:
+            raise ValueError(
+                "an earlier forward stopped half-way, and linear states cannot be taken back: reset the cache"
+            )
+        for layer in self.layers:
+            if isinstance(layer, Layer) and layer.seen > least:
+                try:
+                    layer.crop(least - layer.seen)
+                except ValueError as error:
+                    raise ValueError(
+                        f"an earlier forward stopped after layer {layer.kind.number} and cannot be taken back "
+                        f"({error}): reset the cache, or go on from a fork of it"
+                    ) from None
+
+    @property
+    def states(self) -> list[LinearAttentionCacheLayerMixin]:
+        """The layers that hold linear or convolution states."""
+        return [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [isinstance(x, LinearAttentionCacheLayerMixin) and not isinstance(x, Layer) for x in self.layers]
+
+    def activate_past_recording(self) -> None:
+        """Drafts come (assisted and prompt-lookup decoding): nothing is let go of before `crop` says what stays.
+
+        Raises:
+            ValueError: a method that evicts while decoding, or that reads all queries of a prompt.
+        """
+        if not self.is_croppable:
+            raise ValueError(
+                f"{self.method.expression} evicts while decoding and cannot take drafts back; for assisted or "
+                "prompt-lookup decoding use a method that evicts at the end of the prompt, e.g. snapkv"
+            )
+        needs = self.context.needs
+        if not self.get_seq_length() and (needs.columns or needs.query_moments is not None or needs.query_peaks):
+            raise ValueError(
+                f"{self.method.expression} reads all queries of a prompt, and drafts arrive together with it; read the "
+                "prompt first: model(input_ids[:, :-1], past_key_values=cache)"
+            )
+        self.context.hold, self.context.forwards = True, 0
+        super().activate_past_recording()
+
+    @property
+    def is_croppable(self) -> bool:
+        own = [x for x in self.layers if not (isinstance(x, LinearAttentionCacheLayerMixin) and self.context.hold)]
+        return all(getattr(layer, "is_croppable", True) for layer in own)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last -tokens_to_remove tokens; while drafts are expected, says that all others stay.
+
+        Raises:
+            ValueError: see `Layer.crop`; no layer has changed then.
+        """
+        count = -tokens_to_remove
+        own = [layer for layer in self.layers if isinstance(layer, Layer)]
+        for layer in own:
+            layer.check_crop(count)
+        super().crop(tokens_to_remove)
+        if count and self.context.real is not None:
+            self.context.real = self.context.real[:, :-count]
+        if self.context.hold:
+            self._commit()
+
+    def _commit(self) -> None:
+        if any([layer.commit() for layer in self.layers if isinstance(layer, Layer)]):
+            self.context.finish()
 
     # ---- rows --------------------------------------------------------------------------------------------------
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self._take_places(beam_idx)
+        self._take_shared_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        if self.places is not None and self.places.table is not None:
-            self._take_places(torch.arange(self.places.table.shape[1]).repeat_interleave(repeats))
+        rows = next((len(x.real_seen) for x in self.layers if isinstance(x, Layer) and x.is_initialized), 0)
+        if rows:
+            self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._take_places(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def _take_shared_rows(self, rows: torch.Tensor) -> None:
+        context = self.context
+        if context.table is not None:
+            context.table.take_rows(rows)
+        if context.real is not None:
+            context.real = context.real.index_select(0, rows.to(context.real.device))
+        if context.spans:
+            context.spans = [context.spans[row] for row in rows.tolist()]
 
     def reset(self) -> None:
         super().reset()
-        if self.places is not None:
-            self.places = Places()
-
-    def _take_places(self, rows: torch.Tensor) -> None:
-        if self.places is not None:
-            self.places.take_rows(rows)
+        context = self.context
+        context.table = None if context.table is None else PositionTable()
+        context.real, context.spans, context.block_end, context.hold = None, [], 0, False
+        for number, spec in context.rotary.items():
+            context.rotary[number] = spec.on(context.table)
 
     # ---- copies ------------------------------------------------------------------------------------------------
 
@@ -229,17 +355,27 @@ class MethodCache(Cache):
         return copy.deepcopy(self)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the cache as safetensors and JSON."""
-        store.save(self, Path(folder))
+        """Writes the cache as safetensors and JSON, beside what is there, and renames when all is written."""
+        store.save(self.context, Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path, model: PreTrainedModel) -> MethodCache:
-        """Reads what `save` wrote, for the same model."""
-        return store.load(cls, Path(folder), model)
+        """Reads what `save` wrote, for the same model.
+
+        Raises:
+            ValueError: damaged, of another format, or of another model.
+        """
+        header = store.read_header(Path(folder))
+        cache = cls(model, header["method"], header["budget"])
+        store.fill(cache.context, Path(folder), header, model)
+        return cache
 
     def __deepcopy__(self, memo: dict) -> MethodCache:
         other = self.__class__.__new__(self.__class__)
         memo[id(self)] = other
+        # What belongs to the model is shared, not copied.
+        for shared in (self.context.method, self.context.config, *self.context.rotary.values()):
+            memo[id(shared)] = shared
         other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         model = self._model()
         if model is not None:
@@ -247,19 +383,12 @@ class MethodCache(Cache):
         return other
 
     def __getstate__(self) -> dict:
-        # A model does not travel with its cache: the references are made again by `bind`.
-        dropped = ("_model", "_probes", "_config", "inv_freq", "rope_positions", "method", "needs")
-        state = {k: v for k, v in self.__dict__.items() if k not in dropped}
-        return state | {"_shared": (self.method, self._config)}
+        # A model does not travel with its cache: the reference is made again by `bind`.
+        return {k: v for k, v in self.__dict__.items() if k != "_model"}
 
     def __setstate__(self, state: dict) -> None:
-        method, config = state.pop("_shared")
         self.__dict__.update(state)
-        self.method, self._config, self.needs = method, config, method.needs()
-        self.inv_freq, self.rope_positions, self._probes = None, None, None
         self._model = lambda: None
-        for layer in self.layers:
-            layer._cache = weakref.ref(self)
 
 
 def _logical_spans(spans: Spans, columns: int, attention_mask: torch.Tensor | None) -> Spans:

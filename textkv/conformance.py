@@ -23,6 +23,7 @@ from textkv.attention import use
 from textkv.budgets import Budget
 from textkv.cache import MethodCache
 from textkv.method import Method, resolve_method
+from textkv.positions import RotarySpec
 from textkv.segments.base import storage_bytes
 
 TOLERANCE = 2e-4
@@ -320,7 +321,7 @@ def _refused(action: Callable[[], None], what: str) -> None:
 
 def _tensors_within(thing: object, seen: set[int]):
     """Every tensor reachable from an object through containers and attributes (weak references are not followed)."""
-    if id(thing) in seen or isinstance(thing, type | Method | str):
+    if id(thing) in seen or isinstance(thing, type | Method | RotarySpec | str):
         return
     seen.add(id(thing))
     if isinstance(thing, torch.Tensor):

@@ -69,8 +69,8 @@ def attention_row(layer: Layer, query: torch.Tensor) -> torch.Tensor:
 
 def accumulate(layer: Layer, name: str, mass: torch.Tensor) -> torch.Tensor:
     """Adds `mass` fp32 [batch, kv_heads, n] to the layer's mark `name` and returns the sum."""
-    layer.marks[name] = layer.mark(name) + mass
-    return layer.marks[name]
+    layer.statistics[name] = layer.statistic(name) + mass
+    return layer.statistics[name]
 
 
 def protect(

@@ -8,17 +8,67 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
-from kernels import rotate, window_mass
-from textkv.method import Needs
-from textkv.segments.base import NewTokens, Stored
+from kernels import window_mass
+from textkv.positions import RotarySpec
+from textkv.segments.base import Step, Stored
 
 Spans = list[list[tuple[int, int]]]
 """Per row, the half-open [start, end) logical positions of each screenshot, oldest first."""
 
 _BLOCK = 4096  # queries that are turned back at a time: a long prompt's fp32 copy would weigh as much as its keys
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Evidence to gather while the prompt runs. Nothing is gathered that no method asked for.
+
+    Attributes:
+        window: how many of the prompt's last post-RoPE queries to keep until the prompt ends.
+        hidden: "attn_input" (after the input norm) or "residual" (before it): row norms of that hidden state.
+        rope: how each layer's keys turn (`Layer.rotary`), proven on the model, and the position ids of each token.
+        spans: the token spans of the prompt's screenshots, given by `MethodCache.begin`.
+        columns: the attention that every stored token gets from ALL queries of the prompt block. Costs as much
+            arithmetic as the block's attention, but never holds an n x n matrix.
+        query_moments: mean and covariance of the block's queries as they were before the rotary embedding, leaving out
+            each row's first `query_moments` tokens; None = not asked for. Needs `rope` to turn the queries back.
+        query_peaks: the largest magnitude of each channel of the block's post-RoPE queries.
+        positions: the position table: where each token's keys were turned to, for as long as the cache lives.
+
+    Raises:
+        ValueError: query_moments without rope, or negative.
+    """
+
+    window: int = 0
+    hidden: Literal["attn_input", "residual"] | None = None
+    rope: bool = False
+    spans: bool = False
+    columns: bool = False
+    query_moments: int | None = None
+    query_peaks: bool = False
+    positions: bool = False
+
+    def __post_init__(self) -> None:
+        if self.query_moments is not None and (self.query_moments < 0 or not self.rope):
+            raise ValueError(
+                f"query_moments={self.query_moments} with rope={self.rope}: give the number of first tokens to leave "
+                "out (0 = none) and rope=True, without which queries cannot be turned back"
+            )
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            window=max(self.window, other.window),
+            hidden=self.hidden or other.hidden,
+            rope=self.rope or other.rope,
+            spans=self.spans or other.spans,
+            columns=self.columns or other.columns,
+            query_moments=max((x.query_moments for x in (self, other) if x.query_moments is not None), default=None),
+            query_peaks=self.query_peaks or other.query_peaks,
+            positions=self.positions or other.positions,
+        )
 
 
 @dataclass(frozen=True)
@@ -78,6 +128,7 @@ class Evidence:
         columns: fp32 [batch, kv_heads, n], n slots of `layer.stored()`: attention summed over all queries of the block,
             mean over each KV head's query heads, or None.
         moments: of the block's pre-RoPE queries, or None.
+        came: int64 [batch] on the CPU, real tokens of each row in the block; None = all rows got as many, no padding.
         peaks: fp32 [batch, heads, head_dim], largest magnitude of the block's post-RoPE queries per channel, or None.
     """
 
@@ -91,6 +142,7 @@ class Evidence:
     columns: torch.Tensor | None = None
     moments: QueryMoments | None = None
     peaks: torch.Tensor | None = None
+    came: torch.Tensor | None = None
 
     def part(self, row: int, head: int | None, kv_heads: int, slots: torch.Tensor) -> Evidence:
         """The evidence of one row, and of one KV head's query heads if `head` is given; `slots` int64 [k] are the
@@ -100,7 +152,7 @@ class Evidence:
             group = self.queries.shape[1] // kv_heads
             which, ours = slice(head, head + 1), slice(head * group, (head + 1) * group)
         return Evidence(
-            queries=self.queries[one, ours],
+            queries=self.queries_of(row)[:, ours],
             scale=self.scale,
             tokens=self.tokens[one],
             norms=None if self.norms is None else self.norms[one],
@@ -112,8 +164,20 @@ class Evidence:
             peaks=None if self.peaks is None else self.peaks[one, ours],
         )
 
+    def queries_of(self, row: int) -> torch.Tensor:
+        """The window's queries of one row, [1, heads, w, head_dim]: fewer where the row's block was shorter, because
+        padding has no vote."""
+        width = self.queries.shape[2]
+        real = width if self.came is None else min(width, int(self.came[row]))
+        return self.queries[row : row + 1, :, width - real :]
 
-class Gatherer:
+    @property
+    def idle(self) -> torch.Tensor | None:
+        """Rows to which the block brought nothing but padding, bool [batch] on the CPU; None = there are none."""
+        return None if self.came is None or bool((self.came > 0).all()) else self.came == 0
+
+
+class EvidenceCollector:
     """Collects one layer's evidence over the chunks of a prompt block."""
 
     def __init__(self, needs: Needs) -> None:
@@ -121,7 +185,7 @@ class Gatherer:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets everything gathered."""
+        """Forgets everything collected."""
         self._queries: torch.Tensor | None = None
         self._norms: list[torch.Tensor] = []
         self._positions: list[torch.Tensor] = []
@@ -129,67 +193,96 @@ class Gatherer:
         self._columns: torch.Tensor | None = None
         self._moments: QueryMoments | None = None
         self._peaks: torch.Tensor | None = None
-        self.pending_norms: torch.Tensor | None = None
+        self._came: torch.Tensor | int = 0
 
-    def take(self, new: NewTokens, held: Callable[[], Stored], inv_freq: torch.Tensor | None = None) -> None:
-        """One chunk of the block; `held` gives what the layer stores, the chunk included; `inv_freq` are the model's
-        rotary frequencies, if asked for."""
-        q = new.q
+    def take(
+        self,
+        step: Step,
+        held: Callable[[], Stored],
+        *,
+        norms: torch.Tensor | None = None,
+        rotary: RotarySpec | None = None,
+        spare: int = 0,
+    ) -> None:
+        """One chunk of the block.
+
+        Args:
+            held: gives what the layer stores, the chunk included.
+            norms: fp32 [batch, m], row norms of the hidden states that were asked for.
+            rotary: how the layer's keys turn, if asked for.
+            spare: queries to keep beyond the window, because so many tokens may be taken back.
+        """
+        q = step.q
+        self._came = self._came + ((step.positions >= 0).sum(1).cpu() if step.padded else q.shape[2])
         if self.needs.window:
-            last = q[:, :, -self.needs.window :]
+            width = self.needs.window + spare
+            last = q[:, :, -width:]
             if self._queries is not None:
-                last = torch.cat([self._queries, last], dim=2)[:, :, -self.needs.window :]
+                last = torch.cat([self._queries, last], dim=2)[:, :, -width:]
             # A copy: a slice would keep the whole chunk's queries alive until the block ends.
             self._queries = last.clone()
         if self.needs.hidden:
-            if self.pending_norms is None or self.pending_norms.shape[1] != q.shape[2]:
-                raise RuntimeError(
-                    "the method needs hidden states but none arrived: build the cache as MethodCache(model, ...) with "
-                    "the same model that runs"
-                )
-            self._norms.append(self.pending_norms)
-            self._positions.append(new.positions)
-            self.pending_norms = None
+            self._norms.append(norms)
+        if self.needs.hidden or self.needs.rope:
+            self._positions.append(step.positions)
         if self.needs.rope:
-            self._rope.append(new.rope_positions)
+            rope = step.positions if step.rope_positions is None else step.rope_positions
+            self._rope.append(rope.expand(len(q), -1))
         if self.needs.columns:
-            self._add_columns(new, held())
+            self._add_columns(step, held())
         if self.needs.query_moments is not None:
-            self._add_moments(new, inv_freq.to(q.device))
+            self._add_moments(step, rotary)
         if self.needs.query_peaks:
-            padding = (new.positions < 0)[:, None, :, None]
+            padding = (step.positions < 0)[:, None, :, None]
             peaks = q.abs().masked_fill(padding, 0).amax(2).float()
             self._peaks = peaks if self._peaks is None else torch.maximum(self._peaks, peaks)
 
-    def _add_columns(self, new: NewTokens, held: Stored) -> None:
+    def _add_columns(self, step: Step, held: Stored) -> None:
+        """Column sums per slot. The kernel takes the queries for those of the last slots, so slots without a token
+        (padding, the missing ones of a ragged head) are left out, head by head where heads differ."""
         real, kv_heads = held.positions >= 0, held.keys.shape[1]
-        keys, order = held.keys, None
-        if not bool(real[..., -1].all()):
-            # The kernel takes the block's queries for those of the last slots; a ragged head's missing slots are last.
-            order = real.sort(dim=-1, stable=True).indices
-            keys, real = keys.gather(2, order[..., None].expand_as(keys)), real.gather(-1, order)
-        valid = None if bool(real.all()) else real
-        mass = window_mass(new.q, keys, scale=new.scale, valid=valid).unflatten(1, (kv_heads, -1)).mean(2)
-        if order is not None:
-            mass = torch.zeros_like(mass).scatter(-1, order, mass)
+        how = {"scale": step.scale, "softcap": step.softcap}
+        if bool(real.all()) and not step.padded:
+            mass = window_mass(step.q, held.keys, **how).unflatten(1, (kv_heads, -1)).mean(2)
+        else:
+            mass = torch.zeros(real.shape, device=step.q.device)
+            groups = step.q.unflatten(1, (kv_heads, -1))
+            alike = bool((real == real[:, :1]).all())
+            for row in range(len(real)):
+                queries = groups[row, :, :, step.positions[row] >= 0]
+                for heads in [slice(0, kv_heads)] if alike else [slice(h, h + 1) for h in range(kv_heads)]:
+                    slots = real[row, heads][0].nonzero()[:, 0]
+                    if queries.shape[2] and len(slots):
+                        keys = held.keys[row, heads][None, :, slots]
+                        seen = window_mass(queries[heads].flatten(0, 1)[None], keys, **how)[0]
+                        mass[row, heads, slots] = seen.unflatten(0, (-1, groups.shape[2])).mean(1)
         if self._columns is not None:
             mass[..., : self._columns.shape[-1]] += self._columns
         self._columns = mass
 
-    def _add_moments(self, new: NewTokens, inv_freq: torch.Tensor) -> None:
+    def _add_moments(self, step: Step, rotary: RotarySpec) -> None:
         """Turns the queries back by their own rotary positions. Under M-RoPE only the temporal axis is known, so an
         image's queries stay turned by their offset inside the image on the height and width frequencies."""
-        counted = new.positions >= self.needs.query_moments
-        for start in range(0, new.q.shape[2], _BLOCK):
+        counted = step.positions >= self.needs.query_moments
+        rope = self._rope[-1]
+        for start in range(0, step.q.shape[2], _BLOCK):
             part = slice(start, start + _BLOCK)
-            plain = rotate(new.q[:, :, part].float(), -new.rope_positions[:, part], inv_freq)
+            plain = rotary.turn(step.q[:, :, part].float(), -rope[:, part])
             found = QueryMoments.of(plain, counted[:, part])
             self._moments = found if self._moments is None else self._moments + found
 
+    def drop_last(self, tokens: int) -> None:
+        """Leaves out the queries of the last `tokens` tokens: they were taken back."""
+        if self._queries is not None and tokens:
+            self._queries = self._queries[:, :, : self._queries.shape[2] - tokens]
+        self._came = self._came - tokens
+
     def finish(self, q: torch.Tensor, scale: float, tokens: torch.Tensor, spans: Spans) -> Evidence:
-        """The evidence of the whole block; the gatherer is empty afterwards."""
+        """The evidence of the whole block; the collector is empty afterwards."""
         queries = self._queries if self._queries is not None else q[:, :, :0]
+        queries = queries[:, :, max(0, queries.shape[2] - self.needs.window) :] if self.needs.window else queries
         norms, positions, rope = (torch.cat(x, 1) if x else None for x in (self._norms, self._positions, self._rope))
-        columns, moments, peaks = self._columns, self._moments, self._peaks
+        columns, moments, peaks, came = self._columns, self._moments, self._peaks, self._came
         self.clear()
-        return Evidence(queries, scale, tokens, norms, positions, rope, spans, columns, moments, peaks)
+        came = came if isinstance(came, torch.Tensor) else None
+        return Evidence(queries, scale, tokens, norms, positions, rope, spans, columns, moments, peaks, came)

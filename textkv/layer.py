@@ -8,106 +8,147 @@ Two lengths everywhere: tokens SEEN (logical, what positions and masks count) an
 
 from __future__ import annotations
 
-import weakref
-from contextlib import contextmanager
-from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
-from kernels import compact, merge
-from textkv.evidence import Evidence, Gatherer
-from textkv.segments.base import NewTokens, Segment, Stored, storage_bytes
+from kernels import merge
+from textkv.call import Call, Tokens
+from textkv.context import Context
+from textkv.evidence import Evidence, EvidenceCollector
+from textkv.kinds import LayerKind
+from textkv.positions import RotarySpec
+from textkv.segments.base import Segment, Step, Stored, keep_across, storage_bytes
 from textkv.segments.dense import DenseSegment
-from textkv.segments.ragged import RaggedSegment
+from textkv.segments.window import WindowSegment
 
-if TYPE_CHECKING:
-    from textkv.cache import MethodCache
-
-ATTENTION = "textkv"
-"""The name under which our attention and mask functions are registered with transformers."""
+SPARE = 128
+"""Queries kept beyond a method's window while drafts may be taken back: more than any draft is long."""
 
 
 class View:
-    """What `update` returns in place of keys and values: the new tokens and the way back to their layer."""
+    """What `update` returns in place of keys and values: the new tokens [batch, kv_heads, m, head_dim] and the way back
+    to their layer. Layers that read another one's keys get the same view.
+
+    It has a tensor's shape, dtype and device, for libraries that look at these on the way.
+    """
 
     def __init__(self, layer: Layer, k: torch.Tensor, v: torch.Tensor) -> None:
         self.layer, self.k, self.v = layer, k, v
+        self.waiting = layer.kind.readers
+        self.step: Step | None = None
+        self.tokens: Tokens | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.k.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.k.device
 
 
 class Layer(CacheLayerMixin):
     """One layer's store, driven by the method of its cache.
 
     Attributes:
-        index: number of the layer in the model.
+        context: what the layers of the cache share.
+        kind: what the layer is in the model.
+        index: its place among the layers that the method governs; -1 = not governed.
         segments: what holds the tokens; the last one takes new tokens in.
         seen: tokens seen per row, padding included: what transformers calls the sequence length.
         real_seen: int64 [batch] on the CPU, tokens seen without padding.
         since_eviction: tokens taken in since the method last changed what is stored: what `crop` can take back.
         notes: what the method wrote down about this layer for its `on_finish`, which takes it out again.
-        marks: numbers that a method keeps per stored token, by name; see `mark`.
+        statistics: numbers that a method keeps per stored token, by name; see `statistic`.
         scale: the model's softmax scale, known from the first forward on.
+        softcap: its soft cap of scores, or None.
+        came: int64 [batch] on the CPU while a hook runs, real tokens that the forward brought; None = the same to all.
         last_share: fp32 [batch, heads, 1] while `on_decode_end` runs in a layer of several segments: the part of the
             token's attention that fell on the last one.
     """
 
     is_compileable = False
     is_sliding = False
+    supports_early_init = False
 
-    def __init__(self, index: int, cache: MethodCache) -> None:
+    def __init__(self, kind: LayerKind, context: Context, index: int) -> None:
         super().__init__()
-        self.index = index
-        self._cache = weakref.ref(cache)
-        self.gatherer = Gatherer(cache.needs)
+        self.kind, self.context, self.index = kind, context, index
+        self.is_sliding = not kind.governed
+        self.module = lambda: None
+        self.collector = EvidenceCollector(context.needs)
         self._clear()
 
     def _clear(self) -> None:
-        self.segments: list[Segment] = [DenseSegment()]
+        self.segments: list[Segment] = [self._fresh()]
         self.seen = 0
         self.real_seen: torch.Tensor | None = None
         self.since_eviction = 0
         self.is_initialized = False
-        self.gatherer.clear()
+        self.collector.clear()
         self.notes: dict[str, Any] = {}
-        self.marks: dict[str, torch.Tensor] = {}
+        self.statistics: dict[str, torch.Tensor] = {}
         self.last_share: torch.Tensor | None = None
+        self.came: torch.Tensor | None = None
+        self._torn = False
+        self._due: list[tuple[bool, torch.Tensor | None]] = []
+
+    def _fresh(self) -> Segment:
+        if self.kind.window is None:
+            return DenseSegment()
+        return WindowSegment(self.kind.window, "chunked" if self.kind.name == "chunked" else "sliding")
 
     def __getstate__(self) -> dict:
-        # The cache puts its own reference back: a weak one does not travel.
-        return {k: v for k, v in self.__dict__.items() if k != "_cache"}
+        # The model's module does not travel with a copy: `bind` finds it again.
+        return {k: v for k, v in self.__dict__.items() if k != "module"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.module = lambda: None
 
     @property
-    def cache(self) -> MethodCache:
-        """The cache that this layer belongs to."""
-        return self._cache()
+    def rotary(self) -> RotarySpec | None:
+        """How this layer's keys turn, if the method asked for `rope`."""
+        return self.context.rotary.get(self.kind.number)
 
     # ---- what transformers calls -------------------------------------------------------------------------------
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.kv_heads, self.head_dim = key_states.shape[1], key_states.shape[3]
         self.real_seen = torch.zeros(key_states.shape[0], dtype=torch.int64)
         self.is_initialized = True
-        with self._timed("on_start"):
-            self.cache.method.on_start(self)
+        if self.kind.governed:
+            with self.context.timed("on_start"):
+                self.context.method.on_start(self)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[View, View]:
         """Wraps new keys and values [batch, kv_heads, m, head_dim] for our attention function.
 
         Raises:
-            ValueError: the model runs another attention implementation, which could not read the view.
+            ValueError: keys and values of different size, or an attention that could not read the view.
         """
-        self.cache.check_attention()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        self.context.check_attention()
+        if key_states.shape != value_states.shape:
+            raise ValueError(
+                f"layer {self.kind.number}: keys of shape {tuple(key_states.shape)} and values of "
+                f"{tuple(value_states.shape)}; this cache needs both alike"
+            )
         view = View(self, key_states, value_states)
         return view, view
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        # Our mask function hands on the whole 2-D padding mask, so these sizes only have to be consistent.
-        return self.seen + query_length, 0
+        # False counts as an offset of 0 and tells our mask function that one of our layers is asking.
+        return self.seen + query_length, False
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -117,10 +158,23 @@ class Layer(CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        return self.cache.method.capabilities.crop
+        return not self.kind.governed or self.context.method.capabilities.crop
 
     def reset(self) -> None:
         self._clear()
+
+    def check_crop(self, count: int) -> None:
+        """Raises ValueError unless the last `count` tokens can be taken back."""
+        name = self.context.method.expression
+        if count < 0:
+            raise ValueError(f"crop({-count}): give the number of tokens to remove as a negative number")
+        if count and not self.is_croppable:
+            raise ValueError(f"crop({-count}): {name} evicts while decoding and cannot restore tokens")
+        if count > self.since_eviction:
+            raise ValueError(
+                f"crop({-count}): {name} can take back only the {self.since_eviction} tokens since it last "
+                "evicted; fork the cache before the prompt instead"
+            )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last -tokens_to_remove tokens (the number is negative, as in transformers).
@@ -129,29 +183,23 @@ class Layer(CacheLayerMixin):
             ValueError: a positive number, a method that cannot, or more tokens than came since the last eviction.
         """
         count = -tokens_to_remove
-        name = self.cache.method.expression
-        if count < 0:
-            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
-        if count and not self.is_croppable:
-            raise ValueError(f"crop({tokens_to_remove}): {name} evicts while decoding and cannot restore tokens")
-        if count > self.since_eviction:
-            raise ValueError(
-                f"crop({tokens_to_remove}): {name} can take back only the {self.since_eviction} tokens since it last "
-                "evicted; fork the cache before the prompt instead"
-            )
-        self.segments[-1].crop(count)
-        if self.marks:
-            self.marks = {name: self.mark(name) for name in self.marks}
+        self.check_crop(count)
+        if not count or not self.is_initialized:
+            return
+        real = self.context.real_in_last(count)
+        self.segments[-1].crop(count, real)
+        self.statistics = {name: self.statistic(name) for name in self.statistics}
         self.seen -= count
-        self.real_seen -= count
+        self.real_seen = self.real_seen - (count if real is None else real)
         self.since_eviction -= count
+        self.collector.drop_last(count)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if not self.is_initialized:
             return
         for segment in self.segments:
             segment.take_rows(beam_idx)
-        self.marks = {name: x.index_select(0, beam_idx.to(x.device)) for name, x in self.marks.items()}
+        self.statistics = {name: x.index_select(0, beam_idx.to(x.device)) for name, x in self.statistics.items()}
         self.real_seen = self.real_seen[beam_idx.cpu()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -171,39 +219,156 @@ class Layer(CacheLayerMixin):
     # ---- one forward -------------------------------------------------------------------------------------------
 
     def step(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None
+        self,
+        view: View,
+        q: torch.Tensor,
+        *,
+        module: torch.nn.Module,
+        mask: Call | torch.Tensor | None,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        rotary: torch.Tensor | None = None,
+        norms: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Takes one forward's tokens in and returns their attention output [batch, heads, m, head_dim].
 
         Args:
-            mask: bool [batch, seen + m] padding mask, True = real token; None = no padding.
+            view: what `update` gave; the second time it comes, another layer reads the same tokens.
+            mask: what our mask function made, or a mask of the caller's own [batch, 1, m, columns].
+            softcap: see `Step`.
+            sinks: [heads], a logit that takes part in each query's softmax and gives no output (gpt-oss).
+            rotary: [3 or 1, batch or 1, m] position ids of the call.
+            norms: fp32 [batch, m], row norms of hidden states, if the method asked for them.
         """
-        new, self.scale = self._new_tokens(q, k, v, scale, mask), scale
-        self.cache.note_places(self, new)
-        m = q.shape[2]
-        target = self.cache.block_end
-        prompt = m > 1 or self.seen == 0 or self.seen < target
-        self.seen += m
-        self.real_seen = self.real_seen + (new.positions >= 0).sum(1).cpu() if new.padded else self.real_seen + m
-        self.since_eviction += m
-        method = self.cache.method
-        if not prompt:
-            with self._timed("on_decode_begin"):
+        if view.step is not None:
+            return self._read_again(view, q, sinks)
+        self._check(module)
+        given = q.dtype
+        k, v = view.k, view.v
+        if not (q.dtype == k.dtype == v.dtype):  # autocast leaves rotated queries in fp32 beside values in half
+            q, k, v = (x.to(v.dtype) for x in (q, k, v))
+        if not self.is_initialized:
+            self.lazy_initialization(k)
+        if k.dtype != self.dtype:
+            q, k, v = (x.to(self.dtype) for x in (q, k, v))
+        grows = torch.is_grad_enabled() and q.requires_grad
+        with torch.no_grad():
+            tokens = self._tokens(mask, q)
+            view.tokens, self.scale, self.softcap = tokens, scale, softcap
+            rope = None if rotary is None else rotary[0].expand(len(q), -1)
+            view.step = Step(
+                q, k, v, tokens.positions, scale, tokens.padded, rope if self.context.needs.rope else None, softcap,
+                tokens.hidden, tokens.visible,
+            )  # fmt: skip
+            if self.context.table is not None and self.kind.number == self.context.first:
+                self.context.table.write(tokens.positions, self.seen + q.shape[2], rotary)
+            out = self._forward(view, q, sinks, norms)
+        if out.dtype != given:
+            out = out.to(given)
+        return _Undifferentiable.apply(q, out) if grows else out
+
+    def _check(self, module: torch.nn.Module) -> None:
+        """Raise ValueError where going on would be silently wrong."""
+        own = self.module()
+        if own is not None and module is not own:
+            raise ValueError(
+                f"layer {self.kind.number}: this cache was built for another model; build one with "
+                "MethodCache(model, ...) for the model that runs"
+            )
+        if self._torn:
+            raise ValueError(
+                f"layer {self.kind.number}: an earlier forward stopped inside this layer, and what it holds is not "
+                "whole; reset the cache, or go on from a fork of it"
+            )
+
+    def _tokens(self, mask: Call | torch.Tensor | None, q: torch.Tensor) -> Tokens:
+        if not isinstance(mask, Call):
+            mask = Call(None, q.shape[2], self.seen, None) if mask is None else self.context.call_of(mask, self.seen)
+        return mask.brings(self.real_seen, self.context.real, q.device)
+
+    def _forward(self, view: View, q: torch.Tensor, sinks: torch.Tensor | None, norms) -> torch.Tensor:
+        method, step, m = self.context.method, view.step, view.k.shape[2]
+        prompt = (m > 1 and not self.context.verifying) or self.seen == 0 or self.seen < self.context.block_end
+        governed = self.kind.governed and not self.context.frozen
+        self._thaw()
+        if governed and not prompt:
+            with self.context.timed("on_decode_begin"):
                 method.on_decode_begin(self, q)
-            out = self._attend(new)
-            with self._timed("on_decode_end"):
-                method.on_decode_end(self, q)
+        self._torn = True
+        if view.waiting:
+            out = self._attend(step, sinks, take=False)
         else:
-            out = self._attend(new)
-            self.gatherer.take(new, self.stored, self.cache.inv_freq)
-            self.cache.note_bytes(self)
-            if self.seen >= target:
-                evidence = self.gatherer.finish(q, scale, self.real_seen, self.cache.spans)
-                with self._timed("on_prefill_end"):
-                    method.on_prefill_end(self, evidence)
-        self.last_share = None
-        self.cache.after_step(self, prompt and self.seen >= target)
+            out = self._attend(step, sinks, take=True)
+            self._end(view, prompt, norms)
+        view.prompt, view.norms = prompt, norms
+        self._torn = False
         return out
+
+    def _read_again(self, view: View, q: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+        """Another layer's queries over the same tokens; what came is taken in after the last one."""
+        with torch.no_grad():
+            out = self._attend(replace(view.step, q=q.to(self.dtype)), sinks, take=False)
+            view.waiting -= 1
+            if not view.waiting:
+                for segment, step in ((self.segments[-1], view.step),):
+                    segment.append(step)
+                self._end(view, view.prompt, view.norms)
+        return out.to(q.dtype)
+
+    def _end(self, view: View, prompt: bool, norms: torch.Tensor | None) -> None:
+        """The tokens are in and every layer that reads them has: count them, and let the method act."""
+        step, tokens, m = view.step, view.tokens, view.k.shape[2]
+        self.seen += m
+        self.real_seen, self.came = tokens.seen, tokens.came
+        self.since_eviction += m
+        context = self.context
+        ends = prompt and self.seen >= context.block_end
+        if self.kind.governed and not context.frozen:
+            if prompt:
+                self._collect(step, norms)
+                context.note_bytes(self)
+            if context.hold:
+                self._due.append((ends, None if prompt else step.q))
+            elif ends:
+                self._prompt_end(step.q)
+            elif not prompt:
+                self._decode_end(step.q)
+        if not context.hold:
+            for segment in self.segments:
+                segment.settle()
+        self.last_share = self.came = None
+        context.after_step(self, ends and not context.hold and not context.frozen, tokens)
+
+    def _collect(self, step: Step, norms: torch.Tensor | None) -> None:
+        if self.context.needs.hidden and norms is None:
+            raise RuntimeError(
+                "the method needs hidden states but none arrived: build the cache as MethodCache(model, ...) with "
+                "the same model that runs"
+            )
+        spare = SPARE if self.context.hold else 0
+        self.collector.take(step, self.stored, norms=norms, rotary=self.rotary, spare=spare)
+
+    def _prompt_end(self, q: torch.Tensor) -> None:
+        evidence = self.collector.finish(q, self.scale, self.real_seen, self.context.spans)
+        with self.context.timed("on_prefill_end"):
+            self.context.method.on_prefill_end(self, evidence)
+
+    def _decode_end(self, q: torch.Tensor) -> None:
+        with self.context.timed("on_decode_end"):
+            self.context.method.on_decode_end(self, q)
+
+    def commit(self) -> bool:
+        """What was held back is final (see `Context.hold`): let the method act now. Returns whether a block ended."""
+        due, self._due = self._due, []
+        for ends, query in due:
+            if ends:
+                self._prompt_end(self.real_seen.new_zeros(1, 1, 0, 1, dtype=self.dtype).to(self.device))
+            elif query is not None:
+                self._decode_end(query[:, :, -1:])
+        for segment in self.segments:
+            segment.settle()
+        return any(ends for ends, _ in due)
 
     def absorb(
         self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, observers: torch.Tensor, scale: float
@@ -216,52 +381,41 @@ class Layer(CacheLayerMixin):
             observers: [batch, heads, w, head_dim] post-RoPE queries that the method may take for the block's last.
         """
         if not self.is_initialized:
-            self.lazy_initialization(k, v)
+            self.lazy_initialization(k)
         real = positions >= 0
-        self.segments[-1].extend(
-            NewTokens(observers[:, :, :0], k, v, positions, scale, padded=not bool(real.all())), need_lse=True
-        )
-        self.scale = scale
+        self.segments[-1].append(Step(observers[:, :, :0], k, v, positions, scale, padded=not bool(real.all())))
+        self.scale, self.softcap = scale, None
         self.seen += k.shape[2]
         self.since_eviction += k.shape[2]
         self.real_seen = self.real_seen + real.sum(1).cpu()
-        self.cache.note_bytes(self)
-        window = min(self.cache.needs.window, observers.shape[2])
+        self.context.note_bytes(self)
+        window = min(self.context.needs.window, observers.shape[2])
         queries = observers[:, :, observers.shape[2] - window :]
-        with self._timed("on_prefill_end"):
-            self.cache.method.on_prefill_end(self, Evidence(queries, scale, self.real_seen))
-        self.cache.after_step(self, prompt_ended=True)
+        with self.context.timed("on_prefill_end"):
+            self.context.method.on_prefill_end(self, Evidence(queries, scale, self.real_seen))
+        self.context.after_step(self, True, None)
 
-    def _attend(self, new: NewTokens) -> torch.Tensor:
-        alone = len(self.segments) == 1
-        out, lse = self.segments[-1].extend(new, need_lse=not alone)
-        if alone:
-            return out
-        parts = [segment.attend(new.q, new.scale) for segment in self.segments[:-1]] + [(out, lse)]
-        out, total = merge([p[0] for p in parts], [p[1] for p in parts])
-        if new.q.shape[2] == 1:
-            self.last_share = (lse - total).exp()
+    def _attend(self, step: Step, sinks: torch.Tensor | None, take: bool) -> torch.Tensor:
+        last = self.segments[-1]
+        others = [segment for segment in self.segments[:-1] if not segment.is_empty()]
+        out, lse = (last.extend if take else last.read)(step, bool(others) or sinks is not None)
+        if others:
+            parts = [x.attend(step.q, step.scale, softcap=step.softcap, hidden=step.hidden) for x in others]
+            own = lse
+            out, lse = merge([p[0] for p in parts] + [out], [p[1] for p in parts] + [lse])
+            if step.q.shape[2] == 1:
+                self.last_share = (own - lse).exp()
+        if sinks is not None:
+            # One more entry of the softmax, which has no value: its share is what the output lacks.
+            out = out * (lse - sinks.float()[:, None]).sigmoid()[..., None].to(out.dtype)
         return out
 
-    def _new_tokens(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None
-    ) -> NewTokens:
-        batch, _, m, _ = q.shape
-        first = self.real_seen.to(q.device)[:, None]
-        count = torch.arange(m, device=q.device)[None]
-        positions, padded = first + count, False
-        if mask is not None:
-            real = mask[:, -m:].bool()
-            padded = not bool(real.all())
-            if padded and not bool(real[:, -1].all()):
-                raise ValueError("the batch is padded on the right: pad on the left (tokenizer.padding_side = 'left')")
-            if padded:
-                positions = (first + real.long().cumsum(1) - 1).masked_fill(~real, -1)
-        rope = self.cache.rope_positions if self.cache.needs.rope else None
-        return NewTokens(
-            q, k, v, positions.expand(batch, m).to(torch.int32), scale, padded,
-            None if rope is None else rope.expand(batch, m),
-        )  # fmt: skip
+    def _thaw(self) -> None:
+        """Tensors made under inference_mode cannot be written to outside of it: they are copied once."""
+        if not torch.is_inference_mode_enabled():
+            held = next(iter(self.tensors().values()), None)
+            if held is not None and held.is_inference():
+                self.context.thaw()
 
     # ---- what methods use --------------------------------------------------------------------------------------
 
@@ -274,89 +428,153 @@ class Layer(CacheLayerMixin):
 
     def held_positions(self) -> torch.Tensor:
         """The positions of `stored()`, without unpacking what is packed: int32 [batch, stored heads, n], -1 = hole."""
-        return torch.cat([segment.held_positions() for segment in self.segments], 2)
+        parts = [segment.held_positions() for segment in self.segments]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def mark(self, name: str) -> torch.Tensor:
+    def statistic(self, name: str) -> torch.Tensor:
         """The numbers that a method keeps per stored token: fp32 [batch, stored heads, n], slot by slot of `stored()`.
         They move and go with their tokens; a token that came since they were set, or a hole, has 0. Set them through
-        `marks[name]`.
+        `statistics[name]`.
         """
         positions = self.held_positions()
-        known = self.marks.get(name, positions.new_zeros((*positions.shape[:2], 0), dtype=torch.float32))
+        known = self.statistics.get(name, positions.new_zeros((*positions.shape[:2], 0), dtype=torch.float32))
         known = known[..., : positions.shape[-1]]
         known = F.pad(known, (0, positions.shape[-1] - known.shape[-1]))
         return known.masked_fill(positions < 0, 0)
 
     def keep(self, index: torch.Tensor) -> None:
-        """Keeps slots `index` int64 [batch, kv_heads or 1, c] of `stored()`, ascending, -1 = hole; frees the others."""
-        for name in self.marks:
-            mark = self.mark(name)
-            pick = index.expand(-1, mark.shape[1], -1)
-            self.marks[name] = mark.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, 0)
-        segment = self.segments[0]
-        if len(self.segments) > 1 or not isinstance(segment, DenseSegment):
-            segment = self._gathered()
-        segment.keep(index)
-        self.segments = [segment]
+        """Keeps slots `index` int64 [batch, kv_heads or 1, c] of `stored()`, ascending, -1 = hole; frees the others.
+        The method's `on_evict` hears what stayed."""
+        for name in self.statistics:
+            known = self.statistic(name)
+            pick = index.expand(-1, known.shape[1], -1)
+            self.statistics[name] = known.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, 0)
+        before = self.held_positions()
+        self.segments = keep_across(self.segments, index)
         self.since_eviction = 0
+        pick = index.expand(-1, before.shape[1], -1)
+        self.context.method.on_evict(self, before.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, -1))
 
     def keep_mask(self, mask: torch.Tensor) -> None:
         """Keeps the slots where bool [batch, kv_heads, n] is True, each head its own number of them."""
-        held = self.stored()
-        mask = mask & (held.positions >= 0)
+        before = self.held_positions()
+        mask = mask & (before >= 0)
         # Ragged heads show their tokens first and their missing slots last.
         order = (~mask).sort(dim=-1, stable=True).indices[..., : int(mask.sum(-1).max())]
-        self.marks = {
-            name: self.mark(name).gather(-1, order).masked_fill(~mask.gather(-1, order), 0) for name in self.marks
+        missing = ~mask.gather(-1, order)
+        self.statistics = {
+            name: self.statistic(name).gather(-1, order).masked_fill(missing, 0) for name in self.statistics
         }
-        rows = compact(held.keys, held.values, mask)
-        self.segments = [RaggedSegment(rows.k, rows.v, held.positions[mask], mask.sum(-1).cpu())]
+        first, kept = 0, []
+        for segment in self.segments:
+            size = segment.held_positions().shape[2]
+            kept.append(segment.keep_mask(mask[..., first : first + size]))
+            first += size
+        self.segments = kept
         self.since_eviction = 0
+        self.context.method.on_evict(self, before.gather(-1, order).masked_fill(missing, -1))
+
+    def forget(self, gone: torch.Tensor) -> None:
+        """Drops the tokens at the logical positions where bool [batch, p] is True, whatever holds them."""
+        if not self.is_initialized:
+            return
+        at = self.held_positions()
+        known = (at >= 0) & (at < gone.shape[1])
+        table = gone[:, None].expand(-1, at.shape[1], -1)
+        dropped = known & table.gather(-1, at.long().clamp(0, gone.shape[1] - 1))
+        if not bool(dropped.any()):
+            return
+        stays = (at >= 0) & ~dropped
+        if bool((stays == stays[:, :1]).all()):
+            stays = stays[:, :1]
+        order = (~stays).sort(dim=-1, stable=True).indices[..., : int(stays.sum(-1).max())]
+        self.keep(order.masked_fill(~stays.gather(-1, order), -1))
 
     def replace(self, segments: list[Segment]) -> None:
-        """Puts other segments in place of what is stored; the method has moved over what it keeps (marks are gone)."""
+        """Puts other segments in place of what is stored; the method has moved over what it keeps (statistics are
+        gone)."""
         self.segments = segments
-        self.marks = {}
+        self.statistics = {}
         self.since_eviction = 0
 
     def repeat_heads(self, times: int) -> None:
         """From now on every KV head is stored `times` times, once per query head of its group."""
-        segment = self._gathered() if not isinstance(self.segments[0], DenseSegment) else self.segments[0]
-        segment.repeat_heads(times)
-        self.segments = [segment]
-
-    def _gathered(self) -> DenseSegment:
-        """All segments as one dense one (ragged heads are padded with holes)."""
-        held, last = self.stored(), self.segments[-1]
-        segment = DenseSegment(last.head_repeat if isinstance(last, DenseSegment) else 1)
-        segment.k, segment.v, segment.positions = held.keys, held.values, held.positions.contiguous()
-        segment.used = held.keys.shape[2]
-        segment.holes = bool((held.positions < 0).any())
-        return segment
+        last = self.segments[-1]
+        if len(self.segments) > 1 or not isinstance(last, DenseSegment):
+            last = DenseSegment.of(self.stored(), last.head_repeat if isinstance(last, DenseSegment) else 1)
+        last.repeat_heads(times)
+        self.segments = [last]
 
     # ---- counting ----------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor that the layer holds: its segments' by "segment.name", its marks by "mark.name"."""
+        """Every tensor that the layer holds: its segments' by "segment.name", its statistics by "statistic.name"."""
         held = {f"{i}.{name}": x for i, s in enumerate(self.segments) for name, x in s.tensors().items()}
-        return held | {f"mark.{name}": x for name, x in self.marks.items()}
+        return held | {f"statistic.{name}": x for name, x in self.statistics.items()}
+
+    def host_bytes(self) -> int:
+        """Bytes that segments hold in host memory although the model runs on a device."""
+        return sum(segment.host_bytes() for segment in self.segments)
 
     def kv_bytes(self) -> int:
-        """Bytes of all storages that the layer keeps alive, positions and lengths included."""
-        return storage_bytes(list(self.tensors().values()))
+        """Bytes of all storages that the layer keeps alive on the model's device, positions and lengths included."""
+        host = {id(x) for segment in self.segments for x in segment.host_tensors().values()}
+        return storage_bytes([x for x in self.tensors().values() if id(x) not in host])
 
     def full_bytes(self) -> int:
-        """Bytes of K and V that a cache without eviction holds after the same tokens."""
+        """Bytes of K and V that the model's own cache holds after the same tokens."""
         if not self.is_initialized:
             return 0
-        return 2 * len(self.real_seen) * self.kv_heads * self.seen * self.head_dim * self.dtype.itemsize
+        seen = self.seen if self.kind.window is None else min(self.seen, self.kind.window - 1)
+        return 2 * len(self.real_seen) * self.kv_heads * seen * self.head_dim * self.dtype.itemsize
 
     def lengths(self) -> torch.Tensor:
         """Tokens stored, int64 [batch, stored heads], on the CPU."""
         return sum(segment.lengths() for segment in self.segments)
 
-    @contextmanager
-    def _timed(self, hook: str):
-        start = perf_counter()
-        yield
-        self.cache.seconds[hook] = self.cache.seconds.get(hook, 0.0) + perf_counter() - start
+    def bind(self, module: torch.nn.Module | None) -> None:
+        """Ties the layer to the module whose keys it holds."""
+        self.module = (lambda: None) if module is None else ref(module)
+
+
+class HybridLayer(LinearAttentionLayer, Layer):
+    """Attention and a linear state in one layer of the model: the attention is ours, the state transformers'."""
+
+    def __init__(self, kind: LayerKind, context: Context, index: int) -> None:
+        LinearAttentionLayer.__init__(self, **{k: v for k, v in kind.options.items() if k == "number_of_states"})
+        Layer.__init__(self, kind, context, index)
+
+    def lazy_initialization(self, *args: torch.Tensor, **kwargs: Any) -> None:
+        # transformers hands a state to one and keys and values to the other, under one name.
+        if kwargs:
+            LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+        else:
+            Layer.lazy_initialization(self, *args)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        Layer.reset(self)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        Layer.reorder_cache(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        Layer.crop(self, tokens_to_remove)
+
+    get_max_length = Layer.get_max_length
+
+
+class _Undifferentiable(torch.autograd.Function):
+    """Hands an output on; a backward pass through it is an error instead of a silently missing gradient."""
+
+    @staticmethod
+    def forward(ctx, q: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "no gradients flow through a cache that a method keeps: train without past_key_values (use_cache=False)"
+        )

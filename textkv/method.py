@@ -1,4 +1,4 @@
-"""What a cache method is: a frozen policy with five hooks, what it needs to see, and what it can promise.
+"""What a cache method is: a frozen policy with six hooks, what it needs to see, and what it can promise.
 
 A method never owns memory. It looks at a layer (its stored keys, the evidence it asked for) and tells the layer's
 segments what to keep. Methods compose: in "snapkv+adakv" the second wraps the first (`inner`).
@@ -7,67 +7,16 @@ segments what to keep. Methods compose: in "snapkv+adakv" the second wraps the f
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from textkv.budgets import Budget
+from textkv.context import Context
+from textkv.evidence import Evidence, Needs
 from textkv.expression import parse_call, split_parts
+from textkv.layer import Layer
 from textkv.registry import Registry
-
-if TYPE_CHECKING:
-    from textkv.cache import MethodCache
-    from textkv.evidence import Evidence
-    from textkv.layer import Layer
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Evidence to gather while the prompt runs. Nothing is gathered that no method asked for.
-
-    Attributes:
-        window: how many of the prompt's last post-RoPE queries to keep until the prompt ends.
-        hidden: "attn_input" (after the input norm) or "residual" (before it): row norms of that hidden state.
-        rope: the rotary frequencies and the position ids of each token.
-        spans: the token spans of the prompt's screenshots, given by `MethodCache.begin`.
-        columns: the attention that every stored token gets from ALL queries of the prompt block. Costs as much
-            arithmetic as the block's attention, but never holds an n x n matrix.
-        query_moments: mean and covariance of the block's queries as they were before the rotary embedding, leaving out
-            each row's first `query_moments` tokens; None = not asked for. Needs `rope` to turn the queries back.
-        query_peaks: the largest magnitude of each channel of the block's post-RoPE queries.
-        turning: where each token's keys were turned to, for as long as the cache lives (`MethodCache.key_turning`).
-
-    Raises:
-        ValueError: query_moments without rope, or negative.
-    """
-
-    window: int = 0
-    hidden: Literal["attn_input", "residual"] | None = None
-    rope: bool = False
-    spans: bool = False
-    columns: bool = False
-    query_moments: int | None = None
-    query_peaks: bool = False
-    turning: bool = False
-
-    def __post_init__(self) -> None:
-        if self.query_moments is not None and (self.query_moments < 0 or not self.rope):
-            raise ValueError(
-                f"query_moments={self.query_moments} with rope={self.rope}: give the number of first tokens to leave "
-                "out (0 = none) and rope=True, without which queries cannot be turned back"
-            )
-
-    def __or__(self, other: Needs) -> Needs:
-        return Needs(
-            window=max(self.window, other.window),
-            hidden=self.hidden or other.hidden,
-            rope=self.rope or other.rope,
-            spans=self.spans or other.spans,
-            columns=self.columns or other.columns,
-            query_moments=max((x.query_moments for x in (self, other) if x.query_moments is not None), default=None),
-            query_peaks=self.query_peaks or other.query_peaks,
-            turning=self.turning or other.turning,
-        )
 
 
 @dataclass(frozen=True)
@@ -142,8 +91,18 @@ class Method:
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
         """After one decoded token has attended; it is stored, `query` is its own."""
 
-    def on_finish(self, cache: MethodCache) -> None:
-        """The last layer of a prompt block is done."""
+    def on_evict(self, layer: Layer, kept: torch.Tensor) -> None:
+        """Tokens have left a layer, whoever dropped them: this method, one that it wraps, or `MethodCache.forget`.
+        Statistics that were set through `layer.statistics` have followed already.
+
+        Args:
+            kept: int32 [batch, stored heads, c] logical positions of what stayed, -1 = none.
+        """
+        if self.inner is not None:
+            self.inner.on_evict(layer, kept)
+
+    def on_finish(self, context: Context) -> None:
+        """The last governed layer of a prompt block is done; `context.layers` are all of them."""
 
     @property
     def evicts(self) -> bool:

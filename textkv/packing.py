@@ -17,24 +17,22 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from kernels.pack import Bits, Packed, channel_group, check_block
-from textkv.evidence import Evidence
+from textkv.context import Context
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Capabilities, Method, Needs
+from textkv.method import Capabilities, Method
+from textkv.positions import RotarySpec, turned
 from textkv.segments.base import Segment, Stored
 from textkv.segments.dense import DenseSegment
 from textkv.segments.packed import PackedSegment
 from textkv.segments.ragged import RaggedSegment
 from textkv.segments.split import Part, SplitSegment
 from textkv.segments.stack import StackSegment
-from textkv.turning import Turning, turned
-
-if TYPE_CHECKING:
-    from textkv.cache import MethodCache
 
 _ENOUGH = 0.75  # a centre that turns costs the reader sines: its ranges must be this small beside a fixed one's
 _SAMPLE = 512  # tokens of a head on which the two are compared
@@ -98,7 +96,7 @@ class Packer(Method):
         """
 
     def needs(self) -> Needs:
-        return super().needs() | Needs(turning=self.centre in ("auto", "turned"))
+        return super().needs() | Needs(positions=self.centre in ("auto", "turned"))
 
     @property
     def evicts(self) -> bool:
@@ -111,7 +109,7 @@ class Packer(Method):
             ValueError: `channels` does not divide head_dim, or centre="turned" and no table tells how keys turn.
         """
         check_block(self.bits, self.group, layer.head_dim, self.channels or channel_group(layer.head_dim))
-        self._turning(layer)
+        self._rotary(layer)
         if self.inner is not None:
             self.inner.on_start(layer)
 
@@ -121,11 +119,11 @@ class Packer(Method):
         if not self._waits:
             self._flush(layer, prompt=True)
 
-    def on_finish(self, cache: MethodCache) -> None:
+    def on_finish(self, context: Context) -> None:
         if self.inner is not None:
-            self.inner.on_finish(cache)
+            self.inner.on_finish(context)
         if self._waits:
-            for layer in cache.layers:
+            for layer in context.layers:
                 self._flush(layer, prompt=True)
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
@@ -139,7 +137,7 @@ class Packer(Method):
     def _flush(self, layer: Layer, prompt: bool) -> None:
         """Packs what has come together."""
         if prompt:
-            layer.marks = {}
+            layer.statistics = {}
         if isinstance(layer.segments[0], SplitSegment):
             self._flush_heads(layer, prompt)
             return
@@ -186,48 +184,49 @@ class Packer(Method):
             return None
         held = buffer.stored()
         _check_values(held, name)
-        taken, turning = _first(held, counts), self._turning(layer)
+        taken, rotary = _first(held, counts), self._rotary(layer)
         if not isinstance(packed, PackedSegment):
-            packed = PackedSegment(held.keys.dtype, *self._centre(held, counts, turning, rows))
+            packed = PackedSegment(held.keys.dtype, *self._centre(held, counts, rotary, rows))
         positions = taken.positions
         if bool((positions == positions[:, :1]).all()):
             positions = positions[:, :1]
-        places = None if packed.axes is None else turning.at(positions, rows)
+        places = None if packed.axes is None else rotary.at(positions, rows)
         centres = packed.centres(positions if places is None else places)
         keys = (taken.keys.float() - centres) * (positions >= 0)[..., None]
         keys, values = keys.flatten(0, 1), taken.values.float().flatten(0, 1)
-        packed.append(*self.encode(keys, values, counts.view(-1), prompt), counts, positions, places)
+        packed.take(*self.encode(keys, values, counts.view(-1), prompt), counts, positions, places)
         return [packed, _rest(buffer, held, counts)]
 
-    def _turning(self, layer: Layer) -> Turning | None:
+    def _rotary(self, layer: Layer) -> RotarySpec | None:
         """How a centre of this layer may turn; None = none that turns is asked for, or how is not known."""
         if self.centre in ("fixed", "none"):
             return None
-        try:
-            return layer.cache.key_turning()
-        except ValueError as error:
-            if self.centre == "turned":
-                raise ValueError(
-                    f"{self.name}(centre='turned') cannot follow the keys of this model: {error}; use centre='fixed'"
-                ) from None
-            return None
+        spec = layer.rotary
+        if spec is not None and spec.inv_freq.numel() and spec.is_halves:
+            return spec
+        if self.centre == "turned":
+            why = layer.context.rotary_unknown or "they do not turn in halves"
+            raise ValueError(
+                f"{self.name}(centre='turned') cannot follow the keys of this model: {why}; use centre='fixed'"
+            )
+        return None
 
     def _centre(
-        self, held: Stored, counts: torch.Tensor, turning: Turning | None, rows: torch.Tensor | None
+        self, held: Stored, counts: torch.Tensor, rotary: RotarySpec | None, rows: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         """Centre, rates and axes of a `PackedSegment`, which begins with the first counts[b, h] tokens of each head."""
         if self.centre == "none":
             return None, None, None
         mean = _mean(held.keys, held.positions)
-        if turning is None:
+        if rotary is None:
             return mean, None, None
-        rates = turning.rates.to(mean.device).repeat(*mean.shape[:2], 1)
-        axes = None if turning.axes is None else turning.axes.to(mean.device)
-        origin = _mean(turned(held.keys.float(), -turning.at(held.positions, rows), rates, axes), held.positions)
+        rates = rotary.inv_freq.to(mean.device).repeat(*mean.shape[:2], 1)
+        axes = None if rotary.axes is None else rotary.axes.to(mean.device)
+        origin = _mean(turned(held.keys.float(), -rotary.at(held.positions, rows), rates, axes), held.positions)
         if self.centre == "turned":
             return origin, rates, axes
         sample = _first(held, counts.clamp(max=max(1, _SAMPLE // self.group) * self.group))
-        moved = sample.keys - turned(origin[:, :, None], turning.at(sample.positions, rows), rates, axes)
+        moved = sample.keys - turned(origin[:, :, None], rotary.at(sample.positions, rows), rates, axes)
         moved *= (sample.positions >= 0)[..., None]
         better = (_ranges(moved, self.group) < _ENOUGH * _ranges(sample.keys.float(), self.group))[..., None]
         if not bool(better.any()):

@@ -1,140 +1,96 @@
-"""The few places where a cache listens to a model: hidden-state norms and rotary positions, only if a method asks.
+"""What must be seen before attention runs: rotary positions, and norms of hidden states.
 
-Each cache registers its own forward pre-hooks and takes them away when it dies; nothing is stored on the model.
+A cache that asks for either puts pre-hooks on its model, once for all caches that will ever run on it. They look at the
+`past_key_values` of the call, and what they see travels on with that call, as named arguments that end in our attention
+function: nothing is left on the model or on a cache, so that two threads can use one model.
 """
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING
+import inspect
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
 
-from kernels.rotate import frequency_axes
-from textkv.method import Needs
-from textkv.turning import Places, Turning
+from textkv.evidence import Needs
+from textkv.kinds import attention_modules, text_model
 
-if TYPE_CHECKING:
-    from textkv.cache import MethodCache
+ROTARY, NORMS = "textkv_rotary", "textkv_norms"
+"""Names under which position ids [3 or 1, batch or 1, m] and row norms fp32 [batch, m] travel."""
 
-
-_MOVING = ("dynamic", "longrope")
-"""Rope types whose frequencies change with the length."""
+_PLACED: WeakKeyDictionary[torch.nn.Module, dict[str, list]] = WeakKeyDictionary()
 
 
-def text_model(model: PreTrainedModel) -> torch.nn.Module:
-    """The decoder with `.layers`: of a text model, or the text half of a vision-language model.
+def place(model: PreTrainedModel, needs: Needs) -> None:
+    """Puts the hooks that `needs` ask for on the model, unless they are there.
 
     Raises:
-        ValueError: no such decoder was found.
+        ValueError: hidden states are asked for and the layers pass nothing on to their attention.
     """
-    for path in ("model.language_model", "language_model.model", "language_model", "model", ""):
-        node: torch.nn.Module | None = model
-        for name in filter(None, path.split(".")):
-            node = getattr(node, name, None)
-        if node is not None and hasattr(node, "layers") and hasattr(node, "rotary_emb"):
-            return node
-    raise ValueError(f"{type(model).__name__} is not a decoder of rotary attention layers: unsupported by this cache")
+    decoder = text_model(model)
+    placed = _PLACED.setdefault(decoder, {})
+    if (needs.rope or needs.positions) and ROTARY not in placed:
+        names = list(inspect.signature(decoder.forward).parameters)
+        hook = _see_positions(names.index("position_ids") if "position_ids" in names else None)
+        placed[ROTARY] = [decoder.register_forward_pre_hook(hook, with_kwargs=True)]
+    name = f"{NORMS}.{needs.hidden}"
+    if needs.hidden and name not in placed:
+        modules = attention_modules(model)
+        for number, module in modules.items():
+            _check_passes_on(module, number)
+        if needs.hidden == "residual":
+            parents = {id(child): parent for parent in decoder.modules() for child in parent.children()}
+            modules = {number: parents[id(module)] for number, module in modules.items()}
+        hook = _see_hidden(needs.hidden)
+        placed[name] = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules.values()]
 
 
-def text_config(model: PreTrainedModel):
-    """The configuration of the text decoder.
-
-    Raises:
-        ValueError: the model has layers that are not plain attention.
-    """
-    config = text_model(model).config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not kinds <= {"full_attention", "sliding_attention"}:
-        raise ValueError(
-            f"layers of kind {sorted(kinds - {'full_attention'})} have no KV cache that a method could keep"
-        )
-    return config
+def remove(model: PreTrainedModel) -> None:
+    """Takes the hooks away again."""
+    for handles in _PLACED.pop(text_model(model), {}).values():
+        for handle in handles:
+            handle.remove()
 
 
-def text_rotary(model: PreTrainedModel) -> torch.nn.Module:
-    """The decoder's rotary module.
+def _see_positions(index: int | None):
+    """A hook of the decoder: hands on the position ids of a call that runs on one of our caches."""
 
-    Raises:
-        ValueError: its frequencies change with the length, so stored keys cannot be moved.
-    """
-    rotary = text_model(model).rotary_emb
-    kind = getattr(rotary, "rope_type", "default")
-    if kind in _MOVING:
-        raise ValueError(
-            f"rope type {kind!r} changes its frequencies with the length: keys cannot be moved to other positions; "
-            "use positions='original'"
-        )
-    return rotary
-
-
-def key_turning(model: PreTrainedModel, places: Places | None = None) -> Turning:
-    """How the positions of a token turn its keys; `places` is where a cache of an M-RoPE model notes them.
-
-    Raises:
-        ValueError: nothing common tells: frequencies change with the length, or each layer has its own.
-    """
-    rotary = text_model(model).rotary_emb
-    if getattr(rotary, "rope_type", "default") in _MOVING:
-        raise ValueError(f"rope type {rotary.rope_type!r} changes its frequencies with the length")
-    if not isinstance(getattr(rotary, "inv_freq", None), torch.Tensor):
-        raise ValueError(f"{type(rotary).__name__} has no one table of frequencies for all layers")
-    rates, axes = rotary.inv_freq.float(), rotary_axes(model)
-    if axes is None:
-        return Turning(rates)
-    if len(axes) != len(rates):
-        raise ValueError(f"the sections of M-RoPE name an axis for {len(axes)} frequencies, the model has {len(rates)}")
-    return Turning(rates, torch.tensor(axes, dtype=torch.int32, device=rates.device), places)
-
-
-def rotary_axes(model: PreTrainedModel) -> list[int] | None:
-    """The axis (0 t, 1 h, 2 w) that turns each frequency of an M-RoPE model; None = tokens have one position."""
-    known = getattr(text_config(model), "rope_parameters", None) or {}
-    sections = known.get("mrope_section") or getattr(text_model(model).rotary_emb, "mrope_section", None)
-    return None if sections is None else frequency_axes(sections, known.get("mrope_interleaved", False))
-
-
-class Probes:
-    """The pre-hooks of one cache."""
-
-    def __init__(self, model: PreTrainedModel, cache: MethodCache, needs: Needs) -> None:
-        decoder = text_model(model)
-        target = weakref.ref(cache)
-        handles = []
-        if needs.rope or cache.places is not None:
-            handles.append(decoder.rotary_emb.register_forward_pre_hook(_see_positions(target), with_kwargs=True))
-        if needs.hidden:
-            for index, block in enumerate(decoder.layers):
-                module = block.self_attn if needs.hidden == "attn_input" else block
-                handles.append(module.register_forward_pre_hook(_see_hidden(target, index), with_kwargs=True))
-        self._finalizer = weakref.finalize(cache, _remove, handles)
-
-
-def _see_positions(target: weakref.ref):
-    def hook(module, args, kwargs) -> None:
-        cache = target()
-        positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
-        if cache is not None and positions is not None:
-            if cache.places is not None:
-                cache.places.see(positions)
-            # M-RoPE gives [3, batch, m]; the temporal axis comes first and is the smallest of the three.
-            cache.rope_positions = positions[0] if positions.dim() == 3 else positions
+    def hook(module, args, kwargs):
+        cache = kwargs.get("past_key_values")
+        needs = getattr(getattr(cache, "context", None), "needs", None)
+        if needs is None or not (needs.rope or needs.positions):
+            return None
+        ids = kwargs.get("position_ids", args[index] if index is not None and index < len(args) else None)
+        if ids is None:  # as the decoder will count by itself
+            given = kwargs.get("input_ids", args[0] if args else None)
+            new = given if given is not None else kwargs["inputs_embeds"]
+            ids = torch.arange(new.shape[1], device=new.device)[None] + cache.get_seq_length()
+        # M-RoPE gives [3, batch, m], or four with the text's own first.
+        ids = ids[None] if ids.dim() == 2 else ids[-3:]
+        return args, kwargs | {ROTARY: ids}
 
     return hook
 
 
-def _see_hidden(target: weakref.ref, index: int):
-    def hook(module, args, kwargs) -> None:
-        cache = target()
-        if cache is None or kwargs.get("past_key_values") is not cache:
-            return
+def _see_hidden(which: str):
+    """A hook of a layer or of its attention: hands on the row norms of the hidden state that comes in."""
+
+    def hook(module, args, kwargs):
+        cache = kwargs.get("past_key_values")
+        needs = getattr(getattr(cache, "context", None), "needs", None)
+        if needs is None or needs.hidden != which:
+            return None
         hidden = kwargs.get("hidden_states", args[0] if args else None)
-        cache.layers[index].gatherer.pending_norms = hidden.detach().float().norm(dim=-1)
+        return args, kwargs | {NORMS: hidden.detach().float().norm(dim=-1)}
 
     return hook
 
 
-def _remove(handles: list) -> None:
-    for handle in handles:
-        handle.remove()
+def _check_passes_on(module: torch.nn.Module, number: int) -> None:
+    parameters = inspect.signature(module.forward).parameters.values()
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        raise ValueError(
+            f"layer {number} ({type(module).__name__}) passes no named arguments on to its attention, so that hidden "
+            "states cannot reach it; use a method that needs none"
+        )

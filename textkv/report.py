@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from textkv.cache import MethodCache
+from textkv.context import Context
 
 
 @dataclass(frozen=True)
@@ -16,18 +14,25 @@ class CacheReport:
     Attributes:
         method: composition string.
         budget: as asked for.
-        kv_bytes: bytes held now, bookkeeping included.
-        full_bytes: bytes of K and V that a cache without eviction would hold.
+        governed: how many of the model's layers the method governs.
+        kv_bytes: bytes held now on the model's device, bookkeeping included.
+        host_bytes: bytes held in host memory although the model runs on a device.
+        full_bytes: bytes that the model's own cache would hold.
         peak_bytes: highest kv_bytes so far, the moment before each eviction included.
-        rows: per layer {"layer", "seen", "stored" (per stored head, mean over the batch), "bytes"}.
+        state_bytes: of kv_bytes, linear and convolution states.
+        rows: per layer that stores tokens {"layer", "kind", "seen", "stored" (per stored head, mean over the batch),
+            "bytes"}.
         seconds: time spent in each hook so far.
     """
 
     method: str
     budget: str
+    governed: int
     kv_bytes: int
+    host_bytes: int
     full_bytes: int
     peak_bytes: int
+    state_bytes: int
     rows: tuple[dict, ...]
     seconds: dict[str, float]
 
@@ -35,34 +40,40 @@ class CacheReport:
         share = self.kv_bytes / self.full_bytes if self.full_bytes else 0.0
         head = (
             f"{self.method} at budget {self.budget}: {self.kv_bytes:,} bytes held, {share:.1%} of the full cache's "
-            f"{self.full_bytes:,}; peak {self.peak_bytes:,}"
+            f"{self.full_bytes:,}; peak {self.peak_bytes:,}; governs {self.governed} of {len(self.rows)} layers"
         )
         lines = [
-            f"  layer {row['layer']:>2}: {row['seen']} seen, stored per head "
-            f"{min(row['stored'], default=0):g} to {max(row['stored'], default=0):g}, {row['bytes']:,} bytes"
+            f"  layer {row['layer']:>2}{'' if row['kind'] == 'full' else ' (' + row['kind'] + ')'}: "
+            f"{row['seen']} seen, stored per head {min(row['stored'], default=0):g} to {max(row['stored'], default=0):g}, "
+            f"{row['bytes']:,} bytes"
             for row in self.rows
         ]
         times = ", ".join(f"{hook} {1000 * s:.1f} ms" for hook, s in sorted(self.seconds.items()))
         return "\n".join([head, *lines, f"  hooks: {times or 'none ran'}"])
 
 
-def report(cache: MethodCache) -> CacheReport:
-    """The snapshot of `cache` now."""
+def report(context: Context) -> CacheReport:
+    """The snapshot of a cache now."""
+    layers = [layer for layer in context.everything if hasattr(layer, "segments")]
     rows = tuple(
         {
-            "layer": layer.index,
+            "layer": layer.kind.number,
+            "kind": layer.kind.name,
             "seen": layer.seen,
             "stored": layer.lengths().float().mean(0).tolist() if layer.is_initialized else [],
             "bytes": layer.kv_bytes(),
         }
-        for layer in cache.layers
+        for layer in layers
     )
     return CacheReport(
-        method=cache.method.expression,
-        budget=str(cache.method.budget),
-        kv_bytes=cache.kv_bytes(),
-        full_bytes=cache.full_bytes(),
-        peak_bytes=cache.peak_bytes,
+        method=context.method.expression,
+        budget=str(context.method.budget),
+        governed=context.governed,
+        kv_bytes=context.kv_bytes(),
+        host_bytes=sum(layer.host_bytes() for layer in layers),
+        full_bytes=context.full_bytes(),
+        peak_bytes=context.peak_bytes,
+        state_bytes=context.state_bytes(),
         rows=rows,
-        seconds=dict(cache.seconds),
+        seconds=dict(context.seconds),
     )

@@ -1,107 +1,180 @@
-"""Saving and loading a cache: one safetensors file of what the segments hold, one JSON file of the rest.
+"""Saving and loading a cache: one safetensors file of what the segments hold, with all the rest in its header.
 
-No pickle: a cache file from elsewhere can hold wrong numbers but cannot run code.
+No pickle: a cache file from elsewhere can hold wrong numbers but cannot run code. One file, written beside the old one
+and renamed, with a checksum over tensors and header: a save is whole, or it is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
-from textkv.segments.balanced import BalancedSegment
-from textkv.segments.base import Segment
-from textkv.segments.dense import DenseSegment
-from textkv.segments.packed import PackedSegment
-from textkv.segments.paired import PairedSegment
-from textkv.segments.ragged import RaggedSegment
-from textkv.segments.renumbered import RenumberedSegment
-from textkv.segments.ring import RingSegment
-from textkv.segments.split import SplitSegment
+from textkv.context import Context
+from textkv.segments.base import SEGMENTS
 
-if TYPE_CHECKING:
-    from textkv.cache import MethodCache
-
-FORMAT = 1
-SEGMENTS: dict[str, type[Segment]] = {
-    "dense": DenseSegment, "ragged": RaggedSegment, "renumbered": RenumberedSegment, "ring": RingSegment,
-    "split": SplitSegment, "packed": PackedSegment, "balanced": BalancedSegment,
-    "paired": PairedSegment,
-}  # fmt: skip
+FORMAT = 2
+FILE = "cache.safetensors"
+_OWN = ("conv_states", "recurrent_states")
+_FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
 
 
-def save(cache: MethodCache, folder: Path) -> None:
-    """Writes cache.safetensors and cache.json into `folder` (made if missing)."""
+def save(context: Context, folder: Path) -> None:
+    """Writes the file into `folder`, which is made if missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, layers = {}, []
-    for layer in cache.layers:
-        kinds = []
-        for i, segment in enumerate(layer.segments):
-            kind = next(name for name, cls in SEGMENTS.items() if type(segment) is cls)
-            state = segment.state()
-            plain = {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)}
-            for name, x in state.items():
-                if isinstance(x, torch.Tensor):
-                    tensors[f"{layer.index}.{i}.{name}"] = x.contiguous().clone()
-            kinds.append({"kind": kind, "plain": plain})
-        tensors |= {f"{layer.index}.mark.{name}": x.contiguous().clone() for name, x in layer.marks.items()}
-        layers.append(
-            {
-                "segments": kinds, "seen": layer.seen, "since_eviction": layer.since_eviction,
-                "real_seen": None if layer.real_seen is None else layer.real_seen.tolist(),
-                "kv_heads": getattr(layer, "kv_heads", None), "head_dim": getattr(layer, "head_dim", None),
-            }
-        )  # fmt: skip
-    if cache.places is not None and cache.places.table is not None:
-        tensors["places"] = cache.places.table.contiguous().clone()
-    meta = {
-        "format": FORMAT, "method": cache.method.expression, "budget": str(cache.method.budget),
-        "spans": cache.spans, "block_end": cache.block_end, "layers": layers,
+    tensors: dict[str, torch.Tensor] = {}
+    header = {
+        "format": FORMAT, "method": context.method.expression, "budget": str(context.method.budget),
+        "model": _shape_of(context), "spans": context.spans, "block_end": context.block_end,
+        "layers": [_pack_layer(layer, number, tensors) for number, layer in enumerate(context.everything)],
     }  # fmt: skip
-    save_file(tensors, folder / "cache.safetensors")
-    (folder / "cache.json").write_text(json.dumps(meta))
+    if context.table is not None and context.table.table is not None:
+        tensors["table"] = context.table.table
+    if context.real is not None:
+        tensors["real"] = context.real
+    tensors = {name: x.detach().contiguous().clone() for name, x in tensors.items()}
+    text = json.dumps(header, sort_keys=True)
+    beside = folder / f".{FILE}.{os.getpid()}"
+    try:
+        save_file(tensors, beside, metadata={"header": text, "checksum": _checksum(text, tensors)})
+        os.replace(beside, folder / FILE)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
-def load(cls: type[MethodCache], folder: Path, model) -> MethodCache:
-    """Reads what `save` wrote.
+def read_header(folder: Path) -> dict[str, Any]:
+    """What a save says of itself; `fill` needs it.
 
     Raises:
-        ValueError: another format, or a model with another number of layers or heads.
+        ValueError: nothing there, damaged, or of another format.
     """
-    meta = json.loads((folder / "cache.json").read_text())
-    if meta["format"] != FORMAT:
-        raise ValueError(f"{folder}: cache format {meta['format']}, this version reads {FORMAT}")
-    cache = cls(model, meta["method"], meta["budget"])
-    if len(cache.layers) != len(meta["layers"]):
-        raise ValueError(f"{folder}: saved from {len(meta['layers'])} layers, the model has {len(cache.layers)}")
-    tensors = load_file(folder / "cache.safetensors", device=str(model.device))
-    cache.spans = [[tuple(span) for span in row] for row in meta["spans"]]
-    cache.block_end = meta["block_end"]
-    if cache.places is not None:
-        cache.places.table = tensors.get("places")
-    for layer, saved in zip(cache.layers, meta["layers"], strict=True):
-        if saved["real_seen"] is None:
-            continue
-        layer.seen, layer.since_eviction = saved["seen"], saved["since_eviction"]
-        layer.real_seen = torch.tensor(saved["real_seen"])
-        layer.kv_heads, layer.head_dim = saved["kv_heads"], saved["head_dim"]
-        layer.segments = [
-            SEGMENTS[part["kind"]].from_state(
-                part["plain"] | _own(tensors, f"{layer.index}.{i}."),
-            )
-            for i, part in enumerate(saved["segments"])
-        ]  # fmt: skip
-        layer.marks = _own(tensors, f"{layer.index}.mark.")
-        layer.dtype, layer.device, layer.is_initialized = model.dtype, model.device, True
-    for before, layer in pairwise(cache.layers):
+    path = folder / FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no saved cache: there is no {FILE}")
+    try:
+        with safe_open(path, "pt") as file:
+            said = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        header = json.loads(said["header"])
+        if header["format"] != FORMAT:
+            raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
+        if _checksum(said["header"], tensors) != said["checksum"]:
+            raise ValueError("its checksum does not fit: it was changed after it was written")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged or no saved cache: {error}") from None
+    return header | {"tensors": tensors}
+
+
+def fill(context: Context, folder: Path, header: dict[str, Any], model: PreTrainedModel) -> None:
+    """Puts into an empty cache of the same method what `read_header` found.
+
+    Raises:
+        ValueError: saved from a model of another shape or dtype, or by a segment that is not known here.
+    """
+    if header["model"] != _shape_of(context):
+        mine = _shape_of(context)
+        wrong = next(name for name in mine if header["model"].get(name) != mine[name])
+        raise ValueError(
+            f"{folder} was saved from another model: {wrong} was {header['model'].get(wrong)}, here it is {mine[wrong]}"
+        )
+    tensors = {name: x.to(model.device) for name, x in header["tensors"].items()}
+    context.spans = [[tuple(span) for span in row] for row in header["spans"]]
+    context.block_end, context.real = header["block_end"], tensors.get("real")
+    if context.table is not None:
+        context.table.table = tensors.get("table")
+    for number, (layer, saved) in enumerate(zip(context.everything, header["layers"], strict=True)):
+        _unpack_layer(layer, saved, number, tensors, context)
+    own = [layer for layer in context.everything if hasattr(layer, "segments")]
+    for before, layer in pairwise(own):
         for segment in layer.segments:
             segment.rejoin(before.segments)
-    return cache
+
+
+def _pack_layer(layer: Any, number: int, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What is no tensor, for the header; tensors go into `tensors` under the layer's number."""
+    saved: dict[str, Any] = {}
+    for name in _OWN:
+        for i, x in (getattr(layer, name, None) or {}).items():
+            if x is not None:
+                tensors[f"{number}.{name}.{i}"] = x
+    if hasattr(layer, "conv_states"):
+        saved["flags"] = {name: {str(i): x for i, x in getattr(layer, name).items()} for name in _FLAGS}
+    if not hasattr(layer, "segments"):
+        return saved
+    kinds = []
+    for i, segment in enumerate(layer.segments):
+        if type(segment) is not SEGMENTS.get(segment.name):
+            raise ValueError(
+                f"layer {number}: {type(segment).__name__} has no name to be saved under; put "
+                "@register_segment('name') above its class"
+            )
+        state = segment.state()
+        for name, x in state.items():
+            if isinstance(x, torch.Tensor):
+                tensors[f"{number}.{i}.{name}"] = x
+        kinds.append(
+            {"name": segment.name, "plain": {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)}}
+        )
+    for name, x in layer.statistics.items():
+        tensors[f"{number}.statistic.{name}"] = x
+    ready = layer.is_initialized
+    return saved | {
+        "segments": kinds, "seen": layer.seen, "since_eviction": layer.since_eviction,
+        "real_seen": layer.real_seen.tolist() if ready else None, "dtype": str(layer.dtype) if ready else None,
+        "kv_heads": layer.kv_heads if ready else None, "head_dim": layer.head_dim if ready else None,
+    }  # fmt: skip
+
+
+def _unpack_layer(layer: Any, saved: dict, number: int, tensors: dict[str, torch.Tensor], context: Context) -> None:
+    for name in _OWN:
+        for i in getattr(layer, name, None) or {}:
+            if f"{number}.{name}.{i}" in tensors:
+                x = tensors[f"{number}.{name}.{i}"]
+                getattr(layer, name)[i], layer.dtype, layer.device = x, x.dtype, x.device
+    for name, values in saved.get("flags", {}).items():
+        setattr(layer, name, {int(i): x for i, x in values.items()})
+    if not hasattr(layer, "segments") or saved["real_seen"] is None:
+        return
+    layer.seen, layer.since_eviction = saved["seen"], saved["since_eviction"]
+    layer.real_seen = torch.tensor(saved["real_seen"], dtype=torch.int64)
+    layer.kv_heads, layer.head_dim = saved["kv_heads"], saved["head_dim"]
+    layer.segments = [
+        SEGMENTS.find(part["name"]).from_state(part["plain"] | _own(tensors, f"{number}.{i}."))
+        for i, part in enumerate(saved["segments"])
+    ]
+    layer.statistics = _own(tensors, f"{number}.statistic.")
+    layer.dtype = getattr(torch, saved["dtype"].removeprefix("torch."))
+    layer.device = next((x.device for x in layer.tensors().values()), None)
+    layer.is_initialized = True
 
 
 def _own(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}
+
+
+def _shape_of(context: Context) -> dict[str, Any]:
+    """What must be equal for a cache to fit a model."""
+    config = context.config
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+    return {
+        "model_type": config.model_type,
+        "kinds": [[kind.name, kind.window] for kind in context.kinds],
+        "dtype": str(getattr(config, "dtype", None)),
+    } | {name: getattr(config, name, None) for name in names}
+
+
+def _checksum(header: str, tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu()
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.flatten().clone().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+    return digest.hexdigest()

@@ -14,8 +14,8 @@ from transformers.cache_utils import Cache
 
 from dlm.unmask.guider import Guider
 from textkv.cache import MethodCache
-from textkv.evidence import Gatherer
-from textkv.method import Needs
+from textkv.evidence import Gatherer, Needs
+
 
 _ENDLESS = 1 << 62
 

@@ -12,9 +12,9 @@ import torch
 
 from textkv.budgets import round_to_sum
 from textkv.eviction import PROTECTED, Eviction
-from textkv.evidence import Evidence
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Capabilities, Needs, register
+from textkv.method import Capabilities, register
 from textkv.methods.snapkv import SnapKV
 from textkv.segments.base import Stored
 

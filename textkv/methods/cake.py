@@ -15,21 +15,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from kernels import window_mass
 from textkv.budgets import apportion
+from textkv.context import Context
 from textkv.eviction import NEVER, Eviction, keep_best
-from textkv.evidence import Evidence
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Capabilities, Needs, register
+from textkv.method import Capabilities, register
 from textkv.scores import fit_window, group_mean, pool, with_window
 from textkv.segments.base import Stored
-
-if TYPE_CHECKING:
-    from textkv.cache import MethodCache
 
 NAME = "cake"
 """The name of the marks and notes that live from a layer's end to the prompt's end."""
@@ -152,13 +150,13 @@ class Cake(Eviction):
         """Score the layer, then cut it and (in the cascade) all layers before it to their shares so far."""
         if self.budget.is_full:
             return
-        layer.marks[NAME], claims = self._observe(layer, evidence)
+        layer.statistics[NAME], claims = self._observe(layer, evidence)
         if self.rows == "shared":
             mean = sum(claim.preference for claim in claims) / len(claims)
             claims = [Claim(mean, claim.past, claim.spare, claim.window) for claim in claims]
         layer.notes[NAME] = claims
-        layer.cache.note_bytes(layer)
-        layers = layer.cache.layers
+        layer.context.note_bytes(layer)
+        layers = layer.context.layers
         if self.cascade or layer is layers[-1]:
             self._cut(layers[: layer.index + 1], len(layers))
 
@@ -187,9 +185,9 @@ class Cake(Eviction):
         counts = torch.tensor([self._counts(claims, layers) for claims in rows])
         for layer, of_layer in zip(arrived, counts.T.unsqueeze(-1), strict=True):
             if bool((layer.lengths().amax(1, keepdim=True) > of_layer).any()):
-                scores = layer.mark(NAME).masked_fill(layer.stored().positions < 0, NEVER)
+                scores = layer.statistic(NAME).masked_fill(layer.stored().positions < 0, NEVER)
                 keep_best(layer, scores, of_layer)
-                layer.cache.note_bytes(layer)
+                layer.context.note_bytes(layer)
 
     def _counts(self, claims: tuple[Claim, ...], layers: int) -> list[int]:
         shares = self.shares([c.preference for c in claims], [c.past for c in claims], claims[0].spare, layers)
@@ -202,12 +200,12 @@ class Cake(Eviction):
         """
         return apportion(preferences, past, layers * spare, int(self.floor * spare))
 
-    def on_finish(self, cache: MethodCache) -> None:
+    def on_finish(self, context: Context) -> None:
         """Forget the scores: nothing is held at rest but the tokens."""
-        for layer in cache.layers:
+        for layer in context.layers:
             layer.notes.pop(NAME, None)
-            if layer.marks.pop(NAME, None) is not None:
-                cache.note_bytes(layer)
+            if layer.statistics.pop(NAME, None) is not None:
+                context.note_bytes(layer)
 
     # ---- while decoding ----------------------------------------------------------------------------------------
 
@@ -227,7 +225,7 @@ class Cake(Eviction):
             return lengths - 1
         # A layer that could keep its whole prompt stops growing too if another one was cut.
         cut = lengths[:, 0] < layer.real_seen
-        for other in layer.cache.layers:
+        for other in layer.context.layers:
             if bool(cut.all()):
                 break
             cut = cut | (other.lengths().amax(1) < other.real_seen)

@@ -21,9 +21,9 @@ import torch
 from textkv.budgets import Budget
 from textkv.decode_eviction import accumulate, attention_row, protect
 from textkv.eviction import Eviction, keep_best
-from textkv.evidence import Evidence
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Capabilities, Needs, register
+from textkv.method import Capabilities, register
 from textkv.segments.base import Stored
 
 ATTENTION, ENTROPY = "critic.attention", "critic.entropy"
@@ -113,9 +113,9 @@ class Critic(Eviction):
         taken at its highest."""
         loads = torch.zeros(len(layer.real_seen))
         if self.capacity is not None:
-            now = torch.full((len(loads), 1, 1), layer.cache.kv_bytes() / self.capacity)
-            highest = torch.maximum(now, layer.marks.get(LOAD, now).cpu())
-            layer.marks[LOAD] = highest.to(layer.device)
+            now = torch.full((len(loads), 1, 1), layer.context.kv_bytes() / self.capacity)
+            highest = torch.maximum(now, layer.statistics.get(LOAD, now).cpu())
+            layer.statistics[LOAD] = highest.to(layer.device)
             loads = highest[:, 0, 0]
         pairs = zip(layer.real_seen.tolist(), loads.tolist(), strict=True)
         return torch.tensor([[self.kept(seen, load)] for seen, load in pairs])
@@ -167,7 +167,7 @@ class Critic(Eviction):
             return
         limits = self._limits(layer)
         held, previous = layer.stored(), self._previous(layer)
-        attention, entropy = accumulate(layer, ATTENTION, evidence.columns), layer.mark(ENTROPY)
+        attention, entropy = accumulate(layer, ATTENTION, evidence.columns), layer.statistic(ENTROPY)
         gradient, outputs = torch.zeros_like(entropy), []
         for row in range(len(held.positions)):
             real = held.positions[row, 0] >= 0
@@ -195,7 +195,7 @@ class Critic(Eviction):
         row = attention_row(layer, query).unflatten(1, (held.keys.shape[1], -1))
         values = held.values.float().masked_fill(~real[..., None], 0)
         output = row @ values
-        attention, entropy = accumulate(layer, ATTENTION, row.mean(2)), layer.mark(ENTROPY)
+        attention, entropy = accumulate(layer, ATTENTION, row.mean(2)), layer.statistic(ENTROPY)
         visible = real.sum(-1).clamp(min=2)
         entropy[..., -1] = torch.special.entr(row).sum(-1).mean(2) / visible.log()
         gradient = torch.zeros_like(entropy)
@@ -205,19 +205,19 @@ class Critic(Eviction):
 
     def _settle(self, layer: Layer, terms: Terms, limits: torch.Tensor) -> None:
         """Drops what is above the limits, and puts down what the next step needs."""
-        layer.marks[ENTROPY] = terms.entropy
-        load = layer.marks.pop(LOAD, None)
+        layer.statistics[ENTROPY] = terms.entropy
+        load = layer.statistics.pop(LOAD, None)
         if bool((layer.lengths().amax(1, keepdim=True) > limits).any()):
             positions = layer.stored().positions
             keep_best(layer, self._importance(terms, positions, limits[:, 0]), limits)
         if load is not None:
-            layer.marks[LOAD] = load
+            layer.statistics[LOAD] = load
         if self.weights[2]:
-            layer.marks[OUTPUT] = terms.output.flatten(2)
+            layer.statistics[OUTPUT] = terms.output.flatten(2)
 
     def _previous(self, layer: Layer) -> torch.Tensor | None:
         """Output of the last query before this step [batch, kv_heads, group, head_dim], taken out of the layer."""
-        known = layer.marks.pop(OUTPUT, None)
+        known = layer.statistics.pop(OUTPUT, None)
         return None if known is None else known.unflatten(2, (-1, layer.head_dim))
 
 

@@ -20,22 +20,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 
-from kernels import rotate
 from textkv.budgets import apportion
+from textkv.context import Context
 from textkv.decode_eviction import accumulate, attention_row, part_of, protect
-from textkv.evidence import Evidence
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Capabilities, Method, Needs, register
+from textkv.method import Capabilities, Method, register
+from textkv.positions import RotarySpec
 from textkv.scores import group_mean
 from textkv.segments.base import Stored
-
-if TYPE_CHECKING:
-    from textkv.cache import MethodCache
 
 MASS, THRESHOLD = "d2o.mass", "d2o.threshold"
 _BLOCK_ELEMENTS = 1 << 24  # fp32 similarities held at a time
@@ -97,11 +95,11 @@ class D2O(Method):
         return Needs(columns=True, rope=self.merge_keys == "pre")
 
     def on_start(self, layer: Layer) -> None:
-        layers = len(layer.cache.layers)
+        layers = layer.context.governed
         wrong = [i for i in self.protected_layers if not -layers <= i < layers]
         if wrong:
             raise ValueError(f"protected_layers={self.protected_layers}: the model has layers 0 to {layers - 1}")
-        rope = getattr(layer.cache.model_config, "rope_parameters", None) or {}
+        rope = getattr(layer.context.config, "rope_parameters", None) or {}
         if self.merge_keys == "pre" and "mrope_section" in rope:
             raise ValueError("merge_keys='pre' knows one position per token and the model has three; use 'post'")
 
@@ -110,15 +108,15 @@ class D2O(Method):
             mass = _added(layer, evidence.columns)
             layer.notes["d2o"] = spread(mass, layer.stored().positions >= 0).cpu(), evidence.tokens
 
-    def on_finish(self, cache: MethodCache) -> None:
+    def on_finish(self, context: Context) -> None:
         """All layers have seen the prompt: share out the budget, cut and merge."""
         if self.budget.is_full:
             return
-        notes = [layer.notes.pop("d2o") for layer in cache.layers]
+        notes = [layer.notes.pop("d2o") for layer in context.layers]
         spreads = torch.stack([of_layer for of_layer, _ in notes])
         counts = [self.layer_counts(spreads[:, row], seen) for row, seen in enumerate(notes[0][1].tolist())]
-        for layer, of_layer in zip(cache.layers, torch.tensor(counts).T, strict=True):
-            if layer.index not in self._protected(len(cache.layers)):
+        for layer, of_layer in zip(context.layers, torch.tensor(counts).T, strict=True):
+            if layer.index not in self._protected(len(context.layers)):
                 self._compress(layer, of_layer[:, None])
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
@@ -126,12 +124,12 @@ class D2O(Method):
         if self.budget.is_full:
             return
         _added(layer, group_mean(attention_row(layer, query), layer.kv_heads))
-        if layer.index in self._protected(len(layer.cache.layers)):
+        if layer.index in self._protected(layer.context.governed):
             return
         lengths = layer.lengths().amax(1, keepdim=True)
         full = lengths > (self.budget.tokens or 0)  # a share was taken at the prompt's end: every row is full
-        if THRESHOLD in layer.marks:  # a row that was cut is full at its layer's share, below the mean or above it
-            full |= ~layer.marks[THRESHOLD][:, 0, :1].isnan().cpu()
+        if THRESHOLD in layer.statistics:  # a row that was cut is full at its layer's share, below the mean or above it
+            full |= ~layer.statistics[THRESHOLD][:, 0, :1].isnan().cpu()
         self._compress(layer, lengths - full.long())
 
     def _protected(self, layers: int) -> set[int]:
@@ -167,11 +165,11 @@ class D2O(Method):
         held = layer.stored()
         recent = part_of(counts[:, 0], self.recent)
         sinks = (counts[:, 0] - recent).clamp(max=self.sinks)
-        kept, gone = split(protect(layer.mark(MASS), held.positions, sinks, recent), counts, lengths)
+        kept, gone = split(protect(layer.statistic(MASS), held.positions, sinks, recent), counts, lengths)
         keys, values, threshold = self._merged(layer, held, kept, gone)
         layer.keep(kept)
         # One number per row and head: a mark of one column moves, is saved and is counted with its row.
-        layer.marks[THRESHOLD] = threshold
+        layer.statistics[THRESHOLD] = threshold
         now = layer.stored()
         now.keys.copy_(keys)
         now.values.copy_(values)
@@ -182,7 +180,7 @@ class D2O(Method):
         """Keys and values of the slots `kept` with those of the slots `gone` merged in, fp32, and the new bar."""
         keys, victims = rows(held.keys, kept), rows(held.keys, gone)
         closeness, target = nearest(victims, keys, kept >= 0)
-        threshold = self._moved(layer.marks.pop(THRESHOLD, None), closeness, gone >= 0)
+        threshold = self._moved(layer.statistics.pop(THRESHOLD, None), closeness, gone >= 0)
         # A mean of equal similarities may come out a rounding above them.
         joins = (gone >= 0) & (closeness >= threshold - _ROUNDING)
         weight, share, own = self._weights(closeness)
@@ -190,7 +188,7 @@ class D2O(Method):
         values = absorb(rows(held.values, kept), rows(held.values, gone), *how)
         if self.merge_keys == "pre":
             to = held.positions.gather(-1, kept.clamp(min=0)).gather(-1, target)
-            victims = _turned(victims, to - held.positions.gather(-1, gone.clamp(min=0)), layer.cache.inv_freq)
+            victims = _turned(victims, to - held.positions.gather(-1, gone.clamp(min=0)), layer.rotary)
         return keys if self.merge_keys == "none" else absorb(keys, victims, *how), values, threshold
 
     def _moved(self, before: torch.Tensor | None, closeness: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
@@ -313,9 +311,9 @@ def absorb(
     return torch.where(shares > 0, (own * kept + added) / (own + shares), kept)
 
 
-def _turned(keys: torch.Tensor, delta: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+def _turned(keys: torch.Tensor, delta: torch.Tensor, rotary: RotarySpec) -> torch.Tensor:
     """Keys [batch, kv_heads, e, head_dim] moved by `delta` [batch, kv_heads, e] rotary positions."""
-    return rotate(keys.flatten(0, 1)[:, None], delta.flatten(0, 1), inv_freq)[:, 0].view_as(keys)
+    return rotary.turn(keys.flatten(0, 1)[:, None], delta.flatten(0, 1))[:, 0].view_as(keys)
 
 
 def _unit(x: torch.Tensor, dim: int) -> torch.Tensor:

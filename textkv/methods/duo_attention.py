@@ -17,22 +17,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from kernels import window_mass
+from textkv.context import Context
 from textkv.duo.pattern import Pattern, full_heads
 from textkv.eviction import NEVER
-from textkv.evidence import Evidence
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Capabilities, Method, Needs, register
+from textkv.method import Capabilities, Method, register
 from textkv.scores import group_mean
 from textkv.segments.dense import DenseSegment
 from textkv.segments.split import ChunkedRing, Part, SplitSegment, dense_part, ring_part
-
-if TYPE_CHECKING:
-    from textkv.cache import MethodCache
 
 # `python -m` warns about a module that its package has imported already, unless the module looks like a package.
 __path__: list[str] = []
@@ -121,7 +119,7 @@ class DuoAttention(Method):
         """
         if self._gates is None:
             return
-        shape = (len(layer.cache.layers), layer.kv_heads)
+        shape = (layer.context.governed, layer.kv_heads)
         if tuple(self._gates.shape) != shape:
             raise ValueError(
                 f"pattern {self.pattern!r} holds gates of {tuple(self._gates.shape)} (layers, KV heads), the model has "
@@ -136,7 +134,7 @@ class DuoAttention(Method):
         divided = isinstance(layer.segments[0], SplitSegment)
         if divided and self.budget.tokens is None:
             return
-        heads = len(layer.cache.layers) * layer.kv_heads
+        heads = layer.context.governed * layer.kv_heads
         sizes = [self.sizes(int(seen), heads) for seen in evidence.tokens]
         if all(row.full == heads for row in sizes):
             return
@@ -145,14 +143,14 @@ class DuoAttention(Method):
         else:
             layer.replace([_split(layer, self._by_pattern(layer, sizes), sizes)])
 
-    def on_finish(self, cache: MethodCache) -> None:
+    def on_finish(self, context: Context) -> None:
         """Without a pattern: rank all heads of the model by what they look at, and divide every layer."""
-        notes = [layer.notes.pop("duo_attention", None) for layer in cache.layers]
+        notes = [layer.notes.pop("duo_attention", None) for layer in context.layers]
         if None in notes:
             return
         mass, sizes = torch.stack([far for far, _ in notes], 1), notes[0][1]
         full = torch.stack([full_heads(row, n.full, self.seed) for row, n in zip(mass, sizes, strict=True)])
-        for layer in cache.layers:
+        for layer in context.layers:
             layer.replace([_split(layer, full[:, layer.index], sizes)])
 
     def _by_pattern(self, layer: Layer, sizes: list[Sizes]) -> torch.Tensor:

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 
 from textkv.eviction import PROTECTED, Eviction
-from textkv.evidence import Evidence
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Needs, register
+from textkv.method import register
+from textkv.positions import RotarySpec
 from textkv.segments.base import Stored
 
 _BLOCK = 4096  # keys scored at a time: the quadratic form holds this many rows per query head in fp32
@@ -63,17 +64,17 @@ class Expected(Eviction):
         """(mean over the group of softmax(expected logits) + epsilon) * |value|; sinks are PROTECTED."""
         # A budget that the sinks fill would leave nothing else to read.
         sinks = held.positions < min(self.sinks, keep - 1)
-        logits = self._expected_logits(held.keys, evidence, layer.cache.inv_freq)
+        logits = self._expected_logits(held.keys, evidence, layer.rotary)
         shares = logits.masked_fill(sinks[:, :, None], float("-inf")).softmax(-1).mean(2)
         scores = shares + self.epsilon
         if self.vnorm:
             scores = scores * held.values.float().norm(dim=-1)
         return scores.masked_fill(sinks, PROTECTED)
 
-    def _expected_logits(self, keys: torch.Tensor, evidence: Evidence, inv_freq: torch.Tensor) -> torch.Tensor:
+    def _expected_logits(self, keys: torch.Tensor, evidence: Evidence, rotary: RotarySpec) -> torch.Tensor:
         """log E[exp(scale * q.k)] over the queries to come: fp32 [batch, kv_heads, group, n]."""
         moments, kv_heads, scale = evidence.moments, keys.shape[1], evidence.scale
-        turn = mean_rotation(evidence.rope_positions[:, -1] + 1, self.future, inv_freq.to(keys.device), keys.shape[-1])
+        turn = mean_rotation(evidence.rope_positions[:, -1] + 1, self.future, rotary)
         mean = (moments.mean @ turn.mT).unflatten(1, (kv_heads, -1))
         spread = None
         if self.covariance:
@@ -89,19 +90,18 @@ class Expected(Eviction):
         return torch.cat(parts, -1)
 
 
-def mean_rotation(first: torch.Tensor, future: int, inv_freq: torch.Tensor, dim: int) -> torch.Tensor:
+def mean_rotation(first: torch.Tensor, future: int, rotary: RotarySpec) -> torch.Tensor:
     """Mean of the rotary matrices of positions first .. first + future - 1: fp32 [batch, dim, dim].
 
     Args:
         first: int64 [batch].
-        inv_freq: [R / 2] with R <= dim; dims from R on are not turned (partial rotary).
+        rotary: how the layer's keys turn; what it does not turn (partial rotary) stays as it is.
     """
     ahead = first[:, None] + torch.arange(future, device=first.device)
+    inv_freq, low, high = (x.to(first.device) for x in (rotary.inv_freq, rotary.first, rotary.second))
     angle = ahead[..., None].double() * inv_freq.double()  # [batch, future, R / 2]
     cos, sin = angle.cos().mean(1).float(), angle.sin().mean(1).float()
-    low = torch.arange(inv_freq.numel(), device=first.device)
-    high = low + inv_freq.numel()
-    turn = torch.eye(dim, device=first.device).repeat(len(first), 1, 1)
+    turn = torch.eye(rotary.head_dim, device=first.device).repeat(len(first), 1, 1)
     turn[:, low, low], turn[:, high, high] = cos, cos
     turn[:, low, high], turn[:, high, low] = -sin, sin
     return turn

@@ -2,8 +2,8 @@
 
 A token's score is all the attention that it ever got: the column sums of the prompt's attention plus every decoded
 token's row. Old tokens had more queries to be seen by and are favoured; that is the method. The sums follow their
-tokens in `layer.marks` and go on over later turns. Behind a wrapper ("h2o+adakv") it only scores, by the sums of the
-block that ends, and does not evict while decoding: see `textkv.decode_eviction`.
+tokens in `layer.statistics` and go on over later turns. Behind a wrapper ("h2o+adakv") it only scores, by the sums of
+the block that ends, and does not evict while decoding: see `textkv.decode_eviction`.
 
 The authors' code needs the n x n matrix of every layer, stores a copy per query head and sums over the batch; we take
 column sums without the matrix and choose per KV head (mean over its query heads) and row. `recent=1.0` is a window.
@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from textkv.decode_eviction import DecodeEviction, accumulate, part_of, protect
-from textkv.evidence import Evidence
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Needs, register
+from textkv.method import register
 from textkv.scores import group_mean
 from textkv.segments.base import Stored
 

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 
 from textkv.eviction import NEVER, PROTECTED, Eviction, keep_best
-from textkv.evidence import Evidence
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Capabilities, Needs, register
+from textkv.method import Capabilities, register
 from textkv.methods.snapkv import SnapKV
 from textkv.segments.base import Stored
 

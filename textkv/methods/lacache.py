@@ -20,9 +20,9 @@ from typing import ClassVar, Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from textkv.evidence import Evidence
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Capabilities, Method, Needs, register
+from textkv.method import Capabilities, Method, register
 from textkv.segments.renumbered import RenumberedSegment
 
 Layout = Literal["staircase", "interleaved"]
@@ -176,28 +176,28 @@ class LaCache(Method):
     def on_start(self, layer: Layer) -> None:
         if self.budget.is_full:
             return
-        ladder = self.ladder(len(layer.cache.layers))
+        ladder = self.ladder(layer.context.governed)
         if self.budget.tokens is not None:
             self.size(ladder, self.budget.tokens)
-            known = getattr(layer.cache.model_config, "max_position_embeddings", None)
+            known = getattr(layer.context.config, "max_position_embeddings", None)
             if known and self.budget.tokens > known and layer.index == 0:
                 self.beyond(known)
-        layer.segments = [RenumberedSegment(layer.cache.inv_freq)]
+        layer.segments = [RenumberedSegment(layer.rotary)]
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
         segment = layer.segments[0]
         if not isinstance(segment, RenumberedSegment):
             return
-        ladder = self.ladder(len(layer.cache.layers))
-        if not segment.ledger:
+        ladder = self.ladder(layer.context.governed)
+        if not segment.row_state:
             tokens = [self.budget.tokens or self.budget.count(seen) for seen in evidence.tokens.tolist()]
-            segment.ledger = [[self.size(ladder, count), self.sinks] for count in tokens]
+            segment.row_state = [[self.size(ladder, count), self.sinks] for count in tokens]
         self._compact(layer, segment, ladder)
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
         segment = layer.segments[0]
         if isinstance(segment, RenumberedSegment):
-            self._compact(layer, segment, self.ladder(len(layer.cache.layers)))
+            self._compact(layer, segment, self.ladder(layer.context.governed))
 
     def ladder(self, layers: int) -> Ladder:
         """The ladder over a model's layers.
@@ -238,14 +238,14 @@ class LaCache(Method):
 
     def _compact(self, layer: Layer, segment: RenumberedSegment, ladder: Ladder) -> None:
         lengths = layer.lengths()[:, 0].tolist()
-        limits = [self.limit(ladder, size) for size, _ in segment.ledger]
+        limits = [self.limit(ladder, size) for size, _ in segment.row_state]
         if all(n <= limit for n, limit in zip(lengths, limits, strict=True)):
             return
         rows = []
-        for n, limit, ledger in zip(lengths, limits, segment.ledger, strict=True):
-            size, cursor = ledger
+        for n, limit, state in zip(lengths, limits, segment.row_state, strict=True):
+            size, cursor = state
             reserve = min(ladder.layers if self.recent is None else self.recent, size - self.sinks - ladder.kept)
-            slots, ledger[1] = ladder.compact(n, limit, cursor, layer=layer.index, sinks=self.sinks, recent=reserve)
+            slots, state[1] = ladder.compact(n, limit, cursor, layer=layer.index, sinks=self.sinks, recent=reserve)
             rows.append(slots)
         index = pad_sequence(rows, batch_first=True, padding_value=-1).to(layer.device)
         if segment.holes:

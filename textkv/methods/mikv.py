@@ -17,23 +17,21 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from kernels.pack import Bits, channel_group, check_block, pack
+from textkv.context import Context
 from textkv.decode_eviction import DecodeEviction, attention_row
-from textkv.evidence import Evidence
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Capabilities, Method, Needs, register
+from textkv.method import Capabilities, Method, register
 from textkv.methods.h2o import H2O
 from textkv.segments.balanced import BalancedSegment
 from textkv.segments.base import Segment, Stored
 from textkv.segments.packed import blocks_of
 from textkv.segments.ragged import RaggedSegment
-
-if TYPE_CHECKING:
-    from textkv.cache import MethodCache
 
 
 @register("mikv")
@@ -117,7 +115,7 @@ class MiKV(Method):
         if evidence.columns is not None:
             exact = layer.segments[-1].held_positions().shape[-1]
             evidence = replace(evidence, columns=evidence.columns[..., evidence.columns.shape[-1] - exact :])
-        with self._demoting(layer.cache.layers[: layer.index + 1]):
+        with self._demoting(layer.context.layers[: layer.index + 1]):
             self.inner.on_prefill_end(layer, evidence)
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
@@ -125,7 +123,7 @@ class MiKV(Method):
         if not self.inner.capabilities.decode_eviction:
             return
         if not isinstance(self.inner, DecodeEviction):
-            with self._demoting(layer.cache.layers):
+            with self._demoting(layer.context.layers):
                 self.inner.on_decode_end(layer, query)
             return
         if self.inner.budget.is_full:
@@ -135,9 +133,9 @@ class MiKV(Method):
             row = attention_row(layer, query)
             self.inner.drop(layer, row if share is None else row * share, self._counts(layer))
 
-    def on_finish(self, cache: MethodCache) -> None:
-        with self._demoting(cache.layers):
-            self.inner.on_finish(cache)
+    def on_finish(self, context: Context) -> None:
+        with self._demoting(context.layers):
+            self.inner.on_finish(context)
 
     def _counts(self, layer: Layer) -> torch.Tensor:
         """Exact tokens of each row after a decoded token, int64 [batch, 1]."""
@@ -168,13 +166,18 @@ class MiKV(Method):
         ]
         for layer, others, _ in aside:
             layer.segments = layer.segments[len(others) :]
+            layer.notes[self.name] = False
         yield
         for layer, others, before in aside:
-            exact = layer.segments[0]
-            layer.segments = [*others, exact]
-            # Whatever drops tokens makes a new tensor of positions.
-            if exact.positions is not before.positions:
+            layer.segments = [*others, layer.segments[0]]
+            if layer.notes.pop(self.name):
                 self._demote(layer, before)
+
+    def on_evict(self, layer: Layer, kept: torch.Tensor) -> None:
+        """Note that the scorer has dropped something, if it is its turn."""
+        super().on_evict(layer, kept)
+        if self.name in layer.notes:
+            layer.notes[self.name] = True
 
     def _demote(self, layer: Layer, before: Segment) -> None:
         """Packs what was dropped from `before`, together with what waits; the rest waits on."""
@@ -208,7 +211,7 @@ class MiKV(Method):
             pack(blocks_of(x.flatten(0, 1), counts.view(-1), self.block), self.low, layout="token", group=self.group)
             for x in (low.balanced(taken.keys), taken.values.float())
         )
-        low.append(*halves, counts, taken.positions)
+        low.take(*halves, counts, taken.positions)
 
 
 _FIELDS = ("keys", "values", "positions")

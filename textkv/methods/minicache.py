@@ -20,9 +20,9 @@ import torch
 
 from kernels.pack import Bits, check_block
 from textkv.eviction import PROTECTED, Eviction, keep_best
-from textkv.evidence import Evidence
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Capabilities, Method, Needs, register
+from textkv.method import Capabilities, Method, register
 from textkv.segments.dense import DenseSegment
 from textkv.segments.paired import Merging, Pair, PairedSegment
 from textkv.slerp import Retention, Rule
@@ -114,13 +114,13 @@ class MiniCache(Method):
         Raises:
             ValueError: no pair fits into the model, or the two layers of a pair differ.
         """
-        layers = len(layer.cache.layers)
+        layers = layer.context.governed
         if (self.start or 0) > layers - 2:
             told = f"start={self.start}: " if self.start is not None else ""
             raise ValueError(f"{told}the model has {layers} layers and a pair needs two of them, from `start` on")
         other = self.partner(layer.index, layers)
         if other is not None and other < layer.index:
-            first, second = _traits(layer.cache.layers[other]), _traits(layer)
+            first, second = _traits(layer.context.layers[other]), _traits(layer)
             for name in first:
                 if first[name] != second[name]:
                     raise ValueError(
@@ -133,7 +133,7 @@ class MiniCache(Method):
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
         """Evict if there is a scorer: a pair waits for its second layer. Then merge what lies before the window."""
         wanted = self._wanted(layer, evidence)
-        other = self.partner(layer.index, len(layer.cache.layers))
+        other = self.partner(layer.index, layer.context.governed)
         if other is None:
             if wanted is not None:
                 keep_best(layer, *wanted)
@@ -169,18 +169,18 @@ class MiniCache(Method):
     # ---- while decoding ----------------------------------------------------------------------------------------
 
     def on_decode_begin(self, layer: Layer, query: torch.Tensor) -> None:
-        other = self.partner(layer.index, len(layer.cache.layers))
+        other = self.partner(layer.index, layer.context.governed)
         if other is not None and other < layer.index:
             self._before(layer, other)
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
         """When both layers of a pair have taken the token in: merge what waits, if it is enough."""
-        other = self.partner(layer.index, len(layer.cache.layers))
+        other = self.partner(layer.index, layer.context.governed)
         if other is not None and other < layer.index:
-            self._merge(layer.cache.layers[other], layer, waiting=self.block)
+            self._merge(layer.context.layers[other], layer, waiting=self.block)
 
     def _before(self, layer: Layer, other: int) -> Layer:
-        first = layer.cache.layers[other]
+        first = layer.context.layers[other]
         if first.seen != layer.seen:
             raise ValueError(
                 f"layer {layer.index} has seen {layer.seen} tokens and layer {other}, its pair, {first.seen}: the "
@@ -204,7 +204,7 @@ class MiniCache(Method):
             layer.segments[-1].keep(new)
             layer.segments = [PairedSegment(pair, side), layer.segments[-1]]
             layer.since_eviction = min(layer.since_eviction, int((exact - take).min()))
-            layer.cache.note_bytes(layer)
+            layer.context.note_bytes(layer)
 
 
 def _divided(buffer: DenseSegment, take: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,13 +222,13 @@ def _divided(buffer: DenseSegment, take: torch.Tensor) -> tuple[torch.Tensor, to
 
 def _traits(layer: Layer) -> dict[str, object]:
     """What two layers must have in common for their keys to be comparable."""
-    config, index = layer.cache.model_config, layer.index
-    kinds, rotated = getattr(config, "layer_types", None), getattr(config, "no_rope_layers", None)
+    config, number = layer.context.config, layer.kind.number
+    rotated = getattr(config, "no_rope_layers", None)
     return {
         "kv_heads": getattr(layer, "kv_heads", None),
         "head_dim": getattr(layer, "head_dim", None),
         "dtype": getattr(layer, "dtype", None),
         "device": getattr(layer, "device", None),
-        "attention": kinds[index] if kinds else None,
-        "rotary": rotated[index] if rotated else None,
+        "attention": layer.kind.name,
+        "rotary": rotated[number] if rotated else None,
     }

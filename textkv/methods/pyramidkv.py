@@ -33,7 +33,7 @@ class PyramidKV(SnapKV):
             raise ValueError(f"beta={self.beta}: 1 keeps the same in every layer, larger is steeper; the paper uses 20")
 
     def counts(self, layer: Layer, scores: torch.Tensor, evidence: Evidence) -> torch.Tensor:
-        layers = len(layer.cache.layers)
+        layers = layer.context.governed
         rows = []
         for seen in evidence.tokens.tolist():
             keep = self.budget.count(seen)

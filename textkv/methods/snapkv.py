@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from textkv.eviction import Eviction
-from textkv.evidence import Evidence
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Needs, register
+from textkv.method import register
 from textkv.scores import Pool, fit_window, group_mean, past_mass, pool, with_window
 from textkv.segments.base import Stored
 

@@ -15,10 +15,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from textkv.evidence import Evidence
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Capabilities, Method, Needs, register
-from textkv.segments.base import NewTokens
+from textkv.method import Capabilities, Method, register
 from textkv.segments.ring import RingSegment
 
 
@@ -61,7 +60,7 @@ class StreamingLLM(Method):
         return Needs(rope=self.positions == "cache")
 
     def on_start(self, layer: Layer) -> None:
-        limit = getattr(layer.cache.model_config, "max_position_embeddings", None)
+        limit = getattr(layer.context.config, "max_position_embeddings", None)
         if self.budget.tokens and limit and self.budget.tokens > limit and layer.index == 0:
             warnings.warn(f"budget={self.budget} is longer than the {limit} positions the model knows", stacklevel=2)
         if self.prefill == "exact_stream":
@@ -73,12 +72,10 @@ class StreamingLLM(Method):
         held = layer.stored()
         total = torch.tensor([max(self.budget.tokens or self.budget.count(int(n)), 1) for n in evidence.tokens])
         ring = self._ring(layer, total)
-        none = held.keys[:, :, :0]
-        ring.absorb(NewTokens(none, held.keys, held.values, held.positions[:, 0], evidence.scale,
-                              rope_positions=evidence.rope_positions))  # fmt: skip
+        ring.take(held, evidence.scale, evidence.rope_positions)
         layer.replace([ring])
 
     def _ring(self, layer: Layer, total: torch.Tensor) -> RingSegment:
         # A share of a short prompt may not even cover the sinks: one recent token is the least that can decode.
         recent = (total - self.sinks).clamp(min=1)
-        return RingSegment(self.sinks, recent, layer.cache.inv_freq)
+        return RingSegment(self.sinks, recent, layer.rotary)

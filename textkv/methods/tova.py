@@ -15,9 +15,9 @@ import torch
 
 from kernels import window_mass
 from textkv.decode_eviction import DecodeEviction, protect
-from textkv.evidence import Evidence
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Needs, register
+from textkv.method import register
 from textkv.segments.base import Stored
 
 

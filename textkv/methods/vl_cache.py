@@ -10,20 +10,18 @@ not repeated here: the layers' true attention is used.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
 from textkv.budgets import apportion
+from textkv.context import Context
 from textkv.eviction import Eviction, keep_best
-from textkv.evidence import Evidence
+from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
-from textkv.method import Needs, register
+from textkv.method import register
 from textkv.scores import fit_window, group_mean, past_mass, pool, with_window
 from textkv.segments.base import Stored
-
-if TYPE_CHECKING:
-    from textkv.cache import MethodCache
 
 
 @register("vl-cache")
@@ -96,14 +94,14 @@ class VLCache(Eviction):
             seen += len(group) * int((~hidden).sum())
         return dense / seen
 
-    def on_finish(self, cache: MethodCache) -> None:
-        notes = [layer.notes.pop("vl-cache", None) for layer in cache.layers]
+    def on_finish(self, context: Context) -> None:
+        notes = [layer.notes.pop("vl-cache", None) for layer in context.layers]
         if None in notes:
             return
         densities = torch.stack([density for _, density, _ in notes])
         tokens = notes[0][2].tolist()
         counts = torch.tensor([self.shares(densities[:, row], seen) for row, seen in enumerate(tokens)])
-        for layer, (scores, _, _) in zip(cache.layers, notes, strict=True):
+        for layer, (scores, _, _) in zip(context.layers, notes, strict=True):
             of_layer = counts[:, layer.index : layer.index + 1]
             if not bool((layer.lengths().amax(1, keepdim=True) <= of_layer).all()):
                 keep_best(layer, scores, of_layer)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import torch
 
-from textkv.segments.base import Stored
+from textkv.segments.base import Stored, register_segment
 from textkv.segments.packed import PackedSegment
 
 
+@register_segment("balanced")
 class BalancedSegment(PackedSegment):
     """See the module's docstring. It may be empty, unlike a `PackedSegment`.
 
@@ -51,11 +52,13 @@ class BalancedSegment(PackedSegment):
         """Keys [batch, kv_heads, n, head_dim] as they are to be packed, fp32."""
         return keys.float() * self.balance[:, :, None] - self.centre[:, :, None]
 
-    def attend(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(
+        self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.slabs:
             return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
         grouped = q.unflatten(1, (self.balance.shape[1], -1)) / self.balance[:, :, None, None].to(q.dtype)
-        return super().attend(grouped.flatten(1, 2), scale)
+        return super().attend(grouped.flatten(1, 2), scale, softcap=softcap, hidden=hidden)
 
     def stored(self) -> Stored:
         if not self.slabs:
@@ -68,6 +71,10 @@ class BalancedSegment(PackedSegment):
         if not self.slabs:
             return self.balance.new_zeros((*self.balance.shape[:2], 0), dtype=torch.int32)
         return super().held_positions()
+
+    def keep(self, index: torch.Tensor) -> None:
+        if self.slabs:
+            super().keep(index)
 
     def lengths(self) -> torch.Tensor:
         return super().lengths() if self.slabs else torch.zeros(self.balance.shape[:2], dtype=torch.int64)

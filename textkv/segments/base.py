@@ -3,6 +3,9 @@
 A layer is a short list of segments; the last one grows. Each gives back (output, log-sum-exp), so a layer merges any
 number of them exactly. Shapes: queries [batch, heads, m, head_dim]; keys and values [batch, kv_heads, n, head_dim];
 positions [batch, kv_heads or 1, n] int32, the token's logical index in its row, -1 where a slot holds no token.
+
+A segment of your own subclasses `Segment`, takes a name by `register_segment`, and is then saved, loaded, copied,
+cropped and counted like ours.
 """
 
 from __future__ import annotations
@@ -11,19 +14,31 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+
+from kernels import decode_attention, merge
+from textkv.registry import Registry
+
+SEGMENTS = Registry("segment")
+register_segment = SEGMENTS.register
+"""Class decorator: makes a segment known by the name under which it is saved."""
 
 
 @dataclass(frozen=True)
-class NewTokens:
-    """The tokens of one forward in one layer.
+class Step:
+    """One forward of one layer: the new tokens and all that the layer must know about the call.
 
     Attributes:
         q: [batch, heads, m, head_dim], post-RoPE.
         k, v: [batch, kv_heads, m, head_dim], keys post-RoPE.
         positions: [batch, m] int32 logical index per row, -1 for padding.
-        rope_positions: [batch, m] int64 rotary position (the temporal axis under M-RoPE), or None if not asked for.
         scale: softmax scale.
         padded: whether any position is -1 (known on the host, so that the common case needs no check).
+        rope_positions: [batch, m] int64 rotary position (the temporal axis under M-RoPE), or None if not asked for.
+        softcap: scores s become softcap * tanh(s / softcap) (Gemma 2); None = as they are.
+        hidden: bool [batch, p], True at logical positions whose tokens this forward may not see although they are
+            stored: the caller's mask has a zero there. Positions from p on may be seen. None = all may.
+        visible: bool [batch or 1, m, m], which new token (row) sees which (column); None = each sees those before it.
     """
 
     q: torch.Tensor
@@ -33,6 +48,9 @@ class NewTokens:
     scale: float
     padded: bool = False
     rope_positions: torch.Tensor | None = None
+    softcap: float | None = None
+    hidden: torch.Tensor | None = None
+    visible: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,16 +68,63 @@ class Stored:
 class Segment(ABC):
     """See the module's docstring. `tensors()` is the whole truth about what a segment holds in memory."""
 
-    @abstractmethod
-    def extend(self, new: NewTokens, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    name = ""
+    """Under which it is saved: set by `register_segment`."""
+
+    def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Takes the new tokens in and lets their queries attend causally to everything visible here.
 
         Returns (out [batch, heads, m, head_dim], lse [batch, heads, m] fp32 or None if not needed).
         """
+        if step.q.shape[2] > 1 or step.padded or self.is_empty():
+            result = self.read(step, need_lse)
+            self.append(step)
+            return result
+        self.append(step)
+        return self.attend(step.q, step.scale, softcap=step.softcap, hidden=step.hidden)
+
+    def read(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `extend` returns, without taking the tokens in: for layers that read another one's keys."""
+        if self.is_empty():
+            return block_attention(step, need_lse)
+        # What is here lies before every new token, so only the block itself needs a causal edge: both parts run
+        # through fused attention, which knows no edge that starts in the middle.
+        before = self.attend(step.q, step.scale, softcap=step.softcap, hidden=step.hidden)
+        within = block_attention(step, need_lse=True)
+        return merge([before[0], within[0]], [before[1], within[1]])
+
+    def settle(self) -> None:  # noqa: B027 (most segments let go of nothing by themselves)
+        """What came will not be taken back: lets go of what no later token can see."""
+
+    def is_empty(self) -> bool:
+        """Whether no token is stored, as far as the host knows."""
+        return not self.tensors()
 
     @abstractmethod
-    def attend(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries attend to every token here (all lie before them). Returns (out, lse)."""
+    def append(self, step: Step) -> None:
+        """Stores the new tokens without attending; padding (position -1) may be left out or kept as holes."""
+
+    @abstractmethod
+    def attend(
+        self,
+        q: torch.Tensor,
+        scale: float,
+        *,
+        softcap: float | None = None,
+        hidden: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries attend to every token here but the `hidden` (see `Step`); all lie before them. Returns (out, lse)."""
+
+    @abstractmethod
+    def keep(self, index: torch.Tensor) -> None:
+        """Keeps the slots `index` of `stored()`, int64 [batch, kv_heads or 1, c], ascending, -1 = no token; lets go of
+        all others. Never makes bytes grow, and never unpacks what stays unless that frees bytes.
+        """
+
+    def keep_mask(self, mask: torch.Tensor) -> Segment:
+        """Keeps the slots where bool [batch, kv_heads, n] is True; returns the segment that holds them from now on."""
+        self.keep(index_of(mask))
+        return self
 
     @abstractmethod
     def stored(self) -> Stored:
@@ -75,7 +140,20 @@ class Segment(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor held, by name (bytes, saving, moving)."""
+        """Every tensor held, by name (bytes, saving, moving); empty before the first token."""
+
+    def host_tensors(self) -> dict[str, torch.Tensor]:
+        """Those of `tensors()` that lie in host memory although the model runs on a device."""
+        return {}
+
+    def device_bytes(self) -> int:
+        """Bytes held on the model's device."""
+        host = {id(x) for x in self.host_tensors().values()}
+        return storage_bytes([x for x in self.tensors().values() if id(x) not in host])
+
+    def host_bytes(self) -> int:
+        """Bytes held in host memory."""
+        return storage_bytes(list(self.host_tensors().values()))
 
     @abstractmethod
     def take_rows(self, rows: torch.Tensor) -> None:
@@ -96,8 +174,62 @@ class Segment(ABC):
         """After loading: takes up again what it shares with a segment of the layer before, whose list this is."""
 
     @abstractmethod
-    def crop(self, tokens: int) -> None:
-        """Forgets the last `tokens` tokens taken in; the layer has checked that they are all still here."""
+    def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
+        """Forgets the last `tokens` columns taken in; the layer has checked that they are all still here.
+
+        Args:
+            real: int64 [batch] on the CPU, how many of these columns were tokens of each row and not padding; None =
+                all. Of interest to a segment that does not store padding.
+        """
+
+
+def block_attention(step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Exact attention of a block's tokens among themselves, causal unless the step says otherwise.
+
+    There may be fewer queries than tokens: then they are those of the last ones.
+    """
+    seen, m = _seen(step), step.q.shape[2]
+    if need_lse or step.softcap is not None or m != step.k.shape[2]:
+        return decode_attention(
+            step.q, step.k, step.v, scale=step.scale, causal=seen is None, softcap=step.softcap,
+            visible=None if seen is None else seen[:, -m:],
+        )  # fmt: skip
+    out = F.scaled_dot_product_attention(
+        step.q, step.k, step.v, attn_mask=None if seen is None else seen[:, None], is_causal=seen is None and m > 1,
+        scale=step.scale, enable_gqa=step.k.shape[1] != step.q.shape[1],
+    )  # fmt: skip
+    return out, None
+
+
+def _seen(step: Step) -> torch.Tensor | None:
+    """bool [batch or 1, m, m], which new token sees which, or None for plain causality."""
+    if not step.padded:
+        return step.visible
+    m = step.k.shape[2]
+    own = torch.eye(m, dtype=torch.bool, device=step.q.device)
+    visible = own.new_ones(m, m).tril()[None] if step.visible is None else step.visible
+    # A padding query sees itself, so that its row is not empty: an empty row would be NaN.
+    return (visible & (step.positions >= 0)[:, None]) | own
+
+
+def shown(positions: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+    """Which slots hold a token that may be seen: bool like `positions` int32 [batch, heads or 1, n]."""
+    real = positions >= 0
+    if hidden is None or not hidden.shape[1]:
+        return real
+    at = positions.long().clamp(min=0)
+    known = at < hidden.shape[1]
+    table = hidden[:, None].expand(-1, positions.shape[1], -1)
+    return real & ~(table.gather(-1, at.clamp(max=hidden.shape[1] - 1)) & known)
+
+
+def attend_stored(
+    held: Stored, q: torch.Tensor, scale: float, softcap: float | None, hidden: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over a look at what is stored: for segments whose own kernel knows no mask, when there is one."""
+    return decode_attention(
+        q, held.keys, held.values, scale=scale, softcap=softcap, valid=shown(held.positions, hidden)
+    )
 
 
 def storage_bytes(tensors: list[torch.Tensor]) -> int:
@@ -111,3 +243,34 @@ def compact_storage(x: torch.Tensor) -> torch.Tensor:
     if x.untyped_storage().nbytes() > x.numel() * x.element_size():
         return x.clone(memory_format=torch.contiguous_format)
     return x
+
+
+def keep_across(segments: list[Segment], index: torch.Tensor) -> list[Segment]:
+    """`Segment.keep` over segments that lie side by side: slots count through all of them.
+
+    Returns:
+        Those that still hold a token, and the last one, which takes new tokens in.
+    """
+    if len(segments) == 1:
+        segments[0].keep(index)
+        return segments
+    kept, first = [], 0
+    for segment in segments:
+        size = segment.held_positions().shape[2]
+        inside = (index >= first) & (index < first + size)
+        own = (index - first).masked_fill(~inside, -1)
+        used = inside.flatten(0, 1).any(0)
+        if not bool(used.all()):
+            own = own[..., used]
+        if own.shape[-1] < size or bool((own < 0).any()):
+            segment.keep(own)
+        if segment is segments[-1] or bool(used.any()):
+            kept.append(segment)
+        first += size
+    return kept
+
+
+def index_of(mask: torch.Tensor) -> torch.Tensor:
+    """The slots where bool [batch, heads, n] is True: int64 [batch, heads, c], each head's own first, then -1."""
+    order = (~mask).sort(dim=-1, stable=True).indices[..., : int(mask.sum(-1).max())]
+    return order.masked_fill(~mask.gather(-1, order), -1)

@@ -55,6 +55,24 @@ class Directions:
             tuple(torch.cat(x) for x in zip(self.exact, other.exact, strict=True)),
         )
 
+    def keep(self, index: torch.Tensor) -> None:
+        """Keeps the tokens `index` int64 [batch, kv_heads, c] of an unpacked block, -1 = hole."""
+        hole, pick = index < 0, index.clamp(min=0)
+        owner = self.slots.new_full(self.sizes[0].shape, -1)
+        owner.view(-1)[self.slots.long()] = torch.arange(len(self.slots), dtype=torch.int32, device=owner.device)
+        owner = owner.gather(2, pick).masked_fill(hole, -1).flatten()
+        slots = (owner >= 0).nonzero()[:, 0]
+        kept = owner[slots].long()
+        self.unit = self.unit.gather(2, pick[..., None].expand(*pick.shape, self.unit.shape[-1]))
+        self.unit = self.unit.masked_fill(hole[..., None], 0)
+        self.sizes = tuple(x.gather(2, pick).masked_fill(hole, 0) for x in self.sizes)
+        self.slots, self.exact = slots.int(), (self.exact[0][kept], self.exact[1][kept])
+
+    @property
+    def packed(self) -> bool:
+        """Whether directions are stored as codes, so that tokens cannot leave one by one."""
+        return isinstance(self.unit, Packed)
+
     def take_rows(self, rows: torch.Tensor) -> None:
         """Rearranges the batch."""
         shape = self.sizes[0].shape

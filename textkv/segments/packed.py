@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels import merge, packed_attention
-from kernels.pack import Packed, unpack
-from textkv.segments.base import NewTokens, Segment, Stored, compact_storage
-from textkv.turning import turned
+from kernels.pack import Packed, pack, unpack
+from textkv.positions import turned
+from textkv.segments.base import Segment, Step, Stored, compact_storage, register_segment, shown
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Slab:
         places: int32 [3, batch, heads or 1, n], the rotary positions of the same tokens, if their centre turned by
             these; None = by the logical ones, or not at all.
         chunks, entries: filled rows of the low-rank directions and sparse entries of k and v.
+        holes: whether tokens inside a run are gone (their position is -1) while their block is still here.
     """
 
     k: Packed
@@ -46,6 +47,7 @@ class Slab:
     room: int | None = None
     chunks: tuple[int, int] = (0, 0)
     entries: tuple[int, int] = (0, 0)
+    holes: bool = False
 
     @property
     def longest(self) -> int:
@@ -58,6 +60,7 @@ class Slab:
         return self.positions if self.places is None else self.places
 
 
+@register_segment("packed")
 class PackedSegment(Segment):
     """Packed keys and values; see the module's docstring.
 
@@ -88,7 +91,7 @@ class PackedSegment(Segment):
         centre = self.centre[:, :, None]
         return centre if self.rates is None else turned(centre, positions, self.rates, self.axes)
 
-    def append(
+    def take(
         self, k: Packed, v: Packed, counts: torch.Tensor, positions: torch.Tensor, places: torch.Tensor | None = None
     ) -> None:
         """Takes packed blocks in, later than all that are here.
@@ -116,10 +119,15 @@ class PackedSegment(Segment):
             self.slabs.append(_with_room(tight, times))
         _write(self.slabs[-1], tight)
 
-    def extend(self, new: NewTokens, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def append(self, step: Step) -> None:
         raise RuntimeError("a packed segment takes whole blocks; single tokens go to the segment behind it")
 
-    def attend(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def is_empty(self) -> bool:
+        return not self.slabs
+
+    def attend(
+        self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of q [batch, heads, m, head_dim] over all packed tokens, which are read as codes: out like q, and
         lse fp32 [batch, heads, m]."""
         centre, rates = (None if x is None else x.flatten(0, 1) for x in (self.centre, self.rates))
@@ -127,13 +135,35 @@ class PackedSegment(Segment):
             packed_attention(
                 q, slab.k, slab.v, scale=scale, start=slab.start, length=slab.length, longest=slab.longest,
                 centre=centre, rates=rates, positions=None if rates is None else slab.turned_by, axes=self.axes,
+                softcap=softcap, valid=shown(slab.positions, hidden) if slab.holes or hidden is not None else None,
             )
             for slab in self.slabs
         ]  # fmt: skip
         return parts[0] if len(parts) == 1 else merge([out for out, _ in parts], [lse for _, lse in parts])
 
+    def keep(self, index: torch.Tensor) -> None:
+        """Frees the blocks of which no token stays; what goes from other blocks is a hole, never seen again. A slab
+        that is holes for the most part is packed anew, closed up, which rounds its keys once more; one with low-rank
+        or sparse corrections is not, because these would be lost.
+        """
+        heads = self.slabs[0].counts.shape[1]
+        index = index.expand(-1, heads, -1)
+        first, kept = 0, []
+        for slab in self.slabs:
+            inside = (index >= first) & (index < first + slab.longest)
+            own = (index - first).masked_fill(~inside, slab.longest)
+            stays = torch.zeros(*own.shape[:2], slab.longest + 1, dtype=torch.bool, device=own.device)
+            at = slab.positions[..., : slab.longest].expand(-1, heads, -1)
+            stays = stays.scatter(-1, own, True)[..., :-1] & (at >= 0)
+            first += slab.longest
+            if bool(stays.any()):
+                kept.append(_thinned(slab, stays))
+        self.slabs = kept
+
     def stored(self) -> Stored:
         """Everything unpacked, for scoring and for moving elsewhere: as large as if it had never been packed."""
+        if not self.slabs:
+            raise RuntimeError("an empty packed segment does not know the shape of its tokens")
         keys, values = ([self._padded(slab, unpack(getattr(slab, x))) for slab in self.slabs] for x in ("k", "v"))
         keys, values = torch.cat(keys, 2), torch.cat(values, 2)
         keys = keys + self.centres(self._joined([slab.turned_by for slab in self.slabs]))
@@ -149,7 +179,11 @@ class PackedSegment(Segment):
         return torch.cat([x.expand(*x.shape[:-2], heads, -1) for x in cut], -1)
 
     def lengths(self) -> torch.Tensor:
-        return torch.stack([slab.counts for slab in self.slabs]).sum(0)
+        parts = []
+        for slab in self.slabs:
+            real = (slab.positions >= 0).sum(-1).cpu().expand_as(slab.counts) if slab.holes else slab.counts
+            parts.append(real)
+        return torch.stack(parts).sum(0)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor held: those of all slabs by "number.name", and what was subtracted from keys."""
@@ -169,13 +203,14 @@ class PackedSegment(Segment):
         )
         self.slabs = [_rows_of(slab, rows.cpu()) for slab in self.slabs]
 
-    def crop(self, tokens: int) -> None:
+    def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
         if tokens:
             raise ValueError("packed tokens cannot be taken back one by one")
 
     def state(self) -> dict:
         plain = [
-            {"bits": (x.k.bits, x.v.bits), "room": x.room, "chunks": x.chunks, "entries": x.entries} for x in self.slabs
+            {"bits": (x.k.bits, x.v.bits), "room": x.room, "chunks": x.chunks, "entries": x.entries, "holes": x.holes}
+            for x in self.slabs  # fmt: skip
         ]
         counts = {f"{i}.counts": slab.counts for i, slab in enumerate(self.slabs)}
         return self.tensors() | counts | {"dtype": str(self.dtype).removeprefix("torch."), "slabs": plain}
@@ -194,7 +229,7 @@ class PackedSegment(Segment):
             segment.slabs.append(
                 Slab(
                     k, v, own["start"], own["length"], own["counts"].cpu(), own["positions"],
-                    own.get("places"), plain["room"], tuple(plain["chunks"]), tuple(plain["entries"]),
+                    own.get("places"), plain["room"], tuple(plain["chunks"]), tuple(plain["entries"]), plain["holes"],
                 )
             )  # fmt: skip
         return segment
@@ -208,6 +243,69 @@ class PackedSegment(Segment):
         inside = token < slab.length[:, None]
         where = torch.where(inside, slab.start[:, None] * slab.k.block + token, 0)
         return flat[where].masked_fill(~inside[..., None], 0).view(batch, heads, slab.longest, -1)
+
+
+def _thinned(slab: Slab, stays: torch.Tensor) -> Slab:
+    """The slab without the blocks of which nothing `stays`, bool [batch, heads, n]; holes in the others."""
+    block = slab.k.block
+    padded = F.pad(stays, (0, -stays.shape[-1] % block)).unflatten(-1, (-1, block))
+    live = padded.any(-1).flatten(0, 1)  # [runs, blocks of the longest run]
+    each = live.sum(1).cpu()
+    columns = torch.arange(live.shape[1], device=live.device)
+    blocks = (slab.start[:, None] + columns)[live]
+    counts = (each * block).view(slab.counts.shape)
+    # Each run's live blocks close up; their tokens' columns with them.
+    order = (~live).sort(dim=1, stable=True).indices[:, : int(each.max())]
+    pick = (order[..., None] * block + torch.arange(block, device=live.device)).flatten(1)
+    pick = pick.view(*stays.shape[:2], -1)
+    gone = ~F.pad(stays, (0, -stays.shape[-1] % block)).gather(-1, pick)
+    positions, places = (
+        None if x is None else _columns_of(x, pick, stays.shape[1]) for x in (slab.positions, slab.places)
+    )
+    thinned = Slab(
+        slab.k.take(blocks), slab.v.take(blocks), (each.cumsum(0) - each).to(blocks.device),
+        counts.view(-1).to(blocks.device, torch.int32), counts, positions.masked_fill(gone, -1), places,
+        chunks=slab.chunks, entries=slab.entries, holes=True,
+    )  # fmt: skip
+    plain = all(x.lowrank is None and x.sparse is None for x in (slab.k, slab.v))
+    fewer = int((-(-stays.sum(-1) // block)).sum()) * block
+    return _repacked(thinned) if plain and 2 * fewer <= int(counts.sum()) else thinned
+
+
+def _columns_of(x: torch.Tensor, pick: torch.Tensor, heads: int) -> torch.Tensor:
+    """Per-token numbers [.., batch, heads or 1, n] at the columns `pick` [batch, heads, c], for each head its own."""
+    x = x.expand(*x.shape[:-2], heads, -1)
+    return x.gather(-1, pick.clamp(max=x.shape[-1] - 1).expand(*x.shape[:-1], -1)).contiguous()
+
+
+def _repacked(slab: Slab) -> Slab:
+    """A slab with holes closed up into as few blocks as its tokens fill; what the last block lacks is a hole."""
+    block = slab.k.block
+    real = slab.positions >= 0
+    left = real.sum(-1).cpu()
+    counts = -(-left // block) * block
+    n = int(counts.max())
+    order = (~real).sort(dim=-1, stable=True).indices
+    order = F.pad(order, (0, max(0, n - order.shape[-1])))[..., :n]
+    inside = torch.arange(n, device=real.device) < left.to(real.device)[..., None]
+    halves = []
+    for packed in (slab.k, slab.v):
+        x = PackedSegment._padded(slab, unpack(packed))
+        x = x.gather(2, order[..., None].expand(-1, -1, -1, x.shape[-1]))
+        # A hole takes its neighbour's value: it must not widen the range of a group.
+        last = (left.to(x.device) - 1).clamp(min=0)[..., None, None].expand(-1, -1, 1, x.shape[-1])
+        x = torch.where(inside[..., None], x, x.gather(2, last))
+        layout = "channel" if packed.scale.shape[1] == 1 else "token"
+        group = None if layout == "channel" else packed.head_dim // packed.scale.shape[2]
+        halves.append(pack(blocks_of(x.flatten(0, 1), counts.view(-1), block), packed.bits, layout=layout, group=group))
+    each = (counts // block).view(-1)
+    positions, places = (
+        None if x is None else _columns_of(x, order, real.shape[1]) for x in (slab.positions, slab.places)
+    )
+    return Slab(
+        *halves, (each.cumsum(0) - each).to(real.device), counts.view(-1).to(real.device, torch.int32), counts,
+        positions.masked_fill(~inside, -1), places, holes=True,
+    )  # fmt: skip
 
 
 def blocks_of(x: torch.Tensor, counts: torch.Tensor, block: int) -> torch.Tensor:
@@ -237,7 +335,7 @@ def _sizes(packed: Packed) -> tuple[int, int]:
 
 def _fits(slab: Slab, new: Slab) -> bool:
     """Whether the blocks of `new` fit in what is free in `slab`."""
-    if slab.room is None or slab.positions.shape[1] != new.positions.shape[1]:
+    if slab.room is None or slab.holes or slab.positions.shape[1] != new.positions.shape[1]:
         return False
     if bool((slab.counts + new.counts > slab.room * slab.k.block).any()):
         return False

@@ -17,7 +17,7 @@ import torch
 
 from kernels import decode_attention, merge
 from kernels.pack import Bits
-from textkv.segments.base import NewTokens, Segment, Stored
+from textkv.segments.base import Segment, Step, Stored, register_segment, shown
 from textkv.segments.dense import DenseSegment
 from textkv.segments.directions import Directions, plain, store
 from textkv.slerp import Extent, Retention, slerp
@@ -68,10 +68,33 @@ class Block:
         keys, values = self.keys.joined(other.keys), self.values.joined(other.values)
         return Block(keys, values, at, self.holes or other.holes)
 
-    def valid(self) -> torch.Tensor | None:
-        """Where tokens are, bool [batch, c] or [batch, kv_heads, c]; None = everywhere."""
-        real = self.positions >= 0
-        return None if not self.holes else real[:, 0] if real.shape[1] == 1 else real
+    def valid(self, hidden: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Where tokens are that may be seen, bool [batch, c] or [batch, kv_heads, c]; None = everywhere."""
+        if not self.holes and hidden is None:
+            return None
+        real = shown(self.positions, hidden)
+        return real[:, 0] if real.shape[1] == 1 else real
+
+    def keep(self, index: torch.Tensor) -> bool:
+        """Keeps tokens `index` int64 [batch, 1 or kv_heads, c], -1 = hole; returns whether any is left. Codes of packed
+        directions stay until the whole block is empty."""
+        heads = self.keys.sizes[0].shape[1]
+        if not bool((index >= 0).any()):
+            return False
+        if not self.keys.packed:
+            for half in (self.keys, self.values):
+                half.keep(index.expand(-1, heads, -1))
+            at = self.positions.expand(-1, index.shape[1], -1) if self.positions.shape[1] == 1 else self.positions
+            pick = index.expand(-1, at.shape[1], -1)
+            self.positions = at.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, -1)
+        else:
+            width = max(index.shape[1], self.positions.shape[1])
+            at, pick = (x.expand(-1, width, -1) for x in (self.positions, index))
+            stays = torch.zeros(*at.shape[:2], at.shape[2] + 1, dtype=torch.bool, device=at.device)
+            stays = stays.scatter(-1, pick.masked_fill(pick < 0, at.shape[2]), True)[..., :-1]
+            self.positions = at.masked_fill(~stays, -1)
+        self.holes = bool((self.positions < 0).any())
+        return True
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Rearranges the batch."""
@@ -94,6 +117,7 @@ class Pair:
     def __init__(self, layers: tuple[int, int], like: torch.Tensor) -> None:
         self.layers = layers
         self.blocks: list[Block] = []
+        self.waiting: dict[int, torch.Tensor] = {}
         low = torch.full(like.shape[:2], torch.inf, dtype=torch.float32, device=like.device)
         self.extents = {name: Extent(low.clone(), -low) for name in ("keys", "values")}
 
@@ -157,6 +181,31 @@ class Pair:
                     f"layer {layer}, KV head {head}: the {name} hold NaN, inf or vectors longer than 65504"
                 )
 
+    def keep(self, index: torch.Tensor, side: int) -> None:
+        """Keeps slots `index` for one layer; nothing goes before the other layer has said the same.
+
+        Raises:
+            ValueError: the two layers keep different tokens.
+        """
+        self.waiting[side] = index
+        if len(self.waiting) < 2:
+            return
+        own, other = self.waiting[0], self.waiting[1]
+        self.waiting = {}
+        if own.shape[2] != other.shape[2] or bool((own != other).any()):
+            raise ValueError(
+                f"layers {self.layers[0]} and {self.layers[1]} share their tokens and must keep the same ones"
+            )
+        first, kept = 0, []
+        for block in self.blocks:
+            size = block.positions.shape[-1]
+            inside = (own >= first) & (own < first + size)
+            part = (own - first).masked_fill(~inside, -1)
+            if block.keep(part[..., inside.flatten(0, 1).any(0)]):
+                kept.append(block)
+            first += size
+        self.blocks = kept
+
     def take_rows(self, rows: torch.Tensor) -> None:
         """Rearranges the batch."""
         for block in self.blocks:
@@ -181,7 +230,7 @@ class Pair:
     ) -> Pair:
         """The pair whose two sides told these tensors; `bits` of each block."""
         pair = cls.__new__(cls)
-        pair.layers = layers
+        pair.layers, pair.waiting = layers, {}
         pair.extents = {name: Extent(held[f"{name}.low"], held[f"{name}.high"]) for name in ("keys", "values")}
         pair.blocks = []
         for i, of_block in enumerate(bits):
@@ -195,6 +244,7 @@ class Pair:
         return pair
 
 
+@register_segment("paired")
 class PairedSegment(Segment):
     """A pair seen from one of its layers: `side` 0 is the earlier layer, 1 the later.
 
@@ -205,15 +255,23 @@ class PairedSegment(Segment):
     def __init__(self, pair: Pair | None, side: int) -> None:
         self.pair, self.side = pair, side
 
-    def extend(self, new: NewTokens, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def append(self, step: Step) -> None:
         raise RuntimeError("a pair takes tokens from both layers at once (`Pair.absorb`), never from one")
 
-    def attend(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def is_empty(self) -> bool:
+        return not self.pair.blocks
+
+    def attend(
+        self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         parts = []
         for block in self.pair.blocks:
             keys, values = block.keys.restored(self.side), block.values.restored(self.side)
-            parts.append(decode_attention(q, keys, values, scale=scale, causal=False, valid=block.valid()))
+            parts.append(decode_attention(q, keys, values, scale=scale, valid=block.valid(hidden), softcap=softcap))
         return parts[0] if len(parts) == 1 else merge([out for out, _ in parts], [lse for _, lse in parts])
+
+    def keep(self, index: torch.Tensor) -> None:
+        self.pair.keep(index, self.side)
 
     def stored(self) -> Stored:
         keys = torch.cat([block.keys.restored(self.side) for block in self.pair.blocks], 2)
@@ -234,7 +292,7 @@ class PairedSegment(Segment):
         if self.side == 0:
             self.pair.take_rows(rows.to(self.pair.blocks[0].positions.device))
 
-    def crop(self, tokens: int) -> None:
+    def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
         if tokens:
             raise ValueError(f"{tokens} merged tokens cannot be taken back, only tokens that are still exact")
 

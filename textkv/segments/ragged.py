@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 
 from kernels import decode_attention
-from textkv.segments.base import NewTokens, Segment, Stored
+from textkv.segments.base import Segment, Step, Stored, attend_stored, register_segment
 
 
+@register_segment("ragged")
 class RaggedSegment(Segment):
     """K and V as flat rows, one region per (row, KV head).
 
@@ -28,16 +29,21 @@ class RaggedSegment(Segment):
         self._capacity = lengths.clone()
         self._place()
 
-    def extend(self, new: NewTokens, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if new.padded:
-            raise ValueError(
-                "a later turn with padding is not supported with per-head budgets: run its rows one by one"
-            )
-        self._append(new)
-        return self._attend(new.q, new.scale, causal=True)
+    def attend(
+        self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if hidden is not None:
+            return attend_stored(self.stored(), q, scale, softcap, hidden)
+        return decode_attention(q, self.k, self.v, scale=scale, start=self.start, length=self.length, softcap=softcap)
 
-    def attend(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._attend(q, scale, causal=False)
+    def keep(self, index: torch.Tensor) -> None:
+        batch, heads = self._lengths.shape
+        index = index.expand(batch, heads, -1)
+        flat = (self.start.view(batch, heads, 1) + index)[index >= 0]
+        self._lengths = (index >= 0).sum(-1).cpu()
+        self._capacity = self._lengths.clone()
+        self.k, self.v, self.positions = self.k[flat], self.v[flat], self.positions[flat]
+        self._place()
 
     def stored(self) -> Stored:
         batch, heads = self._lengths.shape
@@ -65,27 +71,27 @@ class RaggedSegment(Segment):
         regions = (rows.cpu()[:, None] * heads + torch.arange(heads)).reshape(-1)
         self._move(regions, self._capacity.view(-1)[regions].view(-1, heads))
 
-    def crop(self, tokens: int) -> None:
-        self._lengths -= tokens
-        self.length -= tokens
+    def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
+        gone = torch.full((len(self._lengths), 1), tokens) if real is None else real[:, None]
+        self._lengths = self._lengths - gone
+        self.length = self._lengths.view(-1).to(self.length.device, torch.int32)
 
-    def _attend(self, q: torch.Tensor, scale: float, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        return decode_attention(
-            q, self.k, self.v, scale=scale, causal=causal, start=self.start, length=self.length,
-        )  # fmt: skip
-
-    def _append(self, new: NewTokens) -> None:
-        batch, heads, m, dim = new.k.shape
-        if bool((self._lengths + m > self._capacity).any()):
+    def append(self, step: Step) -> None:
+        batch, heads, m, dim = step.k.shape
+        real = step.positions >= 0
+        came = real.sum(1).cpu()[:, None] if step.padded else torch.full((batch, 1), m)
+        if bool((self._lengths + came > self._capacity).any()):
             slack = max(8, int(self._lengths.float().mean()) // 8)
-            self._move(torch.arange(batch * heads), self._lengths + m + slack)
-        slots = (self.start + self.length)[:, None] + torch.arange(m, device=self.k.device)
-        slots = slots.view(-1)
-        self.k[slots] = new.k.reshape(-1, dim)
-        self.v[slots] = new.v.reshape(-1, dim)
-        self.positions[slots] = new.positions[:, None].expand(batch, heads, m).reshape(-1)
-        self.length += m
-        self._lengths += m
+            self._move(torch.arange(batch * heads), self._lengths + came + slack)
+        # A row's tokens close up: padding takes no slot.
+        offset = real.cumsum(1) - 1 if step.padded else torch.arange(m, device=self.k.device).expand(batch, m)
+        slots = (self.start + self.length).view(batch, heads, 1) + offset[:, None]
+        taken = real[:, None].expand(-1, heads, -1) if step.padded else torch.ones_like(slots, dtype=torch.bool)
+        slots = slots[taken]
+        self.k[slots], self.v[slots] = step.k[taken], step.v[taken]
+        self.positions[slots] = step.positions[:, None].expand(batch, heads, m)[taken]
+        self._lengths = self._lengths + came
+        self.length = self._lengths.view(-1).to(self.k.device, torch.int32)
 
     def _move(self, regions: torch.Tensor, capacity: torch.Tensor) -> None:
         """New region i is a copy of old region regions[i], with room for capacity[i] tokens."""

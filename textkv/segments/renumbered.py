@@ -11,41 +11,43 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels import decode_attention, merge, rotate
-from textkv.segments.base import NewTokens
+from kernels import decode_attention, merge
+from textkv.positions import RotarySpec
+from textkv.segments.base import Step, register_segment, shown
 from textkv.segments.dense import DenseSegment
 
+_FAR = torch.iinfo(torch.int64).max
 
+
+@register_segment("renumbered")
 class RenumberedSegment(DenseSegment):
     """K and V in one rectangle each; which tokens are kept, and where they sit, is shared by the heads of a row.
 
     Args:
-        inv_freq: rotary frequencies to renumber with; None leaves every key where it was.
+        rotary: how keys turn, to renumber with; None leaves every key where it was.
 
     Attributes:
         rope: int32 [batch, slots], the rotary position at which each key sits (the temporal axis under M-RoPE, where
             every axis moves by the same width).
         gap: int64 [batch], rotary width dropped so far: the place of the next token is this far behind its position.
         front: per row, slots before the last drop. Their keys sit at their places, those behind at place + gap.
-        ledger: per row, whole numbers of the method's own; they move with their rows.
+        row_state: per row, whole numbers of the method's own; they move with their rows.
     """
 
-    def __init__(self, inv_freq: torch.Tensor | None = None) -> None:
+    def __init__(self, rotary: RotarySpec | None = None) -> None:
         super().__init__()
-        self.inv_freq = inv_freq
+        self.rotary = rotary
         self.rope: torch.Tensor | None = None
         self.gap: torch.Tensor | None = None
         self.front: list[int] = []
-        self.ledger: list[list[int]] = []
+        self.row_state: list[list[int]] = []
 
-    def extend(self, new: NewTokens, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(
+        self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not any(self.front):
-            return super().extend(new, need_lse)
-        self._append(new)
-        return self._both(new.q, new.scale, causal=True)
-
-    def attend(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._both(q, scale, causal=False) if any(self.front) else super().attend(q, scale)
+            return super().attend(q, scale, softcap=softcap, hidden=hidden)
+        return self._both(q, scale, softcap, hidden)
 
     def keep(self, index: torch.Tensor) -> None:
         """Keeps slots `index` int64 [batch, 1, c]: ascending, with each row's newest token; -1 behind them = hole.
@@ -55,7 +57,7 @@ class RenumberedSegment(DenseSegment):
         """
         if index.shape[1] != 1:
             raise ValueError(f"index of shape {tuple(index.shape)}: heads of a renumbered layer keep the same tokens")
-        if self.inv_freq is None:
+        if self.rotary is None:
             super().keep(index)
             return
         turn = self._renumber(index[:, 0])
@@ -63,7 +65,7 @@ class RenumberedSegment(DenseSegment):
         moved = turn.any(0).nonzero()[:, 0].tolist()
         if moved:
             part = slice(moved[0], moved[-1] + 1)
-            self.k[:, :, part] = rotate(self.k[:, :, part], turn[:, part], self.inv_freq)
+            self.k[:, :, part] = self.rotary.turn(self.k[:, :, part], turn[:, part])
 
     def places(self) -> torch.Tensor:
         """The place of each slot's token, int64 [batch, slots]; for text without padding this is 0, 1, 2, ..."""
@@ -71,30 +73,40 @@ class RenumberedSegment(DenseSegment):
         return torch.where(self._in_front(), rope, rope - self.gap[:, None])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        own = {} if self.rope is None else {"rope": self.rope, "gap": self.gap, "inv_freq": self.inv_freq}
+        own = {} if self.rope is None else {"rope": self.rope, "gap": self.gap}
         return super().tensors() | own
+
+    def state(self) -> dict:
+        state = {name: x for name, x in self.__dict__.items() if name != "rotary"}
+        return state | ({} if self.rotary is None else {f"rotary.{k}": x for k, x in self.rotary.state().items()})
+
+    @classmethod
+    def from_state(cls, state: dict) -> RenumberedSegment:
+        rotary = {name.removeprefix("rotary."): x for name, x in state.items() if name.startswith("rotary.")}
+        own = {name: x for name, x in state.items() if not name.startswith("rotary.")}
+        return super().from_state(own | {"rotary": RotarySpec.from_state(rotary) if rotary else None})
 
     def take_rows(self, rows: torch.Tensor) -> None:
         super().take_rows(rows)
         picked = rows.tolist()
         self.front = [self.front[row] for row in picked]
-        self.ledger = [list(self.ledger[row]) for row in picked] if self.ledger else []
+        self.row_state = [list(self.row_state[row]) for row in picked] if self.row_state else []
         if self.rope is not None:
             rows = rows.to(self.rope.device)
             self.rope, self.gap = self.rope.index_select(0, rows), self.gap.index_select(0, rows)
 
-    def _append(self, new: NewTokens) -> None:
+    def append(self, step: Step) -> None:
         old = self.used
-        super()._append(new)
+        super().append(step)
         if not old:
-            self.front = [0] * len(new.k)
-        if self.inv_freq is None:
+            self.front = [0] * len(step.k)
+        if self.rotary is None:
             return
-        rope = new.positions if new.rope_positions is None else new.rope_positions
+        rope = step.positions if step.rope_positions is None else step.rope_positions
         if old:
             self.rope[:, old : self.used] = rope
         else:
-            self.rope = rope.to(torch.int32, copy=True)
+            self.rope = rope.to(torch.int32, copy=True).expand(len(step.k), -1).contiguous()
             self.gap = torch.zeros(len(rope), dtype=torch.int64, device=rope.device)
 
     def _grow(self, capacity: int) -> None:
@@ -127,23 +139,21 @@ class RenumberedSegment(DenseSegment):
         self.rope, self.gap, self.front = phase.masked_fill(hole, 0).int(), gap, front.tolist()
         return turn
 
-    def _both(self, q: torch.Tensor, scale: float, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _both(
+        self, q: torch.Tensor, scale: float, softcap: float | None, hidden: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention over the keys in front, with the query turned back by the gap, and over those behind."""
         first, last = min(self.front), max(self.front)
-        ahead = behind = self._valid()
+        ahead = behind = self._valid(hidden)
         if first != last:
-            real, in_front = self.positions[:, 0, : self.used] >= 0, self._in_front()
+            real, in_front = shown(self._positions(), hidden)[:, 0], self._in_front()
             ahead, behind = real & in_front, real & ~in_front
-        turned = rotate(q, -self.gap[:, None].expand(-1, q.shape[2]), self.inv_freq)
-        old = decode_attention(
-            turned, self._k()[:, :, :last], self._v()[:, :, :last], scale=scale, causal=False,
-            valid=None if ahead is None else ahead[:, :last],
-        )  # fmt: skip
-        new = decode_attention(
-            q, self._k()[:, :, first:], self._v()[:, :, first:], scale=scale, causal=causal,
-            valid=None if behind is None else behind[:, first:],
-        )  # fmt: skip
-        return merge([old[0], new[0]], [old[1], new[1]])
-
-
-_FAR = torch.iinfo(torch.int64).max
+        turned = self.rotary.turn(q, -self.gap[:, None].expand(-1, q.shape[2]))
+        parts = [
+            decode_attention(
+                query, self._k()[:, :, part], self._v()[:, :, part], scale=scale, softcap=softcap,
+                valid=None if valid is None else valid[:, part],
+            )
+            for query, part, valid in ((turned, slice(0, last), ahead), (q, slice(first, None), behind))
+        ]  # fmt: skip
+        return merge([out for out, _ in parts], [lse for _, lse in parts])

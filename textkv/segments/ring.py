@@ -1,8 +1,11 @@
 """The ring segment: the first `sinks` tokens and the last `recent` ones of each row, in constant memory.
 
-A new token overwrites the slot of the oldest; nothing else moves. With `inv_freq` the gap between sinks and ring is
+A new token overwrites the slot of the oldest; nothing else moves. With a rotary spec the gap between sinks and ring is
 closed as StreamingLLM asks (arXiv 2309.17453): rotary scores depend on distances only, so recent keys are right as
-they are, and for the sinks the QUERY is turned back by the width of the gap (layout (c): no key is ever re-rotated).
+they are, and for the sinks the QUERY is turned back by the width of the gap (no key is ever rotated again).
+
+As long as all rows are of one length and nothing was padded or forgotten, the host knows every slot by arithmetic and
+asks the device nothing; `even` is that length. Else slots are found by the positions that they hold.
 """
 
 from __future__ import annotations
@@ -10,194 +13,317 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels import decode_attention, merge, rotate
-from textkv.segments.base import NewTokens, Segment, Stored
+from kernels import decode_attention, merge
+from textkv.positions import RotarySpec
+from textkv.segments.base import Segment, Step, Stored, register_segment, shown
 
 QUERY_BLOCK = 128
 """Rows per step of the banded prompt attention: bounds its memory to QUERY_BLOCK x (recent + QUERY_BLOCK)."""
+_FAR = torch.iinfo(torch.int32).max
+_TENSORS = ("k", "v", "positions", "end", "rope", "gap_start")
 
 
+@register_segment("ring")
 class RingSegment(Segment):
-    """Sinks and a ring of recent tokens; positions are shared by the heads of a row.
+    """Sinks in the first slots, the ring behind them; positions are shared by the heads of a row.
 
     Args:
         sinks: tokens kept from each row's start, S >= 0.
         recent: int64 [batch], tokens kept from each row's end, R >= 1. A step still sees R + 1 of them: the oldest
             leaves after it, as in the authors' evaluation.
-        inv_freq: rotary frequencies to close the gap with; None leaves original positions.
+        rotary: how keys turn, to close the gap with; None leaves original positions.
     """
 
-    def __init__(self, sinks: int, recent: torch.Tensor, inv_freq: torch.Tensor | None = None) -> None:
-        self.sinks, self.recent, self.inv_freq = sinks, recent, inv_freq
+    def __init__(self, sinks: int, recent: torch.Tensor, rotary: RotarySpec | None = None) -> None:
+        self.sinks, self.recent, self.rotary = sinks, recent, rotary
+        # Fixed for good: a slot is a position modulo this size, also when the row with the largest window leaves.
+        self.size = int(recent.max()) + 1
+        self.even: int | None = 0 if bool((recent == recent[0]).all()) else None
         self.k: torch.Tensor | None = None
+        self.rope: torch.Tensor | None = None
+        self.gap_start: torch.Tensor | None = None
 
-    def extend(self, new: NewTokens, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    # ---- taking in ---------------------------------------------------------------------------------------------
+
+    def is_empty(self) -> bool:
+        return self.k is None
+
+    def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.k is None:
-            self._allocate(new.k, new.v)
-        if new.q.shape[2] > 1:
-            self._write_sinks(new)
-            out = self._banded(new)
-            self.absorb(new)
+            self._allocate(step.k, step.v)
+        if step.q.shape[2] > 1:
+            self._write_sinks(step)
+            out = self._banded(step)
+            self.append(step)
             return out
-        self.absorb(new, spare=1)
-        out = self.attend(new.q, new.scale)
+        self._store(step, spare=1)
+        out = self._attend(step.q, step.scale, step.softcap, step.hidden, within=True)
         self._trim()
         return out
 
-    def attend(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        ring, first = self.positions >= 0, self.sink_positions >= 0
-        recent = decode_attention(q, self.k, self.v, scale=scale, causal=False, valid=ring)
-        if not self.sinks:
-            return recent
-        turned = self._turn(q, self._gap(self.rope.masked_fill(~ring, _FAR).amin(1, keepdim=True)))
-        sinks = decode_attention(turned, self.sink_k, self.sink_v, scale=scale, causal=False, valid=first)
-        return merge([sinks[0], recent[0]], [sinks[1], recent[1]])
-
-    def absorb(self, new: NewTokens, spare: int = 0) -> None:
-        """Stores new tokens without attending: sinks at the start, the last recent + spare others in the ring."""
+    def append(self, step: Step) -> None:
         if self.k is None:
-            self._allocate(new.k, new.v)
-        self._write_sinks(new)
-        end = torch.maximum(self.end, new.positions.amax(1).long() + 1)
-        keep = (new.positions >= self.sinks) & (new.positions >= (end - self._recent() - spare)[:, None])
+            self._allocate(step.k, step.v)
+        self._store(step, spare=0)
+        self._trim()
+
+    def take(self, held: Stored, scale: float, rope_positions: torch.Tensor | None = None) -> None:
+        """Takes over tokens that another segment held: of each row the sinks and the last `recent`."""
+        at = held.positions[:, 0]
+        # Only a row without a hole, from its first token on, lets the host know all slots.
+        whole = bool((at == torch.arange(at.shape[1], device=at.device)).all())
+        nothing = held.keys[:, :, :0]
+        self.append(Step(nothing, held.keys, held.values, at, scale, padded=not whole, rope_positions=rope_positions))
+
+    def _store(self, step: Step, spare: int) -> None:
+        """Writes sinks and the last recent + spare of the others; what the window left behind is overwritten."""
+        m = step.k.shape[2]
+        if self.even is not None and not step.padded:
+            start, self.even = self.even, self.even + m
+            if self.rope is not None and start <= self.sinks < self.even:
+                self.gap_start = self._rope_of(step)[:, self.sinks - start].to(torch.int32)
+            self._write_even(step, start, spare)
+            return
+        self._uneven()
+        self._write_sinks(step)
+        end = torch.maximum(self.end, step.positions.amax(1).long() + 1)
+        keep = (step.positions >= self.sinks) & (step.positions >= (end - self._recent() - spare)[:, None])
         self._room(int(end.max()) - self.sinks)
         row, column = keep.nonzero(as_tuple=True)
-        slot = (new.positions[row, column].long() - self.sinks) % self.k.shape[2]
-        self.k[row, :, slot] = new.k[row, :, column]
-        self.v[row, :, slot] = new.v[row, :, column]
-        self.positions[row, slot] = new.positions[row, column]
-        self.rope[row, slot] = self._rope_of(new)[row, column].to(torch.int32)
+        slot = self.sinks + (step.positions[row, column].long() - self.sinks) % self.size
+        self._scatter(step, row, column, slot)
         self.end = end
-        if not spare:
-            self._trim()
 
-    def stored(self) -> Stored:
-        heads = self.k.shape[1]
-        positions = torch.cat([self.sink_positions, self.positions], 1)
-        order = positions.masked_fill(positions < 0, _FAR).sort(dim=1, stable=True).indices
-        pick = order[:, None, :, None].expand(-1, heads, -1, self.k.shape[-1])
-        return Stored(
-            torch.cat([self.sink_k, self.k], 2).gather(2, pick),
-            torch.cat([self.sink_v, self.v], 2).gather(2, pick),
-            positions.gather(1, order)[:, None].expand(-1, heads, -1),
-        )
+    def _write_even(self, step: Step, start: int, spare: int) -> None:
+        """Columns of a step whose first token has position `start`, in runs of neighbouring slots."""
+        behind = min(self.even, max(start, self.sinks))
+        if behind > start:
+            self._put(start, step, 0, behind - start)
+        begin = max(behind, self.even - (self.size - 1) - spare)
+        self._room(self.even - self.sinks)
+        while begin < self.even:
+            slot = self._slot(begin)
+            count = min(self.even - begin, self.sinks + self.size - slot)
+            self._put(slot, step, begin - start, count)
+            begin += count
 
-    def lengths(self) -> torch.Tensor:
-        if self.k is None:
-            return torch.zeros(len(self.recent), 1, dtype=torch.int64)
-        count = (self.positions >= 0).sum(1) + (self.sink_positions >= 0).sum(1)
-        return count[:, None].expand(-1, self.k.shape[1]).cpu()
+    def _slot(self, position: int) -> int:
+        return position if position < self.sinks else self.sinks + (position - self.sinks) % self.size
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        if self.k is None:
-            return {}
-        table = {} if self.inv_freq is None else {"inv_freq": self.inv_freq}
-        return table | {name: getattr(self, name) for name in _TENSORS}
+    def _put(self, slot: int, step: Step, column: int, count: int) -> None:
+        """Columns of the step into neighbouring slots."""
+        into, of = slice(slot, slot + count), slice(column, column + count)
+        self.k[:, :, into] = step.k[:, :, of]
+        self.v[:, :, into] = step.v[:, :, of]
+        self.positions[:, into] = step.positions[:, of]
+        if self.rope is not None:
+            self.rope[:, into] = self._rope_of(step)[:, of]
 
-    def take_rows(self, rows: torch.Tensor) -> None:
-        self.recent = self.recent[rows.cpu()]
-        if self.k is not None:
-            for name in _TENSORS:
-                setattr(self, name, getattr(self, name).index_select(0, rows.to(self.k.device)))
+    def _scatter(self, step: Step, row: torch.Tensor, column: torch.Tensor, slot: torch.Tensor) -> None:
+        self.k[row, :, slot] = step.k[row, :, column]
+        self.v[row, :, slot] = step.v[row, :, column]
+        self.positions[row, slot] = step.positions[row, column]
+        if self.rope is not None:
+            self.rope[row, slot] = self._rope_of(step)[row, column].to(torch.int32)
 
-    def crop(self, tokens: int) -> None:
-        if tokens:
-            raise ValueError("a ring overwrites its oldest tokens and cannot give them back")
+    def _write_sinks(self, step: Step) -> None:
+        """The sinks among the tokens of a step, and the rotary position right behind them: where the ring would start
+        if nothing had left."""
+        if self.even is not None and not step.padded and self.even > self.sinks:
+            return
+        row, column = ((step.positions >= 0) & (step.positions < self.sinks)).nonzero(as_tuple=True)
+        self._scatter(step, row, column, step.positions[row, column].long())
+        if self.rope is not None:
+            row, column = (step.positions == self.sinks).nonzero(as_tuple=True)
+            self.gap_start[row] = self._rope_of(step)[row, column].to(torch.int32)
 
-    def _recent(self) -> torch.Tensor:
-        return self.recent.to(self.k.device)
+    def _trim(self) -> None:
+        """Lets go of what has left the window: its slot is the next to be written."""
+        if self.even is None:
+            gone = self.positions[:, self.sinks :] < (self.end - self._recent())[:, None]
+            self.positions[:, self.sinks :].masked_fill_(gone, -1)
+        elif self.even >= self.sinks + self.size:
+            self.positions[:, self._slot(self.even)] = -1
+
+    def _uneven(self) -> None:
+        """From now on rows differ: what the host knew goes to the device."""
+        if self.even is not None:
+            self.end.fill_(self.even)
+            self.even = None
 
     def _allocate(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        batch, heads, _, dim = k.shape
-        for name, x, slots in (("k", k, 1), ("v", v, 1), ("sink_k", k, self.sinks), ("sink_v", v, self.sinks)):
-            setattr(self, name, x.new_zeros(batch, heads, slots, dim))
-        self.positions, self.rope, self.sink_positions = (
-            torch.full((batch, slots), -1, dtype=torch.int32, device=k.device) for slots in (1, 1, self.sinks)
-        )
+        batch, slots = len(k), self.sinks + 1
+        self.k, self.v = (x.new_zeros(batch, x.shape[1], slots, x.shape[3]) for x in (k, v))
+        self.positions = torch.full((batch, slots), -1, dtype=torch.int32, device=k.device)
         self.end = torch.zeros(batch, dtype=torch.int64, device=k.device)
-        self.gap_start = torch.full((batch,), -1, dtype=torch.int32, device=k.device)
+        if self.rotary is not None:
+            self.rope = self.positions.clone()
+            self.gap_start = torch.full((batch,), -1, dtype=torch.int32, device=k.device)
 
     def _room(self, needed: int) -> None:
         """Grows the ring up to its final size; before it wraps, a token's slot does not depend on the size."""
-        have, most = self.k.shape[2], int(self.recent.max()) + 1
-        if needed <= have or have == most:
+        have = self.k.shape[2] - self.sinks
+        if needed <= have or have == self.size:
             return
-        more = min(most, needed + max(8, needed // 8)) - have
+        more = min(self.size, needed + max(8, needed // 8)) - have
         self.k, self.v = (F.pad(x, (0, 0, 0, more)) for x in (self.k, self.v))
-        self.positions, self.rope = (F.pad(x, (0, more), value=-1) for x in (self.positions, self.rope))
+        self.positions = F.pad(self.positions, (0, more), value=-1)
+        self.rope = None if self.rope is None else F.pad(self.rope, (0, more), value=-1)
 
-    def _write_sinks(self, new: NewTokens) -> None:
-        row, column = ((new.positions >= 0) & (new.positions < self.sinks)).nonzero(as_tuple=True)
-        slot = new.positions[row, column].long()
-        self.sink_k[row, :, slot] = new.k[row, :, column]
-        self.sink_v[row, :, slot] = new.v[row, :, column]
-        self.sink_positions[row, slot] = new.positions[row, column]
-        # The rotary position right after the sinks: where the ring would start if nothing had left.
-        row, column = (new.positions == self.sinks).nonzero(as_tuple=True)
-        self.gap_start[row] = self._rope_of(new)[row, column].to(torch.int32)
+    # ---- attending ---------------------------------------------------------------------------------------------
 
-    def _trim(self) -> None:
-        self.positions.masked_fill_(self.positions < (self.end - self._recent())[:, None], -1)
+    def attend(
+        self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._attend(q, scale, softcap, hidden, within=False)
 
-    @staticmethod
-    def _rope_of(new: NewTokens) -> torch.Tensor:
-        return new.positions if new.rope_positions is None else new.rope_positions
+    def _attend(
+        self, q: torch.Tensor, scale: float, softcap: float | None, hidden: torch.Tensor | None, within: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`within` a step the slot that is written next still holds the oldest token."""
+        used, valid = self._visible(hidden, within)
+        how = {"scale": scale, "softcap": softcap}
+        if self.rotary is None or not self.sinks or not self._has_gap():
+            return decode_attention(q, self.k[:, :, :used], self.v[:, :, :used], valid=valid, **how)
+        parts = []
+        for query, part in ((self._turned(q), slice(0, self.sinks)), (q, slice(self.sinks, used))):
+            seen = None if valid is None else valid[:, part]
+            parts.append(decode_attention(query, self.k[:, :, part], self.v[:, :, part], valid=seen, **how))
+        return merge([out for out, _ in parts], [lse for _, lse in parts])
+
+    def _visible(self, hidden: torch.Tensor | None, within: bool) -> tuple[int, torch.Tensor | None]:
+        """Slots in use, and which of them hold a token (None = all)."""
+        slots = self.k.shape[2]
+        if self.even is None or hidden is not None:
+            return slots, shown(self.positions[:, None], hidden)[:, 0]
+        if self.even < slots:
+            return self.even, None
+        return slots, None if within else self.positions >= 0
+
+    def _has_gap(self) -> bool:
+        """Whether anything can lie between the sinks and the ring."""
+        return self.even is None or self.even > self.sinks + self.size - 1
+
+    def _turned(self, q: torch.Tensor) -> torch.Tensor:
+        """The queries turned back by the gap of their rows."""
+        held = self.positions[:, self.sinks :] >= 0
+        first = self.rope[:, self.sinks :].masked_fill(~held, _FAR).amin(1, keepdim=True)
+        return self.rotary.turn(q, -self._gap(first).expand(-1, q.shape[2]))
 
     def _gap(self, first_rope: torch.Tensor) -> torch.Tensor:
         """Rotary width between the sinks and the first recent token that a query sees: [batch, m]."""
         gap = (first_rope - self.gap_start[:, None]).clamp(min=0)
         return gap.masked_fill((first_rope == _FAR) | (self.gap_start < 0)[:, None], 0)
 
-    def _turn(self, q: torch.Tensor, gap: torch.Tensor) -> torch.Tensor:
-        return q if self.inv_freq is None else rotate(q, -gap, self.inv_freq)
-
-    def _banded(self, new: NewTokens) -> tuple[torch.Tensor, torch.Tensor]:
+    def _banded(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """A block's queries over sinks, ring and the block itself, each seeing at most `recent` tokens back."""
-        k, v = torch.cat([self.k, new.k], 2), torch.cat([self.v, new.v], 2)
-        positions = torch.cat([self.positions, new.positions], 1)
-        rope = torch.cat([self.rope, self._rope_of(new).to(torch.int32)], 1)
-        old, widest = self.k.shape[2], int(self.recent.max())
+        ring = slice(self.sinks, None)
+        k, v = (torch.cat([x[:, :, ring], new], 2) for x, new in ((self.k, step.k), (self.v, step.v)))
+        positions = torch.cat([self.positions[:, ring], step.positions], 1)
+        rope = positions
+        if self.rope is not None:
+            rope = torch.cat([self.rope[:, ring], self._rope_of(step).to(torch.int32)], 1)
+        old, widest = self.k.shape[2] - self.sinks, self.size - 1
         outs, lses = [], []
-        for start in range(0, new.q.shape[2], QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, new.q.shape[2])
+        for start in range(0, step.q.shape[2], QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, step.q.shape[2])
             first = 0 if start <= widest else old + start - widest
             cols = slice(first, old + stop)
             out, lse = self._rows(
-                new, slice(start, stop), k[:, :, cols], v[:, :, cols], positions[:, cols], rope[:, cols]
+                step, slice(start, stop), k[:, :, cols], v[:, :, cols], positions[:, cols], rope[:, cols]
             )
             outs.append(out)
             lses.append(lse)
         return torch.cat(outs, 2), torch.cat(lses, 2)
 
     def _rows(
-        self, new: NewTokens, rows: slice, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, rope: torch.Tensor
+        self, step: Step, rows: slice, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, rope: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        q, at = new.q[:, :, rows], new.positions[:, rows, None].long()
+        q, at = step.q[:, :, rows], step.positions[:, rows, None].long()
         key, limit = positions[:, None].long(), self._recent()[:, None, None]
         band = (key >= self.sinks) & (key <= at) & (at - key <= limit)
-        first = rope[:, None].expand_as(band).masked_fill(~band, _FAR).amin(-1)
-        sink_at = self.sink_positions[:, None].long()
-        seen = (sink_at >= 0) & (sink_at <= at)
-        scores = torch.cat(
-            [
-                _scores(self._turn(q, self._gap(first)), self.sink_k, seen, new.scale),
-                _scores(q, k, band, new.scale),
-            ],
-            -1,
-        )
-        lse = scores.logsumexp(-1)
-        p = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
-        values = torch.cat([self.sink_v, v], 2).float()
-        out = torch.einsum("bgrmn,bgnd->bgrmd", p, values).flatten(1, 2)
-        return out.to(q.dtype), lse.flatten(1, 2)
+        band &= shown(positions[:, None], step.hidden)
+        sink_at = self.positions[:, None, : self.sinks]
+        seen = shown(sink_at, step.hidden) & (sink_at <= at)
+        turned = q
+        if self.rope is not None:
+            first = rope[:, None].expand_as(band).masked_fill(~band, _FAR).amin(-1)
+            turned = self.rotary.turn(q, -self._gap(first))
+        sinks = decode_attention(
+            turned, self.k[:, :, : self.sinks], self.v[:, :, : self.sinks], scale=step.scale, visible=seen,
+            softcap=step.softcap,
+        )  # fmt: skip
+        near = decode_attention(q, k, v, scale=step.scale, visible=band, softcap=step.softcap)
+        return merge([sinks[0], near[0]], [sinks[1], near[1]]) if self.sinks else near
 
+    # ---- the rest ----------------------------------------------------------------------------------------------
 
-_TENSORS = ("k", "v", "positions", "rope", "sink_k", "sink_v", "sink_positions", "end", "gap_start")
-_FAR = torch.iinfo(torch.int32).max
+    def keep(self, index: torch.Tensor) -> None:
+        """As every segment's `keep`. A ring's memory is constant: slots of tokens that go are masked until they are
+        written again.
 
+        Raises:
+            ValueError: an index per KV head: the heads of a row share their positions.
+        """
+        if index.shape[1] != 1 and bool((index != index[:, :1]).any()):
+            raise ValueError(f"index of shape {tuple(index.shape)}: the heads of a ring keep the same tokens")
+        self._uneven()
+        order, kept = self._order(), index[:, 0]
+        stays = torch.zeros_like(self.positions, dtype=torch.bool)
+        slots = order.gather(1, kept.clamp(min=0))
+        # A row with fewer kept tokens names slot 0 besides: adding tells whether anybody really wants it.
+        wanted = torch.zeros_like(self.positions).scatter_add(1, slots, (kept >= 0).to(torch.int32))
+        stays |= wanted > 0
+        self.positions = self.positions.masked_fill(~stays, -1)
 
-def _scores(q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor, scale: float) -> torch.Tensor:
-    """fp32 [batch, kv_heads, group, m, n], -inf where not visible [batch, m, n]."""
-    grouped = q.float().unflatten(1, (k.shape[1], -1))
-    scores = torch.einsum("bgrmd,bgnd->bgrmn", grouped, k.float()) * scale
-    return scores.masked_fill(~visible[:, None, None], -torch.inf)
+    def stored(self) -> Stored:
+        heads, order = self.k.shape[1], self._order()
+        pick = order[:, None, :, None].expand(-1, heads, -1, self.k.shape[-1])
+        at = self.positions.gather(1, order)[:, None].expand(-1, heads, -1)
+        return Stored(self.k.gather(2, pick), self.v.gather(2, pick), at)
+
+    def _order(self) -> torch.Tensor:
+        """Slots by position, empty ones last: int64 [batch, slots]."""
+        return self.positions.masked_fill(self.positions < 0, _FAR).sort(dim=1, stable=True).indices
+
+    def lengths(self) -> torch.Tensor:
+        if self.k is None:
+            return torch.zeros(len(self.recent), 1, dtype=torch.int64)
+        count = (self.positions >= 0).sum(1)
+        return count[:, None].expand(-1, self.k.shape[1]).cpu()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        if self.k is None:
+            return {}
+        return {name: x for name in _TENSORS if (x := getattr(self, name)) is not None}
+
+    def state(self) -> dict:
+        plain = {"sinks": self.sinks, "recent": self.recent, "size": self.size, "even": self.even}
+        rotary = {} if self.rotary is None else {f"rotary.{name}": x for name, x in self.rotary.state().items()}
+        return self.tensors() | plain | rotary
+
+    @classmethod
+    def from_state(cls, state: dict) -> RingSegment:
+        rotary = {name.removeprefix("rotary."): x for name, x in state.items() if name.startswith("rotary.")}
+        segment = cls(state["sinks"], state["recent"].cpu(), RotarySpec.from_state(rotary) if rotary else None)
+        segment.size, segment.even = state["size"], state["even"]
+        for name in _TENSORS:
+            if name in state:
+                setattr(segment, name, state[name])
+        return segment
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        self.recent = self.recent[rows.cpu()]
+        for name, x in self.tensors().items():
+            setattr(self, name, x.index_select(0, rows.to(x.device)))
+
+    def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
+        if tokens:
+            raise ValueError("a ring overwrites its oldest tokens and cannot give them back")
+
+    def _recent(self) -> torch.Tensor:
+        return self.recent.to(self.k.device)
+
+    @staticmethod
+    def _rope_of(step: Step) -> torch.Tensor:
+        return step.positions if step.rope_positions is None else step.rope_positions

@@ -7,15 +7,14 @@ reordered: queries are picked by head on the way in, outputs are put back by hea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kernels import merge
-from textkv.segments.base import NewTokens, Segment, Stored
+from textkv.segments.base import SEGMENTS, Segment, Step, Stored, block_attention, register_segment
 from textkv.segments.dense import DenseSegment
 from textkv.segments.ring import RingSegment
-from textkv.segments.stack import StackSegment
 
 
 @dataclass
@@ -27,28 +26,26 @@ class Part:
     segment: Segment
 
 
+@register_segment("chunked_ring")
 class ChunkedRing(RingSegment):
     """A ring that reads a block densely: its queries see all that was cached before it and, causally, the whole block.
 
     So a stream of single tokens sees a strict window, and a prompt in one block sees everything (arXiv 2410.10819).
     """
 
-    def extend(self, new: NewTokens, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if new.q.shape[2] == 1:
-            return super().extend(new, need_lse)
-        first = self.k is None
-        out, lse = DenseSegment().extend(new, need_lse=need_lse or not first)
+    def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if step.q.shape[2] == 1:
+            return super().extend(step, need_lse)
+        first = self.is_empty()
+        out, lse = block_attention(step, need_lse=need_lse or not first)
         if not first:
-            before, before_lse = self.attend(new.q, new.scale)
-            out, lse = merge([before, out], [before_lse, lse])
-        self.absorb(new)
+            before = self.attend(step.q, step.scale, softcap=step.softcap, hidden=step.hidden)
+            out, lse = merge([before[0], out], [before[1], lse])
+        self.append(step)
         return out, lse
 
 
-INNER: dict[str, type[Segment]] = {"dense": DenseSegment, "ring": ChunkedRing, "stack": StackSegment}
-"""What a part may be, by the name under which it is saved."""
-
-
+@register_segment("split")
 class SplitSegment(Segment):
     """KV heads divided over parts.
 
@@ -61,13 +58,36 @@ class SplitSegment(Segment):
     def __init__(self, parts: list[Part], batch: int, kv_heads: int) -> None:
         self.parts, self.batch, self.kv_heads = parts, batch, kv_heads
 
-    def extend(self, new: NewTokens, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        results = [part.segment.extend(self._share(new, part), need_lse) for part in self.parts]
-        return self._join(new.q, results, need_lse)
+    def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        results = [part.segment.extend(self._share(step, part), need_lse) for part in self.parts]
+        return self._join(step.q, results, need_lse)
 
-    def attend(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        results = [part.segment.attend(self._queries(q, part), scale) for part in self.parts]
+    def append(self, step: Step) -> None:
+        for part in self.parts:
+            part.segment.append(self._share(step, part))
+
+    def attend(
+        self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        results = [
+            part.segment.attend(
+                self._queries(q, part), scale, softcap=softcap, hidden=None if hidden is None else hidden[part.row]
+            )
+            for part in self.parts
+        ]
         return self._join(q, results, need_lse=True)
+
+    def is_empty(self) -> bool:
+        return all(part.segment.is_empty() for part in self.parts)
+
+    def keep(self, index: torch.Tensor) -> None:
+        index = index.expand(-1, self.kv_heads, -1)
+        for part in self.parts:
+            own = index[part.row, part.head][:, None]
+            # Slots are counted to the longest part; what this one has not is nobody's.
+            own = own.masked_fill(own >= part.segment.held_positions().shape[2], -1)
+            used = (own >= 0).flatten(0, 1).any(0)
+            part.segment.keep(own[..., used])
 
     def stored(self) -> Stored:
         held = [part.segment.stored() for part in self.parts]
@@ -104,14 +124,14 @@ class SplitSegment(Segment):
                 parts.append(Part(row, part.head[old], part.segment))
         self.parts, self.batch = parts, len(rows)
 
-    def crop(self, tokens: int) -> None:
+    def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
         for part in self.parts:
-            part.segment.crop(tokens)
+            part.segment.crop(tokens, None if real is None else real[part.row.cpu()])
 
     def state(self) -> dict:
         state = {"batch": self.batch, "kv_heads": self.kv_heads, "kinds": []}
         for i, part in enumerate(self.parts):
-            state["kinds"].append(next(name for name, cls in INNER.items() if type(part.segment) is cls))
+            state["kinds"].append(part.segment.name)
             own = {"row": part.row, "head": part.head} | part.segment.state()
             state |= {f"{i}.{name}": x for name, x in own.items()}
         return state
@@ -121,19 +141,22 @@ class SplitSegment(Segment):
         parts = []
         for i, kind in enumerate(state["kinds"]):
             own = {name.removeprefix(f"{i}."): x for name, x in state.items() if name.startswith(f"{i}.")}
-            parts.append(Part(own.pop("row"), own.pop("head"), INNER[kind].from_state(own)))
+            parts.append(Part(own.pop("row"), own.pop("head"), SEGMENTS.find(kind).from_state(own)))
         return cls(parts, state["batch"], state["kv_heads"])
 
     def _queries(self, q: torch.Tensor, part: Part) -> torch.Tensor:
         """[batch, heads, m, head_dim] -> [u, group, m, head_dim]."""
         return q.unflatten(1, (self.kv_heads, -1))[part.row, part.head]
 
-    def _share(self, new: NewTokens, part: Part) -> NewTokens:
+    def _share(self, step: Step, part: Part) -> Step:
         row, head = part.row, part.head
-        rope = None if new.rope_positions is None else new.rope_positions[row]
-        return NewTokens(
-            self._queries(new.q, part), new.k[row, head][:, None], new.v[row, head][:, None], new.positions[row],
-            new.scale, new.padded, rope,
+        rope, hidden, visible = (
+            None if x is None else x if len(x) == 1 else x[row]
+            for x in (step.rope_positions, step.hidden, step.visible)
+        )
+        return replace(
+            step, q=self._queries(step.q, part), k=step.k[row, head][:, None], v=step.v[row, head][:, None],
+            positions=step.positions[row], rope_positions=rope, hidden=hidden, visible=visible,
         )  # fmt: skip
 
     def _join(
@@ -152,16 +175,10 @@ class SplitSegment(Segment):
 def dense_part(held: Stored, row: torch.Tensor, head: torch.Tensor) -> DenseSegment:
     """A dense segment of heads `head` of rows `row` (int64 [u] each) of `held`: copies, without idle columns."""
     keys, values, positions = (x[row, head][:, None] for x in (held.keys, held.values, held.positions))
-    real = positions >= 0
-    used = real.any(0)[0]
+    used = (positions >= 0).any(0)[0]
     if not bool(used.all()):
-        keys, values, positions, real = (x[:, :, used] for x in (keys, values, positions, real))
-    return DenseSegment.from_state(
-        {
-            "k": keys, "v": values, "positions": positions, "used": positions.shape[-1],
-            "holes": not bool(real.all()), "head_repeat": 1,
-        }
-    )  # fmt: skip
+        keys, values, positions = (x[:, :, used] for x in (keys, values, positions))
+    return DenseSegment.of(Stored(keys, values, positions))
 
 
 def ring_part(
@@ -169,6 +186,5 @@ def ring_part(
 ) -> ChunkedRing:
     """A ring that holds the first `sinks` and last `recent` (int64 [u]) tokens of heads `head` of rows `row`."""
     ring = ChunkedRing(sinks, recent)
-    keys, values = held.keys[row, head][:, None], held.values[row, head][:, None]
-    ring.absorb(NewTokens(keys[:, :, :0], keys, values, held.positions[row, head], scale))
+    ring.take(Stored(*(x[row, head][:, None] for x in (held.keys, held.values, held.positions))), scale)
     return ring

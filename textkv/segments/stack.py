@@ -9,30 +9,37 @@ from __future__ import annotations
 import torch
 
 from kernels import merge
-from textkv.segments.base import NewTokens, Segment, Stored
-from textkv.segments.dense import DenseSegment
-from textkv.segments.packed import PackedSegment
-
-KINDS: dict[str, type[Segment]] = {"packed": PackedSegment, "dense": DenseSegment}
-"""What a stack may be made of, by the name under which it is saved."""
+from textkv.segments.base import SEGMENTS, Segment, Step, Stored, keep_across, register_segment
 
 
+@register_segment("stack")
 class StackSegment(Segment):
     """Segments in the order of their tokens; the last one grows."""
 
     def __init__(self, segments: list[Segment]) -> None:
         self.segments = segments
 
-    def extend(self, new: NewTokens, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        last = self.segments[-1].extend(new, need_lse=True)
-        return self._merged([segment.attend(new.q, new.scale) for segment in self.segments[:-1]] + [last])
+    def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        last = self.segments[-1].extend(step, need_lse=True)
+        return self._merged(self.segments[:-1], step.q, step.scale, step.softcap, step.hidden, [last])
 
-    def attend(self, q: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._merged([segment.attend(q, scale) for segment in self.segments])
+    def append(self, step: Step) -> None:
+        self.segments[-1].append(step)
+
+    def attend(
+        self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._merged(self.segments, q, scale, softcap, hidden, [])
+
+    def keep(self, index: torch.Tensor) -> None:
+        self.segments = keep_across(self.segments, index)
 
     def stored(self) -> Stored:
         parts = [segment.stored() for segment in self.segments]
         return Stored(*(torch.cat([getattr(part, f) for part in parts], 2) for f in ("keys", "values", "positions")))
+
+    def held_positions(self) -> torch.Tensor:
+        return torch.cat([segment.held_positions() for segment in self.segments], 2)
 
     def lengths(self) -> torch.Tensor:
         return sum(segment.lengths() for segment in self.segments)
@@ -44,13 +51,12 @@ class StackSegment(Segment):
         for segment in self.segments:
             segment.take_rows(rows)
 
-    def crop(self, tokens: int) -> None:
-        self.segments[-1].crop(tokens)
+    def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
+        self.segments[-1].crop(tokens, real)
 
     def state(self) -> dict:
-        state: dict = {"kinds": []}
+        state: dict = {"kinds": [segment.name for segment in self.segments]}
         for i, segment in enumerate(self.segments):
-            state["kinds"].append(next(name for name, cls in KINDS.items() if type(segment) is cls))
             state |= {f"{i}.{name}": x for name, x in segment.state().items()}
         return state
 
@@ -59,9 +65,10 @@ class StackSegment(Segment):
         parts = []
         for i, kind in enumerate(state["kinds"]):
             own = {name.removeprefix(f"{i}."): x for name, x in state.items() if name.startswith(f"{i}.")}
-            parts.append(KINDS[kind].from_state(own))
+            parts.append(SEGMENTS.find(kind).from_state(own))
         return cls(parts)
 
     @staticmethod
-    def _merged(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        return merge([out for out, _ in parts], [lse for _, lse in parts])
+    def _merged(segments, q, scale, softcap, hidden, more) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [x.attend(q, scale, softcap=softcap, hidden=hidden) for x in segments if not x.is_empty()] + more
+        return parts[0] if len(parts) == 1 else merge([out for out, _ in parts], [lse for _, lse in parts])

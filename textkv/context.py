@@ -1,0 +1,204 @@
+"""What a layer, a segment or a method may know of the cache that it belongs to.
+
+One context per cache. It knows the layers; nobody needs to know the cache itself, so that modules form no circle.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedConfig
+
+from textkv.call import Call, Tokens
+from textkv.evidence import Needs, Spans
+from textkv.kinds import LayerKind
+from textkv.positions import PositionTable, RotarySpec
+from textkv.segments.base import storage_bytes
+
+ATTENTION = "textkv"
+"""How the names begin under which our attention and mask functions are registered with transformers."""
+
+
+@dataclass(frozen=True)
+class AtRest:
+    """The cache right after a prompt block was compressed, before the next token is decoded.
+
+    Attributes:
+        kv_bytes: bytes held by all layers, bookkeeping included.
+        full_bytes: bytes that the model's own cache holds after the same tokens.
+        tokens_stored: mean over governed layers, rows and stored heads.
+        kept: per governed layer int32 [batch, stored heads, n] logical positions on the CPU, -1 = none.
+    """
+
+    kv_bytes: int
+    full_bytes: int
+    tokens_stored: float
+    kept: tuple[torch.Tensor, ...]
+
+
+class Policy(Protocol):
+    """What the core calls of a method: the hooks of `textkv.method.Method`, which says when and what they may do."""
+
+    def needs(self) -> Needs: ...
+    def on_start(self, layer: Any) -> None: ...
+    def on_prefill_end(self, layer: Any, evidence: Any) -> None: ...
+    def on_decode_begin(self, layer: Any, query: torch.Tensor) -> None: ...
+    def on_decode_end(self, layer: Any, query: torch.Tensor) -> None: ...
+    def on_evict(self, layer: Any, kept: torch.Tensor) -> None: ...
+    def on_finish(self, context: Context) -> None: ...
+
+
+@dataclass
+class Context:
+    """State that all layers of one cache share.
+
+    Attributes:
+        method: the policy.
+        needs: the evidence that it asks for.
+        config: configuration of the model's text decoder.
+        kinds: what each layer of the model is.
+        layers: the layers that the method governs, in the order of the model. The budget counts these.
+        rotary: how the keys of a layer turn, by the layer's number in the model; filled if the method asks for `rope`.
+        rotary_unknown: why `rotary` is empty although positions were asked for.
+        spans: screenshots of the conversation, logical positions per row.
+        block_end: columns seen at the end of the prompt block being read.
+        table: the position table, if the method asks for one and a token has more than one rotary position.
+        real: bool [batch, columns], which columns so far were tokens and not padding; None = all.
+        hold: what a forward brings may be taken back (speculative decoding): nothing is let go of before `crop`.
+        forwards: forwards since `hold` began. The first one reads a prompt, the others verify drafts.
+        frozen: nothing is evicted and no evidence collected until further notice.
+        everything: all layers of the model that store something, transformers' own among them.
+        seconds: seconds per hook so far.
+        peak_bytes: the most bytes held so far.
+        at_rest: the cache as it was at the end of the last prompt block.
+    """
+
+    method: Policy
+    needs: Needs
+    config: PreTrainedConfig
+    kinds: tuple[LayerKind, ...] = ()
+    layers: list[Any] = field(default_factory=list)
+    everything: list[Any] = field(default_factory=list)
+    rotary: dict[int, RotarySpec] = field(default_factory=dict)
+    rotary_unknown: str = ""
+    spans: Spans = field(default_factory=list)
+    block_end: int = 0
+    table: PositionTable | None = None
+    real: torch.Tensor | None = None
+    hold: bool = False
+    forwards: int = 0
+    frozen: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+    at_rest: AtRest | None = None
+    _bytes: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def governed(self) -> int:
+        """How many layers the method governs."""
+        return len(self.layers)
+
+    @property
+    def first(self) -> int:
+        """Number of the first layer that stores tokens."""
+        return next(kind.number for kind in self.kinds if kind.attends)
+
+    @property
+    def last(self) -> int:
+        """Number of the last layer that stores tokens."""
+        return next(kind.number for kind in reversed(self.kinds) if kind.attends)
+
+    @property
+    def verifying(self) -> bool:
+        """Whether several tokens of a forward are a draft and no prompt."""
+        return self.hold and self.forwards > 0
+
+    def check_attention(self) -> None:
+        """Raises ValueError if the model was switched away from our attention implementation."""
+        if not self.config._attn_implementation.startswith(ATTENTION):
+            raise ValueError(
+                f"the model runs attention {self.config._attn_implementation!r}, which cannot read this cache; "
+                "call textkv.use(model) first"
+            )
+
+    def call_of(self, mask: torch.Tensor, past: int) -> Call:
+        """The call that a mask of the caller's own [batch, 1, m, past + m] means."""
+        return Call.of_mask(mask, past)
+
+    # ---- what layers report ------------------------------------------------------------------------------------
+
+    def after_step(self, layer: Any, ended: bool, tokens: Tokens | None) -> None:
+        """A layer is done with a forward; `ended`: and with a prompt block."""
+        self.note_bytes(layer)
+        if tokens is not None and layer.kind.number == self.last:
+            self.real = tokens.real
+            self.forwards += 1
+        if ended and layer is self.layers[-1]:
+            self.finish()
+
+    def finish(self) -> None:
+        """All governed layers are through with a prompt block."""
+        with self.timed("on_finish"):
+            self.method.on_finish(self)
+        lengths = [layer.lengths().float() for layer in self.layers]
+        self.at_rest = AtRest(
+            kv_bytes=self.kv_bytes(),
+            full_bytes=self.full_bytes(),
+            tokens_stored=float(torch.stack([n.mean() for n in lengths]).mean()),
+            kept=tuple(layer.held_positions().cpu() for layer in self.layers),
+        )
+
+    def real_in_last(self, columns: int) -> torch.Tensor | None:
+        """How many of the last columns were tokens of each row, int64 [batch] on the CPU; None = all."""
+        return None if self.real is None else self.real[:, self.real.shape[1] - columns :].sum(1).cpu()
+
+    def thaw(self) -> None:
+        """Copies every tensor held, so that what was made under inference_mode can be written to outside of it."""
+        memo: dict = {}
+        for layer in self.everything:
+            if hasattr(layer, "segments"):
+                layer.segments = copy.deepcopy(layer.segments, memo)
+                layer.statistics = {name: x.clone() for name, x in layer.statistics.items()}
+        self.table = copy.deepcopy(self.table)
+
+    # ---- counting ----------------------------------------------------------------------------------------------
+
+    def note_bytes(self, layer: Any) -> None:
+        """Counts a layer's bytes at a moment when they may be at their highest."""
+        self._bytes[layer.kind.number] = layer.kv_bytes()
+        self.peak_bytes = max(self.peak_bytes, sum(self._bytes.values()) + self.table_bytes() + self.state_bytes())
+
+    def kv_bytes(self) -> int:
+        """Bytes held now on the model's device: every storage that the cache keeps alive, counted once."""
+        own = sum(layer.kv_bytes() for layer in self.everything if hasattr(layer, "kv_bytes"))
+        return own + self.table_bytes() + self.state_bytes()
+
+    def full_bytes(self) -> int:
+        """Bytes that the model's own cache holds after the same tokens."""
+        own = sum(layer.full_bytes() for layer in self.everything if hasattr(layer, "full_bytes"))
+        return own + self.state_bytes()
+
+    def table_bytes(self) -> int:
+        """Bytes of the position table."""
+        return 0 if self.table is None else self.table.kv_bytes()
+
+    def state_bytes(self) -> int:
+        """Bytes of linear and convolution states, which transformers' own layers hold."""
+        held: list[torch.Tensor] = []
+        for layer in self.everything:
+            for states in (getattr(layer, "conv_states", None), getattr(layer, "recurrent_states", None)):
+                held += [x for x in (states or {}).values() if x is not None]
+        return storage_bytes(held) if held else 0
+
+    @contextmanager
+    def timed(self, hook: str) -> Iterator[None]:
+        """Adds the seconds that pass inside to those of a hook."""
+        start = perf_counter()
+        yield
+        self.seconds[hook] = self.seconds.get(hook, 0.0) + perf_counter() - start

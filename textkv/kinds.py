@@ -1,0 +1,170 @@
+"""What each layer of a model is: the one place that knows transformers' families.
+
+A method governs the layers of full attention. Layers with a window keep what the model itself can see; linear and
+convolution states stay in transformers' own layer objects; a layer that reads another one's keys has no cache at all.
+What cannot be described is refused here, by name, when a cache is built.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from functools import cache as memo
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+
+Name = Literal["full", "sliding", "chunked", "state", "hybrid", "hybrid_sliding", "shared", "none"]
+_NAMES: dict[str, Name] = {
+    "full_attention": "full", "sliding_attention": "sliding", "chunked_attention": "chunked",
+    "linear_attention": "state", "conv": "state", "hybrid": "hybrid", "hybrid_sliding": "hybrid_sliding",
+}  # fmt: skip
+_HANDS_ON = "ALL_ATTENTION_FUNCTIONS"
+_ATTENTION_EXTRAS = ("position_bias",)
+"""Named arguments of an attention call that change its scores in a way no segment knows."""
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """One layer of a model, as far as its cache is concerned.
+
+    Attributes:
+        number: of the layer in the model.
+        name: "full" and "hybrid" (attention beside a state) are governed by a method; "sliding", "hybrid_sliding" and
+            "chunked" forget by themselves; "state" has no tokens; "shared" reads the keys of `source`; "none" has no
+            attention.
+        window: tokens of a sliding window or of a chunk.
+        source: the layer whose keys a shared one reads.
+        readers: how many shared layers read this one's keys.
+        type, options: the name and arguments by which transformers builds a layer that we leave to it.
+    """
+
+    number: int
+    name: Name
+    window: int | None = None
+    source: int | None = None
+    readers: int = 0
+    type: str = "full_attention"
+    options: dict = field(default_factory=dict)
+
+    @property
+    def governed(self) -> bool:
+        """Whether a method decides what this layer keeps."""
+        return self.name in ("full", "hybrid")
+
+    @property
+    def attends(self) -> bool:
+        """Whether the layer stores keys and values of tokens."""
+        return self.name in ("full", "hybrid", "sliding", "hybrid_sliding", "chunked")
+
+    def native(self) -> Any:
+        """transformers' own cache layer for this kind."""
+        return DYNAMIC_LAYER_TYPE_MAPPING[self.type](**self.options)
+
+
+def text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The text decoder: of a text model, or the text half of a multimodal one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(model, PreTrainedModel):
+        model = getattr(model, "base_model", model)  # a PEFT wrapper, or a compiled model
+        model = getattr(model, "model", model) if not isinstance(model, PreTrainedModel) else model
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is no transformers model; pass the model that will run")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder model; only decoders have a cache to keep")
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__}: its decoder {type(decoder).__name__} is not a model of its own")
+    return decoder
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """Configuration of the text decoder."""
+    return text_model(model).config.get_text_config(decoder=True)
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
+    """The module of each layer, by its number, that hands its attention to transformers' registry."""
+    found: dict[int, torch.nn.Module] = {}
+    for module in text_model(model).modules():
+        number = getattr(module, "layer_idx", None)
+        if isinstance(number, int) and number not in found and _hands_on(type(module)):
+            found[number] = module
+    return found
+
+
+@memo
+def _hands_on(cls: type) -> bool:
+    """Whether the forward of a module's class asks the registry for its attention function."""
+    return _HANDS_ON in _source(cls)
+
+
+@memo
+def _source(cls: type) -> str:
+    try:
+        return inspect.getsource(cls.forward)
+    except (OSError, TypeError):
+        return ""
+
+
+def describe(model: PreTrainedModel) -> tuple[LayerKind, ...]:
+    """What each layer of the model's text decoder is.
+
+    Raises:
+        ValueError: a layer whose cache we cannot keep; names it and says why.
+    """
+    decoder, config, who = text_model(model), text_config(model), type(model).__name__
+    _refuse_model(decoder, config, who)
+    types, options = get_layer_types_and_kwargs(config)
+    unknown = sorted(set(types) - set(_NAMES) - {"dummy"})
+    if unknown:
+        raise ValueError(f"{who}: layers of kind {', '.join(unknown)} are not supported by this cache")
+    modes = getattr(config, "kv_sharing_modes", None) or [None] * len(types)
+    attention = attention_modules(model)
+    given = list(getattr(config, "layer_types", None) or types)
+    kinds = []
+    for number, (of, own) in enumerate(zip(types, options, strict=True)):
+        if of == "dummy" and modes[number] == "reuse":
+            source = max(i for i in range(number) if given[i] == given[number] and modes[i] == "store")
+            kinds.append(LayerKind(number, "shared", source=source, type=of))
+            continue
+        name: Name = "none" if of == "dummy" else _NAMES[of]
+        kind = LayerKind(number, name, own.get("sliding_window"), type=of, options=own)
+        if kind.attends:
+            _refuse_layer(attention.get(number), number, who)
+        kinds.append(kind)
+    if not any(kind.attends for kind in kinds):
+        raise ValueError(f"{who} has no layer of attention, so nothing that a method could keep")
+    return tuple(_with_readers(kind, kinds) for kind in kinds)
+
+
+def _with_readers(kind: LayerKind, kinds: list[LayerKind]) -> LayerKind:
+    readers = sum(other.source == kind.number for other in kinds)
+    return LayerKind(kind.number, kind.name, kind.window, kind.source, readers, kind.type, kind.options)
+
+
+def _refuse_model(decoder: PreTrainedModel, config: PreTrainedConfig, who: str) -> None:
+    if not getattr(config, "is_causal", True):
+        raise ValueError(f"{who} attends in both directions (is_causal=False): its past changes with every token")
+    if not decoder._can_set_attn_implementation():
+        raise ValueError(
+            f"{who} does not take its attention from transformers' registry, so no cache can attend for it"
+        )
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(f"{who} compresses keys and values into one latent (MLA): not supported by this cache")
+
+
+def _refuse_layer(module: torch.nn.Module | None, number: int, who: str) -> None:
+    if module is None:
+        raise ValueError(
+            f"{who}: layer {number} does not hand its attention to transformers' registry, so no cache can attend "
+            "for it"
+        )
+    for name in _ATTENTION_EXTRAS:
+        if f"{name}=" in _source(type(module)):
+            raise ValueError(f"{who}: layer {number} adds a {name} to its scores, which is not supported by this cache")

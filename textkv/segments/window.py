@@ -1,0 +1,130 @@
+"""The window segment: what a layer with a sliding window, or with chunked attention, can still see.
+
+Such a layer is not governed by a method: the model itself forgets. What no later token can see is let go of after each
+step; the live tokens move to the front of their buffer only when its end is reached, so that decoding copies rarely.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from kernels import decode_attention, merge
+from textkv.segments.base import Segment, Step, block_attention, register_segment, shown
+from textkv.segments.dense import DenseSegment
+
+Rule = Literal["sliding", "chunked"]
+
+
+@register_segment("window")
+class WindowSegment(DenseSegment):
+    """Keeps the tokens that a later one can see.
+
+    Args:
+        window: a token sees the last `window` ones, itself included ("sliding"), or those of its own chunk of `window`
+            tokens ("chunked"). Tokens are counted without padding.
+        rule: which of the two.
+    """
+
+    def __init__(self, window: int, rule: Rule = "sliding") -> None:
+        super().__init__()
+        self.window, self.rule = window, rule
+        self.first = 0
+        self.seen = 0
+
+    def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Whether a token at position `query` may see one at `key`, which lies before it."""
+        if self.rule == "chunked":
+            return query // self.window == key // self.window
+        return query - key < self.window
+
+    def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        one = step.q.shape[2] == 1 and not step.padded and not self.holes
+        if not one or self.used - self.first >= self.window or self.is_empty():
+            result = self.read(step, need_lse)
+            self.append(step)
+            return result
+        if self.rule == "chunked" and self.seen % self.window == 0:
+            self.first = self.used
+        self.append(step)
+        return self.attend(step.q, step.scale, softcap=step.softcap, hidden=step.hidden)
+
+    def read(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        within = self._narrowed(step)
+        if self.used == self.first:
+            return block_attention(within, need_lse)
+        at = self._positions()
+        near = shown(at, step.hidden)[:, 0, None] & self.sees(
+            step.positions[:, -step.q.shape[2] :, None], at[:, 0, None]
+        )
+        before = decode_attention(step.q, self._k(), self._v(), scale=step.scale, visible=near, softcap=step.softcap)
+        own = block_attention(within, need_lse=True)
+        return merge([before[0], own[0]], [before[1], own[1]])
+
+    def _narrowed(self, step: Step) -> Step:
+        """The step whose tokens see each other only as far as the window reaches."""
+        m = step.k.shape[2]
+        if self.rule == "sliding" and m <= self.window:
+            return step
+        near = self.sees(step.positions[:, :, None], step.positions[:, None])
+        if step.visible is None:
+            return replace(step, visible=near & near.new_ones(m, m).tril())
+        # What the model lets see each other both ways (the tokens of one image) may lie farther apart than the window.
+        return step
+
+    def append(self, step: Step) -> None:
+        if self.first and self.used + step.k.shape[2] > self.k.shape[2]:
+            self._move_to_front()
+        super().append(step)
+        self.seen += step.k.shape[2]
+
+    def settle(self) -> None:
+        if self.is_empty():
+            return
+        if self.holes:
+            newest = self._positions().amax(-1, keepdim=True) + 1
+            needed = (self.sees(newest, self._positions()) & (self._positions() >= 0)).any(0)[0]
+            self.first += int(needed.to(torch.uint8).argmax()) if bool(needed.any()) else self.used - self.first
+        elif self.rule == "chunked":
+            self.first = max(self.first, self.used - self.seen % self.window)
+        else:
+            self.first = max(self.first, self.used - self.window + 1)
+        # A long prompt leaves a buffer many times the window behind: that is given back at once.
+        if self.k.shape[2] > 2 * (self.used - self.first) + 64:
+            self._move_to_front()
+
+    def is_empty(self) -> bool:
+        return self.used == self.first
+
+    def keep(self, index: torch.Tensor) -> None:
+        self._move_to_front()
+        super().keep(index)
+        # Positions are no longer those of neighbours: what the window reaches is asked of them from now on.
+        self.holes = True
+
+    def keep_mask(self, mask: torch.Tensor) -> Segment:
+        raise ValueError("a layer with a window of its own is not governed by a method: its heads keep the same tokens")
+
+    def lengths(self) -> torch.Tensor:
+        if self.holes or self.k is None:
+            return super().lengths()
+        return torch.full(self.k.shape[:2], self.used - self.first)
+
+    def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
+        self.used -= tokens
+        self.seen -= tokens
+
+    def _k(self) -> torch.Tensor:
+        return self.k[:, :, self.first : self.used]
+
+    def _v(self) -> torch.Tensor:
+        return self.v[:, :, self.first : self.used]
+
+    def _positions(self) -> torch.Tensor:
+        return self.positions[..., self.first : self.used]
+
+    def _move_to_front(self) -> None:
+        self.k, self.v, self.positions = self._k().clone(), self._v().clone(), self._positions().clone()
+        self.used, self.first = self.used - self.first, 0
