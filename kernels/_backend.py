@@ -29,13 +29,16 @@ else:
 # tokens of one program of a split-KV kernel, at least: below this the merge costs more than the balance brings
 MIN_SPLIT = 256
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
+LOG2_E = 1.4426950408889634
 
 
 def use_triton(x: torch.Tensor, backend: str | None) -> bool:
     """True if the Triton kernel shall run: on CUDA tensors, or when a test asks for it by `backend="triton"`."""
-    if backend not in (None, "triton", "reference"):
-        raise ValueError(f"_backend={backend!r} is not known; use 'triton', 'reference' or None")
+    if backend is None and not x.is_cuda:
+        return False
+    if backend not in (None, "triton", "fused", "reference"):
+        raise ValueError(f"_backend={backend!r} is not known; use 'triton', 'fused', 'reference' or None")
     if backend is not None:
         return backend == "triton"
     if x.is_cuda and not HAVE_TRITON:

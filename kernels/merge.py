@@ -14,13 +14,13 @@ from collections.abc import Sequence
 
 import torch
 
-from kernels._backend import FLOATS, check_head_dim, check_tensor, jit, tl, triton, use_triton
+from kernels._backend import FLOATS, MAX_HEAD_DIM, check_head_dim, check_tensor, jit, tl, triton, use_triton
 
 _PARTS = 4  # parts that one launch takes
 
 
 def reference(outs, lses):
-    """Plain torch, fp32 accumulation: the truth, and the path off CUDA. Arguments as `merge`."""
+    """Plain torch, fp32 accumulation: the truth, and the path off CUDA of more than two parts. Arguments as `merge`."""
     parts = torch.stack(tuple(lses))  # [k, B, H, m]
     lse = torch.logsumexp(parts, dim=0)
     weights = (parts - lse.masked_fill(lse == -torch.inf, 0)).exp()
@@ -28,6 +28,22 @@ def reference(outs, lses):
     for out, part, weight in zip(outs, parts, weights, strict=True):
         total += (out.float() * weight[..., None]).masked_fill((part == -torch.inf)[..., None], 0)
     return total.to(outs[0].dtype), lse
+
+
+def joined(out_1, out_2, lse_1, lse_2):
+    """Two parts of which none is empty: the weight of the first is 1 / (1 + exp(lse_2 - lse_1)). -> out, lse"""
+    weight = torch.sigmoid(lse_1 - lse_2).unsqueeze(-1)
+    if out_1.dtype == torch.float32:
+        return torch.lerp(out_2, out_1, weight), torch.logaddexp(lse_1, lse_2)
+    return torch.lerp(out_2.float(), out_1.float(), weight).to(out_1.dtype), torch.logaddexp(lse_1, lse_2)
+
+
+def _pair(outs, lses):
+    """`reference` for two parts in a few operations; what an empty part holds must not count, so those go there."""
+    # one number of both: finite only if no lse is -inf
+    if float(torch.linalg.vector_norm(lses[0] - lses[1])) < torch.inf:
+        return joined(*outs, *lses)
+    return reference(outs, lses)
 
 
 @jit
@@ -105,9 +121,28 @@ def merge(
     if not len(outs) or len(outs) != len(lses):
         raise ValueError(f"outs has {len(outs)} parts and lses has {len(lses)}; give the same number, at least one")
     first = outs[0]
+    if not _fit(outs, lses):
+        _check(outs, lses)
+    if use_triton(first, _backend):
+        return _launch(outs, lses)
+    return (_pair if len(outs) == 2 and first.is_cpu and _backend is None else reference)(outs, lses)
+
+
+def _fit(outs, lses):
+    """Whether the parts are as they must be, by plain comparisons: `_check` says what is wrong where not."""
+    shape, dtype, device = outs[0].shape, outs[0].dtype, outs[0].device
+    return (
+        len(shape) == 4 and 0 < shape[3] <= MAX_HEAD_DIM and dtype in FLOATS
+        and all(out.shape == shape and out.dtype == dtype and out.device == device for out in outs)
+        and all(lse.shape == shape[:3] and lse.dtype == torch.float32 and lse.device == device for lse in lses)
+    )  # fmt: skip
+
+
+def _check(outs, lses):
+    """Raise ValueError on bad arguments."""
+    first = outs[0]
     check_tensor("outs[0]", first, ("B", "H", "m", "D"), FLOATS)
     check_head_dim("outs[0]", first)
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         check_tensor(f"outs[{i}]", out, tuple(first.shape), (first.dtype,), first)
         check_tensor(f"lses[{i}]", lse, tuple(first.shape[:3]), (torch.float32,), first)
-    return (_launch if use_triton(first, _backend) else reference)(outs, lses)

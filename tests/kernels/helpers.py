@@ -21,3 +21,30 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def poisoned(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """`x` with NaN wherever `keep` (its shape but for the last axis) is False."""
     return x.masked_fill(~keep.expand(x.shape[:-1])[..., None], float("nan"))
+
+
+def naive(q, k, v, scale, seen, softcap=None):
+    """Attention in float64 with one copy of k and v per query head; `seen` bool broadcastable to [B, H, m, n]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
+    scores = torch.einsum("bhmd,bhnd->bhmn", q.double(), k) * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    weights = scores.softmax(-1).nan_to_num(0.0)
+    return torch.einsum("bhmn,bhnd->bhmd", weights, v).to(q.dtype), scores.logsumexp(-1).float()
+
+
+def causal_mask(m, n, window=None):
+    """bool [m, n]: which of n stored tokens each of the last m sees, of the last `window` alone if given."""
+    j, last = torch.arange(n), n - m + torch.arange(m)[:, None]
+    return (j <= last) if window is None else (j <= last) & (j > last - window)
+
+
+def ragged(dtype=torch.float32, lengths=(0, 1, 70, 130), slack=3, D=64):
+    """Flat rows with NaN in the slack: k, v [total, D], start, length."""
+    length = torch.tensor(lengths, dtype=torch.int32)
+    start = (length + slack).cumsum(0) - length - slack
+    k, v = (torch.full((int((length + slack).sum()), D), float("nan"), dtype=dtype) for _ in range(2))
+    for s, n in zip(start.tolist(), lengths, strict=True):
+        k[s : s + n], v[s : s + n] = randn(n, D, dtype=dtype), randn(n, D, dtype=dtype)
+    return k, v, {"start": start, "length": length}

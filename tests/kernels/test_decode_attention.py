@@ -6,33 +6,9 @@ import pytest
 import torch
 
 from kernels import compact, decode_attention
-from tests.kernels.helpers import assert_close, poisoned, randn
+from tests.kernels.helpers import assert_close, causal_mask, naive, poisoned, ragged, randn
 
 module = importlib.import_module("kernels.decode_attention")
-
-
-def naive(q, k, v, scale, seen):
-    """Attention in float64 with one copy of k and v per query head; `seen` bool broadcastable to [B, H, m, n]."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
-    scores = torch.einsum("bhmd,bhnd->bhmn", q.double(), k) * scale
-    scores = scores.masked_fill(~seen, -torch.inf)
-    weights = scores.softmax(-1).nan_to_num(0.0)
-    return torch.einsum("bhmn,bhnd->bhmd", weights, v).to(q.dtype), scores.logsumexp(-1).float()
-
-
-def causal_mask(m, n):
-    return torch.arange(n) <= n - m + torch.arange(m)[:, None]
-
-
-def ragged(dtype=torch.float32, lengths=(0, 1, 70, 130), slack=3, D=64):
-    """Flat rows with NaN in the slack: k, v [total, D], start, length."""
-    length = torch.tensor(lengths, dtype=torch.int32)
-    start = (length + slack).cumsum(0) - length - slack
-    k, v = (torch.full((int((length + slack).sum()), D), float("nan"), dtype=dtype) for _ in range(2))
-    for s, n in zip(start.tolist(), lengths, strict=True):
-        k[s : s + n], v[s : s + n] = randn(n, D, dtype=dtype), randn(n, D, dtype=dtype)
-    return k, v, {"start": start, "length": length}
 
 
 @pytest.mark.parametrize("B, G, group, m, n, D", [(1, 1, 1, 1, 1, 64), (2, 2, 4, 3, 65, 80), (3, 1, 7, 5, 4, 128)])
@@ -196,7 +172,7 @@ START, LENGTH = torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.int
     [
         (Q[0], K, K, {}, r"q has shape \[4, 1, 16\]; it must be \[B, H, m, D\]"),
         (Q.double(), K, K, {}, "q is float64; it must be float16 or bfloat16 or float32"),
-        (torch.zeros(1, 1, 1, 257), K, K, {}, "q has head_dim 257 .* the limit is 1..256"),
+        (torch.zeros(1, 1, 1, 513), K, K, {}, "q has head_dim 513 .* the limit is 1..512"),
         (Q, K[:1], K, {}, r"k has shape \[1, 2, 5, 16\]; it must be \[2, G, n, 16\]"),
         (Q, K.half(), K, {}, "k is float16; it must be float32"),
         (Q, K, K[:, :, :4], {}, r"v has shape \[2, 2, 4, 16\]; it must be \[2, 2, 5, 16\]"),
