@@ -86,7 +86,7 @@ class Packer(Method):
 
     @abstractmethod
     def encode(
-        self, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, prompt: bool
+        self, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, prompt: bool, heads: int = 1
     ) -> tuple[Packed, Packed]:
         """The blocks of the runs, run by run.
 
@@ -95,6 +95,7 @@ class Packer(Method):
             values: fp32 [runs, n, head_dim].
             counts: int64 [runs] on the CPU: the tokens of each run, multiples of `group`; the slots behind them hold 0.
             prompt: whether this is the end of a prompt block; else a full buffer of decoded tokens.
+            heads: this many neighbouring runs are the heads of one row.
         """
 
     def needs(self) -> Needs:
@@ -196,7 +197,8 @@ class Packer(Method):
         centres = packed.centres(positions if places is None else places)
         keys = (taken.keys.float() - centres) * (positions >= 0)[..., None]
         keys, values = keys.flatten(0, 1), taken.values.float().flatten(0, 1)
-        packed.append(*self.encode(keys, values, counts.view(-1), prompt), counts, positions, places)
+        blocks = self.encode(keys, values, counts.view(-1), prompt, counts.shape[1])
+        packed.append(*blocks, counts, positions, places)
         return [packed, _rest(buffer, held, counts)]
 
     def _turning(self, layer: Layer) -> Turning | None:
