@@ -75,8 +75,8 @@ class PyramidKVOfficial(PyramidKV):
     def line(self, keep: int, window: int, seen: int, layers: int) -> list[int]:
         past = keep - window
         high, low = self._ends(past, seen - window)
-        # Without a window (a budget of one token) the last layer would hold nothing at all.
-        if layers == 1 or seen < 2 * past or high <= low or not window:
+        # Theirs refuses a budget that the window fills; here the window shrinks, and one past token cannot be shared.
+        if layers == 1 or seen < 2 * past or high <= low or keep <= self.window:
             return [keep] * layers
         step = (high - low) // (layers - 1)
         return [window + high - index * step for index in range(layers)]
