@@ -56,6 +56,9 @@ class GuiKV(Eviction):
     saliency: Literal["attn_input", "residual"] = "attn_input"
     gate: bool = True
 
+    past: ClassVar[int] = 1
+    """Tokens before the window that a budget leaves room for, where it is smaller than the window."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("window", "rank", "kernel"):
@@ -74,7 +77,7 @@ class GuiKV(Eviction):
         return Needs(window=self.window, hidden=self.saliency if self.alpha else None, spans=True)
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
-        queries = fit_window(evidence.queries, held.keys.shape[2], keep)
+        queries = fit_window(evidence.queries, held.keys.shape[2], keep, self.past)
         width, kv_heads = queries.shape[2], held.keys.shape[1]
         mass = pool(past_mass(queries, held.keys, evidence.scale), self.kernel)
         scores = with_window(self._reduce(mass, kv_heads), width)
@@ -153,12 +156,14 @@ _CHOICES = {
 @register("gui-kv-official")
 @dataclass(frozen=True)
 class GuiKVOfficial(GuiKV):
-    """GUI-KV as released: first-tokens subspace, every query head stored (mind the bytes)."""
+    """GUI-KV as released: first-tokens subspace, every query head stored (mind the bytes), and a window of at most the
+    budget - 2 tokens. (Theirs breaks where that leaves none; ours then has one token.)"""
 
     rank: int | None = 32
     basis: Basis = "qr_first"
     heads: Literal["kv_mean", "head0", "per_query_head"] = "per_query_head"
 
+    past: ClassVar[int] = 2
     capabilities: ClassVar[Capabilities] = replace(GuiKV.capabilities, stores_query_heads=True)
 
 

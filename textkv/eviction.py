@@ -20,7 +20,8 @@ from textkv.method import Capabilities, Method
 from textkv.segments.base import Stored
 
 PROTECTED = float("inf")
-"""Score of a token that must be kept."""
+"""Score of a token that must be kept. One number for all of them, so that it can be told from every other score; which
+of them stay where a head keeps fewer, `keep_best` decides by their age."""
 NEVER = float("-inf")
 """Score of a hole or of a token that must go first."""
 
@@ -45,21 +46,30 @@ class Eviction(Method):
         """Tokens to keep, int64 [batch, 1 or kv_heads] on the CPU. Default: the budget, the same in every head."""
         return torch.tensor([[self.budget.count(int(seen))] for seen in evidence.tokens])
 
-    def scores(self, layer: Layer, evidence: Evidence) -> torch.Tensor:
-        """`score` over a whole layer, fp32 [batch, kv_heads, n of layer.stored()], NEVER at holes."""
-        held = layer.stored()
-        if bool((held.positions >= 0).all()) and len(set(evidence.tokens.tolist())) == 1:
-            return self.score(layer, held, evidence, self.budget.count(int(evidence.tokens[0])))
+    def scores(self, layer: Layer, evidence: Evidence, keep: list[int] | None = None) -> torch.Tensor:
+        """`score` over a whole layer, fp32 [batch, kv_heads, n of layer.stored()], NEVER at holes.
+
+        Args:
+            keep: how many tokens each row's heads keep in this layer, where that is known before the scores are, so
+                that a window is fitted to the layer's own number; None = the budget.
+        """
+        held, tokens = layer.stored(), evidence.tokens.tolist()
+        keep = [self.budget.count(seen) for seen in tokens] if keep is None else keep
+        if bool((held.positions >= 0).all()) and len(set(zip(tokens, keep, strict=True))) == 1:
+            return self.score(layer, held, evidence, keep[0])
         out = torch.full(held.positions.shape, NEVER, device=held.keys.device)
         for row, heads, slots, part, seen in _blocks(held, evidence):
-            out[row, heads, slots] = self.score(layer, part, seen, self.budget.count(int(seen.tokens[0])))
+            out[row, heads, slots] = self.score(layer, part, seen, keep[row])
         return out
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
-        if bool((layer.lengths().amax(1) <= self._least(evidence)).all()):
-            return
-        scores = self.scores(layer, evidence)
-        keep_best(layer, scores, self.counts(layer, scores, evidence))
+        if not self.fits(layer, evidence):
+            scores = self.scores(layer, evidence)
+            keep_best(layer, scores, self.counts(layer, scores, evidence))
+
+    def fits(self, layer: Layer, evidence: Evidence) -> bool:
+        """Whether no head of the layer holds more than it may, so that nothing has to be scored."""
+        return bool((layer.lengths().amax(1) <= self._least(evidence)).all())
 
     def _least(self, evidence: Evidence) -> torch.Tensor:
         return torch.tensor([self.budget.count(int(seen)) for seen in evidence.tokens])
@@ -68,16 +78,19 @@ class Eviction(Method):
 def keep_best(layer: Layer, scores: torch.Tensor, counts: torch.Tensor) -> None:
     """Keeps the `counts` highest scores of each head: counts int64 [batch, 1 or kv_heads] on the CPU.
 
+    A head that keeps fewer tokens than are PROTECTED in it (layers and heads that share a budget may get less than a
+    window that was fitted before) keeps the newest count - 1 of these and its best other token, as `fit_window` does.
+
     Raises:
         ValueError: a score is NaN; the message names the layer.
     """
     if bool(scores.isnan().any()):
         raise ValueError(f"layer {layer.index}: the importance scores contain NaN; are keys and queries finite?")
-    # A stable sort breaks ties by the lower index, on every device; topk does not.
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
     n = scores.shape[-1]
     counts = torch.minimum(counts, layer.lengths())
     limit = counts.to(scores.device)
+    # A stable sort breaks ties by the lower index, on every device; topk does not.
+    order = _fit_protection(scores, limit).sort(dim=-1, descending=True, stable=True).indices
     if counts.shape[1] == 1 or bool((counts == counts[:, :1]).all()):
         longest = int(counts.max())
         index = order[..., :longest]
@@ -87,6 +100,23 @@ def keep_best(layer: Layer, scores: torch.Tensor, counts: torch.Tensor) -> None:
         return
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(n, device=order.device).expand_as(order))
     layer.keep_mask(rank < limit[..., None])
+
+
+def _fit_protection(scores: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """Scores [batch, kv_heads, n] in which no head has more PROTECTED tokens than it keeps: limit int64 [batch, 1 or
+    kv_heads]. Slots ascend by position, so the last ones are the newest.
+
+    What loses its protection was never scored: the newest of it comes behind every scored token, for heads that hold
+    no other, and the rest goes first.
+    """
+    guarded = scores == PROTECTED
+    over = guarded.sum(-1) > limit
+    if not bool(over.any()):
+        return scores
+    place = guarded.flip(-1).cumsum(-1).flip(-1)  # 1 = the newest protected token
+    late = guarded & over[..., None] & (place >= limit[..., None])
+    scores = scores.masked_fill(late, NEVER)
+    return scores.masked_fill(late & (place == limit[..., None]), torch.finfo(scores.dtype).min)
 
 
 def _blocks(held: Stored, evidence: Evidence) -> Iterator[tuple[int, slice, torch.Tensor, Stored, Evidence]]:

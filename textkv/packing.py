@@ -84,7 +84,7 @@ class Packer(Method):
 
     @abstractmethod
     def encode(
-        self, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, prompt: bool
+        self, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, prompt: bool, heads: int = 1
     ) -> tuple[Packed, Packed]:
         """The blocks of the runs, run by run.
 
@@ -93,6 +93,7 @@ class Packer(Method):
             values: fp32 [runs, n, head_dim].
             counts: int64 [runs] on the CPU: the tokens of each run, multiples of `group`; the slots behind them hold 0.
             prompt: whether this is the end of a prompt block; else a full buffer of decoded tokens.
+            heads: this many neighbouring runs are the heads of one row.
         """
 
     def needs(self) -> Needs:
@@ -194,7 +195,8 @@ class Packer(Method):
         centres = packed.centres(positions if places is None else places)
         keys = (taken.keys.float() - centres) * (positions >= 0)[..., None]
         keys, values = keys.flatten(0, 1), taken.values.float().flatten(0, 1)
-        packed.take(*self.encode(keys, values, counts.view(-1), prompt), counts, positions, places)
+        blocks = self.encode(keys, values, counts.view(-1), prompt, counts.shape[1])
+        packed.take(*blocks, counts, positions, places)
         return [packed, _rest(buffer, held, counts)]
 
     def _rotary(self, layer: Layer) -> RotarySpec | None:

@@ -47,7 +47,11 @@ def with_window(past: torch.Tensor, window: int) -> torch.Tensor:
     return F.pad(past, (0, window), value=PROTECTED)
 
 
-def fit_window(queries: torch.Tensor, stored: int, keep: int) -> torch.Tensor:
-    """The last queries that may serve as the window: it must leave room for one kept token and one past token."""
-    width = min(queries.shape[2], keep - 1, stored - 1)
+def fit_window(queries: torch.Tensor, stored: int, keep: int, past: int = 1) -> torch.Tensor:
+    """The last queries that may serve as the window: of the `keep` tokens it leaves `past` to tokens before it (one
+    where the window would be empty else), and there must be one such token.
+
+    A single kept token leaves no window: then all tokens score alike, and the first one, where heads rest, stays.
+    """
+    width = min(queries.shape[2], max(keep - past, min(keep - 1, 1)), stored - 1)
     return queries[:, :, queries.shape[2] - width :]

@@ -98,6 +98,18 @@ def test_large_alpha_keeps_the_most_salient_tokens_of_the_frame():
         assert kept(head, 24) == sorted(best + [56, 57, 58, 59])
 
 
+def test_the_official_window_leaves_two_tokens_of_a_small_budget_to_the_past():
+    stored, seen = random_case(kv_heads=4, group=1, window=8, spans=())
+    seen = replace(seen, spans=[[]])
+    for keep, widths in {1: (0, 0), 2: (1, 1), 3: (2, 1), 6: (5, 4), 9: (8, 7), 10: (8, 8)}.items():
+        for method, width in zip((GuiKV(gate=False), GuiKVOfficial(gate=False)), widths, strict=True):
+            scores = method.score(LAYER, stored, seen, keep)
+            assert torch.isinf(scores).sum(-1).tolist() == [[width] * 4]
+            alone = replace(seen, queries=seen.queries[:, :, 8 - width :])
+            past = SnapKV(window=8).score(LAYER, stored, alone, 60)[..., : 60 - width]
+            assert torch.allclose(scores[..., : 60 - width], past, atol=1e-6)
+
+
 def test_saliency_does_not_see_scale_and_survives_one_token_and_equal_norms():
     norms = torch.rand(30) + 0.5
     assert torch.allclose(saliency(norms, 3.5), saliency(7 * norms, 3.5), atol=1e-6)

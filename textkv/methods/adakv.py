@@ -53,6 +53,9 @@ class AdaKV(Eviction):
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
         return self.inner.score(layer, held, evidence, keep)
 
+    def fits(self, layer: Layer, evidence: Evidence) -> bool:
+        return self.inner.fits(layer, evidence)
+
     def counts(self, layer: Layer, scores: torch.Tensor, evidence: Evidence) -> torch.Tensor:
         uniform = self.inner.counts(layer, scores, evidence)
         if layer.index < self.skip_layers:
@@ -62,8 +65,9 @@ class AdaKV(Eviction):
     def _row(self, scores: torch.Tensor, keep: int) -> torch.Tensor:
         """Counts per head for one row: scores [kv_heads, n], `keep` per head if it were uniform."""
         heads = scores.shape[0]
-        protected = int((scores == PROTECTED).sum(-1).max())
-        budget = max(0, keep - protected)
+        # Protected tokens that do not fit are not paid for by other heads: every head then keeps the same.
+        protected = min(int((scores == PROTECTED).sum(-1).max()), keep)
+        budget = keep - protected
         guard = int(self.floor * budget)
         past = scores.masked_fill(scores == PROTECTED, float("-inf"))
         if self.safeguard == "protect":

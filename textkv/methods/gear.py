@@ -3,8 +3,13 @@
     X ~ Q + L + S:   Q = KIVI's codes,   L = A P^T fitted to X - Q per head and chunk,   S = what X exceeds Q + L by
 
 A chunk is what is packed at once: the prompt's tokens, or a full buffer. Extreme entries (the largest and smallest
-signed ones of each key channel in a chunk, of each value over its channels) do not widen the range of their group, and
-the fit does not see them. L and S are applied to the query and to the attention weights, never to rebuilt keys.
+signed ones of each key channel in a chunk, of each token's value over the channels of all KV heads) do not widen the
+range of their group, and the fit does not see them. L and S are applied to the query and to the attention weights,
+never to rebuilt keys.
+
+Behind an eviction the heads of a row may hold different tokens, and different numbers of them, which the authors never
+have: then what the heads hold in the same slot of the chunk is taken together, as far as they hold anything there, so
+that the share of exact entries is the same. Heads that are packed apart (`duo_attention`) are taken one by one.
 
 Where the authors' code differs we follow the paper: keys keep floor(chunk * outliers / 2) entries per channel at each
 end (their count is for values and would keep nearly everything), a frozen chunk is never packed again, every row of a
@@ -15,6 +20,7 @@ iteration is orthonormalised at every round, so that a large gap between the fir
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -34,7 +40,7 @@ class Gear(Packer):
     """Bits per element: bits + 32 / group + 16 rank (n + D) / (n D) + 32 outliers, for a chunk of n tokens.
 
     The authors recommend bits=2, group=64, residual=64, ranks 4 and 2, outliers 0.02. A vector shorter than
-    2 / outliers (100) entries has no extreme one: values at head_dim 64, keys in a chunk of 64 decoded tokens.
+    2 / outliers (100) entries has no extreme one: keys in a chunk of 64 decoded tokens, values of one head of 64.
 
     Attributes:
         prompt_rank: rank of the fit for tokens packed at the end of a prompt block; 0 = none.
@@ -74,12 +80,14 @@ class Gear(Packer):
             )
 
     def encode(
-        self, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, prompt: bool
+        self, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, prompt: bool, heads: int = 1
     ) -> tuple[Packed, Packed]:
         rank = self.prompt_rank if prompt else self.rank
+        of_keys = extremes(keys, counts, self.outliers, over="tokens")
+        of_values = extremes(values, counts, self.outliers, over="channels", heads=heads)
         return (
-            self._fitted(keys, extremes(keys, counts, self.outliers, over="tokens"), counts, rank, "channel"),
-            self._fitted(values, extremes(values, counts, self.outliers, over="channels"), counts, rank, "token"),
+            self._fitted(keys, of_keys, counts, rank, "channel"),
+            self._fitted(values, of_values, counts, rank, "token"),
         )
 
     def _fitted(
@@ -113,29 +121,41 @@ class GearL(Gear):
             raise ValueError(f"outliers={self.outliers}: gear-l keeps none; use gear")
 
 
-def extremes(x: torch.Tensor, counts: torch.Tensor, share: float, over: str) -> torch.Tensor | None:
+def extremes(
+    x: torch.Tensor, counts: torch.Tensor, share: float, over: Literal["tokens", "channels"], heads: int = 1
+) -> torch.Tensor | None:
     """The floor(n * share / 2) largest and as many smallest entries of every vector of n.
 
     Args:
         x: [runs, n, D].
         counts: int64 [runs] on the CPU, tokens of each run.
         share: of the entries of a vector, both ends together.
-        over: "tokens" (a vector is one channel of a run's tokens) or "channels" (one token).
+        over: "tokens" (a vector is one channel of a run's tokens) or "channels" (one slot of `heads` neighbouring
+            runs, of those that hold a token there).
 
     Returns:
         bool [runs, n, D], or None if there are none at all.
     """
-    axis = 1 if over == "tokens" else 2
-    found = torch.zeros_like(x, dtype=torch.bool)
-    for count in counts.unique().tolist():
-        runs = (counts == count).nonzero()[:, 0].to(x.device)
-        part = x[runs, :count]
-        # The tiny addend undoes binary rounding: 0.29 * 100 is 28.999999999999996.
-        k = int(part.shape[axis] * share / 2 + 1e-9)
-        if k and count:
-            ends = torch.cat([part.topk(k, axis).indices, part.topk(k, axis, largest=False).indices], axis)
-            found[runs, :count] = torch.zeros_like(part, dtype=torch.bool).scatter_(axis, ends, True)
-    return found if bool(found.any()) else None
+    if over == "tokens":
+        vectors, sizes = x.mT, counts[:, None]
+        real = torch.arange(x.shape[1]) < sizes[..., None]
+    else:
+        vectors = x.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+        held = (torch.arange(x.shape[1]) < counts[:, None]).unflatten(0, (-1, heads)).mT
+        sizes, real = held.sum(-1) * x.shape[2], held.repeat_interleave(x.shape[2], -1)
+    # The tiny addend undoes binary rounding: 0.29 * 100 is 28.999999999999996.
+    k = (sizes.double() * share / 2 + 1e-9).long()
+    most = int(k.max())
+    if not most:
+        return None
+    found, real = torch.zeros_like(vectors, dtype=torch.bool), real.to(x.device)
+    wanted = (torch.arange(most) < k[..., None]).to(x.device).expand(*vectors.shape[:2], most)
+    for sign in (1, -1):
+        best = (sign * vectors).masked_fill(~real, -torch.inf).topk(most, -1).indices
+        found |= torch.zeros_like(found).scatter_(-1, best, wanted)
+    if over == "tokens":
+        return found.mT
+    return found.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def low_rank(error: torch.Tensor, rank: int, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:

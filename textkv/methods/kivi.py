@@ -29,7 +29,7 @@ class Kivi(Packer):
     """
 
     def encode(
-        self, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, prompt: bool
+        self, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, prompt: bool, heads: int = 1
     ) -> tuple[Packed, Packed]:
         k, v = (blocks_of(x, counts, self.group) for x in (keys, values))
         return pack(k, self.bits, layout="channel"), pack(v, self.bits, layout="token", group=self.channels)

@@ -116,7 +116,7 @@ class KVCrush(Eviction):
         return self.inner.score(layer, held, evidence, keep)
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
-        if bool((layer.lengths().amax(1) <= self._least(evidence)).all()):
+        if self.inner.fits(layer, evidence):
             return
         scores = self.scores(layer, evidence)
         keep_best(layer, *self.refine(layer, scores, self.inner.counts(layer, scores, evidence)))

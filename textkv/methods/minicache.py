@@ -147,10 +147,7 @@ class MiniCache(Method):
     def _wanted(self, layer: Layer, evidence: Evidence) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The scorer's scores and how many tokens it wants to keep; None if nothing has to go."""
         scorer = self.inner
-        if not isinstance(scorer, Eviction):
-            return None
-        least = torch.tensor([scorer.budget.count(int(seen)) for seen in evidence.tokens])
-        if bool((layer.lengths().amax(1) <= least).all()):
+        if not isinstance(scorer, Eviction) or scorer.fits(layer, evidence):
             return None
         scores = scorer.scores(layer, evidence)
         return scores, scorer.counts(layer, scores, evidence)

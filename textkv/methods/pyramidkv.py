@@ -6,6 +6,7 @@ keeps their arithmetic.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -27,12 +28,19 @@ class PyramidKV(SnapKV):
 
     beta: int = 20
 
+    least: ClassVar[int] = 1
+    """Tokens before the window that every layer keeps."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.beta < 1:
             raise ValueError(f"beta={self.beta}: 1 keeps the same in every layer, larger is steeper; the paper uses 20")
 
-    def counts(self, layer: Layer, scores: torch.Tensor, evidence: Evidence) -> torch.Tensor:
+    def fits(self, layer: Layer, evidence: Evidence) -> bool:
+        """By the layer's own number: in a later turn a late layer is above it long before it reaches the budget."""
+        return bool((layer.lengths().amax(1) <= self.counts(layer, None, evidence)[:, 0]).all())
+
+    def counts(self, layer: Layer, scores: torch.Tensor | None, evidence: Evidence) -> torch.Tensor:
         layers = layer.context.governed
         rows = []
         for seen in evidence.tokens.tolist():
@@ -42,7 +50,7 @@ class PyramidKV(SnapKV):
         return torch.tensor(rows)
 
     def line(self, keep: int, window: int, seen: int, layers: int) -> list[int]:
-        """Tokens per layer, the window included: `keep` on average, at most `seen`, never less than the window + 1."""
+        """Tokens per layer, the window included: `keep` on average, at most `seen`, at least the window + `least`."""
         high, low = self._ends(keep - window, seen - window)
         if layers == 1 or high <= low:
             return [keep] * layers
@@ -51,7 +59,7 @@ class PyramidKV(SnapKV):
 
     def _ends(self, past: int, most: int) -> tuple[int, int]:
         """Tokens before the window in the first and in the last layer, for `past` on average and at most `most`."""
-        low = max(1, past // self.beta)
+        low = max(self.least, past // self.beta)
         high = 2 * past - low
         return (high, low) if high <= most else (most, 2 * past - most)
 
@@ -59,12 +67,16 @@ class PyramidKV(SnapKV):
 @register("pyramidkv-official")
 @dataclass(frozen=True)
 class PyramidKVOfficial(PyramidKV):
-    """PyramidKV as released: a floored step, and uniform counts while the prompt is shorter than twice the budget."""
+    """PyramidKV as released: a floored step, uniform counts while the prompt is shorter than twice the budget, and a
+    last layer that may keep nothing but its window."""
+
+    least: ClassVar[int] = 0
 
     def line(self, keep: int, window: int, seen: int, layers: int) -> list[int]:
         past = keep - window
         high, low = self._ends(past, seen - window)
-        if layers == 1 or seen < 2 * past or high <= low:
+        # Theirs refuses a budget that the window fills; here the window shrinks, and one past token cannot be shared.
+        if layers == 1 or seen < 2 * past or high <= low or keep <= self.window:
             return [keep] * layers
         step = (high - low) // (layers - 1)
         return [window + high - index * step for index in range(layers)]

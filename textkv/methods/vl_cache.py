@@ -2,14 +2,18 @@
 
 What the tokens after the last screenshot look at is kept. How much of it, is shared out over the layers by how dense
 their attention is, which is known only when all layers are through: so nothing is dropped before the last layer, and
-the peak of the prompt is the full cache. The GUI-KV authors' version tests probabilities against an absolute threshold
-(`vl-cache-official`); the paper's is relative to each row's largest. Their extra forward pass over raw embeddings is
-not repeated here: the layers' true attention is used.
+the peak of the prompt is the full cache. A layer whose share is smaller than the window shrinks its window to the
+share - 1 newest tokens, scores by their queries alone and keeps the best token before them, as the GUI-KV authors do;
+so the layers' windows of queries are held until then, and scores are made last.
+
+The GUI-KV authors' version tests probabilities against an absolute threshold (`vl-cache-official`); the paper's is
+relative to each row's largest. Their extra forward pass over raw embeddings is not repeated here: the layers' true
+attention is used.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -23,6 +27,8 @@ from textkv.method import register
 from textkv.scores import fit_window, group_mean, past_mass, pool, with_window
 from textkv.segments.base import Stored
 
+_ALL = 1 << 30  # more queries than any prompt has
+
 
 @register("vl-cache")
 @dataclass(frozen=True)
@@ -30,14 +36,15 @@ class VLCache(Eviction):
     """Cuts all layers when the last one is through; decoded tokens are all kept.
 
     Attributes:
-        window: most tokens after the last screenshot that are observed; these are always kept.
+        window: most tokens after the last screenshot that are observed; these are kept as far as a layer's share goes.
+            None = all of them, for which a prompt's queries are held until it ends.
         text_window: observed tokens of a prompt without screenshots.
         threshold: an attention entry counts as sparse below this share of its row's largest entry.
         kernel: average-pooling width over tokens; 1 = none, as in the paper.
         floor: least share of the total that a layer gets.
     """
 
-    window: int = 128
+    window: int | None = 128
     text_window: int = 32
     threshold: float = 0.01
     kernel: int = 1
@@ -48,7 +55,7 @@ class VLCache(Eviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.window, self.text_window) < 1:
+        if min(self.window or 1, self.text_window) < 1 or self.window == 0:
             raise ValueError(f"window={self.window}, text_window={self.text_window}: both must be at least 1")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel={self.kernel}: pooling needs an odd width of at least 1")
@@ -56,7 +63,7 @@ class VLCache(Eviction):
             raise ValueError(f"threshold={self.threshold}, floor={self.floor}: both are shares below 1")
 
     def needs(self) -> Needs:
-        return Needs(window=max(self.window, self.text_window), spans=True)
+        return Needs(window=_ALL if self.window is None else max(self.window, self.text_window), spans=True)
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
         rows = []
@@ -69,15 +76,24 @@ class VLCache(Eviction):
 
     def _observed(self, evidence: Evidence, row: int) -> torch.Tensor:
         """Queries [1, heads, w, head_dim] of the tokens after the row's last screenshot."""
+        return evidence.queries[row : row + 1, :, evidence.queries.shape[2] - self._width(evidence, row) :]
+
+    def _width(self, evidence: Evidence, row: int) -> int:
+        """How many of the evidence's queries are observed in a row."""
         spans = evidence.spans[row] if evidence.spans else []
         after = int(evidence.tokens[row]) - spans[-1][1] if spans else self.text_window
-        width = min(max(after, 1), self.window if spans else self.text_window, evidence.queries.shape[2])
-        return evidence.queries[row : row + 1, :, evidence.queries.shape[2] - width :]
+        most = _ALL if spans and self.window is None else self.window if spans else self.text_window
+        return min(max(after, 1), most, evidence.queries.shape[2])
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Note how dense the layer's attention is, and what it takes to score its tokens once its share is known."""
         if not self.budget.is_full:
-            density = torch.tensor([self._density(layer, evidence, row) for row in range(len(evidence.tokens))])
-            layer.notes["vl-cache"] = self.scores(layer, evidence), density, evidence.tokens
+            rows = range(len(evidence.tokens))
+            density = torch.tensor([self._density(layer, evidence, row) for row in rows])
+            width = max(self._width(evidence, row) for row in rows)
+            # A copy: a slice would keep all queries of the prompt alive in every layer.
+            queries = evidence.queries[:, :, evidence.queries.shape[2] - width :].clone()
+            layer.notes["vl-cache"] = replace(evidence, queries=queries), density
 
     def _density(self, layer: Layer, evidence: Evidence, row: int) -> float:
         """Share of the causal attention entries of the observed rows that are not sparse, mean over heads."""
@@ -98,13 +114,13 @@ class VLCache(Eviction):
         notes = [layer.notes.pop("vl-cache", None) for layer in context.layers]
         if None in notes:
             return
-        densities = torch.stack([density for _, density, _ in notes])
-        tokens = notes[0][2].tolist()
+        densities = torch.stack([density for _, density in notes])
+        tokens = notes[0][0].tokens.tolist()
         counts = torch.tensor([self.shares(densities[:, row], seen) for row, seen in enumerate(tokens)])
-        for layer, (scores, _, _) in zip(context.layers, notes, strict=True):
+        for layer, (evidence, _) in zip(context.layers, notes, strict=True):
             of_layer = counts[:, layer.index : layer.index + 1]
             if not bool((layer.lengths().amax(1, keepdim=True) <= of_layer).all()):
-                keep_best(layer, scores, of_layer)
+                keep_best(layer, self.scores(layer, evidence, of_layer[:, 0].tolist()), of_layer)
 
     def shares(self, densities: torch.Tensor, seen: int) -> list[int]:
         """Tokens per layer in proportion to `densities` [layers]: together layers x budget, each 1 to `seen`."""
@@ -116,8 +132,10 @@ class VLCache(Eviction):
 @register("vl-cache-official")
 @dataclass(frozen=True)
 class VLCacheOfficial(VLCache):
-    """VL-Cache as the GUI-KV authors re-implemented it: probabilities under 0.01 are sparse, pooled, floored shares."""
+    """VL-Cache as the GUI-KV authors re-implemented it: all tokens after the last screenshot are observed,
+    probabilities under 0.01 are sparse, scores are pooled, shares have a floor."""
 
+    window: int | None = None
     kernel: int = 5
     floor: float = 0.001
 

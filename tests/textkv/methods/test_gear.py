@@ -106,6 +106,58 @@ def test_extreme_entries_are_the_right_number_of_the_right_ones():
     assert extremes(torch.randn(1, 100, 4), torch.tensor([100]), 0.58, over="tokens").sum(1).tolist() == [[58] * 4]
 
 
+def test_extreme_values_of_a_token_are_those_over_all_heads_of_its_row():
+    """Two rows of two heads of four channels, share 0.25: one entry of the eight at each end of a token."""
+    x = torch.zeros(4, 3, 4)
+    x[0, 0] = torch.tensor([9.0, 8.0, 1.0, 2.0])  # row 0, token 0: largest here, smallest in head 1
+    x[1, 0] = torch.tensor([3.0, 4.0, -5.0, 5.0])
+    x[0, 1] = torch.tensor([1.0, -9.0, 2.0, 9.5])  # token 1: both ends in head 0, none in head 1
+    x[1, 1] = torch.tensor([3.0, 4.0, -5.0, 5.0])
+    x[2, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0])  # row 1, which knows nothing of row 0
+    x[3, 0] = torch.tensor([5.0, 6.0, 7.0, 8.0])
+    found = extremes(x, torch.tensor([2, 2, 1, 1]), 0.25, over="channels", heads=2)
+    assert found.nonzero().tolist() == [[0, 0, 0], [0, 1, 1], [0, 1, 3], [1, 0, 2], [2, 0, 0], [3, 0, 3]]
+    # Head by head no vector of four has an entry at either end.
+    assert extremes(x, torch.tensor([2, 2, 1, 1]), 0.25, over="channels") is None
+
+
+def test_a_slot_that_fewer_heads_hold_has_fewer_extreme_values():
+    x = torch.randn(3, 6, 8)
+    counts = torch.tensor([6, 2, 4])
+    for run, count in enumerate(counts.tolist()):
+        x[run, count:] = 0
+    found = extremes(x, counts, 0.25, over="channels", heads=3)
+    # floor(24 * 0.125) = 3, floor(16 * 0.125) = 2 and floor(8 * 0.125) = 1 at each end.
+    assert found.sum((0, 2)).tolist() == [6, 6, 4, 4, 2, 2]
+    assert not any(bool(found[run, count:].any()) for run, count in enumerate(counts.tolist()))
+    of_two = x[[0, 2], 3].flatten()
+    kept = torch.cat([of_two.topk(2).values, of_two.topk(2, largest=False).values]).sort().values
+    assert torch.equal(x[:, 3][found[:, 3]].sort().values, kept)
+
+
+def test_at_head_dim_64_some_values_are_kept_and_the_error_falls():
+    x = torch.randn(8, 256, 64) * torch.randn(8, 256, 64).exp()  # two rows of four heads, with heavy tails
+    of_heads, of_rows = (Gear(2, prompt_rank=2).encode(x, x, whole(x), True, heads)[1] for heads in (1, 4))
+    assert of_heads.sparse is None
+    assert len(of_rows.sparse.at) == 2 * 256 * 2 * int(4 * 64 * 0.01)
+    errors = [float((unpack(p).view_as(x) - x).norm() / x.norm()) for p in (of_heads, of_rows)]
+    assert errors[1] < 0.8 * errors[0]
+    alone = Gear(2, prompt_rank=2).encode(x[4:], x[4:], whole(x[4:]), True, 4)[1]
+    torch.testing.assert_close(unpack(alone), unpack(of_rows)[16:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_takes_the_heads_of_a_row_together(model_of):
+    """Two heads of 16 channels: 32 entries a token, of which one at each end at a share of 1 / 16."""
+    cache = MethodCache(model_of("llama"), f"gear(2,{SMALL},outliers=0.0625)")
+    feed(cache._model(), cache, tiny.text_ids(48, batch=2))
+    sparse = cache.layers[0].segments[0].slabs[0].v.sparse
+    per_token = torch.zeros(2 * 2 * 48)  # batch, head, token
+    block = torch.arange(len(sparse.count)).repeat_interleave(sparse.count.long())
+    per_token.scatter_add_(0, block * 16 + sparse.at.long() // 16, torch.ones(len(sparse.at)))
+    assert per_token.view(2, 2, 48).sum(1).unique().tolist() == [2.0]
+    assert len(per_token.unique()) == 3  # a head of a token may hold none, one or both of them
+
+
 def test_extreme_entries_are_stored_exactly_and_do_not_widen_the_range():
     x = torch.randn(2, 64, 32)
     x[0, 5, 3], x[1, 60, 31] = 500.0, -300.0
@@ -224,7 +276,13 @@ def test_heads_of_different_length_have_fits_of_their_own():
 
 
 @pytest.mark.parametrize(
-    "method", [f"gear(2,{SMALL},outliers=0.25)", f"gear-l(4,{SMALL})", f"adakv+gear(2,{SMALL},outliers=0.25)"]
+    "method",
+    [
+        f"gear(2,{SMALL},outliers=0.25)",
+        f"gear-l(4,{SMALL})",
+        f"adakv+gear(2,{SMALL},outliers=0.25)",
+        f"snapkv+gear(2,{SMALL},outliers=0.0625)",
+    ],  # fmt: skip
 )
 def test_conforms(method):
     skipped = {check.name for check in check_method(method) if check.outcome != "passed"}
