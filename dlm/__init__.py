@@ -9,12 +9,14 @@ print(tokenizer.decode(done.ids[0]), done.stats)
 """
 
 from dlm.cache import list_caches, resolve_cache
+from dlm.config import DecodingConfig
 from dlm.decode import Decoded, Stats, decode
-from dlm.models import Card, load_model
+from dlm.models import DecodingSpec, load_model
 from dlm.unmask import Guider, list_rules, resolve_unmask
 
 __all__ = [
-    "Card",
+    "DecodingConfig",
+    "DecodingSpec",
     "Decoded",
     "Guider",
     "Stats",

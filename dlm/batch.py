@@ -78,6 +78,7 @@ def read_done(path: Path, items: Sequence[Item], settings: str) -> set[int]:
     if not path.exists():
         return set()
     content = path.read_bytes()
+    # A run that was killed while it wrote leaves a last line without its line break; that answer is made again.
     whole = content.rfind(b"\n") + 1
     prompts, done = {item.line: item.prompt for item in items}, set()
     for number, line in enumerate(content[:whole].decode("utf-8").splitlines(), 1):
@@ -92,12 +93,15 @@ def read_done(path: Path, items: Sequence[Item], settings: str) -> set[int]:
             raise ValueError(f"{path}:{number} answers another prompt than line {line_of} has now; give another --out")
         done.add(line_of)
     if whole < len(content):
+        # Only after every whole line was found to be ours: a foreign file is refused, not cut.
         os.truncate(path, whole)
     return done
 
 
 def chunks(items: Sequence[Item], size: int, done: set[int]) -> list[list[Item]]:
     """The batches that hold an item that is not done yet."""
+    # Cut by place in the file, done or not: a batch's composition must not depend on where a run stopped,
+    # because bf16 results may differ in the last bit with the size of a batch.
     cut = [list(items[at : at + size]) for at in range(0, len(items), size)]
     return [chunk for chunk in cut if any(item.line not in done for item in chunk)]
 
@@ -136,6 +140,7 @@ def _about(item: Item) -> dict[str, Any]:
 def _append(file: IO[str], rows: Sequence[dict[str, Any]]) -> None:
     file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     file.flush()
+    # Through the system's buffers too: after a power cut the file has whole answers or none.
     os.fsync(file.fileno())
 
 

@@ -48,9 +48,11 @@ class Canvas:
         self.real_start = torch.zeros(batch, dtype=torch.int64, device=input_ids.device)
         self.valid: torch.Tensor | None = None
         if attention_mask is not None and not bool(attention_mask.bool().all()):
+            # Padding is on the left and nowhere else, so its count is the first real column.
             self.real_start = (attention_mask == 0).sum(1)
             self.valid = columns >= self.real_start[:, None]
         self.real_start_cpu = self.real_start.cpu()
+        # Positions count from a row's first real token: it gets those that it would have alone, without padding.
         self.position_ids = (columns - self.real_start[:, None]).clamp(min=0)
         self._active: torch.Tensor | None = None
         self._progress: torch.Tensor | None = None
@@ -94,6 +96,7 @@ class Canvas:
         """int64 [batch] on the ids' device: each row's first block with a mask, N where none is left."""
         if self._active is None:
             masked = self.generated == self.mask_id
+            # argmax of 0 and 1 is the first mask; where there is none it is 0, and N is put in its place.
             first = masked.int().argmax(1) // self.block_length
             self._active = torch.where(masked.any(1), first, self.blocks)
         return self._active
@@ -102,6 +105,7 @@ class Canvas:
         """Active blocks and masks left, int64 [2, batch] on the CPU: the one wait for the device that a step needs."""
         if self._progress is None:
             left = (self.generated == self.mask_id).sum(1)
+            # Both in one tensor: every copy to the host waits for all kernels that were queued before it.
             self._progress = torch.stack([self.active, left]).cpu()
         return self._progress
 
@@ -158,6 +162,7 @@ class Canvas:
         return self._write(changed, token[:, None].expand_as(self.ids))
 
     def _write(self, where: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        # A new tensor, not a write in place: views handed out by `generated` keep what they showed.
         self.ids = torch.where(where, value, self.ids)
         self._active = self._progress = None
         return where

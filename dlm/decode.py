@@ -6,7 +6,7 @@ the rows' progress is read. Rows of a batch go on at their own pace and get the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dlm.cache import Plan, Policy, Run, resolve_cache
+from dlm.cache import Plan, Run, resolve_cache
 from dlm.canvas import Canvas
-from dlm.models.card import Card
-from dlm.request import EndOfText, Request
+from dlm.config import DecodingConfig, config_of
+from dlm.models.decoding_spec import DecodingSpec
+from dlm.prompts import make_canvas, pad_left
 from dlm.unmask import Guider, Rule, Sampling, Unmasker, resolve_unmask
 
 LogitsHook = Callable[[Canvas, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -59,6 +60,11 @@ class Stats:
         """Tokens that one forward commits in a row that is not finished."""
         return sum(self.committed) / self.row_forwards if self.row_forwards else 0.0
 
+    def columns(self) -> dict[str, Any]:
+        """The figures under the names that every table has them by."""
+        names = ("forwards", "query_tokens", "guider_forwards", "tokens_per_forward", "seconds")
+        return {name: getattr(self, name) for name in (*names, "cache_bytes", "cache_bytes_peak")}
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -77,74 +83,85 @@ def decode(
     model: Any,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
+    config: DecodingConfig | None = None,
     *,
-    gen_length: int = 128,
-    block_length: int | None = 32,
-    steps: int | None = None,
-    cache: str | Policy = "freecache",
-    unmask: str | Rule | None = None,
     guide: Guider | PreTrainedModel | None = None,
-    temperature: float = 0.0,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    cfg_scale: float = 0.0,
-    eos: EndOfText = "stop",
     generator: torch.Generator | None = None,
     on_step: Callable[[Canvas, Stats], None] | None = None,
     logits_hook: LogitsHook | None = None,
+    **options: Any,
 ) -> Decoded:
     """Generates `gen_length` tokens behind each prompt.
 
     Args:
-        model: a diffusion language model of `dlm.models`, or anything with its `card` and `forward`.
+        model: a diffusion language model of `dlm.models`, or anything with its `decoding_spec` and `forward`.
         input_ids: int64 [batch, P], prompts padded on the left.
         attention_mask: [batch, P], nonzero = real token; None = no padding.
-        gen_length: G, tokens to generate.
-        block_length: B, slots that are finished before the next ones are begun; None = all of them at once.
-        steps: forwards that a rule with a schedule spreads the tokens over; None = G, one token each.
-        cache: composition string or `Policy`, see `dlm.cache`.
-        unmask: rule of what to commit, see `dlm.unmask`; None = the model's own, or "guided" where a guide is given.
+        config: how to decode; None = the defaults of `DecodingConfig`.
         guide: what a guided rule asks: a `Guider`, or a causal model of the same vocabulary.
-        temperature, top_p, top_k: how tokens are drawn; temperature 0 takes the most probable one.
-        cfg_scale: classifier-free guidance against the same canvas with its prompt masked; 0 = none.
-        eos: "stop" ends a row once all before its first end of text is written; "fill" fills what lies behind an end
-            at once; "none" writes every slot.
         generator: of the rule's random numbers.
         on_step: called after every forward with the canvas and the statistics so far.
         logits_hook: (canvas, slots int64 [batch, r] with -1 = none, logits [batch, r, V]) -> the logits to use.
+        options: fields of `DecodingConfig` (gen_length, block_length, steps, cache, unmask, temperature, top_p, top_k,
+            cfg_scale, eos), which go before those of `config`.
 
     Raises:
         ValueError: before the first forward, anything about the request that cannot work.
+        TypeError: an option that `DecodingConfig` does not have.
         StuckError: the rule stopped committing tokens.
     """
-    request = Request(gen_length, block_length, steps, cfg_scale, eos)
-    canvas = request.canvas(model.card, input_ids, attention_mask)
-    rule = _resolve_rule(model.card, unmask, guide, Sampling(temperature, top_p, top_k))
-    run = resolve_cache(cache).begin(canvas, model)
-    unmasker = rule.begin(canvas, model.card, generator, request.steps)
-    return _Loop(model, request, canvas, unmasker, run, logits_hook).run_to_end(rule, on_step)
+    config = config_of(config, options)
+    canvas = make_canvas(config, model.decoding_spec, input_ids, attention_mask)
+    rule = _resolve_rule(config, model.decoding_spec, guide)
+    # Cache before rule: a model that the cache refuses shall not cost a guider the translation of its prompts.
+    run = resolve_cache(config.cache).begin(canvas, model)
+    unmasker = rule.begin(canvas, model.decoding_spec, generator, config.steps)
+    return _Loop(model, config, canvas, unmasker, run, logits_hook).run_to_end(rule, on_step)
+
+
+def decode_prompts(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    config: DecodingConfig,
+    guide: Guider | None = None,
+    seed: int = 0,
+    on_step: Callable[[Canvas, Stats], None] | None = None,
+) -> Decoded:
+    """Answers to `prompts`, lists of ids, on the model's device; errors as `decode`.
+
+    Args:
+        guide: asked if the configuration is `guided`, else left alone, so that many configurations may share one.
+        seed: of the random numbers.
+    """
+    ids, mask = pad_left(prompts, model.decoding_spec.pad_id, model.device)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    guide = guide if config.guided else None
+    return decode(model, ids, mask, config, guide=guide, generator=generator, on_step=on_step)
 
 
 class _Loop:
     """One generation: its parts, and what it has cost so far."""
 
     def __init__(
-        self, model: Any, request: Request, canvas: Canvas, unmasker: Unmasker, run: Run, hook: LogitsHook | None
+        self, model: Any, config: DecodingConfig, canvas: Canvas, unmasker: Unmasker, run: Run, hook: LogitsHook | None
     ) -> None:
-        self.model, self.request, self.canvas, self.unmasker, self.run = model, request, canvas, unmasker, run
+        self.model, self.config, self.canvas, self.unmasker, self.run = model, config, canvas, unmasker, run
         self.hook, self.stats = hook, Stats()
-        self.ends = torch.tensor(model.card.eos_ids, dtype=torch.int64, device=canvas.ids.device)
+        self.ends = torch.tensor(model.decoding_spec.eos_ids, dtype=torch.int64, device=canvas.ids.device)
         self.committed = torch.zeros(canvas.batch, dtype=torch.int64, device=canvas.ids.device)
 
     def run_to_end(self, rule: Rule, on_step: Callable[[Canvas, Stats], None] | None) -> Decoded:
         """Steps until no mask is left."""
-        canvas, request = self.canvas, self.request
-        start, idle, patience = perf_counter(), 0, request.steps + request.gen_length
+        canvas, config = self.canvas, self.config
+        # Dream's timestep schedule may write nothing in its first steps, so a rule is given up only after as many idle
+        # forwards as the longest schedule has steps, and one per token besides.
+        start, idle, patience = perf_counter(), 0, config.steps + config.gen_length
         while not canvas.done:
             left = int(canvas.left_cpu.sum())
             committed = self.step()
-            if request.eos != "none" and len(self.ends):
-                committed = committed | end_rows(canvas, self.ends, early=request.eos == "fill")
+            if config.eos != "none" and len(self.ends):
+                committed = committed | end_rows(canvas, self.ends, early=config.eos == "fill")
+            # The cache must also learn of slots that an end of text filled: their keys and values are stale now.
             self.run.after(committed)
             idle = idle + 1 if int(canvas.left_cpu.sum()) == left else 0
             if idle > patience:
@@ -156,12 +173,13 @@ class _Loop:
     def step(self) -> torch.Tensor:
         """One forward and what it commits: bool [batch, L]."""
         canvas, run, stats = self.canvas, self.run, self.stats
-        slots = self.unmasker.candidates(canvas, run.reach())
+        slots = self.unmasker.candidates(canvas, run.logit_window())
         forced = run.forced()
         if forced is not None:
             # The rule sees the forced slot alone, so that what it keeps count of agrees with what is committed.
             only = (forced[:, None] >= 0) & (slots != forced[:, None])
             slots = slots.masked_fill(only, -1)
+        # After `forced`, which asks what this plan is about to do: planning moves the policy on by one forward.
         plan = run.plan(slots)
         stats.row_forwards += int(canvas.unfinished.sum())
         logits = self._logits(slots, plan)
@@ -175,9 +193,11 @@ class _Loop:
 
     def _logits(self, slots: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Logits [batch, r, V] of `slots`, guided by the prompt if asked for."""
+        # Row j predicts slot j + shift, so the row that is read stands one before its slot in a Dream.
         canvas, rows = self.canvas, plan.rows(slots - self.canvas.shift)
         ids, positions = canvas.ids, canvas.position_ids
-        if self.request.cfg_scale:
+        if self.config.cfg_scale:
+            # Both halves in one forward: the cache holds their rows side by side, and one plan serves both.
             unguided = ids.clone()
             unguided[:, : canvas.prompt] = canvas.mask_id
             ids, positions, rows = torch.cat([ids, unguided]), positions.repeat(2, 1), rows.repeat(2, 1)
@@ -194,14 +214,16 @@ class _Loop:
         ).logits  # fmt: skip
         stats.cache_bytes = 0 if cache is None else cache.kv_bytes()
         stats.cache_bytes_peak = max(stats.cache_bytes_peak, stats.cache_bytes)
-        if not self.request.cfg_scale:
+        if not self.config.cfg_scale:
             return logits
+        # Unsupervised guidance as in LLaDA (arXiv 2502.09992): (1 + w) log p(x | prompt) - w log p(x), on raw logits.
         given, alone = logits.chunk(2)
-        return alone + (self.request.cfg_scale + 1) * (given - alone)
+        return alone + (self.config.cfg_scale + 1) * (given - alone)
 
     def report(self, seconds: float) -> Stats:
         """The statistics up to now."""
         rule = dict(self.unmasker.stats)
+        # True from a row's first end on: a running maximum needs no loop and no wait for the device.
         ended = torch.isin(self.canvas.generated, self.ends).int().cummax(1).values.bool()
         return replace(
             self.stats, seconds=seconds, committed=self.committed.tolist(),
@@ -219,6 +241,7 @@ def end_rows(canvas: Canvas, ends: torch.Tensor, early: bool) -> torch.Tensor:
     """
     written = canvas.generated
     is_end = torch.isin(written, ends)
+    # argmax gives the first of equal values; a row without an end gives 0, which `ended` masks below.
     first = is_end.int().argmax(1, keepdim=True)
     ended = is_end.any(1)
     if not early:
@@ -229,12 +252,9 @@ def end_rows(canvas: Canvas, ends: torch.Tensor, early: bool) -> torch.Tensor:
     )
 
 
-def _resolve_rule(
-    card: Card, unmask: str | Rule | None, guide: Guider | PreTrainedModel | None, sampling: Sampling
-) -> Rule:
-    if guide is not None and not isinstance(guide, Guider):
-        guide = Guider(guide)
-    if unmask is None:
-        unmask = card.unmask if guide is None else "guided"
+def _resolve_rule(config: DecodingConfig, spec: DecodingSpec, guide: Guider | PreTrainedModel | None) -> Rule:
+    if guide is not None:
+        config = replace(config, guided=True)
     # A rule that brings its own sampling keeps it unless something else was asked for.
-    return resolve_unmask(unmask, None if sampling == Sampling() else sampling, guide)
+    sampling = None if config.sampling == Sampling() else config.sampling
+    return resolve_unmask(config.rule(spec), sampling, guide)

@@ -13,20 +13,18 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlm.batch import Item, answer_all, digest, read_done, read_items
-from dlm.cache import list_caches
-from dlm.decode import Decoded, StuckError
+from dlm.config import DecodingConfig, add_arguments, from_arguments
+from dlm.decode import Decoded, StuckError, decode_prompts
 from dlm.models import answer_text
-from dlm.request import EndOfText
-from dlm.settings import Settings, figures
 from dlm.show import Painter
-from dlm.sources import DTYPES, Sketch, device_of, dtype_of, open_guide, open_model, sketch
-from dlm.unmask import Guider, list_rules
+from dlm.sources import DTYPES, ModelInfo, device_of, dtype_of, model_info, open_guide, open_model
+from dlm.unmask import Guider
 from textkv.figures import run_meta
 
 NO_GUIDE = "none"
@@ -45,17 +43,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     p.add_argument("--model", default="mini", help="mini (a small LLaDA), mini-dream, a folder, or a hub id")
     p.add_argument("--guide", default=NO_GUIDE, help="none, mini, a folder, or a hub id of a causal model")
-    p.add_argument("--cache", default="freecache", help=f"{', '.join(list_caches())}; freecache+snapkv(0.3)")
-    p.add_argument("--unmask", help=f"{', '.join(list_rules())} (default: the model's own, or guided with a guide)")
-    p.add_argument("--gen-length", type=int, default=128, help="tokens to generate (128)")
-    p.add_argument("--block-length", type=int, help="tokens finished before the next are begun (32, or all if fewer)")
-    p.add_argument("--steps", type=int, help="forwards of a rule with a schedule (default: one for each token)")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most probable token")
-    p.add_argument("--top-p", type=float, help="draw from the most probable tokens of this mass")
-    p.add_argument("--top-k", type=int, help="draw from so many most probable tokens")
+    add_arguments(p)
     p.add_argument("--seed", type=int, default=0, help="of the random numbers (0)")
-    p.add_argument("--cfg", type=float, default=0.0, help="classifier-free guidance by the prompt; 0 (default) = none")
-    p.add_argument("--eos", choices=get_args(EndOfText), default="stop", help="what an end of text does (stop)")
     p.add_argument("--show", action="store_true", help="draw the canvas while it is unmasked")
     p.add_argument("--stats", action="store_true", help="say what it cost")
     p.add_argument("--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="figures and text as JSON")
@@ -68,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 class Writer:
     """The models, and how they are to write."""
 
-    settings: Settings
+    config: DecodingConfig
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     guide: Guider | None
@@ -76,7 +65,7 @@ class Writer:
 
     def text(self, done: Decoded, row: int = 0) -> str:
         """A row's answer."""
-        return answer_text(self.tokenizer, done.ids[row].tolist(), self.model.card.eos_ids)
+        return answer_text(self.tokenizer, done.ids[row].tolist(), self.model.decoding_spec.eos_ids)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"dlm.generate: {error}", file=sys.stderr)
         return 2
+    # Not the request's fault but the rule's, hence another exit code.
     except StuckError as error:
         print(f"dlm.generate: {error}", file=sys.stderr)
         return 1
@@ -104,17 +94,18 @@ def prompt_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.show and args.json == STDOUT:
         raise ValueError("--show and --json both want the terminal; use --json FILE")
     prompt = read_prompt(args)
-    settings, known = make_request(args)
-    ids = known.ids(settings, prompt, args.chat)
+    config, known = make_request(args)
+    ids = known.ids(config, prompt, args.chat)
     if unknown := ids.count(known.tokenizer.unk_token_id):
         print(f"dlm.generate: {args.model} does not know {unknown} words of the prompt", file=sys.stderr)
-    writer = make_writer(args, settings)
+    writer = make_writer(args, config)
     painter = Painter(writer.tokenizer, prompt, Console()) if args.show else None
+    # The terminal is given back also when a rule gets stuck or Ctrl-C comes.
     with painter or nullcontext():
-        done = writer.settings.write(writer.model, [ids], writer.guide, writer.seed, painter)
+        done = decode_prompts(writer.model, [ids], writer.config, writer.guide, writer.seed, painter)
     text = writer.text(done)
     row = about(args, writer) | {"prompt": prompt, "text": text, "tokens": done.stats.text_tokens[0]}
-    row |= figures(done.stats)
+    row |= done.stats.columns()
     if args.json is not None:
         whole = json.dumps({"meta": run_meta("dlm.generate", argv, args.seed), "rows": [row]}, indent=2)
         if args.json == STDOUT:
@@ -126,7 +117,7 @@ def prompt_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
         print(text)
         if args.stats:
             print(f"\ncache {row['cache']}, unmask {row['unmask']}, guide {row['guide']}, {row['tokens']} tokens")
-            print("\n".join(f"{name:<20}{_number(value)}" for name, value in figures(done.stats).items()))
+            print("\n".join(f"{name:<20}{_number(value)}" for name, value in done.stats.columns().items()))
     return 0
 
 
@@ -140,27 +131,30 @@ def batch_command(args: argparse.Namespace) -> int:
         raise ValueError(f"--batch-size {args.batch_size} writes nothing; use at least 1")
     if args.out.resolve() == args.batch.resolve():
         raise ValueError(f"--out {args.out} is the file of --batch itself; give another one")
+    # Files first: they cost nothing to read, and a finished run needs no model at all.
     items = read_items(args.batch)
-    said = asdict(make_settings(args)) | {"model": args.model, "guide": args.guide, "chat": args.chat}
+    # Everything that an answer depends on, and nothing else: its digest marks each line of the file.
+    said = asdict(make_config(args)) | {"model": args.model, "guide": args.guide, "chat": args.chat}
     said |= {"seed": args.seed, "batch_size": args.batch_size, "dtype": args.dtype, "stats": args.stats}
     mark = digest(said)
     if read_done(args.out, items, mark) == {item.line for item in items}:
         print(f"all {len(items)} answers are in {args.out} already")
         return 0
-    settings, known = make_request(args)
+    config, known = make_request(args)
+    # All prompts before any weights: one that is too long in line 900 is said in the first second.
     ids: dict[int, list[int]] = {}
     for item in items:
         try:
-            ids[item.line] = known.ids(settings, item.prompt, args.chat)
+            ids[item.line] = known.ids(config, item.prompt, args.chat)
         except ValueError as error:
             raise ValueError(f"{args.batch}:{item.line}: {error}") from error
-    writer = make_writer(args, settings)
+    writer = make_writer(args, config)
 
     def answer(chunk: list[Item]) -> list[dict[str, Any]]:
         prompts = [ids[item.line] for item in chunk]
         # The seed goes by the place in the file, so that a run that was gone on with draws the same tokens.
-        done = writer.settings.write(writer.model, prompts, writer.guide, writer.seed + chunk[0].line - 1)
-        cost = {"batch": len(chunk), **figures(done.stats)} if args.stats else {}
+        done = decode_prompts(writer.model, prompts, writer.config, writer.guide, writer.seed + chunk[0].line - 1)
+        cost = {"batch": len(chunk), **done.stats.columns()} if args.stats else {}
         tokens = done.stats.text_tokens
         return [{"text": writer.text(done, i), "tokens": tokens[i]} | cost for i in range(len(chunk))]
 
@@ -179,48 +173,37 @@ def read_prompt(args: argparse.Namespace) -> str:
         text, where = args.prompt_file.read_text(encoding="utf-8"), str(args.prompt_file)
     if not text.strip():
         raise ValueError(f"the prompt in {where} is empty; give some text to go on from")
+    # A file ends with a line break that its author did not mean as a part of the prompt.
     return text.rstrip("\n")
 
 
-def make_settings(args: argparse.Namespace) -> Settings:
-    """The request as `Settings`; raises ValueError for what cannot work."""
-    return Settings(
-        gen_length=args.gen_length, block_length=args.block_length, steps=args.steps, cache=args.cache,
-        unmask=args.unmask, guided=args.guide != NO_GUIDE, temperature=args.temperature, top_p=args.top_p,
-        top_k=args.top_k, cfg_scale=args.cfg, eos=args.eos,
-    )  # fmt: skip
+def make_config(args: argparse.Namespace) -> DecodingConfig:
+    """The decoding configuration; raises ValueError for what cannot work."""
+    config = from_arguments(args, guided=args.guide != NO_GUIDE)
+    config.check_guide()
+    return config
 
 
-def make_request(args: argparse.Namespace) -> tuple[Settings, Sketch]:
+def make_request(args: argparse.Namespace) -> tuple[DecodingConfig, ModelInfo]:
     """All that can be known before weights are read; raises ValueError or FileNotFoundError for what cannot work."""
-    settings = make_settings(args)
+    config = make_config(args)
     device_of(args.device)
-    return settings, sketch(args.model, args.guide if settings.guided else None)
+    return config, model_info(args.model, args.guide if config.guided else None)
 
 
-def make_writer(args: argparse.Namespace, settings: Settings) -> Writer:
+def make_writer(args: argparse.Namespace, config: DecodingConfig) -> Writer:
     """Loads the models."""
     device = device_of(args.device)
     dtype = dtype_of(args.dtype, device)
     model, tokenizer = open_model(args.model, device, dtype)
-    guide = open_guide(args.guide, device, dtype, tokenizer) if settings.guided else None
-    return Writer(settings, model, tokenizer, guide, args.seed)
+    guide = open_guide(args.guide, device, dtype, tokenizer) if config.guided else None
+    return Writer(config, model, tokenizer, guide, args.seed)
 
 
 def about(args: argparse.Namespace, writer: Writer) -> dict[str, Any]:
     """What the figures of a row belong to."""
-    settings = writer.settings
-    return {
-        "model": args.model,
-        "cache": settings.cache,
-        "unmask": settings.rule(writer.model.card),
-        "guide": args.guide,
-        "gen_length": settings.gen_length,
-        "block_length": settings.block_length,
-        "steps": settings.steps,
-        "temperature": settings.temperature,
-        "seed": writer.seed,
-    }
+    named = {"model": args.model, "guide": args.guide, "seed": writer.seed}
+    return named | writer.config.columns(writer.model.decoding_spec)
 
 
 def _number(value: float) -> str:

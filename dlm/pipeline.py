@@ -22,14 +22,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlm.cache import Policy, resolve_cache
 from dlm.canvas import Canvas
+from dlm.config import BLOCK_LENGTH, DecodingConfig, EndOfText
 from dlm.decode import Decoded, Stats, decode
-from dlm.models import Card, DreamModel, LLaDAModelLM, answer_text
+from dlm.models import DecodingSpec, DreamModel, LLaDAModelLM, answer_text
 from dlm.models.text import FAMILIES, end_ids
-from dlm.request import EndOfText, Request
+from dlm.prompts import make_canvas, pad_left, prompt_ids
 from dlm.schedulers import Running, UnmaskScheduler
-from dlm.settings import BLOCK_LENGTH, pad_left, prompt_ids
 from dlm.unmask import Choice, Guided, Guider, Rule, Sampling, Unmasker
-from dlm.unmask.base import Reach
+from dlm.unmask.base import LogitWindow
 from dlm.unmask.blocks import BlockUnmasker
 
 try:
@@ -124,16 +124,13 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
                 )
             if source is not None and len(source) == 0:
                 raise ValueError(f"`{name}` is empty; give at least one")
-        request = {"gen_length": 1, "block_length": None, "steps": None, "cfg_scale": 0, "eos": "stop"}
         given = {"gen_length": gen_length, "block_length": block_length, "cfg_scale": cfg_scale, "eos": eos}
+        given |= {"temperature": temperature, "top_p": top_p, "top_k": top_k, "cache": cache}
+        options: dict[str, Any] = {}
         for name, value in given.items():
-            request[name] = value
-            _named(name, lambda: Request(**request))
-        sampling: dict[str, Any] = {}
-        for name, value in (("temperature", temperature), ("top_p", top_p), ("top_k", top_k)):
-            sampling[name] = value
-            _named(name, lambda: Sampling(**sampling))
-        _named("cache", lambda: resolve_cache(cache))
+            # One more option at a time, the others at their defaults: whatever is refused now is about this one.
+            options[name] = value
+            _named(name, lambda: DecodingConfig(**options))
         steps = num_inference_steps
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise ValueError(f"`num_inference_steps` must be a number of steps per block >= 1, got {steps!r}")
@@ -147,6 +144,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         self._check_scheduler()
 
     def _check_scheduler(self) -> None:
+        # Asked of the class attribute: diffusers' own schedulers have none.
         guided = getattr(self.scheduler, "rule_class", None) is Guided
         if guided and self.guider is None:
             raise ValueError("`guider` is needed by GuidedScheduler; build the pipeline with a causal model as guider")
@@ -216,21 +214,25 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         )  # fmt: skip
         ids, mask = self._encode(prompt, messages, input_ids, attention_mask, use_chat_template)
         source = "prompt" if prompt is not None else "messages" if messages is not None else "input_ids"
+        # diffusers counts steps per block, `decode` over the whole answer.
+        # More steps than tokens in a block would only be forwards that write nothing.
         steps = min(num_inference_steps or block_length, block_length)
-        request = Request(gen_length, block_length, steps * -(-gen_length // block_length), cfg_scale, eos)
-        _named(source, lambda: request.canvas(self.model.card, ids, mask))
+        config = DecodingConfig(
+            gen_length, block_length, steps * -(-gen_length // block_length), cache, cfg_scale=cfg_scale, eos=eos
+        )
+        _named(source, lambda: make_canvas(config, self.model.decoding_spec, ids, mask))
         self.scheduler.set_timesteps(steps, device=ids.device, block_length=block_length)
         guide = None
         if self.guider is not None:
+            # Guider wants both tokenizers or none; none says that the ids mean the same to both models.
             own = None if self.guider_tokenizer is None else self.tokenizer
             guide = Guider(self.guider, self.guider_tokenizer, own)
         rule = ScheduledRule(self.scheduler, guide, sampling=Sampling(temperature, top_p, top_k))
         with self.progress_bar(total=gen_length) as bar:
             after = _AfterStep(self, rule, bar, callback_on_step_end, names, resolve_cache(cache).name == "none")
-            done = decode(
-                self.model, ids, mask, gen_length=gen_length, block_length=block_length, steps=request.steps,
-                cache=cache, unmask=rule, cfg_scale=cfg_scale, eos=eos, generator=generator, on_step=after,
-            )  # fmt: skip
+            # The rule draws, so its sampling is what was asked for; the configuration's own stays at its defaults.
+            done = decode(self.model, ids, mask, config, unmask=rule, generator=generator, on_step=after)
+        # diffusers' offloading moves a model off the GPU here; without it nothing happens.
         self.maybe_free_model_hooks()
         return self._output(done, output_type, return_dict)
 
@@ -247,14 +249,14 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         else:
             sources = [messages] if isinstance(messages[0], dict) else messages
         chat = use_chat_template and self.tokenizer.chat_template is not None
-        return pad_left([prompt_ids(self.tokenizer, x, chat) for x in sources], self.model.card.pad_id, device)
+        return pad_left([prompt_ids(self.tokenizer, x, chat) for x in sources], self.model.decoding_spec.pad_id, device)
 
     def _output(
         self, done: Decoded, output_type: str, return_dict: bool
     ) -> MaskedDiffusionPipelineOutput | tuple[torch.LongTensor, list[str] | None]:
         texts = None
         if output_type == "text" and self.tokenizer is not None:
-            texts = [answer_text(self.tokenizer, row, self.model.card.eos_ids) for row in done.ids.tolist()]
+            texts = [answer_text(self.tokenizer, row, self.model.decoding_spec.eos_ids) for row in done.ids.tolist()]
         return MaskedDiffusionPipelineOutput(done.ids, texts, done.stats) if return_dict else (done.ids, texts)
 
 
@@ -270,11 +272,11 @@ class ScheduledRule(Rule):
     guide: Guider | None = None
     last: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def begin(self, canvas: Canvas, card: Card, generator: torch.Generator | None, steps: int) -> Unmasker:
+    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None, steps: int) -> Unmasker:
         if not isinstance(self.scheduler, UnmaskScheduler):
-            return _ForeignSteps(self, canvas, card, generator, steps)
+            return _ForeignSteps(self, canvas, spec, generator, steps)
         more = {} if self.guide is None else {"guide": self.guide}
-        return _OwnSteps(self, self.scheduler.rule(self.sampling, **more).begin(canvas, card, generator, steps))
+        return _OwnSteps(self, self.scheduler.rule(self.sampling, **more).begin(canvas, spec, generator, steps))
 
     @property
     def expression(self) -> str:
@@ -287,8 +289,8 @@ class _OwnSteps(Unmasker):
     def __init__(self, rule: ScheduledRule, unmasker: Unmasker) -> None:
         self.rule, self.unmasker, self.steps = rule, unmasker, 0
 
-    def candidates(self, canvas: Canvas, reach: Reach) -> torch.Tensor:
-        return self.unmasker.candidates(canvas, reach)
+    def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
+        return self.unmasker.candidates(canvas, logit_window)
 
     def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
         sample = canvas.ids.gather(1, slots.clamp(min=0))
@@ -309,20 +311,24 @@ class _ForeignSteps(BlockUnmasker):
     """
 
     def __init__(
-        self, rule: ScheduledRule, canvas: Canvas, card: Card, generator: torch.Generator | None, steps: int
+        self, rule: ScheduledRule, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None, steps: int
     ) -> None:
-        super().__init__(rule, canvas, rule.sampler(canvas, card, generator), steps, None)
-        self.card = card
+        super().__init__(rule, canvas, rule.sampler(canvas, spec, generator), steps, None)
+        self.spec = spec
+        # On the CPU beside `active_cpu`: the groups below are formed without waiting for the device again.
         self.block = torch.full((canvas.batch,), -1)
         self.used = torch.zeros_like(self.block)
+        # Schedulers of different diffusers releases take different arguments; one that is unknown would be a TypeError.
         takes = inspect.signature(rule.scheduler.step).parameters
-        wanted = {"mask_token_id": card.mask_id, "generator": generator}
+        wanted = {"mask_token_id": spec.mask_id, "generator": generator}
         wanted |= {name: getattr(rule.sampling, name) for name in ("temperature", "top_p", "top_k")}
         self.options = {name: value for name, value in wanted.items() if name in takes}
 
     def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
-        logits = logits.float().index_fill(2, self.sampler.hidden, torch.finfo(torch.float32).min)
-        sample = canvas.ids.gather(1, slots.clamp(min=0)).masked_fill(slots < 0, self.card.pad_id)
+        # Finite instead of -inf: what a foreign scheduler does with it is not known here, and 0 * -inf is NaN.
+        logits = logits.float().index_fill(2, self.sampler.suppressed, torch.finfo(torch.float32).min)
+        # What is no candidate shows padding, lest the scheduler take the token of slot 0 for a mask to be written.
+        sample = canvas.ids.gather(1, slots.clamp(min=0)).masked_fill(slots < 0, self.spec.pad_id)
         active = canvas.active_cpu
         self.used = torch.where(active == self.block, self.used, 0)
         self.block = active.clone()
@@ -348,9 +354,11 @@ class _AfterStep:
         self.names, self.changeable = names, changeable
 
     def __call__(self, canvas: Canvas, stats: Stats) -> None:
+        # By the slowest row: the bar is full when the last one is.
         self.bar.update(canvas.length - canvas.prompt - int(canvas.left_cpu.max()) - self.bar.n)
         if self.callback is None:
             return
+        # A clone: the callback may change it in place, and the difference is what tells that it did.
         seen = {"sequences": canvas.generated.clone(), **self.rule.last}
         step = stats.forwards - 1
         changed = self.callback(self.pipeline, step, step, {name: seen[name] for name in self.names})
@@ -360,6 +368,7 @@ class _AfterStep:
                     "`callback_on_step_end` changed `sequences`, but keys and values of the old ones are cached; "
                     "use cache='none'"
                 )
+            # Every slot again, since `commit` writes what it is given; unchanged ones get the token they have.
             tokens = changed["sequences"].to(canvas.ids)
             slots = torch.arange(canvas.prompt, canvas.length, device=tokens.device).expand_as(tokens)
             canvas.commit(slots, tokens, torch.ones_like(tokens, dtype=torch.bool))

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from dlm.canvas import Canvas
-from dlm.models import Card
+from dlm.models import DecodingSpec
 from dlm.unmask import (
     Confidence,
     Entropy,
@@ -74,6 +74,7 @@ class UnmaskScheduler(SchedulerMixin, ConfigMixin):
 
     def rule(self, sampling: Sampling | None = None, **more: Any) -> Rule:
         """The rule with this config. Raises ValueError for a config that it cannot have."""
+        # A config that diffusers loaded also has entries of its own (`_class_name` ...).
         given = {f.name: self.config[f.name] for f in fields(self.rule_class) if f.name in self.config}
         given["suppress"] = tuple(given["suppress"])  # a tuple comes back from JSON as a list
         return self.rule_class(**given, **more, **({} if sampling is None else {"sampling": sampling}))
@@ -85,6 +86,7 @@ class UnmaskScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be a number of steps >= 1, got {num_inference_steps!r}")
         self.num_inference_steps = num_inference_steps
+        # Falling, as diffusers has noise levels: the last step is timestep 0 there. Our `step` counts up from 0.
         self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device=device)
         self._alone: tuple[Unmasker, Canvas] | None = None
 
@@ -129,6 +131,7 @@ class UnmaskScheduler(SchedulerMixin, ConfigMixin):
             running = self._running(int(timestep), sample, mask_token_id, eos_token_ids, generator,
                                     Sampling(temperature, top_p, top_k))  # fmt: skip
         choice = running.unmasker.choose(model_output, running.slots, running.canvas)
+        # Outside the canvas: the loop, or the caller of a lone scheduler, writes the tokens.
         after = torch.where(choice.commit, choice.tokens, sample)
         if not return_dict:
             return after, choice.commit, choice.tokens
@@ -141,22 +144,27 @@ class UnmaskScheduler(SchedulerMixin, ConfigMixin):
         """A generation whose canvas is `sample` alone, one block without a prompt."""
         if mask_id is None:
             raise ValueError("`mask_token_id` must be given: it says which tokens of `sample` are still to be written")
+        # diffusers' convention: a scheduler has no timesteps until they are set, and a fresh one may not step.
         if not hasattr(self, "timesteps"):
             raise ValueError("`set_timesteps` must be called before the first step")
         if timestep == 0:
-            card = Card(mask_id, tuple(ends), int(mask_id == 0), 0, None, self.rule_class.name)
+            # Padding must only differ from the mask: a lone sample has none.
+            spec = DecodingSpec(mask_id, tuple(ends), int(mask_id == 0), 0, None, self.rule_class.name)
             length = sample.shape[1]
             canvas = Canvas(sample[:, :0], gen_length=length, block_length=length, mask_id=mask_id, shift=0)
             steps = self.num_inference_steps
-            self._alone = self.rule(sampling).begin(canvas, card, generator, steps), canvas
+            self._alone = self.rule(sampling).begin(canvas, spec, generator, steps), canvas
         if self._alone is None or self._alone[1].ids.shape != sample.shape:
             raise ValueError(f"`timestep` is {timestep} for a sample that was not begun; its first step has timestep 0")
         unmasker, canvas = self._alone
         slots = torch.arange(sample.shape[1], device=sample.device).expand_as(sample)
+        # The caller may have changed the sample between two steps; the canvas follows it.
         canvas.commit(slots, sample, torch.ones_like(sample, dtype=torch.bool))
         return Running(unmasker, canvas, slots.masked_fill(sample != mask_id, -1))
 
 
+# The signatures below are literal because diffusers' `register_to_config` reads them; a test holds names and
+# defaults against the rules. Each __init__ builds its rule once, so that a config that cannot be is refused there.
 class ConfidenceScheduler(UnmaskScheduler):
     """LLaDA's low-confidence rule, see `dlm.unmask.confidence.Confidence`."""
 
@@ -283,7 +291,7 @@ class FactorScheduler(UnmaskScheduler):
 
 
 class EntropyBoundScheduler(UnmaskScheduler):
-    """diffusers' entropy bound on masks, see `dlm.unmask.peers.EntropyBound`."""
+    """diffusers' entropy bound on masks, see `dlm.unmask.parallel.EntropyBound`."""
 
     rule_class = EntropyBound
 
@@ -293,7 +301,7 @@ class EntropyBoundScheduler(UnmaskScheduler):
 
 
 class HierarchicalScheduler(UnmaskScheduler):
-    """dInfer's hierarchy, see `dlm.unmask.peers.Hierarchical`."""
+    """dInfer's hierarchy, see `dlm.unmask.parallel.Hierarchical`."""
 
     rule_class = Hierarchical
 
@@ -336,6 +344,7 @@ class GuidedScheduler(UnmaskScheduler):
         raise ValueError("GuidedScheduler steps only inside a pipeline: `running` has the text that the guider reads")
 
 
+# Written out and not collected from subclasses: a subclass of a user's must not take a rule's name.
 SCHEDULERS: dict[str, type[UnmaskScheduler]] = {
     cls.rule_class.name: cls
     for cls in (

@@ -68,6 +68,7 @@ class Painter:
     def picture(self) -> Text:
         """The canvas as it is now; where the terminal is too small its beginning is left out."""
         text = Text.assemble((self.prompt, STYLES["prompt"]), *((piece, STYLES[name]) for name, piece in self.pieces))
+        # Four lines are left for the progress line and for what the terminal wraps.
         room = self.console.width * max(1, self.console.height - 4)
         if len(text) > room:
             text = text[len(text) - room :]
@@ -81,6 +82,7 @@ def pieces(canvas: Canvas, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str
     fills a text; "mask" and "active mask".
     """
     ids = canvas.ids[0, canvas.prompt :].tolist()
+    # The prompt's last token: whether the answer's first word has a blank in front depends on it.
     before = canvas.ids[0, canvas.prompt - 1 : canvas.prompt].tolist() if canvas.prompt else []
     block, special = int(canvas.active_cpu[0]), set(tokenizer.all_special_ids)
 

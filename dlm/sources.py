@@ -1,7 +1,8 @@
 """Models and guides by the name that a command got: an embedded one, a folder, or an id of the hub.
 
-A `Sketch` is what can be told of both without their weights, so that a request that cannot work is refused before they
-are read (or fetched). A guide is whatever causal language model transformers itself can load; remote code is never run.
+A `ModelInfo` is what can be told of both without their weights, so that a request that cannot work is refused before
+they are read (or fetched). A guide is whatever causal language model transformers itself can load; remote code is
+never run.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from dlm.config import DecodingConfig
 from dlm.mini import WEIGHTS, load_mini
-from dlm.models import Card, load_card, load_model
+from dlm.models import DecodingSpec, load_decoding_spec, load_model
 from dlm.models.loading import MODELS
-from dlm.settings import Settings, prompt_ids
+from dlm.prompts import check_prompt, prompt_ids
 from dlm.unmask import Guider
 
 MINI_MODELS = {"mini": "llada", "mini-dream": "dream"}
@@ -32,6 +34,7 @@ def device_of(name: str | None) -> str:
     """`name`, or the best device there is. Raises ValueError for one that is not there."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        # Tried and not looked up: a driver that is too old shows only when memory is asked for.
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -61,52 +64,54 @@ def check_guide(name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Sketch:
-    """A diffusion model by its card and tokenizer, and a guide without weights where there is one."""
+class ModelInfo:
+    """A diffusion model by its spec and tokenizer, and a guide without weights where there is one."""
 
-    card: Card
+    spec: DecodingSpec
     tokenizer: PreTrainedTokenizerBase
     guide: Guider | None = None
 
-    def ids(self, settings: Settings, prompt: str | list[dict[str, str]], chat: bool) -> list[int]:
+    def ids(self, config: DecodingConfig, prompt: str | list[dict[str, str]], chat: bool) -> list[int]:
         """A prompt's ids. Raises ValueError if the model or the guide cannot go on from them."""
         ids = prompt_ids(self.tokenizer, prompt, chat)
-        settings.check(self.card, ids)
+        check_prompt(config, self.spec, ids)
         if self.guide is not None:
-            self.guide.check_length(len(ids) + settings.gen_length)
+            self.guide.check_length(len(ids) + config.gen_length)
         return ids
 
 
-def sketch(model: str, guide: str | None = None) -> Sketch:
+def model_info(model: str, guide: str | None = None) -> ModelInfo:
     """What the files of a model and of a guide say beside their weights.
 
     Raises:
         ValueError: files that cannot be read, no tokenizer among them, or two that cannot work together.
         FileNotFoundError: no such model or guide.
     """
+    # transformers draws one for every tokenizer and shard; a command's output is its answer.
     logging.disable_progress_bar()
     check_model(model)
     if guide is not None:
         check_guide(guide)
     with _named(f"model {model}"):
-        card, tokenizer = load_card(_source(model, MINI_MODELS))
+        spec, tokenizer = load_decoding_spec(_source(model, MINI_MODELS))
     if tokenizer is None:
         raise ValueError(f"model {model} has no tokenizer beside it; put its tokenizer.json into the folder")
     if guide is None:
-        return Sketch(card, tokenizer)
+        return ModelInfo(spec, tokenizer)
     with _named(f"guide {guide}"):
         source = _source(guide, MINI_GUIDES)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         own = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if not own("0", add_special_tokens=False)["input_ids"]:  # transformers makes up an empty one without a word
             raise ValueError("no tokenizer beside it; put its tokenizer.json into the folder")
+        # Shapes without storage: a guide of 7B parameters is checked in megabytes.
         with torch.device("meta"):
             body = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return Sketch(card, tokenizer, Guider(body, own, tokenizer))
+    return ModelInfo(spec, tokenizer, Guider(body, own, tokenizer))
 
 
 def open_model(name: str, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The diffusion model called `name`, of which there is a sketch already, and its tokenizer.
+    """The diffusion model called `name`, whose `ModelInfo` was read already, and its tokenizer.
 
     Raises:
         ValueError: weights that cannot be read.
@@ -125,7 +130,11 @@ def open_guide(name: str, device: str, dtype: torch.dtype, dlm_tokenizer: PreTra
             model, tokenizer = load_mini(MINI_GUIDES[name], dtype, device)
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+                # No pickles and no code of the folder, whatever its config asks for.
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
             )
             model = model.to(device).eval()
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -155,6 +164,7 @@ def _kind(name: str, embedded: Mapping[str, str]) -> str | None:
         return None
     folder = Path(name)
     if not folder.is_dir():
+        # An id of the hub is owner/name and nothing else; anything that looks like a path is meant as one.
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
             raise FileNotFoundError(
                 f"{name!r} is no folder here; give one, {' or '.join(embedded)}, or an id of the hub as owner/name"

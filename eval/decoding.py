@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -26,11 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from agentkv.tables import format_bytes
 from agentkv.trace import write_json
 from dlm.cache import list_caches, resolve_cache
+from dlm.config import DecodingConfig, add_arguments, from_arguments
+from dlm.decode import decode_prompts
 from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
-from dlm.models import answer_text
-from dlm.request import EndOfText
-from dlm.settings import Settings
-from dlm.sources import DTYPES, MINI_GUIDES, MINI_MODELS, device_of, dtype_of, open_guide, open_model, sketch
+from dlm.models import DecodingSpec, answer_text
+from dlm.sources import DTYPES, MINI_GUIDES, MINI_MODELS, device_of, dtype_of, model_info, open_guide, open_model
 from dlm.unmask import Guider, list_rules
 from eval import gsm8k
 from eval.paired import difference
@@ -43,6 +43,7 @@ GEN_LENGTH = {"arithmetic": 64, "gsm8k": 256}
 FEWER = (2, 4)  # what the steps are divided by in the arms without cache
 TOTALS = ("forwards", "query_tokens", "guider_forwards", "row_forwards", "seconds")
 WIDTH = 160  # of the table where there is no terminal
+OPTIONS = ("gen_length", "block_length", "steps", "eos", "temperature")  # of the command; the grid has the others
 RATIOS = ("forwards", "query_tokens", "seconds")
 
 
@@ -51,7 +52,7 @@ class Arm:
     """One row of the table: its name in the grid, and how it writes."""
 
     name: str
-    settings: Settings
+    config: DecodingConfig
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def split_entry(entry: str) -> tuple[str, str | None]:
     return "+".join(parts[:-1]), parts[-1]
 
 
-def arms_of(grid: str, plain: Settings, guided: bool) -> list[Arm]:
+def arms_of(grid: str, plain: DecodingConfig, guided: bool) -> list[Arm]:
     """ "none" first, then the grid, then "none" with fewer steps.
 
     Args:
@@ -120,7 +121,7 @@ def arms_of(grid: str, plain: Settings, guided: bool) -> list[Arm]:
             arms.append(Arm(entry, replace(plain, cache=cache, unmask=rule, guided=asks)))
     for part in FEWER:
         steps = max(plain.blocks, plain.steps // part)
-        if all(steps != arm.settings.steps for arm in arms if arm.settings.cache == BASE):
+        if all(steps != arm.config.steps for arm in arms if arm.config.cache == BASE):
             arms.append(Arm(f"{BASE}, fewer steps ({steps})", replace(plain, cache=BASE, steps=steps)))
     return arms
 
@@ -167,14 +168,14 @@ class Bench:
     def warm_up(self, arms: Sequence[Arm]) -> None:
         """One short answer by every arm: what is set up at the first call is nobody's time."""
         for arm in arms:
-            short = replace(arm.settings, gen_length=2, block_length=1, steps=2)
-            short.write(self.model, self.prompts[:1], self.guide, self.seed)
+            short = replace(arm.config, gen_length=2, block_length=1, steps=2)
+            decode_prompts(self.model, self.prompts[:1], short, self.guide, self.seed)
 
     def answer(self, arm: Arm, first: int, tally: Tally) -> None:
         """Adds the batch that begins with problem `first` to the arm's tally."""
         asked, prompts = (x[first : first + self.size] for x in (self.asked, self.prompts))
-        done = arm.settings.write(self.model, prompts, self.guide, self.seed + first)
-        texts = [answer_text(self.tokenizer, row, self.model.card.eos_ids) for row in done.ids.tolist()]
+        done = decode_prompts(self.model, prompts, arm.config, self.guide, self.seed + first)
+        texts = [answer_text(self.tokenizer, row, self.model.decoding_spec.eos_ids) for row in done.ids.tolist()]
         tally.right += "".join(str(int(one.right(text))) for one, text in zip(asked, texts, strict=True))
         for name in TOTALS:
             tally.totals[name] += getattr(done.stats, name)
@@ -184,13 +185,13 @@ class Bench:
         tally.cache_bytes_peak = max(tally.cache_bytes_peak, done.stats.cache_bytes_peak)
 
 
-def row_of(arm: Arm, tally: Tally, base: Tally, about: dict[str, Any], rule: str) -> dict[str, Any]:
+def row_of(arm: Arm, tally: Tally, base: Tally, about: dict[str, Any], spec: DecodingSpec) -> dict[str, Any]:
     """One row: the arm, its figures, and each against `base`; `tokens` are those before an end of text."""
     n, right = len(tally.right), tally.right.count("1")
     low, high = wilson(right, n)
     forwards = tally.totals["row_forwards"]
-    row = {"arm": arm.name, "cache": arm.settings.cache, "unmask": rule}
-    row |= about | {"guide": about["guide"] if arm.settings.guided else "none", "steps": arm.settings.steps}
+    row = {"arm": arm.name} | about | arm.config.columns(spec)
+    row["guide"] = about["guide"] if arm.config.guided else "none"
     row |= {"n": n, "accuracy": right / n if n else 0.0, "low": low, "high": high}
     row |= tally.totals | {"tokens_per_forward": tally.totals["committed"] / forwards if forwards else 0.0}
     row |= {"cache_bytes": tally.cache_bytes, "cache_bytes_peak": tally.cache_bytes_peak}
@@ -218,10 +219,10 @@ def measure(
         ValueError: `path` holds another measurement.
     """
     tallies = read_tallies(arms, meta, path)
-    rules = [arm.settings.rule(bench.model.card) for arm in arms]
+    spec = bench.model.decoding_spec
 
     def rows() -> list[dict[str, Any]]:
-        return [row_of(*each, tallies[0], about, rule) for *each, rule in zip(arms, tallies, rules, strict=True)]
+        return [row_of(*each, tallies[0], about, spec) for each in zip(arms, tallies, strict=True)]
 
     rounds = range(len(tallies[0].right), len(bench.asked), bench.size)
     if rounds:
@@ -290,11 +291,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--grid", default="freecache,freecache+threshold(0.9)", help="cache+rule, ... or all")
     p.add_argument("--n", type=int, default=20, help="problems (20)")
     p.add_argument("--batch-size", type=int, default=1, help="problems that are answered together (1)")
-    p.add_argument("--gen-length", type=int, help="tokens to generate (64 for arithmetic, 256 for gsm8k)")
-    p.add_argument("--block-length", type=int, help="tokens finished before the next are begun (32, or all if fewer)")
-    p.add_argument("--steps", type=int, help="forwards of rules with a schedule (default: one for each token)")
-    p.add_argument("--eos", choices=get_args(EndOfText), default="stop", help="what an end of text does, in all arms")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most probable token")
+    lengths = ", ".join(f"{tokens} for {task}" for task, tokens in GEN_LENGTH.items())
+    add_arguments(p, OPTIONS, gen_length=f"tokens to generate ({lengths})", eos="what an end of text does, in all arms")
     p.add_argument("--seed", type=int, default=0, help="of the random numbers (0)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
@@ -325,18 +323,17 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, Any]]:
     if args.shots and args.task != "gsm8k":
         raise ValueError("--shots is for --task gsm8k; the arithmetic models need no example")
     guide = args.guide or (next(iter(MINI_GUIDES)) if args.model in MINI_MODELS else "none")
-    gen_length = GEN_LENGTH[args.task] if args.gen_length is None else args.gen_length
-    plain = Settings(gen_length, args.block_length, args.steps, temperature=args.temperature, eos=args.eos)
+    plain = from_arguments(args, gen_length=GEN_LENGTH[args.task])
     arms = arms_of(args.grid, plain, guide != "none")
-    asks = any(arm.settings.guided for arm in arms)
+    asks = any(arm.config.guided for arm in arms)
     device = device_of(args.device)
     problems(args.task, args.n, args.data, args.shots, chat=False)  # are they there, before a hub is asked
-    known = sketch(args.model, guide if asks else None)
+    known = model_info(args.model, guide if asks else None)
     chat = args.task == "gsm8k" and known.tokenizer.chat_template is not None and args.shots is None
     asked = problems(args.task, args.n, args.data, args.shots, chat)
     prompts = [known.ids(plain, one.prompt, chat) for one in asked]
     about = {"task": args.task, "model": args.model, "guide": guide if asks else "none", "batch": args.batch_size}
-    about |= {name: getattr(plain, name) for name in ("gen_length", "block_length", "eos", "temperature")}
+    about |= {name: getattr(plain, name) for name in OPTIONS if name != "steps"}
     dtype = dtype_of(args.dtype, device)
     said = about | {"arms": [arm.name for arm in arms], "steps": plain.steps, "n": args.n, "seed": args.seed}
     said |= {"device": device, "dtype": str(dtype), "data": str(args.data), "shots": str(args.shots)}

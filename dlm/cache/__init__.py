@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import fields
 
 import textkv
-from dlm.cache.base import REGISTRY, Plan, Policy, Run, find, register
+from dlm.cache.base import REGISTRY, Policy, Run, find, register
 from dlm.cache.dkv import DKVCache
 from dlm.cache.dllm_cache import DLLMCache
 from dlm.cache.fast_dllm import DualCache, PrefixCache
 from dlm.cache.freecache import FreeCache
 from dlm.cache.none import NoCache
+from dlm.cache.plan import Plan
 from dlm.cache.slots import SlotCache
 from textkv.budgets import Budget
 from textkv.expression import parse_call, split_parts
@@ -55,6 +56,7 @@ def resolve_cache(expression: str | Policy) -> Policy:
     name, args, kwargs = parse_call(first)
     policy = find(name)
     if methods:
+        # The others write their slots again at a refresh; what a method has packed or dropped cannot be rewritten.
         if policy is not FreeCache:
             raise ValueError(
                 f"cache {expression!r}: only freecache freezes slots for good; write freecache+{'+'.join(methods)}"
@@ -69,9 +71,11 @@ def resolve_cache(expression: str | Policy) -> Policy:
 
 def _resolve_methods(parts: list[str]) -> Method:
     """A textkv method from the parts behind freecache, budgets read out of their arguments."""
+    # One budget for the whole composition, wherever it was written: snapkv(0.3)+adakv is adakv over 0.3.
     plain, budget = [], None
     for part in parts:
         name, args, kwargs = parse_call(part)
+        # snapkv(0.3) is a budget; an int in front is the method's own first argument, as in kivi(4).
         if args and isinstance(args[0], float | str):
             budget = args.pop(0)
         budget = kwargs.pop("budget", budget)

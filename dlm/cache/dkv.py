@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from dlm.cache.base import Plan, Policy, Run, check_interval, register, window_plan
+from dlm.cache.base import Policy, Run, check_interval, register
+from dlm.cache.plan import Plan, index_plan, window_plan
 from dlm.cache.slots import SlotCache
 from dlm.canvas import Canvas
 
@@ -52,24 +53,27 @@ class _Run(Run):
         self.step = torch.full((canvas.batch,), -1)
         self.recent = torch.zeros_like(canvas.masked())
 
-    def reach(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def logit_window(self) -> tuple[torch.Tensor, torch.Tensor]:
         first = self.canvas.block_start(self.canvas.active)
         return first, torch.full_like(first, self.canvas.length)
 
     def plan(self, wanted: torch.Tensor) -> Plan:
         """The whole canvas at refreshes; else each row's masks and what its last forward committed."""
         active = self.canvas.active_cpu
+        # Rows reach a new block at different forwards, so every row counts its own steps.
         self.step += 1
         if self.policy.reset_each_block:
             self.step.masked_fill_(self.block != active, 0)
         self.block = active.clone()
         self.forwards += 1
+        # Twice: in the block's first forward nothing is decoded yet, in the second its first tokens are still fresh.
         whole = self.step <= 1
         if self.policy.refresh is not None:
             whole = whole | (self.step % self.policy.refresh == 0)
         if bool(whole[self.canvas.unfinished].all()):
             low = torch.zeros_like(active)
             return window_plan(self.canvas, low, torch.full_like(low, self.canvas.length))
+        # A row that is due computes all its slots, the others only theirs: `|` with True selects every slot.
         return index_plan(self.canvas, self._queries() | whole.to(self.recent.device)[:, None])
 
     def after(self, committed: torch.Tensor) -> None:
@@ -77,18 +81,9 @@ class _Run(Run):
 
     def _queries(self) -> torch.Tensor:
         """bool [batch, L], masks and the tokens of the last commit; with a shift also the slots that predict them."""
+        # The paper's delay of one step: a token is computed once more after it was decoded, then it is read.
         queries = self.canvas.masked() | self.recent
         if self.canvas.shift:
+            # Row j predicts slot j + 1, so the row before each query is needed too. A clone: both sides overlap.
             queries[:, :-1] |= queries[:, 1:].clone()
         return queries
-
-
-def index_plan(canvas: Canvas, queries: torch.Tensor) -> Plan:
-    """A plan of any slots, bool [batch, L]; padding and finished rows are left out."""
-    alive = canvas.unfinished.to(queries.device)
-    queries = queries & alive[:, None]
-    if canvas.valid is not None:
-        queries = queries & canvas.valid
-    counts = queries.sum(1).cpu()
-    order = (~queries).int().sort(dim=1, stable=True).indices[:, : int(counts.max())]
-    return Plan(order.masked_fill(~queries.gather(1, order), -1), canvas.valid, int(counts.sum()))

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dlm.cache.base import Plan, Policy, Run, check_interval, register
+from dlm.cache.base import Policy, Run, check_interval, register
+from dlm.cache.plan import Plan
 from dlm.cache.slots import SlotCache, SlotLayer
 from dlm.canvas import Canvas
 from dlm.models.attention import full_attention
@@ -57,7 +58,7 @@ class _Run(Run):
         super().__init__(canvas, LayerCache(canvas, policy))
         self.policy = policy
 
-    def reach(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def logit_window(self) -> tuple[torch.Tensor, torch.Tensor]:
         first = self.canvas.block_start(self.canvas.active)
         return first, torch.full_like(first, self.canvas.length)
 
@@ -70,8 +71,10 @@ class _Run(Run):
         alive = canvas.unfinished
         prompt = (canvas.prompt - canvas.real_start_cpu)[alive] if self.cache.prompt_due else torch.zeros(1)
         response = canvas.length - canvas.prompt
+        # Nothing of the response is due: `drifting` of its rows per layer, the share rho of the paper.
         each = response if self.cache.response_due else self.cache.drifting
         rows = int(alive.sum())
+        # To find the rows that drifted, the values of all response rows are projected (the paper's V-verify).
         values = 0 if self.cache.response_due else rows * response
         return Plan(slice(0, canvas.length), canvas.valid, int(prompt.sum()) + rows * each, values)
 
@@ -92,11 +95,14 @@ class BranchLayer(SlotLayer):
         The values of the whole response must be in `self.v` already, see `drifted`.
         """
         if rows is not None and rows.shape[1] == 0:
+            # Both branches as they were kept; only the residual stream is today's.
             return hidden + self.a + self.f
         normed = layer.input_norm(_rows(hidden, rows))
         query, key = layer.qk(normed, tuple(_rows(table.expand(len(hidden), -1, -1), rows) for table in rope))
         value = layer.v(normed)
+        # Before attention: the chosen queries must see their own new keys.
         self._put(rows, key, value)
+        # q is the number of chosen rows, keys are those of all L slots.
         branch = full_attention(query, self.k, self.v, layer.scaling, mask)
         branch = layer.to_out(branch.transpose(1, 2).flatten(2))
         self.a = branch if rows is None else _put_rows(self.a, rows, branch)
@@ -108,10 +114,11 @@ class BranchLayer(SlotLayer):
     def drifted(self, values: torch.Tensor, start: int, count: int) -> torch.Tensor:
         """Takes new values [batch, kv_heads, G, head_dim] of slots from `start` on; the `count` slots that they changed
         most, by cosine over all heads: int64 [batch, count]. Ties go to the lowest slot."""
+        # Compared before they are replaced: the change since the values were last taken in is what counts.
         kept = self.v[:, :, start:]
-        likeness = F.cosine_similarity(*(x.transpose(1, 2).flatten(2).float() for x in (values, kept)), dim=-1)
+        similarity = F.cosine_similarity(*(x.transpose(1, 2).flatten(2).float() for x in (values, kept)), dim=-1)
         self.v[:, :, start:] = values
-        return likeness.argsort(dim=1, stable=True)[:, :count] + start
+        return similarity.argsort(dim=1, stable=True)[:, :count] + start
 
     def tensors(self) -> list[torch.Tensor]:
         return super().tensors() + [x for x in (self.a, self.f) if x is not None]
@@ -154,6 +161,7 @@ class LayerCache(SlotCache):
         if not self.response_due:
             values = layer.v(layer.input_norm(hidden[:, self.prompt :]))
             rows = store.drifted(values, self.prompt, self.drifting)
+        # Ascending, prompt first: the response's rows may come in any order, since each is written by its index.
         if self.prompt_due:
             rows = torch.cat([slots[:, : self.prompt], rows], 1)
         return store.drive(layer, hidden, rows, rope, mask)

@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from dlm.cache.base import Plan, Policy, Run, WindowRun, check_interval, register
+from dlm.cache.base import Policy, Run, WindowRun, check_interval, register
+from dlm.cache.plan import Plan
 from dlm.cache.slots import SlotCache
 from dlm.canvas import Canvas
 
@@ -70,11 +71,14 @@ class _Run(WindowRun):
     def window(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole canvas in a block's first forward; then from the block on, or (dual) the block alone."""
         active, end = self.canvas.active_cpu, self.canvas.length
+        # Per row: in a batch one row may start a block while another is in the middle of one.
         whole = self.primed != active
         if self.policy.refresh is not None and self.forwards % self.policy.refresh == 0:
             whole = torch.ones_like(whole)
+        # One slot early on a shifted model: that slot's row predicts the first of the block.
         low = (self.canvas.block_start(active) - self.early).masked_fill(whole, 0)
         high = torch.full_like(low, end)
+        # dual: what lies behind the block is read as it was at the block's start, too.
         if self.policy.suffix_frozen:
             high = self.canvas.block_start(active + 1).masked_fill(whole, end)
         return low, high
@@ -85,10 +89,12 @@ class _Run(WindowRun):
         return plan
 
     def forced(self) -> torch.Tensor | None:
+        # Only commit_first on a shifted model: its later windows cannot give the first slot's logits.
         if not self.canvas.shift or self.early:
             return None
         active = self.canvas.active_cpu
         starting = (self.primed != active) & self.canvas.unfinished
         first = self.canvas.block_start(active).masked_fill(~starting, -1).to(self.canvas.ids.device)
+        # A rule that crosses blocks (guided) may have written the slot in the forward before.
         held = self.canvas.ids.gather(1, first.clamp(min=0)[:, None])[:, 0]
         return first.masked_fill(held != self.canvas.mask_id, -1)

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import torch
 
-from dlm.cache.base import Plan, Policy, Run, WindowRun, check_interval, register
+from dlm.cache.base import Policy, Run, WindowRun, check_interval, register
 from dlm.cache.frozen import FrozenCache
+from dlm.cache.plan import Plan
 from dlm.cache.slots import SlotCache
 from dlm.canvas import Canvas
 from textkv.method import Method
@@ -52,6 +53,7 @@ class FreeCache(Policy):
 
     @property
     def expression(self) -> str:
+        # Not the base class's text: a method stands behind a plus sign, not among the arguments.
         given = [f"delay={self.delay}"] * (self.delay != 1) + [f"refresh={self.refresh}"] * (self.refresh is not None)
         own = f"{self.name}({','.join(given)})" if given else self.name
         return f"{own}+{self.method.expression}" if self.method is not None else own
@@ -70,6 +72,7 @@ class _Run(WindowRun):
     def window(self) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = self.whole()
         refresh = self.policy.refresh is not None and self.forwards % self.policy.refresh == 0
+        # The first forward computes everything: there is nothing to read yet.
         if self.forwards and not refresh:
             # With a delay the window starts where the last forward worked: what it committed is computed as tokens.
             block = self.before if self.policy.delay else self.canvas.active_cpu
@@ -77,9 +80,11 @@ class _Run(WindowRun):
         return low, high
 
     def plan(self, wanted: torch.Tensor) -> Plan:
+        # Before super().plan(), which counts the forward, and before `before` moves on: the same window as the plan's.
         low, _ = self.window()
         plan = super().plan(wanted)
         self.before = self.canvas.active_cpu.clone()
         if isinstance(self.cache, FrozenCache):
+            # After the plan is made: slots in front of its window are computed no more, so they may leave.
             self.cache.freeze(low)
         return plan

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from dlm.cache.base import Plan
+from dlm.cache.plan import Plan
 from dlm.models.attention import full_attention
 from textkv.layer import View
 from textkv.segments.base import storage_bytes
@@ -32,6 +32,7 @@ class SlotLayer:
             k, v: [batch, kv_heads, q, head_dim] of the plan's queries.
             mask: bool or int [batch, L], slots that may be seen; None = all.
         """
+        # Written before they are attended: a query sees the other queries of this forward, as without a cache.
         self.write(k, v, self.cache.plan)
         return full_attention(q, self.k, self.v, scale, mask)
 
@@ -82,6 +83,7 @@ class SlotCache:
 
     def update(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int, *args, **kwargs) -> tuple[View, View]:
         """Wraps new keys and values [batch, kv_heads, q, head_dim] for the attention function."""
+        # The model hands it on unread as key and as value; only our attention function opens it.
         view = View(self.layer(layer_idx), k, v)
         return view, view
 

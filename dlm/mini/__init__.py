@@ -32,6 +32,7 @@ def load_mini(
         raise FileNotFoundError(
             f"no weights in {folder}; train them with `python -m dlm.mini.train --model {made} --minutes 180`"
         )
+    # The guider is a plain Qwen2 of transformers; the other two are models of ours.
     if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] != "qwen2":
         return load_model(folder, dtype=dtype, device=device)
     model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype)

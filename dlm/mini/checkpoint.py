@@ -29,6 +29,7 @@ def save_state(
     tensors: dict[str, torch.Tensor] = {}
     moments = {parameter: state for optimizer in optimizers for parameter, state in optimizer.state.items()}
     averages = dict(average.named_parameters())
+    # By name and not by place: optimizers group the parameters in another order than the model.
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"], tensors[f"average.{name}"] = parameter.detach(), averages[name].detach()
         for key, value in moments.get(parameter, {}).items():
@@ -78,6 +79,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     tokenizer.save_pretrained(draft)
     folder.mkdir(parents=True, exist_ok=True)
     for path in draft.iterdir():
+        # Whatever the writing library and the umask made of it: a package's data must be readable to all.
         path.chmod(0o644)
         os.replace(path, folder / path.name)
     draft.rmdir()

@@ -35,12 +35,13 @@ def answers(
     """The model's answer to each problem, up to its first end token: one token per step, no cache."""
     prompts = tokenizer([p.prompt for p in problems], padding=True, return_tensors="pt").to(model.device)
     ids, visible = prompts["input_ids"], prompts["attention_mask"]
-    if hasattr(model, "card"):
+    if hasattr(model, "decoding_spec"):
         block = min(32, gen_length)
         out = decode(model, ids, visible, gen_length=gen_length, block_length=block, cache="none").ids
     else:
         settings = {"max_new_tokens": gen_length, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
         out = model.generate(ids, attention_mask=visible, **settings)[:, ids.shape[1] :]
+    # From the first end on: what a model writes behind it is no part of its answer.
     ended = (out == tokenizer.eos_token_id).cummax(1).values
     return tokenizer.batch_decode(out.masked_fill(ended, tokenizer.pad_token_id), skip_special_tokens=True)
 
@@ -49,6 +50,7 @@ def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, gen_length: int
 ) -> list[dict[str, Any]]:
     """One row over all `n` problems and one for each number of steps; `working` = share with every step right."""
+    # 32 tokens stand for the prompt; a batch is as large as its canvases have tokens.
     begin, size = time.perf_counter(), max(1, BATCH_TOKENS // (gen_length + 32))
     problems = [make_problem(FIRST_EVALUATION_SEED + number) for number in range(n)]
     texts = [
@@ -67,6 +69,7 @@ def measure(
         low, high = wilson(right, len(mine))
         share = max(len(mine), 1)
         figures = {"n": len(mine), "accuracy": right / share, "low": low, "high": high, "working": shown / share}
+        # Time is shared out by number of problems: they were answered in mixed batches.
         rows.append(common | {"task": task} | figures | {"seconds": seconds * len(mine) / max(n, 1)})
     return rows
 

@@ -68,11 +68,13 @@ class Feed:
 
     def batch(self, number: int, stage: Stage) -> Batch:
         """Batch `number` of the training, which has reached `stage`."""
+        # Of seed and number alone: a resumed training draws the batches that it would have seen.
         rng = np.random.default_rng([self.seed, number])
         steps = int(rng.integers(1, stage.steps + 1)) if rng.random() < EARLIER else stage.steps
         answer = answer_tokens(steps)
         tail = int(rng.integers(SHORT_TAIL + 1))
         if rng.random() < self.long:
+            # Log-uniform: short tails are as frequent per octave as long ones.
             tail = int(np.exp(rng.uniform(np.log(SHORT_TAIL), np.log(LONGEST - PROMPT_TOKENS - answer))))
         rows = max(1, self.tokens // (PROMPT_TOKENS - 5 * (MOST_STEPS - steps) + answer + tail))
         problems = [draw_problem(rng, steps=steps, top=stage.top) for _ in range(rows)]

@@ -25,6 +25,7 @@ def dependencies(steps: int) -> list[tuple[int, int, Place]]:
 
     Slots count from the start of the answer; a place in the prompt is (-1 - number, digit), in the answer (slot, -1).
     """
+    # Layout of an answer: =ab, a sign and two digits, =ab ... The ones come before the tens.
     found = [(1, TOTAL, (-1, 1)), (3, TOTAL, (-1, 0))]
     ones, tens = 1, 3
     for step in range(1, steps + 1):
@@ -45,6 +46,7 @@ def numbers_of(ids: torch.Tensor, digit: torch.Tensor) -> torch.Tensor:
     the same count of numbers.
     """
     is_digit = digit[ids]
+    # A word or a stop stands between any two numbers and none is at a row's edge: nothing wraps around.
     starts = is_digit & ~torch.roll(is_digit, 1, 1)
     ends = is_digit & ~torch.roll(is_digit, -1, 1)
     columns = [marks.nonzero()[:, 1].view(len(ids), -1) for marks in (starts, ends)]
@@ -66,6 +68,7 @@ def hints_of(batch: Batch, hidden: torch.Tensor, digit: torch.Tensor) -> torch.T
         wanted = hidden[:, slot].clone()
         if which < 0:
             source = torch.full_like(rows, batch.prompt + place)
+            # A diffusion model cannot look at a digit that is hidden itself; a guider sees all that comes before.
             wanted &= ~hidden[:, place] if not bool(hidden.all()) else True
         else:
             source = numbers[:, -1 - place, which]
@@ -83,6 +86,7 @@ class Watch:
         layer.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def _keep(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        # Evaluations run through the same hook without gradients and must not keep their states.
         if torch.is_grad_enabled():
             self._seen = args[0], kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
 
@@ -97,6 +101,7 @@ class Watch:
         shut = ~visible.to(hidden.device)[:, None, None]
         if self.causal:
             shut = shut | torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+        # Finite, so that a row of padding alone gives numbers; nobody is hinted at there.
         scores = scores.masked_fill(shut, torch.finfo(torch.float32).min)
         return -scores.log_softmax(-1)[row, head, slot - self.shift, source].mean()
 

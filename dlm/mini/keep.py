@@ -55,11 +55,13 @@ def readme(rows: list[dict[str, Any]], trained: dict[str, Any], hardware: str) -
 
 def consider(latest: Path, place: Path, n: int, gen_length: int, hardware: str) -> float:
     """Measure a copy of `latest` and install it as `place` if it is better; returns its share of exact answers."""
+    # Beside its destination: os.replace is atomic only within one file system.
     draft = place.with_name(place.name + ".draft")
     shutil.rmtree(draft, ignore_errors=True)
     shutil.copytree(latest, draft)
     try:
         rows = measure(*load_mini(draft), n, gen_length)
+        # Strictly better: equal weights would only make the repository grow.
         if rows[0]["accuracy"] > recorded(place):
             trained = json.loads((draft / TRAINED).read_text(encoding="utf-8"))
             (draft / FIGURES).write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")

@@ -37,6 +37,7 @@ def hide(
     cut = torch.randint(answer, (rows, 1), generator=generator)
     place = torch.arange(answer)
     order = torch.rand(rows, answer, generator=generator).argsort(1)
+    # 1 to `answer` hidden tokens, each number equally likely: LLaDA's uniform t, but never 0.
     count = 1 + (torch.rand(rows, 1, generator=generator) * answer).long()
     suffix = place >= cut
     hidden = torch.where((kind == 0)[:, None], order < count, suffix)
@@ -44,6 +45,7 @@ def hide(
     fall = torch.where((kind == 1)[:, None], FALL ** (place - cut).clamp(min=0), 1.0)
     weights = hidden * fall
     share = hidden.float().mean(1, keepdim=True).clamp(min=1 / answer)
+    # 1/p of the loss with a ceiling: one hidden token of a long answer shall not weigh as much as all of them.
     weights *= (share * MOST_WEIGHT).clamp(max=1.0) / weights.sum(1, keepdim=True).clamp(min=1e-6)
     tail, tail_weights = _hide_tail(rows, slots - answer, generator)
     return torch.cat([hidden, tail], 1), torch.cat([weights, tail_weights], 1)

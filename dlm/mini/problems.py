@@ -86,6 +86,7 @@ def draw_problem(
         raise ValueError(f"top={top} leaves no problems; use {LEAST + 10} to {MOST}")
     if steps is None:
         steps = 1 + int(np.searchsorted(np.cumsum(STEP_SHARES), rng.random()))
+    # Drawn again until the numbers are on the wanted side of the split; nine of ten are on training's.
     while True:
         totals = rng.integers(LEAST, top + 1, size=steps + 1).tolist()
         changes = tuple(after - before for before, after in zip(totals, totals[1:], strict=False))
@@ -97,6 +98,7 @@ def draw_problem(
 
 def held_out(start: int, changes: Sequence[int]) -> bool:
     """Whether these numbers are kept for evaluation (one problem in ten)."""
+    # A checksum and not hash(): Python salts that one in every process.
     return zlib.crc32(" ".join(map(str, (start, *changes))).encode()) % 10 == 0
 
 
@@ -108,6 +110,7 @@ def working(start: int, changes: Sequence[int]) -> str:
     parts = [f"={start % 10}{PLAIN}{start // 10}"]
     for before, change in zip(totals, changes, strict=False):
         sign, size, after = "+" if change > 0 else "-", abs(change), before + change
+        # Outside 0..9 something was carried or borrowed, which the mark says.
         ones = before % 10 + (size % 10 if change > 0 else -(size % 10))
         parts.append(f"{sign}{size % 10}{size // 10}")
         parts.append(f"={after % 10}{PLAIN if 0 <= ones <= 9 else CARRIED}{after // 10}")

@@ -50,6 +50,7 @@ def mini_config(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConf
     }
     if kind == "dream":
         return DreamConfig(**shared, rope_theta=THETA, mask_token_id=tokenizer.mask_token_id, **ids)
+    # Qwen2Config takes the base of the rotation only inside this dict since transformers 5.
     rope = {"rope_type": "default", "rope_theta": THETA}
     return Qwen2Config(**shared, rope_parameters=rope, tie_word_embeddings=False, **ids)
 
@@ -64,8 +65,10 @@ def fresh_model(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMode
     """
     kinds = {"llada": LLaDAModelLM, "dream": DreamModel, "guider": Qwen2ForCausalLM}
     model = kinds[check_kind(kind)](mini_config(kind, tokenizer))
+    # GPT-2's rule: two branches per layer add up, so each starts smaller by the square root of their number.
     added = (2 * LAYERS[kind]) ** -0.5
     for name, parameter in model.named_parameters():
+        # shape[1] is the number of inputs of a linear layer, and the width of an embedding.
         if parameter.ndim > 1:
             way_out = "blocks" in name and name.endswith(("attn_out.weight", "ff_out.weight"))
             shrink = added if way_out or name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0

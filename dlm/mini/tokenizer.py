@@ -22,6 +22,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *all_words()])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    # Inverted: what the pattern matches are the tokens, what lies between them goes.
     made.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True)
     made.decoder = decoders.Sequence(
         [
@@ -38,6 +39,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=EOS,
         mask_token=MASK,
         unk_token=UNK,
+        # A canvas wants every answer to begin in the same column.
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )

@@ -83,10 +83,11 @@ class Trainer:
         self.feed = Feed(self.tokenizer, config.tokens, config.seed, config.long)
         torch.manual_seed(config.seed)
         self.model = fresh_model(config.model, self.tokenizer).to(self.device)
+        # An exponential average answers better than the weights of the last step at a high rate.
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizers = _optimizers(self.model, config.rate)
         # Row j of the logits stands for token j + shift.
-        self.shift = self.model.card.shift if config.model != "guider" else 1
+        self.shift = self.model.decoding_spec.shift if config.model != "guider" else 1
         content = self.tokenizer.convert_tokens_to_ids([*DIGITS, PLAIN, CARRIED])
         self.digit = torch.zeros(len(self.tokenizer), dtype=torch.bool)
         self.digit[self.tokenizer.convert_tokens_to_ids(list(DIGITS))] = True
@@ -121,10 +122,12 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        # A stage's first batches are harder than anything before them.
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
+        # Young averages forget faster: at step 0 a decay of 0.998 would keep the random start for hundreds of steps.
         share = min(self.config.average, self.step / (self.step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - share)
@@ -136,6 +139,7 @@ class Trainer:
         A batch of few long rows counts less, by the square root of their number: so its gradient is no noisier than
         another's. The masks depend on the seed and the step alone, as the batches do.
         """
+        # A prime factor keeps the streams of neighbouring seeds apart for a million steps.
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         targets, ids = batch.ids[:, batch.prompt :], batch.ids.clone()
         if self.config.model == "guider":
@@ -154,12 +158,14 @@ class Trainer:
     def _logits(self, ids: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[rows, slots behind the prompt, vocab], aligned to the slots."""
         at, length = self.device, ids.shape[1]
+        # The row before a slot predicts it in a shifted model; the prompt has at least one token.
         rows = torch.arange(batch.prompt - self.shift, length - self.shift, device=at)
         inputs = {
             "input_ids": ids.to(at),
             "attention_mask": batch.visible.to(at),
             "position_ids": batch.position_ids.to(at),
         }
+        # CPUs compute bf16 more slowly than fp32 where they lack AMX.
         with torch.autocast(at.type, torch.bfloat16, enabled=at.type == "cuda"):
             if self.config.model == "guider":
                 return self.model(**inputs, use_cache=False, logits_to_keep=rows).logits
@@ -182,6 +188,7 @@ class Trainer:
         """Measure the stage's longest problems and go on to the next stage if they are solved; one line of report."""
         stage = STAGES[self.stage]
         exact = self.check(stage.steps, stage.top)
+        # By the averaged weights, as they are shipped, and on problems that training never draws.
         if exact >= SOLVED and self.stage + 1 < len(STAGES):
             self.stage += 1
         return f"   held out, {stage.steps} steps to {stage.top}: {100 * exact:.0f} % exact | stage {self.stage}"
@@ -213,6 +220,7 @@ class Trainer:
 
 def _optimizers(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for embedding, head, norms and biases."""
+    # Muon orthogonalises hidden matrices; its authors leave embedding and head to AdamW.
     ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in ends]
     rest = [p for p in model.parameters() if p.ndim != 2 or id(p) in ends]

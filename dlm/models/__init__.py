@@ -2,21 +2,21 @@
 load the published checkpoints without remote code.
 """
 
-from dlm.models.card import Card
+from dlm.models.decoding_spec import DecodingSpec
 from dlm.models.dream import DreamConfig, DreamModel
 from dlm.models.llada import LLaDAConfig, LLaDAModelLM
-from dlm.models.loading import load_card, load_model, register
+from dlm.models.loading import load_decoding_spec, load_model, register
 from dlm.models.text import answer_text, chat_ids, text_ids
 
 __all__ = [
-    "Card",
+    "DecodingSpec",
     "DreamConfig",
     "DreamModel",
     "LLaDAConfig",
     "LLaDAModelLM",
     "answer_text",
     "chat_ids",
-    "load_card",
+    "load_decoding_spec",
     "load_model",
     "text_ids",
 ]

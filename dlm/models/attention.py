@@ -34,6 +34,7 @@ def attention(
     Raises:
         ValueError: a mask that is not two-dimensional.
     """
+    # transformers passes its own scaling; without one it is the usual 1 / sqrt(head_dim).
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(

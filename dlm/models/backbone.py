@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from dlm.models.attention import ATTENTION
-from dlm.models.card import Card
+from dlm.models.decoding_spec import DecodingSpec
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -34,13 +34,16 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        # fp32 as in Llama: the mean of squares of thousands of bf16 numbers loses its small terms.
         exact = hidden.float()
         exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps)
+        # Rounded before it is scaled, in the order of the published code: the other order differs in the last bit.
         return self.weight * exact.to(hidden.dtype)
 
 
 def rope_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> Rope:
     """Cosines and sines [batch, q, head_dim / 2] in fp32 of the angles position * theta^(-2j / head_dim)."""
+    # fp32 whatever the model's dtype: bf16 has no odd integers above 256, and positions would coincide.
     angles = position_ids[..., None].float() * rope_frequencies(head_dim, theta, position_ids.device)
     return angles.cos(), angles.sin()
 
@@ -53,6 +56,7 @@ def rope_frequencies(head_dim: int, theta: float, device: torch.device | None = 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     """RoPE of x [batch, heads, q, head_dim], first half against second half, in the precision of the tables."""
     cos, sin = (table.unsqueeze(1) for table in rope)
+    # Half against half, as Llama and Qwen2 store their weights; interleaved pairs would need permuted projections.
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
@@ -123,9 +127,11 @@ class Layer(GradientCheckpointingLayer):
             past_key_values: takes the new keys and values in and returns what is attended; one that `drives_layers`
                 computes the layer itself (dLLM-Cache). None = nothing is stored.
         """
+        # dLLM-Cache keeps whole branches, so it needs the layer in pieces and not only its keys and values.
         if getattr(past_key_values, "drives_layers", False):
             return past_key_values.drive(self, hidden, rope, attention_mask)
         normed = self.input_norm(hidden)
+        # Rotated before the cache sees them: slots never move, so a key is rotated once and for all.
         query, key = self.qk(normed, rope)
         value = self.v(normed)
         if past_key_values is not None:
@@ -155,19 +161,20 @@ class MaskedDiffusionModel(PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         if config._attn_implementation is None:
+            # Before super().__init__, which would choose sdpa; an implementation that was asked for stays.
             config._attn_implementation = ATTENTION
         super().__init__(config)
         self.end_ids: tuple[int, ...] = ()
 
     @property
-    def card(self) -> Card:
+    def decoding_spec(self) -> DecodingSpec:
         """The model's facts; raises ValueError when its config names no mask token."""
-        return self.card_of(self.config, self.end_ids)
+        return self.decoding_spec_of(self.config, self.end_ids)
 
     @classmethod
-    def card_of(cls, config: PreTrainedConfig, end_ids: tuple[int, ...] = ()) -> Card:
-        """The card of a model of this class with this config; errors as `Card.of`."""
-        return Card.of(config, cls.shift, cls.unmask, end_ids, cls.context_advised)
+    def decoding_spec_of(cls, config: PreTrainedConfig, end_ids: tuple[int, ...] = ()) -> DecodingSpec:
+        """The spec of a model of this class with this config; errors as `DecodingSpec.of`."""
+        return DecodingSpec.of(config, cls.shift, cls.unmask, end_ids, cls.context_advised)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
@@ -207,9 +214,11 @@ class MaskedDiffusionModel(PreTrainedModel):
             position_ids = self._positions(hidden, attention_mask, past_key_values)
         mask = self._mask(hidden, attention_mask, past_key_values)
         rope = rope_tables(position_ids, self.layers[0].head_dim, self.config.rope_theta)
+        # LLaDA rotates in fp32, Dream in the model's dtype; following each keeps their logits to the bit.
         rope = tuple(table.to(self.rope_dtype or hidden.dtype) for table in rope)
         for layer in self.layers:
             hidden = layer(hidden, rope, attention_mask=mask, past_key_values=past_key_values)
+        # Before the norm and the head: with 126,464 words the head costs more than a layer, and few rows are read.
         if logits_rows is not None:
             batch = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
             hidden = hidden[batch, logits_rows.to(hidden.device)]
@@ -221,6 +230,7 @@ class MaskedDiffusionModel(PreTrainedModel):
             raise ValueError("position_ids are missing; with a cache they say which positions the queries have")
         if attention_mask is None:
             return torch.arange(hidden.shape[1], device=hidden.device)[None]
+        # Padding in front counts -1, which is no position; it is never seen, so any will do.
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
     def _mask(
@@ -232,6 +242,7 @@ class MaskedDiffusionModel(PreTrainedModel):
                 f"attention {implementation!r} cannot read a cache of slots; "
                 f"call model.set_attn_implementation({ATTENTION!r})"
             )
+        # Our own attention function reads the key mask as it is; only transformers' need it in four dimensions.
         if cache is not None or attention_mask is None:
             return attention_mask
         if attention_mask.shape != hidden.shape[:2]:

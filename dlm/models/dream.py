@@ -117,9 +117,11 @@ class DreamModel(MaskedDiffusionModel):
     config: DreamConfig
     _no_split_modules = ["DreamLayer"]
 
+    # Dream was made from Qwen2.5 and kept its head: the row of a token predicts the next one.
     shift = 1
     unmask = "entropy"
     rope_dtype = None
+    # The context of its training; the config's 131,072 is Qwen2.5's.
     context_advised = 2048
 
     def __init__(self, config: DreamConfig) -> None:

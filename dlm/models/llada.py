@@ -50,6 +50,7 @@ class LLaDAConfig(PreTrainedConfig):
     """
 
     model_type = "llada"
+    # The published config.json has OLMo's names; transformers reads its own through this map.
     attribute_map = {
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",
@@ -133,6 +134,7 @@ class LLaDAModelLM(MaskedDiffusionModel):
 
     shift = 0
     unmask = "confidence"
+    # `rope_full_precision` of the published config.
     rope_dtype = torch.float32
 
     def __init__(self, config: LLaDAConfig) -> None:

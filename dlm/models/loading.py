@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from dlm.models.backbone import MaskedDiffusionModel
-from dlm.models.card import Card
+from dlm.models.decoding_spec import DecodingSpec
 from dlm.models.dream import DreamModel
 from dlm.models.llada import LLaDAModelLM
 from dlm.models.text import end_ids, load_tokenizer
@@ -46,6 +46,7 @@ def load_model(
     """
     source = str(path_or_id)
     kind, config, tokenizer, ends = _read(source)
+    # A single device is `.to`: `device_map` would need the package accelerate.
     spread = device if device == "auto" or isinstance(device, dict) else None
     model, info = kind.from_pretrained(
         source,
@@ -56,6 +57,7 @@ def load_model(
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # so that the report below names them all
     )
+    # transformers only warns of missing weights and starts them at random.
     _check_weights(source, info)
     if spread is None:
         model.to(device or "cpu")
@@ -63,15 +65,16 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def load_card(path_or_id: str | Path) -> tuple[Card, PreTrainedTokenizerBase | None]:
-    """The card of a model and its tokenizer, without its weights; errors as `load_model`."""
+def load_decoding_spec(path_or_id: str | Path) -> tuple[DecodingSpec, PreTrainedTokenizerBase | None]:
+    """The spec of a model and its tokenizer, without its weights; errors as `load_model`."""
     kind, config, tokenizer, ends = _read(str(path_or_id))
-    return kind.card_of(config, ends), tokenizer
+    return kind.decoding_spec_of(config, ends), tokenizer
 
 
 def register() -> None:
     """Makes `AutoConfig`, `AutoModel` and `AutoModelForMaskedLM` know our models, where the type is still free."""
     for model_type, kind in MODELS.items():
+        # A later transformers may bring these models; registering over it would be an error.
         if model_type not in CONFIG_MAPPING:
             AutoConfig.register(model_type, kind.config_class)
             AutoModel.register(kind.config_class, kind)
@@ -84,7 +87,7 @@ def _read(
     """All that the files beside the weights say: class, config, tokenizer and its end tokens."""
     kind = _kind(source)
     config = kind.config_class.from_pretrained(source)
-    tokenizer = load_tokenizer(source, config.model_type, kind.card_of(config))
+    tokenizer = load_tokenizer(source, config.model_type, kind.decoding_spec_of(config))
     return kind, config, tokenizer, () if tokenizer is None else end_ids(tokenizer, config.model_type)
 
 

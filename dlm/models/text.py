@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.utils import cached_file
 
-from dlm.models.card import Card
+from dlm.models.decoding_spec import DecodingSpec
 
 LLADA_CHAT = (
     "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
@@ -56,13 +56,13 @@ FAMILIES = {
 }
 
 
-def load_tokenizer(source: str, model_type: str, card: Card) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(source: str, model_type: str, spec: DecodingSpec) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a folder or hub id, with its mask, padding and (if it is a chat model's) template declared.
 
     None if there is neither a tokenizer.json nor the two files of Qwen2's tokenizer. No code of the folder is run.
 
     Raises:
-        ValueError: the mask of the card is not a token of its own here.
+        ValueError: the mask of the spec is not a token of its own here.
     """
     family = FAMILIES[model_type]
     if _has(source, "tokenizer.json"):
@@ -71,16 +71,18 @@ def load_tokenizer(source: str, model_type: str, card: Card) -> PreTrainedTokeni
         tokenizer = Qwen2Tokenizer.from_pretrained(source)
     else:
         return None
-    if card.mask_id >= len(tokenizer) and family.added:
+    # Dream's Python class adds two tokens behind the files' vocabulary; without running it they are added here.
+    if spec.mask_id >= len(tokenizer) and family.added:
         tokenizer.add_tokens([AddedToken(name, special=True) for name in family.added])
-    if card.mask_id >= len(tokenizer):
+    if spec.mask_id >= len(tokenizer):
         raise ValueError(
-            f"the tokenizer at {source} has {len(tokenizer)} tokens, the model's mask is {card.mask_id}: "
+            f"the tokenizer at {source} has {len(tokenizer)} tokens, the model's mask is {spec.mask_id}: "
             "they do not belong together; use the tokenizer that came with the model"
         )
-    tokenizer.mask_token = tokenizer.convert_ids_to_tokens(card.mask_id)
-    if tokenizer.pad_token_id is None and card.pad_id < len(tokenizer):
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(card.pad_id)
+    tokenizer.mask_token = tokenizer.convert_ids_to_tokens(spec.mask_id)
+    if tokenizer.pad_token_id is None and spec.pad_id < len(tokenizer):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spec.pad_id)
+    # A base model's tokenizer lacks the marks; with the template it would spell them out in letters.
     if tokenizer.chat_template is None and set(family.marks) <= set(tokenizer.get_added_vocab()):
         tokenizer.chat_template = family.template
     return tokenizer
@@ -88,6 +90,7 @@ def load_tokenizer(source: str, model_type: str, card: Card) -> PreTrainedTokeni
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, model_type: str) -> tuple[int, ...]:
     """The ids of the family's end tokens that this tokenizer has as special tokens."""
+    # Only added tokens: the same letters in the ordinary vocabulary end nothing.
     special = tokenizer.get_added_vocab()
     return tuple(special[name] for name in FAMILIES[model_type].ends if name in special)
 
@@ -105,6 +108,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]])
     if tokenizer.chat_template is None:
         raise ValueError("this tokenizer has no chat template, so its model is no chat model; give it plain text")
     ends = {name for family in FAMILIES.values() for name in family.ends}
+    # Names, not ids: the messages are text that earlier answers were decoded to.
     cut = re.compile("|".join(re.escape(name) for name in sorted(ends)))
     messages = [
         {**message, "content": cut.split(message["content"])[0]} if message["role"] == "assistant" else message

@@ -16,8 +16,7 @@ from dlm.unmask.confidence import Confidence, Random
 from dlm.unmask.dream import Entropy, MaskGitPlus, Origin, TopKMargin
 from dlm.unmask.guided import Guided
 from dlm.unmask.guider import Guider
-from dlm.unmask.parallel import Factor, Threshold
-from dlm.unmask.peers import EntropyBound, Hierarchical
+from dlm.unmask.parallel import EntropyBound, Factor, Hierarchical, Threshold
 from dlm.unmask.sampling import Sampling
 from textkv.expression import parse_call, split_parts
 
@@ -67,6 +66,7 @@ def resolve_unmask(
     rule = expression if isinstance(expression, Rule) else parse_rule(expression)
     if sampling is not None:
         rule = replace(rule, sampling=sampling)
+    # Without tokenizers a Guider takes the ids to mean the same to both models.
     if isinstance(guide, PreTrainedModel):
         guide = Guider(guide)
     if isinstance(rule, Guided):
@@ -91,6 +91,7 @@ def parse_rule(expression: str) -> Rule:
     cls = find(name)
     try:
         return cls(*args, **kwargs)
+    # Python names the bad argument but not the good ones.
     except TypeError as error:
         known = ", ".join(f.name for f in fields(cls) if f.name not in ("sampling", "guide"))
         raise ValueError(f"unmasking rule {part!r}: {error}; its arguments are: {known}") from None

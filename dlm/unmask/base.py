@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from dlm.canvas import Canvas
+from dlm.models.decoding_spec import DecodingSpec
 from dlm.unmask.sampling import Sampler, Sampling
 from textkv.registry import Registry
 
-if TYPE_CHECKING:
-    from dlm.canvas import Canvas
-    from dlm.models.card import Card
-
-Reach = tuple[torch.Tensor, torch.Tensor]
+LogitWindow = tuple[torch.Tensor, torch.Tensor]
 """Slots [low, high) of each row, int64 [batch], whose logits the next forward can give."""
 
 
@@ -35,7 +33,7 @@ class Unmasker(ABC):
     """One generation under a rule."""
 
     @abstractmethod
-    def candidates(self, canvas: Canvas, reach: Reach) -> torch.Tensor:
+    def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
         """Masked slots whose logits are wanted of the next forward: int64 [batch, r], ascending, -1 = none."""
 
     @abstractmethod
@@ -60,7 +58,7 @@ class Rule(ABC):
     Attributes:
         sampling: how tokens are drawn.
         suppress: token ids that are never written; the mask always is one of them.
-        logits_eos_inf: also never write the card's first end token (LLaDA's option of that name).
+        logits_eos_inf: also never write the spec's first end token (LLaDA's option of that name).
 
     Raises:
         ValueError: a suppressed id that is no token id.
@@ -78,7 +76,7 @@ class Rule(ABC):
             raise ValueError(f"suppress={ids!r} is no tuple of token ids; use for example suppress=(126081,)")
 
     @abstractmethod
-    def begin(self, canvas: Canvas, card: Card, generator: torch.Generator | None, steps: int) -> Unmasker:
+    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None, steps: int) -> Unmasker:
         """Starts a generation.
 
         Args:
@@ -89,16 +87,18 @@ class Rule(ABC):
             ValueError: fewer steps than blocks, or a generator on another device than the canvas.
         """
 
-    def sampler(self, canvas: Canvas, card: Card, generator: torch.Generator | None) -> Sampler:
+    def sampler(self, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None) -> Sampler:
         """What draws this rule's tokens."""
         device = canvas.ids.device
+        # torch.rand fails on a foreign generator only at the first draw, in the middle of a generation.
         if generator is not None and generator.device.type != device.type:
             raise ValueError(
                 f"generator is on {generator.device} and the canvas on {device}; build it as "
                 f"torch.Generator({device.type!r})"
             )
-        hidden = (card.mask_id, *self.suppress, *(card.eos_ids[:1] if self.logits_eos_inf else ()))
-        return Sampler(self.sampling, tuple(dict.fromkeys(hidden)), generator, device)
+        # The mask first and always: a model may well predict it, and a written mask would never count as written.
+        suppressed = (spec.mask_id, *self.suppress, *(spec.eos_ids[:1] if self.logits_eos_inf else ()))
+        return Sampler(self.sampling, tuple(dict.fromkeys(suppressed)), generator, device)
 
     @property
     def expression(self) -> str:
@@ -115,7 +115,7 @@ REGISTRY = Registry("unmasking rule")
 register, find = REGISTRY.register, REGISTRY.find
 
 
-def check_number(name: str, value: float, low: float, high: float, mend: str) -> None:
-    """Raises ValueError unless `value` is a number in [low, high]; `mend` says what to use."""
+def check_number(name: str, value: float, low: float, high: float, hint: str) -> None:
+    """Raises ValueError unless `value` is a number in [low, high]; `hint` says what to use."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError(f"{name}={value!r} is not in [{low:g}, {high:g}]; {mend}")
+        raise ValueError(f"{name}={value!r} is not in [{low:g}, {high:g}]; {hint}")

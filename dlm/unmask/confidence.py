@@ -11,16 +11,19 @@ import torch
 
 from dlm.unmask.base import register
 from dlm.unmask.blocks import BlockRule, BlockUnmasker, ProbabilityRule
-from dlm.unmask.pacing import Pace, even_quota, ranks
 from dlm.unmask.sampling import Draw, Sampler
+from dlm.unmask.schedule import ScheduleStep, even_quota, ranks
 
 
 @dataclass(frozen=True)
 class QuotaRule(BlockRule):
     """Writes the best of each block, as many as its schedule says."""
 
-    def accept(self, score: torch.Tensor, free: torch.Tensor, pace: Pace, unmasker: BlockUnmasker) -> torch.Tensor:
-        return ranks(score, free) < even_quota(pace)[:, None]
+    def accept(
+        self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
+    ) -> torch.Tensor:
+        # LLaDA's num_transfer_tokens: the quota of each row, and the rows' best by rank.
+        return ranks(score, masked) < even_quota(step)[:, None]
 
 
 @register("confidence")
@@ -35,4 +38,5 @@ class Random(QuotaRule):
     """In random order."""
 
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
+        # A random score is a random order; it comes from the generation's own generator.
         return sampler.uniform(draw.tokens.shape)

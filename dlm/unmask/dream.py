@@ -14,15 +14,16 @@ import torch
 
 from dlm.unmask.base import check_number, register
 from dlm.unmask.blocks import BlockRule, BlockUnmasker, ProbabilityRule
-from dlm.unmask.pacing import Pace, even_quota, ranks, timestep_quota, timestep_shares
 from dlm.unmask.sampling import Draw, Sampler
+from dlm.unmask.schedule import ScheduleStep, even_quota, ranks, timestep_quota, timestep_shares
 
 
 class _Unmasker(BlockUnmasker):
     @cached_property
     def shares(self) -> torch.Tensor:
         """The timestep schedule, fp32 [steps] on the canvas's device."""
-        return timestep_shares(self.steps, self.rule.eps).to(self.sampler.hidden.device)
+        # Made once a generation: it is the same for every step, and a linspace on the CPU.
+        return timestep_shares(self.steps, self.rule.eps).to(self.sampler.suppressed.device)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class DreamRule(BlockRule):
     compat: bool = field(default=False, kw_only=True)
     eps: float = field(default=1e-3, kw_only=True)
 
-    shaped: ClassVar[bool] = True
+    warped: ClassVar[bool] = True
     unmasker: ClassVar[type[BlockUnmasker]] = _Unmasker
 
     def __post_init__(self) -> None:
@@ -54,9 +55,13 @@ class Origin(DreamRule):
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
         return sampler.uniform(draw.tokens.shape)
 
-    def accept(self, score: torch.Tensor, free: torch.Tensor, pace: Pace, unmasker: _Unmasker) -> torch.Tensor:
-        chance = unmasker.shares[pace.index.clamp(max=unmasker.steps - 1)] if self.compat else 1 / pace.left
-        return score < torch.where(pace.left == 1, torch.ones_like(chance), chance)[:, None]
+    def accept(
+        self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: _Unmasker
+    ) -> torch.Tensor:
+        # Equation of the reverse process: a mask survives a step from t to s with probability s / t.
+        chance = unmasker.shares[step.index.clamp(max=unmasker.steps - 1)] if self.compat else 1 / step.steps_left
+        # The last step of a block writes all that is left; a uniform number is always below 1.
+        return score < torch.where(step.steps_left == 1, torch.ones_like(chance), chance)[:, None]
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,14 @@ class _Ranked(DreamRule):
         super().__post_init__()
         check_number("alg_temp", self.alg_temp, 0, 1e9, "use 0 for the strict order")
 
-    def accept(self, score: torch.Tensor, free: torch.Tensor, pace: Pace, unmasker: _Unmasker) -> torch.Tensor:
+    def accept(
+        self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: _Unmasker
+    ) -> torch.Tensor:
         if self.alg_temp:
             # The largest of score + Gumbel noise are such a draw without replacement.
             score = score / self.alg_temp + unmasker.sampler.gumbel(score.shape).float()
-        quota = timestep_quota(pace, unmasker.shares) if self.compat else even_quota(pace)
-        return ranks(score, free) < quota[:, None]
+        quota = timestep_quota(step, unmasker.shares) if self.compat else even_quota(step)
+        return ranks(score, masked) < quota[:, None]
 
 
 @register("maskgit_plus")

@@ -8,20 +8,18 @@ no meaning here. Official defaults: exact acceptance, chunks of 32.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from dlm.canvas import Canvas
+from dlm.models.decoding_spec import DecodingSpec
 from dlm.unmask.accept import Acceptance
-from dlm.unmask.base import Choice, Reach, Rule, Unmasker, register
+from dlm.unmask.base import Choice, LogitWindow, Rule, Unmasker, register
+from dlm.unmask.character_alignment import AlignedVerifier
 from dlm.unmask.guider import Guider
-from dlm.unmask.offsets import ByOffsets
-from dlm.unmask.same_ids import SameIds
 from dlm.unmask.sampling import Sampler
-
-if TYPE_CHECKING:
-    from dlm.canvas import Canvas
-    from dlm.models.card import Card
+from dlm.unmask.shared_vocabulary import SharedVocabularyVerifier
 
 
 @register("guided")
@@ -51,6 +49,7 @@ class Guided(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # bool is an int to Python: chunk=True would read one token at a time.
         for name in ("chunk", "window"):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
@@ -62,39 +61,45 @@ class Guided(Rule):
         """The acceptance rule with its parameters."""
         return Acceptance(self.accept, self.k, self.ratio, self.tau, self.mass)
 
-    def begin(self, canvas: Canvas, card: Card, generator: torch.Generator | None, steps: int) -> GuidedUnmasker:
+    def begin(
+        self, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None, steps: int
+    ) -> GuidedUnmasker:
         if self.guide is None:
             raise ValueError("the rule guided needs a guide: a Guider around a causal language model")
-        self.guide.check(canvas, card)
-        return GuidedUnmasker(self, canvas, card, self.sampler(canvas, card, generator))
+        self.guide.check(canvas, spec)
+        return GuidedUnmasker(self, canvas, spec, self.sampler(canvas, spec, generator))
 
 
 class GuidedUnmasker(Unmasker):
     """One guided generation."""
 
-    def __init__(self, rule: Guided, canvas: Canvas, card: Card, sampler: Sampler) -> None:
+    def __init__(self, rule: Guided, canvas: Canvas, spec: DecodingSpec, sampler: Sampler) -> None:
         self.rule, self.sampler = rule, sampler
-        reader = SameIds if rule.guide.same_ids else ByOffsets
-        self.reader = reader(rule.guide, canvas, card, rule.acceptance(), rule.chunk, sampler.generator)
+        verifier = SharedVocabularyVerifier if rule.guide.shared_vocabulary else AlignedVerifier
+        self.verifier = verifier(rule.guide, canvas, spec, rule.acceptance(), rule.chunk, sampler.generator)
         self.lengths = torch.zeros(canvas.length + 1, dtype=torch.int64, device=canvas.ids.device)
 
-    def candidates(self, canvas: Canvas, reach: Reach) -> torch.Tensor:
+    def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
+        # As wide as the row with the most masks; shorter rows are filled up with -1 below.
         width = int(canvas.left_cpu.max())
         width = width if self.rule.window is None else min(self.rule.window, width)
         masked = canvas.masked()
         slots = masked.int().argmax(1, keepdim=True) + torch.arange(width, device=masked.device)
         wanted = masked.gather(1, slots.clamp(max=canvas.length - 1)) & (slots < canvas.length)
-        wanted = wanted & (slots >= reach[0][:, None]) & (slots < reach[1][:, None])
+        wanted = wanted & (slots >= logit_window[0][:, None]) & (slots < logit_window[1][:, None])
+        # A running product keeps the prefix: drafts must touch the text, or the guider could not read up to them.
         return slots.masked_fill(~wanted.long().cumprod(1).bool(), -1)
 
     def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
-        self.rule.guide.check_vocabulary(logits.shape[2])  # of a model whose card does not say it
-        free = slots >= 0
+        self.rule.guide.check_vocabulary(logits.shape[2])  # of a model whose spec does not say it
+        masked = slots >= 0
         drafts = self.sampler.draw(logits).tokens
-        agreed = self.reader.agree(canvas, drafts, free)
-        written = agreed.clamp(min=1).masked_fill(~free.any(1), 0)
+        accepted = self.verifier.verify(canvas, drafts, masked)
+        # One token in any case: it is the diffusion model's own first choice, and without it a round might write none.
+        written = accepted.clamp(min=1).masked_fill(~masked.any(1), 0)
+        # Counted on the device and read once at the end: a host copy per round would wait for every forward.
         self.lengths.scatter_add_(0, written, torch.ones_like(written))
-        return Choice(drafts, free & (torch.arange(free.shape[1], device=free.device) < written[:, None]))
+        return Choice(drafts, masked & (torch.arange(masked.shape[1], device=masked.device) < written[:, None]))
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -102,7 +107,7 @@ class GuidedUnmasker(Unmasker):
         row, as {tokens: rounds}."""
         lengths = self.lengths.tolist()
         return {
-            "guider_forwards": sum(lane.forwards for lane in self.reader.lanes),
-            "guider_tokens": sum(lane.tokens for lane in self.reader.lanes),
+            "guider_forwards": sum(cache.forwards for cache in self.verifier.caches),
+            "guider_tokens": sum(cache.tokens for cache in self.verifier.caches),
             "accepted": {n: rounds for n, rounds in enumerate(lengths) if n and rounds},
         }

@@ -1,7 +1,8 @@
 """The guider: a causal language model that reads along and says how far a draft may be kept.
 
 It never puts a token into the text. Where its vocabulary is the diffusion model's own, ids are passed on as they are;
-where it is another, drafts go through text, see `dlm.unmask.offsets`. Its cache may be kept by a method of textkv.
+where it is another, drafts go through text, see `dlm.unmask.character_alignment`. Its cache may be kept by a method of
+textkv.
 """
 
 from __future__ import annotations
@@ -9,18 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dlm.canvas import Canvas
+from dlm.models.decoding_spec import DecodingSpec
 from textkv.budgets import Budget
 from textkv.method import REGISTRY, Method, list_methods, resolve_method
-
-if TYPE_CHECKING:
-    from dlm.canvas import Canvas
-    from dlm.models.card import Card
-
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -56,7 +53,7 @@ class Guider:
         if (self.tokenizer is None) != (self.dlm_tokenizer is None):
             missing = "tokenizer" if self.tokenizer is None else "dlm_tokenizer"
             raise ValueError(f"{missing} is missing: give both tokenizers, or none if the ids mean the same")
-        if not self.same_ids and not self.tokenizer.is_fast:
+        if not self.shared_vocabulary and not self.tokenizer.is_fast:
             raise ValueError(
                 f"the guider's vocabulary is not the diffusion model's and its {type(self.tokenizer).__name__} gives "
                 "no character offsets (is_fast is False); use a fast tokenizer or a guider of the same vocabulary"
@@ -67,15 +64,17 @@ class Guider:
             return
         method = resolve_method(self.method, self.budget)
         if not method.capabilities.crop:
+            # Drafts are read before they are accepted, so the cache must be able to forget its newest columns.
             able = ", ".join(name for name in list_methods() if REGISTRY[name].capabilities.crop)
             raise ValueError(f"method={method.expression!r} cannot take rejected drafts back; use one of {able}")
 
     @cached_property
-    def same_ids(self) -> bool:
+    def shared_vocabulary(self) -> bool:
         """Whether a token has the same id in both models; special tokens may be missing in the guider."""
         if self.tokenizer is None or self.tokenizer is self.dlm_tokenizer:
             return True
         own, theirs = self.tokenizer.get_vocab(), self.dlm_tokenizer.get_vocab()
+        # A mask or a role marker that only the diffusion model has does no harm: it is never drafted as text.
         special = special_ids(self.dlm_tokenizer)
         return all(own.get(token, i if i in special else None) == i for token, i in theirs.items())
 
@@ -92,13 +91,14 @@ class Guider:
     def ends(self) -> list[int]:
         """The guider's ids that end a text, ascending."""
         sources = (self.model.generation_config, self.model.config.get_text_config(), self.tokenizer)
+        # The three places disagree in published models: Qwen2's config has one end, its generation config two.
         found: set[int] = set()
         for source in sources:
             given = getattr(source, "eos_token_id", None)
             found |= {given} if isinstance(given, int) else set(given or ())
         return sorted(i for i in found if i < self.vocabulary)
 
-    def check(self, canvas: Canvas, card: Card) -> None:
+    def check(self, canvas: Canvas, spec: DecodingSpec) -> None:
         """Raises ValueError if this guider cannot read this canvas."""
         if self.model.device != canvas.ids.device:
             raise ValueError(
@@ -110,12 +110,13 @@ class Guider:
         if int(canvas.real_start.max()) >= canvas.prompt:
             raise ValueError("a prompt is empty and a guider needs a token to read on from; begin it with one")
         self.check_length(canvas.length - int(canvas.real_start.min()))
-        if card.vocabulary is not None:
-            self.check_vocabulary(card.vocabulary)
+        if spec.vocabulary is not None:
+            self.check_vocabulary(spec.vocabulary)
 
     def check_length(self, tokens: int) -> None:
         """Raises ValueError if prompt and answer of so many of the diffusion model's tokens are too long for it."""
-        if self.same_ids and self.context is not None and tokens > self.context:
+        # Of another vocabulary the number of tokens is known only once the text is encoded, see AlignedVerifier.
+        if self.shared_vocabulary and self.context is not None and tokens > self.context:
             raise ValueError(
                 f"prompt and answer take {tokens} tokens and the guider has {self.context} positions; shorten the "
                 "prompt or generate less"

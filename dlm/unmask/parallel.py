@@ -1,7 +1,9 @@
-"""Fast-dLLM's two rules (arXiv 2505.22618): as many tokens per forward as the model is sure of.
+"""Confidence-aware parallel decoding: as many tokens per forward as the model is sure of.
 
-At least the even quota is written, so that `steps` bounds the forwards; with one step per token that is the single most
-confident token, as the authors have it.
+Fast-dLLM's threshold and factor (arXiv 2505.22618), diffusers' entropy bound, dInfer's hierarchy (arXiv 2510.08666). At
+least the even quota is written, so that `steps` bounds the forwards; with one step per token that is the single most
+confident token, as the authors have it. Only what writes for good is here: dInfer's variant that masks tokens again,
+and its credit rule, are not.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from dlm.unmask.base import check_number, register
-from dlm.unmask.blocks import BlockUnmasker, ProbabilityRule
-from dlm.unmask.pacing import Pace, even_quota, ordered, ranks
+from dlm.unmask.blocks import BlockRule, BlockUnmasker, ProbabilityRule
+from dlm.unmask.sampling import Draw, Sampler
+from dlm.unmask.schedule import ScheduleStep, even_quota, ordered, ranks
 
 
 @register("threshold")
@@ -30,8 +33,11 @@ class Threshold(ProbabilityRule):
         super().__post_init__()
         check_number("tau", self.tau, 0, 1e9, "use a probability, the authors' is 0.9")
 
-    def accept(self, score: torch.Tensor, free: torch.Tensor, pace: Pace, unmasker: BlockUnmasker) -> torch.Tensor:
-        return (score >= self.tau) | (ranks(score, free) < even_quota(pace)[:, None])
+    def accept(
+        self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
+    ) -> torch.Tensor:
+        # Or the quota: where no token is sure enough, progress must be made all the same.
+        return (score >= self.tau) | (ranks(score, masked) < even_quota(step)[:, None])
 
 
 @register("factor")
@@ -53,9 +59,71 @@ class Factor(ProbabilityRule):
         super().__post_init__()
         check_number("f", self.f, 1e-12, 1e9, "use a factor above 0, the authors' is 1.0")
 
-    def accept(self, score: torch.Tensor, free: torch.Tensor, pace: Pace, unmasker: BlockUnmasker) -> torch.Tensor:
-        best = ordered(score, free).values
+    def accept(
+        self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
+    ) -> torch.Tensor:
+        best = ordered(score, masked).values
         rank = torch.arange(1, best.shape[1] + 1, device=best.device)
+        # Fast-dLLM's factor strategy, with the confidences c in descending order and ranks from 1 on.
         passing = (rank + 1) * (1 - best) < self.f  # a closed slot has -inf and fails
-        count = torch.maximum(passing.long().cumprod(1).sum(1), even_quota(pace))
-        return ranks(score, free) < count[:, None]
+        count = torch.maximum(passing.long().cumprod(1).sum(1), even_quota(step))
+        return ranks(score, masked) < count[:, None]
+
+
+@register("entropy_bound")
+@dataclass(frozen=True)
+class EntropyBound(BlockRule):
+    """Writes in the order of rising entropy while the entropies of those before sum to at most `bound`.
+
+    That sum bounds how far the written tokens may depend on each other (diffusers' EntropyBoundScheduler).
+
+    Raises:
+        ValueError: bound below 0 or no number.
+    """
+
+    bound: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("bound", self.bound, 0, 1e9, "use an entropy, diffusers has 0.1")
+
+    def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
+        return -draw.entropy
+
+    def accept(
+        self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
+    ) -> torch.Tensor:
+        # [batch, r], the entropies of those that come before: rolled by one, the first has none in front.
+        before = (-ordered(score, masked).values).cumsum(1).roll(1, dims=1)
+        before[:, 0] = 0
+        count = torch.maximum((before <= self.bound).sum(1), even_quota(step))
+        return ranks(score, masked) < count[:, None]
+
+
+@register("hierarchical")
+@dataclass(frozen=True)
+class Hierarchical(ProbabilityRule):
+    """Writes every token of at least `tau`, and the surest of each run of masks if it has at least `low` (arXiv
+    2510.08666): tokens that stand apart depend less on each other than neighbours do.
+
+    Raises:
+        ValueError: tau or low below 0 or no number.
+    """
+
+    tau: float = 0.9
+    low: float = 0.4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("tau", self.tau), ("low", self.low)):
+            check_number(name, value, 0, 1e9, "use a probability, the authors' are tau=0.9 and low=0.4")
+
+    def accept(
+        self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
+    ) -> torch.Tensor:
+        rank = ranks(score, masked)
+        run = (~masked).long().cumsum(1)  # the same number for masks that nothing stands between
+        # The smallest rank of each run, by its number 0..r; twice as wide because there may be r + 1 numbers.
+        first = torch.full_like(rank, rank.shape[1]).repeat(1, 2).scatter_reduce(1, run, rank, "amin")
+        head = (rank == first.gather(1, run)) & (score >= self.low)
+        return head | (score >= self.tau) | (rank < even_quota(step)[:, None])

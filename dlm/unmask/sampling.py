@@ -1,7 +1,7 @@
 """How a token is drawn from logits, and how sure the model was of it: temperature, top-p, top-k, suppressed ids.
 
 Shared by all rules. Two conventions exist for the confidence of a drawn token: LLaDA measures it on the model's own
-logits, Dream on the distribution that the token was drawn from ("shaped": temperature, then top-p, then top-k). Noise
+logits, Dream on the distribution that the token was drawn from ("warped": temperature, then top-p, then top-k). Noise
 is Gumbel in its log form, z / T - log(-log u), whose argmax is a draw from softmax(z / T); the authors' exp(z) /
 (-log u)^T overflows. Noise in low precision makes texts more alike (arXiv 2409.02908), so it is fp64 by default.
 """
@@ -63,64 +63,69 @@ class Sampler:
     """Draws the tokens of one generation.
 
     Args:
-        hidden: token ids that are never drawn.
+        suppressed: token ids that are never drawn.
         generator: of the random numbers; None = torch's own.
     """
 
     def __init__(
-        self, sampling: Sampling, hidden: tuple[int, ...], generator: torch.Generator | None, device: torch.device
+        self, sampling: Sampling, suppressed: tuple[int, ...], generator: torch.Generator | None, device: torch.device
     ) -> None:
         self.sampling, self.generator = sampling, generator
-        self.hidden = torch.tensor(hidden, dtype=torch.int64, device=device)
+        self.suppressed = torch.tensor(suppressed, dtype=torch.int64, device=device)
 
-    def draw(self, logits: torch.Tensor, *, shaped: bool = False, apart: torch.Tensor | None = None) -> Draw:
+    def draw(self, logits: torch.Tensor, *, warped: bool = False, excluded: torch.Tensor | None = None) -> Draw:
         """One token for each row of logits [batch, r, V].
 
         Args:
-            shaped: measure on the distribution after temperature, top-p and top-k instead of on the logits.
-            apart: int64 [s], ids that may be drawn but count as impossible where probabilities are measured.
+            warped: measure on the distribution after temperature, top-p and top-k instead of on the logits.
+            excluded: int64 [s], ids that may be drawn but count as impossible where probabilities are measured.
         """
         flat, batch = logits.flatten(0, 1), logits.shape[:2]
+        # Warping needs a copy of [n, V]; greedy decoding without a warped measure goes by the raw logits.
         random = self.sampling.temperature > 0
         filtered = self.sampling.top_p is not None or self.sampling.top_k is not None
-        source = self.shape(flat) if random or (shaped and filtered) else flat
-        measured = source if shaped else flat
-        found = confidence(measured, suppress=self.hidden)
+        source = self.warp(flat) if random or (warped and filtered) else flat
+        measured = source if warped else flat
+        found = confidence(measured, suppress=self.suppressed)
         token, probability = found.token, found.probability
         if random:
             noisy = (source.to(getattr(torch, self.sampling.noise)) + self.gumbel(source.shape)).argmax(1)
             token = torch.where(found.lse == -torch.inf, token, noisy)  # nothing but -inf: the noise cannot choose
-        if apart is not None:
-            found = confidence(measured, suppress=torch.cat([self.hidden, apart]))
-        if random or apart is not None:
+        # Measured again without the excluded tokens: the others' probabilities must sum to 1 without them.
+        if excluded is not None:
+            found = confidence(measured, suppress=torch.cat([self.suppressed, excluded]))
+        if random or excluded is not None:
             probability = (measured.gather(1, token[:, None])[:, 0].float() - found.lse).exp()
             impossible = found.lse == -torch.inf
-            if apart is not None:
-                impossible = impossible | torch.isin(token, apart)
+            if excluded is not None:
+                impossible = impossible | torch.isin(token, excluded)
             probability = probability.masked_fill(impossible, 0)
         return Draw(*(x.view(batch) for x in (token, probability, found.probability, found.second, found.entropy)))
 
-    def shape(self, z: torch.Tensor) -> torch.Tensor:
-        """fp32 [n, V]: logits [n, V] after temperature, top-p and top-k, -inf at what is hidden or filtered."""
+    def warp(self, z: torch.Tensor) -> torch.Tensor:
+        """fp32 [n, V]: logits [n, V] after temperature, top-p and top-k, -inf at what is suppressed or filtered."""
         z = z.float() / self.sampling.temperature if self.sampling.temperature > 0 else z.float().clone()
-        z = z.index_fill_(1, self.hidden, -torch.inf)
+        z = z.index_fill_(1, self.suppressed, -torch.inf)
         if self.sampling.top_p is not None:
+            # Stable: of equal tokens the lower id comes first on every device.
             ordered = z.sort(dim=1, descending=True, stable=True)
             past = ordered.values.softmax(1).cumsum(1) > self.sampling.top_p
             past = past.roll(1, dims=1)  # the first token over the limit stays
             past[:, 0] = False
             z.masked_fill_(torch.zeros_like(past).scatter(1, ordered.indices, past), -torch.inf)
         if self.sampling.top_k is not None:
+            # By value and not by index: tokens equal to the k-th stay, as in Dream's code.
             least = z.topk(min(self.sampling.top_k, z.shape[1]), dim=1).values[:, -1:]
             z.masked_fill_(z < least, -torch.inf)
         return z
 
     def uniform(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Uniform numbers in [0, 1) on the canvas's device."""
-        return torch.rand(shape, generator=self.generator, dtype=dtype, device=self.hidden.device)
+        return torch.rand(shape, generator=self.generator, dtype=dtype, device=self.suppressed.device)
 
     def gumbel(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
         """Gumbel noise; log(0) is kept out at both ends."""
         dtype = getattr(torch, self.sampling.noise)
         edge = torch.finfo(dtype)
+        # -log(-log u) with u in (0, 1): clamped away from 0 and 1, where it is infinite.
         return -(-self.uniform(shape, dtype).clamp_(edge.tiny, 1 - edge.eps).log_()).log_()

@@ -11,7 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dlm.cache import list_caches, resolve_cache
 from dlm.decode import StuckError, decode
-from dlm.models import Card
+from dlm.models import DecodingSpec
 from dlm.unmask import Choice, list_rules
 from tests.dlm.toys import END, MASK, PAD, VOCAB, Counter, Rule, Unmasker, dream, llada, prompts, traced
 
@@ -20,7 +20,7 @@ class Script:
     """A model that writes row r's text[r], the first slots most surely."""
 
     def __init__(self, *texts: list[int], prompt: int = 3) -> None:
-        self.card = Card(MASK, (END, END - 5), PAD, 0, 256, "confidence")
+        self.decoding_spec = DecodingSpec(MASK, (END, END - 5), PAD, 0, 256, "confidence")
         self.texts, self.prompt = torch.tensor(texts), prompt
 
     def __call__(self, input_ids, *, position_ids, past_key_values, logits_rows, attention_mask):
@@ -54,7 +54,7 @@ class Backwards(Unmasker):
 
 
 class BackwardsRule(Rule):
-    def begin(self, canvas, card, generator, steps):
+    def begin(self, canvas, spec, generator, steps):
         return Backwards(self)
 
 
@@ -76,7 +76,7 @@ class EndFirst(Unmasker):
 
 
 class EndFirstRule(Rule):
-    def begin(self, canvas, card, generator, steps):
+    def begin(self, canvas, spec, generator, steps):
         return EndFirst(self)
 
 
@@ -150,7 +150,7 @@ class Unshifted:
     """The same network, said to predict its own slots."""
 
     def __init__(self, model) -> None:
-        self.model, self.card = model, replace(model.card, shift=0)
+        self.model, self.decoding_spec = model, replace(model.decoding_spec, shift=0)
 
     def __call__(self, *args, **kwargs):
         return self.model(*args, **kwargs)
@@ -168,7 +168,7 @@ def test_guidance_is_the_formula(make):
     blind[:, :5] = MASK
     with torch.no_grad():
         given, alone = model(canvas).logits, model(blind).logits
-    mixed = (alone + 2.5 * (given - alone))[0, slots[0, slots[0] >= 0] - model.card.shift]
+    mixed = (alone + 2.5 * (given - alone))[0, slots[0, slots[0] >= 0] - model.decoding_spec.shift]
     assert torch.allclose(mixed[..., :MASK], logits[0, slots[0] >= 0][..., :MASK], atol=1e-4)
 
 
@@ -294,7 +294,7 @@ IDS = torch.ones(1, 4, dtype=torch.int64)
 )
 def test_a_request_that_cannot_work_is_refused_before_the_first_forward(options, message):
     class Never:
-        card = llada().card
+        decoding_spec = llada().decoding_spec
 
         def __call__(self, *args, **kwargs):
             raise AssertionError("the model was run")
@@ -316,12 +316,12 @@ def test_a_shifted_model_needs_a_token_to_predict_from():
 
 def test_a_guider_that_does_not_fit_is_refused_before_the_first_forward(guide):
     class Never:
-        card = llada().card
+        decoding_spec = llada().decoding_spec
 
     options = dict(gen_length=8, block_length=8, guide=guide)
     with pytest.raises(ValueError, match="the guider has 24 tokens and the model 30; give Guider both tokenizers"):
         never = Never()
-        never.card = replace(Never.card, vocabulary=30)
+        never.decoding_spec = replace(Never.decoding_spec, vocabulary=30)
         decode(never, IDS, **options)
     with pytest.raises(ValueError, match="take 68 tokens and the guider has 64 positions; shorten the prompt or"):
         decode(Never(), IDS, **(options | {"gen_length": 64}))
@@ -333,7 +333,7 @@ def test_a_model_that_insists_on_the_mask_still_ends():
     class Stubborn(Counter):
         def __call__(self, *args, **kwargs):
             out = super().__call__(*args, **kwargs)
-            out.logits = torch.zeros_like(out.logits).index_fill(-1, torch.tensor(self.card.mask_id), 50.0)
+            out.logits = torch.zeros_like(out.logits).index_fill(-1, torch.tensor(self.decoding_spec.mask_id), 50.0)
             return out
 
     got = decode(Stubborn(), IDS, gen_length=6, block_length=3, unmask="confidence")
@@ -346,7 +346,7 @@ def test_a_rule_that_stops_committing_is_told():
             return Choice(slots, torch.zeros_like(slots, dtype=torch.bool))
 
     class LazyRule(Rule):
-        def begin(self, canvas, card, generator, steps):
+        def begin(self, canvas, spec, generator, steps):
             return Lazy(self)
 
     with pytest.raises(StuckError, match="9 forwards committed nothing; the rule toy.* does not get on"):
@@ -355,7 +355,7 @@ def test_a_rule_that_stops_committing_is_told():
 
 def test_advice_is_a_warning():
     model = Script([1] * 8)
-    model.card = Card(MASK, (END,), PAD, 0, 256, "confidence", context_advised=10)
+    model.decoding_spec = DecodingSpec(MASK, (END,), PAD, 0, 256, "confidence", context_advised=10)
     with pytest.warns(UserWarning, match="take 11 positions, the model's authors advise at most 10"):
         decode(model, IDS[:, :3], gen_length=8, block_length=8, unmask=Rule())
 

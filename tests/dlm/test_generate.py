@@ -15,10 +15,10 @@ from transformers import GPT2Config
 
 from dlm import generate, mini, sources
 from dlm.canvas import Canvas
-from dlm.decode import Stats, decode
+from dlm.decode import Stats, decode, decode_prompts
 from dlm.mini import load_mini
 from dlm.mini.tokenizer import build_tokenizer
-from dlm.settings import Settings, pad_left
+from dlm.prompts import pad_left
 from dlm.show import Painter, pieces
 from dlm.sources import open_guide
 from tests.dlm import untrained
@@ -110,7 +110,7 @@ def test_guides(weights: Path, capsys: pytest.CaptureFixture[str], guide: str) -
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     model, tokenizer = load_mini(weights / "llada")
     own = open_guide(name, "cpu", torch.float32, tokenizer)
-    assert own.same_ids
+    assert own.shared_vocabulary
     assert row["text"] == expected(weights, guide=own)[0]
     assert row["unmask"] == "guided" and row["guider_forwards"] >= 1
 
@@ -337,14 +337,13 @@ def test_ctrl_c_says_what_is_kept(
     prompts_file(tmp_path / "in.jsonl")
     calls = []
 
-    def write(self: Settings, *args: object):
+    def stopping(*args: object):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return plain(self, *args)
+        return decode_prompts(*args)
 
-    plain = Settings.write
-    monkeypatch.setattr(Settings, "write", write)
+    monkeypatch.setattr(generate, "decode_prompts", stopping)
     argv = ["--batch", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "o.jsonl"), *SHORT, "--batch-size", "2"]
     assert generate.main(argv) == 130
     assert "the same command goes on" in capsys.readouterr().err

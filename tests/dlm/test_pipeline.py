@@ -16,8 +16,9 @@ from transformers import Qwen2ForCausalLM
 from dlm.canvas import Canvas
 from dlm.decode import decode
 from dlm.mini import load_mini
-from dlm.models import Card
+from dlm.models import DecodingSpec
 from dlm.pipeline import MaskedDiffusionPipeline
+from dlm.prompts import pad_left
 from dlm.schedulers import (
     SCHEDULERS,
     ConfidenceScheduler,
@@ -26,7 +27,6 @@ from dlm.schedulers import (
     ThresholdScheduler,
     UnmaskScheduler,
 )
-from dlm.settings import pad_left
 from dlm.unmask import list_rules, resolve_unmask
 from tests.dlm import untrained
 
@@ -149,7 +149,7 @@ def test_steps_alone_equal_the_unmasker() -> None:
     scheduler.set_timesteps(5)
     sample = torch.full((2, 9), mask)
     canvas = Canvas(sample[:, :0], gen_length=9, block_length=9, mask_id=mask, shift=0)
-    rule = resolve_unmask("entropy(compat=True)").begin(canvas, Card(mask, (), 0, 0, None, "entropy"), None, 5)
+    rule = resolve_unmask("entropy(compat=True)").begin(canvas, DecodingSpec(mask, (), 0, 0, None, "entropy"), None, 5)
     for step in range(5):
         logits = torch.randn(2, 9, 12, generator=generator)
         slots = rule.candidates(canvas, (torch.zeros(2).long(), torch.full((2,), 9)))
@@ -188,7 +188,7 @@ def test_the_scheduler_of_diffusers_itself(weights: Path) -> None:
     whole = {"gen_length": 8, "block_length": 4, "eos": "none"}
     out = pipe(PROMPTS, num_inference_steps=2, **whole)
     assert torch.equal(out.sequences, same_by_decode(pipe, unmask="confidence", steps=4, **whole))
-    assert not bool((out.sequences == pipe.model.card.mask_id).any())
+    assert not bool((out.sequences == pipe.model.decoding_spec.mask_id).any())
     pipe.scheduler = BlockRefinementScheduler(threshold=0.0)
     assert pipe(PROMPTS, **SMALL, eos="none").stats.forwards == 3
     pipe.scheduler = BlockRefinementScheduler(editing_threshold=0.5)
@@ -198,7 +198,7 @@ def test_the_scheduler_of_diffusers_itself(weights: Path) -> None:
 
 def test_callbacks(weights: Path) -> None:
     pipe, seen = pipe_of(weights, ConfidenceScheduler()), []
-    mask = pipe.model.card.mask_id
+    mask = pipe.model.decoding_spec.mask_id
 
     def look(pipe: object, step: int, timestep: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         seen.append((step, int((tensors["sequences"] == mask).sum()), int(tensors["transfer_index"].sum())))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from dlm import unmask
 from dlm.decode import decode
-from dlm.models import Card, DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
+from dlm.models import DecodingSpec, DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
 from dlm.models.llada import LLaDALayer
 
 VOCAB, MASK, END, PAD = 24, 23, 22, 21
@@ -78,7 +78,7 @@ class Counter:
     """No network: counts the rows that it is asked for and puts out noise that depends on the slot alone."""
 
     def __init__(self, shift: int = 0, vocab: int = 4) -> None:
-        self.card = Card(vocab - 1, (), vocab - 2, shift, None, "confidence")
+        self.decoding_spec = DecodingSpec(vocab - 1, (), vocab - 2, shift, None, "confidence")
         self.rows, self.shapes, self.noise = 0, [], torch.rand(4096, vocab, generator=torch.Generator().manual_seed(1))
 
     def __call__(self, input_ids, *, position_ids, past_key_values, logits_rows, attention_mask):
@@ -91,8 +91,8 @@ class Counter:
 class Rule(unmask.Rule):
     """Commits the `quota` most probable masks of the active block, and all above `threshold`.
 
-    With `run` it reads from the first mask to the end of the reach instead and commits 1 to `run` tokens from the left,
-    how many depending on the row's own tokens: like a guided rule, across blocks.
+    With `run` it reads from the first mask to the end of the logit window instead and commits 1 to `run` tokens from
+    the left, how many depending on the row's own tokens: like a guided rule, across blocks.
     """
 
     quota: int = 1
@@ -102,7 +102,7 @@ class Rule(unmask.Rule):
 
     name = "toy"
 
-    def begin(self, canvas, card, generator, steps):
+    def begin(self, canvas, spec, generator, steps):
         return Unmasker(self)
 
 
@@ -112,13 +112,15 @@ class Unmasker(unmask.Unmasker):
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
 
-    def candidates(self, canvas, reach):
+    def candidates(self, canvas, logit_window):
         low, high = canvas.block_start(canvas.active), canvas.block_start(canvas.active + 1)
         if self.rule.run:
-            high = reach[1]
+            high = logit_window[1]
         slots = torch.arange(canvas.length, device=canvas.ids.device).expand(canvas.batch, -1)
         wanted = canvas.masked() & (slots >= low[:, None]) & (slots < high[:, None])
-        assert bool((slots >= reach[0][:, None])[wanted].all() and (slots < reach[1][:, None])[wanted].all())
+        assert bool(
+            (slots >= logit_window[0][:, None])[wanted].all() and (slots < logit_window[1][:, None])[wanted].all()
+        )
         return slots.masked_fill(~wanted, -1)
 
     def choose(self, logits, slots, canvas):

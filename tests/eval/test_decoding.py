@@ -11,11 +11,12 @@ import pytest
 
 from dlm import mini, sources
 from dlm.cache import list_caches
+from dlm.config import DecodingConfig
 from dlm.decode import decode
 from dlm.mini import load_mini
 from dlm.mini.problems import make_problem
 from dlm.mini.tokenizer import build_tokenizer
-from dlm.settings import Settings, pad_left
+from dlm.prompts import pad_left
 from dlm.unmask import list_rules
 from eval import decoding, gsm8k
 from tests.dlm import untrained
@@ -50,16 +51,16 @@ def test_entries_of_the_grid(entry: str, cache: str, rule: str | None) -> None:
 
 
 def test_arms() -> None:
-    plain = Settings(gen_length=8, block_length=4)
+    plain = DecodingConfig(gen_length=8, block_length=4)
     arms = decoding.arms_of("freecache+guided,none,dual+factor(1.0)", plain, guided=True)
     assert [arm.name for arm in arms] == [
         "none", "freecache+guided", "dual+factor(1.0)", "none, fewer steps (4)", "none, fewer steps (2)",
     ]  # fmt: skip
-    assert [arm.settings.guided for arm in arms] == [False, True, False, False, False]
-    assert {arm.settings.eos for arm in arms} == {"stop"} and [arm.settings.steps for arm in arms] == [8, 8, 8, 4, 2]
+    assert [arm.config.guided for arm in arms] == [False, True, False, False, False]
+    assert {arm.config.eos for arm in arms} == {"stop"} and [arm.config.steps for arm in arms] == [8, 8, 8, 4, 2]
     # No step fewer than there are blocks, and no arm twice.
-    short = decoding.arms_of("none", Settings(gen_length=4, block_length=2), guided=False)
-    assert [arm.settings.steps for arm in short] == [4, 2]
+    short = decoding.arms_of("none", DecodingConfig(gen_length=4, block_length=2), guided=False)
+    assert [arm.config.steps for arm in short] == [4, 2]
     every = {arm.name for arm in decoding.arms_of("all", plain, guided=True)}
     assert {f"{cache}+{rule}" for cache in list_caches() for rule in list_rules()} < every
     assert not any("guided" in arm.name for arm in decoding.arms_of("all", plain, guided=False))

@@ -22,7 +22,9 @@ class Spy(Counter):
         plan = past_key_values.plan
         slots = plan.slots[0] if plan.slots is not None else torch.arange(past_key_values.length)[plan.queries]
         self.queries.append(set(slots.tolist()))
-        self.masks.append({int(s) for s, token in zip(slots, input_ids[0], strict=True) if token == self.card.mask_id})
+        self.masks.append(
+            {int(s) for s, token in zip(slots, input_ids[0], strict=True) if token == self.decoding_spec.mask_id}
+        )
         return super().__call__(input_ids, past_key_values=past_key_values, **rest)
 
 

@@ -12,7 +12,7 @@ from tests.dlm.toys import MASK, dream, llada, prompts, traced
 
 def start(model, policy):
     ids, _ = prompts(5)
-    canvas = Canvas(ids, gen_length=8, block_length=4, mask_id=MASK, shift=model.card.shift)
+    canvas = Canvas(ids, gen_length=8, block_length=4, mask_id=MASK, shift=model.decoding_spec.shift)
     return canvas, policy.begin(canvas, model)
 
 

@@ -70,7 +70,7 @@ def test_compositions_of_methods_and_budgets():
     assert resolve_cache("freecache+knorm(budget=0.5)").method.budget.fraction == 0.5
     model, (ids, _) = llada(), prompts(20)
     got = decode(model, ids, gen_length=8, block_length=4, cache="freecache+snapkv(0.3)+adakv", unmask=Rule())
-    assert (got.ids != model.card.mask_id).all()
+    assert (got.ids != model.decoding_spec.mask_id).all()
 
 
 def test_frozen_slots_are_packed_once():

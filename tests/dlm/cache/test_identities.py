@@ -82,15 +82,15 @@ def test_one_block_prefix_equals_dual(make):
     prefix, one = traced(model, ids, "prefix", block_length=12)
     dual, other = traced(model, ids, "dual", block_length=12)
     assert torch.equal(prefix.ids, dual.ids) and gap(one, other) < 1e-5
-    assert dual.stats.query_tokens == 17 + 11 * (12 + model.card.shift)
+    assert dual.stats.query_tokens == 17 + 11 * (12 + model.decoding_spec.shift)
 
 
 @pytest.mark.parametrize("cache", ["none", "freecache(refresh=2)", "dual", "dkv(4)"])
 def test_a_shifted_model_predicts_a_slot_from_the_row_before_it(cache):
     model, (ids, _) = dream(), prompts(5)
-    whole = torch.cat([ids, ids.new_full((1, 12), model.card.mask_id)], 1)
+    whole = torch.cat([ids, ids.new_full((1, 12), model.decoding_spec.mask_id)], 1)
     with torch.no_grad():
-        raw = model(whole).logits.index_fill(-1, torch.tensor(model.card.mask_id), -torch.inf)
+        raw = model(whole).logits.index_fill(-1, torch.tensor(model.decoding_spec.mask_id), -torch.inf)
     slots, logits = traced(model, ids, cache)[1][0]
     wanted = slots[0] >= 0
     assert slots[0][wanted].tolist() == [5, 6, 7, 8]

@@ -48,7 +48,7 @@ def test_every_slot_is_held_once_whatever_is_accepted(cache, lengths, gen, block
     )
     # Every forward went through the marker's own assertions, and all of the canvas was written.
     assert len(model.shapes) == done.stats.forwards > 0
-    assert not bool((done.ids == model.card.mask_id).any())
+    assert not bool((done.ids == model.decoding_spec.mask_id).any())
 
 
 def test_an_indexed_write_equals_a_window():
@@ -73,7 +73,7 @@ def test_freecache_against_a_slow_one_that_stores_keys_before_rotation(delay):
     """Written from the paper alone: lists, no windows in place, every key rotated again at every step."""
     model, (ids, _) = llada(), prompts(5)
     got, seen = traced(model, ids, f"freecache({delay})")
-    tokens, frozen, before = torch.cat([ids, ids.new_full((1, 12), model.card.mask_id)], 1), 0, 0
+    tokens, frozen, before = torch.cat([ids, ids.new_full((1, 12), model.decoding_spec.mask_id)], 1), 0, 0
     kept = [[None] * 17 for _ in model.layers]
     with torch.no_grad():
         for slots, logits in seen:
@@ -91,11 +91,13 @@ def test_freecache_against_a_slow_one_that_stores_keys_before_rotation(delay):
                 hidden = hidden + layer.ffn(hidden)
             whole = model.head(model.final_norm(hidden))
             wanted = slots[0] >= 0
-            mine = whole[0, slots[0, wanted] - frozen].index_fill(-1, torch.tensor(model.card.mask_id), -torch.inf)
+            mine = whole[0, slots[0, wanted] - frozen].index_fill(
+                -1, torch.tensor(model.decoding_spec.mask_id), -torch.inf
+            )
             assert torch.allclose(mine, logits[0, wanted], atol=1e-5)
             best = mine.softmax(-1).max(-1)
             tokens[0, slots[0, wanted][best.values.argmax()]] = best.indices[best.values.argmax()]
-            first = (tokens[0, 5:] == model.card.mask_id).int().argmax() // 4
+            first = (tokens[0, 5:] == model.decoding_spec.mask_id).int().argmax() // 4
             frozen, before = 5 + 4 * int(before if delay else first), int(first)
     assert torch.equal(tokens[:, 5:], got.ids)
 

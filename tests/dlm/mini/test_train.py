@@ -74,8 +74,10 @@ def test_run_saves_and_the_export_is_loaded_again(trainer_of, tmp_path, capsys, 
     trained = json.loads((tmp_path / "run" / "latest" / "training.json").read_text())
     assert trained["model"] == kind and trained["step"] == trainer.step >= 1
     if kind != "guider":
-        assert model.card.mask_id == tokenizer.mask_token_id and model.card.eos_ids == (tokenizer.eos_token_id,)
-        assert model.card.shift == {"llada": 0, "dream": 1}[kind]
+        assert model.decoding_spec.mask_id == tokenizer.mask_token_id and model.decoding_spec.eos_ids == (
+            tokenizer.eos_token_id,
+        )
+        assert model.decoding_spec.shift == {"llada": 0, "dream": 1}[kind]
 
 
 def test_a_crash_while_writing_leaves_the_old_state(trainer_of, monkeypatch):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from dlm.config import DecodingConfig
+from dlm.decode import decode_prompts, prompt_ids
 from dlm.mini import WEIGHTS, load_mini
 from dlm.mini.evaluate import measure
 from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
 from dlm.mini.shape import KINDS
 from dlm.models import answer_text
-from dlm.settings import Settings, prompt_ids
 from dlm.sources import open_guide
 
 MOST_BYTES = 16 * 2**20
@@ -29,7 +30,7 @@ def test_a_guide_saves_forwards_and_keeps_answers(kind: str, cache: str) -> None
     guide = open_guide("mini", "cpu", model.dtype, tokenizer)
     problems = [make_problem(FIRST_EVALUATION_SEED + i) for i in range(8)]
     prompts = [prompt_ids(tokenizer, p.prompt, chat=False) for p in problems]
-    done = Settings(gen_length=64, cache=cache, guided=True).write(model, prompts, guide)
-    texts = [answer_text(tokenizer, row, model.card.eos_ids) for row in done.ids.tolist()]
+    done = decode_prompts(model, prompts, DecodingConfig(gen_length=64, cache=cache, guided=True), guide)
+    texts = [answer_text(tokenizer, row, model.decoding_spec.eos_ids) for row in done.ids.tolist()]
     assert [final_answer(text) for text in texts] == [p.total for p in problems]
     assert done.stats.forwards <= 8

@@ -202,9 +202,9 @@ def test_logits_are_raw_and_the_card_says_which_slot_a_row_is_for() -> None:
     with torch.no_grad():
         raw = model(ids).logits
         aligned = torch.cat((raw[:, :1], raw[:, :-1]), dim=1)
-        rows = model(ids, logits_rows=slots - model.card.shift).logits
+        rows = model(ids, logits_rows=slots - model.decoding_spec.shift).logits
     torch.testing.assert_close(rows, aligned[:, 1:], rtol=1e-6, atol=1e-6)
-    assert build("llada").card.shift == 0
+    assert build("llada").decoding_spec.shift == 0
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from dlm.models import answer_text, chat_ids, load_model, text_ids
 from dlm.models.text import load_tokenizer
 from tests.dlm.models.checkpoints import published
-from tests.dlm.models.test_card import CARD
+from tests.dlm.models.test_decoding_spec import SPEC
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 LLADA_SPECIALS = ["<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"]
@@ -63,7 +63,7 @@ def test_llada_gets_its_mask_and_its_ends(tmp_path: Path) -> None:
     n = len(BYTES)
     assert (tokenizer.mask_token, tokenizer.mask_token_id) == ("<|mdm_mask|>", n + 2)
     assert (tokenizer.bos_token_id, tokenizer.pad_token_id) == (n, n + 1)
-    assert model.card.eos_ids == (n + 1, n + 5)
+    assert model.decoding_spec.eos_ids == (n + 1, n + 5)
     assert tokenizer.decode(tokenizer("Ünï 3+4")["input_ids"]) == "Ünï 3+4"
 
 
@@ -72,7 +72,7 @@ def test_dream_gets_its_two_specials_after_the_vocabulary(tmp_path: Path) -> Non
     n = len(BYTES)
     ids = tokenizer.convert_tokens_to_ids
     assert (ids("<|beginoftext|>"), ids("<|mask|>"), tokenizer.mask_token_id) == (n + 3, n + 4, n + 4)
-    assert model.card.eos_ids == (n, n + 2) and tokenizer.pad_token_id == n
+    assert model.decoding_spec.eos_ids == (n, n + 2) and tokenizer.pad_token_id == n
     assert tokenizer("a<|mask|>b")["input_ids"][1] == n + 4
     assert tokenizer.decode(tokenizer("Ünï 3+4")["input_ids"]) == "Ünï 3+4"
 
@@ -107,7 +107,7 @@ def test_dream_s_chat_template(tmp_path: Path, system: str | None) -> None:
 
 def test_a_base_model_has_no_chat(tmp_path: Path) -> None:
     model, tokenizer = load_model(llada_folder(tmp_path, chat=False))
-    assert model.card.eos_ids == (len(BYTES) + 1,)
+    assert model.decoding_spec.eos_ids == (len(BYTES) + 1,)
     with pytest.raises(ValueError, match="no chat template, so its model is no chat model; give it plain text"):
         chat_ids(tokenizer, [{"role": "user", "content": "hi"}])
 
@@ -127,9 +127,9 @@ def test_plain_text_and_answers(tmp_path: Path) -> None:
     model, tokenizer = load_model(llada_folder(tmp_path))
     ids = text_ids(tokenizer, "a b")
     assert text_ids(tokenizer, "a b", bos=True) == [tokenizer.bos_token_id, *ids] and text_ids(tokenizer, "") == []
-    end, mask = model.card.eos_ids[1], tokenizer.mask_token_id
-    assert answer_text(tokenizer, [*ids, end, *ids], model.card.eos_ids) == "a b"
-    assert answer_text(tokenizer, [*ids, mask], model.card.eos_ids) == "a b"
+    end, mask = model.decoding_spec.eos_ids[1], tokenizer.mask_token_id
+    assert answer_text(tokenizer, [*ids, end, *ids], model.decoding_spec.eos_ids) == "a b"
+    assert answer_text(tokenizer, [*ids, mask], model.decoding_spec.eos_ids) == "a b"
     tokenizer.bos_token = None
     with pytest.raises(ValueError, match="bos=True, but this tokenizer has no begin token"):
         text_ids(tokenizer, "a", bos=True)
@@ -139,6 +139,6 @@ def test_a_tokenizer_of_another_model_is_refused_and_none_is_none(tmp_path: Path
     folder = llada_folder(tmp_path / "a")
     tokens = len(BYTES) + 6
     with pytest.raises(ValueError, match=f"has {tokens} tokens, the model's mask is 9999: they do not belong together"):
-        load_tokenizer(str(folder), "llada", replace(CARD, mask_id=9999))
+        load_tokenizer(str(folder), "llada", replace(SPEC, mask_id=9999))
     published(tmp_path / "b", "llada")
-    assert load_tokenizer(str(tmp_path / "b"), "llada", CARD) is None
+    assert load_tokenizer(str(tmp_path / "b"), "llada", SPEC) is None

@@ -80,7 +80,10 @@ def write_tokenizer(folder: Path, family: str) -> None:
 
 
 def equals_the_slow_reference(model, family: str) -> None:
-    ids, head = [17, 99999, model.card.mask_id], {"llada": "model.transformer.ff_out.weight", "Dream": "lm_head.weight"}
+    ids, head = (
+        [17, 99999, model.decoding_spec.mask_id],
+        {"llada": "model.transformer.ff_out.weight", "Dream": "lm_head.weight"},
+    )
     with torch.no_grad():
         got = model(torch.tensor([ids]), logits_rows=torch.tensor([[2]])).logits[0, :, ::25]
     weights = model.state_dict()
@@ -127,7 +130,7 @@ def test_two_layers_load_and_generate(tmp_path: Path, family: str) -> None:
     generated = time.process_time() - begin
     assert (plain.forwards, plain.query_tokens) == (GEN, GEN * (len(prompt) + GEN))
     row, seconds, peak = command(tmp_path, "freecache")
-    tokens = len(prompt) + GEN * (GEN + BLOCK) // 2 + BLOCK + model.card.shift * (GEN - 1)
+    tokens = len(prompt) + GEN * (GEN + BLOCK) // 2 + BLOCK + model.decoding_spec.shift * (GEN - 1)
     assert (row["forwards"], row["query_tokens"], row["tokens"] <= GEN) == (GEN, tokens, True)
     assert row["cache_bytes"] == (len(prompt) + GEN) * 2 * SLOT_BYTES[family]
     print(

@@ -10,11 +10,11 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from dlm.canvas import Canvas
-from dlm.models.card import Card
+from dlm.models.decoding_spec import DecodingSpec
 from dlm.unmask import Rule, resolve_unmask
 
 VOCAB, MASK, END = 40, 39, 38
-CARD = Card(MASK, (END,), 37, 0, None, "confidence")
+SPEC = DecodingSpec(MASK, (END,), 37, 0, None, "confidence")
 
 
 def canvas(batch: int = 1, prompt: int = 3, gen: int = 12, block: int = 4, seed: int = 0, pads: tuple = ()) -> Canvas:
@@ -27,7 +27,7 @@ def canvas(batch: int = 1, prompt: int = 3, gen: int = 12, block: int = 4, seed:
 
 
 def whole(board: Canvas) -> tuple[torch.Tensor, torch.Tensor]:
-    """A reach over the whole canvas."""
+    """A logit window over the whole canvas."""
     low = torch.zeros(board.batch, dtype=torch.int64)
     return low, torch.full_like(low, board.length)
 
@@ -53,17 +53,17 @@ def play(
     model: Callable[[torch.Tensor], torch.Tensor],
     steps: int | None = None,
     generator: torch.Generator | None = None,
-    card: Card = CARD,
-    reach: Callable = whole,
+    spec: DecodingSpec = SPEC,
+    logit_window: Callable = whole,
     limit: int = 500,
     **options,
 ) -> SimpleNamespace:
     """Decodes with the bare rule: text [batch, G], committed slots per forward, the unmasker."""
     rule = resolve_unmask(rule, **options)
-    unmasker = rule.begin(board, card, generator, steps or board.length - board.prompt)
+    unmasker = rule.begin(board, spec, generator, steps or board.length - board.prompt)
     history = []
     while not board.done:
-        slots = unmasker.candidates(board, reach(board))
+        slots = unmasker.candidates(board, logit_window(board))
         logits = model(board.ids)
         logits = logits.gather(1, slots.clamp(min=0)[..., None].expand(-1, -1, logits.shape[2]))
         logits = logits.masked_fill((slots < 0)[..., None], float("nan"))  # what stands there is not read

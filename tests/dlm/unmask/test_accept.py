@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dlm.unmask.accept import Acceptance, Seen
+from dlm.unmask.accept import Acceptance, DraftScores
 
 V = 12
 NO_ENDS = torch.empty(0, dtype=torch.int64)
@@ -46,7 +46,7 @@ def slow(rule, z, token):
 )
 def test_equals_the_definition(rule):
     z, d = logits(), drafts()
-    got = rule(Seen(z.clone(), d, NO_ENDS), None)
+    got = rule(DraftScores(z.clone(), d, NO_ENDS), None)
     assert got.tolist() == [slow(rule, row, token) for row, token in zip(z, d.tolist(), strict=True)]
     assert 0 < got.sum() < len(got)
 
@@ -55,7 +55,7 @@ def test_sample_accepts_as_often_as_the_guider_would_draw_it():
     z = logits(1).expand(20_000, -1)
     token = int(z[0].argmax())
     generator = torch.Generator().manual_seed(0)
-    got = Acceptance("sample")(Seen(z.clone(), torch.full((20_000,), token), NO_ENDS), generator)
+    got = Acceptance("sample")(DraftScores(z.clone(), torch.full((20_000,), token), NO_ENDS), generator)
     assert abs(got.float().mean() - z[0].softmax(0)[token]) < 0.015
 
 
@@ -71,25 +71,25 @@ def test_every_way_to_end_is_the_same_event():
     ends = torch.tensor([3, 7])
     p = z[0].softmax(0)
     for token, expected in ((3, True), (7, True), (5, False), (0, False)):
-        assert bool(Acceptance("exact")(Seen(z.clone(), torch.tensor([token]), ends), None)) == expected
-    seen = Seen(z.clone(), torch.tensor([7]), ends)
+        assert bool(Acceptance("exact")(DraftScores(z.clone(), torch.tensor([token]), ends), None)) == expected
+    seen = DraftScores(z.clone(), torch.tensor([7]), ends)
     assert torch.allclose(seen.probability, p[3] + p[7]) and int(seen.rank) == 0
-    assert torch.allclose(Seen(z.clone(), torch.tensor([5]), ends).ahead, p[3] + p[7])
+    assert torch.allclose(DraftScores(z.clone(), torch.tensor([5]), ends).ahead, p[3] + p[7])
 
 
 @pytest.mark.parametrize("rule", ["exact", "topk", "relative", "threshold", "aggressive", "sample"])
 def test_a_token_that_the_guider_does_not_have_is_never_accepted(rule):
     z = torch.full((1, V), -50.0)
     z[0, V - 1] = 50.0
-    assert not Acceptance(rule)(Seen(z.clone(), torch.tensor([V + 3]), NO_ENDS), None)
-    assert Acceptance(rule)(Seen(z.clone(), torch.tensor([V - 1]), NO_ENDS), None)
+    assert not Acceptance(rule)(DraftScores(z.clone(), torch.tensor([V + 3]), NO_ENDS), None)
+    assert Acceptance(rule)(DraftScores(z.clone(), torch.tensor([V - 1]), NO_ENDS), None)
 
 
 @pytest.mark.parametrize("rule", ["exact", "topk"])
 def test_equals_go_to_the_lowest_id(rule):
     z, order = torch.zeros(3, V), torch.tensor([0, 1, 2])
     expected = {"exact": [True, False, False], "topk": [True, True, False]}[rule]
-    assert Acceptance(rule)(Seen(z, order, NO_ENDS), None).tolist() == expected
+    assert Acceptance(rule)(DraftScores(z, order, NO_ENDS), None).tolist() == expected
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dlm.canvas import Canvas
-from dlm.models.card import Card
+from dlm.models.decoding_spec import DecodingSpec
 from dlm.unmask import Guided, Guider, Sampling, resolve_unmask
-from dlm.unmask.accept import Seen
-from tests.dlm.unmask.boards import CARD, END, MASK, VOCAB, Opinion, Toy, canvas, onehot, play, whole
+from dlm.unmask.accept import DraftScores
+from tests.dlm.unmask.boards import END, MASK, SPEC, VOCAB, Opinion, Toy, canvas, onehot, play, whole
 
 
 def qwen(seed: int = 0, vocab: int = VOCAB, positions: int = 200) -> Qwen2ForCausalLM:
@@ -83,7 +83,7 @@ def test_the_window_ends_where_the_cache_policy_ends():
     def block_of(board):
         return torch.zeros(board.batch, dtype=torch.int64), board.block_start(board.active + 1)
 
-    played = play("guided", canvas(block=4), Toy(bigram=0.0), guide=Guider(places(share=1.0)), reach=block_of)
+    played = play("guided", canvas(block=4), Toy(bigram=0.0), guide=Guider(places(share=1.0)), logit_window=block_of)
     assert played.history.sum((1, 2)).tolist() == [4, 4, 4]
 
 
@@ -122,11 +122,11 @@ def test_ends_of_both_models_are_the_same_event():
 
 def trace(rule: Guided, board: Canvas, toy: Toy, guide: Guider) -> tuple[torch.Tensor, list[list[int]], dict]:
     """Text, the columns of the guider's caches after each round, statistics."""
-    unmasker, columns = resolve_unmask(rule, guide=guide).begin(board, CARD, None, 99), []
+    unmasker, columns = resolve_unmask(rule, guide=guide).begin(board, SPEC, None, 99), []
     while not board.done:
         round_of(unmasker, board, toy)
-        unmasker.reader.settle(board)
-        columns.append(unmasker.reader.cache_columns)
+        unmasker.verifier.settle(board)
+        columns.append(unmasker.verifier.cache_columns)
     return board.generated, columns, unmasker.stats
 
 
@@ -151,15 +151,15 @@ def test_chunks_change_neither_text_nor_cache():
 def test_after_each_round_the_cache_holds_the_text_but_its_last_token():
     board, seen = canvas(gen=20), []
     guide = Guider(qwen())
-    unmasker = resolve_unmask("guided('topk', k=24)", guide=guide).begin(board, CARD, None, 20)
+    unmasker = resolve_unmask("guided('topk', k=24)", guide=guide).begin(board, SPEC, None, 20)
     while not board.done:
         round_of(unmasker, board, Toy())
-        unmasker.reader.settle(board)
+        unmasker.verifier.settle(board)
         end = board.length - int(board.left_cpu[0])
-        assert unmasker.reader.cache_columns == [end - 1]
-        lane = unmasker.reader.lanes[0]
+        assert unmasker.verifier.cache_columns == [end - 1]
+        guider_cache = unmasker.verifier.caches[0]
         fresh = guide.model(board.ids[:, : end - 1], use_cache=True).past_key_values
-        for ours, true in zip(lane.cache.layers, fresh.layers, strict=True):
+        for ours, true in zip(guider_cache.cache.layers, fresh.layers, strict=True):
             torch.testing.assert_close(ours.keys, true.keys, rtol=1e-4, atol=1e-4)
         seen.append(end)
     assert len(seen) > 3
@@ -171,7 +171,7 @@ def slow_guided(board: Canvas, toy: Toy, guide: Guider, rule: Guided) -> torch.T
     while p < board.length:
         drafts = toy(ids)[0, p:].index_fill(1, torch.tensor(MASK), -torch.inf).argmax(1)
         logits = guide.model(torch.cat([ids[0, :p], drafts[:-1]])[None]).logits[0, p - 1 :]
-        agreed = rule.acceptance()(Seen(logits.clone(), drafts, torch.tensor([END])), None)
+        agreed = rule.acceptance()(DraftScores(logits.clone(), drafts, torch.tensor([END])), None)
         n = max(1, int(agreed.long().cumprod(0).sum()))
         ids[0, p : p + n] = drafts[:n]
         p += n
@@ -214,11 +214,11 @@ def test_the_guiders_cache_may_be_kept_by_a_method():
     assert torch.equal(plain.text, full.text)
     for method in ("snapkv", "snapkv+adakv", "knorm"):
         small = play(rule, canvas(prompt=40, gen=16), toy, guide=Guider(qwen(), method=method, budget=0.25))
-        lane = small.unmasker.reader.lanes[0]
+        guider_cache = small.unmasker.verifier.caches[0]
         assert not (small.text == MASK).any() and len(small.history) <= 16
-        assert lane.cache.tokens_seen == lane.columns > 39
-        stored = lane.cache.layers[0].lengths().float().mean()
-        assert stored == pytest.approx(0.25 * 39 + lane.columns - 39, abs=1.5)  # drafts are whole
+        assert guider_cache.cache.tokens_seen == guider_cache.columns > 39
+        stored = guider_cache.cache.layers[0].lengths().float().mean()
+        assert stored == pytest.approx(0.25 * 39 + guider_cache.columns - 39, abs=1.5)  # drafts are whole
 
 
 def test_a_finished_row_does_not_stop_the_others():
@@ -259,11 +259,11 @@ def test_errors_of_the_guider():
     with pytest.raises(ValueError, match="the rule threshold takes no guide; use guided, or leave the guide out"):
         resolve_unmask("threshold", guide=Guider(qwen()))
     with pytest.raises(ValueError, match="the rule guided needs a guide"):
-        Guided().begin(canvas(), CARD, None, 12)
+        Guided().begin(canvas(), SPEC, None, 12)
 
 
 def begin(guide: Guider, board: Canvas):
-    return resolve_unmask("guided", guide=guide).begin(board, CARD, None, 12)
+    return resolve_unmask("guided", guide=guide).begin(board, SPEC, None, 12)
 
 
 def test_errors_of_a_generation():
@@ -281,7 +281,7 @@ def test_errors_of_a_generation():
 
 
 def test_a_token_that_the_guider_lacks_is_written_but_not_read():
-    card = Card(MASK, (END,), 37, 0, None, "confidence")
+    spec = DecodingSpec(MASK, (END,), 37, 0, None, "confidence")
     toy = Toy(bigram=0.0)
     toy.place[:, 36:] = -9.0
     toy.place[[1, 5], 36] = 40.0  # the guider has ids below 36
@@ -291,6 +291,6 @@ def test_a_token_that_the_guider_lacks_is_written_but_not_read():
     )
     own = SimpleNamespace(get_vocab=lambda: {t: i for t, i in vocabulary.items() if i < 36}, eos_token_id=None)
     guide = Guider(qwen(vocab=36), tokenizer=own, dlm_tokenizer=theirs)
-    assert guide.same_ids
-    text = play("guided('topk', k=36)", canvas(gen=8), toy, guide=guide, card=card)
+    assert guide.shared_vocabulary
+    text = play("guided('topk', k=36)", canvas(gen=8), toy, guide=guide, spec=spec)
     assert text.history.sum((1, 2)).tolist() == [1, 1, 3, 1, 2] and text.text[0, [1, 5]].tolist() == [36, 36]

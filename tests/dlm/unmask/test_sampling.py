@@ -12,8 +12,8 @@ Z = torch.tensor([1.0, 3.0, 2.5, -1.0, 0.0, 9.0])  # the last is the mask
 MASK = 5
 
 
-def sampler(hidden=(MASK,), seed=0, **options) -> Sampler:
-    return Sampler(Sampling(**options), tuple(hidden), torch.Generator().manual_seed(seed), CPU)
+def sampler(suppressed=(MASK,), seed=0, **options) -> Sampler:
+    return Sampler(Sampling(**options), tuple(suppressed), torch.Generator().manual_seed(seed), CPU)
 
 
 def frequencies(n=20_000, **options) -> torch.Tensor:
@@ -58,22 +58,22 @@ def test_filters_keep_the_right_tokens_in_proportion(options, kept):
     assert torch.allclose(seen, expected / expected.sum(), atol=0.015)
 
 
-def test_confidence_is_clean_or_shaped():
+def test_confidence_is_clean_or_warped():
     z = Z.expand(1, 200, -1)
     clean = sampler(temperature=0.5, top_k=3).draw(z)
     assert torch.allclose(clean.probability, plain()[clean.tokens])
-    shaped = sampler(temperature=0.5, top_k=3).draw(z, shaped=True)
+    warped = sampler(temperature=0.5, top_k=3).draw(z, warped=True)
     p = (Z[:3] / 0.5).softmax(0)
-    assert torch.equal(shaped.tokens, clean.tokens) and len(shaped.tokens.unique()) == 3
-    assert torch.allclose(shaped.probability, p[shaped.tokens])
+    assert torch.equal(warped.tokens, clean.tokens) and len(warped.tokens.unique()) == 3
+    assert torch.allclose(warped.probability, p[warped.tokens])
     best, second = p.sort(descending=True).values[:2]
-    assert torch.allclose(shaped.best, best.expand(1, 200)) and torch.allclose(shaped.second, second.expand(1, 200))
-    assert torch.allclose(shaped.entropy, -(p * p.log()).sum().expand(1, 200))
+    assert torch.allclose(warped.best, best.expand(1, 200)) and torch.allclose(warped.second, second.expand(1, 200))
+    assert torch.allclose(warped.entropy, -(p * p.log()).sum().expand(1, 200))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_tokens_set_apart_may_be_drawn_but_have_no_probability(temperature):
-    draw = sampler(temperature=temperature).draw(Z.expand(1, 300, -1), apart=torch.tensor([1, 0]))
+def test_excluded_tokens_may_be_drawn_but_have_no_probability(temperature):
+    draw = sampler(temperature=temperature).draw(Z.expand(1, 300, -1), excluded=torch.tensor([1, 0]))
     rest = Z[2:5].softmax(0)
     expected = torch.zeros(6).scatter(0, torch.tensor([2, 3, 4]), rest)
     assert 1 in draw.tokens and torch.allclose(draw.probability, expected[draw.tokens])
@@ -83,14 +83,14 @@ def test_tokens_set_apart_may_be_drawn_but_have_no_probability(temperature):
 def test_nothing_but_the_mask_still_never_gives_the_mask(options):
     z = torch.full((1, 3, 4), -torch.inf)
     z[..., 0] = 5.0
-    draw = sampler((0, 1), **options).draw(z, shaped=True, apart=torch.tensor([3]))
+    draw = sampler((0, 1), **options).draw(z, warped=True, excluded=torch.tensor([3]))
     assert draw.tokens.tolist() == [[2, 2, 2]] and (draw.probability == 0).all()
 
 
 def test_logits_stay_as_they_are_and_may_be_bf16():
     z = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0)).bfloat16()
     before = z.clone()
-    draw = sampler(temperature=0.7, top_p=0.9, top_k=4).draw(z, shaped=True)
+    draw = sampler(temperature=0.7, top_p=0.9, top_k=4).draw(z, warped=True)
     assert torch.equal(z, before) and draw.probability.dtype == torch.float32
 
 

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dlm.canvas import Canvas
-from dlm.models.card import Card
+from dlm.models.decoding_spec import DecodingSpec
 from dlm.unmask import Guider, resolve_unmask
-from dlm.unmask.accept import Seen
-from dlm.unmask.offsets import ByOffsets, Translator
+from dlm.unmask.accept import DraftScores
+from dlm.unmask.character_alignment import AlignedVerifier, CharacterAligner
 from tests.dlm.unmask.boards import Opinion, onehot, play
 from tests.dlm.unmask.test_guided import qwen
 
@@ -54,8 +54,8 @@ def special(name: str, kind: str = "dlm") -> int:
     return tokenizer(kind).convert_tokens_to_ids(name)
 
 
-def card() -> Card:
-    return Card(special("<mask>"), (special("<end>"),), special("<end>"), 0, None, "confidence")
+def spec() -> DecodingSpec:
+    return DecodingSpec(special("<mask>"), (special("<end>"),), special("<end>"), 0, None, "confidence")
 
 
 def guider(model, kind: str = "bytes", **options) -> Guider:
@@ -87,29 +87,31 @@ def reader_of(tokens: list[int], kind: str) -> Opinion:
 def test_both_token_sequences_have_their_places(text, kind, share):
     theirs = tokenizer("dlm")(text, add_special_tokens=False, return_offsets_mapping=True)
     drafted = int(share * len(theirs["input_ids"]))
-    line = Translator(guider(qwen(), kind), card()).line(theirs["input_ids"], drafted)
+    line = CharacterAligner(guider(qwen(), kind), spec()).align(theirs["input_ids"], drafted)
     own = tokenizer(kind)(text, add_special_tokens=False, return_offsets_mapping=True)
     assert line.ids == own["input_ids"]
-    assert list(zip(line.starts, line.ends, strict=True)) == [tuple(span) for span in own["offset_mapping"]]
+    assert list(zip(line.guider_starts, line.guider_ends, strict=True)) == [
+        tuple(span) for span in own["offset_mapping"]
+    ]
     first = max(drafted - 1, 0)
     # A token that is a part of a character ends where the character does: the tokenizer's own offsets say the same.
-    assert line.theirs == [-1] * first + [end for _, end in theirs["offset_mapping"]][first:]
-    assert line.barrier == len(text)
+    assert line.dlm_ends == [-1] * first + [end for _, end in theirs["offset_mapping"]][first:]
+    assert line.unmapped == len(text)
 
 
 def test_special_tokens_take_one_place_and_become_what_they_are_to_the_guider():
     user, end = special("<user>"), special("<end>")
     sequence = [user, *ids("red hen"), end, *ids("cow"), user]
     own = (special("<u>", "bytes"), special("<v>", "bytes"))
-    translator = Translator(guider(reader_of([], "bytes"), specials={user: own}), card())
-    line = translator.line(sequence, 0)
+    aligner = CharacterAligner(guider(reader_of([], "bytes"), specials={user: own}), spec())
+    line = aligner.align(sequence, 0)
     assert line.ids == [*own, *ids("red hen", "bytes"), special("<stop>", "bytes"), *ids("cow", "bytes"), *own]
-    assert line.theirs[0] == 1 and line.theirs[-1] == 13 == line.barrier
-    assert (line.starts[-1], line.ends[-1]) == (12, 13)
-    nameless = Translator(guider(reader_of([], "bytes")), card())
-    assert nameless.line(sequence, 0).barrier == 0  # a draft ends at a token without a name
-    assert nameless.line(sequence, 1).barrier == 12  # in the text it is only left out
-    assert nameless.line(sequence, 1).ids[: len(ids("red hen", "bytes"))] == ids("red hen", "bytes")
+    assert line.dlm_ends[0] == 1 and line.dlm_ends[-1] == 13 == line.unmapped
+    assert (line.guider_starts[-1], line.guider_ends[-1]) == (12, 13)
+    nameless = CharacterAligner(guider(reader_of([], "bytes")), spec())
+    assert nameless.align(sequence, 0).unmapped == 0  # a draft ends at a token without a name
+    assert nameless.align(sequence, 1).unmapped == 12  # in the text it is only left out
+    assert nameless.align(sequence, 1).ids[: len(ids("red hen", "bytes"))] == ids("red hen", "bytes")
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ PROMPT, ANSWER = "three red apples and", " two apples so one 🙂 is left over"
 def test_a_guider_that_says_the_same_text_accepts_all_of_it(kind):
     prompt, answer = ids(PROMPT), [*ids(ANSWER), special("<end>")]
     model = reader_of(ids(PROMPT, kind) + ids(ANSWER, kind), kind)
-    played = play("guided", board(prompt, len(answer)), writer(prompt, answer), card=card(), guide=guider(model, kind))
+    played = play("guided", board(prompt, len(answer)), writer(prompt, answer), spec=spec(), guide=guider(model, kind))
     assert played.text[0].tolist() == answer and len(played.history) == 1
     assert played.unmasker.stats["guider_forwards"] == 1
 
@@ -136,7 +138,7 @@ def test_tokens_are_kept_up_to_the_first_that_the_guider_would_say_otherwise(kin
     spans = tokenizer("dlm")(ANSWER, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     expected = sum(end <= start for _, end in spans)
     model = reader_of(ids(PROMPT, kind) + heard, kind)
-    played = play("guided", board(prompt, len(answer)), writer(prompt, answer), card=card(), guide=guider(model, kind))
+    played = play("guided", board(prompt, len(answer)), writer(prompt, answer), spec=spec(), guide=guider(model, kind))
     assert int(played.history[0].sum()) == max(1, expected)
     assert played.text[0].tolist() == answer
 
@@ -144,16 +146,16 @@ def test_tokens_are_kept_up_to_the_first_that_the_guider_would_say_otherwise(kin
 def test_a_draft_ends_at_a_special_token_that_has_no_name():
     prompt, answer = ids(PROMPT), [*ids(" two"), special("<user>"), *ids(" red")]
     model = reader_of(ids(PROMPT, "bytes") + ids(" two", "bytes") + ids(" red", "bytes"), "bytes")
-    played = play("guided", board(prompt, len(answer)), writer(prompt, answer), card=card(), guide=guider(model))
+    played = play("guided", board(prompt, len(answer)), writer(prompt, answer), spec=spec(), guide=guider(model))
     assert int(played.history[0].sum()) == len(ids(" two"))
 
 
-class Anew(ByOffsets):
+class Anew(AlignedVerifier):
     """Reads everything anew at every round."""
 
-    def _judge(self, row, stream, first):
+    def _count_accepted(self, row, stream, first):
         logits = self.guide.model(torch.tensor([stream[:-1]])).logits[0, first - 1 :]
-        seen = Seen(logits.clone(), torch.tensor(stream[first:]), self.ends)
+        seen = DraftScores(logits.clone(), torch.tensor(stream[first:]), self.ends)
         return int(self.accept(seen, None).long().cumprod(0).sum())
 
 
@@ -169,17 +171,17 @@ def test_the_cache_gives_what_reading_anew_gives(chunk, method):
         guide = guider(model, method=None if anew else method)
         rule = resolve_unmask(f"guided('topk', k={size // 2}, chunk={chunk})", guide=guide)
         place = board(prompt, 16)
-        unmasker = rule.begin(place, card(), None, 16)
+        unmasker = rule.begin(place, spec(), None, 16)
         if anew:
-            unmasker.reader = Anew(guide, place, card(), rule.acceptance(), chunk, None)
+            unmasker.verifier = Anew(guide, place, spec(), rule.acceptance(), chunk, None)
         while not place.done:
-            reach = torch.zeros(1).long(), torch.tensor([place.length])
-            slots = unmasker.candidates(place, reach)
+            logit_window = torch.zeros(1).long(), torch.tensor([place.length])
+            slots = unmasker.candidates(place, logit_window)
             # Drafts that depend on how far the text has come, so that the guider's text changes under its cache.
             logits = noise[slots.clamp(min=0) + int(place.left_cpu[0]) % 3]
             choice = unmasker.choose(logits, slots, place)
             place.commit(slots, choice.tokens, choice.commit)
-            assert anew or unmasker.reader.cache_columns == [len(unmasker.reader.held[0])]
+            assert anew or unmasker.verifier.cache_columns == [len(unmasker.verifier.held[0])]
         texts.append((place.generated.tolist(), unmasker.stats["accepted"]))
     assert texts[0] == texts[1] and len(texts[0][1]) > 1
 
@@ -188,8 +190,8 @@ def test_the_cache_gives_what_reading_anew_gives(chunk, method):
 
 
 def test_vocabularies_are_compared_by_token():
-    assert not guider(reader_of([], "bytes")).same_ids
-    assert Guider(reader_of([], "bytes"), tokenizer("dlm"), tokenizer("dlm")).same_ids
+    assert not guider(reader_of([], "bytes")).shared_vocabulary
+    assert Guider(reader_of([], "bytes"), tokenizer("dlm"), tokenizer("dlm")).shared_vocabulary
     words = {"a": 0, "b": 1, "<mask>": 2}
 
     def like(vocabulary):
@@ -200,8 +202,8 @@ def test_vocabularies_are_compared_by_token():
     same = [{"a": 0, "b": 1}, {"a": 0, "b": 1, "c": 3}, words]
     other = [{"a": 0}, {"a": 1, "b": 0}, {"a": 0, "b": 1, "<mask>": 3}]
     model = reader_of([], "bytes")
-    assert all(Guider(model, like(own), like(words)).same_ids for own in same)
-    assert not any(Guider(model, like(own), like(words)).same_ids for own in other)
+    assert all(Guider(model, like(own), like(words)).shared_vocabulary for own in same)
+    assert not any(Guider(model, like(own), like(words)).shared_vocabulary for own in other)
 
 
 def test_errors():
@@ -210,8 +212,8 @@ def test_errors():
         Guider(reader_of([], "bytes"), slow, tokenizer("dlm"))
     guide = guider(reader_of([], "bytes"))
     with pytest.raises(ValueError, match=r"consists of special tokens; name what they are to it in Guider\(specials"):
-        resolve_unmask("guided", guide=guide).begin(board([special("<user>")], 4), card(), None, 4)
+        resolve_unmask("guided", guide=guide).begin(board([special("<user>")], 4), spec(), None, 4)
     guide.model.config.max_position_embeddings = 10
     prompt, answer = ids(PROMPT), ids(ANSWER)
     with pytest.raises(ValueError, match="of the guider's tokens and it has 10 positions; shorten"):
-        play("guided", board(prompt, len(answer)), writer(prompt, answer), card=card(), guide=guide)
+        play("guided", board(prompt, len(answer)), writer(prompt, answer), spec=spec(), guide=guide)

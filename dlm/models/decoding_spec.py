@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
-class Card:
+class DecodingSpec:
     """The facts of one model.
 
     Attributes:
@@ -39,6 +39,7 @@ class Card:
         for name, ids in (("mask_id", (self.mask_id,)), ("pad_id", (self.pad_id,)), ("eos_ids", self.eos_ids)):
             if any(i < 0 for i in ids):
                 raise ValueError(f"{name}={getattr(self, name)} is below 0; use the ids of the model's tokenizer")
+        # A written mask would count as still to be written, and decoding would never end.
         if self.mask_id in (self.pad_id, *self.eos_ids):
             raise ValueError(
                 f"mask_id={self.mask_id} is also the padding or an end (pad_id={self.pad_id}, eos_ids={self.eos_ids}); "
@@ -59,8 +60,8 @@ class Card:
         unmask: str,
         more_ends: tuple[int, ...] = (),
         context_advised: int | None = None,
-    ) -> Card:
-        """The card of a model by its config; `more_ends` are end tokens that only its tokenizer knows.
+    ) -> DecodingSpec:
+        """The spec of a model by its config; `more_ends` are end tokens that only its tokenizer knows.
 
         Raises:
             ValueError: the config names no mask token, neither end nor padding, or a token outside the vocabulary.
@@ -72,6 +73,7 @@ class Card:
             )
         given = config.eos_token_id
         ends = () if given is None else (given,) if isinstance(given, int) else tuple(given)
+        # An end of text serves for padding where a config names none: padding is never attended.
         pad = config.pad_token_id if config.pad_token_id is not None else next(iter(ends), None)
         if pad is None:
             raise ValueError(f"this {config.model_type} config has neither pad_token_id nor eos_token_id; add one")
@@ -81,11 +83,13 @@ class Card:
         limit = config.max_position_embeddings
         return cls(
             mask_id=config.mask_token_id,
+            # The config's first: `logits_eos_inf` speaks of the first end, and dict keeps the order without doubles.
             eos_ids=tuple(dict.fromkeys(ends + more_ends)),
             pad_id=pad,
             shift=shift,
             context_limit=limit,
             unmask=unmask,
             context_advised=None if context_advised is None else min(context_advised, limit),
+            # LLaDA may pad its embedding: the logits of a row are then wider than the vocabulary.
             vocabulary=getattr(config, "embedding_size", config.vocab_size),
         )

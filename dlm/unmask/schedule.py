@@ -1,4 +1,4 @@
-"""How many tokens a step writes: each row's place in its own schedule, and the order of its candidates.
+"""The unmask schedule: how many tokens a step writes (its quota), and in which order the candidates come.
 
 Two schedules. Even: the masks of a block spread over the steps that it has left, LLaDA's quota (larger shares first).
 Timestep: Dream's `t = linspace(1, eps, S + 1)`, a step writes floor(masks * (1 - t[i+1] / t[i])), the last all that is
@@ -9,32 +9,30 @@ has its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from dlm.canvas import Canvas
+from dlm.canvas import Canvas
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Where each row stands, int64 [batch].
+class ScheduleStep:
+    """Where each row stands in its schedule, int64 [batch].
 
     Attributes:
-        left: steps that the active block has left, this one included, at least 1.
+        steps_left: steps that the active block has left, this one included, at least 1.
         index: number of this step among all steps of the generation.
         block_masks: masks of the active block.
         row_masks: masks of the whole row.
     """
 
-    left: torch.Tensor
+    steps_left: torch.Tensor
     index: torch.Tensor
     block_masks: torch.Tensor
     row_masks: torch.Tensor
 
 
-class Pacer:
+class UnmaskSchedule:
     """Counts the steps of each row. Every block gets one, and of the rest a share by its length.
 
     Raises:
@@ -49,6 +47,7 @@ class Pacer:
             )
         lengths = torch.tensor([end - start for start, end in map(canvas.block_range, range(blocks))])
         rest = (lengths - 1).cumsum(0)
+        # Rounded up along the running sum, so that early blocks get the larger share and the total is exact.
         shares = -(-(steps - blocks) * rest // rest[-1].clamp(min=1))
         # One more: a finished row stands behind its last block.
         self.given = torch.cat([1 + shares.diff(prepend=shares.new_zeros(1)), shares.new_ones(1)]).to(device)
@@ -56,27 +55,29 @@ class Pacer:
         self.block = torch.full((canvas.batch,), -1, device=device)
         self.used = torch.zeros_like(self.block)
 
-    def tick(self, canvas: Canvas, free: torch.Tensor) -> Pace:
-        """One step of the rows that have a candidate; `free` bool [batch, r]."""
+    def step(self, canvas: Canvas, candidates: torch.Tensor) -> ScheduleStep:
+        """One step of the rows that have a candidate; `candidates` bool [batch, r], slots that hold a mask."""
         active = canvas.active
+        # A row that has just entered a block has used no step of it; rows enter at different forwards.
         self.used = torch.where(active == self.block, self.used, 0)
         self.block = active
         masked = canvas.masked()
         columns = torch.arange(canvas.length, device=masked.device)[None]
         start, end = canvas.block_start(active)[:, None], canvas.block_start(active + 1)[:, None]
-        pace = Pace(
-            left=(self.given[active] - self.used).clamp(min=1),
+        step = ScheduleStep(
+            steps_left=(self.given[active] - self.used).clamp(min=1),
             index=self.first[active] + self.used,
             block_masks=(masked & (columns >= start) & (columns < end)).sum(1),
             row_masks=masked.sum(1),
         )
-        self.used = self.used + free.any(1)
-        return pace
+        self.used = self.used + candidates.any(1)
+        return step
 
 
-def even_quota(pace: Pace) -> torch.Tensor:
+def even_quota(step: ScheduleStep) -> torch.Tensor:
     """int64 [batch]: this step's part of an even split of the block's masks over its steps, at least 1 of any masks."""
-    return -(-pace.block_masks // pace.left)
+    # Ceiling division of what is left: larger shares first, and a step that wrote more makes later ones smaller.
+    return -(-step.block_masks // step.steps_left)
 
 
 def timestep_shares(steps: int, eps: float) -> torch.Tensor:
@@ -85,22 +86,25 @@ def timestep_shares(steps: int, eps: float) -> torch.Tensor:
     return 1 - t[1:] / t[:-1]
 
 
-def timestep_quota(pace: Pace, shares: torch.Tensor) -> torch.Tensor:
+def timestep_quota(step: ScheduleStep, shares: torch.Tensor) -> torch.Tensor:
     """int64 [batch], Dream's schedule with `timestep_shares`; the last step of a block takes all that it has left."""
-    share = shares[pace.index.clamp(max=len(shares) - 1)]
-    quota = (pace.row_masks.float() * share).long()
-    return torch.where(pace.left == 1, pace.block_masks, torch.minimum(quota, pace.block_masks))
+    share = shares[step.index.clamp(max=len(shares) - 1)]
+    # int() of an fp32 product as in the authors' code: fp64 rounds some quotas to another whole number.
+    quota = (step.row_masks.float() * share).long()
+    return torch.where(step.steps_left == 1, step.block_masks, torch.minimum(quota, step.block_masks))
 
 
-def ranks(score: torch.Tensor, free: torch.Tensor) -> torch.Tensor:
-    """int64 [batch, r], 0 for a row's highest score. Equals go by the lowest slot; what is not free comes last."""
-    order = ordered(score, free).indices
+def ranks(score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    """int64 [batch, r], 0 for a row's highest score. Equals go by the lowest slot; what is not masked comes last."""
+    order = ordered(score, masked).indices
     rank = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    # Inverts the permutation: order[k] = column of rank k becomes rank[column] = k.
     return torch.empty_like(order).scatter_(1, order, rank)
 
 
-def ordered(score: torch.Tensor, free: torch.Tensor) -> torch.return_types.sort:
-    """Scores [batch, r] in descending order and their columns; what is not free has -inf and comes last."""
-    least = torch.finfo(torch.float32).min  # a free slot goes before a closed one whatever its score
-    key = score.float().nan_to_num(nan=least, neginf=least).masked_fill(~free, -torch.inf)
+def ordered(score: torch.Tensor, masked: torch.Tensor) -> torch.return_types.sort:
+    """Scores [batch, r] in descending order and their columns; what is not masked has -inf and comes last."""
+    least = torch.finfo(torch.float32).min  # a masked slot goes before a closed one whatever its score
+    # NaN would sort first; a row without any finite logit still has to write something in the end.
+    key = score.float().nan_to_num(nan=least, neginf=least).masked_fill(~masked, -torch.inf)
     return key.sort(dim=1, descending=True, stable=True)

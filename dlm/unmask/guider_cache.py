@@ -1,9 +1,9 @@
-"""One cache of the guider and the rows that share it.
+"""The guider's cache of keys and values, and the rows of the batch that share it.
 
 Rows of a batch keep drafts of different lengths, but a cache is cropped by the same number of columns in all rows. So a
-lane of several rows crops to the longest and hides the rest of the others: those columns stay and are masked, positions
-do not count them. A lane of one row never has such holes; a cache kept by a method gets one lane per row, because a
-method cannot be told of holes.
+guider cache of several rows crops to the longest and hides the rest of the others: those columns stay and are masked,
+positions do not count them. One of a single row never has such holes. A cache kept by a method of textkv serves one
+row, because a method cannot be told of holes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from textkv.evidence import Gatherer, Needs
 _ENDLESS = 1 << 62
 
 
-class Lane:
-    """Args:
+class GuiderCache:
+    """What the guider has read of its rows, and the forwards that read it.
+
+    Args:
         rows: the canvas rows that it serves.
 
     Attributes:
@@ -53,11 +55,12 @@ class Lane:
         """Feeds tokens int64 [rows, c]; logits [rows, keep, V] of the last `keep` columns.
 
         Args:
-            real: bool [rows, c], False = a column that this row does not have; not read by a lane of one row.
+            real: bool [rows, c], False = a column that this row does not have; not read by a cache of one row.
         """
         options = {}
         if self.real is not None:
             self.real = torch.cat([self.real, real], 1)
+            # Hidden columns take no position: the row reads on as if rejected drafts had never been there.
             positions = self.real.cumsum(1)[:, -tokens.shape[1] :] - 1
             options = {"attention_mask": self.real.long(), "position_ids": positions.clamp(min=0)}
         out = self.guide.model(
@@ -74,12 +77,14 @@ class Lane:
         self.drop(fed - most)
         if self.real is not None and most:
             limit = torch.tensor(counts, device=self.real.device)[:, None]
+            # [rows, most]: the columns behind a row's own count stay in the cache, but nobody sees them.
             self.real[:, -most:] &= torch.arange(most, device=self.real.device) < limit
 
     def drop(self, columns: int) -> None:
         """Takes the last columns back."""
         if not columns:
             return
+        # Negative: transformers counts the columns to take away from the end.
         self.cache.crop(-columns)
         self.columns -= columns
         if self.real is not None:

@@ -1,0 +1,106 @@
+"""Prompts: from text or messages to ids, from ids to a padded batch, and from a checked batch to a canvas."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dlm.canvas import Canvas
+from dlm.config import DecodingConfig
+from dlm.models import DecodingSpec, chat_ids, text_ids
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], chat: bool) -> list[int]:
+    """The ids of a text or of messages; `chat` puts a text into the model's chat template, as messages always are.
+
+    Raises:
+        ValueError: a tokenizer without a chat template where one is needed.
+    """
+    if isinstance(prompt, str):
+        return chat_ids(tokenizer, [{"role": "user", "content": prompt}]) if chat else text_ids(tokenizer, prompt)
+    return chat_ids(tokenizer, prompt)
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of different lengths as int64 [batch, longest], and the mask of what is real, of the same shape."""
+    longest = max(map(len, rows))
+    # On the left, so that every answer begins in the same column and one slice of the canvas holds them all.
+    ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    # The view keeps two dimensions where every prompt is empty: torch.tensor([[]]) alone would be [1, 0] of floats.
+    shape = (len(rows), longest)
+    made = [torch.tensor(x, dtype=torch.int64, device=device).view(shape) for x in (ids, mask)]
+    return made[0], made[1]
+
+
+def make_canvas(
+    config: DecodingConfig, spec: DecodingSpec, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+) -> Canvas:
+    """The prompts with their masks behind them; warns where they leave what the model's authors advise.
+
+    Args:
+        input_ids: int64 [batch, P], prompts padded on the left.
+        attention_mask: [batch, P], nonzero = real token; None = no padding.
+
+    Raises:
+        ValueError: ids of another shape or dtype, padding that is not on the left, a prompt with a mask in it, a
+            prompt that a shifted model cannot begin from, more positions than the model has.
+    """
+    if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or input_ids.shape[0] == 0:
+        raise ValueError(
+            f"input_ids are {input_ids.dtype} of shape {list(input_ids.shape)}; give int64 [batch, tokens] with at "
+            "least one row"
+        )
+    real = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)} and input_ids {list(input_ids.shape)}; give one "
+                "value per token"
+            )
+        real = attention_mask.bool()
+        # Padded on the left means that no real token has padding behind it.
+        if bool((real[:, :-1] & ~real[:, 1:]).any()):
+            raise ValueError("the prompts are padded on the right or inside; pad on the left")
+    _check_prompts(spec, input_ids, real, config.gen_length)
+    return Canvas(
+        input_ids, attention_mask, gen_length=config.gen_length, block_length=config.block_length,
+        mask_id=spec.mask_id, shift=spec.shift,
+    )  # fmt: skip
+
+
+def check_prompt(config: DecodingConfig, spec: DecodingSpec, ids: Sequence[int]) -> None:
+    """Raises ValueError if a model with this spec cannot go on from the prompt `ids`; errors as `make_canvas`."""
+    make_canvas(config, spec, torch.tensor([ids], dtype=torch.int64))
+
+
+def _check_prompts(spec: DecodingSpec, input_ids: torch.Tensor, real: torch.Tensor, gen_length: int) -> None:
+    # The canvas reads its progress from the masks, so a mask in a prompt would be taken for one to be written.
+    if bool(((input_ids == spec.mask_id) & real).any()):
+        raise ValueError(
+            f"a prompt contains the mask token {spec.mask_id}, which stands for what is to be written; take it out"
+        )
+    tokens = real.sum(1)
+    if spec.shift and int(tokens.min()) == 0:
+        raise ValueError(
+            "a prompt is empty, and this model predicts each token from the row before it; begin it with one token, "
+            "for example the model's begin-of-text"
+        )
+    longest = int(tokens.max()) + gen_length
+    if spec.context_limit is not None and longest > spec.context_limit:
+        raise ValueError(
+            f"the prompt of {longest - gen_length} tokens and gen_length={gen_length} need {longest} positions, the "
+            f"model has {spec.context_limit}; shorten the prompt or generate at most "
+            f"{max(0, spec.context_limit - longest + gen_length)}"
+        )
+    if spec.context_advised is not None and longest > spec.context_advised:
+        # Five frames up is who called `decode`: this, `make_canvas`, `decode`, torch's no_grad wrapper, the caller.
+        warnings.warn(
+            f"prompt and answer take {longest} positions, the model's authors advise at most {spec.context_advised}",
+            stacklevel=5,
+        )
