@@ -112,7 +112,7 @@ def play_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
         plan = make_plan(args)
         out = out_folder(args)
         need_space(out, space_needed(plan))
-    with Interrupts() as interrupts, Browser(args.chromium, args.headed) as browser:
+    with Interrupts() as interrupts, open_browser(args, plan) as browser:
         with user_errors():
             adapter = load(plan)
             plan = replace(plan, device_scale=args.device_scale or fitting_scale(plan, adapter))
@@ -252,13 +252,18 @@ def finish(out: Path, extra: Path | None) -> None:
     print(*filter(None, (out / "summary.json", extra, page)), sep="\n")
 
 
+def open_browser(args: argparse.Namespace, plan: Plan) -> Browser:
+    """The browser of the command line; a live page keeps the machine's fonts, tasks are drawn with the project's."""
+    return Browser(args.chromium, args.headed, machine_fonts=bool(plan.url))
+
+
 def replay_command(args: argparse.Namespace) -> int:
     """Act recorded episodes again; 1 when a reward differs."""
     with user_errors():
         about = json.loads((find_run(args.replay) / RUN).read_text())
         recorded(args.replay)
         plan = Plan(**{f.name: about[f.name] for f in fields(Plan)})
-    with Browser(args.chromium, args.headed) as browser, user_errors():
+    with open_browser(args, plan) as browser, user_errors():
         rows = list(replay(args.replay, cache(lambda task: open_env(task, plan, browser))))
     stdout_console().print(replay_table(rows))
     wrong = [r for r in rows if not r["same"]]

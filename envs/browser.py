@@ -19,6 +19,7 @@ from pathlib import Path
 from playwright.sync_api import Browser as Chromium
 from playwright.sync_api import Error, Playwright, sync_playwright
 
+from envs import fonts
 from envs.allow import AllowList
 from envs.tab import BrowserCrashed, Tab
 
@@ -108,11 +109,22 @@ def find_chromium(
     raise ChromiumMissing(f"no Chromium found (looked for {', '.join(_NAMES)} on the PATH)")
 
 
+def _reads_our_config(chromium: Chromium) -> bool:
+    """Asked of the browser itself: macOS has no fontconfig, and a wrapper around Chromium may set its own."""
+    page = chromium.new_page()
+    try:
+        return page.evaluate(fonts.KNOWS_CONFIG)
+    finally:
+        page.close()
+
+
 class Browser:
     """A context manager around one Chromium process; `open` gives an isolated `Tab` per episode.
 
     executable: path of the browser, None = `find_chromium()`. headed: show a window. allow: further http(s) origins
     that every task may reach. sandbox: Chromium's own; None = on unless the process runs as root, where it is refused.
+    machine_fonts: draw with the machine's fonts, for live pages; tasks are drawn with ours alone (`envs.fonts`), to
+    look the same everywhere.
     Raises `ChromiumMissing` on entering when no browser can be started.
     """
 
@@ -122,11 +134,14 @@ class Browser:
         headed: bool = False,
         allow: Sequence[str] = (),
         sandbox: bool | None = None,
+        machine_fonts: bool = False,
     ) -> None:
         self.executable = executable
         self.headed = headed
         self.allow = AllowList(tuple(allow))
         self.sandbox = (not hasattr(os, "geteuid") or os.geteuid() != 0) if sandbox is None else sandbox
+        self.machine_fonts = machine_fonts
+        self._faces = ""  # script that brings our fonts into a page, where Chromium does not find them by itself
         self._chromium: Chromium | None = None
         self._pid: int | None = None
         self._holds_driver = False
@@ -173,7 +188,9 @@ class Browser:
                 chromium_sandbox=self.sandbox,
                 handle_sigint=False,  # Ctrl-C belongs to the program, which closes the browser in order
                 args=list(_FLAGS),
+                env=dict(os.environ) if self.machine_fonts else fonts.environment(os.environ),
             )
+            self._faces = "" if self.machine_fonts or _reads_our_config(chromium) else fonts.page_script()
         except Error as error:
             said = [line for line in error.message.splitlines() if "[err]" in line] or error.message.splitlines()
             raise ChromiumMissing(f"{executable} did not start: {said[0].strip()[:_MESSAGE]}") from error
@@ -247,4 +264,4 @@ class Browser:
         """A fresh isolated tab: no cookies, no storage, nothing shared with another tab. Raises `BrowserCrashed`."""
         if self._chromium is None or not self.alive:
             raise BrowserCrashed("the browser is not running; call relaunch()")
-        return Tab(self._chromium, self.allow | allow, viewport, device_scale)
+        return Tab(self._chromium, self.allow | allow, viewport, device_scale, self._faces)

@@ -24,7 +24,7 @@ def ways() -> list[list[list[str]]]:
     if apt:
         sudo = [] if os.geteuid() == 0 else ["sudo", "--non-interactive"]
         if not sudo or shutil.which("sudo"):
-            install = [apt, "install", "--yes", "--no-install-recommends", "chromium", "fonts-dejavu-core"]
+            install = [apt, "install", "--yes", "--no-install-recommends", "chromium"]
             found.append([[*sudo, apt, "update"], [*sudo, *install]])
     found.append([[sys.executable, "-m", "playwright", "install", "chromium"]])
     return found

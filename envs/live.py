@@ -57,6 +57,8 @@ class LiveTask(Task):
     http, https or an existing file, and for an empty goal.
     """
 
+    machine_fonts = True  # nobody trained on it, and it may be in any script
+
     def __init__(
         self,
         url: str,

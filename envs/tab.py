@@ -97,9 +97,13 @@ class Blocked:
 
 
 class Tab:
-    """A context with one page. `blocked` and `dialogs` grow as the page tries things."""
+    """A context with one page. `blocked` and `dialogs` grow as the page tries things; `script` runs first in every
+    document.
+    """
 
-    def __init__(self, browser: Browser, allow: AllowList, viewport: tuple[int, int], device_scale: float) -> None:
+    def __init__(
+        self, browser: Browser, allow: AllowList, viewport: tuple[int, int], device_scale: float, script: str = ""
+    ) -> None:
         self.allow = allow
         self.viewport = viewport
         self.blocked: list[Blocked] = []
@@ -109,13 +113,13 @@ class Tab:
         self._strays: list[Frame] = []
         self._loading: set[Request] = set()
         with self.guard():
-            self.context = self._isolate(browser, device_scale)
+            self.context = self._isolate(browser, device_scale, script)
             self.page = self.context.new_page()
             self.context.on("page", self._on_popup)
             self._watch(self.page)
             self._cdp = self._own_session(device_scale)
 
-    def _isolate(self, browser: Browser, device_scale: float) -> BrowserContext:
+    def _isolate(self, browser: Browser, device_scale: float, script: str) -> BrowserContext:
         width, height = self.viewport
         context = browser.new_context(
             viewport={"width": width, "height": height},
@@ -129,6 +133,8 @@ class Tab:
         )
         context.grant_permissions([])
         context.add_init_script(_NO_CARET)
+        if script:
+            context.add_init_script(script)
         context.route("**/*", self._on_request)
         context.route_web_socket("**/*", self._on_websocket)
         return context

@@ -22,7 +22,7 @@ class Task(ABC):
     """One task. `setup` runs once per episode on a freshly loaded page; `verdict` after every action.
 
     id: its name. url: what to open. viewport: (width, height) in CSS pixels. max_steps: actions before truncation.
-    allow: what its page may load.
+    allow: what its page may load. machine_fonts: a browser of the environment's own draws it with the machine's fonts.
     """
 
     id: str
@@ -30,6 +30,7 @@ class Task(ABC):
     viewport: tuple[int, int]
     max_steps: int
     allow: AllowList
+    machine_fonts: bool = False
 
     @abstractmethod
     def setup(self, tab: Tab, seed: int) -> None:

@@ -56,7 +56,7 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
                 f"device_scale={device_scale} makes broken pixels of {width} x {height}; use 1, 1.5, 2 or 4"
             )
         self.task = task
-        self.browser = browser or Browser()
+        self.browser = browser or Browser(machine_fonts=task.machine_fonts)
         self.device_scale = device_scale
         self.max_steps = task.max_steps if max_steps is None else max_steps
         self.load_timeout = load_timeout

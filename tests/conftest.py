@@ -1,5 +1,13 @@
-"""One torch thread: the models here are tiny, and threads that wait for each other cost more than they bring."""
+"""One torch thread: the models here are tiny, and threads that wait for each other cost more than they bring.
+
+And no font of the system, in this process and those that it starts: a browser sees the project's fonts, or a single
+typewriter face where it was launched with the machine's.
+"""
+
+import os
+from pathlib import Path
 
 import torch
 
 torch.set_num_threads(1)
+os.environ["FONTCONFIG_FILE"] = str(Path(__file__).with_name("machine-fonts.conf"))

@@ -11,7 +11,6 @@ import random
 import string
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -19,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from agentkv.mini.packing import Ask, Turn
 from agentkv.mini.shape import RESIZED, SCREEN
 from agentkv.mini.words import COLORS, ORDINALS, SHAPES, WORDS
+from envs import fonts
 
 WIDTH, HEIGHT = SCREEN
 QUERY_HEIGHT = 50
@@ -26,21 +26,15 @@ STEP = 4
 # questions per page that only ask to copy words: no picture is needed, but the way from goal to answer is learned late
 COPIES = 3
 
-_FONTS = {
-    "plain": ("LiberationSans-Regular.ttf", "DejaVuSans.ttf"),
-    "bold": ("LiberationSans-Bold.ttf", "DejaVuSans-Bold.ttf"),
-}
-_FOLDERS = (Path("/usr/share/fonts/truetype/liberation"), Path("/usr/share/fonts/truetype/dejavu"))
+_STYLES = {"plain": "Regular", "bold": "Bold"}
 _GREY, _LINE, _BLUE = (239, 239, 239), (118, 118, 118), (0, 117, 255)
 
 
 @lru_cache(maxsize=256)
-def face(size: int, weight: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    for name in _FONTS[weight]:
-        for folder in _FOLDERS:
-            if (folder / name).exists():
-                return ImageFont.truetype(str(folder / name), size)
-    return ImageFont.load_default(size)
+def face(size: int, weight: str) -> ImageFont.FreeTypeFont:
+    """The sans face that pages have, in "plain" or "bold", `size` pixels high."""
+    # the basic layout: Pillow has the other one only where the machine brings a library for it
+    return ImageFont.truetype(str(fonts.face("sans", _STYLES[weight])), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def click(x: float, y: float, size: tuple[int, int] = (WIDTH, HEIGHT)) -> str:
