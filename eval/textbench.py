@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from eval.biased import PLACEMENTS, biased_mini
 from eval.quantized import ForeignCache, open_cache
 from textkv import MethodCache, use
+from textkv.kinds import text_model
 from textkv.mini import WEIGHTS, load_mini
 from textkv.mini.filler import Filler
 from textkv.mini.speller import Speller
 from textkv.mini.tasks import EVALUATION_FILLER, FIRST_EVALUATION_SEED, Example, make_example
-from textkv.probes import text_model
 
 BATCH_TOKENS = 8_192  # prompts that run together; more gains nothing on a CPU
 FULL = "full"

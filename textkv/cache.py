@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -168,14 +166,9 @@ class MethodCache(Cache):
         if spans is not None:
             self.context.spans = _logical_spans(spans, columns, attention_mask)
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """While it lasts nothing is evicted and no evidence collected: what comes can be taken back with `crop`."""
-        before, self.context.frozen = self.context.frozen, True
-        try:
-            yield
-        finally:
-            self.context.frozen = before
+    def freeze(self, on: bool = True) -> None:
+        """From now on nothing is evicted and no evidence collected: what comes can be taken back with `crop`."""
+        self.context.frozen = on
 
     def forget(self, spans: Spans) -> None:
         """Drops the tokens of given logical positions from every layer, whatever holds them.

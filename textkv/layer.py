@@ -334,7 +334,7 @@ class Layer(CacheLayerMixin):
                 self._prompt_end(step.q)
             elif not prompt:
                 self._decode_end(step.q)
-        if not context.hold:
+        if not context.hold and not context.frozen:
             for segment in self.segments:
                 segment.settle()
         self.last_share = self.came = None

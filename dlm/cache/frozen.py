@@ -16,10 +16,11 @@ from dlm.cache.slots import SlotCache, SlotLayer
 from dlm.canvas import Canvas
 from dlm.models.backbone import rope_frequencies
 from kernels import decode_attention, merge
-from textkv.evidence import Spans
+from textkv.context import Context
+from textkv.kinds import LayerKind
 from textkv.layer import Layer
 from textkv.method import Method
-from textkv.turning import Turning
+from textkv.positions import RotarySpec
 
 
 def check_method(method: Method) -> None:
@@ -38,40 +39,19 @@ def check_method(method: Method) -> None:
         raise ValueError(f"{method.expression} {wrong}; use one that scores keys or by the last queries: snapkv, knorm")
 
 
-class Store:
-    """The method's layers, and what they ask of the cache that they belong to.
+def store_of(model: Any, method: Method) -> Context:
+    """Empty layers for frozen slots, which take tokens through `Layer.absorb`, and what they share.
 
     No `MethodCache`: that one would put the model on its own, causal attention.
-
-    Attributes:
-        layers: textkv layers, one per layer of the model; they take tokens through `Layer.absorb`.
-        seconds: seconds per hook of the method.
     """
-
-    spans: Spans = []
-    inv_freq = None
-
-    def __init__(self, model: Any, method: Method) -> None:
-        self.method, self.needs, self.model_config = method, method.needs(), model.config
-        self.seconds: dict[str, float] = {}
-        self._head_dim = model.layers[0].head_dim
-        self.layers = [Layer(i, self) for i in range(model.config.num_hidden_layers)]
-
-    def note_bytes(self, layer: Layer) -> None:
-        """Peaks are counted over the whole canvas, by the loop."""
-
-    def after_step(self, layer: Layer, prompt_ended: bool) -> None:
-        """The last layer has taken its tokens in: the method may divide what all layers hold."""
-        if layer.index == len(self.layers) - 1:
-            self.method.on_finish(self)
-
-    def key_turning(self) -> Turning:
-        """Slots keep their positions, and these turn their keys."""
-        return Turning(rope_frequencies(self._head_dim, self.model_config.rope_theta))
-
-    def kv_bytes(self) -> int:
-        """Bytes of all layers, bookkeeping included."""
-        return sum(layer.kv_bytes() for layer in self.layers)
+    kinds = tuple(LayerKind(number, "full") for number in range(model.config.num_hidden_layers))
+    context = Context(method, method.needs(), model.config, kinds)
+    context.layers = [Layer(kind, context, kind.number) for kind in kinds]
+    context.everything = context.layers
+    # Slots keep their positions, and these turn their keys.
+    spec = RotarySpec.halves(rope_frequencies(model.layers[0].head_dim, model.config.rope_theta))
+    context.rotary = dict.fromkeys(range(len(kinds)), spec)
+    return context
 
 
 class FrozenCache(SlotCache):
@@ -87,7 +67,7 @@ class FrozenCache(SlotCache):
     def __init__(self, canvas: Canvas, model: Any, method: Method) -> None:
         check_method(method)
         super().__init__(canvas.length)
-        self.canvas, self.store = canvas, Store(model, method)
+        self.canvas, self.store = canvas, store_of(model, method)
         self.frozen = torch.zeros(canvas.batch, dtype=torch.int64)
         self.move: Move | None = None
         self.visible: torch.Tensor | None = canvas.valid

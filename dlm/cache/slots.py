@@ -7,12 +7,21 @@ function hands them, with the queries, to `SlotLayer.step`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from dlm.cache.plan import Plan
 from dlm.models.attention import full_attention
-from textkv.layer import View
 from textkv.segments.base import storage_bytes
+
+
+class View(NamedTuple):
+    """What `SlotCache.update` returns in place of keys and values: the new ones, and the way to their layer."""
+
+    layer: SlotLayer
+    k: torch.Tensor
+    v: torch.Tensor
 
 
 class SlotLayer:

@@ -14,10 +14,6 @@ from transformers.cache_utils import Cache
 
 from dlm.unmask.guider import Guider
 from textkv.cache import MethodCache
-from textkv.evidence import Gatherer, Needs
-
-
-_ENDLESS = 1 << 62
 
 
 class GuiderCache:
@@ -45,11 +41,8 @@ class GuiderCache:
         """Reads a prompt int64 [1, n] that the cache's method compresses; only for a cache that has one."""
         if tokens.shape[1]:
             self.forward(tokens, None, 1)
-        # From here on everything belongs to one prompt block that never ends: nothing is evicted, so that any draft can
-        # be taken back, and no evidence is gathered for an end that does not come.
-        self.cache.begin(tokens=_ENDLESS)
-        for layer in self.cache.layers:
-            layer.gatherer = Gatherer(Needs())
+        # Any draft must be possible to take back: from here on the method leaves the cache alone.
+        self.cache.freeze()
 
     def forward(self, tokens: torch.Tensor, real: torch.Tensor | None, keep: int) -> torch.Tensor:
         """Feeds tokens int64 [rows, c]; logits [rows, keep, V] of the last `keep` columns.

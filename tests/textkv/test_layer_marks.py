@@ -23,8 +23,8 @@ class Marking(Method):
         return Needs(columns=True)
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
-        layer.marks["position"] = layer.stored().positions.float()
-        layer.marks["columns"] = evidence.columns
+        layer.statistics["position"] = layer.stored().positions.float()
+        layer.statistics["columns"] = evidence.columns
         if self.ragged:
             keep = torch.zeros(layer.stored().positions.shape, dtype=torch.bool)
             keep[:, 0, ::3], keep[:, 1, 1::2] = True, True
@@ -53,7 +53,7 @@ def filled(model_of):
 def test_marks_stay_beside_their_tokens(filled, ragged):
     cache, _ = filled(ragged)
     for layer in cache.layers:
-        positions, mark = layer.stored().positions, layer.mark("position")
+        positions, mark = layer.stored().positions, layer.statistic("position")
         old = (positions >= 0) & (positions < 40)
         assert bool((mark[old] == positions[old]).all())
         assert bool((mark[~old] == 0).all())
@@ -62,38 +62,40 @@ def test_marks_stay_beside_their_tokens(filled, ragged):
 @pytest.mark.parametrize("ragged", [False, True])
 def test_marks_follow_rows_crops_and_saving(filled, ragged, tmp_path, model_of):
     cache, _ = filled(ragged)
-    before = cache.layers[1].mark("position")
+    before = cache.layers[1].statistic("position")
     cache.save(tmp_path)
     loaded = MethodCache(model_of("llama"), Marking(ragged=ragged))
     assert "1.mark.position" in __import__("safetensors.torch").torch.load_file(tmp_path / "cache.safetensors")
-    assert loaded.layers[1].marks == {}
+    assert loaded.layers[1].statistics == {}
     cache.crop(-2)
-    assert cache.layers[1].mark("position").shape == cache.layers[1].stored().positions.shape
+    assert cache.layers[1].statistic("position").shape == cache.layers[1].stored().positions.shape
     cache.reorder_cache(torch.tensor([0, 0]))
-    assert torch.equal(cache.layers[1].mark("position")[1], before[0, :, : cache.layers[1].mark("position").shape[-1]])
+    assert torch.equal(
+        cache.layers[1].statistic("position")[1], before[0, :, : cache.layers[1].statistic("position").shape[-1]]
+    )
     cache.reset()
-    assert cache.layers[1].marks == {}
+    assert cache.layers[1].statistics == {}
 
 
 def test_marks_count_as_bytes(filled):
     cache, _ = filled(False)
     layer = cache.layers[0]
     held = layer.kv_bytes()
-    layer.marks.clear()
+    layer.statistics.clear()
     assert held - layer.kv_bytes() == 2 * 2 * 13 * 4
 
 
 def test_columns_are_the_same_in_chunks(filled):
     whole, chunked = filled(False)[0], filled(False, (7, 1, 32))[0]
     for a, b in zip(whole.layers, chunked.layers, strict=True):
-        torch.testing.assert_close(a.mark("columns"), b.mark("columns"))
+        torch.testing.assert_close(a.statistic("columns"), b.statistic("columns"))
 
 
 def test_columns_sum_to_the_number_of_queries(model_of):
     @dataclass(frozen=True)
     class Keeping(Marking):
         def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
-            layer.marks["columns"] = evidence.columns
+            layer.statistics["columns"] = evidence.columns
 
     model = model_of("llama")
     ids = torch.arange(60).view(2, 30) % 50 + 2
@@ -102,7 +104,7 @@ def test_columns_sum_to_the_number_of_queries(model_of):
     cache = MethodCache(model, Keeping())
     with torch.no_grad():
         model(ids, attention_mask=mask, past_key_values=cache)
-    sums = cache.layers[0].marks["columns"].sum(-1)
+    sums = cache.layers[0].statistics["columns"].sum(-1)
     torch.testing.assert_close(sums, torch.tensor([[30.0] * 2, [23.0] * 2]))
 
 

@@ -9,7 +9,7 @@ import torch
 
 from kernels import decode_attention
 from textkv.methods.gear import Gear
-from textkv.segments.base import NewTokens, storage_bytes
+from textkv.segments.base import Step, storage_bytes
 from textkv.segments.dense import DenseSegment
 from textkv.segments.packed import PackedSegment, blocks_of
 from textkv.segments.stack import StackSegment
@@ -149,7 +149,7 @@ def test_single_tokens_are_refused():
     segment = make(UNIFORM)
     x = torch.zeros(2, 2, 1, D)
     with pytest.raises(RuntimeError, match="whole blocks; single tokens go to the segment behind it"):
-        segment.extend(NewTokens(x, x, x, torch.zeros(2, 1).int(), 1.0), need_lse=True)
+        segment.extend(Step(x, x, x, torch.zeros(2, 1).int(), 1.0), need_lse=True)
     segment.crop(0)
     with pytest.raises(ValueError, match="cannot be taken back one by one"):
         segment.crop(1)
@@ -164,7 +164,7 @@ def test_cutting_into_blocks():
 def stack() -> StackSegment:
     buffer = DenseSegment()
     x = torch.randn(2, 2, 5, D)
-    buffer.extend(NewTokens(x, x, x, torch.arange(48, 53).expand(2, 5).int(), 0.3), need_lse=True)
+    buffer.extend(Step(x, x, x, torch.arange(48, 53).expand(2, 5).int(), 0.3), need_lse=True)
     return StackSegment([make(UNIFORM), buffer])
 
 
@@ -172,7 +172,7 @@ def test_a_stack_is_its_segments_one_behind_the_other():
     segment = stack()
     assert segment.lengths().tolist() == [[53, 53], [53, 53]]
     q, x = torch.randn(2, 4, 1, D), torch.randn(2, 2, 1, D)
-    out, lse = segment.extend(NewTokens(q, x, x, torch.full((2, 1), 53).int(), 0.3), need_lse=False)
+    out, lse = segment.extend(Step(q, x, x, torch.full((2, 1), 53).int(), 0.3), need_lse=False)
     for ours, true in zip((out, lse), attention_over_what_is_stored(segment, q), strict=True):
         torch.testing.assert_close(ours, true, rtol=2e-5, atol=2e-5)
     again = StackSegment.from_state(segment.state())

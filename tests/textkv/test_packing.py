@@ -63,7 +63,7 @@ def test_what_a_scorer_marked_down_does_not_stay(model_of):
     for n in (40, 100):  # nothing to pack, and something
         cache = MethodCache(model, "h2o+kivi(4)", 0.9)
         feed(model, cache, tiny.text_ids(n))
-        assert not any(layer.marks for layer in cache.layers)
+        assert not any(layer.statistics for layer in cache.layers)
         lengths = cache.layers[0].lengths()
         feed(model, cache, tiny.text_ids(1))  # nor does it evict while decoding
         assert torch.equal(cache.layers[0].lengths(), lengths + 1)
@@ -76,7 +76,7 @@ def test_a_method_that_cuts_other_layers_later_is_packed_last(model_of):
         feed(model, cache, tiny.text_ids(150))
         feed(model, cache, tiny.text_ids(1, seed=1))
     for i, layer in enumerate(both.layers):
-        assert isinstance(layer.segments[0], PackedSegment) and not layer.marks
+        assert isinstance(layer.segments[0], PackedSegment) and not layer.statistics
         assert torch.equal(both.kept_positions(i).sort().values, alone.kept_positions(i).sort().values)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from kernels import decode_attention
 from textkv.segments import paired
-from textkv.segments.base import NewTokens, storage_bytes
+from textkv.segments.base import Step, storage_bytes
 from textkv.segments.dense import DenseSegment
 from textkv.segments.paired import Merging, Pair, PairedSegment
 from textkv.slerp import Retention
@@ -22,7 +22,7 @@ def layer_pair(n, seed=0, noise=0.3, dtype=torch.float32):
         k, v = (scale * (shared + noise * torch.randn(shared.shape, generator=g))).to(dtype)
         segment = DenseSegment()
         at = torch.arange(n, dtype=torch.int32).expand(BATCH, n)
-        segment.extend(NewTokens(k[:, :, :, :], k, v, at, 1.0), need_lse=True)
+        segment.extend(Step(k[:, :, :, :], k, v, at, 1.0), need_lse=True)
         layers.append(segment)
     return tuple(layers)
 

@@ -6,7 +6,8 @@ import torch
 from kernels import rotate
 from tests.textkv.methods.test_lacache_ladder import Stream
 from textkv.methods.lacache import Ladder
-from textkv.segments.base import NewTokens
+from textkv.positions import RotarySpec
+from textkv.segments.base import Step
 from textkv.segments.renumbered import RenumberedSegment
 
 FREQ = 10000 ** -(torch.arange(4) / 4)
@@ -16,14 +17,14 @@ def filled(keys, rope=None):
     """A segment that holds keys [1, 1, n, 8], turned to their rotary positions."""
     n = keys.shape[2]
     rope = torch.arange(n)[None] if rope is None else rope
-    segment = RenumberedSegment(FREQ)
+    segment = RenumberedSegment(RotarySpec.halves(FREQ))
     segment.extend(tokens(rotate(keys, rope, FREQ), rope), need_lse=False)
     return segment
 
 
 def tokens(k, rope, first=0):
     positions = torch.arange(first, first + k.shape[2], dtype=torch.int32)[None]
-    return NewTokens(k, k, k, positions, 1.0, rope_positions=rope)
+    return Step(k, k, k, positions, 1.0, rope_positions=rope)
 
 
 def test_keys_are_turned_to_their_places_at_most_twice_a_pass(monkeypatch):

@@ -12,7 +12,7 @@ from kernels.rotate import frequency_axes
 from tests.kernels.test_rotate import model_rope
 from tests.textkv import tiny
 from textkv import Conversation, MethodCache
-from textkv.turning import Places, Turning, turned
+from textkv.positions import PositionTable, turned
 
 TURNED = "kivi(8,group=16,residual=16,centre='turned')"
 
@@ -43,15 +43,14 @@ def test_three_axes_turn_as_the_model_turns_keys(family, sections):
 
 
 def test_places_are_found_by_logical_position_whatever_the_padding():
-    places, seen = Places(), torch.full((3, 2, 200), -1)
+    places, seen = PositionTable(), torch.full((3, 2, 200), -1)
     torch.manual_seed(0)
     first = torch.zeros(2, dtype=torch.int64)
     for m, pads in ((20, (0, 7)), (1, (0, 0)), (150, (3, 0)), (1, (0, 0)), (5, (0, 0))):
         real = torch.arange(m) >= torch.tensor(pads)[:, None]
         logical = (first[:, None] + real.cumsum(1) - 1).masked_fill(~real, -1)
         rope = torch.randint(0, 10_000, (3, 2, m))
-        places.see(rope)
-        places.write(logical.int(), int(first.max()) + m)
+        places.write(logical.int(), int(first.max()) + m, rope)
         for row in range(2):
             seen[:, row, logical[row][real[row]]] = rope[:, row, real[row]]
         first += real.sum(1)
@@ -67,17 +66,17 @@ def test_places_are_found_by_logical_position_whatever_the_padding():
 
 
 def test_the_table_grows_by_an_eighth_and_weighs_twelve_bytes_a_token():
-    places, sizes = Places(), set()
+    places, sizes = PositionTable(), set()
     for column in range(4000):
         places.write(torch.tensor([[column]]).int(), column + 1)
         sizes.add(places.table.shape[2])
     assert torch.equal(places.table[:, 0, :4000], torch.arange(4000).expand(3, -1).int())
     assert len(sizes) < 30 and max(sizes) < 4000 * 1.2 and places.kv_bytes() == 12 * max(sizes)
-    assert Places().kv_bytes() == 0
+    assert PositionTable().kv_bytes() == 0
 
 
 def test_what_the_model_did_not_tell_lies_at_its_index():
-    places = Places()
+    places = PositionTable()
     places.see(torch.tensor([[7, 9]]))  # one axis and one row serve all
     places.write(torch.tensor([[0, 1], [0, 1]]).int(), 2)
     places.write(torch.tensor([[2], [2]]).int(), 3)
@@ -144,7 +143,7 @@ def talk(request, model_of):
 def same_places(talk, cache, rows, decoded):
     for i, row in enumerate(rows):
         n = talk.tokens[row] + decoded
-        assert torch.equal(cache.places.table[:, i, :n], talk.places(row, decoded))
+        assert torch.equal(cache.context.table.table[:, i, :n], talk.places(row, decoded))
 
 
 def test_a_cache_knows_where_each_token_lies(talk):
@@ -152,7 +151,7 @@ def test_a_cache_knows_where_each_token_lies(talk):
     talk.decode(cache, 0, 40)
     same_places(talk, cache, (0, 1), 40)
     layers = sum(layer.kv_bytes() for layer in cache.layers)
-    assert cache.kv_bytes() == layers + cache.places.table.nbytes and cache.peak_bytes >= cache.kv_bytes()
+    assert cache.kv_bytes() == layers + cache.context.table.table.nbytes and cache.peak_bytes >= cache.kv_bytes()
     for layer in cache.layers:
         packed = layer.segments[0]
         assert len(packed.slabs) > 1 and bool(packed.rates.any(-1).all())
@@ -192,7 +191,7 @@ def test_keys_are_stored_as_well_as_without_turning(talk, method):
 def test_positions_that_no_probe_saw_are_taken_for_the_index(talk):
     cache, whole = talk.read(deaf=True), talk.read("full")
     every = torch.arange(talk.tokens[0]).expand(3, -1).int()
-    assert torch.equal(cache.places.table[:, 0, : talk.tokens[0]], every)
+    assert torch.equal(cache.context.table.table[:, 0, : talk.tokens[0]], every)
     held, true = cache.layers[0].stored(), whole.layers[0].stored()
     assert torch.equal(held.positions[0], true.positions[0])
     torch.testing.assert_close(held.keys[0], true.keys[0], rtol=0, atol=0.2)  # a coarser code, still of the same keys
@@ -237,7 +236,7 @@ def test_what_is_taken_back_leaves_no_trace(talk):
     torch.testing.assert_close(talk.decode(other, 7, 40), talk.decode(cache, 7, 40), rtol=1e-4, atol=1e-4)
     same_places(talk, other, (0, 1), 40)
     cache.reset()
-    assert cache.places.table is None and cache.kv_bytes() == 0
+    assert cache.context.table.table is None and cache.kv_bytes() == 0
 
 
 def test_a_model_that_runs_with_another_cache_in_between_does_not_disturb(talk):
@@ -260,4 +259,4 @@ def test_a_conversation_of_several_turns(model_of):
         ids, mm_token_type_ids=kinds, pixel_values=both["pixel_values"], image_grid_thw=grids, max_new_tokens=3
     )
     rope, _ = model.model.get_rope_index(ids, image_grid_thw=grids, mm_token_type_ids=kinds)
-    assert torch.equal(chat.cache.places.table[:, :, : ids.shape[1]], rope.int())
+    assert torch.equal(chat.cache.context.table.table[:, :, : ids.shape[1]], rope.int())

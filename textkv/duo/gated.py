@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from textkv.probes import text_model
+from textkv.kinds import text_model
 
 GATED = "textkv_duo"
 QUERY_BLOCK = 1024

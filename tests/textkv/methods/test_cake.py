@@ -196,7 +196,7 @@ def test_the_peak_is_the_budget_and_one_layer(deep):
     assert cascade.peak_bytes <= (8 * budget + 96) * per_token
     assert at_once.peak_bytes >= 8 * 96 * 2 * 2 * 8 * 4 > 2 * cascade.peak_bytes
     assert cascade.kv_bytes() < cascade.peak_bytes
-    assert not any(layer.notes or layer.marks for layer in cascade.layers)
+    assert not any(layer.notes or layer.statistics for layer in cascade.layers)
     chunked = read(deep, "cake(window=8)", f"{budget}t", ids, chunks=50)
     assert all(torch.equal(a, b) for a, b in zip(kept(cascade), kept(chunked), strict=True))
     assert chunked.peak_bytes > 2 * cascade.peak_bytes  # layers fill up with the first chunk: see the module
@@ -220,7 +220,7 @@ def test_equal_layers_without_variance_are_snapkv(model_of):
 def test_a_short_prompt_is_left_alone_and_grows_to_the_budget(model_of):
     model, ids = model_of("llama"), tiny.text_ids(30)
     cache = read(model, "cake(window=4)", "28t", ids[:, :26])
-    assert all(layer.since_eviction == 26 and not layer.marks for layer in cache.layers)
+    assert all(layer.since_eviction == 26 and not layer.statistics for layer in cache.layers)
     with torch.no_grad():
         for i in range(26, 30):
             model(ids[:, i : i + 1], past_key_values=cache)

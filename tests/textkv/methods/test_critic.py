@@ -156,8 +156,8 @@ def test_entropies_stay_with_their_tokens(model_of):
     whole = read(model, "critic", 0.99, ids[:, :41])
     cut = read(model, "critic", 0.5, ids[:, :41])
     decode(model, cut, ids[:, 41:44])
-    positions, entropy = kept(cut)[0][0, 0], cut.layers[0].mark(ENTROPY)[0]
-    everything = dict(zip(kept(whole)[0][0, 0].tolist(), whole.layers[0].mark(ENTROPY)[0].T, strict=True))
+    positions, entropy = kept(cut)[0][0, 0], cut.layers[0].statistic(ENTROPY)[0]
+    everything = dict(zip(kept(whole)[0][0, 0].tolist(), whole.layers[0].statistic(ENTROPY)[0].T, strict=True))
     old = [(i, p) for i, p in enumerate(positions.tolist()) if p in everything]
     assert len(old) > 10
     for i, p in old:
@@ -168,12 +168,12 @@ def test_entropies_stay_with_their_tokens(model_of):
 def test_the_last_output_is_remembered_per_row(model_of):
     model, ids = model_of("llama"), tiny.text_ids(40, batch=2)
     cache = read(model, "critic", 0.5, ids)
-    output = cache.layers[2].marks[OUTPUT].clone()
+    output = cache.layers[2].statistics[OUTPUT].clone()
     assert output.shape == (2, 2, 2 * 16)
     cache.reorder_cache(torch.tensor([1, 0]))
-    assert torch.equal(cache.layers[2].marks[OUTPUT], output.flip(0))
+    assert torch.equal(cache.layers[2].statistics[OUTPUT], output.flip(0))
     light = read(model, "critic(weights=(0.5,0.5,0))", 0.5, ids)
-    assert OUTPUT not in light.layers[2].marks
+    assert OUTPUT not in light.layers[2].statistics
 
 
 def test_a_first_prompt_of_one_token(model_of):
@@ -197,7 +197,7 @@ def test_padded_rows_keep_what_they_keep_alone(model_of):
 
 def test_without_a_rate_nothing_is_touched(model_of):
     cache = read(model_of("llama"), "critic", 1.0, tiny.text_ids(30))
-    assert all(layer.since_eviction == 30 and not layer.marks for layer in cache.layers)
+    assert all(layer.since_eviction == 30 and not layer.statistics for layer in cache.layers)
 
 
 @pytest.mark.parametrize("method", ["critic", "critic(weights=(0.4,0,0.6),heads='own')", "critic+adakv"])

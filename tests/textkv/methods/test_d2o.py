@@ -84,7 +84,7 @@ def test_it_does_what_a_plain_simulation_does(method, heads):
             keys, values = (torch.stack([tokens_kept[p][i] for p in sorted(tokens_kept)]) for i in range(2))
             torch.testing.assert_close(held.keys[b, h].double(), keys, atol=1e-4, rtol=0)
             torch.testing.assert_close(held.values[b, h].double(), values, atol=1e-4, rtol=0)
-            assert layer.marks[THRESHOLD][b, h].item() == pytest.approx(bar, abs=1e-4)
+            assert layer.statistics[THRESHOLD][b, h].item() == pytest.approx(bar, abs=1e-4)
 
 
 def test_without_merging_and_sinks_it_is_h2o():
@@ -311,7 +311,7 @@ def test_a_new_conversation_starts_a_new_bar(model_of):
         model(ids[:, 40:], past_key_values=used)
     fresh, _ = run(model, "d2o", 0.4, ids[:, 40:], 40)
     for a, b in zip(used.layers, fresh.layers, strict=True):
-        assert torch.equal(a.marks[THRESHOLD], b.marks[THRESHOLD])
+        assert torch.equal(a.statistics[THRESHOLD], b.statistics[THRESHOLD])
 
 
 def test_which_of_keys_and_values_are_merged(model_of):
@@ -343,8 +343,8 @@ def test_half_precision_is_merged_in_fp32():
     exact = [x.float() for x in (q, k, v)]
     blocks = blocks_of(20, 1, 1)
     for half, full in zip(feed("d2o", 0.4, q, k, v, blocks), feed("d2o", 0.4, *exact, blocks), strict=True):
-        assert half.stored().keys.dtype == torch.bfloat16 and half.marks[THRESHOLD].dtype == torch.float32
-        torch.testing.assert_close(half.marks[THRESHOLD], full.marks[THRESHOLD], atol=1e-2, rtol=0)
+        assert half.stored().keys.dtype == torch.bfloat16 and half.statistics[THRESHOLD].dtype == torch.float32
+        torch.testing.assert_close(half.statistics[THRESHOLD], full.statistics[THRESHOLD], atol=1e-2, rtol=0)
         assert sizes_of(half) == sizes_of(full)
 
 

@@ -13,8 +13,8 @@ from textkv import Method, MethodCache, Needs, resolve_method
 from textkv.conformance import check_method
 from textkv.eviction import PROTECTED
 from textkv.evidence import Evidence, QueryMoments
+from textkv.kinds import text_model
 from textkv.methods.expected import Expected, mean_rotation
-from textkv.probes import text_model
 from textkv.segments.base import Stored
 
 FREQ = torch.tensor([1.0, 0.1, 0.01, 0.001])

@@ -90,7 +90,9 @@ def test_it_does_what_a_plain_simulation_does(recent, group):
         for (b, h), states in expected.items():
             positions, mass = states[step]
             assert layer.stored().positions[b, h].tolist() == positions, f"step {step}, row {b}, head {h}"
-            torch.testing.assert_close(layer.mark("h2o")[b, h].double(), torch.tensor(mass).double(), atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                layer.statistic("h2o")[b, h].double(), torch.tensor(mass).double(), atol=1e-4, rtol=0
+            )
 
 
 def test_old_tokens_have_had_more_queries():
@@ -139,7 +141,7 @@ def test_tokens_are_a_ceiling_and_a_share_is_taken_once(budget, lengths):
 
 def test_a_full_budget_keeps_nothing_beside_the_cache():
     q, k, v = tokens(12)
-    assert [dict(layer.marks) for layer in feed("h2o", 1.0, q, k, v, blocks_of(10, 1, 1))] == [{}] * 3
+    assert [dict(layer.statistics) for layer in feed("h2o", 1.0, q, k, v, blocks_of(10, 1, 1))] == [{}] * 3
 
 
 def test_rows_below_and_above_the_ceiling_in_one_batch(model_of):
@@ -178,7 +180,7 @@ def test_behind_a_wrapper_it_scores_and_decoded_tokens_stay(model_of):
         for token in range(40, 44):
             model(ids[:, token : token + 1], past_key_values=free)
     assert all(torch.equal(x.lengths(), n + 4) for x, n in zip(free.layers, lengths, strict=True))
-    assert not free.layers[0].marks and free.is_croppable and not alone.is_croppable
+    assert not free.layers[0].statistics and free.is_croppable and not alone.is_croppable
     free.crop(-4)
     assert all(torch.equal(x.lengths(), n) for x, n in zip(free.layers, lengths, strict=True))
 
@@ -188,8 +190,8 @@ def test_half_precision_keys_give_fp32_sums(dtype):
     q, k, v = (x.to(dtype) for x in tokens(14))
     exact = [x.float() for x in (q, k, v)]
     for half, full in zip(feed("h2o", 0.5, q, k, v, [(0, 12)]), feed("h2o", 0.5, *exact, [(0, 12)]), strict=True):
-        assert half.mark("h2o").dtype == torch.float32
-        torch.testing.assert_close(half.mark("h2o"), full.mark("h2o"), atol=1e-3, rtol=0)
+        assert half.statistic("h2o").dtype == torch.float32
+        torch.testing.assert_close(half.statistic("h2o"), full.statistic("h2o"), atol=1e-3, rtol=0)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(0, 5), st.integers(0, 5))

@@ -162,7 +162,7 @@ def test_scores_are_those_of_attention_over_all_tokens():
         )
         true = scores.softmax(-1).mean(1).sum(1)
         at = exact_at(layer)[0].long()
-        torch.testing.assert_close(layer.marks["h2o"][0], true.gather(-1, at).float(), rtol=5e-3, atol=5e-3)
+        torch.testing.assert_close(layer.statistics["h2o"][0], true.gather(-1, at).float(), rtol=5e-3, atol=5e-3)
 
 
 def test_outputs_are_nearer_to_the_full_cache_than_those_of_dropping():

@@ -36,7 +36,7 @@ def test_it_does_what_a_plain_simulation_does(recent, group):
     for step, layer in enumerate(feed(f"tova(recent={recent})", 0.4, q, k, v, blocks)):
         for b in range(2):
             assert layer.stored().positions[b].tolist() == [expected[b][step]] * 2, f"step {step}, row {b}"
-        assert not layer.marks
+        assert not layer.statistics
 
 
 def test_the_newest_token_may_leave_unless_it_is_protected():
