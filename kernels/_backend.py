@@ -115,3 +115,9 @@ def check_valid(valid: torch.Tensor | None, batch: int, groups: int, n: int, lik
         return valid[:, None, :].expand(batch, groups, n)
     check_tensor("valid", valid, (batch, groups, n), (torch.bool,), like)
     return valid
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raise ValueError unless `softcap` is None or positive."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap} must be above 0; None leaves the scores as they are")

@@ -28,8 +28,8 @@ def fused_applies(q, k, v, softcap, backend):
     applies = q.is_cpu and softcap is None and not graded and _ATTEND is not None
     if backend == "fused" and not applies:
         raise ValueError(
-            f"_backend='fused' needs a CPU (q is on {q.device}), softcap=None (it is {softcap}), no gradient and torch's "
-            "fused attention; use None, which falls back to the reference"
+            f"_backend='fused' needs a CPU (q is on {q.device}), softcap=None (it is {softcap}), no gradient and "
+            "torch's fused attention; use None, which falls back to the reference"
         )
     return applies
 

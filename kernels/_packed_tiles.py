@@ -50,6 +50,6 @@ def rank_tiles(
 def entry_tile(p_at, p_delta, first, count, e, D: tl.constexpr):
     """Token, channel and delta of entries e of a block; what is no entry has token -1 and delta 0."""
     real = e < count
-    at = tl.load(p_at + first + e, mask=real, other=0).to(tl.int32)
+    at = tl.load(p_at + first + e, mask=real, other=0).to(tl.int32) & 0xFFFF
     delta = tl.load(p_delta + first + e, mask=real, other=0.0).to(tl.float32)
     return tl.where(real, at // D, -1), at % D, delta

@@ -21,6 +21,7 @@ from kernels._backend import (
     MIN_SPLIT,
     check_groups,
     check_head_dim,
+    check_softcap,
     check_tensor,
     check_valid,
     dense_rows,
@@ -319,7 +320,7 @@ def decode_attention(
     given = (valid, start, length, softcap, visible)
     if given != (None,) * 5 or not _fits(q, k, v):
         valid = _check(q, k, v, valid, start, length, visible)
-        _check_softcap(softcap)
+        check_softcap(softcap)
     if window is not None:
         _check_window(window, causal)
         if start is None:  # what even the first query no longer sees is cut off: the rest keeps its order and its end
@@ -358,12 +359,6 @@ def _check_window(window, causal):
         raise ValueError(f"window={window} counts back from each query's own token; it needs causal=True")
     if window < 1:
         raise ValueError(f"window={window} must be at least 1, the token itself")
-
-
-def _check_softcap(softcap):
-    """Raise ValueError unless `softcap` is None or positive."""
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap} must be above 0; None leaves the scores as they are")
 
 
 def _check(q, k, v, valid, start, length, visible):

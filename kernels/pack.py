@@ -57,7 +57,7 @@ class Sparse:
     Attributes:
         start: int32 [N].
         count: int32 [N].
-        at: int16 [E], token * D + channel inside the block.
+        at: int16 [E], the lower 16 bits of token * D + channel inside the block, which are all it has.
         delta: float16 [E].
     """
 
@@ -256,7 +256,7 @@ def expand(packed: Packed, blocks: torch.Tensor, corrections: bool = False) -> t
         x += part.a[blocks].float() @ part.p[part.chunk[blocks].long()].float().mT
     if corrections and packed.sparse is not None:
         owner, entry = entries(packed.sparse, blocks)
-        where = owner * (packed.block * packed.head_dim) + packed.sparse.at[entry].long()
+        where = owner * (packed.block * packed.head_dim) + (packed.sparse.at[entry].long() & 0xFFFF)
         x.view(-1).index_add_(0, where, packed.sparse.delta[entry].float())
     return x
 

@@ -22,7 +22,9 @@ import torch
 
 from kernels._backend import (
     FLOATS,
+    LOG2_E,
     check_head_dim,
+    check_softcap,
     check_tensor,
     dense_rows,
     dot_dtype,
@@ -32,97 +34,12 @@ from kernels._backend import (
     triton,
     use_triton,
 )
+from kernels._packed_reference import reference
 from kernels._packed_tiles import by_token, codes, entry_tile, rank_tiles
-from kernels._tiles import softmax_step
-from kernels._turning import check_turn, turned_products, turned_scores, turned_tile
+from kernels._tiles import scaled, softmax_step
+from kernels._turning import check_turn, turned_products, turned_tile
 from kernels.decode_attention import _merge_kernel
-from kernels.pack import Packed, entries, expand, width
-
-_TOKENS = 256  # keys of a run that the reference dequantises at a time
-_QUERIES = 512  # query rows of a run that it takes at a time
-
-
-def reference(q, k, v, *, scale, start, length, longest, turn=None):
-    """Plain torch, fp32 accumulation: the truth, and the path off CUDA. Walks the runs side by side, tile by tile."""
-    B, H, m, D = q.shape
-    runs = start.numel()
-    rows = q.reshape(runs, B * H // runs * m, D)
-    parts = [
-        _walk(part.float() * scale, k, v, start, length, longest, turn) for part in rows.split(_QUERIES, dim=1)
-    ]  # fmt: skip
-    out, lse = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    return out.to(q.dtype).reshape(B, H, m, D), lse.reshape(B, H, m)
-
-
-def _walk(q, k, v, start, length, longest, turn):
-    """q fp32 [runs, x, D], scaled -> out fp32 [runs, x, D], lse [runs, x]: the online softmax over tiles of blocks."""
-    runs, x, D = q.shape
-    tokens, step = k.block, max(1, _TOKENS // k.block)
-    top = q.new_full((runs, x, 1), -torch.inf)
-    total, acc = torch.zeros_like(top), torch.zeros_like(q)
-    for low in range(0, -(-longest // tokens), step):
-        block = torch.arange(low, min(low + step, -(-longest // tokens)), device=q.device)
-        seen = (block[:, None] * tokens + torch.arange(tokens, device=q.device)).view(1, -1) < length[:, None]
-        inside = block * tokens < length[:, None]
-        blocks = torch.where(inside, start[:, None] + block, 0)  # block 0 stands in where a run has ended
-        scores = _scores(q, k, blocks)
-        if turn is not None:
-            scores += turned_scores(q, *turn, slice(low * tokens, low * tokens + scores.shape[2]))
-        scores.masked_fill_(~seen[:, None], -torch.inf)
-        higher = torch.maximum(top, scores.amax(-1, keepdim=True))
-        safe = higher.masked_fill(higher == -torch.inf, 0)
-        p, decay, top = scores.sub_(safe).exp_(), (top - safe).exp(), higher
-        total = total * decay + p.sum(-1, keepdim=True)
-        acc = acc * decay + _weighted(p, v, blocks, seen)
-    out = acc / total.masked_fill(total == 0, 1)
-    return out, (top + total.log())[..., 0]
-
-
-def _scores(q, k, blocks):
-    """q [runs, x, D] against the blocks int64 [runs, s] -> fp32 [runs, x, s * T]."""
-    runs, s = blocks.shape
-    flat = blocks.reshape(-1)
-    scores = q @ expand(k, flat).view(runs, s * k.block, -1).mT
-    if k.lowrank is not None:
-        a, p = _rank_of(k, blocks)
-        scores += torch.einsum("rxd,rsdk,rstk->rxst", q, p, a).flatten(2)
-    if k.sparse is not None:
-        run, token, channel, delta = _entries_of(k, blocks)
-        extra = q.new_zeros(runs * s * k.block, q.shape[1])
-        extra.index_add_(0, run * (s * k.block) + token, q[run, :, channel] * delta[:, None])
-        scores += extra.view(runs, s * k.block, -1).mT
-    return scores
-
-
-def _weighted(p, v, blocks, seen):
-    """p fp32 [runs, x, s * T] times the values of the blocks -> fp32 [runs, x, D]; unseen slots may hold anything."""
-    runs, s = blocks.shape
-    values = expand(v, blocks.reshape(-1)).view(runs, s * v.block, -1)
-    out = p @ values.masked_fill_(~seen[..., None], 0)
-    if v.lowrank is not None:
-        a, directions = _rank_of(v, blocks)
-        a = a.masked_fill(~seen.view(runs, s, -1, 1), 0)
-        out += torch.einsum("rxst,rstk,rsdk->rxd", p.unflatten(2, (s, -1)), a, directions)
-    if v.sparse is not None:
-        run, token, channel, delta = _entries_of(v, blocks)
-        extra = p.new_zeros(runs * out.shape[-1], p.shape[1])
-        extra.index_add_(0, run * out.shape[-1] + channel, p[run, :, token] * delta[:, None])
-        out += extra.view(runs, out.shape[-1], -1).mT
-    return out
-
-
-def _rank_of(packed, blocks):
-    """What the blocks [runs, s] take of their directions: fp32 a [runs, s, T, r], p [runs, s, D, r]."""
-    part = packed.lowrank
-    return part.a[blocks].float(), part.p[part.chunk[blocks].long()].float()
-
-
-def _entries_of(packed, blocks):
-    """The corrected entries of the blocks [runs, s]: run, token among the s * T, channel (int64), delta (fp32)."""
-    owner, entry = entries(packed.sparse, blocks.reshape(-1))
-    at, s = packed.sparse.at[entry].long(), blocks.shape[1]
-    token = owner % s * packed.block + at // packed.head_dim
-    return owner // s, token, at % packed.head_dim, packed.sparse.delta[entry].float()
+from kernels.pack import Packed, width
 
 
 @jit
@@ -186,11 +103,12 @@ def _value_sums(
 def _packed_kernel(
     p_q, k_codes, k_scale, k_zero, k_a, k_p, k_chunk, k_first, k_count, k_at, k_delta,
     v_codes, v_scale, v_zero, v_a, v_p, v_chunk, v_first, v_count, v_at, v_delta,
-    p_start, p_length, p_centre, p_rate, p_axis, p_positions, s_pa, s_pb, s_pg, p_out, p_lse, s_qb, s_qh, s_qm,
-    m, split, splits, groups, scale_log2,
+    p_start, p_length, p_centre, p_rate, p_axis, p_positions, p_valid, p_shift, s_pa, s_pb, s_pg, s_hb, s_hg, s_hn,
+    p_out, p_lse, s_qb, s_qh, s_qm, m, split, splits, groups, scale_log2, cap_log2,
     GROUP: tl.constexpr, D: tl.constexpr, T: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr,
-    K_SPARSE: tl.constexpr, V_SPARSE: tl.constexpr, HALF: tl.constexpr, AXES: tl.constexpr, DOT: tl.constexpr,
+    K_SPARSE: tl.constexpr, V_SPARSE: tl.constexpr, HALF: tl.constexpr, AXES: tl.constexpr,
+    MASKED: tl.constexpr, SHIFTED: tl.constexpr, CAPPED: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """One split of one run against one block of its m * GROUP query rows -> p_out [run * splits + part, rows, D]."""
@@ -213,18 +131,25 @@ def _packed_kernel(
             p_q, o_q, i < m, p_centre, p_rate, p_axis, run, D, HALF, AXES, BLOCK_F
         )
         p_positions += b * s_pb + g * s_pg
+    if SHIFTED:
+        shift = tl.load(p_shift + run.to(tl.int64) * (GROUP * m) + h * m + i, mask=i < m, other=0.0)
     for low in range(begin, end, BLOCK_T):  # a tile lies within one block: BLOCK_T divides T
         block = first + low // T
         t = low % T + tl.arange(0, BLOCK_T)
-        seen = low + tl.arange(0, BLOCK_T) < end
+        j = low + tl.arange(0, BLOCK_T)
+        seen = j < end
+        if MASKED:
+            o_valid = b * s_hb + g * s_hg + j.to(tl.int64) * s_hn
+            seen = seen & (tl.load(p_valid + o_valid, mask=seen, other=0) != 0)
         scores = _key_scores(
             p_q, o_q, i < m, q, k_codes, k_scale, k_zero, k_a, k_p, k_chunk, k_first, k_count, k_at, k_delta,
             block, t, d, seen, K_BITS, T, D, K_TABLE, K_RANK, K_SPARSE, DOT, BLOCK_E,
         )  # fmt: skip
         if HALF:
-            j = low + tl.arange(0, BLOCK_T)
             scores += turned_tile(with_cos, with_sin, rate, axis, p_positions, s_pa, j, seen, AXES)
-        scores = tl.where(seen[None, :], scores * scale_log2, float("-inf"))
+        if SHIFTED:
+            scores += shift[:, None]
+        scores = tl.where(seen[None, :], scaled(scores, scale_log2, cap_log2, CAPPED), float("-inf"))
         p, decay, top, total = softmax_step(scores, top, total)
         acc = acc * decay[:, None] + _value_sums(
             p, v_codes, v_scale, v_zero, v_a, v_p, v_chunk, v_first, v_count, v_at, v_delta,
@@ -243,7 +168,9 @@ def _arguments(packed):
     return packed.codes, packed.scale, packed.zero, *ranked, *single
 
 
-def _launch(q, k, v, *, scale, start, length, longest, turn=None, split=None):
+def _launch(
+    q, k, v, *, scale, start, length, longest, turn=None, softcap=None, shift=None, valid=None, split=None
+):  # fmt: skip
     """Run the kernel; `split` (tokens of one program, whole blocks) is chosen here unless a test names it."""
     B, H, m, D = q.shape
     runs, tokens = start.numel(), k.block
@@ -253,9 +180,10 @@ def _launch(q, k, v, *, scale, start, length, longest, turn=None, split=None):
     half = 0 if turn is None else turn[1].shape[1]
     # a turning centre multiplies fp32 tiles besides: they take the shared memory of the other query rows
     most = 64 if half == 0 else 32 if half <= 64 else 16
-    block_m = min(most, max(16, triton.next_power_of_2(query_rows)))
+    most = min(most, 16 if block_d > 256 else 64)
     # the largest power of two that divides T, within 64 and what two fp32 tiles may take of shared memory
-    block_t = min(tokens & -tokens, 64 if block_d <= 128 else 32)
+    block_t = min(tokens & -tokens, 64 if block_d <= 128 else 32 if block_d <= 256 else 16)
+    block_m = min(most, max(16, triton.next_power_of_2(query_rows)))
     blocks = triton.cdiv(query_rows, block_m)
     split = split or split_length(longest, runs * blocks, q)
     split = triton.cdiv(split, tokens) * tokens
@@ -265,15 +193,18 @@ def _launch(q, k, v, *, scale, start, length, longest, turn=None, split=None):
     part_lse = lse if splits == 1 else q.new_empty((runs * splits, query_rows), dtype=torch.float32)
     centre, rates, positions, axes = turn or (None, None, None, None)
     strides = (0, 0, 0) if turn is None else positions.expand(-1, -1, runs // B, -1).stride()[:3]
+    strides += (0, 0, 0) if valid is None else valid.stride()
     _packed_kernel[(runs * splits, blocks)](
-        q, *_arguments(k), *_arguments(v), start, length, centre, rates, axes, positions, *strides, part, part_lse,
-        *q.stride()[:3], m, split, splits, runs // B, float(scale) * 1.4426950408889634,
+        q, *_arguments(k), *_arguments(v), start, length, centre, rates, axes, positions,
+        None if valid is None else valid.view(torch.uint8), shift, *strides, part, part_lse,
+        *q.stride()[:3], m, split, splits, runs // B, float(scale) * LOG2_E, float(softcap or 0) * LOG2_E,
         GROUP=group, D=D, T=tokens, K_BITS=0 if k.bits == "fp8" else k.bits, V_BITS=0 if v.bits == "fp8" else v.bits,
         K_TABLE=0 if k.scale.shape[1] == 1 else k.scale.shape[2], V_TABLE=v.scale.shape[2],
         K_RANK=0 if k.lowrank is None else k.lowrank.a.shape[2],
         V_RANK=0 if v.lowrank is None else v.lowrank.a.shape[2],
         K_SPARSE=k.sparse is not None, V_SPARSE=v.sparse is not None, HALF=half,
-        AXES=1 if axes is None else 3, DOT=dot_dtype(q), BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_E=32,
+        AXES=1 if axes is None else 3, MASKED=valid is not None, SHIFTED=shift is not None,
+        CAPPED=softcap is not None, DOT=dot_dtype(q), BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_E=32,
         BLOCK_F=triton.next_power_of_2(max(16, half)),
         num_warps=8 if block_m * block_d > 4096 else 4, num_stages=2,
     )  # fmt: skip
@@ -298,6 +229,8 @@ def packed_attention(
     rates: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
     axes: torch.Tensor | None = None,
+    softcap: float | None = None,
+    valid: torch.Tensor | None = None,
     _backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to packed tokens, all of which lie before the queries; return `(out, lse)`.
@@ -317,6 +250,9 @@ def packed_attention(
             [3, B, G or 1, n], its time, height and width.
         axes: int32 [R / 2], under M-RoPE the axis (0 t, 1 h, 2 w) whose position turns each pair (see
             `kernels.rotate.frequency_axes`); None = a token has one position.
+        softcap: scaled scores s, those of the centre included, become softcap * tanh(s / softcap), as Gemma 2 does.
+        valid: bool [B, G or 1, n] with n >= longest: a run's token j in column j. One that is False is never seen; its
+            codes, its own scales and its low-rank factors may hold anything.
 
     Returns:
         out [B, H, m, D] in q's dtype and lse [B, H, m] in float32, the natural log, scale applied. A query of a run
@@ -326,17 +262,34 @@ def packed_attention(
         ValueError: an argument has the wrong shape, dtype, device or layout.
     """
     _check(q, k, v, start, length, longest, centre)
+    check_softcap(softcap)
+    if valid is not None:
+        valid = _check_holes(valid, q.shape[0], start.numel() // q.shape[0], longest, q)
     turn, still = None, 0
     if rates is not None:
         positions = check_turn(q, centre, rates, positions, axes, longest)
         axes = None if axes is None else axes.contiguous()
         turn, still = (centre.contiguous(), rates.contiguous(), positions, axes), 2 * rates.shape[1]
-    run = _launch if use_triton(q, _backend) and q.numel() else reference
-    out, lse = run(q, k, v, scale=scale, start=start, length=length, longest=longest, turn=turn)
+    common = None
     if centre is not None and still < q.shape[-1]:
         rows = q.reshape(start.numel(), -1, q.shape[-1])[..., still:].float()
-        lse = lse + (rows @ centre[..., still:, None]).view(lse.shape) * scale
-    return out, lse
+        common = (rows @ centre[..., still:, None]).view(q.shape[:3])  # of all scores of a query
+    run = _launch if use_triton(q, _backend) and q.numel() else reference
+    out, lse = run(
+        q, k, v, scale=scale, start=start, length=length, longest=longest, turn=turn, softcap=softcap, valid=valid,
+        shift=None if softcap is None else common,
+    )  # fmt: skip
+    return out, lse if common is None or softcap is not None else lse + common * scale
+
+
+def _check_holes(valid, batch, groups, longest, like):
+    """Raise ValueError on a bad `valid`; return it as a view [B, G, n]."""
+    check_tensor("valid", valid, (batch, "G or 1", "n"), (torch.bool,), like)
+    if valid.shape[1] not in (1, groups) or valid.shape[2] < longest:
+        raise ValueError(
+            f"valid has shape {list(valid.shape)}; it must be [{batch}, {groups} or 1, n >= {longest}], a column a token"
+        )
+    return valid.expand(batch, groups, -1)
 
 
 def _check(q, k, v, start, length, longest, centre):

@@ -15,8 +15,10 @@ import torch
 
 from kernels._backend import (
     FLOATS,
+    LOG2_E,
     check_groups,
     check_head_dim,
+    check_softcap,
     check_tensor,
     check_valid,
     dense_rows,
@@ -27,12 +29,12 @@ from kernels._backend import (
     triton,
     use_triton,
 )
-from kernels._tiles import softmax_step
+from kernels._tiles import scaled, softmax_step
 
 _BLOCK_ELEMENTS = 1 << 24  # fp32 probabilities that the reference holds at a time
 
 
-def reference(q, k, *, scale, valid=None, squares=False):
+def reference(q, k, *, scale, valid=None, squares=False, softcap=None):
     """Plain torch in blocks of query rows, fp32: the truth, and the path off CUDA. `valid` is [B, G, n] or None."""
     B, H, w, D = q.shape
     G, n = k.shape[1:3]
@@ -42,7 +44,8 @@ def reference(q, k, *, scale, valid=None, squares=False):
     for low in range(0, w, rows):
         high = min(low + rows, w)
         end = n - w + high  # no query of this block sees further
-        p = _probabilities(q[..., low:high, :], keys[..., :end], scale, None if valid is None else valid[..., :end])
+        some = None if valid is None else valid[..., :end]
+        p = _probabilities(q[..., low:high, :], keys[..., :end], scale, some, softcap)
         sums[0, ..., :end] += p.sum(-2)
         if squares:
             sums[1, ..., :end] += p.square_().sum(-2)
@@ -50,10 +53,12 @@ def reference(q, k, *, scale, valid=None, squares=False):
     return (sums[0], sums[1]) if squares else sums[0]
 
 
-def _probabilities(q, keys, scale, valid):
+def _probabilities(q, keys, scale, valid, softcap):
     """q [B, G, group, r, D] are the queries of the last r of `end` keys [B, G, D, end] -> P [B, G, group, r, end]."""
     r, end = q.shape[-2], keys.shape[-1]
     scores = (q.flatten(2, 3).float() * scale @ keys).unflatten(2, q.shape[2:4])
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
     last = torch.arange(end - r, end, device=q.device)
     unseen = torch.arange(end, device=q.device) > last[:, None]
     if valid is not None:  # a padding query sees nothing, a padding key is seen by none
@@ -67,8 +72,8 @@ def _probabilities(q, keys, scale, valid):
 @jit(do_not_specialize=["n", "w", "split", "splits"])
 def _lse_kernel(
     p_q, p_k, p_valid, p_lse, s_qb, s_qh, s_qm, s_kb, s_kg, s_kn, s_mb, s_mg, s_mn,
-    n, w, split, splits, groups, scale_log2,
-    GROUP: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr,
+    n, w, split, splits, groups, scale_log2, cap_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """First pass: one block of the w * GROUP query rows over one split of the keys -> p_lse [splits, B, H, w]."""
@@ -95,7 +100,8 @@ def _lse_kernel(
         if MASKED:
             seen = seen & (tl.load(p_valid + j.to(tl.int64) * s_mn, mask=seen, other=0) != 0)
         k = tl.load(p_k + j.to(tl.int64)[:, None] * s_kn + d[None, :], mask=seen[:, None] & (d < D)[None, :], other=0.0)
-        scores = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee") * scale_log2
+        products = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee")
+        scores = scaled(products, scale_log2, cap_log2, CAPPED)
         visible = seen[None, :] & alive[:, None] & (j[None, :] <= (n - w + i)[:, None])
         _, _, top, total = softmax_step(tl.where(visible, scores, float("-inf")), top, total)
     rows = tl.num_programs(0) // splits
@@ -106,9 +112,9 @@ def _lse_kernel(
 @jit(do_not_specialize=["n", "w"])
 def _mass_kernel(
     p_q, p_k, p_valid, p_lse, p_mass, p_squares, s_qb, s_qh, s_qm, s_kb, s_kg, s_kn, s_mb, s_mg, s_mn,
-    n, w, groups, scale_log2,
-    GROUP: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SQUARES: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    n, w, groups, scale_log2, cap_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, SQUARES: tl.constexpr, CAPPED: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Second pass: a block of keys, loaded once, against all queries of its group. It owns its columns: no atomics."""
     row, block = tl.program_id(0), tl.program_id(1)
@@ -132,7 +138,8 @@ def _mass_kernel(
             alive = lse != float("-inf")  # a padding query, or one that sees nothing: not read, no mass
             m_q = alive[:, None] & (d < D)[None, :]
             q = tl.load(p_head + i.to(tl.int64)[:, None] * s_qm + d[None, :], mask=m_q, other=0.0)
-            scores = tl.dot(k, tl.trans(q.to(DOT)), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
+            products = tl.dot(k, tl.trans(q.to(DOT)), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+            scores = scaled(products, scale_log2, cap_log2, CAPPED)
             visible = seen[:, None] & alive[None, :] & (j[:, None] <= (n - w + i)[None, :])
             p = tl.where(visible, tl.exp2(scores - tl.where(alive, lse, 0.0)[None, :] * 1.4426950408889634), 0.0)
             mass += tl.sum(p, 1)
@@ -144,32 +151,33 @@ def _mass_kernel(
             tl.store(p_squares + o_mass, squares, mask=j < n)
 
 
-def _launch(q, k, *, scale, valid, squares, split=None):
+def _launch(q, k, *, scale, valid, squares, softcap=None, split=None):
     """Run both passes; `split` (keys of one program of the first) is chosen here unless a test names it."""
     B, H, w, D = q.shape
     G, n = k.shape[1:3]
     q, k = dense_rows(q), dense_rows(k)
     block_d = triton.next_power_of_2(max(16, D))
-    block_n = max(16, min(64, 16384 // (block_d * k.element_size())))
-    block_m = min(64, max(16, triton.next_power_of_2(H // G * w)))
+    row = block_d * k.element_size()  # bytes
+    block_n, most = max(16, min(64, 16384 // row)), max(16, min(64, 32768 // row))
+    block_m = min(most, max(16, triton.next_power_of_2(H // G * w)))
     blocks = triton.cdiv(H // G * w, block_m)
     split = split or split_length(n, B * G * blocks, q)
     splits = max(1, triton.cdiv(n, split))
     lse = q.new_empty((splits, B, H, w), dtype=torch.float32)
     common = (*q.stride()[:3], *k.stride()[:3], *((0, 0, 0) if valid is None else valid.stride()))
-    flags = {"GROUP": H // G, "D": D, "MASKED": valid is not None, "DOT": dot_dtype(q)}
-    flags |= {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
+    flags = {"GROUP": H // G, "D": D, "MASKED": valid is not None, "DOT": dot_dtype(q), "CAPPED": softcap is not None}
+    flags |= {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2 if row * block_n <= 16384 else 1}
     valid = None if valid is None else valid.view(torch.uint8)
-    scale_log2 = float(scale) * 1.4426950408889634
+    scales = float(scale) * LOG2_E, float(softcap or 0) * LOG2_E
     _lse_kernel[(B * G * splits, blocks)](
-        q, k, valid, lse, *common, n, w, split, splits, G, scale_log2, **flags, BLOCK_M=block_m
+        q, k, valid, lse, *common, n, w, split, splits, G, *scales, **flags, BLOCK_M=block_m
     )
     lse = lse[0] if splits == 1 else lse.logsumexp(0)
     mass = q.new_empty((B, H, n), dtype=torch.float32)
     second = torch.empty_like(mass) if squares else None
     _mass_kernel[(B * G, triton.cdiv(n, block_n))](
-        q, k, valid, lse, mass, second, *common, n, w, G, scale_log2, **flags, SQUARES=squares,
-        BLOCK_M=min(64, max(16, triton.next_power_of_2(w))),
+        q, k, valid, lse, mass, second, *common, n, w, G, *scales, **flags, SQUARES=squares,
+        BLOCK_M=min(most, max(16, triton.next_power_of_2(w))),
     )  # fmt: skip
     return (mass, second) if squares else mass
 
@@ -181,6 +189,7 @@ def window_mass(
     scale: float,
     valid: torch.Tensor | None = None,
     squares: bool = False,
+    softcap: float | None = None,
     _backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Sum the causal attention of a window of queries over each key; return `mass`, or `(mass, squares)`.
@@ -191,12 +200,14 @@ def window_mass(
         scale: factor on q . k, usually D ** -0.5.
         valid: bool [B, n] or [B, G, n]; a False slot is neither seen nor does its query count. It may hold NaN.
         squares: also return the sums of squared probabilities.
+        softcap: scaled scores s become softcap * tanh(s / softcap) before the softmax, as Gemma 2 does; None leaves
+            them.
 
     Returns:
         mass [B, H, n] in float32 over ALL n keys, the window included; its sum over n is the number of valid queries.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device, or w > n.
+        ValueError: an argument has the wrong shape, dtype or device, w > n, or softcap is not positive.
     """
     check_tensor("q", q, ("B", "H", "w", "D"), FLOATS)
     check_head_dim("q", q)
@@ -206,6 +217,7 @@ def window_mass(
     check_groups(H, G)
     if w > n:
         raise ValueError(f"q has shape {list(q.shape)}, a window of {w} queries; the limit is n = {n}, the keys of k")
+    check_softcap(softcap)
     valid = check_valid(valid, B, G, n, q)
     run = _launch if use_triton(q, _backend) and q.numel() else reference
-    return run(q, k, scale=scale, valid=valid, squares=squares)
+    return run(q, k, scale=scale, valid=valid, squares=squares, softcap=softcap)

@@ -94,7 +94,7 @@ def launch_attention(D: int, group: int, m: int, **options) -> None:
 
 def launch_packed(
     D: int, group: int, m: int, T: int, k_bits: Bits, v_bits: Bits, layout: str, corrected: bool, half: int = 0,
-    axes: int = 1,
+    axes: int = 1, **options,
 ) -> None:  # fmt: skip
     blocks = 600 // T + 1
     k = kernels.pack(zeros(2 * blocks, T, D), k_bits, layout=layout)
@@ -109,14 +109,21 @@ def launch_packed(
         rows |= {"centre": torch.zeros(2, D), "rates": torch.zeros(2, half)}
         rows["positions"] = zeros(*[3] * (axes == 3), 1, 1, 600, dtype=torch.int32)
         rows["axes"] = zeros(half, dtype=torch.int32) if axes == 3 else None
-    kernels.packed_attention(zeros(1, 2 * group, m, D), k, v, scale=1.0, **rows, _backend="triton")
+    kernels.packed_attention(zeros(1, 2 * group, m, D), k, v, scale=1.0, **rows, **options, _backend="triton")
 
 
 def launch_all() -> None:
     """One call for each configuration that a bf16 model of head_dim 128 leads to, and the extremes."""
     valid = torch.ones(1, 600, dtype=torch.bool)
-    for options in ({}, {"valid": valid}, {"ragged": True}):
+    for options in ({}, {"valid": valid}, {"ragged": True}, {"softcap": 50.0}, {"softcap": 50.0, "ragged": True}):
         launch_attention(128, 7, 1, **options)
+    launch_attention(128, 4, 64, causal=True, window=256, softcap=30.0)
+    launch_attention(128, 4, 64, causal=True, window=256, ragged=True)
+    launch_attention(128, 4, 64, visible=zeros(1, 64, 600).bool(), valid=valid)
+    for D in (256, 512):
+        launch_attention(D, 8, 1)
+        launch_attention(D, 8, 1, ragged=True)
+        launch_attention(D, 8, 64, causal=True, window=100, valid=valid, visible=zeros(1, 64, 600).bool())
     launch_attention(128, 4, 64, causal=True)
     launch_attention(128, 8, 4, causal=True, ragged=True)
     launch_attention(80, 1, 1)
@@ -133,7 +140,21 @@ def launch_all() -> None:
     launch_packed(256, 8, 64, 128, 2, 2, "channel", corrected=True, half=128)
     launch_packed(128, 7, 1, 64, 4, 4, "channel", corrected=False, half=64, axes=3)
     launch_packed(256, 8, 64, 128, 2, 2, "channel", corrected=True, half=128, axes=3)
+    holes = torch.ones(1, 1, 600, dtype=torch.bool)
+    launch_packed(128, 7, 1, 64, 4, 4, "channel", corrected=False, half=64, softcap=50.0, valid=holes)
+    launch_packed(128, 7, 1, 64, 4, 4, "channel", corrected=False, half=32, softcap=50.0)
+    launch_packed(512, 8, 1, 64, 4, 4, "channel", corrected=False)
+    launch_packed(512, 8, 64, 64, "fp8", "fp8", "channel", corrected=False, valid=holes)
+    launch_packed(512, 8, 64, 128, 2, 2, "token", corrected=True)
+    launch_packed(512, 8, 64, 128, 2, 2, "channel", corrected=True, half=256, axes=3)
     lse = zeros(1, 8, 32, dtype=torch.float32)
+    wide, few = zeros(1, 2, 600, 512), zeros(1, 8, 64, 512)
+    kernels.window_mass(few, wide, scale=1.0, squares=True, softcap=50.0, _backend="triton")
+    kernels.merge([few] * 2, [zeros(1, 8, 64, dtype=torch.float32)] * 2, _backend="triton")
+    kernels.compact(wide, wide, zeros(1, 2, 9, dtype=torch.int64), _backend="triton")
+    kernels.subspace_residual(wide, zeros(1, 2, 512, 32, dtype=torch.float32), _backend="triton")
+    for half in (256, 32):
+        kernels.rotate(wide, torch.tensor(1), torch.ones(half), _backend="triton")
     kernels.window_mass(q, k, scale=1.0, _backend="triton")
     kernels.window_mass(q, k, scale=1.0, valid=valid, squares=True, _backend="triton")
     kernels.merge([q] * 3, [lse] * 3, _backend="triton")

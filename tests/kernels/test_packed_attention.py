@@ -11,6 +11,7 @@ from kernels.rotate import frequency_axes
 from tests.kernels.helpers import TOLERANCE, assert_close, randn
 
 module = importlib.import_module("kernels.packed_attention")
+tiles = importlib.import_module("kernels._packed_reference")
 
 
 def with_corrections(packed: Packed, rank: int, single: int) -> Packed:
@@ -60,7 +61,9 @@ def turning(lengths, D, half, shared=False, size=5.0, axes=None):
     return turn if axes is None else turn | {"axes": axes}
 
 
-def truth(q, k, v, rows, scale, centre=None, rates=None, positions=None, axes=None):
+def truth(
+    q, k, v, rows, scale, centre=None, rates=None, positions=None, axes=None, softcap=None, valid=None
+):  # fmt: skip
     """Ragged attention over everything unpacked."""
     keys, values = unpack(k), unpack(v)
     if rates is not None:
@@ -78,11 +81,24 @@ def truth(q, k, v, rows, scale, centre=None, rates=None, positions=None, axes=No
         for r, (s, n) in enumerate(zip(rows["start"].tolist(), rows["length"].tolist(), strict=True)):
             keys[s : s + -(-n // k.block)] += centre[r]
     T = k.block
+    if valid is not None:
+        return dense_truth(q, keys, values, rows, T, scale, softcap, valid)
     out, lse = decode_attention(
         q.float(), keys.flatten(0, 1), values.flatten(0, 1), scale=scale,
         start=rows["start"] * T, length=rows["length"],
+        softcap=softcap, _backend="reference",
     )  # fmt: skip
     return out, lse
+
+
+def dense_truth(q, keys, values, rows, T, scale, softcap, valid):
+    """The same with holes: the runs as rows of a dense store, what no run has or `valid` hides as its holes."""
+    n, runs = rows["longest"], len(rows["start"])
+    shape = (q.shape[0], runs // q.shape[0], n)
+    seen = (torch.arange(n) < rows["length"][:, None]).view(shape) & valid[..., :n].expand(shape)
+    where = ((rows["start"] * T)[:, None] + torch.arange(n)).clamp(max=keys.shape[0] * T - 1)
+    k, v = (x.flatten(0, 1)[where].view(*shape, -1) for x in (keys, values))
+    return decode_attention(q.float(), k, v, scale=scale, valid=seen, softcap=softcap, _backend="reference")
 
 
 def check(q, k, v, rows, scale, backend, tolerance=None, **centre):
@@ -217,8 +233,8 @@ def test_result_does_not_depend_on_the_split(split, interpreted):
 def test_reference_does_not_depend_on_its_tiles(tokens, queries, monkeypatch):
     k, v, rows = cache((80, 16, 0, 65), rank=2, single=6)
     q = randn(2, 4, 2, 32)
-    monkeypatch.setattr(module, "_TOKENS", tokens)
-    monkeypatch.setattr(module, "_QUERIES", queries)
+    monkeypatch.setattr(tiles, "_TOKENS", tokens)
+    monkeypatch.setattr(tiles, "_QUERIES", queries)
     check(q, k, v, rows, 0.2, "reference")
     check(q, k, v, rows, 0.2, "reference", 1e-4, **turning((80, 16, 0, 65), 32, 16))
 
@@ -247,6 +263,51 @@ def test_extreme_scores(backend, interpreted):
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("centre", [None, "still", "turned", "partly"])
+def test_soft_cap(backend, centre, interpreted):
+    lengths = (48, 16, 0, 33)
+    k, v, rows = cache(lengths, rank=2, single=5)
+    q = 2 * randn(2, 4, 3, 32)
+    options = {}
+    if centre == "still":
+        options = {"centre": 3 * randn(4, 32)}
+    elif centre is not None:
+        options = turning(lengths, 32, 16 if centre == "turned" else 5)
+    check(q, k, v, rows, 0.3, backend, 2e-4, softcap=8.0, **options)
+    bent = packed_attention(q, k, v, scale=0.3, softcap=8.0, **rows, **options, _backend=backend)
+    assert bool((bent[1] <= 8.0 + torch.log(torch.tensor(48.0))).all())  # no score is above the cap
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_holes_are_never_seen_whatever_they_hold(backend, shared, softcap, interpreted):
+    lengths = (48, 16, 0, 33)
+    k, v, rows = cache(lengths, bits=("fp8", 4), keys="token", rank=2)
+    valid = torch.rand(2, 1 if shared else 2, 60) > 0.4
+    valid[1, -1] = False  # a run of which nothing is left
+    check(randn(2, 6, 2, 32), k, v, rows, 0.3, backend, softcap=softcap, valid=valid)
+    before = packed_attention(Q4, k, v, scale=0.3, valid=valid, softcap=softcap, **rows, _backend=backend)
+    assert bool((before[1][1, -2:] == -torch.inf).all()) and bool((before[0][1, -2:] == 0).all())
+    for r, (s, n) in enumerate(zip(rows["start"].tolist(), lengths, strict=True)):
+        for j in (~valid.expand(2, 2, 60)[r // 2, r % 2, :n]).nonzero()[:, 0].tolist():
+            block, token = s + j // 16, j % 16
+            k.codes[block, token] = 0x7F  # NaN among 8-bit floats
+            for packed in (k, v):
+                packed.scale[block, token] = packed.zero[block, token] = float("nan")
+                packed.lowrank.a[block, token] = float("nan")
+    after = packed_attention(Q4, k, v, scale=0.3, valid=valid, softcap=softcap, **rows, _backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("T, rank, single", [(64, 0, 0), (128, 2, 40)])
+def test_heads_of_512_channels(backend, T, rank, single, interpreted):
+    k, v, rows = cache((T, T + 3), T=T, D=512, rank=rank, single=single)
+    check(randn(1, 4, 1, 512), k, v, rows, 0.04, backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_strided_queries(backend, interpreted):
     k, v, rows = cache((48, 32))
     q = randn(1, 3, 4, 32).transpose(1, 2)
@@ -263,6 +324,7 @@ def test_other_runs_do_not_matter(interpreted):
 
 
 K, V, ROWS = cache((16, 32), D=16)
+Q4 = torch.randn(2, 4, 1, 32, generator=torch.Generator().manual_seed(3))
 Q = torch.zeros(1, 4, 1, 16)
 TURN = turning((16, 32), 16, 8)
 THREE = turning((16, 32), 16, 8, axes=frequency_axes([2, 3, 3], False))
@@ -288,6 +350,10 @@ THREE = turning((16, 32), 16, 8, axes=frequency_axes([2, 3, 3], False))
         (Q, K, V, TURN | {"rates": torch.zeros(1, 8)}, r"rates has shape \[1, 8\]; it must be \[2, R/2\]"),
         (Q, K, V, TURN | {"positions": torch.zeros(1, 2, 32)}, "positions is float32; it must be int32"),
         (Q, K, V, TURN | {"positions": torch.zeros(1, 2, 31).int()}, r"positions has shape \[1, 2, 31\].* n >= 32"),
+        (Q, K, V, {"softcap": -1.0}, "softcap=-1.0 must be above 0"),
+        (Q, K, V, {"valid": torch.ones(1, 2, 32)}, "valid is float32; it must be bool"),
+        (Q, K, V, {"valid": torch.ones(1, 2, 31).bool()}, r"valid has shape \[1, 2, 31\].* \[1, 2 or 1, n >= 32\]"),
+        (Q, K, V, {"valid": torch.ones(1, 3, 32).bool()}, r"valid has shape \[1, 3, 32\]; it must be \[1, 2 or 1"),
         (Q, K, V, THREE | {"positions": TURN["positions"]}, r"positions has shape \[1, 2, 32\]; it must be \[3, 1, "),
         (Q, K, V, THREE | {"positions": THREE["positions"][..., :9]}, r"it must be \[3, 1, 2 or 1, n >= 32\]"),
         (Q, K, V, THREE | {"axes": THREE["axes"][:7]}, r"axes has shape \[7\]; it must be \[8\]"),

@@ -11,7 +11,7 @@ from tests.kernels.helpers import assert_close, poisoned, randn
 module = importlib.import_module("kernels.window_mass")
 
 
-def naive(q, k, scale, valid):
+def naive(q, k, scale, valid, softcap=None):
     """The w x n matrix in float64, query head by query head; `valid` bool [B, G, n] -> sum P, sum P^2."""
     (B, H, w, _), (G, n) = q.shape, k.shape[1:3]
     mass, squares = torch.zeros(2, B, H, n, dtype=torch.float64)
@@ -19,6 +19,7 @@ def naive(q, k, scale, valid):
         for h in range(H):
             g = h // (H // G)
             scores = q[b, h].double() @ k[b, g].double().T * scale
+            scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
             for i in range(w):
                 slot = n - w + i
                 seen = valid[b, g] & (torch.arange(n) <= slot)
@@ -57,6 +58,22 @@ def test_kernel_equals_reference(B, G, group, w, n, D, mask, interpreted):
     ours = window_mass(q, k, scale=D**-0.5, valid=valid, squares=True, _backend="triton")
     for mine, true in zip(ours, truth, strict=True):
         assert_close(mine, true)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("softcap", [0.5, 20.0])
+def test_soft_cap(softcap, backend, interpreted):
+    q, k, valid, per_head = sample(1, 2, 3, 6, 70, 64, "head")
+    truth = naive(q.nan_to_num(0), k.nan_to_num(0), 2.0, per_head, softcap)
+    ours = window_mass(q, k, scale=2.0, valid=valid, squares=True, softcap=softcap, _backend=backend)
+    for mine, true in zip(ours, truth, strict=True):
+        assert_close(mine, true, 5e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_heads_of_512_channels(backend, interpreted):
+    q, k, _, per_head = sample(1, 1, 2, 5, 40, 512, None)
+    assert_close(window_mass(q, k, scale=0.04, _backend=backend), naive(q, k, 0.04, per_head)[0])
 
 
 def test_kernel_in_bf16(interpreted):
@@ -125,6 +142,7 @@ Q, K = torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 5, 16)
         (Q, K[..., :8], {}, r"k has shape \[1, 2, 5, 8\]; it must be \[1, G, n, 16\]"),
         (Q, K.bfloat16(), {}, "k is bfloat16; it must be float32"),
         (Q, K[:, :, :2], {}, "q has shape .* a window of 3 queries; the limit is n = 2"),
+        (Q, K, {"softcap": 0}, "softcap=0 must be above 0"),
         (Q[:, :3], K, {}, "q has 3 heads and k has 2"),
         (
             Q,
