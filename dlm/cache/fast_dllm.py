@@ -24,7 +24,9 @@ from dlm.canvas import Canvas
 
 @dataclass(frozen=True)
 class _FastDLLM(Policy):
-    """Attributes:
+    """What both caches of Fast-dLLM have in common.
+
+    Attributes:
         shift_mode: how the first slot of a block gets its logits; no effect on models without shift.
         refresh: compute the whole canvas at every such forward besides; None = at block starts only.
 

@@ -1,4 +1,4 @@
-"""What decoding must know about a diffusion language model and cannot see in its weights."""
+"""The decoding spec: what decoding must know about a diffusion language model and cannot see in its weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class DecodingSpec:
-    """The facts of one model.
+    """The special tokens, the shift, the limits and the rule of one model.
 
     Attributes:
         mask_id: the token that stands for "not written yet".

@@ -23,7 +23,10 @@ LogitWindow = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Choice:
-    """tokens: int64 [batch, r], one for each candidate slot; commit: bool [batch, r], which of them to write."""
+    """What a step writes.
+
+    tokens: int64 [batch, r], one for each candidate slot; commit: bool [batch, r], which of them to write.
+    """
 
     tokens: torch.Tensor
     commit: torch.Tensor

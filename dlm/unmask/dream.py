@@ -28,7 +28,9 @@ class _Unmasker(BlockUnmasker):
 
 @dataclass(frozen=True)
 class DreamRule(BlockRule):
-    """Attributes:
+    """Base of Dream's rules: their two schedules.
+
+    Attributes:
         compat: the authors' timestep schedule instead of the even one.
         eps: where that schedule ends.
 
@@ -66,7 +68,9 @@ class Origin(DreamRule):
 
 @dataclass(frozen=True)
 class _Ranked(DreamRule):
-    """Attributes:
+    """Base of the rules that write the best by a score, as many as the quota says.
+
+    Attributes:
         alg_temp: 0 = strictly by confidence; else slots are drawn without replacement from softmax(confidence /
             alg_temp).
 

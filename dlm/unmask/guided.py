@@ -71,7 +71,7 @@ class Guided(Rule):
 
 
 class GuidedUnmasker(Unmasker):
-    """One guided generation."""
+    """One guided generation: draft all masks, let the guider verify, write the accepted prefix."""
 
     def __init__(self, rule: Guided, canvas: Canvas, spec: DecodingSpec, sampler: Sampler) -> None:
         self.rule, self.sampler = rule, sampler

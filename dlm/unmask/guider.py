@@ -1,4 +1,4 @@
-"""The guider: a causal language model that reads along and says how far a draft may be kept.
+"""The guider: a causal language model that verifies drafts, that is, says how far each may be kept.
 
 It never puts a token into the text. Where its vocabulary is the diffusion model's own, ids are passed on as they are;
 where it is another, drafts go through text, see `dlm.unmask.character_alignment`. Its cache may be kept by a method of

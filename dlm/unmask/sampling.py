@@ -49,8 +49,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Draw:
-    """tokens int64; fp32 of the same shape [batch, r]: the tokens' probability, and of the distribution that it is
-    measured on the two largest probabilities and the entropy."""
+    """Drawn tokens, int64 [batch, r], and how sure the model was, fp32 [batch, r].
+
+    `probability` is that of the token. `best`, `second` (the two largest probabilities) and `entropy` (nats) are those
+    of the distribution that it is measured on.
+    """
 
     tokens: torch.Tensor
     probability: torch.Tensor

@@ -33,7 +33,9 @@ class ScheduleStep:
 
 
 class UnmaskSchedule:
-    """Counts the steps of each row. Every block gets one, and of the rest a share by its length.
+    """Shares the steps out among the blocks and counts those of each row.
+
+    Every block gets one step, and of the rest a share by its length.
 
     Raises:
         ValueError: fewer steps than blocks.

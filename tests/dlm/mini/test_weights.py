@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from dlm.config import DecodingConfig
-from dlm.decode import decode_prompts, prompt_ids
+from dlm.decode import decode_prompts
 from dlm.mini import WEIGHTS, load_mini
 from dlm.mini.evaluate import measure
 from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
 from dlm.mini.shape import KINDS
 from dlm.models import answer_text
+from dlm.prompts import prompt_ids
 from dlm.sources import open_guide
 
 MOST_BYTES = 16 * 2**20
