@@ -74,7 +74,7 @@ def round_of(model: PreTrainedModel, method: str, budget: str, ids: torch.Tensor
     begin = clock(device)
     for _ in range(STEPS):
         for layer in cache.layers:
-            layer.step(q, new, new, config.head_dim**-0.5, None)
+            layer.feed(q, new, new, config.head_dim**-0.5)
     return {
         "seconds_prefill": prompt,
         "overhead": hooks / prompt,

@@ -101,7 +101,10 @@ class MethodCache(Cache):
             context.table = PositionTable()
         try:
             told = rotary.told(model, governed, context.table)
-            context.rotary = context.rotary or told
+            known = context.rotary if needs.rope else {}
+            context.rotary = {number: rotary.joined(known.get(number), spec) for number, spec in told.items()} | {
+                number: spec for number, spec in known.items() if number not in told
+            }
         except ValueError as error:
             context.rotary_unknown = str(error)
 

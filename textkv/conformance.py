@@ -27,7 +27,7 @@ from textkv.positions import RotarySpec
 from textkv.segments.base import storage_bytes
 
 TOLERANCE = 2e-4
-MASKED = "textkv_masked"
+MASKED = "conformance_masked"
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,10 @@ class Layer(CacheLayerMixin):
             out = out.to(given)
         return _Undifferentiable.apply(q, out) if grows else out
 
+    def feed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """One forward of this layer alone, without a model: for tests and benchmarks."""
+        return self.step(View(self, k, v), q, module=self.module(), mask=None, scale=scale)
+
     def _check(self, module: torch.nn.Module) -> None:
         """Raise ValueError where going on would be silently wrong."""
         own = self.module()

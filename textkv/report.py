@@ -42,14 +42,15 @@ class CacheReport:
             f"{self.method} at budget {self.budget}: {self.kv_bytes:,} bytes held, {share:.1%} of the full cache's "
             f"{self.full_bytes:,}; peak {self.peak_bytes:,}; governs {self.governed} of {len(self.rows)} layers"
         )
-        lines = [
-            f"  layer {row['layer']:>2}{'' if row['kind'] == 'full' else ' (' + row['kind'] + ')'}: "
-            f"{row['seen']} seen, stored per head {min(row['stored'], default=0):g} to {max(row['stored'], default=0):g}, "
-            f"{row['bytes']:,} bytes"
-            for row in self.rows
-        ]
+        lines = [_line(row) for row in self.rows]
         times = ", ".join(f"{hook} {1000 * s:.1f} ms" for hook, s in sorted(self.seconds.items()))
         return "\n".join([head, *lines, f"  hooks: {times or 'none ran'}"])
+
+
+def _line(row: dict) -> str:
+    kind = "" if row["kind"] == "full" else f" ({row['kind']})"
+    stored = f"{min(row['stored'], default=0):g} to {max(row['stored'], default=0):g}"
+    return f"  layer {row['layer']:>2}{kind}: {row['seen']} seen, stored per head {stored}, {row['bytes']:,} bytes"
 
 
 def report(context: Context) -> CacheReport:

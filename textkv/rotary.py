@@ -9,6 +9,7 @@ name: moving keys by a guess would be silently wrong.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kernels.rotate import frequency_axes
-from textkv.attention import CAPTURE
+from textkv.attention import CAPTURE, use
 from textkv.kinds import text_config, text_model
 from textkv.positions import PositionTable, RotarySpec
 
@@ -41,7 +42,8 @@ def proven(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, RotarySpe
     dtype = next(decoder.parameters()).dtype
     known = _PROVEN.setdefault(decoder, {}).setdefault(dtype, {})
     if any(number not in known for number in layers):
-        before, after = (_keys(decoder, start) for start in (_FROM, _TO))
+        with _on_ours(model):
+            before, after = (_keys(decoder, start) for start in (_FROM, _TO))
         for number in layers:
             if number not in before:
                 raise ValueError(
@@ -50,6 +52,19 @@ def proven(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, RotarySpe
                 )
             known[number] = _fitting(decoder, number, before[number].float(), after[number].float())
     return {number: known[number] for number in layers}
+
+
+@contextmanager
+def _on_ours(model: PreTrainedModel) -> Iterator[None]:
+    """Puts the model on our attention, which tells the keys, while it lasts."""
+    decoder = text_model(model)
+    own = decoder.config._attn_implementation
+    use(model)
+    try:
+        yield
+    finally:
+        if decoder.config._attn_implementation != own:
+            decoder.set_attn_implementation(own)
 
 
 def told(model: PreTrainedModel, layers: Sequence[int], table: PositionTable | None) -> dict[int, RotarySpec]:
@@ -79,6 +94,14 @@ def told(model: PreTrainedModel, layers: Sequence[int], table: PositionTable | N
     if not specs:
         raise ValueError(f"{type(decoder).__name__} has no one table of frequencies for all layers")
     return specs
+
+
+def joined(known: RotarySpec | None, spec: RotarySpec) -> RotarySpec:
+    """A proven spec with the axes and the table of one that the model's tables told; the latter where there is none."""
+    if known is None:
+        return spec
+    same = known.is_halves and len(known.inv_freq) == len(spec.inv_freq)
+    return replace(known, axes=spec.axes, table=spec.table) if same else known
 
 
 def axes_of(model: PreTrainedModel) -> list[int] | None:

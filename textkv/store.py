@@ -96,6 +96,8 @@ def fill(context: Context, folder: Path, header: dict[str, Any], model: PreTrain
     for before, layer in pairwise(own):
         for segment in layer.segments:
             segment.rejoin(before.segments)
+    for layer in own:
+        layer.device = next((x.device for x in layer.tensors().values()), model.device)
 
 
 def _pack_layer(layer: Any, number: int, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -152,7 +154,6 @@ def _unpack_layer(layer: Any, saved: dict, number: int, tensors: dict[str, torch
     ]
     layer.statistics = _own(tensors, f"{number}.statistic.")
     layer.dtype = getattr(torch, saved["dtype"].removeprefix("torch."))
-    layer.device = next((x.device for x in layer.tensors().values()), None)
     layer.is_initialized = True
 
 

@@ -146,8 +146,8 @@ def test_dropping_what_nobody_looks_at_changes_nothing(model_of):  # noqa: F811
         cache = MethodCache(model, method, budget)
         layer = cache.layers[0]
         layer.lazy_initialization(k, v)
-        layer.step(q, k, v, 0.25, None)
-        outs.append(layer.step(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], 0.25, None))
+        layer.feed(q, k, v, 0.25)
+        outs.append(layer.feed(q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], 0.25))
     assert int(layer.lengths()[0, 0]) == int(live.sum()) + 1
     torch.testing.assert_close(outs[1], outs[0], atol=1e-5, rtol=0)
 

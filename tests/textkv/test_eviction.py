@@ -111,7 +111,7 @@ def test_nan_scores_name_the_layer(model_of):
     q = torch.randn(1, 4, 30, 16)
     q[0, 0, -1] = float("nan")
     with pytest.raises(ValueError, match="layer 1: the importance scores contain NaN"):
-        layer.step(q, torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 16), 0.25, None)
+        layer.feed(q, torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 16), 0.25)
 
 
 def test_a_short_prompt_is_left_alone_to_the_pointer(model_of):

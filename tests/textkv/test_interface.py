@@ -107,14 +107,14 @@ def test_nothing_registered_is_replaced():
     names = ("sdpa", "eager", "flash_attention_2", "flex_attention")
     functions = {n: ALL_ATTENTION_FUNCTIONS[n] for n in names if n in ALL_ATTENTION_FUNCTIONS}
     assert all(f.__module__.startswith("transformers.") for f in functions.values())
-    assert ALL_ATTENTION_FUNCTIONS["textkv"].__module__ == "textkv.attention"
+    assert "textkv_sdpa" in ALL_ATTENTION_FUNCTIONS
 
 
 @pytest.mark.parametrize("family", tiny.VISION_FAMILIES)
 def test_the_vision_tower_keeps_its_attention(model_of, family):
     model = textkv.use(model_of(family))
     assert model.config.vision_config._attn_implementation == "sdpa"
-    assert model.config.text_config._attn_implementation == "textkv"
+    assert model.config.text_config._attn_implementation == "textkv_sdpa"
 
 
 @pytest.mark.parametrize("family", tiny.VISION_FAMILIES)
@@ -158,17 +158,16 @@ def test_a_new_image_in_a_later_turn_equals_the_uncached_run(model_of, family):
     assert torch.equal(ours, model.generate(**whole, **GREEDY))
 
 
-def test_a_model_with_sliding_windows_is_refused_once_it_would_hide_tokens(model_of):
-    model = model_of("llama")
-    textkv.use(model)
-    layer = model.model.layers[0].self_attn
-    q = torch.randn(1, 4, 9, 16)
-    with pytest.raises(ValueError, match="slide over 8 tokens and 9 were seen"):
-        ALL_ATTENTION_FUNCTIONS["textkv"](layer, q, q[:, :2], q[:, :2], None, sliding_window=8)
-    with pytest.raises(ValueError, match="passes softcap"):
-        ALL_ATTENTION_FUNCTIONS["textkv"](layer, q, q[:, :2], q[:, :2], None, softcap=30.0)
+def test_what_changes_scores_in_an_unknown_way_is_refused(model_of):
+    model = textkv.use(model_of("llama"))
+    cache = MethodCache(model, "full")
+    layer, q = model.model.layers[0].self_attn, torch.randn(1, 4, 9, 16)
+    view, _ = cache.update(q[:, :2], q[:, :2], 0)
+    ours = ALL_ATTENTION_FUNCTIONS["textkv_sdpa"]
+    with pytest.raises(ValueError, match="passes position_bias to attention"):
+        ours(layer, q, view, view, None, position_bias=torch.zeros(9, 9))
     with pytest.raises(ValueError, match="give the 2-D padding mask"):
-        ALL_ATTENTION_FUNCTIONS["textkv"](layer, q, q[:, :2], q[:, :2], torch.ones(1, 1, 9, 9))
+        ours(layer, q, view, view, torch.ones(1, 4, 9, 9, dtype=torch.bool))
 
 
 def test_transformers_own_cache_runs_on_our_attention(model_of):

@@ -65,7 +65,7 @@ def test_marks_follow_rows_crops_and_saving(filled, ragged, tmp_path, model_of):
     before = cache.layers[1].statistic("position")
     cache.save(tmp_path)
     loaded = MethodCache(model_of("llama"), Marking(ragged=ragged))
-    assert "1.mark.position" in __import__("safetensors.torch").torch.load_file(tmp_path / "cache.safetensors")
+    assert "1.statistic.position" in __import__("safetensors.torch").torch.load_file(tmp_path / "cache.safetensors")
     assert loaded.layers[1].statistics == {}
     cache.crop(-2)
     assert cache.layers[1].statistic("position").shape == cache.layers[1].stored().positions.shape
@@ -119,7 +119,7 @@ def test_columns_of_ragged_heads_count_every_query(filled, model_of):
         def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
             seen[layer.index] = evidence.columns
 
-    cache.method = Looking()
+    cache.context.method = Looking()
     with torch.no_grad():
         use(model_of("llama"))(ids[:, :6], past_key_values=cache)
     torch.testing.assert_close(seen[0].sum(-1), torch.full((1, 2), 6.0))

@@ -72,7 +72,7 @@ def test_names_are_taken_once():
 def test_public_surface():
     assert set(textkv.__all__) == {
         "AtRest", "Budget", "CacheReport", "Capabilities", "Conversation", "Method", "MethodCache", "Needs",
-        "list_methods", "register", "resolve_method", "split_list", "use",
+        "list_methods", "register", "release", "resolve_method", "split_list", "use",
     }  # fmt: skip
 
 

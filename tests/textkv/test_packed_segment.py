@@ -37,7 +37,7 @@ def grow(segment: PackedSegment, counts: list[list[int]], prompt: bool) -> tuple
     places = None if segment.axes is None else torch.stack([positions // 5, positions % 5, positions * 3]).int()
     centred = (k - segment.centres(positions if places is None else places)) * real[..., None]
     packed = PACKER.encode(centred.flatten(0, 1), v.flatten(0, 1), counts.view(-1), prompt)
-    segment.append(*packed, counts, positions, places)
+    segment.take(*packed, counts, positions, places)
     return k, v
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from kernels.rotate import frequency_axes
 from tests.kernels.test_rotate import model_rope
 from tests.textkv import tiny
-from textkv import Conversation, MethodCache
-from textkv.positions import PositionTable, turned
+from textkv import Conversation, MethodCache, probes
+from textkv.positions import PositionTable, RotarySpec, turned
 
 TURNED = "kivi(8,group=16,residual=16,centre='turned')"
 
@@ -68,7 +68,7 @@ def test_places_are_found_by_logical_position_whatever_the_padding():
 def test_the_table_grows_by_an_eighth_and_weighs_twelve_bytes_a_token():
     places, sizes = PositionTable(), set()
     for column in range(4000):
-        places.write(torch.tensor([[column]]).int(), column + 1)
+        places.write(torch.tensor([[column]]).int(), column + 1, None)
         sizes.add(places.table.shape[2])
     assert torch.equal(places.table[:, 0, :4000], torch.arange(4000).expand(3, -1).int())
     assert len(sizes) < 30 and max(sizes) < 4000 * 1.2 and places.kv_bytes() == 12 * max(sizes)
@@ -77,15 +77,14 @@ def test_the_table_grows_by_an_eighth_and_weighs_twelve_bytes_a_token():
 
 def test_what_the_model_did_not_tell_lies_at_its_index():
     places = PositionTable()
-    places.see(torch.tensor([[7, 9]]))  # one axis and one row serve all
-    places.write(torch.tensor([[0, 1], [0, 1]]).int(), 2)
-    places.write(torch.tensor([[2], [2]]).int(), 3)
+    places.write(torch.tensor([[0, 1], [0, 1]]).int(), 2, torch.tensor([[[7, 9]]]))  # one axis and one row serve all
+    places.write(torch.tensor([[2], [2]]).int(), 3, None)
     assert places.table[:, :, :3].tolist() == [[[7, 9, 2]] * 2] * 3
 
 
 def test_one_axis_needs_no_table():
     at = torch.arange(6).view(1, 2, 3).int()
-    assert Turning(torch.ones(2)).at(at) is at
+    assert RotarySpec.halves(torch.ones(2)).at(at) is at
 
 
 # ---- caches of models with M-RoPE ------------------------------------------------------------------------------------
@@ -113,7 +112,7 @@ class Talk:
     def read(self, method=TURNED, deaf: bool = False) -> MethodCache:
         cache = MethodCache(self.model, method)
         if deaf:
-            cache._probes._finalizer()
+            probes.remove(self.model)
         with torch.no_grad():
             self.model(**self.inputs, attention_mask=self.mask, position_ids=self.rope, past_key_values=cache)
         return cache
@@ -162,10 +161,10 @@ def test_a_cache_knows_where_each_token_lies(talk):
 
 
 def test_only_what_needs_a_table_has_one(talk, model_of):
-    assert MethodCache(talk.model, "snapkv+kivi(4)").places is not None
+    assert MethodCache(talk.model, "snapkv+kivi(4)").context.table is not None
     for method in ("full", "snapkv", "kivi(4,centre='fixed')"):
-        assert MethodCache(talk.model, method).places is None
-    assert MethodCache(model_of("qwen2"), "kivi(4)").places is None
+        assert MethodCache(talk.model, method).context.table is None
+    assert MethodCache(model_of("qwen2"), "kivi(4)").context.table is None
 
 
 @pytest.mark.parametrize("method", [TURNED, f"adakv+{TURNED}", f"duo_attention+{TURNED}"])

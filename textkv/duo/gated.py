@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from textkv.kinds import text_model
 
-GATED = "textkv_duo"
+GATED = "duo_gated"
 QUERY_BLOCK = 1024
 """Rows per step of the streaming branch: bounds its masks to QUERY_BLOCK x (sinks + recent + QUERY_BLOCK)."""
 

@@ -168,7 +168,7 @@ class MiniCache(Method):
     def on_decode_begin(self, layer: Layer, query: torch.Tensor) -> None:
         other = self.partner(layer.index, layer.context.governed)
         if other is not None and other < layer.index:
-            self._before(layer, other)
+            self._before(layer, other, ahead=1)  # this layer counts its token when it is in
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
         """When both layers of a pair have taken the token in: merge what waits, if it is enough."""
@@ -176,12 +176,13 @@ class MiniCache(Method):
         if other is not None and other < layer.index:
             self._merge(layer.context.layers[other], layer, waiting=self.block)
 
-    def _before(self, layer: Layer, other: int) -> Layer:
+    def _before(self, layer: Layer, other: int, ahead: int = 0) -> Layer:
+        """The layer `other`, which must have seen `ahead` tokens more."""
         first = layer.context.layers[other]
-        if first.seen != layer.seen:
+        if first.seen != layer.seen + ahead:
             raise ValueError(
-                f"layer {layer.index} has seen {layer.seen} tokens and layer {other}, its pair, {first.seen}: the "
-                "layers of a model must run in their order"
+                f"layer {layer.index} has seen {layer.seen + ahead} tokens and layer {other}, its pair, {first.seen}: "
+                "the layers of a model must run in their order"
             )
         return first
 

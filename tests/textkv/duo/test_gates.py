@@ -14,6 +14,7 @@ from textkv.duo.mean_qk import SPAN, far_score, mean_qk_scores
 from textkv.duo.passkeys import Sample
 from textkv.duo.pattern import Pattern
 from textkv.duo.training import GateTraining, rate_at, train_gates
+from textkv.positions import RotarySpec
 
 SINKS, RECENT = 2, 4
 TAIL = np.arange(40) >= 20
@@ -201,16 +202,21 @@ def test_refusals(wrong, message):
 def test_far_scores_by_hand():
     """One frequency that turns by half a circle over the span: equal means look near, opposite far, zero evenly."""
     frequency, key = torch.tensor([math.pi / (SPAN - 1)]), torch.tensor([[1.0, 0.0]])
-    near, even, far = (far_score(query * key, key, frequency, 20.0).item() for query in (1.0, 0.0, -1.0))
+    near, even, far = (
+        far_score(query * key, key, RotarySpec.halves(frequency), 20.0).item() for query in (1.0, 0.0, -1.0)
+    )
     assert near < 0.25 < 0.75 < far and even == pytest.approx((SPAN + 1) / (2 * SPAN))
 
 
 def test_far_scores_average_the_group():
     frequency, g = torch.tensor([0.3, 0.01]), torch.Generator().manual_seed(0)
     query, key = torch.randn(4, 4, generator=g), torch.randn(2, 4, generator=g)
-    each = [far_score(query[n : n + 1], key[n // 2 : n // 2 + 1], frequency, 1.0).item() for n in range(4)]
+    each = [
+        far_score(query[n : n + 1], key[n // 2 : n // 2 + 1], RotarySpec.halves(frequency), 1.0).item()
+        for n in range(4)
+    ]
     expected = torch.tensor([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2])
-    torch.testing.assert_close(far_score(query, key, frequency, 1.0), expected)
+    torch.testing.assert_close(far_score(query, key, RotarySpec.halves(frequency), 1.0), expected)
 
 
 @torch.no_grad()
@@ -223,7 +229,7 @@ def test_means_are_taken_before_the_rotation(model_of):
     scores = mean_qk_scores(model, [ids, ids])
     assert scores.shape == (3, 2) and bool(((scores >= 0) & (scores <= 1)).all())
     torch.testing.assert_close(
-        scores[0], far_score(query, key, rotary.inv_freq, block.self_attn.scaling), atol=1e-4, rtol=0
+        scores[0], far_score(query, key, RotarySpec.halves(rotary.inv_freq), block.self_attn.scaling), atol=1e-4, rtol=0
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import textkv
 from tests.textkv import tiny
 from tests.textkv.duo.toy import GATES, duo, feed, pattern_file
 from textkv import MethodCache
@@ -29,7 +30,7 @@ def test_every_forward_equals_full_attention_over_what_each_head_holds(model_of,
         if seen:
             held = [torch.stack([torch.isin(torch.arange(seen), h) for h in cache.kept_positions(i).flatten(0, 1)])
                     .view(2, 2, seen) for i in range(3)]  # fmt: skip
-        model.set_attn_implementation("textkv")
+        textkv.use(model)
         ours = feed(model, cache, part, part.shape[1])
         model.set_attn_implementation(MASKED)
         with torch.no_grad():

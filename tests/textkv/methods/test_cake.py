@@ -296,7 +296,7 @@ def test_nan_names_the_layer(model_of):
     layer.lazy_initialization(torch.zeros(1, 2, 0, 16), torch.zeros(1, 2, 0, 16))
     q = torch.full((1, 4, 30, 16), float("nan"))
     with pytest.raises(ValueError, match="layer 1: the window's attention is NaN"):
-        layer.step(q, torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 16), 0.25, None)
+        layer.feed(q, torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 16), 0.25)
 
 
 @pytest.mark.parametrize(

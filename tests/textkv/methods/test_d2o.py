@@ -16,6 +16,7 @@ from textkv import Budget, MethodCache
 from textkv.conformance import check_method
 from textkv.methods import d2o
 from textkv.methods.d2o import D2O, THRESHOLD, D2OOfficial, absorb, nearest, spread
+from textkv.positions import RotarySpec
 
 
 def simulate(q, k, v, blocks, keeps, method):
@@ -335,7 +336,7 @@ def test_keys_are_turned_to_where_they_are_merged():
     def placed(where):
         return rotate(base.flatten(0, 1)[:, None], where.flatten(0, 1), inv_freq)[:, 0].view_as(base)
 
-    torch.testing.assert_close(d2o._turned(placed(at), to - at, inv_freq), placed(to))
+    torch.testing.assert_close(d2o._turned(placed(at), to - at, RotarySpec.halves(inv_freq)), placed(to))
 
 
 def test_half_precision_is_merged_in_fp32():

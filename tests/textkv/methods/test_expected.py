@@ -15,6 +15,7 @@ from textkv.eviction import PROTECTED
 from textkv.evidence import Evidence, QueryMoments
 from textkv.kinds import text_model
 from textkv.methods.expected import Expected, mean_rotation
+from textkv.positions import RotarySpec
 from textkv.segments.base import Stored
 
 FREQ = torch.tensor([1.0, 0.1, 0.01, 0.001])
@@ -46,7 +47,7 @@ def case(keys, values, moments, n=None):
 
 
 def layer_of(freq=FREQ):
-    return SimpleNamespace(index=0, cache=SimpleNamespace(inv_freq=freq))
+    return SimpleNamespace(index=0, rotary=RotarySpec.halves(freq))
 
 
 def random_case(heads=4, kv_heads=2, n=20, dim=8):
@@ -174,7 +175,8 @@ def test_mean_rotation_is_the_mean_of_rotations():
     basis = torch.eye(10)[None, None].expand(2, 1, 10, 10)  # rows e_i; dims 8 and 9 are not rotary
     first = torch.tensor([0, 37])
     total = sum(rotate(basis, (first + i)[:, None].expand(2, 10), FREQ) for i in range(5)) / 5
-    torch.testing.assert_close(mean_rotation(first, 5, FREQ, 10), total[:, 0].mT, atol=1e-6, rtol=1e-5)
+    mean = mean_rotation(first, 5, RotarySpec.halves(FREQ, 10))
+    torch.testing.assert_close(mean, total[:, 0].mT, atol=1e-6, rtol=1e-5)
 
 
 def test_the_mean_logit_is_that_of_the_queries_to_come():
@@ -189,7 +191,7 @@ def test_the_mean_logit_is_that_of_the_queries_to_come():
 def test_score_equals_plain_loops():
     (held, evidence), q = random_case()
     scores = Expected(future=9, sinks=3, epsilon=0.01).score(layer_of(), held, evidence, keep=10)
-    turn = mean_rotation(torch.tensor([20]), 9, FREQ, 8)[0].double()
+    turn = mean_rotation(torch.tensor([20]), 9, RotarySpec.halves(FREQ, 8))[0].double()
     for head in range(2):
         shares = []
         for one in q[0, 2 * head : 2 * head + 2].double():
@@ -212,7 +214,7 @@ def test_blocks_of_keys_change_nothing(monkeypatch):
 def test_without_covariance_and_values_it_ranks_by_the_mean_query():
     (held, evidence), _ = random_case(heads=2)
     scores = Expected(future=5, sinks=0, covariance=False, vnorm=False).score(layer_of(), held, evidence, keep=10)
-    turn = mean_rotation(torch.tensor([20]), 5, FREQ, 8)
+    turn = mean_rotation(torch.tensor([20]), 5, RotarySpec.halves(FREQ, 8))
     product = (held.keys @ (evidence.moments.mean @ turn.mT)[..., None])[..., 0]
     assert torch.equal(scores.argsort(-1), product.argsort(-1))
 

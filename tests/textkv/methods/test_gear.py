@@ -255,7 +255,7 @@ def test_factored_attention_equals_attention_over_what_is_stored(model_of):
         if n == 0:
             layer.lazy_initialization(k, v)
         before = layer.stored() if n else None
-        out = layer.step(q, k, v, 0.25, None)
+        out = layer.feed(q, k, v, 0.25)
         if n:
             keys, values = torch.cat([before.keys, k], 2), torch.cat([before.values, v], 2)
             seen = torch.ones(m, keys.shape[2]).tril(keys.shape[2] - m).bool()

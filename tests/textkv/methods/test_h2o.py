@@ -39,7 +39,7 @@ def feed(method, budget, q, k, v, blocks):
     layer.lazy_initialization(k[:, :, :0], v[:, :, :0])
     for start, stop in blocks:
         part = slice(start, stop)
-        layer.step(q[:, :, part], k[:, :, part], v[:, :, part], 1.0, None)
+        layer.feed(q[:, :, part], k[:, :, part], v[:, :, part], 1.0)
         yield layer
 
 

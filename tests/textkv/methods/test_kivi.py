@@ -75,7 +75,7 @@ def test_decoding_attends_to_packed_and_exact_tokens_as_one(model_of):
     feed(model, cache, tiny.text_ids(75))
     layer, q = cache.layers[0], torch.randn(1, 4, 1, 16)
     x = torch.randn(1, 2, 1, 16)
-    out = layer.step(q, x, x, 0.25, None)
+    out = layer.feed(q, x, x, 0.25)
     held = layer.stored()
     true, _ = decode_attention(q, held.keys, held.values, scale=0.25, valid=held.positions >= 0)
     torch.testing.assert_close(out, true, rtol=1e-5, atol=1e-5)
@@ -192,7 +192,7 @@ class PerToken(Kivi):
 
     centre: str = "none"
 
-    def encode(self, keys, values, counts, prompt):
+    def encode(self, keys, values, counts, prompt, heads):
         k, v = (blocks_of(x, counts, self.group) for x in (keys, values))
         return pack(k, self.bits, layout="token"), pack(v, self.bits, layout="token")
 
@@ -235,7 +235,7 @@ def test_the_centre_is_exact_in_the_scores_and_saves_what_float16_would_lose():
         centred = keys - (segment.centre[:, :, None] if centre else 0)
         counts = torch.full((1, 2), 64)
         packed = Kivi(8).encode(centred.flatten(0, 1), values.flatten(0, 1), counts.view(-1), True)
-        segment.append(*packed, counts, torch.arange(64).int()[None, None])
+        segment.take(*packed, counts, torch.arange(64).int()[None, None])
         return segment.attend(q, 0.25)
 
     (with_centre, lse), (without, _) = attend(True), attend(False)
@@ -360,7 +360,7 @@ def test_keys_that_cannot_be_packed_name_layer_and_head(model_of, value, found):
     with pytest.raises(ValueError, match=f"layer 2, row 0, head 1: the keys hold .*{found}"):
         layer = cache.layers[2]
         layer.lazy_initialization(x, x)
-        layer.step(torch.randn(1, 4, 16, 16), bad, x, 0.25, None)
+        layer.feed(torch.randn(1, 4, 16, 16), bad, x, 0.25)
 
 
 def test_an_empty_buffer_is_a_dense_segment_that_takes_tokens(model_of):

@@ -39,7 +39,7 @@ def feed(method, budget, qkv, prompt, model=None):
     for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, n))]:
         q, k, v = (x[:, :, start:stop] for x in qkv)
         layer.update(k, v)
-        yield layer, layer.step(q, k, v, DIM**-0.5, None)
+        yield layer, layer.feed(q, k, v, DIM**-0.5)
 
 
 def run(model, cache, ids):
@@ -240,7 +240,7 @@ def test_bytes_are_those_of_the_formula(low, share):
         x.untyped_storage().nbytes()
         for name, x in layer.tensors().items()
         if x.is_floating_point() or x.dtype == torch.uint8
-        if not name.startswith("mark") and name.split(".")[1] not in ("centre", "balance")
+        if not name.startswith("statistic") and name.split(".")[1] not in ("centre", "balance")
     )
     formula = (share * 16 + (1 - share) * (low + 1)) / 16
     assert vectors / (2 * HEADS * n * dim * 2) == pytest.approx(formula, rel=0.01)

@@ -259,8 +259,8 @@ def test_unlike_layers_are_no_pair():
     cache.layers[1].lazy_initialization(k, k)
     with pytest.raises(ValueError, match="layers 1 and 2 cannot be a pair: kv_heads 2 and 4; choose another `start`"):
         cache.layers[2].lazy_initialization(torch.zeros(1, 4, 0, 16), torch.zeros(1, 4, 0, 16))
-    model.config.layer_types = ["full_attention", "full_attention", "chunked_attention"]
-    with pytest.raises(ValueError, match="attention full_attention and chunked_attention"):
+    model.config.no_rope_layers = [1, 1, 0]
+    with pytest.raises(ValueError, match="rotary 1 and 0"):
         cache.layers[2].lazy_initialization(k, k)
 
 
@@ -270,7 +270,7 @@ def test_the_layers_must_run_in_their_order(model_of):
     run(model, cache, tiny.text_ids(40))
     q, k = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 1, 16)
     with pytest.raises(ValueError, match="layer 2 has seen 41 tokens and layer 1, its pair, 40"):
-        cache.layers[2].step(q, k, k, 0.25, None)
+        cache.layers[2].feed(q, k, k, 0.25)
 
 
 def test_a_fork_shares_nothing_but_keeps_its_pair_together(model_of):

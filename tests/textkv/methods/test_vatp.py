@@ -19,7 +19,7 @@ def kept(method: str, scale_of: int | None = None) -> set[int]:
     if scale_of is not None:
         v[:, :, scale_of] *= 1000
     layer.update(k, v)
-    layer.step(q, k, v, 0.25, None)
+    layer.feed(q, k, v, 0.25)
     return set(layer.stored().positions[0, 0].tolist())
 
 
@@ -44,7 +44,7 @@ def test_values_of_one_size_leave_snapkv() -> None:
     q, k = torch.randn(1, 4, 40, 16), torch.randn(1, 2, 40, 16)
     for cache in caches:
         cache.layers[0].update(k, torch.ones_like(k))
-        cache.layers[0].step(q, k, torch.ones_like(k), 0.25, None)
+        cache.layers[0].feed(q, k, torch.ones_like(k), 0.25)
     first, second = (cache.layers[0].stored().positions for cache in caches)
     assert torch.equal(first, second)
 
