@@ -12,6 +12,7 @@ unless `begin` announced a longer block that arrives in chunks.
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from pathlib import Path
 
@@ -66,10 +67,11 @@ class MethodCache(Cache):
             governed += kind.governed
         self.context.layers = [layer for layer in layers if isinstance(layer, Layer) and layer.kind.governed]
         self.context.everything = layers
-        if not governed:
-            raise ValueError(
-                f"{type(model).__name__} has no layer of full attention: its layers forget by themselves, and a method "
-                "has nothing to govern; use transformers' own cache"
+        if not governed and policy.evicts:
+            warnings.warn(
+                f"{type(model).__name__} has no layer of full attention: all its layers forget by themselves, as far as "
+                f"their windows reach, and {policy.expression} governs none of them",
+                stacklevel=2,
             )
         super().__init__(layers=layers)
         self.bind(model)

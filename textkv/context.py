@@ -139,19 +139,25 @@ class Context:
         if tokens is not None and layer.kind.number == self.last:
             self.real = tokens.real
             self.forwards += 1
-        if ended and layer is self.layers[-1]:
+        if ended and layer is self._closing():
             self.finish()
+
+    def _closing(self) -> Any:
+        """The layer with which a prompt block ends: the last governed one, or the last at all if none is."""
+        own = self.layers or [layer for layer in self.everything if hasattr(layer, "segments")]
+        return own[-1]
 
     def finish(self) -> None:
         """All governed layers are through with a prompt block."""
         with self.timed("on_finish"):
             self.method.on_finish(self)
-        lengths = [layer.lengths().float() for layer in self.layers]
+        own = self.layers or [layer for layer in self.everything if hasattr(layer, "segments")]
+        lengths = [layer.lengths().float() for layer in own]
         self.at_rest = AtRest(
             kv_bytes=self.kv_bytes(),
             full_bytes=self.full_bytes(),
             tokens_stored=float(torch.stack([n.mean() for n in lengths]).mean()),
-            kept=tuple(layer.held_positions().cpu() for layer in self.layers),
+            kept=tuple(layer.held_positions().cpu() for layer in own),
         )
 
     def real_in_last(self, columns: int) -> torch.Tensor | None:

@@ -79,6 +79,8 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model; only decoders have a cache to keep")
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel):
+        decoder = model.base_model  # some call their output layer a decoder
+    if not isinstance(decoder, PreTrainedModel):
         raise ValueError(f"{type(model).__name__}: its decoder {type(decoder).__name__} is not a model of its own")
     return decoder
 

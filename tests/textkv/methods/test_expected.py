@@ -184,7 +184,7 @@ def test_the_mean_logit_is_that_of_the_queries_to_come():
     (held, evidence), q = random_case()
     future = [rotate(q, torch.full((30,), p), FREQ) for p in range(20, 27)]
     mean = torch.stack([f.mean(2) for f in future]).mean(0).unflatten(1, (2, 2))
-    ours = Expected(future=7, covariance=False)._expected_logits(held.keys, evidence, FREQ)
+    ours = Expected(future=7, covariance=False)._expected_logits(held.keys, evidence, RotarySpec.halves(FREQ))
     torch.testing.assert_close(ours, mean @ held.keys.mT * evidence.scale, atol=1e-5, rtol=1e-4)
 
 
