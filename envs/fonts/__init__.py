@@ -1,4 +1,7 @@
-"""The fonts that everything we draw is drawn with: Liberation, which lies beside this file (licence: LICENSE.txt).
+"""The fonts that everything we draw is drawn with: Liberation 2.1.5, beside this file (licence: LICENSE.txt).
+
+Figures from before were drawn with its forerunner 1.07, whose letters have the same widths; `make demo` gives equal
+rows with both, and 2.1.5 has the freer licence.
 
 Pillow takes a face by file (`face`). Chromium finds fonts through fontconfig, which `environment` points at our own
 `fonts.conf`: it knows this folder and nothing of the machine, so native controls and lists, canvases and missing glyphs

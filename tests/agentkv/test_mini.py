@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedTokenizerFast
 
 from agentkv.mini.checkpoint import load_state, save_state
-from agentkv.mini.drawn import click, drawn_turn
+from agentkv.mini.drawn import click, drawn_turn, face
 from agentkv.mini.drawn_memory import drawn_episode
 from agentkv.mini.episodes import EpisodeStore, thoughtful, write_episodes
 from agentkv.mini.export import AGENT, SYSTEM, processor_settings
@@ -26,6 +26,7 @@ from agentkv.mini.tokenizer import build_tokenizer
 from agentkv.mini.train import Meter, TrainConfig, fresh_model, soft_targets
 from agentkv.models import MINI, AgentText, load_adapter
 from agentkv.models.ui_tars import UiTarsAdapter
+from envs import fonts
 
 GOAL = "Click on the red box."
 ANSWER = "Action: click(start_box='(84,112)')"
@@ -110,6 +111,17 @@ def test_place_heads_fall_by_row_and_by_column(adapter: UiTarsAdapter) -> None:
     grid = after.view(16, 12, -1)
     assert (grid[0, 0] - grid[15, 0]).norm() > 0.5
     assert (grid[0, 0] - grid[0, 11]).norm() > 0.5
+
+
+def test_pages_are_drawn_with_the_projects_faces(monkeypatch: pytest.MonkeyPatch) -> None:
+    faces = {face(size, weight) for size in (10, 26) for weight in ("plain", "bold")}
+    assert {Path(made.path) for made in faces} == {fonts.face("sans"), fonts.face("sans", "Bold")}
+    assert {made.layout_engine for made in faces} == {ImageFont.Layout.BASIC}
+    # nothing else is opened for a page
+    monkeypatch.setattr(ImageFont, "load_default", None)
+    monkeypatch.setattr(ImageDraw.ImageDraw, "getfont", None)
+    drawn_turn(random.Random(0))
+    drawn_episode(random.Random(0))
 
 
 def test_drawn_data_is_sound() -> None:

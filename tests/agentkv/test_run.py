@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+from dataclasses import replace
 
 import pytest
 
@@ -53,6 +54,13 @@ def finished(tmp_path_factory, browser):
     lost = ScriptPolicy(lambda env: [Click(1.0, 1.0)])
     assert played(out, browser, {"oracle": Oracle(), "lost": lost})
     return out
+
+
+def test_only_a_live_page_has_the_fonts_of_the_machine():
+    args = run.parser().parse_args([])
+    plan = Plan("mini", ("full",), "0.4", TASKS, (SEED,))
+    assert not run.open_browser(args, plan).machine_fonts
+    assert run.open_browser(args, replace(plan, url="http://127.0.0.1:9", goal="look")).machine_fonts
 
 
 def test_every_method_plays_the_same_episodes(finished):
