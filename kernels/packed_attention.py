@@ -34,6 +34,7 @@ from kernels._backend import (
     triton,
     use_triton,
 )
+from kernels._packed_cpu import packed_cpu
 from kernels._packed_reference import reference
 from kernels._packed_tiles import by_token, codes, entry_tile, rank_tiles
 from kernels._tiles import scaled, softmax_step
@@ -274,7 +275,11 @@ def packed_attention(
     if centre is not None and still < q.shape[-1]:
         rows = q.reshape(start.numel(), -1, q.shape[-1])[..., still:].float()
         common = (rows @ centre[..., still:, None]).view(q.shape[:3])  # of all scores of a query
-    run = _launch if use_triton(q, _backend) and q.numel() else reference
+    run = reference
+    if q.numel() and use_triton(q, _backend):
+        run = _launch
+    elif q.numel() and q.is_cpu and _backend in (None, "fused"):
+        run = packed_cpu
     out, lse = run(
         q, k, v, scale=scale, start=start, length=length, longest=longest, turn=turn, softcap=softcap, valid=valid,
         shift=None if softcap is None else common,
@@ -286,9 +291,7 @@ def _check_holes(valid, batch, groups, longest, like):
     """Raise ValueError on a bad `valid`; return it as a view [B, G, n]."""
     check_tensor("valid", valid, (batch, "G or 1", "n"), (torch.bool,), like)
     if valid.shape[1] not in (1, groups) or valid.shape[2] < longest:
-        raise ValueError(
-            f"valid has shape {list(valid.shape)}; it must be [{batch}, {groups} or 1, n >= {longest}], a column a token"
-        )
+        raise ValueError(f"valid has shape {list(valid.shape)}; it must be [{batch}, {groups} or 1, n >= {longest}]")
     return valid.expand(batch, groups, -1)
 
 
