@@ -8,6 +8,8 @@ one. Runs of equal length at equal distances, as dense caches have them, go toge
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from kernels._packed_reference import key_corrections, value_corrections
@@ -16,6 +18,7 @@ from kernels.pack import FP8, width
 
 _TILE = 1 << 18  # numbers unpacked at a time: 1 MB
 _SCORES = 1 << 22  # scores, and scaled queries, held at a time
+_kept = threading.local()
 
 
 def packed_cpu(q, k, v, *, scale, start, length, longest, turn=None, softcap=None, shift=None, valid=None):
@@ -25,21 +28,28 @@ def packed_cpu(q, k, v, *, scale, start, length, longest, turn=None, softcap=Non
     rows = q.reshape(runs, B * H // runs * m, D).float() * scale
     x = rows.shape[1]
     shift = None if shift is None else shift.reshape(runs, x, 1) * scale
-    out, lse = torch.zeros_like(rows), rows.new_full((runs, x), -torch.inf)
     starts, lengths = start.tolist(), length.tolist()
+    parts = []
     for some, distance in _together(starts, lengths, D):
-        n = lengths[some.start]
+        n, own = lengths[some.start], rows[some]
         if not n:
+            parts.append((torch.zeros_like(own), own.new_full(own.shape[:2], -torch.inf)))
             continue
-        blocks = -(-n // k.block)
-        part = _Part(some, starts[some.start], distance, blocks, n, k.block, None if valid is None else valid, B)
-        step = max(16, _SCORES // ((some.stop - some.start) * blocks * max(D, k.block)))
+        part = _Part(some, starts[some.start], distance, n, k.block, valid)
+        step = max(16, _SCORES // (len(own) * part.blocks * max(D, k.block)))
+        pieces = []
         for low in range(0, x, step):
             queries = slice(low, low + step)
-            out[some, queries], lse[some, queries] = _attend(
-                rows[some, queries], k, v, part, turn, softcap, None if shift is None else shift[some, queries]
-            )
+            more = None if shift is None else shift[some, queries]
+            pieces.append(_attend(own[:, queries], k, v, part, turn, softcap, more))
+        parts.append(_joined(pieces, 1))
+    out, lse = _joined(parts, 0)
     return out.to(q.dtype).view(B, H, m, D), lse.view(B, H, m)
+
+
+def _joined(pairs, axis):
+    """Pairs of out and lse, one behind the other along an axis that both have."""
+    return pairs[0] if len(pairs) == 1 else tuple(torch.cat(each, axis) for each in zip(*pairs, strict=True))
 
 
 def _together(starts, lengths, D):
@@ -60,12 +70,12 @@ class _Part:
         seen: bool [R, s * T], which tokens count; None = all.
     """
 
-    def __init__(self, runs, start, distance, blocks, n, tokens, valid, batch):
-        self.runs, self.start, self.distance, self.blocks = runs, start, distance, blocks
-        self.shape, self.seen = (runs.stop - runs.start, blocks), None
-        if valid is None and n == blocks * tokens:
+    def __init__(self, runs, start, distance, n, tokens, valid):
+        self.runs, self.start, self.distance, self.blocks = runs, start, distance, -(-n // tokens)
+        self.shape, self.seen = (runs.stop - runs.start, self.blocks), None
+        if valid is None and n == self.blocks * tokens:
             return
-        self.seen = torch.zeros(self.shape[0], blocks * tokens, dtype=torch.bool)
+        self.seen = torch.zeros(self.shape[0], self.blocks * tokens, dtype=torch.bool)
         self.seen[:, :n] = True if valid is None else valid.flatten(0, 1)[runs, :n]
 
     def of(self, x):
@@ -97,13 +107,16 @@ def _attend(q, k, v, part, turn, softcap, shift):
         scores.div_(softcap).tanh_().mul_(softcap)
     if part.seen is not None:
         scores.masked_fill_(~part.seen[:, None], -torch.inf)
-    lse = scores.logsumexp(-1, keepdim=True)
-    # a query that sees nothing has lse -inf: less 0, its weights are 0 rather than NaN
-    weights = scores.sub_(lse if part.seen is None else lse.masked_fill(lse == -torch.inf, 0)).exp_()
+    top = scores.amax(-1)
+    weights = scores.softmax(-1)
+    lse = top - weights.amax(-1).log()  # what the largest score has become tells the sum of all
+    if part.seen is not None:  # of a query that sees nothing, all this is NaN
+        nothing = top == -torch.inf
+        weights, lse = weights.masked_fill(nothing[..., None], 0), lse.masked_fill(nothing, -torch.inf)
     out = _values(weights, v, part)
     if blocks is not None:
         value_corrections(out, weights, v, blocks, part.seen)
-    return out, lse[..., 0]
+    return out, lse
 
 
 def _turn_of(turn, part):
@@ -114,41 +127,50 @@ def _turn_of(turn, part):
     return centre[part.runs], rates[part.runs], shown, axes
 
 
+def _room(numbers):
+    """Memory for tiles, fp32 and bytes, which this thread keeps: fresh memory costs more than unpacking into it."""
+    if getattr(_kept, "numbers", 0) < numbers:
+        _kept.floats, _kept.bytes = torch.empty(numbers), torch.empty(numbers, dtype=torch.uint8)
+        _kept.numbers = numbers
+    return _kept.floats, _kept.bytes
+
+
 def _tiles(packed, part):
-    """The codes of a part as fp32 [R * s, T, D], a tile of blocks at a time, in memory that the next tile takes over."""
+    """The codes of a part, a tile of blocks at a time: fp32 [R * s, T, D] in memory that the next tile overwrites."""
     codes, (runs, blocks) = part.of(packed.codes), part.shape
-    tokens, D = packed.block, packed.head_dim
+    tokens, D, planes = packed.block, packed.head_dim, 8 // width(packed.bits)
     step = max(1, min(blocks, _TILE // (runs * tokens * D)))
-    room = torch.empty((runs * step, tokens, D), dtype=torch.float32)
-    planes = 8 // width(packed.bits)
-    apart = torch.empty(room.shape, dtype=torch.uint8) if planes > 1 else None
+    floats, apart = _room(max(_TILE, runs * step * tokens * D))
     for low in range(0, blocks, step):
         high = min(low + step, blocks)
-        tile, held = codes[:, low:high].flatten(0, 1), room[: runs * (high - low)]
+        count = runs * (high - low)
+        tile = codes[:, low:high].reshape(count, tokens // planes, D)
         if planes > 1:
-            tile = _apart(tile, apart[: len(held)].unflatten(1, (planes, -1)), packed.bits)
-        yield low, high, held.copy_(tile.view(FP8) if packed.bits == "fp8" else tile)
+            tile = _apart(tile, apart[: count * tokens * D].view(count, planes, tokens // planes, D), packed.bits)
+        elif packed.bits == "fp8":
+            tile = tile.view(FP8)
+        yield low, high, floats[: count * tokens * D].view(tile.shape).copy_(tile).view(count, tokens, D)
 
 
 def _apart(codes, planes, bits):
-    """Bytes [N, T * bits / 8, D] -> their codes, a byte each [N, T, D], in `planes` [N, 8 / bits, T * bits / 8, D]."""
+    """Bytes [N, T * bits / 8, D] -> their codes, a byte each, in `planes` [N, 8 / bits, T * bits / 8, D]."""
     last = planes.shape[1] - 1
     for p in range(last):
         torch.bitwise_and(codes >> (p * bits) if p else codes, 2**bits - 1, out=planes[:, p])
     torch.bitwise_right_shift(codes, last * bits, out=planes[:, last])
-    return planes.flatten(1, 2)
+    return planes
 
 
 def _by_channel(q, k, part):
     """q [R, x, D] . keys with a scale per channel -> fp32 [R, x, s * T]."""
-    (runs, blocks), x = part.shape, q.shape[1]
+    (runs, blocks), x, T = part.shape, q.shape[1], k.block
     scaled = q[:, None] * part.of(k.scale).float()  # [R, s, x, D]
-    scores = q.new_empty(runs, x, blocks, k.block)
+    scores = q.new_empty(runs, x, blocks, T)
     for low, high, codes in _tiles(k, part):
-        products = torch.bmm(scaled[:, low:high].flatten(0, 1), codes.mT)
-        scores[:, :, low:high] = products.unflatten(0, (runs, -1)).transpose(1, 2)
-    scores += (q @ part.of(k.zero)[:, :, 0].float().mT).unsqueeze(-1)
-    return scores.flatten(2)
+        products = torch.bmm(scaled[:, low:high].reshape(-1, x, k.head_dim), codes.mT)
+        scores[:, :, low:high] = products.view(runs, -1, x, T).transpose(1, 2)
+    scores += torch.bmm(q, part.of(k.zero)[:, :, 0].float().mT).unsqueeze(-1)
+    return scores.view(runs, x, blocks * T)
 
 
 def _by_token(q, k, part):
@@ -159,9 +181,8 @@ def _by_token(q, k, part):
     scores = q.new_zeros(runs, x, blocks * k.block)
     for low, high, codes in _tiles(k, part):
         tokens = slice(low * k.block, high * k.block)
-        for queries, by, some in zip(
-            grouped, scale, codes.view(runs, -1, k.head_dim).chunk(len(scale), 2), strict=True
-        ):
+        split = codes.view(runs, -1, k.head_dim).chunk(len(scale), 2)
+        for queries, by, some in zip(grouped, scale, split, strict=True):
             scores[..., tokens] += (queries @ some.mT).mul_(by[:, None, tokens])
     for queries, more in zip(grouped, zero, strict=True):
         scores += queries.sum(-1, keepdim=True) * more[:, None]
@@ -175,13 +196,15 @@ def _values(weights, v, part):
     if part.seen is not None:
         hidden = ~part.seen[..., None]
         scale, zero = scale.masked_fill(hidden, 0), zero.masked_fill(hidden, 0)
-    groups = scale.shape[2]
-    out = (weights @ zero).repeat_interleave(v.head_dim // groups, 2)
-    scaled = [weights * by[:, None] for by in scale.unbind(2)]
+    scaled = [weights * by.unsqueeze(1) for by in scale.unbind(2)]
+    groups = len(scaled)
+    sums = list(torch.bmm(weights, zero).chunk(groups, 2))  # [R, x, 1] each, which the channels of a group share
     for low, high, codes in _tiles(v, part):
         tokens, codes = slice(low * T, high * T), codes.view(runs, -1, v.head_dim)
         if v.bits == "fp8" and part.seen is not None:  # other codes are finite whatever they are
             codes.masked_fill_(hidden[:, tokens], 0)
-        for some, by, into in zip(scaled, codes.chunk(groups, 2), out.chunk(groups, 2), strict=True):
-            into += some[..., tokens] @ by
-    return out
+        split = codes.chunk(groups, 2) if groups > 1 else (codes,)
+        sums = [
+            torch.baddbmm(into, some[..., tokens], by) for into, some, by in zip(sums, scaled, split, strict=True)
+        ]  # fmt: skip
+    return sums[0] if groups == 1 else torch.cat(sums, 2)

@@ -278,7 +278,7 @@ def packed_attention(
     run = reference
     if q.numel() and use_triton(q, _backend):
         run = _launch
-    elif q.numel() and q.is_cpu and _backend in (None, "fused"):
+    elif q.numel() and q.is_cpu and _backend in (None, "fused") and not (q.requires_grad and torch.is_grad_enabled()):
         run = packed_cpu
     out, lse = run(
         q, k, v, scale=scale, start=start, length=length, longest=longest, turn=turn, softcap=softcap, valid=valid,
@@ -314,8 +314,10 @@ def _check(q, k, v, start, length, longest, centre):
     if centre is not None:
         check_tensor("centre", centre, (runs, D), (torch.float32,), q)
     if start.device.type == "cpu":
-        ends = start + -(-length.long() // k.block)
-        if bool(((start < 0) | (length < 0) | (ends > k.blocks) | (length > longest)).any()):
+        bounds = start.tolist(), length.tolist()
+        blocks = k.blocks
+        fits = (s >= 0 and 0 <= n <= longest and s - (-n // k.block) <= blocks for s, n in zip(*bounds, strict=True))
+        if not all(fits):
             raise ValueError(
                 f"start, length and longest={longest} do not fit {k.blocks} blocks of {k.block} tokens: every run must "
                 "lie inside, and none be longer than `longest`"
