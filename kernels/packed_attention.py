@@ -205,9 +205,10 @@ def _launch(
         V_RANK=0 if v.lowrank is None else v.lowrank.a.shape[2],
         K_SPARSE=k.sparse is not None, V_SPARSE=v.sparse is not None, HALF=half,
         AXES=1 if axes is None else 3, MASKED=valid is not None, SHIFTED=shift is not None,
-        CAPPED=softcap is not None, DOT=dot_dtype(q), BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_E=32,
+        CAPPED=softcap is not None, DOT=dot_dtype(q), BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_D=block_d,
+        BLOCK_E=32 if block_d <= 256 else 16,
         BLOCK_F=triton.next_power_of_2(max(16, half)),
-        num_warps=8 if block_m * block_d > 4096 else 4, num_stages=2,
+        num_warps=8 if block_m * block_d > 4096 else 4, num_stages=2 if block_d <= 256 else 1,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(runs, query_rows)](
