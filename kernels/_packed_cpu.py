@@ -128,37 +128,48 @@ def _turn_of(turn, part):
 
 
 def _room(numbers):
-    """Memory for tiles, fp32 and bytes, which this thread keeps: fresh memory costs more than unpacking into it."""
+    """Memory for a tile, which this thread keeps: fresh memory costs more than unpacking into it."""
     if getattr(_kept, "numbers", 0) < numbers:
-        _kept.floats, _kept.bytes = torch.empty(numbers), torch.empty(numbers, dtype=torch.uint8)
-        _kept.numbers = numbers
-    return _kept.floats, _kept.bytes
+        _kept.floats, _kept.numbers = torch.empty(numbers), numbers
+    return _kept.floats
 
 
 def _tiles(packed, part):
-    """The codes of a part, a tile of blocks at a time: fp32 [R * s, T, D] in memory that the next tile overwrites."""
+    """The codes of a part, a tile of blocks at a time: fp32 [R * s, T, D] in memory that the next tile overwrites.
+
+    Of 4 bits, the first half of a block's tokens are bytes as they are, the code and 16 times that of a token of the
+    second half, which is taken away where there is less of it: from scores and weights. For 2 bits this would cost
+    digits: there are three codes above the first.
+    """
     codes, (runs, blocks) = part.of(packed.codes), part.shape
     tokens, D, planes = packed.block, packed.head_dim, 8 // width(packed.bits)
     step = max(1, min(blocks, _TILE // (runs * tokens * D)))
-    floats, apart = _room(max(_TILE, runs * step * tokens * D))
+    floats = _room(max(_TILE, runs * step * tokens * D))
     for low in range(0, blocks, step):
         high = min(low + step, blocks)
         count = runs * (high - low)
         tile = codes[:, low:high].reshape(count, tokens // planes, D)
-        if planes > 1:
-            tile = _apart(tile, apart[: count * tokens * D].view(count, planes, tokens // planes, D), packed.bits)
-        elif packed.bits == "fp8":
+        if packed.bits == "fp8":
             tile = tile.view(FP8)
-        yield low, high, floats[: count * tokens * D].view(tile.shape).copy_(tile).view(count, tokens, D)
+        room = floats[: count * tokens * D].view(count, planes, tokens // planes, D)
+        for p in range(planes):
+            plane = tile >> (p * packed.bits) if p else tile
+            room[:, p] = plane & 3 if packed.bits == 2 else plane
+        yield low, high, room.view(count, tokens, D)
 
 
-def _apart(codes, planes, bits):
-    """Bytes [N, T * bits / 8, D] -> their codes, a byte each, in `planes` [N, 8 / bits, T * bits / 8, D]."""
-    last = planes.shape[1] - 1
-    for p in range(last):
-        torch.bitwise_and(codes >> (p * bits) if p else codes, 2**bits - 1, out=planes[:, p])
-    torch.bitwise_right_shift(codes, last * bits, out=planes[:, last])
-    return planes
+def _scores_of_codes(scores, packed):
+    """Scores [.., s * T] of tiles -> of codes, in place."""
+    if packed.bits == 4:
+        first, second = scores.view(-1, 2, packed.block // 2).unbind(1)
+        first.sub_(second, alpha=16)
+
+
+def _weights_of_tiles(weights, packed):
+    """Weights [.., s * T] of codes -> of tiles, in place."""
+    if packed.bits == 4:
+        first, second = weights.view(-1, 2, packed.block // 2).unbind(1)
+        second.sub_(first, alpha=16)
 
 
 def _by_channel(q, k, part):
@@ -169,6 +180,7 @@ def _by_channel(q, k, part):
     for low, high, codes in _tiles(k, part):
         products = torch.bmm(scaled[:, low:high].reshape(-1, x, k.head_dim), codes.mT)
         scores[:, :, low:high] = products.view(runs, -1, x, T).transpose(1, 2)
+    _scores_of_codes(scores, k)
     scores += torch.bmm(q, part.of(k.zero)[:, :, 0].float().mT).unsqueeze(-1)
     return scores.view(runs, x, blocks * T)
 
@@ -178,15 +190,15 @@ def _by_token(q, k, part):
     (runs, blocks), x = part.shape, q.shape[1]
     scale, zero = (part.of(table).float().flatten(1, 2).unbind(2) for table in (k.scale, k.zero))  # [R, s * T] a group
     grouped = q.chunk(len(scale), 2)
-    scores = q.new_zeros(runs, x, blocks * k.block)
+    products = q.new_empty(len(scale), runs, x, blocks * k.block)
     for low, high, codes in _tiles(k, part):
-        tokens = slice(low * k.block, high * k.block)
         split = codes.view(runs, -1, k.head_dim).chunk(len(scale), 2)
-        for queries, by, some in zip(grouped, scale, split, strict=True):
-            scores[..., tokens] += (queries @ some.mT).mul_(by[:, None, tokens])
-    for queries, more in zip(grouped, zero, strict=True):
-        scores += queries.sum(-1, keepdim=True) * more[:, None]
-    return scores
+        for into, queries, some in zip(products, grouped, split, strict=True):
+            into[..., low * k.block : high * k.block] = queries @ some.mT
+    _scores_of_codes(products, k)
+    for into, queries, by, more in zip(products, grouped, scale, zero, strict=True):
+        into.mul_(by[:, None]).add_(queries.sum(-1, keepdim=True) * more[:, None])
+    return products.sum(0) if len(scale) > 1 else products[0]
 
 
 def _values(weights, v, part):
@@ -197,6 +209,8 @@ def _values(weights, v, part):
         hidden = ~part.seen[..., None]
         scale, zero = scale.masked_fill(hidden, 0), zero.masked_fill(hidden, 0)
     scaled = [weights * by.unsqueeze(1) for by in scale.unbind(2)]
+    for some in scaled:
+        _weights_of_tiles(some, v)
     groups = len(scaled)
     sums = list(torch.bmm(weights, zero).chunk(groups, 2))  # [R, x, 1] each, which the channels of a group share
     for low, high, codes in _tiles(v, part):
