@@ -3,12 +3,13 @@
 Codes become fp32 as they are, whole numbers, in tiles that stay in a core's cache. Scales go where there is least to
 multiply: those of key channels to the queries, once per block; those of value tokens to the weights; zeros add one
 product per block or token. The scores of all tokens of a run are held at once, so there is one softmax and no running
-one. Runs of equal length at equal distances, as dense caches have them, go together while they are short.
+one. Runs of equal length at equal distances, as dense caches have them, go together in all but their tiles.
 """
 
 from __future__ import annotations
 
 import threading
+from itertools import product
 
 import torch
 
@@ -18,6 +19,7 @@ from kernels.pack import FP8, width
 
 _TILE = 1 << 18  # numbers unpacked at a time: 1 MB
 _SCORES = 1 << 22  # scores, and scaled queries, held at a time
+_ROWS = 16  # query rows at a time, at least
 _kept = threading.local()
 
 
@@ -30,13 +32,13 @@ def packed_cpu(q, k, v, *, scale, start, length, longest, turn=None, softcap=Non
     shift = None if shift is None else shift.reshape(runs, x, 1) * scale
     starts, lengths = start.tolist(), length.tolist()
     parts = []
-    for some, distance in _together(starts, lengths, D):
+    for some, distance in _together(starts, lengths, k.block, D):
         n, own = lengths[some.start], rows[some]
         if not n:
             parts.append((torch.zeros_like(own), own.new_full(own.shape[:2], -torch.inf)))
             continue
         part = _Part(some, starts[some.start], distance, n, k.block, valid)
-        step = max(16, _SCORES // (len(own) * part.blocks * max(D, k.block)))
+        step = max(_ROWS, _SCORES // (len(own) * part.blocks * max(D, k.block)))
         pieces = []
         for low in range(0, x, step):
             queries = slice(low, low + step)
@@ -52,9 +54,10 @@ def _joined(pairs, axis):
     return pairs[0] if len(pairs) == 1 else tuple(torch.cat(each, axis) for each in zip(*pairs, strict=True))
 
 
-def _together(starts, lengths, D):
+def _together(starts, lengths, tokens, D):
     """Which runs go together, and how many blocks lie between their starts."""
-    runs, most = len(starts), max(1, _TILE // max(1, lengths[0] * D))
+    runs, row = len(starts), max(1, -(-lengths[0] // tokens)) * max(tokens, D)  # numbers of a query row of a run
+    most = max(1, _SCORES // (_ROWS * row))
     distance = starts[1] - starts[0] if runs > 1 else 0
     even = most > 1 and distance > 0 and all(n == lengths[0] for n in lengths)
     if not even or any(s != starts[0] + r * distance for r, s in enumerate(starts)):
@@ -143,19 +146,20 @@ def _tiles(packed, part):
     """
     codes, (runs, blocks) = part.of(packed.codes), part.shape
     tokens, D, planes = packed.block, packed.head_dim, 8 // width(packed.bits)
-    step = max(1, min(blocks, _TILE // (runs * tokens * D)))
-    floats = _room(max(_TILE, runs * step * tokens * D))
-    for low in range(0, blocks, step):
-        high = min(low + step, blocks)
-        count = runs * (high - low)
-        tile = codes[:, low:high].reshape(count, tokens // planes, D)
+    most = max(1, _TILE // (tokens * D))
+    step, side = min(blocks, most), max(1, min(runs, most // blocks))  # blocks of a run; runs, where these are all
+    floats = _room(max(_TILE, side * step * tokens * D))
+    for first, low in product(range(0, runs, side), range(0, blocks, step)):
+        some, high = slice(first, min(first + side, runs)), min(low + step, blocks)
+        count = (some.stop - first) * (high - low)
+        tile = codes[some, low:high].reshape(count, tokens // planes, D)
         if packed.bits == "fp8":
             tile = tile.view(FP8)
         room = floats[: count * tokens * D].view(count, planes, tokens // planes, D)
         for p in range(planes):
             plane = tile >> (p * packed.bits) if p else tile
             room[:, p] = plane & 3 if packed.bits == 2 else plane
-        yield low, high, room.view(count, tokens, D)
+        yield some, low, high, room.view(count, tokens, D)
 
 
 def _scores_of_codes(scores, packed):
@@ -177,9 +181,9 @@ def _by_channel(q, k, part):
     (runs, blocks), x, T = part.shape, q.shape[1], k.block
     scaled = q[:, None] * part.of(k.scale).float()  # [R, s, x, D]
     scores = q.new_empty(runs, x, blocks, T)
-    for low, high, codes in _tiles(k, part):
-        products = torch.bmm(scaled[:, low:high].reshape(-1, x, k.head_dim), codes.mT)
-        scores[:, :, low:high] = products.view(runs, -1, x, T).transpose(1, 2)
+    for some, low, high, codes in _tiles(k, part):
+        products = torch.bmm(scaled[some, low:high].reshape(-1, x, k.head_dim), codes.mT)
+        scores[some, :, low:high] = products.view(-1, high - low, x, T).transpose(1, 2)
     _scores_of_codes(scores, k)
     scores += torch.bmm(q, part.of(k.zero)[:, :, 0].float().mT).unsqueeze(-1)
     return scores.view(runs, x, blocks * T)
@@ -191,10 +195,10 @@ def _by_token(q, k, part):
     scale, zero = (part.of(table).float().flatten(1, 2).unbind(2) for table in (k.scale, k.zero))  # [R, s * T] a group
     grouped = q.chunk(len(scale), 2)
     products = q.new_empty(len(scale), runs, x, blocks * k.block)
-    for low, high, codes in _tiles(k, part):
-        split = codes.view(runs, -1, k.head_dim).chunk(len(scale), 2)
-        for into, queries, some in zip(products, grouped, split, strict=True):
-            into[..., low * k.block : high * k.block] = queries @ some.mT
+    for some, low, high, codes in _tiles(k, part):
+        split = codes.view(-1, (high - low) * k.block, k.head_dim).chunk(len(scale), 2)
+        for into, queries, own in zip(products, grouped, split, strict=True):
+            into[some, :, low * k.block : high * k.block] = queries[some] @ own.mT
     _scores_of_codes(products, k)
     for into, queries, by, more in zip(products, grouped, scale, zero, strict=True):
         into.mul_(by[:, None]).add_(queries.sum(-1, keepdim=True) * more[:, None])
@@ -203,7 +207,7 @@ def _by_token(q, k, part):
 
 def _values(weights, v, part):
     """weights fp32 [R, x, s * T] times the values -> fp32 [R, x, D]; unseen slots may hold anything."""
-    runs, T = part.shape[0], v.block
+    T = v.block
     scale, zero = (part.of(table).float().flatten(1, 2) for table in (v.scale, v.zero))  # [R, s * T, groups]
     if part.seen is not None:
         hidden = ~part.seen[..., None]
@@ -212,13 +216,12 @@ def _values(weights, v, part):
     for some in scaled:
         _weights_of_tiles(some, v)
     groups = len(scaled)
-    sums = list(torch.bmm(weights, zero).chunk(groups, 2))  # [R, x, 1] each, which the channels of a group share
-    for low, high, codes in _tiles(v, part):
-        tokens, codes = slice(low * T, high * T), codes.view(runs, -1, v.head_dim)
+    out = torch.bmm(weights, zero)[..., None].expand(-1, -1, -1, v.head_dim // groups).flatten(2).contiguous()
+    sums = out.chunk(groups, 2)
+    for some, low, high, codes in _tiles(v, part):
+        tokens, codes = slice(low * T, high * T), codes.view(-1, (high - low) * T, v.head_dim)
         if v.bits == "fp8" and part.seen is not None:  # other codes are finite whatever they are
-            codes.masked_fill_(hidden[:, tokens], 0)
-        split = codes.chunk(groups, 2) if groups > 1 else (codes,)
-        sums = [
-            torch.baddbmm(into, some[..., tokens], by) for into, some, by in zip(sums, scaled, split, strict=True)
-        ]  # fmt: skip
-    return sums[0] if groups == 1 else torch.cat(sums, 2)
+            codes.masked_fill_(hidden[some, tokens], 0)
+        for into, by, own in zip(sums, scaled, codes.chunk(groups, 2), strict=True):
+            into[some].baddbmm_(by[some, :, tokens], own)
+    return out
