@@ -13,7 +13,7 @@ _QUERIES = 512  # query rows of a run that it takes at a time
 
 
 def reference(q, k, v, *, scale, start, length, longest, turn=None, softcap=None, shift=None, valid=None):
-    """Plain torch, fp32 accumulation: the truth, and the path off CUDA. Walks the runs side by side, tile by tile.
+    """Plain torch, fp32 accumulation: the truth. Walks the runs side by side, tile by tile.
 
     shift is None or fp32 [B, H, m], added to all products of a query; valid None or bool [B, G, n].
     """
@@ -32,7 +32,8 @@ def reference(q, k, v, *, scale, start, length, longest, turn=None, softcap=None
 
 
 def _walk(q, k, v, start, length, longest, turn, softcap, shift, valid):
-    """q fp32 [runs, x, D], scaled; shift [runs, x, 1], scaled too; valid [runs, n] -> out fp32 [runs, x, D], lse [runs, x]: the online softmax over tiles of blocks."""
+    """q fp32 [runs, x, D], scaled; shift [runs, x, 1], scaled too; valid [runs, n] -> out fp32 [runs, x, D], lse
+    [runs, x]: the online softmax over tiles of blocks."""
     runs, x, D = q.shape
     tokens, step = k.block, max(1, _TOKENS // k.block)
     top = q.new_full((runs, x, 1), -torch.inf)
@@ -66,6 +67,13 @@ def _scores(q, k, blocks):
     runs, s = blocks.shape
     flat = blocks.reshape(-1)
     scores = q @ expand(k, flat).view(runs, s * k.block, -1).mT
+    key_corrections(scores, q, k, blocks)
+    return scores
+
+
+def key_corrections(scores, q, k, blocks):
+    """Adds what low rank and single entries make of q [runs, x, D] in the blocks [runs, s]: scores [runs, x, s * T]."""
+    runs, s = blocks.shape
     if k.lowrank is not None:
         a, p = _rank_of(k, blocks)
         scores += torch.einsum("rxd,rsdk,rstk->rxst", q, p, a).flatten(2)
@@ -74,7 +82,6 @@ def _scores(q, k, blocks):
         extra = q.new_zeros(runs * s * k.block, q.shape[1])
         extra.index_add_(0, run * (s * k.block) + token, q[run, :, channel] * delta[:, None])
         scores += extra.view(runs, s * k.block, -1).mT
-    return scores
 
 
 def _weighted(p, v, blocks, seen):
@@ -82,16 +89,22 @@ def _weighted(p, v, blocks, seen):
     runs, s = blocks.shape
     values = expand(v, blocks.reshape(-1)).view(runs, s * v.block, -1)
     out = p @ values.masked_fill_(~seen[..., None], 0)
+    value_corrections(out, p, v, blocks, seen)
+    return out
+
+
+def value_corrections(out, p, v, blocks, seen):
+    """Adds what low rank and single entries make of weights p [runs, x, s * T]: out [runs, x, D]; seen None = all."""
+    runs, s = blocks.shape
     if v.lowrank is not None:
         a, directions = _rank_of(v, blocks)
-        a = a.masked_fill(~seen.view(runs, s, -1, 1), 0)
+        a = a if seen is None else a.masked_fill(~seen.view(runs, s, -1, 1), 0)
         out += torch.einsum("rxst,rstk,rsdk->rxd", p.unflatten(2, (s, -1)), a, directions)
     if v.sparse is not None:
         run, token, channel, delta = _entries_of(v, blocks)
         extra = p.new_zeros(runs * out.shape[-1], p.shape[1])
         extra.index_add_(0, run * out.shape[-1] + channel, p[run, :, token] * delta[:, None])
         out += extra.view(runs, out.shape[-1], -1).mT
-    return out
 
 
 def _rank_of(packed, blocks):

@@ -76,9 +76,10 @@ def _launch(k, v, keep):
         shape, kept, bounds = (B, G, keep.shape[2], D), max(1, keep.shape[2]), ()
     k_out, v_out = k.new_empty(shape), v.new_empty(shape)
     if index.numel():
-        _gather_kernel[(triton.cdiv(index.numel(), 64),)](
+        block_m = 64 if D <= 256 else 32
+        _gather_kernel[(triton.cdiv(index.numel(), block_m),)](
             k, v, index, k_out, v_out, *k.stride()[:3], *v.stride()[:3], n, kept, G, index.numel(),
-            RAGGED=ragged, D=D, BLOCK_M=64, BLOCK_D=triton.next_power_of_2(D), num_warps=4,
+            RAGGED=ragged, D=D, BLOCK_M=block_m, BLOCK_D=triton.next_power_of_2(D), num_warps=4,
         )  # fmt: skip
     return Rows(k_out, v_out, *bounds)
 

@@ -34,6 +34,7 @@ from kernels._backend import (
     triton,
     use_triton,
 )
+from kernels._packed_cpu import packed_cpu
 from kernels._packed_reference import reference
 from kernels._packed_tiles import by_token, codes, entry_tile, rank_tiles
 from kernels._tiles import scaled, softmax_step
@@ -204,9 +205,10 @@ def _launch(
         V_RANK=0 if v.lowrank is None else v.lowrank.a.shape[2],
         K_SPARSE=k.sparse is not None, V_SPARSE=v.sparse is not None, HALF=half,
         AXES=1 if axes is None else 3, MASKED=valid is not None, SHIFTED=shift is not None,
-        CAPPED=softcap is not None, DOT=dot_dtype(q), BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_E=32,
+        CAPPED=softcap is not None, DOT=dot_dtype(q), BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_D=block_d,
+        BLOCK_E=32 if block_d <= 256 else 16,
         BLOCK_F=triton.next_power_of_2(max(16, half)),
-        num_warps=8 if block_m * block_d > 4096 else 4, num_stages=2,
+        num_warps=8 if block_m * block_d > 4096 else 4, num_stages=2 if block_d <= 256 else 1,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(runs, query_rows)](
@@ -274,7 +276,11 @@ def packed_attention(
     if centre is not None and still < q.shape[-1]:
         rows = q.reshape(start.numel(), -1, q.shape[-1])[..., still:].float()
         common = (rows @ centre[..., still:, None]).view(q.shape[:3])  # of all scores of a query
-    run = _launch if use_triton(q, _backend) and q.numel() else reference
+    run = reference
+    if q.numel() and use_triton(q, _backend):
+        run = _launch
+    elif q.numel() and q.is_cpu and _backend in (None, "fused") and not (q.requires_grad and torch.is_grad_enabled()):
+        run = packed_cpu
     out, lse = run(
         q, k, v, scale=scale, start=start, length=length, longest=longest, turn=turn, softcap=softcap, valid=valid,
         shift=None if softcap is None else common,
@@ -286,9 +292,7 @@ def _check_holes(valid, batch, groups, longest, like):
     """Raise ValueError on a bad `valid`; return it as a view [B, G, n]."""
     check_tensor("valid", valid, (batch, "G or 1", "n"), (torch.bool,), like)
     if valid.shape[1] not in (1, groups) or valid.shape[2] < longest:
-        raise ValueError(
-            f"valid has shape {list(valid.shape)}; it must be [{batch}, {groups} or 1, n >= {longest}], a column a token"
-        )
+        raise ValueError(f"valid has shape {list(valid.shape)}; it must be [{batch}, {groups} or 1, n >= {longest}]")
     return valid.expand(batch, groups, -1)
 
 
@@ -311,8 +315,10 @@ def _check(q, k, v, start, length, longest, centre):
     if centre is not None:
         check_tensor("centre", centre, (runs, D), (torch.float32,), q)
     if start.device.type == "cpu":
-        ends = start + -(-length.long() // k.block)
-        if bool(((start < 0) | (length < 0) | (ends > k.blocks) | (length > longest)).any()):
+        bounds = start.tolist(), length.tolist()
+        blocks = k.blocks
+        fits = (s >= 0 and 0 <= n <= longest and s - (-n // k.block) <= blocks for s, n in zip(*bounds, strict=True))
+        if not all(fits):
             raise ValueError(
                 f"start, length and longest={longest} do not fit {k.blocks} blocks of {k.block} tokens: every run must "
                 "lie inside, and none be longer than `longest`"

@@ -48,9 +48,10 @@ def _launch(keys, basis):
     keys, basis = dense_rows(keys), dense_rows(basis)
     energy = keys.new_empty((B, G, N), dtype=torch.float32)
     block_d = triton.next_power_of_2(max(16, D))
-    _residual_kernel[(B * G, triton.cdiv(N, 32))](
+    block_n = 32 if block_d <= 256 else 16
+    _residual_kernel[(B * G, triton.cdiv(N, block_n))](
         keys, basis, energy, *keys.stride()[:3], *basis.stride()[:3], N, basis.shape[3], G,
-        D=D, BLOCK_N=32, BLOCK_D=block_d, BLOCK_R=32 if block_d <= 128 else 16, num_warps=4, num_stages=1,
+        D=D, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_R=32 if block_d <= 128 else 16, num_warps=4, num_stages=1,
     )  # fmt: skip
     return energy
 

@@ -13,7 +13,7 @@ def kept_indices(B, G, n, C):
 
 
 @pytest.mark.parametrize(
-    "B, G, n, C, D", [(1, 1, 1, 1, 64), (2, 3, 70, 33, 80), (1, 2, 200, 65, 128), (1, 2, 9, 0, 64)]
+    "B, G, n, C, D", [(1, 1, 1, 1, 64), (2, 3, 70, 33, 80), (1, 2, 200, 65, 128), (1, 2, 9, 0, 64), (1, 1, 40, 33, 512)]
 )
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_dense(B, G, n, C, D, backend, dtype, interpreted):

@@ -13,6 +13,8 @@ from tests.kernels.helpers import TOLERANCE, assert_close, randn
 module = importlib.import_module("kernels.packed_attention")
 tiles = importlib.import_module("kernels._packed_reference")
 
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "fused", "triton"])
+
 
 def with_corrections(packed: Packed, rank: int, single: int) -> Packed:
     """Random corrections: `rank` directions of one chunk per two blocks, and `single` entries in every second block."""
@@ -110,7 +112,7 @@ def check(q, k, v, rows, scale, backend, tolerance=None, **centre):
     assert_close(lse, true_lse, tolerance)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@BACKENDS
 @pytest.mark.parametrize("keys", ["channel", "token"])
 @pytest.mark.parametrize("bits", [(2, 2), (4, 4), (8, 8), (4, 2), ("fp8", "fp8"), (4, "fp8")])
 def test_equals_attention_over_what_is_unpacked(backend, keys, bits, interpreted):
@@ -118,7 +120,7 @@ def test_equals_attention_over_what_is_unpacked(backend, keys, bits, interpreted
     check(randn(2, 4, 1, 32), k, v, rows, 0.2, backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@BACKENDS
 @pytest.mark.parametrize("rank, single", [(1, 0), (4, 0), (0, 5), (3, 40)])
 @pytest.mark.parametrize("keys", ["channel", "token"])
 def test_low_rank_and_single_corrections(backend, rank, single, keys, interpreted):
@@ -126,14 +128,14 @@ def test_low_rank_and_single_corrections(backend, rank, single, keys, interprete
     check(randn(1, 8, 3, 32), k, v, rows, 0.2, backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@BACKENDS
 @pytest.mark.parametrize("T, D, group", [(32, 80, 1), (48, 64, 7), (128, 32, 4), (16, 20, 2)])
 def test_block_sizes_head_dims_and_groups(backend, T, D, group, interpreted):
     k, v, rows = cache((T, 2 * T), T=T, D=D, rank=2, single=9)
     check(randn(1, 2 * group, 1, D), k, v, rows, D**-0.5, backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@BACKENDS
 def test_runs_without_tokens_and_no_query(backend, interpreted):
     k, v, rows = cache((0, 16))
     out, lse = packed_attention(randn(1, 4, 1, 32), k, v, scale=0.2, **rows, _backend=backend)
@@ -147,7 +149,7 @@ def test_runs_without_tokens_and_no_query(backend, interpreted):
     assert out.shape == (1, 4, 0, 32) and lse.shape == (1, 4, 0)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@BACKENDS
 def test_the_centre_changes_only_the_log_sum_exp(backend, interpreted):
     k, v, rows = cache((32, 16))
     q, centre = randn(1, 4, 2, 32), 5 * randn(2, 32)
@@ -157,7 +159,7 @@ def test_the_centre_changes_only_the_log_sum_exp(backend, interpreted):
     assert torch.equal(with_centre[0], without[0]) and not torch.equal(with_centre[1], without[1])
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@BACKENDS
 @pytest.mark.parametrize("D, half", [(32, 16), (64, 32), (80, 40), (96, 24), (128, 64), (20, 3)])
 def test_a_centre_that_turns_with_the_position(backend, D, half, interpreted):
     lengths = (48, 16, 0, 33)
@@ -167,7 +169,7 @@ def test_a_centre_that_turns_with_the_position(backend, D, half, interpreted):
     check(randn(2, 4, 3, D), k, v, rows, D**-0.5, backend, 1e-4, **turning(lengths, D, half))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@BACKENDS
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
     "D, sections, interleaved",
@@ -180,7 +182,7 @@ def test_a_centre_that_turns_with_three_axes(backend, D, sections, interleaved, 
     check(randn(2, 4, 3, D), k, v, rows, D**-0.5, backend, 1e-4, **centre)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@BACKENDS
 def test_three_axes_of_one_position_are_one_axis(backend, interpreted):
     k, v, rows = cache((48, 33))
     q, centre = randn(1, 4, 2, 32), turning((48, 33), 32, 16)
@@ -191,7 +193,7 @@ def test_three_axes_of_one_position_are_one_axis(backend, interpreted):
     assert all(torch.equal(mine, true) for mine, true in zip(ours, plain, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@BACKENDS
 @pytest.mark.parametrize("keys, shared", [("channel", True), ("token", False)])
 def test_a_large_turning_centre_keeps_its_accuracy_in_bf16(backend, keys, shared, interpreted):
     k, v, rows = cache((64, 48), keys=keys)
@@ -250,7 +252,7 @@ def test_bf16_queries(interpreted):
     check(randn(1, 4, 1, 32, dtype=torch.bfloat16), k, v, rows, 0.2, "reference")
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@BACKENDS
 def test_extreme_scores(backend, interpreted):
     keys = torch.full((2, 16, 32), -1e4 / 32)
     keys[1, 3] = 1e4 / 32  # one key at +1e4, all others at -1e4
@@ -262,7 +264,7 @@ def test_extreme_scores(backend, interpreted):
     assert_close(lse, torch.full((1, 1, 1), 1e4), 1e-3)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@BACKENDS
 @pytest.mark.parametrize("centre", [None, "still", "turned", "partly"])
 def test_soft_cap(backend, centre, interpreted):
     lengths = (48, 16, 0, 33)
@@ -278,7 +280,7 @@ def test_soft_cap(backend, centre, interpreted):
     assert bool((bent[1] <= 8.0 + torch.log(torch.tensor(48.0))).all())  # no score is above the cap
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@BACKENDS
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_holes_are_never_seen_whatever_they_hold(backend, shared, softcap, interpreted):
@@ -300,14 +302,14 @@ def test_holes_are_never_seen_whatever_they_hold(backend, shared, softcap, inter
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@BACKENDS
 @pytest.mark.parametrize("T, rank, single", [(64, 0, 0), (128, 2, 40)])
 def test_heads_of_512_channels(backend, T, rank, single, interpreted):
     k, v, rows = cache((T, T + 3), T=T, D=512, rank=rank, single=single)
     check(randn(1, 4, 1, 512), k, v, rows, 0.04, backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@BACKENDS
 def test_strided_queries(backend, interpreted):
     k, v, rows = cache((48, 32))
     q = randn(1, 3, 4, 32).transpose(1, 2)

@@ -18,7 +18,14 @@ def naive(keys, basis):
     return (keys.double() @ outside).square().sum(-1).float()
 
 
-SHAPES = [(1, 1, 1, 64, 1), (2, 2, 33, 80, 32), (1, 2, 70, 128, 40), (1, 1, 5, 256, 20), (1, 1, 40, 64, 64)]
+SHAPES = [
+    (1, 1, 1, 64, 1),
+    (2, 2, 33, 80, 32),
+    (1, 2, 70, 128, 40),
+    (1, 1, 5, 256, 20),
+    (1, 1, 20, 512, 20),
+    (1, 1, 40, 64, 64),
+]
 
 
 @pytest.mark.parametrize("B, G, N, D, r", SHAPES)

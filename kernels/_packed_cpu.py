@@ -1,0 +1,227 @@
+"""`packed_attention` on a CPU: the reference's arithmetic in as few passes over the codes as torch's operators allow.
+
+Codes become fp32 as they are, whole numbers, in tiles that stay in a core's cache. Scales go where there is least to
+multiply: those of key channels to the queries, once per block; those of value tokens to the weights; zeros add one
+product per block or token. The scores of all tokens of a run are held at once, so there is one softmax and no running
+one. Runs of equal length at equal distances, as dense caches have them, go together in all but their tiles.
+"""
+
+from __future__ import annotations
+
+import threading
+from itertools import product
+
+import torch
+
+from kernels._packed_reference import key_corrections, value_corrections
+from kernels._turning import turned_scores
+from kernels.pack import FP8, width
+
+_TILE = 1 << 18  # numbers unpacked at a time: 1 MB
+_SCORES = 1 << 22  # scores, and scaled queries, held at a time
+_ROWS = 16  # query rows at a time, at least
+_kept = threading.local()
+
+
+def packed_cpu(q, k, v, *, scale, start, length, longest, turn=None, softcap=None, shift=None, valid=None):
+    """Arguments as the reference's."""
+    B, H, m, D = q.shape
+    runs = start.numel()
+    rows = q.reshape(runs, B * H // runs * m, D).float() * scale
+    x = rows.shape[1]
+    shift = None if shift is None else shift.reshape(runs, x, 1) * scale
+    starts, lengths = start.tolist(), length.tolist()
+    parts = []
+    for some, distance in _together(starts, lengths, k.block, D):
+        n, own = lengths[some.start], rows[some]
+        if not n:
+            parts.append((torch.zeros_like(own), own.new_full(own.shape[:2], -torch.inf)))
+            continue
+        part = _Part(some, starts[some.start], distance, n, k.block, valid)
+        step = max(_ROWS, _SCORES // (len(own) * part.blocks * max(D, k.block)))
+        pieces = []
+        for low in range(0, x, step):
+            queries = slice(low, low + step)
+            more = None if shift is None else shift[some, queries]
+            pieces.append(_attend(own[:, queries], k, v, part, turn, softcap, more))
+        parts.append(_joined(pieces, 1))
+    out, lse = _joined(parts, 0)
+    return out.to(q.dtype).view(B, H, m, D), lse.view(B, H, m)
+
+
+def _joined(pairs, axis):
+    """Pairs of out and lse, one behind the other along an axis that both have."""
+    return pairs[0] if len(pairs) == 1 else tuple(torch.cat(each, axis) for each in zip(*pairs, strict=True))
+
+
+def _together(starts, lengths, tokens, D):
+    """Which runs go together, and how many blocks lie between their starts."""
+    runs, row = len(starts), max(1, -(-lengths[0] // tokens)) * max(tokens, D)  # numbers of a query row of a run
+    most = max(1, _SCORES // (_ROWS * row))
+    distance = starts[1] - starts[0] if runs > 1 else 0
+    even = most > 1 and distance > 0 and all(n == lengths[0] for n in lengths)
+    if not even or any(s != starts[0] + r * distance for r, s in enumerate(starts)):
+        return [(slice(r, r + 1), 0) for r in range(runs)]
+    return [(slice(r, min(r + most, runs)), distance) for r in range(0, runs, most)]
+
+
+class _Part:
+    """Blocks of runs that go together, R of them with s blocks each.
+
+    Attributes:
+        runs: their indices.
+        seen: bool [R, s * T], which tokens count; None = all.
+    """
+
+    def __init__(self, runs, start, distance, n, tokens, valid):
+        self.runs, self.start, self.distance, self.blocks = runs, start, distance, -(-n // tokens)
+        self.shape, self.seen = (runs.stop - runs.start, self.blocks), None
+        if valid is None and n == self.blocks * tokens:
+            return
+        self.seen = torch.zeros(self.shape[0], self.blocks * tokens, dtype=torch.bool)
+        self.seen[:, :n] = True if valid is None else valid.flatten(0, 1)[runs, :n]
+
+    def of(self, x):
+        """The blocks of a table [N, ..] as a view [R, s, ..]."""
+        stride = x.stride()
+        return x.as_strided(
+            (*self.shape, *x.shape[1:]), (self.distance * stride[0], *stride),
+            x.storage_offset() + self.start * stride[0],
+        )  # fmt: skip
+
+    def indices(self):
+        """int64 [R, s]."""
+        first = self.start + self.distance * torch.arange(self.shape[0])
+        return first[:, None] + torch.arange(self.blocks)
+
+
+def _attend(q, k, v, part, turn, softcap, shift):
+    """q fp32 [R, x, D], scaled -> out fp32 [R, x, D], lse [R, x]."""
+    scores = (_by_channel if k.scale.shape[1] == 1 else _by_token)(q, k, part)
+    blocks = None
+    if k.lowrank is not None or k.sparse is not None or v.lowrank is not None or v.sparse is not None:
+        blocks = part.indices()
+        key_corrections(scores, q, k, blocks)
+    if turn is not None:
+        scores += turned_scores(q, *_turn_of(turn, part), slice(0, scores.shape[2]))
+    if shift is not None:
+        scores += shift
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    if part.seen is not None:
+        scores.masked_fill_(~part.seen[:, None], -torch.inf)
+    top = scores.amax(-1)
+    weights = scores.softmax(-1)
+    lse = top - weights.amax(-1).log()  # what the largest score has become tells the sum of all
+    if part.seen is not None:  # of a query that sees nothing, all this is NaN
+        nothing = top == -torch.inf
+        weights, lse = weights.masked_fill(nothing[..., None], 0), lse.masked_fill(nothing, -torch.inf)
+    out = _values(weights, v, part)
+    if blocks is not None:
+        value_corrections(out, weights, v, blocks, part.seen)
+    return out, lse
+
+
+def _turn_of(turn, part):
+    """What belongs to the runs of a part: `turn` as if there were no others."""
+    centre, rates, positions, axes = turn
+    runs = len(centre)
+    shown = positions.expand(-1, -1, runs // positions.shape[1], -1).flatten(1, 2)[:, part.runs, None]
+    return centre[part.runs], rates[part.runs], shown, axes
+
+
+def _room(numbers):
+    """Memory for a tile, which this thread keeps: fresh memory costs more than unpacking into it."""
+    if getattr(_kept, "numbers", 0) < numbers:
+        _kept.floats, _kept.numbers = torch.empty(numbers), numbers
+    return _kept.floats
+
+
+def _tiles(packed, part):
+    """The codes of a part, a tile of blocks at a time: fp32 [R * s, T, D] in memory that the next tile overwrites.
+
+    Of 4 bits, the first half of a block's tokens are bytes as they are, the code and 16 times that of a token of the
+    second half, which is taken away where there is less of it: from scores and weights. For 2 bits this would cost
+    digits: there are three codes above the first.
+    """
+    codes, (runs, blocks) = part.of(packed.codes), part.shape
+    tokens, D, planes = packed.block, packed.head_dim, 8 // width(packed.bits)
+    most = max(1, _TILE // (tokens * D))
+    step, side = min(blocks, most), max(1, min(runs, most // blocks))  # blocks of a run; runs, where these are all
+    floats = _room(max(_TILE, side * step * tokens * D))
+    for first, low in product(range(0, runs, side), range(0, blocks, step)):
+        some, high = slice(first, min(first + side, runs)), min(low + step, blocks)
+        count = (some.stop - first) * (high - low)
+        tile = codes[some, low:high].reshape(count, tokens // planes, D)
+        if packed.bits == "fp8":
+            tile = tile.view(FP8)
+        room = floats[: count * tokens * D].view(count, planes, tokens // planes, D)
+        for p in range(planes):
+            plane = tile >> (p * packed.bits) if p else tile
+            room[:, p] = plane & 3 if packed.bits == 2 else plane
+        yield some, low, high, room.view(count, tokens, D)
+
+
+def _scores_of_codes(scores, packed):
+    """Scores [.., s * T] of tiles -> of codes, in place."""
+    if packed.bits == 4:
+        first, second = scores.view(-1, 2, packed.block // 2).unbind(1)
+        first.sub_(second, alpha=16)
+
+
+def _weights_of_tiles(weights, packed):
+    """Weights [.., s * T] of codes -> of tiles, in place."""
+    if packed.bits == 4:
+        first, second = weights.view(-1, 2, packed.block // 2).unbind(1)
+        second.sub_(first, alpha=16)
+
+
+def _by_channel(q, k, part):
+    """q [R, x, D] . keys with a scale per channel -> fp32 [R, x, s * T]."""
+    (runs, blocks), x, T = part.shape, q.shape[1], k.block
+    scaled = q[:, None] * part.of(k.scale).float()  # [R, s, x, D]
+    scores = q.new_empty(runs, x, blocks, T)
+    for some, low, high, codes in _tiles(k, part):
+        products = torch.bmm(scaled[some, low:high].reshape(-1, x, k.head_dim), codes.mT)
+        scores[some, :, low:high] = products.view(-1, high - low, x, T).transpose(1, 2)
+    _scores_of_codes(scores, k)
+    scores += torch.bmm(q, part.of(k.zero)[:, :, 0].float().mT).unsqueeze(-1)
+    return scores.view(runs, x, blocks * T)
+
+
+def _by_token(q, k, part):
+    """q [R, x, D] . keys with a scale per token and group of channels -> fp32 [R, x, s * T]."""
+    (runs, blocks), x = part.shape, q.shape[1]
+    scale, zero = (part.of(table).float().flatten(1, 2).unbind(2) for table in (k.scale, k.zero))  # [R, s * T] a group
+    grouped = q.chunk(len(scale), 2)
+    products = q.new_empty(len(scale), runs, x, blocks * k.block)
+    for some, low, high, codes in _tiles(k, part):
+        split = codes.view(-1, (high - low) * k.block, k.head_dim).chunk(len(scale), 2)
+        for into, queries, own in zip(products, grouped, split, strict=True):
+            into[some, :, low * k.block : high * k.block] = queries[some] @ own.mT
+    _scores_of_codes(products, k)
+    for into, queries, by, more in zip(products, grouped, scale, zero, strict=True):
+        into.mul_(by[:, None]).add_(queries.sum(-1, keepdim=True) * more[:, None])
+    return products.sum(0) if len(scale) > 1 else products[0]
+
+
+def _values(weights, v, part):
+    """weights fp32 [R, x, s * T] times the values -> fp32 [R, x, D]; unseen slots may hold anything."""
+    T = v.block
+    scale, zero = (part.of(table).float().flatten(1, 2) for table in (v.scale, v.zero))  # [R, s * T, groups]
+    if part.seen is not None:
+        hidden = ~part.seen[..., None]
+        scale, zero = scale.masked_fill(hidden, 0), zero.masked_fill(hidden, 0)
+    scaled = [weights * by.unsqueeze(1) for by in scale.unbind(2)]
+    for some in scaled:
+        _weights_of_tiles(some, v)
+    groups = len(scaled)
+    out = torch.bmm(weights, zero)[..., None].expand(-1, -1, -1, v.head_dim // groups).flatten(2).contiguous()
+    sums = out.chunk(groups, 2)
+    for some, low, high, codes in _tiles(v, part):
+        tokens, codes = slice(low * T, high * T), codes.view(-1, (high - low) * T, v.head_dim)
+        if v.bits == "fp8" and part.seen is not None:  # other codes are finite whatever they are
+            codes.masked_fill_(hidden[some, tokens], 0)
+        for into, by, own in zip(sums, scaled, codes.chunk(groups, 2), strict=True):
+            into[some].baddbmm_(by[some, :, tokens], own)
+    return out

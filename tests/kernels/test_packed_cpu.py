@@ -1,0 +1,86 @@
+"""The CPU's path over packed blocks against the reference: how it groups runs, cuts tiles and cuts queries."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from kernels import packed_attention
+from kernels.pack import Packed
+from tests.kernels.helpers import TOLERANCE, assert_close, randn
+from tests.kernels.test_fused import calls
+from tests.kernels.test_packed_attention import cache, turning
+
+module = importlib.import_module("kernels._packed_cpu")
+
+
+def both(q, k, v, rows, **options):
+    ours, truth = (
+        packed_attention(q, k, v, scale=0.2, **rows, **options, _backend=backend) for backend in ("fused", "reference")
+    )
+    for mine, true in zip(ours, truth, strict=True):
+        assert_close(mine, true, 4 * TOLERANCE[mine.dtype])
+    return ours
+
+
+@pytest.mark.parametrize("lengths", [(48, 48), (48, 48, 48, 48), (40, 40, 40, 40), (48, 16, 0, 33), (0, 0), (5, 5)])
+@pytest.mark.parametrize("bits", [2, 4, 8, "fp8"])
+@pytest.mark.parametrize("keys", ["channel", "token"])
+@pytest.mark.parametrize("tile, scores", [(None, None), (16 * 32, 1), (3 * 16 * 32, 1 << 11), (2 * 48 * 32, 1 << 20)])
+def test_grouping_of_runs_and_sizes_of_tiles(lengths, bits, keys, tile, scores, monkeypatch, dtype):
+    if tile is not None:
+        monkeypatch.setattr(module, "_TILE", tile)
+        monkeypatch.setattr(module, "_SCORES", scores)
+    k, v, rows = cache(lengths, bits=(bits, bits), keys=keys)
+    both(randn(len(lengths) // 2, 4, 20, 32, dtype=dtype), k, v, rows)
+
+
+@pytest.mark.parametrize("scores", [1, 1 << 22])
+def test_corrections_centres_and_holes_by_parts(scores, monkeypatch):
+    monkeypatch.setattr(module, "_SCORES", scores)
+    for lengths in ((48, 48, 48, 48), (48, 16, 0, 33)):
+        k, v, rows = cache(lengths, rank=2, single=7)
+        valid = torch.rand(2, 2, 60) > 0.3
+        for softcap in (None, 6.0):
+            both(randn(2, 4, 20, 32), k, v, rows, softcap=softcap, valid=valid, **turning(lengths, 32, 9))
+
+
+def test_runs_need_not_lie_in_order_nor_apart():
+    k, v, _ = cache((48, 48, 48, 48), slack=0)
+    for start in ([9, 6, 3, 0], [0, 0, 0, 0], [0, 3, 9, 6], [2, 4, 6, 8]):
+        rows = {"start": torch.tensor(start), "length": torch.full((4,), 48).int(), "longest": 48}
+        both(randn(2, 4, 1, 32), k, v, rows)
+
+
+def test_blocks_that_are_a_slice_of_others():
+    k, v, rows = cache((48, 48), slack=0)
+    k, v = (Packed(x.codes[1:], x.scale[1:], x.zero[1:], x.bits) for x in (k, v))
+    both(
+        randn(1, 4, 1, 32), k, v, {"start": torch.tensor([0, 2]), "length": torch.tensor([32, 48]).int(), "longest": 48}
+    )
+
+
+def test_results_do_not_share_the_memory_of_tiles():
+    k, v, rows = cache((48, 48))
+    q = randn(1, 4, 1, 32)
+    first = packed_attention(q, k, v, scale=0.2, **rows)
+    kept = [x.clone() for x in first]
+    packed_attention(randn(1, 4, 1, 32), v, v, scale=0.2, **rows)
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+
+
+def test_gradients_take_the_reference():
+    k, v, rows = cache((48, 48))
+    out, _ = packed_attention(randn(1, 4, 1, 32).requires_grad_(), k, v, scale=0.2, **rows)
+    assert out.grad_fn is not None
+
+
+def test_the_number_of_operators_does_not_grow_with_runs_of_equal_length():
+    q, few, many = randn(1, 4, 1, 32), cache((48, 48)), cache((48,) * 16)
+    counts = [
+        len(calls(lambda q=q, k=k, v=v, rows=rows: packed_attention(q, k, v, scale=0.2, **rows)))
+        for q, (k, v, rows) in ((q, few), (randn(8, 4, 1, 32), many))
+    ]
+    assert counts[0] == counts[1] <= 100
