@@ -5,6 +5,8 @@ median over the rounds. `overhead` = time in the method's hooks over the time of
 token's attention over what the method kept against the full cache's, measured in the same round; `floor_bytes` = the
 bytes of K and V that this attention cannot help reading. `--json` is written after every round. A CPU tells bytes and
 tokens; its times are those of the reference kernels beside slow products of matrices, and are marked so.
+
+`python -m eval.speed decode` compares whole decoded tokens with transformers' own cache: see `eval.decode_speed`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from agentkv.trace import write_json
+from eval import decode_speed
 from eval.textbench import FULL
 from textkv import Budget, MethodCache, list_methods, resolve_method, split_list
 from textkv.figures import run_meta
@@ -167,6 +170,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 done, 2 for a request that cannot be carried out."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["decode"]:
+        return decode_speed.main(argv[1:])
     args = parser().parse_args(argv)
     cuda = args.device.startswith("cuda")
     if cuda:

@@ -42,6 +42,8 @@ _SIZES = {
 }  # fmt: skip
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "full_attn_idxs", "attn_layer_indices")
+_TYPES = {"granitemoehybrid": "linear_attention", "lfm2_moe": "conv"}
+"""Families whose default has one kind of layer only, or that insist on a list."""
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "window_size")
 _LARGEST = 30_000_000
 FIELDS_OF_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -114,6 +116,8 @@ def _config(cls: type, window: int | None, layers: int, only_full: bool) -> Any:
             given[name] = _shortened(of_default, layers, only_full)
     if "layers_block_type" in known and not given.get("layers_block_type"):
         given["layers_block_type"] = ["mamba", "attention"] * (layers // 2)
+    if cls.model_type in _TYPES:
+        given["layer_types"] = [_TYPES[cls.model_type], "full_attention"] * (layers // 2)
     for name in FIELDS_OF_TOKENS:
         if isinstance(getattr(default, name, None), int):
             given[name] = 0  # some families insist on a number

@@ -19,7 +19,8 @@ from textkv.budgets import Budget  # noqa: E402
 from textkv.cache import MethodCache  # noqa: E402
 from textkv.context import AtRest  # noqa: E402
 from textkv.conversation import Conversation  # noqa: E402
-from textkv.evidence import Needs
+from textkv.evidence import Needs  # noqa: E402
+from textkv.expression import split_list  # noqa: E402
 from textkv.method import Capabilities, Method, list_methods, register, resolve_method  # noqa: E402
 from textkv.report import CacheReport  # noqa: E402
 

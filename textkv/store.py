@@ -177,5 +177,7 @@ def _checksum(header: str, tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         x = tensors[name].detach().cpu()
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        digest.update(x.flatten().clone().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+        # Copied into fresh memory: a view of one element keeps a stride that bytes cannot have.
+        flat = torch.empty(x.numel(), dtype=x.dtype).copy_(x.flatten())
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -52,7 +52,7 @@ class BlockCausalLayer(LLaDALayer):
     def attend(self, query, key, value, mask=None):
         slots = torch.arange(query.shape[2])
         if not isinstance(key, torch.Tensor):
-            layer, plan = key.layer, key.layer.context.plan
+            layer, plan = key.layer, key.layer.cache.plan
             layer.write(key.k, key.v, plan)
             slots = slots + plan.queries.start
             key, value = layer.k, layer.v
