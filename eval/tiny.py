@@ -109,6 +109,7 @@ def _config(cls: type, window: int | None, layers: int, only_full: bool) -> Any:
     default = cls()
     given: dict[str, Any] = {name: size for name, size in _SIZES.items() if name in known}
     given |= {name: layers for name in _LAYERS if name in known}
+    given |= {"is_decoder": True} if hasattr(default, "is_decoder") else {}
     given |= {name: None for name in FIELDS_OF_TOKENS if name in known}
     for name in _PER_LAYER:
         of_default = getattr(default, name, None)

@@ -186,7 +186,7 @@ class RingSegment(Segment):
         if self.rotary is None or not self.sinks or not self._has_gap():
             return decode_attention(q, self.k[:, :, :used], self.v[:, :, :used], valid=valid, **how)
         parts = []
-        for query, part in ((self._turned(q), slice(0, self.sinks)), (q, slice(self.sinks, used))):
+        for query, part in ((self._turned(q, hidden, within), slice(0, self.sinks)), (q, slice(self.sinks, used))):
             seen = None if valid is None else valid[:, part]
             parts.append(decode_attention(query, self.k[:, :, part], self.v[:, :, part], valid=seen, **how))
         return merge([out for out, _ in parts], [lse for _, lse in parts])
@@ -204,8 +204,12 @@ class RingSegment(Segment):
         """Whether anything can lie between the sinks and the ring."""
         return self.even is None or self.even > self.sinks + self.size - 1
 
-    def _turned(self, q: torch.Tensor) -> torch.Tensor:
+    def _turned(self, q: torch.Tensor, hidden: torch.Tensor | None, within: bool) -> torch.Tensor:
         """The queries turned back by the gap of their rows."""
+        if within and self.even is not None and hidden is None and q.shape[2] == 1:
+            # The oldest token of a full ring lies where the next one will be written.
+            first = self.rope[:, self._slot(self.even) : self._slot(self.even) + 1]
+            return self.rotary.turn_query(q, self.gap_start[:, None] - first)
         held = self.positions[:, self.sinks :] >= 0
         first = self.rope[:, self.sinks :].masked_fill(~held, _FAR).amin(1, keepdim=True)
         return self.rotary.turn(q, -self._gap(first).expand(-1, q.shape[2]))
