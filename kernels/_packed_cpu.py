@@ -133,7 +133,8 @@ def _turn_of(turn, part):
 def _room(numbers):
     """Memory for a tile, which this thread keeps: fresh memory costs more than unpacking into it."""
     if getattr(_kept, "numbers", 0) < numbers:
-        _kept.floats, _kept.numbers = torch.empty(numbers), numbers
+        with torch.inference_mode(False):  # what is made in that mode could not be written to outside of it
+            _kept.floats, _kept.numbers = torch.empty(numbers), numbers
     return _kept.floats
 
 

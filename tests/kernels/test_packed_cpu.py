@@ -71,6 +71,15 @@ def test_results_do_not_share_the_memory_of_tiles():
     assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
 
 
+def test_memory_kept_from_inference_mode_serves_outside_of_it(monkeypatch):
+    monkeypatch.setattr(module, "_kept", module.threading.local())
+    k, v, rows = cache((48, 48))
+    q = randn(1, 4, 1, 32)
+    with torch.inference_mode():
+        both(q, k, v, rows)
+    both(q, k, v, rows)
+
+
 def test_gradients_take_the_reference():
     k, v, rows = cache((48, 48))
     out, _ = packed_attention(randn(1, 4, 1, 32).requires_grad_(), k, v, scale=0.2, **rows)
