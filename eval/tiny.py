@@ -41,7 +41,14 @@ _SIZES = {
     "attn_layer_indices": [1, 3], "num_kv_shared_layers": 2, "adapter_rank": 8, "num_mem_blocks": 1, "cross_attention_layers": [],
 }  # fmt: skip
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
-_PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "full_attn_idxs", "attn_layer_indices")
+_PER_LAYER = (
+    "layer_types",
+    "layers_block_type",
+    "mlp_layer_types",
+    "no_rope_layers",
+    "full_attn_idxs",
+    "attn_layer_indices",
+)
 _TYPES = {"granitemoehybrid": "linear_attention", "lfm2_moe": "conv"}
 """Families whose default has one kind of layer only, or that insist on a list."""
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "window_size")

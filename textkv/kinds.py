@@ -168,6 +168,10 @@ def _refuse_model(decoder: PreTrainedModel, config: PreTrainedConfig, who: str) 
         raise ValueError(
             f"{who} does not take its attention from transformers' registry, so no cache can attend for it"
         )
+    if getattr(config, "cross_attention_layers", None) is not None:
+        raise ValueError(
+            f"{who} keeps the keys of images for cross attention in the same cache: not supported by this one"
+        )
     if getattr(config, "kv_lora_rank", None):
         raise ValueError(f"{who} compresses keys and values into one latent (MLA): not supported by this cache")
 

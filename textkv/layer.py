@@ -259,7 +259,7 @@ class Layer(CacheLayerMixin):
             rope = None if rotary is None else rotary[0].expand(len(q), -1)
             view.step = Step(
                 q, k, v, tokens.positions, scale, tokens.padded, rope if self.context.needs.rope else None, softcap,
-                tokens.hidden, tokens.visible,
+                tokens.hidden, tokens.visible, getattr(mask, "local", True),
             )  # fmt: skip
             if self.context.table is not None and self.kind.number == self.context.first:
                 self.context.table.write(tokens.positions, self.seen + q.shape[2], rotary)
