@@ -6,8 +6,9 @@ Builds a tiny random model of every decoder family of the installed transformers
 over uneven forwards against the model's own cache, with windows shorter and longer than the text. For `streaming_llm`
 there is an oracle besides: a model of one layer must answer over sinks and last tokens as it answers that shorter text.
 
-`outcome` is "works", "refused" (when the cache is built, in one line), "no config" (no tiny model could be built),
-"wrong" (a gap of logits above 1e-4 of their size) or "fails" (an error after the cache was built). The last two are bugs.
+`outcome` is "works", "refused" (when the cache is built, in one line), "no config" (no tiny model could be made),
+"wrong" (a gap of logits above 1e-4 of their size) or "fails" (an error after the cache was built). The last two are
+bugs.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def attention(
 
 
 CAPTURE = "textkv_capture"
-"""Name of a dictionary that a plain call may pass down: it gets each layer's keys and queries, by the layer's number."""
+"""Name of a dictionary that a plain call may pass down: it gets each layer's keys and queries, by its number."""
 
 
 def mask(attention_mask: torch.Tensor | None = None, *, before: str, **kwargs: Any) -> Any:

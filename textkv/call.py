@@ -46,8 +46,8 @@ class Call:
         function: transformers' mask function (batch, head, query column, key column) -> may see, if it is more than
             causality; None = it is not.
         last: only the last so many tokens are queries; None = all.
-        local: whether the model's mask knows the window of its layers. One that does not (Moshi) sees all that its cache
-            still holds.
+        local: whether the model's mask knows the window of its layers. One that does not (Moshi) sees all that its
+            cache still holds.
     """
 
     def __init__(
@@ -114,8 +114,9 @@ class Call:
     def _work_out(self, seen: torch.Tensor, real: torch.Tensor | None, device: torch.device) -> Tokens:
         batch, m = len(seen), self.tokens
         count = torch.arange(m, device=device)
-        alike = len(set(seen.tolist())) == 1
-        first = int(seen[0]) if alike else seen.to(device)[:, None]
+        rows = seen.tolist()
+        alike = len(set(rows)) == 1
+        first = rows[0] if alike else seen.to(device)[:, None]
         positions = (first + count).expand(batch, m) if alike else first + count
         hidden, came, columns, padded = None, None, real, False
         if self.mask is not None:

@@ -472,8 +472,8 @@ class Layer(CacheLayerMixin):
         self.context.method.on_evict(self, before.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, -1))
 
     def drop_lowest(self, scores: torch.Tensor) -> None:
-        """Lets go of the one token of each head with the lowest score, fp32 [batch, stored heads, n], in a layer that is
-        `whole`; of equal ones the newest. Asks nothing of the device."""
+        """Lets go of the one token of each head with the lowest score, fp32 [batch, stored heads, n], in a layer that
+        is `whole`; of equal ones the newest. Asks nothing of the device."""
         n = scores.shape[-1]
         victim = n - 1 - scores.flip(-1).argmin(-1, keepdim=True)
         slots = torch.arange(n - 1, device=scores.device)

@@ -128,8 +128,8 @@ class RotarySpec:
         return rotate(x[..., order], delta, inv_freq)[..., order.argsort()]
 
     def turn_query(self, q: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """`turn` for a decoded token's query [batch, heads, 1, head_dim] and delta [batch, 1]: the same angles in double,
-        in as few operations as can be, because every layer does it at every token."""
+        """`turn` for a decoded token's query [batch, heads, 1, head_dim] and delta [batch, 1]: the same angles in
+        double, in as few operations as can be, because every layer does it at every token."""
         if q.is_cuda or self._order is not None or not self.inv_freq.numel():
             return self.turn(q, delta)
         angle = delta[:, None, :, None] * self.inv_freq.double()

@@ -158,8 +158,8 @@ def _check_queries(decoder: torch.nn.Module, number: int, before: torch.Tensor, 
     bound = 1e-5 if before.dtype == torch.float32 and next(decoder.parameters()).dtype == torch.float32 else 2e-2
     if float((before.norm(dim=-1) / after.norm(dim=-1) - 1).abs().max()) > bound:
         raise ValueError(
-            f"{type(decoder).__name__}: layer {number} scales its queries by their position, so that closing gaps between "
-            "keys would change its answers; use positions='original', or a method that moves no keys"
+            f"{type(decoder).__name__}: layer {number} scales its queries by their position, so that closing gaps "
+            "between keys would change its answers; use positions='original', or a method that moves no keys"
         )
 
 

@@ -75,7 +75,7 @@ class DenseSegment(Segment):
 
     def pick(self, index: torch.Tensor) -> None:
         """`keep` for slots int64 [batch, kv_heads, c] without a hole among them, in a segment without holes."""
-        rows = compact(self._k(), self._v(), index)
+        rows = compact(self._k(), self._v(), index, check=False)
         self.positions = self.held_positions().gather(-1, index)
         self.k, self.v, self.used = rows.k, rows.v, index.shape[-1]
 

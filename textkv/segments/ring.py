@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import decode_attention, merge
+from kernels.merge import joined
 from textkv.positions import RotarySpec
 from textkv.segments.base import Segment, Step, Stored, register_segment, shown
 
@@ -189,6 +190,8 @@ class RingSegment(Segment):
         for query, part in ((self._turned(q, hidden, within), slice(0, self.sinks)), (q, slice(self.sinks, used))):
             seen = None if valid is None else valid[:, part]
             parts.append(decode_attention(query, self.k[:, :, part], self.v[:, :, part], valid=seen, **how))
+        if valid is None and not q.is_cuda:
+            return joined(parts[0][0], parts[1][0], parts[0][1], parts[1][1])
         return merge([out for out, _ in parts], [lse for _, lse in parts])
 
     def _visible(self, hidden: torch.Tensor | None, within: bool) -> tuple[int, torch.Tensor | None]:
