@@ -130,7 +130,7 @@ class Conversation:
 
         Args:
             input_ids: int64 [batch, tokens].
-            attention_mask: [batch, tokens], 0 at padding; None = as `model.generate` takes it, all but pad tokens.
+            attention_mask: [batch, tokens], 0 at padding; None = all are tokens, but pad tokens at the left end.
             pixel_values: [patches of all images, features].
             image_grid_thw: int64 [images, 3], all images, oldest first.
             mm_token_type_ids: int64 [batch, tokens], 1 at image tokens.
@@ -163,7 +163,8 @@ class Conversation:
         return out
 
     def _mask(self, ids: torch.Tensor, given: torch.Tensor | None, options: dict) -> torch.Tensor:
-        """The attention mask [batch, tokens] that `model.generate` would go by."""
+        """The attention mask [batch, tokens]. Where none is given, `model.generate` would also hide a pad token that the
+        model itself has said: one that was read as a token, and whose place the next tokens go by."""
         if given is not None:
             if given.shape != ids.shape:
                 raise ValueError(
@@ -175,7 +176,7 @@ class Conversation:
         pad, end = (options.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
         if pad is None or pad in (end if isinstance(end, list | tuple) else [end]):
             return torch.ones_like(ids)
-        return (ids != pad).long()
+        return ((ids != pad).cumsum(1) > 0).long()
 
     # ---- what the cache has read -------------------------------------------------------------------------------
 
