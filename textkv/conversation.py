@@ -126,7 +126,8 @@ class Conversation:
 
         What the cache holds is used as far as the dialogue begins with it in all rows, and `last` says how far that
         was. If a batch is padded on the left by another width than before, its columns have moved, and all is read
-        again; so it is after beams or several sequences per row.
+        again; so it is after beams or several sequences per row, and before decoding with drafts (`assistant_model`,
+        `prompt_lookup_num_tokens`).
 
         Args:
             input_ids: int64 [batch, tokens].
@@ -151,7 +152,7 @@ class Conversation:
         elif pixel_values is not None:
             raise ValueError(f"{type(self.model).__name__} takes no images here")
         told = _Dialogue(input_ids.cpu(), mask.bool().cpu(), images)
-        self.last = self._return_to(told)
+        self.last = self._return_to(told, self._drafts(options))
         if visual:
             inputs |= self._positions(input_ids, mask, image_grid_thw, mm_token_type_ids)
             inputs |= _unseen(images, self.last.reused, pixel_values, image_grid_thw)
@@ -178,14 +179,21 @@ class Conversation:
             return torch.ones_like(ids)
         return ((ids != pad).cumsum(1) > 0).long()
 
+    def _drafts(self, options: dict) -> bool:
+        """Whether tokens are drafted by another model, or looked up in the prompt."""
+        config = options.get("generation_config") or self.model.generation_config
+        lookup = options.get("prompt_lookup_num_tokens", getattr(config, "prompt_lookup_num_tokens", None))
+        return options.get("assistant_model") is not None or lookup is not None
+
     # ---- what the cache has read -------------------------------------------------------------------------------
 
-    def _return_to(self, told: _Dialogue) -> Reuse:
+    def _return_to(self, told: _Dialogue, drafts: bool) -> Reuse:
         """Leaves in the cache what the dialogue begins with, at least one column less than it has, or nothing."""
         held, columns = self.cache.tokens_seen, told.columns
         if not held and not self._lost:
             return Reuse(0, columns, "new", "the cache was empty")
-        keep, why = self._known(told, held)
+        # With drafts, transformers feeds the whole prompt whatever the cache has read: it would be there twice.
+        keep, why = (0, "decoding with drafts reads whole prompts") if drafts else self._known(told, held)
         if keep == held > 0:
             return Reuse(keep, columns - keep, "continued", f"the dialogue goes on from all {keep} columns read")
         if keep:

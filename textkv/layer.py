@@ -171,6 +171,7 @@ class Layer(CacheLayerMixin):
         if count and not self.is_croppable:
             raise ValueError(f"crop({-count}): {name} evicts while decoding and cannot restore tokens")
         if count > self.since_eviction:
+            name = name if self.kind.governed else f"layer {self.kind.number} with its window of {self.kind.window}"
             raise ValueError(
                 f"crop({-count}): {name} can take back only the {self.since_eviction} tokens since it last "
                 "evicted; fork the cache before the prompt instead"

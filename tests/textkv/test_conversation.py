@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from eval.tiny import build
 from tests.textkv import tiny
 from textkv import Conversation, MethodCache
 from textkv.kinds import text_model
@@ -260,13 +261,17 @@ def test_beams_leave_nothing_to_go_on_from(model_of, options):
     assert talk.last.how == "read again" and "2 beams or sequences for 1 rows" in talk.last.why
 
 
-def test_drafts_that_were_taken_back_were_not_read(model_of):
+def test_turns_with_drafts(model_of):
+    """What was drafted and refused was not read; and transformers feeds drafts after a whole prompt only."""
     model, ids = model_of("llama"), tiny.text_ids(12).repeat(1, 3)
-    talk, fresh = Conversation(model), Conversation(model)
-    answer = talk.generate(ids, prompt_lookup_num_tokens=3, **GREEDY)
-    answers_like(talk, fresh, {"input_ids": more(answer)})
-    assert talk.last.how == "continued"
-    talk.generate(more(answer), prompt_lookup_num_tokens=3, **GREEDY)
+    drafts = GREEDY | dict(prompt_lookup_num_tokens=3)
+    talk = Conversation(model)
+    answer = talk.generate(ids, **drafts)
+    answers_like(talk, Conversation(model), {"input_ids": more(answer)})
+    assert talk.last.how == "continued" and talk.last.reused == 41
+    expected = Conversation(model).generate(more(answer), **GREEDY)
+    assert torch.equal(talk.generate(more(answer), **drafts), expected)
+    assert talk.last.how == "read again" and "drafts" in talk.last.why
     answers_like(talk, Conversation(model), {"input_ids": more(replaced(answer, 20))})
     assert talk.last.how == "cropped" and talk.last.reused == 20
 
@@ -337,3 +342,23 @@ def test_an_emptied_cache_is_as_new(model_of, family, method):
     new = MethodCache(model, method, METHODS[method])
     assert torch.equal(out, model.generate(**other, past_key_values=new, **GREEDY))
     assert cache.kv_bytes() == new.kv_bytes()
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "jamba", "gemma2", "llama4_text", "lfm2"])
+def test_states_and_windows_are_read_again(family):
+    """What states have read, and what has left a window, cannot be taken back; no layer has changed then."""
+    model, ids = build(family, window=8), tiny.text_ids(20) % 96
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    talk = Conversation(model)
+    answer = talk.generate(ids, **GREEDY)
+    seen = talk.cache.layers[1].get_seq_length()
+    states = family in ("qwen3_next", "jamba")
+    told = "states cannot be taken back" if states else "with its window of 8 can take back only the 0 tokens"
+    others = [ids, more(answer % 96), tiny.text_ids(40, seed=3) % 96, tiny.text_ids(9, batch=2, seed=3) % 96, ids]
+    if family != "lfm2":  # the tiny one has layers of full attention only
+        with pytest.raises(ValueError, match=told):
+            talk.cache.crop(-1)
+        assert talk.cache.layers[1].get_seq_length() == seen
+    for other in others:
+        answers_like(talk, Conversation(model), {"input_ids": other})
+        assert talk.last.how == ("cropped" if family == "lfm2" and other is ids else "read again") or other is others[1]
