@@ -164,8 +164,8 @@ class Conversation:
         return out
 
     def _mask(self, ids: torch.Tensor, given: torch.Tensor | None, options: dict) -> torch.Tensor:
-        """The attention mask [batch, tokens]. Where none is given, `model.generate` would also hide a pad token that the
-        model itself has said: one that was read as a token, and whose place the next tokens go by."""
+        """The attention mask [batch, tokens]. Where none is given, `model.generate` alone would also hide a pad token
+        that the model itself has said, although the cache has read it as a token."""
         if given is not None:
             if given.shape != ids.shape:
                 raise ValueError(
