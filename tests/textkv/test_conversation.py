@@ -364,7 +364,7 @@ def test_states_and_windows_are_read_again(family):
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     talk = Conversation(model)
     answer = talk.generate(first, **GREEDY)
-    with pytest.raises(ValueError, match="states cannot be taken back|window of 8 can take back only the 0 tokens"):
+    with pytest.raises(ValueError, match="states cannot be taken back|window of 8 can take back only the [01] tokens"):
         talk.cache.crop(-2)
     assert {layer.get_seq_length() for layer in talk.cache.layers if hasattr(layer, "seen")} == {25}
     others = [more(answer), first, tiny.text_ids(40, seed=3), tiny.text_ids(9, batch=2, seed=3), first]
