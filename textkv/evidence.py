@@ -278,7 +278,9 @@ class EvidenceCollector:
         """Leaves out the queries of the last `tokens` tokens: they were taken back."""
         if self._queries is not None and tokens:
             self._queries = self._queries[:, :, : self._queries.shape[2] - tokens]
-        self._came = self._came - tokens
+        # Tokens of blocks that are over, or of an answer, were not counted here.
+        came = self._came - tokens
+        self._came = max(0, came) if isinstance(came, int) else came.clamp(min=0)
 
     def finish(
         self, q: torch.Tensor, scale: float, tokens: torch.Tensor, spans: Spans, softcap: float | None = None

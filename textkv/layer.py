@@ -171,6 +171,7 @@ class Layer(CacheLayerMixin):
         if count and not self.is_croppable:
             raise ValueError(f"crop({-count}): {name} evicts while decoding and cannot restore tokens")
         if count > self.since_eviction:
+            name = name if self.kind.governed else f"layer {self.kind.number} with its window of {self.kind.window}"
             raise ValueError(
                 f"crop({-count}): {name} can take back only the {self.since_eviction} tokens since it last "
                 "evicted; fork the cache before the prompt instead"
@@ -339,8 +340,7 @@ class Layer(CacheLayerMixin):
             elif not prompt:
                 self._decode_end(step.q)
         if not context.hold and not context.frozen:
-            for segment in self.segments:
-                segment.settle()
+            self._settle()
         self.last_share = self.came = None
         context.after_step(self, ends and not context.hold and not context.frozen, tokens)
 
@@ -370,9 +370,13 @@ class Layer(CacheLayerMixin):
                 self._prompt_end(self.real_seen.new_zeros(1, 1, 0, 1, dtype=self.dtype).to(self.device))
             elif query is not None:
                 self._decode_end(query[:, :, -1:])
-        for segment in self.segments:
-            segment.settle()
+        self._settle()
         return any(ends for ends, _ in due)
+
+    def _settle(self) -> None:
+        """Lets go of what no later token can see. An earlier one could: what came cannot be taken back any more."""
+        if any([segment.settle() for segment in self.segments]):
+            self.since_eviction = 0
 
     def absorb(
         self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, observers: torch.Tensor, scale: float
