@@ -18,4 +18,4 @@ os.environ["FONTCONFIG_FILE"] = str(Path(__file__).with_name("machine-fonts.conf
 def small_tiles(monkeypatch):
     """Tiles of a packed cache as small beside a tiny model's prompt as they are beside a real one's."""
     monkeypatch.setattr("kernels._packed_cpu._TOKENS", 256)
-    monkeypatch.setattr("kernels._packed_cpu._TILE", 256 * 16)
+    monkeypatch.setattr("kernels._packed_cpu._TILE", 512 * 16)
