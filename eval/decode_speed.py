@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 
 from agentkv.trace import write_json
 from textkv import Budget, MethodCache, release, resolve_method, split_list, use
-from textkv.figures import run_meta
+from textkv.provenance import run_meta
 
 METHODS = "full,snapkv,adakv,window,streaming_llm,h2o,tova,cake,d2o,kivi(4)"
 CHUNK = 2048

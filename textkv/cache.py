@@ -25,8 +25,9 @@ from textkv.attention import use
 from textkv.budgets import Budget
 from textkv.context import AtRest, Context
 from textkv.evidence import Spans
+from textkv.hybrid import HybridLayer
 from textkv.kinds import attention_modules, describe, text_config
-from textkv.layer import HybridLayer, Layer
+from textkv.layer import Layer
 from textkv.method import Method, resolve_method
 from textkv.positions import PositionTable
 from textkv.report import CacheReport, report

@@ -42,7 +42,7 @@ def test_what_packed_caches_need_to_decode_does_not_grow_with_the_prompt(method:
     short, long = (decoding_memory(tiny.build("llama"), method, "0.2", tiny.text_ids(n), n - 3) for n in (512, 960))
     assert long.layer_bytes == 2 * 960 * 2 * 16 * 4
     assert 0 < long.largest == short.largest < 0.3 * long.layer_bytes / 2, long.maker
-    # Of mikv's exact tokens, a fifth of the prompt, one leaves at every step: these are copied, old and new side by side.
+    # Of mikv's exact tokens, a fifth of the prompt, one leaves at every step: these are copied, so both lie there.
     moved = 2 * 0.2 * (long.layer_bytes - short.layer_bytes) if method.startswith("mikv") else 0
     assert long.alive < 1.05 * short.alive + moved
 

@@ -285,8 +285,8 @@ def test_a_prompt_of_one_token_works(model_of):
 
 def test_codes_are_small_integers():
     *_, (layer, _) = feed("mikv(16,2)", "16t", tokens(48), 48)
-    (slab,) = layer.segments[0].slabs
-    assert slab.k.codes.dtype == torch.uint8 and slab.k.bits == 2 and len(unpack(slab.v)) == 2 * HEADS
+    (pool,) = layer.segments[0].pools
+    assert pool.k.codes.dtype == torch.uint8 and pool.k.bits == 2 and len(unpack(pool.v)) == 2 * HEADS
 
 
 def test_what_is_not_finite_is_told_with_layer_row_and_head():
