@@ -354,7 +354,7 @@ class Layer(CacheLayerMixin):
         self.collector.take(step, self.stored, norms=norms, rotary=self.rotary, spare=spare)
 
     def _prompt_end(self, q: torch.Tensor) -> None:
-        evidence = self.collector.finish(q, self.scale, self.real_seen, self.context.spans)
+        evidence = self.collector.finish(q, self.scale, self.real_seen, self.context.spans, self.softcap)
         with self.context.timed("on_prefill_end"):
             self.context.method.on_prefill_end(self, evidence)
 

@@ -139,7 +139,7 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", ["kivi(4)", "gear(2)"])
-def test_no_decode_step_makes_a_tensor_as_large_as_a_layers_keys(model_of, method):
+def test_no_decode_step_makes_a_tensor_as_large_as_a_layers_keys(model_of, method, small_tiles):
     model = model_of("llama")
     cache = MethodCache(model, method)
     ids = tiny.text_ids(960)

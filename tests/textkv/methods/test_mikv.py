@@ -249,7 +249,7 @@ def test_bytes_are_those_of_the_formula(low, share):
     assert layer.kv_bytes() == pytest.approx(vectors + beside, rel=0.01)
 
 
-def test_decoding_never_rebuilds_a_layer():
+def test_decoding_never_rebuilds_a_layer(small_tiles):
     qkv = tokens(1100)
     steps = feed("mikv(16,4)", 0.2, qkv, 1060)
     next(steps)
