@@ -12,7 +12,7 @@ the whole dialogue. Both are handled here: positions are always explicit, and on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import sha256
 from typing import Literal
 
 import torch
@@ -224,10 +224,8 @@ class Conversation:
 
     def _forget_spans(self) -> None:
         """Screenshots that are no longer read are none of the cache's."""
-        real = self._seen.mask.sum(1).tolist()
-        spans = self.cache.spans
-        if spans:
-            self.cache.context.spans = [[x for x in row if x[1] <= n] for row, n in zip(spans, real, strict=True)]
+        real, rows = self._seen.mask.sum(1).tolist(), self.cache.spans
+        self.cache.context.spans = [[x for x in row if x[1] <= n] for row, n in zip(rows, real, strict=bool(rows))]
 
     def _remember(self, told: _Dialogue, sequences: torch.Tensor) -> None:
         """Writes down what the cache has read: the last tokens generated are not among it.
@@ -282,7 +280,7 @@ def _images(
 
 def _digest(patches: torch.Tensor, grid: list[int]) -> bytes:
     """Tells images apart: patches [n, features] on the CPU, and the grid in which they lie."""
-    told = blake2b(f"{grid} {patches.dtype}".encode(), digest_size=16)
+    told = sha256(f"{grid} {patches.dtype}".encode())
     told.update(patches.view(torch.uint8).numpy())
     return told.digest()
 
