@@ -34,14 +34,24 @@ _SIZES = {
     "state_size": 8, "n_groups": 1, "mamba_dt_rank": 4, "mamba_ngroups": 1, "mamba_chunk_size": 8, "chunk_size": 8,
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 8,
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "index_head_dim": 16,
-    "index_n_heads": 2, "index_topk": 8, "lru_width": 64, "attention_window_size": 8, "query_pre_attn_scalar": 16,
+    "index_n_heads": 2, "index_topk": 8, "lru_width": 64, "attention_window_size": 8,
+    "query_pre_attn_scalar": 16,
     "conv_dim": 64, "block_dim": 64, "block_ff_dim": 96, "block_multiple_of": 8, "word_embed_proj_dim": 64,
-    "rotary_dim": 8, "num_meta_tokens": 4, "attention_multiplier": 0.25, "router_n_groups": 1, "num_nextn_predict_layers": 0,
+    "rotary_dim": 8, "num_meta_tokens": 4, "attention_multiplier": 0.25, "router_n_groups": 1,
+    "num_nextn_predict_layers": 0,
     "num_hidden_shared_layers": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
-    "attn_layer_indices": [1, 3], "num_kv_shared_layers": 2, "adapter_rank": 8, "num_mem_blocks": 1, "cross_attention_layers": [],
+    "attn_layer_indices": [1, 3], "num_kv_shared_layers": 2, "adapter_rank": 8, "num_mem_blocks": 1,
+    "cross_attention_layers": [],
 }  # fmt: skip
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
-_PER_LAYER = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "full_attn_idxs", "attn_layer_indices")
+_PER_LAYER = (
+    "layer_types",
+    "layers_block_type",
+    "mlp_layer_types",
+    "no_rope_layers",
+    "full_attn_idxs",
+    "attn_layer_indices",
+)
 _TYPES = {"granitemoehybrid": "linear_attention", "lfm2_moe": "conv"}
 """Families whose default has one kind of layer only, or that insist on a list."""
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "window_size")
@@ -109,6 +119,7 @@ def _config(cls: type, window: int | None, layers: int, only_full: bool) -> Any:
     default = cls()
     given: dict[str, Any] = {name: size for name, size in _SIZES.items() if name in known}
     given |= {name: layers for name in _LAYERS if name in known}
+    given |= {"is_decoder": True} if hasattr(default, "is_decoder") else {}
     given |= {name: None for name in FIELDS_OF_TOKENS if name in known}
     for name in _PER_LAYER:
         of_default = getattr(default, name, None)

@@ -2,25 +2,26 @@
 
 Codes become fp32 as they are, whole numbers, in tiles that stay in a core's cache. Scales go where there is least to
 multiply: those of key channels to the queries, once per block; those of value tokens to the weights; zeros add one
-product per block or token. The scores of all tokens of a run are held at once, so there is one softmax and no running
-one. Runs of equal length at equal distances, as dense caches have them, go together in all but their tiles.
+product per block or token. The scores of thousands of tokens are held at once, so there is a softmax for all of these
+and none that runs along; what is made does not grow with longer runs. Runs of equal length at equal distances, as dense
+caches have them, go together in all but their tiles.
 """
 
 from __future__ import annotations
 
-import threading
 from itertools import product
 
 import torch
 
 from kernels._packed_reference import key_corrections, value_corrections
 from kernels._turning import turned_scores
+from kernels.merge import reference as merge
 from kernels.pack import FP8, width
 
 _TILE = 1 << 18  # numbers unpacked at a time: 1 MB
 _SCORES = 1 << 22  # scores, and scaled queries, held at a time
 _ROWS = 16  # query rows at a time, at least
-_kept = threading.local()
+_TOKENS = 8192  # tokens of a run at a time: what is made for each beside the tiles must not grow with the run
 
 
 def packed_cpu(q, k, v, *, scale, start, length, longest, turn=None, softcap=None, shift=None, valid=None):
@@ -33,20 +34,25 @@ def packed_cpu(q, k, v, *, scale, start, length, longest, turn=None, softcap=Non
     starts, lengths = start.tolist(), length.tolist()
     parts = []
     for some, distance in _together(starts, lengths, k.block, D):
-        n, own = lengths[some.start], rows[some]
+        n, own, by = lengths[some.start], rows[some], None if shift is None else shift[some]
+        chunks = [
+            _queries(own, k, v, _Part(some, starts[some.start], distance, first, n, k.block, valid), turn, softcap, by)
+            for first in range(0, n, max(1, _TOKENS // k.block) * k.block)
+        ]
         if not n:
-            parts.append((torch.zeros_like(own), own.new_full(own.shape[:2], -torch.inf)))
-            continue
-        part = _Part(some, starts[some.start], distance, n, k.block, valid)
-        step = max(_ROWS, _SCORES // (len(own) * part.blocks * max(D, k.block)))
-        pieces = []
-        for low in range(0, x, step):
-            queries = slice(low, low + step)
-            more = None if shift is None else shift[some, queries]
-            pieces.append(_attend(own[:, queries], k, v, part, turn, softcap, more))
-        parts.append(_joined(pieces, 1))
+            chunks = [(torch.zeros_like(own), own.new_full(own.shape[:2], -torch.inf))]
+        parts.append(chunks[0] if len(chunks) == 1 else merge(*zip(*chunks, strict=True)))
     out, lse = _joined(parts, 0)
     return out.to(q.dtype).view(B, H, m, D), lse.view(B, H, m)
+
+
+def _queries(q, k, v, part, turn, softcap, shift):
+    """`_attend` to a part, as many queries at a time as their scores may be."""
+    step = max(_ROWS, _SCORES // (len(q) * part.blocks * max(k.head_dim, k.block)))
+    pieces = [slice(low, low + step) for low in range(0, q.shape[1], step)]
+    return _joined(
+        [_attend(q[:, x], k, v, part, turn, softcap, None if shift is None else shift[:, x]) for x in pieces], 1
+    )  # fmt: skip
 
 
 def _joined(pairs, axis):
@@ -56,7 +62,8 @@ def _joined(pairs, axis):
 
 def _together(starts, lengths, tokens, D):
     """Which runs go together, and how many blocks lie between their starts."""
-    runs, row = len(starts), max(1, -(-lengths[0] // tokens)) * max(tokens, D)  # numbers of a query row of a run
+    blocks = max(1, -(-min(lengths[0], _TOKENS) // tokens))
+    runs, row = len(starts), blocks * max(tokens, D)  # numbers of a query row of a run
     most = max(1, _SCORES // (_ROWS * row))
     distance = starts[1] - starts[0] if runs > 1 else 0
     even = most > 1 and distance > 0 and all(n == lengths[0] for n in lengths)
@@ -70,16 +77,20 @@ class _Part:
 
     Attributes:
         runs: their indices.
+        columns: which tokens of the runs these are, slack behind the last included.
         seen: bool [R, s * T], which tokens count; None = all.
     """
 
-    def __init__(self, runs, start, distance, n, tokens, valid):
-        self.runs, self.start, self.distance, self.blocks = runs, start, distance, -(-n // tokens)
+    def __init__(self, runs, start, distance, first, n, tokens, valid):
+        """The chunk from token `first` on of runs of n tokens, the first of which starts with block `start`."""
+        n = min(n - first, max(1, _TOKENS // tokens) * tokens)
+        self.runs, self.start, self.distance, self.blocks = runs, start + first // tokens, distance, -(-n // tokens)
+        self.columns = slice(first, first + self.blocks * tokens)
         self.shape, self.seen = (runs.stop - runs.start, self.blocks), None
         if valid is None and n == self.blocks * tokens:
             return
         self.seen = torch.zeros(self.shape[0], self.blocks * tokens, dtype=torch.bool)
-        self.seen[:, :n] = True if valid is None else valid.flatten(0, 1)[runs, :n]
+        self.seen[:, :n] = True if valid is None else valid.flatten(0, 1)[runs, first : first + n]
 
     def of(self, x):
         """The blocks of a table [N, ..] as a view [R, s, ..]."""
@@ -103,7 +114,7 @@ def _attend(q, k, v, part, turn, softcap, shift):
         blocks = part.indices()
         key_corrections(scores, q, k, blocks)
     if turn is not None:
-        scores += turned_scores(q, *_turn_of(turn, part), slice(0, scores.shape[2]))
+        scores += turned_scores(q, *_turn_of(turn, part), part.columns)
     if shift is not None:
         scores += shift
     if softcap is not None:
@@ -130,13 +141,6 @@ def _turn_of(turn, part):
     return centre[part.runs], rates[part.runs], shown, axes
 
 
-def _room(numbers):
-    """Memory for a tile, which this thread keeps: fresh memory costs more than unpacking into it."""
-    if getattr(_kept, "numbers", 0) < numbers:
-        _kept.floats, _kept.numbers = torch.empty(numbers), numbers
-    return _kept.floats
-
-
 def _tiles(packed, part):
     """The codes of a part, a tile of blocks at a time: fp32 [R * s, T, D] in memory that the next tile overwrites.
 
@@ -148,7 +152,7 @@ def _tiles(packed, part):
     tokens, D, planes = packed.block, packed.head_dim, 8 // width(packed.bits)
     most = max(1, _TILE // (tokens * D))
     step, side = min(blocks, most), max(1, min(runs, most // blocks))  # blocks of a run; runs, where these are all
-    floats = _room(max(_TILE, side * step * tokens * D))
+    floats = torch.empty(side * step * tokens * D)
     for first, low in product(range(0, runs, side), range(0, blocks, step)):
         some, high = slice(first, min(first + side, runs)), min(low + step, blocks)
         count = (some.stop - first) * (high - low)

@@ -84,12 +84,15 @@ def _launch(k, v, keep):
     return Rows(k_out, v_out, *bounds)
 
 
-def compact(k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor, *, _backend: str | None = None) -> Rows:
+def compact(
+    k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor, *, check: bool = True, _backend: str | None = None
+) -> Rows:
     """Copy the kept tokens into new storage, order preserved.
 
     Args:
         k, v: [B, G, n, D], float16, bfloat16 or float32, any strides.
         keep: int64 [B, G, C], indices into n sorted ascending (dense), or bool [B, G, n] (ragged).
+        check: whether indices are looked at on a CPU; False for a caller that made them by arithmetic.
 
     Returns:
         `Rows`, dense or ragged after the kind of `keep`; new memory, contiguous.
@@ -104,6 +107,7 @@ def compact(k: torch.Tensor, v: torch.Tensor, keep: torch.Tensor, *, _backend: s
     B, G, n, _ = k.shape
     ragged = isinstance(keep, torch.Tensor) and keep.dtype == torch.bool
     check_tensor("keep", keep, (B, G, n if ragged else "C"), (torch.int64, torch.bool), k)
-    if not ragged and keep.device.type == "cpu" and keep.numel() and not (0 <= int(keep.min()) and int(keep.max()) < n):
+    looked_at = check and not ragged and keep.device.type == "cpu" and keep.numel()
+    if looked_at and not (0 <= int(keep.min()) and int(keep.max()) < n):
         raise ValueError(f"keep holds indices {int(keep.min())}..{int(keep.max())}; they must lie in 0..{n - 1}")
     return (_launch if use_triton(k, _backend) else reference)(k, v, keep)

@@ -47,7 +47,7 @@ def attention(
     rotary, norms, seen = (kwargs.pop(name, None) for name in (probes.ROTARY, probes.NORMS, CAPTURE))
     if not isinstance(key, View):
         if seen is not None:
-            seen[module.layer_idx] = key.detach()
+            seen[module.layer_idx] = key.detach(), query.detach()
         function = _eager(module) if before == "eager" else ALL_ATTENTION_FUNCTIONS[before]
         return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     wrong = [name for name in ("position_bias", "indices") if kwargs.get(name) is not None]
@@ -62,7 +62,7 @@ def attention(
 
 
 CAPTURE = "textkv_capture"
-"""Name of a dictionary that a plain call may pass down: it gets the keys of each layer, by the layer's number."""
+"""Name of a dictionary that a plain call may pass down: it gets each layer's keys and queries, by its number."""
 
 
 def mask(attention_mask: torch.Tensor | None = None, *, before: str, **kwargs: Any) -> Any:
@@ -72,6 +72,7 @@ def mask(attention_mask: torch.Tensor | None = None, *, before: str, **kwargs: A
         return Call(
             attention_mask, kwargs["q_length"], kwargs["kv_length"] - kwargs["q_length"],
             None if kwargs.get("allow_is_causal_skip", True) else kwargs["mask_function"],
+            local=kwargs.get("local_size") is not None,
         )  # fmt: skip
     if getattr(kwargs.get("config"), "kv_sharing_modes", None) is not None:
         # Such models cut the mask down to the last queries, unless it is None and the implementation is called sdpa.

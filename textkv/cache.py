@@ -69,8 +69,8 @@ class MethodCache(Cache):
         self.context.everything = layers
         if not governed and policy.evicts:
             warnings.warn(
-                f"{type(model).__name__} has no layer of full attention: all its layers forget by themselves, as far as "
-                f"their windows reach, and {policy.expression} governs none of them",
+                f"{type(model).__name__} has no layer of full attention: all its layers forget by themselves, as far "
+                f"as their windows reach, and {policy.expression} governs none of them",
                 stacklevel=2,
             )
         super().__init__(layers=layers)

@@ -46,12 +46,21 @@ class Call:
         function: transformers' mask function (batch, head, query column, key column) -> may see, if it is more than
             causality; None = it is not.
         last: only the last so many tokens are queries; None = all.
+        local: whether the model's mask knows the window of its layers. One that does not (Moshi) sees all that its
+            cache still holds.
     """
 
     def __init__(
-        self, mask: torch.Tensor | None, tokens: int, past: int, function: Callable | None, last: int | None = None
+        self,
+        mask: torch.Tensor | None,
+        tokens: int,
+        past: int,
+        function: Callable | None,
+        last: int | None = None,
+        local: bool = True,
     ) -> None:
         self.mask, self.tokens, self.past, self.function, self.last = mask, tokens, past, function, last
+        self.local = local
         self._known: Tokens | None = None
         self._given: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -87,7 +96,7 @@ class Call:
         others."""
         rows = index[2] if isinstance(index, tuple) and len(index) > 2 else slice(None)
         last = None if rows.start is None else -rows.start
-        part = Call(self.mask, self.tokens, self.past, self.function, last)
+        part = Call(self.mask, self.tokens, self.past, self.function, last, self.local)
         part._known = self._known
         return part
 
@@ -105,8 +114,9 @@ class Call:
     def _work_out(self, seen: torch.Tensor, real: torch.Tensor | None, device: torch.device) -> Tokens:
         batch, m = len(seen), self.tokens
         count = torch.arange(m, device=device)
-        alike = len(set(seen.tolist())) == 1
-        first = int(seen[0]) if alike else seen.to(device)[:, None]
+        rows = seen.tolist()
+        alike = len(set(rows)) == 1
+        first = rows[0] if alike else seen.to(device)[:, None]
         positions = (first + count).expand(batch, m) if alike else first + count
         hidden, came, columns, padded = None, None, real, False
         if self.mask is not None:

@@ -29,20 +29,36 @@ class DecodeEviction(Eviction):
     capabilities: ClassVar[Capabilities] = Capabilities(scores=True, decode_eviction=True, crop=False)
 
     @abstractmethod
-    def decode_score(self, layer: Layer, row: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    def decode_score(self, layer: Layer, row: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
         """Importance of the stored tokens after one decoded token, fp32 [batch, kv_heads, n], NEVER at holes.
 
         Args:
             row: fp32 [batch, heads, n], what the decoded token looked at (itself included).
-            keep: int64 [batch] on the CPU, how many tokens each row will keep.
+            keep: how many tokens each row will keep: one number for all, or int64 [batch] on the CPU.
         """
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
-        if self.budget.is_full:
+        if self.budget.is_full or self._drop_one(layer, query):
             return
         lengths = layer.lengths().amax(1, keepdim=True)
         counts = lengths - 1 if self.budget.tokens is None else lengths.clamp(max=self.budget.tokens)
+        if layer.came is not None:  # a row that got only padding has nothing to make room for
+            counts = torch.where(layer.came[:, None] > 0, counts, lengths)
         self.drop(layer, attention_row(layer, query), counts)
+
+    def _drop_one(self, layer: Layer, query: torch.Tensor) -> bool:
+        """The common case, in which the host knows all lengths: nothing is asked of the device. Returns whether it is
+        that."""
+        n = layer.whole
+        if n is None or layer.came is not None:
+            return False
+        keep = n - 1 if self.budget.tokens is None else min(n, self.budget.tokens)
+        if keep < n - 1:
+            return False
+        scores = self.decode_score(layer, attention_row(layer, query), keep)
+        if keep < n:
+            layer.drop_lowest(scores)
+        return True
 
     def drop(self, layer: Layer, row: torch.Tensor, counts: torch.Tensor) -> None:
         """Takes note of what one decoded token looked at and keeps the `counts` best tokens.
@@ -63,28 +79,55 @@ def attention_row(layer: Layer, query: torch.Tensor) -> torch.Tensor:
         query: [batch, heads, 1, head_dim] of the token stored last; the layer holds the same number of slots per head.
     """
     held = layer.stored()
+    how = {"scale": layer.scale, "softcap": layer.softcap}
+    if layer.whole is not None:
+        return last_row(query, held.keys, **how)
     real = held.positions >= 0
-    return window_mass(query, held.keys, scale=layer.scale, valid=None if bool(real.all()) else real)
+    return window_mass(query, held.keys, valid=None if bool(real.all()) else real, **how)
+
+
+def last_row(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    """`window_mass` of one query over keys without holes: on a CPU one product, for a kernel's checks cost more."""
+    if keys.is_cuda or keys.dtype != torch.float32 or softcap is not None:
+        return window_mass(query, keys, scale=scale, softcap=softcap)
+    groups = query.view(*keys.shape[:2], -1, keys.shape[3])
+    return (groups @ keys.mT).mul_(scale).softmax(-1).flatten(1, 2)
+
+
+def holed(layer: Layer, keep: torch.Tensor | int) -> torch.Tensor | None:
+    """Positions of `layer.stored()`, or None where one number `keep` says that there is no hole among them."""
+    return None if isinstance(keep, int) else layer.held_positions()
 
 
 def accumulate(layer: Layer, name: str, mass: torch.Tensor) -> torch.Tensor:
-    """Adds `mass` fp32 [batch, kv_heads, n] to the layer's mark `name` and returns the sum."""
+    """Adds `mass` fp32 [batch, kv_heads, n] to the layer's statistic `name` and returns the sum."""
     layer.statistics[name] = layer.statistic(name) + mass
     return layer.statistics[name]
 
 
 def protect(
-    scores: torch.Tensor, positions: torch.Tensor, first: int | torch.Tensor, last: int | torch.Tensor
+    scores: torch.Tensor, positions: torch.Tensor | None, first: int | torch.Tensor, last: int | torch.Tensor
 ) -> torch.Tensor:
     """Scores [batch, kv_heads, n] with each row's `first` oldest and `last` newest tokens (int64 [batch] or one number)
-    PROTECTED and its holes NEVER."""
+    PROTECTED and its holes NEVER.
+
+    Args:
+        positions: int32 [batch, kv_heads, n], -1 = hole; None = there are none, and `first` and `last` are numbers.
+    """
+    if positions is None:
+        scores = scores.clone()
+        scores[..., :first] = PROTECTED
+        scores[..., max(0, scores.shape[-1] - last) :] = PROTECTED
+        return scores
     first, last = (torch.as_tensor(x, device=scores.device).view(-1, 1, 1) for x in (first, last))
     real = positions >= 0
     age, youth = real.cumsum(-1), real.flip(-1).cumsum(-1).flip(-1)
     return scores.masked_fill((age <= first) | (youth <= last), PROTECTED).masked_fill(~real, NEVER)
 
 
-def part_of(keep: int | torch.Tensor, share: float) -> torch.Tensor:
-    """floor(share * keep) of the kept tokens, never less than 1: int64, shaped like `keep`."""
+def part_of(keep: int | torch.Tensor, share: float) -> int | torch.Tensor:
+    """floor(share * keep) of the kept tokens, never less than 1: like `keep`, a number or int64 of its shape."""
     # The tiny addend undoes binary rounding: 0.29 * 100 is 28.999999999999996, and 29 was asked for.
+    if isinstance(keep, int):
+        return max(1, int(keep * share + 1e-9))
     return (torch.as_tensor(keep).double() * share + 1e-9).long().clamp(min=1)

@@ -8,6 +8,7 @@ What cannot be described is refused here, by name, when a cache is built.
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass, field
 from functools import cache as memo
 from typing import Any, Literal
@@ -114,6 +115,16 @@ def _source(cls: type) -> str:
         return ""
 
 
+@memo
+def _changes_what_is_stored(cls: type) -> bool:
+    """Whether a forward touches keys or values after the cache has given them back, other than to hand them on."""
+    source = re.sub(r"#.*", "", _source(cls))
+    behind = source.partition("past_key_values.update(")[2].partition(")")[2]
+    between = behind.partition("attention_interface(")[0]
+    lines = [line for line in between.splitlines() if "shared_kv_states[" not in line]
+    return any(re.search(r"\b(key|value)_(states|layer)\b", line) for line in lines)
+
+
 def describe(model: PreTrainedModel) -> tuple[LayerKind, ...]:
     """What each layer of the model's text decoder is.
 
@@ -157,6 +168,10 @@ def _refuse_model(decoder: PreTrainedModel, config: PreTrainedConfig, who: str) 
         raise ValueError(
             f"{who} does not take its attention from transformers' registry, so no cache can attend for it"
         )
+    if getattr(config, "cross_attention_layers", None) is not None:
+        raise ValueError(
+            f"{who} keeps the keys of images for cross attention in the same cache: not supported by this one"
+        )
     if getattr(config, "kv_lora_rank", None):
         raise ValueError(f"{who} compresses keys and values into one latent (MLA): not supported by this cache")
 
@@ -166,6 +181,13 @@ def _refuse_layer(module: torch.nn.Module | None, number: int, who: str) -> None
         raise ValueError(
             f"{who}: layer {number} does not hand its attention to transformers' registry, so no cache can attend "
             "for it"
+        )
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"{who}: layer {number} attends in both directions: its past changes with every token")
+    if _changes_what_is_stored(type(module)):
+        raise ValueError(
+            f"{who}: layer {number} touches keys or values between storing them and attending, which a cache that "
+            "attends for itself cannot follow"
         )
     for name in _ATTENTION_EXTRAS:
         if f"{name}=" in _source(type(module)):

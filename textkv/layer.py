@@ -259,7 +259,7 @@ class Layer(CacheLayerMixin):
             rope = None if rotary is None else rotary[0].expand(len(q), -1)
             view.step = Step(
                 q, k, v, tokens.positions, scale, tokens.padded, rope if self.context.needs.rope else None, softcap,
-                tokens.hidden, tokens.visible,
+                tokens.hidden, tokens.visible, getattr(mask, "local", True),
             )  # fmt: skip
             if self.context.table is not None and self.kind.number == self.context.first:
                 self.context.table.write(tokens.positions, self.seen + q.shape[2], rotary)
@@ -435,11 +435,23 @@ class Layer(CacheLayerMixin):
         parts = [segment.held_positions() for segment in self.segments]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
+    @property
+    def whole(self) -> int | None:
+        """Slots of a layer that is one rectangle of tokens, as far as the host knows; None = there are holes, or
+        several segments. What a method asks at every decoded token is answered from this, not by the device."""
+        segment = self.segments[0]
+        if len(self.segments) == 1 and isinstance(segment, DenseSegment) and not segment.holes:
+            return segment.used
+        return None
+
     def statistic(self, name: str) -> torch.Tensor:
         """The numbers that a method keeps per stored token: fp32 [batch, stored heads, n], slot by slot of `stored()`.
         They move and go with their tokens; a token that came since they were set, or a hole, has 0. Set them through
         `statistics[name]`.
         """
+        if self.whole is not None and name in self.statistics:
+            known = self.statistics[name]
+            return known if known.shape[-1] == self.whole else F.pad(known, (0, self.whole - known.shape[-1]))
         positions = self.held_positions()
         known = self.statistics.get(name, positions.new_zeros((*positions.shape[:2], 0), dtype=torch.float32))
         known = known[..., : positions.shape[-1]]
@@ -458,6 +470,18 @@ class Layer(CacheLayerMixin):
         self.since_eviction = 0
         pick = index.expand(-1, before.shape[1], -1)
         self.context.method.on_evict(self, before.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, -1))
+
+    def drop_lowest(self, scores: torch.Tensor) -> None:
+        """Lets go of the one token of each head with the lowest score, fp32 [batch, stored heads, n], in a layer that
+        is `whole`; of equal ones the newest. Asks nothing of the device."""
+        n = scores.shape[-1]
+        victim = n - 1 - scores.flip(-1).argmin(-1, keepdim=True)
+        slots = torch.arange(n - 1, device=scores.device)
+        index = slots + (slots >= victim)
+        self.statistics = {name: self.statistic(name).gather(-1, index) for name in self.statistics}
+        self.segments[0].pick(index)
+        self.since_eviction = 0
+        self.context.method.on_evict(self, self.segments[0].held_positions())
 
     def keep_mask(self, mask: torch.Tensor) -> None:
         """Keeps the slots where bool [batch, kv_heads, n] is True, each head its own number of them."""

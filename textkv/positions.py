@@ -127,6 +127,18 @@ class RotarySpec:
         order = self._order.to(x.device)
         return rotate(x[..., order], delta, inv_freq)[..., order.argsort()]
 
+    def turn_query(self, q: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """`turn` for a decoded token's query [batch, heads, 1, head_dim] and delta [batch, 1]: the same angles in
+        double, in as few operations as can be, because every layer does it at every token."""
+        if q.is_cuda or self._order is not None or not self.inv_freq.numel():
+            return self.turn(q, delta)
+        angle = delta[:, None, :, None] * self.inv_freq.double()
+        cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
+        first, second, still = q.split(
+            (len(self.inv_freq), len(self.inv_freq), q.shape[-1] - 2 * len(self.inv_freq)), -1
+        )
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, still], -1)
+
     def _halves_order(self) -> torch.Tensor:
         """The dims in the order in which the pairs lie as halves, those that stand still last."""
         moved = torch.cat([self.first, self.second])

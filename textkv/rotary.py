@@ -50,7 +50,9 @@ def proven(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, RotarySpe
                     f"{type(model).__name__}: the keys of layer {number} cannot be looked at, because the model passes "
                     "no named arguments down to its attention; use positions='original', or a method that moves no keys"
                 )
-            known[number] = _fitting(decoder, number, before[number].float(), after[number].float())
+            (key, query), (moved_key, moved_query) = before[number], after[number]
+            known[number] = _fitting(decoder, number, key.float(), moved_key.float())
+            _check_queries(decoder, number, query.float(), moved_query.float())
     return {number: known[number] for number in layers}
 
 
@@ -132,15 +134,15 @@ def _tables(decoder: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def _keys(decoder: torch.nn.Module, start: int) -> dict[int, torch.Tensor]:
-    """The keys [1, kv_heads, tokens, head_dim] of each layer for a few tokens at positions from `start` on."""
+def _keys(decoder: torch.nn.Module, start: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and queries [1, heads, tokens, head_dim] of each layer for a few tokens at positions from `start` on."""
     config = text_config(decoder)
     device = next(decoder.parameters()).device
     ids = (torch.arange(_TOKENS, device=device)[None] * 7 + 11) % config.vocab_size
     at = torch.arange(start, start + _TOKENS, device=device)[None]
     if axes_of(decoder) is not None:
         at = at.expand(3, 1, -1)
-    seen: dict[int, torch.Tensor] = {}
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     training = decoder.training
     decoder.eval()
     try:
@@ -149,6 +151,16 @@ def _keys(decoder: torch.nn.Module, start: int) -> dict[int, torch.Tensor]:
     finally:
         decoder.train(training)
     return seen
+
+
+def _check_queries(decoder: torch.nn.Module, number: int, before: torch.Tensor, after: torch.Tensor) -> None:
+    """Raises ValueError where queries grow with their position: then a moved key is not all that a move changes."""
+    bound = 1e-5 if before.dtype == torch.float32 and next(decoder.parameters()).dtype == torch.float32 else 2e-2
+    if float((before.norm(dim=-1) / after.norm(dim=-1) - 1).abs().max()) > bound:
+        raise ValueError(
+            f"{type(decoder).__name__}: layer {number} scales its queries by their position, so that closing gaps "
+            "between keys would change its answers; use positions='original', or a method that moves no keys"
+        )
 
 
 def _fitting(decoder: torch.nn.Module, number: int, before: torch.Tensor, after: torch.Tensor) -> RotarySpec:

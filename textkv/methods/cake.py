@@ -22,6 +22,7 @@ import torch
 from kernels import window_mass
 from textkv.budgets import apportion
 from textkv.context import Context
+from textkv.decode_eviction import last_row
 from textkv.eviction import NEVER, Eviction, keep_best
 from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
@@ -213,6 +214,13 @@ class Cake(Eviction):
         """Drop what the decoded token looks at least, outside the window."""
         if self.decode == "none" or self.budget.is_full:
             return
+        n = layer.whole
+        if self.budget.tokens is None and n is not None and layer.came is None:
+            scorer = LastQuery(window=self.window, kernel=self.kernel)
+            layer.drop_lowest(
+                scorer.of_row(last_row(query, layer.stored().keys, layer.scale, layer.softcap), layer.kv_heads)
+            )
+            return
         lengths = layer.lengths().amax(1, keepdim=True)
         counts = self._limits(layer, lengths)
         if bool((lengths > counts).any()):
@@ -272,10 +280,13 @@ class LastQuery(Eviction):
     kernel: int = 5
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        return self.of_row(window_mass(evidence.queries, held.keys, scale=evidence.scale), held.keys.shape[1])
+
+    def of_row(self, row: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """Scores fp32 [batch, kv_heads, n] from what the token looked at, [batch, heads, n]."""
         # One token leaves: the window must spare one to keep and one to drop.
-        window = max(0, min(self.window, held.keys.shape[2] - 2))
-        mass = window_mass(evidence.queries, held.keys, scale=evidence.scale)
-        past = group_mean(mass, held.keys.shape[1])[..., : held.keys.shape[2] - window]
+        window = max(0, min(self.window, row.shape[-1] - 2))
+        past = group_mean(row, kv_heads)[..., : row.shape[-1] - window]
         return with_window(pool(past, self.kernel), window)
 
 

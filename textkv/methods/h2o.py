@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from textkv.decode_eviction import DecodeEviction, accumulate, part_of, protect
+from textkv.decode_eviction import DecodeEviction, accumulate, holed, part_of, protect
 from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
 from textkv.method import register
@@ -58,6 +58,6 @@ class H2O(DecodeEviction):
             total = accumulate(layer, MARK, evidence.columns)
             super().on_prefill_end(layer, replace(evidence, columns=total))
 
-    def decode_score(self, layer: Layer, row: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    def decode_score(self, layer: Layer, row: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
         total = accumulate(layer, MARK, group_mean(row, layer.kv_heads))
-        return protect(total, layer.stored().positions, 0, part_of(keep, self.recent))
+        return protect(total, holed(layer, keep), 0, part_of(keep, self.recent))

@@ -46,8 +46,11 @@ class TOVA(DecodeEviction):
         row = window_mass(evidence.queries[:, :, -1:], held.keys, scale=evidence.scale)
         return self._shared(row, held.positions, torch.tensor([keep]))
 
-    def decode_score(self, layer: Layer, row: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        return self._shared(row, layer.stored().positions, keep)
+    def decode_score(self, layer: Layer, row: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
+        if isinstance(keep, int):
+            shared = row.mean(1, keepdim=True).expand(-1, layer.kv_heads, -1)
+            return protect(shared, None, 0, min(keep, self.recent)) if self.recent else shared
+        return self._shared(row, layer.held_positions(), keep)
 
     def _shared(self, row: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """One query's row [batch, heads, n] -> the same scores for every head of `positions` [batch, kv_heads, n]."""

@@ -39,6 +39,7 @@ class Step:
         hidden: bool [batch, p], True at logical positions whose tokens this forward may not see although they are
             stored: the caller's mask has a zero there. Positions from p on may be seen. None = all may.
         visible: bool [batch or 1, m, m], which new token (row) sees which (column); None = each sees those before it.
+        local: whether a layer's window narrows what a token sees; False = it sees all that the layer holds.
     """
 
     q: torch.Tensor
@@ -51,6 +52,7 @@ class Step:
     softcap: float | None = None
     hidden: torch.Tensor | None = None
     visible: torch.Tensor | None = None
+    local: bool = True
 
 
 @dataclass(frozen=True)

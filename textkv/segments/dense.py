@@ -73,6 +73,12 @@ class DenseSegment(Segment):
         self.used = index.shape[-1]
         self.holes = bool((self.positions < 0).any())
 
+    def pick(self, index: torch.Tensor) -> None:
+        """`keep` for slots int64 [batch, kv_heads, c] without a hole among them, in a segment without holes."""
+        rows = compact(self._k(), self._v(), index, check=False)
+        self.positions = self.held_positions().gather(-1, index)
+        self.k, self.v, self.used = rows.k, rows.v, index.shape[-1]
+
     def keep_mask(self, mask: torch.Tensor) -> Segment:
         counts = mask.sum(-1)
         if bool((counts == counts[:, :1]).all()):

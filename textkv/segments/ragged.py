@@ -75,9 +75,19 @@ class RaggedSegment(Segment):
         gone = torch.full((len(self._lengths), 1), tokens) if real is None else real[:, None]
         self._lengths = self._lengths - gone
         self.length = self._lengths.view(-1).to(self.length.device, torch.int32)
+        self._slack = int((self._capacity - self._lengths).min())
 
     def append(self, step: Step) -> None:
         batch, heads, m, dim = step.k.shape
+        if m == 1 and not step.padded and self._slack > 0:
+            # Every region has room for one more, as the host knows: one row for each.
+            slots = self.start + self.length
+            self.k[slots], self.v[slots] = step.k.reshape(-1, dim), step.v.reshape(-1, dim)
+            self.positions[slots] = step.positions.expand(batch, heads).reshape(-1)
+            self.length += 1
+            self._lengths = self._lengths + 1
+            self._slack -= 1
+            return
         real = step.positions >= 0
         came = real.sum(1).cpu()[:, None] if step.padded else torch.full((batch, 1), m)
         if bool((self._lengths + came > self._capacity).any()):
@@ -92,6 +102,7 @@ class RaggedSegment(Segment):
         self.positions[slots] = step.positions[:, None].expand(batch, heads, m)[taken]
         self._lengths = self._lengths + came
         self.length = self._lengths.view(-1).to(self.k.device, torch.int32)
+        self._slack = int((self._capacity - self._lengths).min())
 
     def _move(self, regions: torch.Tensor, capacity: torch.Tensor) -> None:
         """New region i is a copy of old region regions[i], with room for capacity[i] tokens."""
@@ -114,6 +125,7 @@ class RaggedSegment(Segment):
 
     def _place(self) -> None:
         """Regions one after another, by capacity."""
+        self._slack = int((self._capacity - self._lengths).min()) if self._lengths.numel() else 0
         ends = self._capacity.view(-1).cumsum(0)
         self.start = (ends - self._capacity.view(-1)).to(self.k.device)
         self.length = self._lengths.view(-1).to(self.k.device, torch.int32)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import decode_attention, merge
+from kernels.merge import joined
 from textkv.positions import RotarySpec
 from textkv.segments.base import Segment, Step, Stored, register_segment, shown
 
@@ -186,9 +187,11 @@ class RingSegment(Segment):
         if self.rotary is None or not self.sinks or not self._has_gap():
             return decode_attention(q, self.k[:, :, :used], self.v[:, :, :used], valid=valid, **how)
         parts = []
-        for query, part in ((self._turned(q), slice(0, self.sinks)), (q, slice(self.sinks, used))):
+        for query, part in ((self._turned(q, hidden, within), slice(0, self.sinks)), (q, slice(self.sinks, used))):
             seen = None if valid is None else valid[:, part]
             parts.append(decode_attention(query, self.k[:, :, part], self.v[:, :, part], valid=seen, **how))
+        if valid is None and not q.is_cuda:
+            return joined(parts[0][0], parts[1][0], parts[0][1], parts[1][1])
         return merge([out for out, _ in parts], [lse for _, lse in parts])
 
     def _visible(self, hidden: torch.Tensor | None, within: bool) -> tuple[int, torch.Tensor | None]:
@@ -204,8 +207,12 @@ class RingSegment(Segment):
         """Whether anything can lie between the sinks and the ring."""
         return self.even is None or self.even > self.sinks + self.size - 1
 
-    def _turned(self, q: torch.Tensor) -> torch.Tensor:
+    def _turned(self, q: torch.Tensor, hidden: torch.Tensor | None, within: bool) -> torch.Tensor:
         """The queries turned back by the gap of their rows."""
+        if within and self.even is not None and hidden is None and q.shape[2] == 1:
+            # The oldest token of a full ring lies where the next one will be written.
+            first = self.rope[:, self._slot(self.even) : self._slot(self.even) + 1]
+            return self.rotary.turn_query(q, self.gap_start[:, None] - first)
         held = self.positions[:, self.sinks :] >= 0
         first = self.rope[:, self.sinks :].masked_fill(~held, _FAR).amin(1, keepdim=True)
         return self.rotary.turn(q, -self._gap(first).expand(-1, q.shape[2]))

@@ -52,6 +52,8 @@ class WindowSegment(DenseSegment):
         return self.attend(step.q, step.scale, softcap=step.softcap, hidden=step.hidden)
 
     def read(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not step.local:
+            return super().read(step, need_lse)
         within = self._narrowed(step)
         if self.used == self.first:
             return block_attention(within, need_lse)

@@ -73,7 +73,9 @@ def test_the_fit_is_nearly_the_best_of_its_rank():
     a, p = low_rank(plain, 4, rounds=3)
     u, s, v = torch.linalg.svd(plain, full_matrices=False)
     best = float((s[:, 4:] ** 2).sum().sqrt())
-    assert best <= float((plain - a @ p.mT).norm()) < 1.02 * best
+    assert (
+        0.999 * best < float((plain - a @ p.mT).norm()) < 1.02 * best
+    )  # it comes within 1e-5, which rounding can cross
 
 
 def test_a_row_gets_what_it_would_get_alone():
