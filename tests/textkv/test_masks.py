@@ -45,7 +45,9 @@ def test_a_row_that_ended_early_and_was_filled(kind, method, budget):
     both = []
     for held in (ours, plain):
         turn = torch.cat([mask, mask.new_ones(2, 4)], 1)
-        both.append(torch.cat([kinds.logits(model, more[:, :4], held, turn), kinds.steps(model, more[:, 4:], held, turn)], 1))
+        both.append(
+            torch.cat([kinds.logits(model, more[:, :4], held, turn), kinds.steps(model, more[:, 4:], held, turn)], 1)
+        )
     close(*both)
 
 
@@ -100,7 +102,7 @@ def turns_of(pad: int):
     return first, second, mask
 
 
-@pytest.mark.parametrize("budget", [0.4, "25t"])
+@pytest.mark.parametrize("budget", [0.4, "40t"])
 @pytest.mark.parametrize("method", VOTING)
 def test_padding_of_a_later_turn_never_votes(method, budget):
     model, kept, answers = kinds.model_of_kind("dense"), [], []
@@ -209,7 +211,9 @@ def vision_gemma():
         num_key_value_heads=2, head_dim=16, sliding_window=8, query_pre_attn_scalar=16,
         layer_types=["sliding_attention", "full_attention"] * 2, max_position_embeddings=512,
     )  # fmt: skip
-    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=7)
+    vision = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=7
+    )
     config = Gemma3Config(
         text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_id=95, image_token_index=95,
         boi_token_index=93, eoi_token_index=94, attn_implementation="eager",
@@ -225,7 +229,9 @@ def vision_gemma():
 def picture(model, seed: int, text: int):
     """ids [1, text + 6 + 3] with one image, its pixels, and which tokens are the image's."""
     image = model.config.image_token_id
-    ids = torch.cat([kinds.ids(text, seed=seed), torch.tensor([[93] + [image] * 4 + [94]]), kinds.ids(3, seed=seed + 9)], 1)
+    ids = torch.cat(
+        [kinds.ids(text, seed=seed), torch.tensor([[93] + [image] * 4 + [94]]), kinds.ids(3, seed=seed + 9)], 1
+    )
     pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "pixel_values": pixels, "token_type_ids": (ids == image).long()}
 
@@ -243,7 +249,26 @@ def test_images_that_see_themselves_both_ways(method, budget, text):
         out = [model(**first, past_key_values=held).logits]
         causal = model(**(first | {"token_type_ids": torch.zeros_like(first["token_type_ids"])})).logits
         assert float((out[0] - causal).abs().max()) > 1e-2, "both ways or not makes no difference: nothing is tested"
-        out += [model(kinds.ids(1, seed=i), past_key_values=held, token_type_ids=torch.zeros(1, 1).long()).logits for i in (3, 4)]
+        out += [
+            model(kinds.ids(1, seed=i), past_key_values=held, token_type_ids=torch.zeros(1, 1).long()).logits
+            for i in (3, 4)
+        ]
         out.append(model(**second, past_key_values=held).logits)
         both.append(torch.cat(out, 1))
     close(*both)
+
+
+@pytest.mark.parametrize("method", ["h2o", "d2o", "h2o+mikv(16,2)"])
+def test_padding_adds_nothing_to_sums_of_attention(method):
+    model, sums = kinds.model_of_kind("dense"), []
+    for pad in (0, 7):
+        held = MethodCache(model, method, 0.5)
+        kinds.logits(model, kinds.ids(40, 2), held)
+        mask = torch.ones(2, 41, dtype=torch.int64)
+        mask[1, 40] = 0
+        before = [{name: x.clone() for name, x in layer.statistics.items()} for layer in held.context.layers]
+        kinds.logits(model, torch.tensor([[5], [pad]]), held, mask)
+        sums.append([{name: x[1] for name, x in layer.statistics.items()} for layer in held.context.layers])
+    assert before[0], "the method keeps no sums: nothing is tested"
+    for one, other in zip(*sums, strict=True):
+        assert all(torch.equal(one[name].nan_to_num(), other[name].nan_to_num()) for name in one)
