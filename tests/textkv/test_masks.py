@@ -169,7 +169,7 @@ def additive(visible: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("method", "budget"), EXACT)
 @pytest.mark.parametrize("dtype", ["bool", "float"])
 def test_a_mask_of_the_callers_own(kind, method, budget, dtype):
-    """A tree of drafts: three branches after a prompt, of which each sees itself and the prompt, but for one passage."""
+    """A tree of drafts after a prompt: each branch sees itself and the prompt, but for one passage."""
     if method == "streaming_llm":
         pytest.skip("its band has no place for a tree")
     model = kinds.model_of_kind(kind)
