@@ -69,17 +69,25 @@ def mask(attention_mask: torch.Tensor | None = None, *, before: str, **kwargs: A
     """The mask of a forward: a `Call` where one of our layers told the sizes, else what the model had before."""
     # Our layers give False for the offset: arithmetic takes it for 0, and nobody else gives it.
     if kwargs.get("kv_offset") is False:
-        return Call(
-            attention_mask, kwargs["q_length"], kwargs["kv_length"] - kwargs["q_length"],
-            None if kwargs.get("allow_is_causal_skip", True) else kwargs["mask_function"],
-            local=kwargs.get("local_size") is not None,
-        )  # fmt: skip
+        function = None if kwargs.get("allow_is_causal_skip", True) else kwargs["mask_function"]
+        local = kwargs.get("local_size") is not None or _hides_the_first(function, kwargs["kv_length"] - 1, kwargs)
+        past = kwargs["kv_length"] - kwargs["q_length"]
+        return Call(attention_mask, kwargs["q_length"], past, function, local=local)
     if getattr(kwargs.get("config"), "kv_sharing_modes", None) is not None:
         # Such models cut the mask down to the last queries, unless it is None and the implementation is called sdpa.
         kwargs["allow_is_causal_skip"] = False
     if before not in ALL_MASK_ATTENTION_FUNCTIONS:
         return None
     return ALL_MASK_ATTENTION_FUNCTIONS[before](attention_mask=attention_mask, **kwargs)
+
+
+def _hides_the_first(function: Any, last: int, kwargs: dict) -> bool:
+    """Whether a mask function knows a window of which nothing else tells (Gemma 3 with images): column `last` may not
+    see the first one. Where it may, a window is too wide to matter."""
+    if function is None:
+        return False
+    none = torch.zeros((), dtype=torch.long, device=kwargs.get("device"))
+    return not bool(function(none, none, none + last, none))
 
 
 def use(model: PreTrainedModel) -> PreTrainedModel:

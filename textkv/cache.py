@@ -378,7 +378,7 @@ class MethodCache(Cache):
 
     def save(self, folder: str | Path) -> None:
         """Writes the cache as safetensors and JSON, beside what is there, and renames when all is written."""
-        store.save(self.context, Path(folder))
+        store.save(self.context, Path(folder), self._model())
 
     @classmethod
     def load(cls, folder: str | Path, model: PreTrainedModel) -> MethodCache:

@@ -75,6 +75,8 @@ class DecodeEviction(Eviction):
 def attention_row(layer: Layer, query: torch.Tensor) -> torch.Tensor:
     """What a decoded token looked at: fp32 [batch, heads, n of layer.stored()], each row sums to 1, 0 at holes.
 
+    A row of the batch to which the step brought padding has 0 everywhere.
+
     Args:
         query: [batch, heads, 1, head_dim] of the token stored last; the layer holds the same number of slots per head.
     """
@@ -83,7 +85,11 @@ def attention_row(layer: Layer, query: torch.Tensor) -> torch.Tensor:
     if layer.whole is not None:
         return last_row(query, held.keys, **how)
     real = held.positions >= 0
-    return window_mass(query, held.keys, valid=None if bool(real.all()) else real, **how)
+    row = window_mass(query, held.keys, valid=None if bool(real.all()) else real, **how)
+    if layer.came is None:
+        return row
+    # Padding looks at nothing.
+    return row.masked_fill((layer.came == 0).to(row.device)[:, None, None], 0)
 
 
 def last_row(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:

@@ -23,17 +23,18 @@ from textkv.segments.base import SEGMENTS
 
 FORMAT = 2
 FILE = "cache.safetensors"
+_FIELDS = {"method": str, "budget": str, "model": dict, "spans": list, "block_end": int, "layers": list}
 _OWN = ("conv_states", "recurrent_states")
 _FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
 
 
-def save(context: Context, folder: Path) -> None:
-    """Writes the file into `folder`, which is made if missing."""
+def save(context: Context, folder: Path, model: PreTrainedModel | None = None) -> None:
+    """Writes the file into `folder`, which is made if missing. The model, if it is still there, tells its dtype."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     header = {
         "format": FORMAT, "method": context.method.expression, "budget": str(context.method.budget),
-        "model": _shape_of(context), "spans": context.spans, "block_end": context.block_end,
+        "model": _shape_of(context, model), "spans": context.spans, "block_end": context.block_end,
         "layers": [_pack_layer(layer, number, tensors) for number, layer in enumerate(context.everything)],
     }  # fmt: skip
     if context.table is not None and context.table.table is not None:
@@ -66,10 +67,13 @@ def read_header(folder: Path) -> dict[str, Any]:
         header = json.loads(said["header"])
         if header["format"] != FORMAT:
             raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
+        wrong = [name for name, kind in _FIELDS.items() if not isinstance(header.get(name), kind)]
+        if wrong:
+            raise ValueError(f"its header has no {wrong[0]}, or one of the wrong type")
         if _checksum(said["header"], tensors) != said["checksum"]:
             raise ValueError("its checksum does not fit: it was changed after it was written")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged or no saved cache: {error}") from None
+        raise ValueError(f"{path} is damaged or no saved cache: {_line(error)}") from None
     return header | {"tensors": tensors}
 
 
@@ -79,12 +83,19 @@ def fill(context: Context, folder: Path, header: dict[str, Any], model: PreTrain
     Raises:
         ValueError: saved from a model of another shape or dtype, or by a segment that is not known here.
     """
-    if header["model"] != _shape_of(context):
-        mine = _shape_of(context)
+    mine = _shape_of(context, model)
+    if header["model"] != mine:
         wrong = next(name for name in mine if header["model"].get(name) != mine[name])
         raise ValueError(
             f"{folder} was saved from another model: {wrong} was {header['model'].get(wrong)}, here it is {mine[wrong]}"
         )
+    try:
+        _fill(context, header, model)
+    except (KeyError, TypeError, AttributeError, IndexError, StopIteration, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder} is no whole cache of {header['method']}: {_line(error)}") from None
+
+
+def _fill(context: Context, header: dict[str, Any], model: PreTrainedModel) -> None:
     tensors = {name: x.to(model.device) for name, x in header["tensors"].items()}
     context.spans = [[tuple(span) for span in row] for row in header["spans"]]
     context.block_end, context.real = header["block_end"], tensors.get("real")
@@ -93,11 +104,18 @@ def fill(context: Context, folder: Path, header: dict[str, Any], model: PreTrain
     for number, (layer, saved) in enumerate(zip(context.everything, header["layers"], strict=True)):
         _unpack_layer(layer, saved, number, tensors, context)
     own = [layer for layer in context.everything if hasattr(layer, "segments")]
-    for before, layer in pairwise(own):
+    for before, layer in pairwise(context.layers):  # neighbours in the method's eyes; others share nothing
         for segment in layer.segments:
             segment.rejoin(before.segments)
     for layer in own:
         layer.device = next((x.device for x in layer.tensors().values()), model.device)
+        if layer.is_initialized and len(layer.held_positions()) != len(layer.real_seen):
+            raise ValueError(f"layer {layer.kind.number} has tokens of {len(layer.held_positions())} rows")
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _pack_layer(layer: Any, number: int, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -161,14 +179,16 @@ def _own(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tenso
     return {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}
 
 
-def _shape_of(context: Context) -> dict[str, Any]:
+def _shape_of(context: Context, model: PreTrainedModel | None) -> dict[str, Any]:
     """What must be equal for a cache to fit a model."""
     config = context.config
+    # The configuration keeps the dtype that the model was made in, whatever `.half()` did to it.
+    dtype = getattr(config, "dtype", None) if model is None else model.dtype
     names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
     return {
         "model_type": config.model_type,
         "kinds": [[kind.name, kind.window] for kind in context.kinds],
-        "dtype": str(getattr(config, "dtype", None)),
+        "dtype": str(dtype),
     } | {name: getattr(config, name, None) for name in names}
 
 

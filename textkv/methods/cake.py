@@ -170,8 +170,11 @@ class Cake(Eviction):
             real = held.positions[row, 0] >= 0
             slots = slice(None) if bool(real.all()) else real  # a mask would copy the keys even if it hides none
             keys = held.keys[row : row + 1, :, slots]
+            if evidence.idle is not None and evidence.idle[row]:  # the block brought it nothing: it keeps what it has
+                claims.append(Claim(0.0, 0, 0, keys.shape[2]))
+                continue
             keep = self.budget.count(seen)
-            queries = fit_window(evidence.queries[row : row + 1], keys.shape[2], keep)
+            queries = fit_window(evidence.queries_of(row), keys.shape[2], keep)
             window = queries.shape[2]
             past, (preference,) = self.look(queries, keys, evidence.scale)
             if not math.isfinite(preference):
@@ -223,6 +226,8 @@ class Cake(Eviction):
             return
         lengths = layer.lengths().amax(1, keepdim=True)
         counts = self._limits(layer, lengths)
+        if layer.came is not None:  # a row that got only padding has nothing to make room for
+            counts = torch.where(layer.came[:, None] > 0, counts, lengths)
         if bool((lengths > counts).any()):
             scorer = LastQuery(window=self.window, kernel=self.kernel)
             keep_best(layer, scorer.scores(layer, Evidence(query, layer.scale, layer.real_seen)), counts)

@@ -150,10 +150,8 @@ class SplitSegment(Segment):
 
     def _share(self, step: Step, part: Part) -> Step:
         row, head = part.row, part.head
-        rope, hidden, visible = (
-            None if x is None else x if len(x) == 1 else x[row]
-            for x in (step.rope_positions, step.hidden, step.visible)
-        )
+        rope, hidden = (None if x is None else x[row] for x in (step.rope_positions, step.hidden))
+        visible = step.visible if step.visible is None or len(step.visible) == 1 else step.visible[row]
         return replace(
             step, q=self._queries(step.q, part), k=step.k[row, head][:, None], v=step.v[row, head][:, None],
             positions=step.positions[row], rope_positions=rope, hidden=hidden, visible=visible,
