@@ -12,7 +12,7 @@ from textkv import MethodCache
 
 GREEDY = dict(do_sample=False, max_new_tokens=12)
 CROPPING = [
-    ("full", None), ("snapkv", 0.4), ("adakv", 0.4), ("kivi(4)", None), ("pyramidkv", 0.5), ("snapkv+mikv(16,2)", 0.4),
+    ("full", None), ("snapkv", 0.4), ("adakv", 0.4), ("kivi(4)", None), ("pyramidkv", 0.5), ("snapkv+minicache", 0.4),
 ]  # fmt: skip
 
 
@@ -135,6 +135,7 @@ def test_drafts_equal_plain_greedy_decoding(method, budget, how):
     expected = model.generate(prompt, past_key_values=plain, **GREEDY)
     assert torch.equal(model.generate(prompt, past_key_values=drafted, **options), expected)
     more = torch.cat([expected, tiny.text_ids(6, seed=3)], 1)  # and a further turn goes on from the same state
+    drafted.begin(more)  # says that no draft comes next, but a prompt
     again = model.generate(more, past_key_values=drafted, **GREEDY)
     assert torch.equal(again, model.generate(more, past_key_values=plain, **GREEDY))
 
@@ -148,6 +149,18 @@ def test_who_evicts_while_decoding_refuses_drafts_at_once(method, how):
     with pytest.raises(ValueError, match="cannot take drafts back"):
         model.generate(tiny.text_ids(17).repeat(1, 3), past_key_values=cache, **options)
     assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("method", ["snapkv+mikv(16,2)", "mikv", "h2o+adakv"])
+def test_who_reads_all_queries_of_a_prompt_says_so(method):
+    model = kinds.model_of_kind("dense")
+    with pytest.raises(ValueError, match="read the prompt first|cannot take drafts back"):
+        model.generate(
+            tiny.text_ids(17).repeat(1, 3),
+            past_key_values=MethodCache(model, method, 0.4),
+            prompt_lookup_num_tokens=3,
+            **GREEDY,
+        )
 
 
 # ---- interruptions -----------------------------------------------------------------------------------------------
