@@ -240,7 +240,16 @@ class MethodCache(Cache):
         self._arrive("keys", layer_idx)
         if layer_idx == self.context.first:
             self._begin_forward()
+            self._check_drafts(key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_drafts(self, tokens: int) -> None:
+        if self.context.hold and not self.context.forwards and 0 < self.get_seq_length() < tokens:
+            raise ValueError(
+                f"{tokens} tokens came with the first drafts, and the cache holds {self.get_seq_length()} already: "
+                "transformers' decoding with drafts feeds the whole prompt, which would be there twice; give it an empty "
+                "cache"
+            )
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0):
         self._arrive(f"state {state_idx}", layer_idx)
@@ -315,8 +324,8 @@ class MethodCache(Cache):
         needs = self.context.needs
         if not self.get_seq_length() and (needs.columns or needs.query_moments is not None or needs.query_peaks):
             raise ValueError(
-                f"{self.method.expression} reads all queries of a prompt, and drafts arrive together with it; read the "
-                "prompt first: model(input_ids[:, :-1], past_key_values=cache)"
+                f"{self.method.expression} reads all queries of a prompt, and drafts arrive together with it; use a method "
+                "that looks at the last ones only, e.g. snapkv"
             )
         self.context.hold, self.context.forwards = True, 0
         super().activate_past_recording()
