@@ -75,6 +75,7 @@ class MethodCache(Cache):
                 stacklevel=2,
             )
         super().__init__(layers=layers)
+        self._through: set[tuple[int, str]] = set()
         self.bind(model)
 
     def bind(self, model: PreTrainedModel) -> None:
@@ -168,6 +169,9 @@ class MethodCache(Cache):
         seen = self.get_seq_length()
         if columns and columns <= seen:
             raise ValueError(f"the prompt has {columns} tokens and {seen} were seen: pass the whole conversation")
+        if self.context.hold:  # no draft is a prompt: those that were expected are over
+            self._commit()
+            self.context.hold = False
         self.context.block_end = columns
         if spans is not None:
             self.context.spans = _logical_spans(spans, columns, attention_mask)
@@ -234,9 +238,47 @@ class MethodCache(Cache):
     # ---- what transformers calls -------------------------------------------------------------------------------
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        self._arrive("keys", layer_idx)
         if layer_idx == self.context.first:
             self._begin_forward()
+            self._check_drafts(key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_drafts(self, tokens: int) -> None:
+        if self.context.hold and not self.context.forwards and 0 < self.get_seq_length() < tokens:
+            raise ValueError(
+                f"{tokens} tokens came with the first drafts, and the cache holds {self.get_seq_length()} already: "
+                "transformers' decoding with drafts feeds the whole prompt, which would be there twice; give it an "
+                "empty cache"
+            )
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0):
+        self._arrive(f"state {state_idx}", layer_idx)
+        # States are written to in place, before any of our layers is asked: see `Context.frosted`.
+        if torch.is_inference_mode_enabled():
+            self.context.frosted = True
+        elif self.context.frosted:
+            self.context.thaw()
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def _arrive(self, what: str, layer: int) -> None:
+        """A forward of a model with linear states has come to a layer.
+
+        Raises:
+            ValueError: it is another forward, and the one before stopped half-way: states cannot be taken back.
+        """
+        if not self.states:
+            return
+        furthest = max((number for number, _ in self._through), default=-1)
+        if layer < furthest or (layer, what) in self._through:
+            last = max(i for i, x in enumerate(self.layers) if isinstance(x, Layer | LinearAttentionCacheLayerMixin))
+            if furthest < last:
+                raise ValueError(
+                    f"an earlier forward stopped after layer {furthest}, and linear states cannot be taken back: reset "
+                    "the cache, or go on from a fork of it"
+                )
+            self._through = set()
+        self._through.add((layer, what))
 
     def _begin_forward(self) -> None:
         """Sets right, or refuses, what an earlier forward left behind."""
@@ -244,23 +286,21 @@ class MethodCache(Cache):
             # Nobody took anything back or said that it stays: those were no drafts.
             self._commit()
             self.context.hold = False
-        seen = [layer.seen for layer in self.layers if isinstance(layer, Layer)]
-        if len(set(seen)) == 1:
-            return
-        least = min(seen)
-        if self.states:
-            raise ValueError(
-                "an earlier forward stopped half-way, and linear states cannot be taken back: reset the cache"
-            )
-        for layer in self.layers:
-            if isinstance(layer, Layer) and layer.seen > least:
-                try:
-                    layer.crop(least - layer.seen)
-                except ValueError as error:
-                    raise ValueError(
-                        f"an earlier forward stopped after layer {layer.kind.number} and cannot be taken back "
-                        f"({error}): reset the cache, or go on from a fork of it"
-                    ) from None
+        own = [layer for layer in self.layers if isinstance(layer, Layer)]
+        behind = min(own, key=lambda layer: layer.seen)
+        for layer in own:
+            if layer.seen == behind.seen:
+                continue
+            if not behind.seen:
+                layer.reset()  # it had nothing before either
+                continue
+            try:
+                layer.crop(behind.seen - layer.seen, layer.real_seen - behind.real_seen)
+            except ValueError as error:
+                raise ValueError(
+                    f"an earlier forward stopped after layer {layer.kind.number} and cannot be taken back "
+                    f"({error}): reset the cache, or go on from a fork of it"
+                ) from None
 
     @property
     def states(self) -> list[LinearAttentionCacheLayerMixin]:
@@ -285,8 +325,8 @@ class MethodCache(Cache):
         needs = self.context.needs
         if not self.get_seq_length() and (needs.columns or needs.query_moments is not None or needs.query_peaks):
             raise ValueError(
-                f"{self.method.expression} reads all queries of a prompt, and drafts arrive together with it; read the "
-                "prompt first: model(input_ids[:, :-1], past_key_values=cache)"
+                f"{self.method.expression} reads all queries of a prompt, and drafts arrive together with it; use a "
+                "method that looks at the last ones only, e.g. snapkv"
             )
         self.context.hold, self.context.forwards = True, 0
         super().activate_past_recording()
@@ -367,6 +407,7 @@ class MethodCache(Cache):
         context.forget_bytes()
         context.table = None if context.table is None else PositionTable()
         context.real, context.spans, context.block_end, context.hold = None, [], 0, False
+        self._through = set()
         for number, spec in context.rotary.items():
             context.rotary[number] = spec.on(context.table)
 

@@ -73,6 +73,7 @@ class Context:
         hold: what a forward brings may be taken back (speculative decoding): nothing is let go of before `crop`.
         forwards: forwards since `hold` began. The first one reads a prompt, the others verify drafts.
         frozen: nothing is evicted and no evidence collected until further notice.
+        frosted: whether a forward ran under inference_mode, so that tensors held may not be written to outside of it.
         everything: all layers of the model that store something, transformers' own among them.
         seconds: seconds per hook so far.
         peak_bytes: the most bytes held so far.
@@ -95,6 +96,7 @@ class Context:
     forwards: int = 0
     frozen: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+    frosted: bool = False
     peak_bytes: int = 0
     at_rest: AtRest | None = None
     _bytes: dict[int, int] = field(default_factory=dict)
@@ -118,6 +120,11 @@ class Context:
     def verifying(self) -> bool:
         """Whether several tokens of a forward are a draft and no prompt."""
         return self.hold and self.forwards > 0
+
+    def seen(self) -> int:
+        """Tokens that every layer has seen. While a forward runs, or after one that stopped half-way, some layers are
+        ahead; what comes next still follows those before."""
+        return min((layer.seen for layer in self.everything if hasattr(layer, "segments")), default=0)
 
     def check_attention(self) -> None:
         """Raises ValueError if the model was switched away from our attention implementation."""
@@ -171,6 +178,10 @@ class Context:
             if hasattr(layer, "segments"):
                 layer.segments = copy.deepcopy(layer.segments, memo)
                 layer.statistics = {name: x.clone() for name, x in layer.statistics.items()}
+            for states in (getattr(layer, "conv_states", None), getattr(layer, "recurrent_states", None)):
+                for number, x in (states or {}).items():
+                    states[number] = None if x is None else x.clone()
+        self.frosted = False
         self.table = copy.deepcopy(self.table)
 
     # ---- counting ----------------------------------------------------------------------------------------------

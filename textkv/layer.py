@@ -8,6 +8,7 @@ Two lengths everywhere: tokens SEEN (logical, what positions and masks count) an
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 from weakref import ref
@@ -148,10 +149,10 @@ class Layer(Contents, CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # False counts as an offset of 0 and tells our mask function that one of our layers is asking.
-        return self.seen + query_length, False
+        return self.context.seen() + query_length, False
 
     def get_seq_length(self) -> int:
-        return self.seen
+        return self.context.seen()
 
     def get_max_length(self) -> int:
         return -1
@@ -176,9 +177,17 @@ class Layer(Contents, CacheLayerMixin):
                 f"crop({-count}): {name} can take back only the {self.since_eviction} tokens since it last "
                 "evicted; fork the cache before the prompt instead"
             )
+        if count and self.is_initialized and not self.segments[-1].can_crop(count):
+            raise ValueError(
+                f"crop({-count}): layer {self.kind.number} sees {self.kind.window} tokens and has let go of older ones "
+                "that it would see again; fork the cache before the tokens instead"
+            )
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int, real: torch.Tensor | None = None) -> None:
         """Takes back the last -tokens_to_remove tokens (the number is negative, as in transformers).
+
+        Args:
+            real: int64 [batch] on the CPU, how many of them were tokens of each row; None = as the cache noted.
 
         Raises:
             ValueError: a positive number, a method that cannot, or more tokens than came since the last eviction.
@@ -187,7 +196,7 @@ class Layer(Contents, CacheLayerMixin):
         self.check_crop(count)
         if not count or not self.is_initialized:
             return
-        real = self.context.real_in_last(count)
+        real = self.context.real_in_last(count) if real is None else real
         self.segments[-1].crop(count, real)
         self.statistics = {name: self.statistic(name) for name in self.statistics}
         self.seen -= count
@@ -254,7 +263,7 @@ class Layer(Contents, CacheLayerMixin):
         if k.dtype != self.dtype:
             q, k, v = (x.to(self.dtype) for x in (q, k, v))
         grows = torch.is_grad_enabled() and q.requires_grad
-        with torch.no_grad():
+        with torch.no_grad(), _exactly(q.device.type):
             tokens = self._tokens(mask, q)
             view.tokens, self.scale, self.softcap = tokens, scale, softcap
             rope = None if rotary is None else rotary[0].expand(len(q), -1)
@@ -312,7 +321,7 @@ class Layer(Contents, CacheLayerMixin):
 
     def _read_again(self, view: View, q: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         """Another layer's queries over the same tokens; what came is taken in after the last one."""
-        with torch.no_grad():
+        with torch.no_grad(), _exactly(q.device.type):
             out = self._attend(replace(view.step, q=q.to(self.dtype)), sinks, take=False)
             view.waiting -= 1
             if not view.waiting:
@@ -420,14 +429,19 @@ class Layer(Contents, CacheLayerMixin):
 
     def _thaw(self) -> None:
         """Tensors made under inference_mode cannot be written to outside of it: they are copied once."""
-        if not torch.is_inference_mode_enabled():
-            held = next(iter(self.tensors().values()), None)
-            if held is not None and held.is_inference():
-                self.context.thaw()
+        if torch.is_inference_mode_enabled():
+            self.context.frosted = True
+        elif self.context.frosted:
+            self.context.thaw()
 
     def bind(self, module: torch.nn.Module | None) -> None:
         """Ties the layer to the module whose keys it holds."""
         self.module = (lambda: None) if module is None else ref(module)
+
+
+def _exactly(device: str):
+    """Autocast has had its say when keys and values arrive: from here on dtypes are ours to choose."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class _Undifferentiable(torch.autograd.Function):

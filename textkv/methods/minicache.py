@@ -168,7 +168,7 @@ class MiniCache(Method):
     def on_decode_begin(self, layer: Layer, query: torch.Tensor) -> None:
         other = self.partner(layer.index, layer.context.governed)
         if other is not None and other < layer.index:
-            self._before(layer, other, ahead=1)  # this layer counts its token when it is in
+            self._before(layer, other, ahead=query.shape[2])  # this layer counts what comes when it is in
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
         """When both layers of a pair have taken the token in: merge what waits, if it is enough."""

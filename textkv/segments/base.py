@@ -176,6 +176,10 @@ class Segment(ABC):
     def rejoin(self, before: list[Segment]) -> None:  # noqa: B027 (most segments share nothing)
         """After loading: takes up again what it shares with a segment of the layer before, whose list this is."""
 
+    def can_crop(self, tokens: int) -> bool:
+        """Whether nothing was let go of that a token would see which came in place of the last `tokens` columns."""
+        return True
+
     @abstractmethod
     def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
         """Forgets the last `tokens` columns taken in; the layer has checked that they are all still here.

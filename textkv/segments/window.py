@@ -117,6 +117,15 @@ class WindowSegment(DenseSegment):
             return super().lengths()
         return torch.full(self.k.shape[:2], self.used - self.first)
 
+    def can_crop(self, tokens: int) -> bool:
+        held = self.used - self.first
+        if held == self.seen:
+            return True
+        if self.holes:
+            return not tokens
+        seen = self.seen - tokens
+        return held - tokens >= (seen % self.window if self.rule == "chunked" else min(seen, self.window - 1))
+
     def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
         self.used -= tokens
         self.seen -= tokens
