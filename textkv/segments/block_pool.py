@@ -68,7 +68,13 @@ def thinned(pool: BlockPool, stays: torch.Tensor) -> BlockPool:
     pick = (order[..., None] * block + torch.arange(block, device=live.device)).flatten(1)
     pick = pick.view(*stays.shape[:2], -1)
     gone = ~F.pad(stays, (0, -stays.shape[-1] % block)).gather(-1, pick)
-    positions, rope = (None if x is None else _columns_of(x, pick, stays.shape[1]) for x in (pool.positions, pool.rope))
+    # Positions that the heads share stay shared where all heads keep the same tokens.
+    alike = pool.positions.shape[1] == 1 and bool((stays == stays[:, :1]).all())
+    heads = 1 if alike else stays.shape[1]
+    gone = gone[:, :heads]
+    positions, rope = (
+        None if x is None else _columns_of(x, pick[:, :heads], heads) for x in (pool.positions, pool.rope)
+    )
     thinned = BlockPool(
         pool.k.take(blocks), pool.v.take(blocks), (each.cumsum(0) - each).to(blocks.device),
         counts.view(-1).to(blocks.device, torch.int32), counts, positions.masked_fill(gone, -1), rope,
@@ -88,7 +94,7 @@ def _columns_of(x: torch.Tensor, pick: torch.Tensor, heads: int) -> torch.Tensor
 def _repacked(pool: BlockPool) -> BlockPool:
     """A pool with holes closed up into as few blocks as its tokens fill; what the last block lacks is a hole."""
     block = pool.k.block
-    real = pool.positions >= 0
+    real, shared = (pool.positions >= 0).expand(-1, pool.counts.shape[1], -1), pool.positions.shape[1]
     left = real.sum(-1).cpu()
     counts = -(-left // block) * block
     n = int(counts.max())
@@ -106,10 +112,12 @@ def _repacked(pool: BlockPool) -> BlockPool:
         group = None if layout == "channel" else packed.head_dim // packed.scale.shape[2]
         halves.append(pack(blocks_of(x.flatten(0, 1), counts.view(-1), block), packed.bits, layout=layout, group=group))
     each = (counts // block).view(-1)
-    positions, rope = (None if x is None else _columns_of(x, order, real.shape[1]) for x in (pool.positions, pool.rope))
+    positions, rope = (
+        None if x is None else _columns_of(x, order[:, :shared], shared) for x in (pool.positions, pool.rope)
+    )
     return BlockPool(
         *halves, (each.cumsum(0) - each).to(real.device), counts.view(-1).to(real.device, torch.int32), counts,
-        positions.masked_fill(~inside, -1), rope, holes=True,
+        positions.masked_fill(~inside[:, :shared], -1), rope, holes=True,
     )  # fmt: skip
 
 
