@@ -55,6 +55,18 @@ class Bench:
     def cache(self, budget: Budget | float | str | None = None) -> MethodCache:
         return MethodCache(self.model, self.method, self.budget if budget is None else budget)
 
+    @property
+    def enough(self) -> float | str:
+        """A budget for everything, of the same kind as the one under test."""
+        if self.policy.budget.tokens is None:
+            return 1.0
+        # More than the prompt, but not more than the model knows: some methods refuse that.
+        return f"{min(1000, self.model.config.max_position_embeddings)}t"
+
+    def plain(self) -> DynamicCache:
+        """transformers' own cache for the model."""
+        return DynamicCache(config=self.model.config)
+
     def run(self, cache, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [batch, tokens, vocabulary] of one forward; padding positions as `generate` would give them."""
         options = {}
@@ -91,6 +103,7 @@ def check_method(method: str, budget: Budget | float | str = 0.4, model: PreTrai
     before = bench.model.config._attn_implementation
     results, failures = [], []
     for name, check in CHECKS.items():
+        bench.model.set_attn_implementation(before)  # a check may have put another one on it
         use(bench.model)
         try:
             check(bench)
@@ -109,11 +122,7 @@ def full_budget_equals_full_cache(bench: Bench) -> None:
     """Budget enough for everything: prompt, decoding and a second turn give the logits of transformers' own cache."""
     if bench.policy.capabilities.lossy:
         raise NotApplicable("what is stored is not exact")
-    enough = 1.0
-    if bench.policy.budget.tokens is not None:
-        # More than the prompt, but not more than the model knows: some methods refuse that.
-        enough = f"{min(1000, bench.model.config.max_position_embeddings)}t"
-    ids, cache, plain = bench.ids[:1], bench.cache(enough), DynamicCache()
+    ids, cache, plain = bench.ids[:1], bench.cache(bench.enough), bench.plain()
     for step in (ids[:, :60], ids[:, 60:61], ids[:, 61:62], ids[:, 62:80], ids[:, 80:81]):
         _same(bench.run(cache, step), bench.run(plain, step), "a forward")
 
@@ -270,12 +279,59 @@ def copies_survive_saving(bench: Bench) -> None:
     _same(bench.decode(cache, ids[:, 60:63]), bench.decode(fresh, ids[:, 60:63]), "decoding after a reset")
 
 
+def forgotten_tokens_are_gone(bench: Bench) -> None:
+    """`forget` drops what it names, twice as once, frees what it can and moves nothing else; and a method that keeps
+    exact tokens then gives what full attention gives with these tokens masked."""
+    ids, spans = bench.ids[:2], [[(5, 20), (40, 44)], [(30, 42)]]
+    gone = torch.zeros(2, 60, dtype=torch.bool)
+    for row, of_row in enumerate(spans):
+        for start, stop in of_row:
+            gone[row, start:stop] = True
+    cache = bench.cache()
+    bench.run(cache, ids[:, :60])
+    for wrong in ([], [[(0, 5)]], [[(5, 5)], []], [[(-1, 3)], []], [[(50, 61)], []], [[(9, 3)], []]):
+        _refused(lambda wrong=wrong: cache.forget(wrong), f"forget({wrong})")
+    before, kept = cache.kv_bytes(), _positions(cache)
+    cache.forget(spans)
+    assert cache.kv_bytes() <= before, f"{before} bytes before forgetting, {cache.kv_bytes()} after"
+    for number, (old, now) in enumerate(zip(kept, _positions(cache), strict=True)):
+        for row, heads in enumerate(old):
+            for head, tokens in enumerate(heads):
+                left = {x for x in tokens if not gone[row, x]}
+                assert now[row][head] == left, f"layer {number}, row {row}, head {head}: {now[row][head] ^ left} differ"
+    held, again = cache.kv_bytes(), _positions(cache)
+    cache.forget(spans)
+    assert (cache.kv_bytes(), _positions(cache)) == (held, again), "forgetting twice is not as once"
+    assert cache.get_seq_length() == 60, "forgotten tokens still count: later ones keep their positions"
+    out = bench.decode(cache, ids[:, 60:64])
+    cache.forget([[(0, 61)], [(0, 61)]])
+    late = bench.run(cache, ids[:, 64:76])
+    assert bool(out.isfinite().all() and late.isfinite().all()), "logits after forgetting are not finite"
+    known = bench.policy.capabilities
+    if known.lossy or known.merges or not known.original_positions:
+        raise NotApplicable("what is stored is not exact, stands for dropped tokens, or lies at other positions")
+    if any(getattr(layer, "conv_states", None) is not None for layer in cache.layers):
+        raise NotApplicable("states remember what they have read")
+    cache, plain = bench.cache(bench.enough), bench.plain()
+    mask = torch.cat([~gone, torch.ones(2, 16, dtype=torch.bool)], 1).long()
+    for held in (cache, plain):
+        bench.run(held, ids[:, :60])
+    cache.forget(spans)
+    for start, stop in ((60, 61), (61, 62), (62, 75), (75, 76)):
+        with torch.no_grad():
+            at = torch.arange(start, stop)[None].expand(2, -1)
+            expected = bench.model(
+                ids[:, start:stop], past_key_values=plain, attention_mask=mask[:, :stop], position_ids=at
+            ).logits
+        _same(bench.run(cache, ids[:, start:stop]), expected, f"tokens {start} to {stop} after forgetting")
+
+
 CHECKS: dict[str, Callable[[Bench], None]] = {
     check.__name__: check
     for check in (
         full_budget_equals_full_cache, equals_masked_full_attention, padded_batch_equals_single_runs,
         second_turn_continues, fork_is_independent, crop_or_refusal, chunked_prompt_equals_whole,
-        rows_can_be_reordered, bytes_are_really_gone, copies_survive_saving,
+        rows_can_be_reordered, bytes_are_really_gone, copies_survive_saving, forgotten_tokens_are_gone,
     )
 }  # fmt: skip
 
@@ -304,6 +360,15 @@ def _kept_mask(cache: MethodCache, layer: int, columns: int) -> torch.Tensor:
     kept = cache.kept_positions(layer).long()
     mask = torch.zeros(*kept.shape[:2], columns + 1, dtype=torch.bool)
     return mask.scatter_(2, kept.masked_fill(kept < 0, columns), True)[..., :columns]
+
+
+def _positions(cache: MethodCache) -> list[list[list[set[int]]]]:
+    """The tokens that each head of each row holds, by layer."""
+    return [
+        [[{x for x in head if x >= 0} for head in row] for row in layer.held_positions().tolist()]
+        for layer in cache.layers
+        if hasattr(layer, "segments")
+    ]
 
 
 def _same(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:

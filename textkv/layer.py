@@ -27,6 +27,8 @@ from textkv.segments.base import Segment, Step, Stored, keep_across, storage_byt
 from textkv.segments.dense import DenseSegment
 from textkv.segments.window import WindowSegment
 
+OF_HEAD = "head."
+"""How the names of statistics begin that a method keeps per head and not per token: they stay when tokens go."""
 SPARE = 128
 """Queries kept beyond a method's window while drafts may be taken back: more than any draft is long."""
 
@@ -197,7 +199,7 @@ class Layer(CacheLayerMixin):
             return
         real = self.context.real_in_last(count) if real is None else real
         self.segments[-1].crop(count, real)
-        self.statistics = {name: self.statistic(name) for name in self.statistics}
+        self.statistics |= {name: self.statistic(name) for name in self._of_tokens()}
         self.seen -= count
         self.real_seen = self.real_seen - (count if real is None else real)
         self.since_eviction -= count
@@ -456,7 +458,7 @@ class Layer(CacheLayerMixin):
     def statistic(self, name: str) -> torch.Tensor:
         """The numbers that a method keeps per stored token: fp32 [batch, stored heads, n], slot by slot of `stored()`.
         They move and go with their tokens; a token that came since they were set, or a hole, has 0. Set them through
-        `statistics[name]`.
+        `statistics[name]`. (Those whose names begin with OF_HEAD have any width, and are asked for there.)
         """
         if self.whole is not None and name in self.statistics:
             known = self.statistics[name]
@@ -467,12 +469,19 @@ class Layer(CacheLayerMixin):
         known = F.pad(known, (0, positions.shape[-1] - known.shape[-1]))
         return known.masked_fill(positions < 0, 0)
 
+    def _of_tokens(self) -> list[str]:
+        """The statistics that tokens have, which move and go with them."""
+        return [name for name in self.statistics if not name.startswith(OF_HEAD)]
+
     def keep(self, index: torch.Tensor) -> None:
         """Keeps slots `index` int64 [batch, kv_heads or 1, c] of `stored()`, ascending, -1 = hole; frees the others.
         The method's `on_evict` hears what stayed."""
-        for name in self.statistics:
-            known = self.statistic(name)
+        for name in self._of_tokens():
+            known, told = self.statistic(name), self.statistics[name].shape[-1]
             pick = index.expand(-1, known.shape[1], -1)
+            if told < known.shape[-1]:  # tokens that came since have none: no room for theirs either
+                used = ((pick >= 0) & (pick < told)).flatten(0, 1).any(0).nonzero()
+                pick = pick[..., : int(used.max()) + 1 if len(used) else 0]
             self.statistics[name] = known.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, 0)
         before = self.held_positions()
         self.segments = keep_across(self.segments, index)
@@ -487,7 +496,7 @@ class Layer(CacheLayerMixin):
         victim = n - 1 - scores.flip(-1).argmin(-1, keepdim=True)
         slots = torch.arange(n - 1, device=scores.device)
         index = slots + (slots >= victim)
-        self.statistics = {name: self.statistic(name).gather(-1, index) for name in self.statistics}
+        self.statistics |= {name: self.statistic(name).gather(-1, index) for name in self._of_tokens()}
         self.segments[0].pick(index)
         self.since_eviction = 0
         self.context.method.on_evict(self, self.segments[0].held_positions())
@@ -499,8 +508,8 @@ class Layer(CacheLayerMixin):
         # Ragged heads show their tokens first and their missing slots last.
         order = (~mask).sort(dim=-1, stable=True).indices[..., : int(mask.sum(-1).max())]
         missing = ~mask.gather(-1, order)
-        self.statistics = {
-            name: self.statistic(name).gather(-1, order).masked_fill(missing, 0) for name in self.statistics
+        self.statistics |= {
+            name: self.statistic(name).gather(-1, order).masked_fill(missing, 0) for name in self._of_tokens()
         }
         first, kept = 0, []
         for segment in self.segments:

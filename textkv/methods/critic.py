@@ -22,13 +22,13 @@ from textkv.budgets import Budget
 from textkv.decode_eviction import accumulate, attention_row, protect
 from textkv.eviction import Eviction, keep_best
 from textkv.evidence import Evidence, Needs
-from textkv.layer import Layer
+from textkv.layer import OF_HEAD, Layer
 from textkv.method import Capabilities, register
 from textkv.segments.base import Stored
 
 ATTENTION, ENTROPY = "critic.attention", "critic.entropy"
 """Marks per stored token: attention received so far, and the normalised entropy of the token's own row."""
-OUTPUT, LOAD = "critic.output", "critic.load"
+OUTPUT, LOAD = OF_HEAD + "critic.output", OF_HEAD + "critic.load"
 """Marks per row, taken out while tokens move: the last query's output [batch, kv_heads, group * head_dim] and the
 highest memory load so far [batch, 1, 1]."""
 ALL = 1 << 30

@@ -29,13 +29,13 @@ from textkv.budgets import apportion
 from textkv.context import Context
 from textkv.decode_eviction import accumulate, attention_row, part_of, protect
 from textkv.evidence import Evidence, Needs
-from textkv.layer import Layer
+from textkv.layer import OF_HEAD, Layer
 from textkv.method import Capabilities, Method, register
 from textkv.positions import RotarySpec
 from textkv.scores import group_mean
 from textkv.segments.base import Stored
 
-MASS, THRESHOLD = "d2o.mass", "d2o.threshold"
+MASS, THRESHOLD = "d2o.mass", OF_HEAD + "d2o.threshold"
 _BLOCK_ELEMENTS = 1 << 24  # fp32 similarities held at a time
 _ROUNDING = 1e-6
 

@@ -259,8 +259,12 @@ def _thinned(slab: Slab, stays: torch.Tensor) -> Slab:
     pick = (order[..., None] * block + torch.arange(block, device=live.device)).flatten(1)
     pick = pick.view(*stays.shape[:2], -1)
     gone = ~F.pad(stays, (0, -stays.shape[-1] % block)).gather(-1, pick)
+    # Positions that the heads share stay shared where all heads keep the same tokens.
+    alike = slab.positions.shape[1] == 1 and bool((stays == stays[:, :1]).all())
+    heads = 1 if alike else stays.shape[1]
+    gone = gone[:, :heads]
     positions, places = (
-        None if x is None else _columns_of(x, pick, stays.shape[1]) for x in (slab.positions, slab.places)
+        None if x is None else _columns_of(x, pick[:, :heads], heads) for x in (slab.positions, slab.places)
     )
     thinned = Slab(
         slab.k.take(blocks), slab.v.take(blocks), (each.cumsum(0) - each).to(blocks.device),
@@ -281,7 +285,7 @@ def _columns_of(x: torch.Tensor, pick: torch.Tensor, heads: int) -> torch.Tensor
 def _repacked(slab: Slab) -> Slab:
     """A slab with holes closed up into as few blocks as its tokens fill; what the last block lacks is a hole."""
     block = slab.k.block
-    real = slab.positions >= 0
+    real, shared = (slab.positions >= 0).expand(-1, slab.counts.shape[1], -1), slab.positions.shape[1]
     left = real.sum(-1).cpu()
     counts = -(-left // block) * block
     n = int(counts.max())
@@ -300,11 +304,11 @@ def _repacked(slab: Slab) -> Slab:
         halves.append(pack(blocks_of(x.flatten(0, 1), counts.view(-1), block), packed.bits, layout=layout, group=group))
     each = (counts // block).view(-1)
     positions, places = (
-        None if x is None else _columns_of(x, order, real.shape[1]) for x in (slab.positions, slab.places)
+        None if x is None else _columns_of(x, order[:, :shared], shared) for x in (slab.positions, slab.places)
     )
     return Slab(
         *halves, (each.cumsum(0) - each).to(real.device), counts.view(-1).to(real.device, torch.int32), counts,
-        positions.masked_fill(~inside, -1), places, holes=True,
+        positions.masked_fill(~inside[:, :shared], -1), places, holes=True,
     )  # fmt: skip
 
 
