@@ -476,17 +476,21 @@ class Layer(CacheLayerMixin):
     def keep(self, index: torch.Tensor) -> None:
         """Keeps slots `index` int64 [batch, kv_heads or 1, c] of `stored()`, ascending, -1 = hole; frees the others.
         The method's `on_evict` hears what stayed."""
-        for name in self._of_tokens():
-            known, told = self.statistic(name), self.statistics[name].shape[-1]
-            pick = index.expand(-1, known.shape[1], -1)
-            if told < known.shape[-1]:  # tokens that came since have none: no room for theirs either
-                used = ((pick >= 0) & (pick < told)).flatten(0, 1).any(0).nonzero()
-                pick = pick[..., : int(used.max()) + 1 if len(used) else 0]
-            self.statistics[name] = known.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, 0)
-        before = self.held_positions()
+        known = {name: self.statistic(name) for name in self._of_tokens()}
+        before, several = self.held_positions(), len(self.segments) > 1
         self.segments = keep_across(self.segments, index)
         self.since_eviction = 0
         pick = index.expand(-1, before.shape[1], -1)
+        for name, x in known.items():
+            told = self.statistics[name].shape[-1]
+            if several:  # each keeps its slots in its own way: what moved where is told by positions alone
+                x = _found_again(x, before, self.held_positions())
+            else:
+                x = x.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, 0)
+            if told < before.shape[-1]:  # tokens that came since have 0: no room for that
+                used = (x != 0).flatten(0, 1).any(0).nonzero()
+                x = x[..., : int(used.max()) + 1 if len(used) else 0].clone()
+            self.statistics[name] = x
         self.context.method.on_evict(self, before.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, -1))
 
     def drop_lowest(self, scores: torch.Tensor) -> None:
@@ -610,6 +614,15 @@ class HybridLayer(LinearAttentionLayer, Layer):
         Layer.crop(self, tokens_to_remove)
 
     get_max_length = Layer.get_max_length
+
+
+def _found_again(x: torch.Tensor, before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """Numbers [batch, heads, n] of the tokens at positions `before`, int32 like them, for those at `now`; a hole has 0."""
+    size = int(before.max()) + 1
+    table = x.new_zeros(*x.shape[:2], size + 1)
+    table.scatter_(-1, before.long().masked_fill(before < 0, size), x)
+    table[..., size] = 0
+    return table.gather(-1, now.long().masked_fill(now < 0, size))
 
 
 def _exactly(device: str):

@@ -264,13 +264,13 @@ def keep_across(segments: list[Segment], index: torch.Tensor) -> list[Segment]:
     for segment in segments:
         size = segment.held_positions().shape[2]
         inside = (index >= first) & (index < first + size)
-        own = (index - first).masked_fill(~inside, -1)
-        used = inside.flatten(0, 1).any(0)
-        if not bool(used.all()):
-            own = own[..., used]
-        if own.shape[-1] < size or bool((own < 0).any()):
+        own, most = (index - first).masked_fill(~inside, -1), int(inside.sum(-1).max()) if inside.numel() else 0
+        if most < own.shape[-1]:
+            # Rows that keep fewer of the segments before start earlier: each closes up by itself.
+            own = own.gather(-1, (~inside).sort(dim=-1, stable=True).indices[..., :most])
+        if most < size or bool((own < 0).any()):
             segment.keep(own)
-        if segment is segments[-1] or bool(used.any()):
+        if segment is segments[-1] or most:
             kept.append(segment)
         first += size
     return kept

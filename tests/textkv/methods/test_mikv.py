@@ -57,7 +57,9 @@ def exact_at(layer):
 )
 def test_it_conforms_with_other_scorers(method, budget):
     declared = {check.name for check in check_method(method, budget) if check.outcome != "passed"}
-    assert declared <= {"full_budget_equals_full_cache", "equals_masked_full_attention", "crop_or_refusal"}
+    assert declared <= {
+        "full_budget_equals_full_cache", "equals_masked_full_attention", "crop_or_refusal", "forgotten_tokens_are_gone",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["mikv(16,2)", "snapkv+mikv(16,2)"])
