@@ -436,14 +436,14 @@ class Layer(CacheLayerMixin):
 
     def stored(self) -> Stored:
         """What the layer holds, all segments side by side, padded to one length (holes have position -1)."""
-        parts = [segment.stored() for segment in self.segments]
+        parts = [segment.stored() for segment in self._known()]
         if len(parts) == 1:
             return parts[0]
         return Stored(*(torch.cat([getattr(p, f) for p in parts], 2) for f in ("keys", "values", "positions")))
 
     def held_positions(self) -> torch.Tensor:
         """The positions of `stored()`, without unpacking what is packed: int32 [batch, stored heads, n], -1 = hole."""
-        parts = [segment.held_positions() for segment in self.segments]
+        parts = [segment.held_positions() for segment in self._known()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     @property
@@ -468,6 +468,12 @@ class Layer(CacheLayerMixin):
         known = known[..., : positions.shape[-1]]
         known = F.pad(known, (0, positions.shape[-1] - known.shape[-1]))
         return known.masked_fill(positions < 0, 0)
+
+    def _known(self) -> list[Segment]:
+        """The segments without those that nothing ever came to: they do not know the shape of a token."""
+        if len(self.segments) == 1:
+            return self.segments
+        return [segment for segment in self.segments if segment.tensors()] or self.segments[-1:]
 
     def _of_tokens(self) -> list[str]:
         """The statistics that tokens have, which move and go with them."""
@@ -517,7 +523,10 @@ class Layer(CacheLayerMixin):
         }
         first, kept = 0, []
         for segment in self.segments:
-            size = segment.held_positions().shape[2]
+            size = segment.held_positions().shape[2] if segment.tensors() else 0
+            if not size:
+                kept.append(segment)
+                continue
             kept.append(segment.keep_mask(mask[..., first : first + size]))
             first += size
         self.segments = kept
@@ -580,7 +589,7 @@ class Layer(CacheLayerMixin):
 
     def lengths(self) -> torch.Tensor:
         """Tokens stored, int64 [batch, stored heads], on the CPU."""
-        return sum(segment.lengths() for segment in self.segments)
+        return sum(segment.lengths() for segment in self._known())
 
     def bind(self, module: torch.nn.Module | None) -> None:
         """Ties the layer to the module whose keys it holds."""

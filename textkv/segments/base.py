@@ -262,6 +262,9 @@ def keep_across(segments: list[Segment], index: torch.Tensor) -> list[Segment]:
         return segments
     kept, first = [], 0
     for segment in segments:
+        if not segment.tensors():  # nothing ever came to it
+            kept.append(segment)
+            continue
         size = segment.held_positions().shape[2]
         inside = (index >= first) & (index < first + size)
         own, most = (index - first).masked_fill(~inside, -1), int(inside.sum(-1).max()) if inside.numel() else 0
