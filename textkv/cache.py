@@ -345,6 +345,10 @@ class MethodCache(Cache):
         own = [layer for layer in self.layers if isinstance(layer, Layer)]
         for layer in own:
             layer.check_crop(count)
+        if count and not all(getattr(layer, "record_past", False) for layer in self.states):
+            raise ValueError(
+                f"crop({-count}): linear states cannot give back what they have read; fork the cache before the tokens"
+            )
         super().crop(tokens_to_remove)
         if count and self.context.real is not None:
             self.context.real = self.context.real[:, :-count]

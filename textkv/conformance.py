@@ -137,12 +137,13 @@ def equals_masked_full_attention(bench: Bench) -> None:
         raise NotApplicable("what is stored is not exact")
     ids, cache = bench.ids[:2], bench.cache()
     bench.run(cache, ids[:, :60])
-    kept = [_kept_mask(cache, i, 60) for i in range(len(cache.layers))]
+    kept = {kind.number: _kept_mask(cache, kind.number, 60) for kind in cache.context.kinds if kind.governed}
     ours = bench.decode(cache, ids[:, 60:64])
     if bench.policy.capabilities.decode_eviction:
         raise NotApplicable("which tokens are kept changes at every step")
     bench.model.set_attn_implementation(MASKED)
-    plain = DynamicCache()
+    # A state is transformers' own to keep; all tokens of windows stay, so that the oracle masks them itself.
+    plain = bench.plain() if cache.states else DynamicCache()
     with torch.no_grad():
         bench.model(ids[:, :60], past_key_values=plain)
         masked = [
@@ -172,9 +173,14 @@ def second_turn_continues(bench: Bench) -> None:
     """After eviction the cache still counts every token seen, and a further prompt gets the next positions."""
     ids, cache, seen = bench.ids[:1], bench.cache(), []
     rotary = next(m for n, m in bench.model.named_modules() if n.endswith("rotary_emb"))
-    handle = rotary.register_forward_pre_hook(
-        lambda m, args, kwargs: seen.extend(kwargs.get("position_ids", args[-1])[0].tolist()), with_kwargs=True
-    )
+
+    def note(module, args, kwargs):
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and not x.is_floating_point()]
+        at = given[-1].reshape(-1, given[-1].shape[-1])[0].tolist()
+        if seen[-len(at) :] != at:  # some models turn once for each kind of layer
+            seen.extend(at)
+
+    handle = rotary.register_forward_pre_hook(note, with_kwargs=True)
     try:
         bench.run(cache, ids[:, :50])
         bench.decode(cache, ids[:, 50:53])
@@ -208,6 +214,9 @@ def crop_or_refusal(bench: Bench) -> None:
     if not cache.is_croppable:
         _refused(lambda: cache.crop(-4), "crop although the method says that it cannot")
         raise NotApplicable("crop is refused with a clear error")
+    if cache.states or any(kind.window is not None for kind in cache.context.kinds):
+        _refused(lambda: cache.crop(-4), "crop although a state or a window has moved on")
+        raise NotApplicable("the model itself has let go of what it would see again")
     cache.crop(-4)
     _same(bench.decode(cache, ids[:, 60:63]), bench.decode(kept, ids[:, 60:63]), "decoding after crop")
     if cache.at_rest.tokens_stored < 50:
@@ -246,8 +255,12 @@ def bytes_are_really_gone(bench: Bench) -> None:
     """No tensor of keys or values is reachable beside those reported, and the bytes fit the budget."""
     cache = bench.cache()
     bench.run(cache, bench.ids[:1, :90])
+    governed = cache.context.layers
+    known = [x for layer in cache.layers if hasattr(layer, "segments") for x in layer.tensors().values()]
+    for layer in cache.states:
+        known += [x for of_kind in (layer.conv_states, layer.recurrent_states) for x in of_kind.values()]
     found = storage_bytes([x for x in _tensors_within(cache.layers, set()) if x.is_floating_point()])
-    told = storage_bytes([x for layer in cache.layers for x in layer.tensors().values() if x.is_floating_point()])
+    told = storage_bytes([x for x in known if x is not None and x.is_floating_point()])
     assert found == told, f"{told} bytes of keys and values reported, {found} reachable from the layers"
     if not bench.policy.evicts:
         return
@@ -256,9 +269,11 @@ def bytes_are_really_gone(bench: Bench) -> None:
     copies = 2 if bench.policy.capabilities.stores_query_heads else 1
     assert stored <= allowed, f"{stored} tokens stored per head, the budget allows {allowed}"
     # One slot of slack for a ring, and bookkeeping of at most 12 bytes a token and head.
-    per_token = 2 * cache.layers[0].head_dim * 4 + 12
-    limit = copies * (allowed + 1) * cache.layers[0].kv_heads * len(cache.layers) * per_token + 256 * len(cache.layers)
-    assert cache.kv_bytes() <= limit, f"{cache.kv_bytes()} bytes held where the budget allows {limit}"
+    first, layers = governed[0], len(governed)
+    per_token = 2 * first.head_dim * 4 + 12
+    limit = copies * (allowed + 1) * first.kv_heads * layers * per_token + 256 * layers
+    held = sum(layer.kv_bytes() for layer in governed) + cache.context.table_bytes()
+    assert held <= limit, f"{held} bytes held where the budget allows {limit}"
 
 
 def copies_survive_saving(bench: Bench) -> None:
@@ -310,7 +325,7 @@ def forgotten_tokens_are_gone(bench: Bench) -> None:
     known = bench.policy.capabilities
     if known.lossy or known.merges or not known.original_positions:
         raise NotApplicable("what is stored is not exact, stands for dropped tokens, or lies at other positions")
-    if any(getattr(layer, "conv_states", None) is not None for layer in cache.layers):
+    if cache.states:
         raise NotApplicable("states remember what they have read")
     cache, plain = bench.cache(bench.enough), bench.plain()
     mask = torch.cat([~gone, torch.ones(2, 16, dtype=torch.bool)], 1).long()
@@ -336,7 +351,20 @@ CHECKS: dict[str, Callable[[Bench], None]] = {
 }  # fmt: skip
 
 
-def masked_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, kept=None, **kwargs):
+def masked_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    kept=None,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
+):
     """Plain exact attention over a full cache; `kept[layer]` bool [batch, stored heads, n] hides dropped prompt tokens.
 
     The oracle of `equals_masked_full_attention`: it shares no code with the cache.
@@ -345,11 +373,18 @@ def masked_attention(module, query, key, value, attention_mask, scaling=None, dr
     k, v = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     m, n = query.shape[2], k.shape[2]
     visible = torch.ones(m, n, dtype=torch.bool).tril(n - m).expand(*query.shape[:2], m, n).clone()
-    if kept is not None:
+    if sliding_window is not None:
+        visible &= ~visible.new_ones(m, n).tril(n - m - sliding_window)
+    if kept is not None and module.layer_idx in kept:
         shown = kept[module.layer_idx]
         shown = shown.repeat_interleave(query.shape[1] // shown.shape[1], 1)
         visible[..., : shown.shape[-1]] &= shown[:, :, None]
-    scores = (query @ k.mT * scaling).masked_fill(~visible, -torch.inf)
+    scores = query @ k.mT * scaling
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if s_aux is not None:  # a sink takes its part of the softmax and gives nothing
+        sinks = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return (torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v).transpose(1, 2).contiguous(), None
     return (scores.softmax(-1) @ v).transpose(1, 2).contiguous(), None
 
 
