@@ -247,8 +247,8 @@ class MethodCache(Cache):
         if self.context.hold and not self.context.forwards and 0 < self.get_seq_length() < tokens:
             raise ValueError(
                 f"{tokens} tokens came with the first drafts, and the cache holds {self.get_seq_length()} already: "
-                "transformers' decoding with drafts feeds the whole prompt, which would be there twice; give it an empty "
-                "cache"
+                "transformers' decoding with drafts feeds the whole prompt, which would be there twice; give it an "
+                "empty cache"
             )
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0):
@@ -324,8 +324,8 @@ class MethodCache(Cache):
         needs = self.context.needs
         if not self.get_seq_length() and (needs.columns or needs.query_moments is not None or needs.query_peaks):
             raise ValueError(
-                f"{self.method.expression} reads all queries of a prompt, and drafts arrive together with it; use a method "
-                "that looks at the last ones only, e.g. snapkv"
+                f"{self.method.expression} reads all queries of a prompt, and drafts arrive together with it; use a "
+                "method that looks at the last ones only, e.g. snapkv"
             )
         self.context.hold, self.context.forwards = True, 0
         super().activate_past_recording()

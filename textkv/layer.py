@@ -626,7 +626,7 @@ class HybridLayer(LinearAttentionLayer, Layer):
 
 
 def _found_again(x: torch.Tensor, before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """Numbers [batch, heads, n] of the tokens at positions `before`, int32 like them, for those at `now`; a hole has 0."""
+    """Numbers [batch, heads, n] of tokens at positions `before`, int32 like them, for those at `now`; a hole has 0."""
     size = int(before.max()) + 1
     table = x.new_zeros(*x.shape[:2], size + 1)
     table.scatter_(-1, before.long().masked_fill(before < 0, size), x)
