@@ -32,7 +32,7 @@ from agentkv.tables import method_table, stdout_console, task_table
 from agentkv.trace import RUN, need_space, read_run, write_json
 from envs.browser import Browser
 from textkv import Budget, resolve_method, split_list
-from textkv.figures import run_meta
+from textkv.provenance import run_meta
 
 # What the embedded model has learned: eight pages of MiniWoB++, three of them with several steps, and four pages that
 # need memory.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from textkv.figures import wilson
+from textkv.intervals import wilson
 
 # What is averaged over the steps of all episodes; the names are the ones that every command's --json uses.
 STEP_MEANS = (

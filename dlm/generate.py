@@ -25,7 +25,7 @@ from dlm.models import answer_text
 from dlm.show import Painter
 from dlm.sources import DTYPES, ModelInfo, device_of, dtype_of, model_info, open_guide, open_model
 from dlm.unmask import Guider
-from textkv.figures import run_meta
+from textkv.provenance import run_meta
 
 NO_GUIDE = "none"
 STDOUT = Path("-")

@@ -1,9 +1,9 @@
 """`python -m eval.speed decode`: what a method costs per chunk of a prompt and per decoded token, beside DynamicCache.
 
-A few layers of SmolLM2-135M's shape with random weights. `calls` = operations of torch per decoded token and
-layer, by the profiler; `transfers` = questions of the host to a tensor among them (`.item()`, `bool(tensor)`), each of which
-would wait for a device; `calls_dynamic` = the calls of transformers' `DynamicCache`. `prefill_ratio` and `decode_ratio`
-are seconds over those of `DynamicCache`, medians of rounds in which both take turns.
+A few layers of SmolLM2-135M's shape with random weights. `calls` = operations of torch per decoded token and layer, by
+the profiler; `transfers` = questions of the host to a tensor among them (`.item()`, `bool(tensor)`), which would wait
+for a device; `calls_dynamic` = the calls of transformers' `DynamicCache`. `prefill_ratio` and `decode_ratio` are
+seconds over those of `DynamicCache`, medians of rounds in which both take turns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 
 from agentkv.trace import write_json
 from textkv import Budget, MethodCache, release, resolve_method, split_list, use
-from textkv.figures import run_meta
+from textkv.provenance import run_meta
 
 METHODS = "full,snapkv,adakv,window,streaming_llm,h2o,tova,cake,d2o,kivi(4)"
 CHUNK = 2048

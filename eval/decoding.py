@@ -36,7 +36,8 @@ from eval import gsm8k
 from eval.paired import difference
 from textkv import split_list
 from textkv.expression import parse_call, split_parts
-from textkv.figures import run_meta, wilson
+from textkv.intervals import wilson
+from textkv.provenance import run_meta
 
 BASE = "none"
 GEN_LENGTH = {"arithmetic": 64, "gsm8k": 256}

@@ -28,7 +28,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from eval.tiny import VOCABULARY, NoConfig, build, families, has_windows
 from textkv import MethodCache, release
-from textkv.figures import run_meta
+from textkv.provenance import run_meta
 
 # The text is shorter than what kivi packs at once, so that its cache is exact too.
 METHODS = ("full", "snapkv", "adakv", "streaming_llm", "h2o", "kivi(4)")

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from agentkv.trace import write_json
 from eval.textbench import FULL, held, load_text_model
 from textkv import Budget, MethodCache, resolve_method, split_list, use
-from textkv.figures import run_meta
+from textkv.provenance import run_meta
 
 
 class CachedLM(HFLM):

@@ -42,9 +42,10 @@ from eval.textbench import (
     text_rows,
 )
 from textkv import Budget, list_methods, split_list
-from textkv.figures import run_meta, wilson
+from textkv.intervals import wilson
 from textkv.mini.facts import TASKS, check_task
 from textkv.mini.tasks import FIRST_EVALUATION_SEED
+from textkv.provenance import run_meta
 
 AFTER = 128  # tokens of text that are predicted after the prompt
 TEXTS = 4

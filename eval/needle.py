@@ -24,9 +24,10 @@ from rich.table import Table
 from agentkv.trace import write_json
 from eval.textbench import FULL, examples, load_text_model, recall, share
 from textkv import Budget, resolve_method, split_list
-from textkv.figures import run_meta, wilson
+from textkv.intervals import wilson
 from textkv.mini.facts import TASKS, check_task
 from textkv.mini.tasks import FIRST_EVALUATION_SEED
+from textkv.provenance import run_meta
 
 
 def measure(

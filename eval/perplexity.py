@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from agentkv.trace import write_json
 from eval.textbench import load_text_model, text_rows
 from textkv import MethodCache, resolve_method, split_list, use
-from textkv.figures import run_meta
+from textkv.provenance import run_meta
 
 
 @torch.inference_mode()

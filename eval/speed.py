@@ -31,7 +31,7 @@ from agentkv.trace import write_json
 from eval import decode_speed
 from eval.textbench import FULL
 from textkv import Budget, MethodCache, list_methods, resolve_method, split_list
-from textkv.figures import run_meta
+from textkv.provenance import run_meta
 
 WHOLE = "1.0"
 STEPS = 8  # decoded tokens per round

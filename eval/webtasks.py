@@ -36,7 +36,7 @@ from envs.browser import Browser
 from eval.curve import draw_curve
 from eval.paired import difference
 from textkv import Budget, resolve_method, split_list
-from textkv.figures import run_meta
+from textkv.provenance import run_meta
 
 METHODS = "full,gui-kv,snapkv,pyramidkv,vl-cache,streaming_llm,window"
 BUDGETS = "0.4,0.2,0.1,0.05"

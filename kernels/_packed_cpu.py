@@ -135,10 +135,10 @@ def _attend(q, k, v, part, turn, softcap, shift):
 
 def _turn_of(turn, part):
     """What belongs to the runs of a part: `turn` as if there were no others."""
-    centre, rates, positions, axes = turn
+    centre, inv_freq, positions, axes = turn
     runs = len(centre)
     shown = positions.expand(-1, -1, runs // positions.shape[1], -1).flatten(1, 2)[:, part.runs, None]
-    return centre[part.runs], rates[part.runs], shown, axes
+    return centre[part.runs], inv_freq[part.runs], shown, axes
 
 
 def _tiles(packed, part):

@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from kernels._backend import check_tensor, jit, tl
 
 
-def turned_scores(q, centre, rates, positions, axes, tile):
+def turned_scores(q, centre, inv_freq, positions, axes, tile):
     """q [runs, x, D] against the turned centres of the tokens `tile` of each run -> fp32 [runs, x, tokens].
 
     positions are [1 or 3, B, G or 1, n], as `check_turn` returns them.
     """
-    half = rates.shape[1]
+    half = inv_freq.shape[1]
     shown = positions[..., tile].expand(-1, -1, len(q) // positions.shape[1], -1).flatten(1, 2).float()
     shown = (shown if axes is None else shown[axes.long()]).movedim(0, 1)  # [runs, 1 or R / 2, tokens]
-    angle = shown * rates[:, :, None]
+    angle = shown * inv_freq[:, :, None]
     (q1, q2), (c1, c2) = (x[..., : 2 * half].unflatten(-1, (2, half)).unbind(-2) for x in (q, centre[:, None]))
     scores = (q1 * c1 + q2 * c2) @ angle.cos() + (q2 * c1 - q1 * c2) @ angle.sin()
     # positions may end before the last tile does
@@ -69,14 +69,16 @@ def turned_tile(with_cos, with_sin, rate, axis, p_positions, s_pa, j, seen, AXES
     return scores + tl.dot(with_sin, tl.sin(angle), input_precision="tf32x3")
 
 
-def check_turn(q, centre, rates, positions, axes, longest):
+def check_turn(q, centre, inv_freq, positions, axes, longest):
     """Raise ValueError on bad arguments of a centre that turns; return the positions as [1 or 3, B, G or 1, n]."""
     if centre is None or positions is None:
-        raise ValueError("rates turn a centre by the tokens' positions; pass centre and positions with them")
+        raise ValueError("inv_freq turn a centre by the tokens' positions; pass centre and positions with them")
     runs, batch = len(centre), q.shape[0]
-    check_tensor("rates", rates, (runs, "R/2"), (torch.float32,), q)
-    if not 1 <= rates.shape[1] <= q.shape[-1] // 2:
-        raise ValueError(f"rates has shape {list(rates.shape)}; the limit is D / 2 = {q.shape[-1] // 2} pairs of dims")
+    check_tensor("inv_freq", inv_freq, (runs, "R/2"), (torch.float32,), q)
+    if not 1 <= inv_freq.shape[1] <= q.shape[-1] // 2:
+        raise ValueError(
+            f"inv_freq has shape {list(inv_freq.shape)}; the limit is D / 2 = {q.shape[-1] // 2} pairs of dims"
+        )
     lead = () if axes is None else (3,)
     check_tensor("positions", positions, (*lead, batch, "G or 1", "n"), (torch.int32,), q)
     groups, n = positions.shape[-2:]
@@ -88,7 +90,7 @@ def check_turn(q, centre, rates, positions, axes, longest):
         )
     if axes is None:
         return positions[None]
-    check_tensor("axes", axes, (rates.shape[1],), (torch.int32,), q)
+    check_tensor("axes", axes, (inv_freq.shape[1],), (torch.int32,), q)
     if axes.device.type == "cpu" and not bool(((axes >= 0) & (axes < 3)).all()):
         raise ValueError(f"axes holds {axes.unique().tolist()}; a frequency turns with axis 0 (t), 1 (h) or 2 (w)")
     return positions

@@ -192,11 +192,11 @@ def _launch(
     out, lse = q.new_empty((B, H, m, D)), q.new_empty((B, H, m), dtype=torch.float32)
     part = out if splits == 1 else q.new_empty((runs * splits, query_rows, D), dtype=torch.float32)
     part_lse = lse if splits == 1 else q.new_empty((runs * splits, query_rows), dtype=torch.float32)
-    centre, rates, positions, axes = turn or (None, None, None, None)
+    centre, inv_freq, positions, axes = turn or (None, None, None, None)
     strides = (0, 0, 0) if turn is None else positions.expand(-1, -1, runs // B, -1).stride()[:3]
     strides += (0, 0, 0) if valid is None else valid.stride()
     _packed_kernel[(runs * splits, blocks)](
-        q, *_arguments(k), *_arguments(v), start, length, centre, rates, axes, positions,
+        q, *_arguments(k), *_arguments(v), start, length, centre, inv_freq, axes, positions,
         None if valid is None else valid.view(torch.uint8), shift, *strides, part, part_lse,
         *q.stride()[:3], m, split, splits, runs // B, float(scale) * LOG2_E, float(softcap or 0) * LOG2_E,
         GROUP=group, D=D, T=tokens, K_BITS=0 if k.bits == "fp8" else k.bits, V_BITS=0 if v.bits == "fp8" else v.bits,
@@ -228,7 +228,7 @@ def packed_attention(
     length: torch.Tensor,
     longest: int,
     centre: torch.Tensor | None = None,
-    rates: torch.Tensor | None = None,
+    inv_freq: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
     axes: torch.Tensor | None = None,
     softcap: float | None = None,
@@ -246,9 +246,9 @@ def packed_attention(
         length: int32 [B * G], its tokens; what lies behind them in the last block, or in later blocks, is slack.
         longest: the largest length, known to the caller so that nothing here waits for the device.
         centre: float32 [B * G, D], what was subtracted from all keys of a run before packing, or None.
-        rates: float32 [B * G, R / 2] with R <= D: the centre had been turned for each key, in radians per position and
-            pair of dims (f, f + R / 2); the dims from R on stood still. None = all did.
-        positions: int32 [B, G or 1, n] with n >= longest: of token j of a run in column j. With rates; with axes
+        inv_freq: float32 [B * G, R / 2] with R <= D: the centre had been turned for each key, in radians per position
+            and pair of dims (f, f + R / 2); the dims from R on stood still. None = all did.
+        positions: int32 [B, G or 1, n] with n >= longest: of token j of a run in column j. With inv_freq; with axes
             [3, B, G or 1, n], its time, height and width.
         axes: int32 [R / 2], under M-RoPE the axis (0 t, 1 h, 2 w) whose position turns each pair (see
             `kernels.rotate.frequency_axes`); None = a token has one position.
@@ -268,10 +268,10 @@ def packed_attention(
     if valid is not None:
         valid = _check_holes(valid, q.shape[0], start.numel() // q.shape[0], longest, q)
     turn, still = None, 0
-    if rates is not None:
-        positions = check_turn(q, centre, rates, positions, axes, longest)
+    if inv_freq is not None:
+        positions = check_turn(q, centre, inv_freq, positions, axes, longest)
         axes = None if axes is None else axes.contiguous()
-        turn, still = (centre.contiguous(), rates.contiguous(), positions, axes), 2 * rates.shape[1]
+        turn, still = (centre.contiguous(), inv_freq.contiguous(), positions, axes), 2 * inv_freq.shape[1]
     common = None
     if centre is not None and still < q.shape[-1]:
         rows = q.reshape(start.numel(), -1, q.shape[-1])[..., still:].float()

@@ -25,8 +25,9 @@ from textkv.attention import use
 from textkv.budgets import Budget
 from textkv.context import AtRest, Context
 from textkv.evidence import Spans
+from textkv.hybrid import HybridLayer
 from textkv.kinds import attention_modules, describe, text_config
-from textkv.layer import HybridLayer, Layer
+from textkv.layer import Layer
 from textkv.method import Method, resolve_method
 from textkv.positions import PositionTable
 from textkv.report import CacheReport, report
@@ -345,15 +346,25 @@ class MethodCache(Cache):
         own = [layer for layer in self.layers if isinstance(layer, Layer)]
         for layer in own:
             layer.check_crop(count)
-        if count and not all(getattr(layer, "record_past", False) for layer in self.states):
-            raise ValueError(
-                f"crop({-count}): linear states cannot give back what they have read; fork the cache before the tokens"
-            )
+        self._check_states(count)
         super().crop(tokens_to_remove)
         if count and self.context.real is not None:
             self.context.real = self.context.real[:, :-count]
         if self.context.hold:
             self._commit()
+
+    def _check_states(self, count: int) -> None:
+        """Raises ValueError unless linear and convolution states can give the last `count` tokens back: transformers
+        recalls what it was told to record, and finds the rest out when other layers have changed already."""
+        seen = self.get_seq_length()
+        for state in self.states if count else ():
+            kept = [(x, state.conv_kernel_size[i]) for i, x in state.conv_states.items() if x is not None]
+            short = any(x.shape[-1] < min(count + kernel, seen) for x, kernel in kept)
+            if not state.record_past or short or any(state.is_recurrent_states_initialized.values()):
+                raise ValueError(
+                    f"crop({-count}): linear and convolution states cannot be taken back; fork the cache before the "
+                    "tokens instead"
+                )
 
     def _commit(self) -> None:
         if any([layer.commit() for layer in self.layers if isinstance(layer, Layer)]):
@@ -361,14 +372,18 @@ class MethodCache(Cache):
 
     # ---- rows --------------------------------------------------------------------------------------------------
 
+    @property
+    def rows(self) -> int:
+        """Rows of the batch, 0 before the first token."""
+        return next((len(x.real_seen) for x in self.layers if isinstance(x, Layer) and x.is_initialized), 0)
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._take_shared_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = next((len(x.real_seen) for x in self.layers if isinstance(x, Layer) and x.is_initialized), 0)
-        if rows:
-            self.reorder_cache(torch.arange(rows).repeat_interleave(repeats))
+        if self.rows:
+            self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
@@ -383,8 +398,13 @@ class MethodCache(Cache):
             context.spans = [context.spans[row] for row in rows.tolist()]
 
     def reset(self) -> None:
+        """Empties the cache: what comes next may be a batch of another size."""
         super().reset()
+        for state in self.states:
+            # transformers zeroes states in place, and they would fit no other batch.
+            LinearAttentionCacheLayerMixin.__init__(state, state.number_of_states)
         context = self.context
+        context.forget_bytes()
         context.table = None if context.table is None else PositionTable()
         context.real, context.spans, context.block_end, context.hold = None, [], 0, False
         self._through = set()

@@ -191,6 +191,10 @@ class Context:
         self._bytes[layer.kind.number] = layer.kv_bytes()
         self.peak_bytes = max(self.peak_bytes, sum(self._bytes.values()) + self.table_bytes() + self.state_bytes())
 
+    def forget_bytes(self) -> None:
+        """The cache is empty: what layers held at their last moment no longer counts, only the peak does."""
+        self._bytes, self.at_rest = {}, None
+
     def kv_bytes(self) -> int:
         """Bytes held now on the model's device: every storage that the cache keeps alive, counted once."""
         own = sum(layer.kv_bytes() for layer in self.everything if hasattr(layer, "kv_bytes"))

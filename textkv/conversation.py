@@ -1,5 +1,9 @@
 """A conversation: one cache over several turns, for text and vision-language models.
 
+Every turn gives the whole dialogue so far. What the cache has read is remembered, ids, mask and images, and compared:
+an edited turn, a chat template that drops old reasoning, another dialogue altogether, or another image under the same
+ids are found, and what follows the common beginning is taken back, or all is read again.
+
 Vision-language models of the Qwen family keep the last prompt's rotary offset on the MODEL, so two conversations that
 take turns would silently use each other's. And a later turn with a new image needs the new pixels with the positions of
 the whole dialogue. Both are handled here: positions are always explicit, and only unseen images are sent.
@@ -7,7 +11,12 @@ the whole dialogue. Both are handled here: positions are always explicit, and on
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from textkv.budgets import Budget
@@ -16,12 +25,81 @@ from textkv.evidence import Spans
 from textkv.method import Method
 
 
+@dataclass(frozen=True)
+class Reuse:
+    """What a turn found in the cache.
+
+    Attributes:
+        reused: columns of the prompt that were in the cache already.
+        read: columns that this turn had to read.
+        how: "new", nothing was in the cache; "continued", the dialogue goes on from all that was read; "cropped", what
+            the dialogue no longer has was taken back; "read again", the cache was emptied.
+        why: the same in words, with the place where the dialogue left what was read.
+    """
+
+    reused: int
+    read: int
+    how: Literal["new", "continued", "cropped", "read again"]
+    why: str
+
+
+@dataclass(frozen=True)
+class _Image:
+    """The columns [start, end) of an image in its row, and a digest of its patches and grid."""
+
+    row: int
+    start: int
+    end: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class _Dialogue:
+    """Columns as a cache reads them: ids int64 and mask bool [batch, columns] on the CPU, images row after row."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    images: tuple[_Image, ...] = ()
+
+    @property
+    def columns(self) -> int:
+        return self.ids.shape[1]
+
+    def first(self, columns: int) -> _Dialogue:
+        """The first columns alone, with the images that begin there."""
+        images = tuple(x for x in self.images if x.start < columns)
+        return _Dialogue(self.ids[:, :columns], self.mask[:, :columns], images)
+
+    def common(self, other: _Dialogue) -> tuple[int, str]:
+        """How many columns lead both dialogues in all rows, and what comes then. Both have as many rows."""
+        n = min(self.columns, other.columns)
+        same = (self.ids[:, :n] == other.ids[:, :n]) & (self.mask[:, :n] == other.mask[:, :n])
+        apart = (~same.all(0)).nonzero()
+        n, why = (int(apart[0]), f"column {int(apart[0])} is another") if len(apart) else (n, "")
+        # An image is as good as its columns, size and pixels: one that the other lacks begins the difference.
+        for image in sorted(set(self.images) ^ set(other.images), key=lambda x: x.start):
+            if image.start < n:
+                return image.start, f"the image at column {image.start} of row {image.row} is another"
+        return n, why
+
+    def outside_images(self, columns: int) -> int:
+        """`columns`, or fewer, so that no image of any row is cut in two: a model reads an image at once."""
+        for image in sorted(self.images, key=lambda x: -x.end):
+            if image.start < columns < image.end:
+                columns = image.start
+        return columns
+
+
 class Conversation:
     """Turns that share one cache.
 
     Args:
         model: a text model, or a vision-language model with `get_rope_index` (the Qwen-VL families).
         method, budget: as for `MethodCache`.
+
+    Attributes:
+        cache: the cache.
+        last: what the last turn found in the cache; None before the first.
     """
 
     def __init__(
@@ -29,7 +107,9 @@ class Conversation:
     ) -> None:
         self.model = model
         self.cache = MethodCache(model, method, budget)
-        self._images = 0
+        self.last: Reuse | None = None
+        self._seen: _Dialogue | None = None
+        self._lost = ""
 
     def generate(
         self,
@@ -44,8 +124,14 @@ class Conversation:
     ) -> torch.Tensor:
         """Continues the conversation; every argument describes the WHOLE dialogue so far, as a processor gives it.
 
+        What the cache holds is used as far as the dialogue begins with it in all rows, and `last` says how far that
+        was. If a batch is padded on the left by another width than before, its columns have moved, and all is read
+        again; so it is after beams or several sequences per row, and before decoding with drafts (`assistant_model`,
+        `prompt_lookup_num_tokens`).
+
         Args:
             input_ids: int64 [batch, tokens].
+            attention_mask: [batch, tokens], 0 at padding; None = all are tokens, but pad tokens at the left end.
             pixel_values: [patches of all images, features].
             image_grid_thw: int64 [images, 3], all images, oldest first.
             mm_token_type_ids: int64 [batch, tokens], 1 at image tokens.
@@ -53,40 +139,160 @@ class Conversation:
             options: for `model.generate`.
 
         Returns:
-            int64 [batch, tokens + generated].
+            what `model.generate` returns: int64 [batch, tokens + generated].
 
         Raises:
-            ValueError: images without their grid or token types, or a dialogue shorter than what was seen.
+            ValueError: a mask of another shape, or images without their grid, their token types, or their pixels.
         """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if hasattr(self.model, "model") and hasattr(self.model.model, "get_rope_index"):
-            inputs |= self._visual(input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids)
+        mask = self._mask(input_ids, attention_mask, options)
+        inputs, images = {"input_ids": input_ids, "attention_mask": mask}, ()
+        visual = hasattr(self.model, "model") and hasattr(self.model.model, "get_rope_index")
+        if visual:
+            images = _images(input_ids, pixel_values, image_grid_thw, mm_token_type_ids)
         elif pixel_values is not None:
             raise ValueError(f"{type(self.model).__name__} takes no images here")
-        self.cache.begin(input_ids, spans=spans, attention_mask=attention_mask)
-        return self.model.generate(**inputs, past_key_values=self.cache, **options)
+        told = _Dialogue(input_ids.cpu(), mask.bool().cpu(), images)
+        self.last = self._return_to(told, self._drafts(options))
+        if visual:
+            inputs |= self._positions(input_ids, mask, image_grid_thw, mm_token_type_ids)
+            inputs |= _unseen(images, self.last.reused, pixel_values, image_grid_thw)
+        self.cache.begin(input_ids, spans=spans, attention_mask=mask)
+        # Until it is over, nobody knows how far it came.
+        self._seen, self._lost = None, "the turn before did not finish"
+        out = self.model.generate(**inputs, past_key_values=self.cache, **options)
+        self._remember(told, out if isinstance(out, torch.Tensor) else out.sequences)
+        return out
 
-    def _visual(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
-        grids: torch.Tensor | None,
-        kinds: torch.Tensor | None,
-    ) -> dict:
-        if pixel_values is not None and (grids is None or kinds is None):
-            raise ValueError("images need image_grid_thw and mm_token_type_ids, as the processor gives them")
-        kinds = torch.zeros_like(input_ids) if kinds is None else kinds
+    def _mask(self, ids: torch.Tensor, given: torch.Tensor | None, options: dict) -> torch.Tensor:
+        """The attention mask [batch, tokens]. Where none is given, `model.generate` alone would also hide a pad token
+        that the model itself has said, although the cache has read it as a token."""
+        if given is not None:
+            if given.shape != ids.shape:
+                raise ValueError(
+                    f"attention_mask of shape {tuple(given.shape)} beside input_ids of {tuple(ids.shape)}: give a mask "
+                    "of the whole dialogue, 0 at padding"
+                )
+            return given
+        config = options.get("generation_config") or self.model.generation_config
+        pad, end = (options.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
+        if pad is None or pad in (end if isinstance(end, list | tuple) else [end]):
+            return torch.ones_like(ids)
+        return ((ids != pad).cumsum(1) > 0).long()
+
+    def _drafts(self, options: dict) -> bool:
+        """Whether tokens are drafted by another model, or looked up in the prompt."""
+        config = options.get("generation_config") or self.model.generation_config
+        lookup = options.get("prompt_lookup_num_tokens", getattr(config, "prompt_lookup_num_tokens", None))
+        return options.get("assistant_model") is not None or lookup is not None
+
+    # ---- what the cache has read -------------------------------------------------------------------------------
+
+    def _return_to(self, told: _Dialogue, drafts: bool) -> Reuse:
+        """Leaves in the cache what the dialogue begins with, at least one column less than it has, or nothing."""
+        held, columns = self.cache.tokens_seen, told.columns
+        if not held and not self._lost:
+            return Reuse(0, columns, "new", "the cache was empty")
+        # With drafts, transformers feeds the whole prompt whatever the cache has read: it would be there twice.
+        keep, why = (0, "decoding with drafts reads whole prompts") if drafts else self._known(told, held)
+        if keep == held > 0:
+            return Reuse(keep, columns - keep, "continued", f"the dialogue goes on from all {keep} columns read")
+        if keep:
+            try:
+                self.cache.crop(keep - held)
+            except ValueError as error:
+                why = f"{why}, and what follows cannot be taken back: {error}"
+            else:
+                self._seen = self._seen.first(keep)
+                self._forget_spans()
+                return Reuse(keep, columns - keep, "cropped", f"{why}: {held - keep} columns were taken back")
+        self.cache.reset()
+        self._seen, self._lost = None, ""
+        return Reuse(0, columns, "read again", why)
+
+    def _known(self, told: _Dialogue, held: int) -> tuple[int, str]:
+        """How many columns of the dialogue can stay in the cache, which has read `held`, and why no more."""
+        seen = self._seen
+        if seen is None or held > seen.columns:
+            return 0, self._lost or f"the cache has read {held} columns that this conversation did not give it"
+        if len(seen.ids) != len(told.ids):
+            return 0, f"the batch has {len(told.ids)} rows and had {len(seen.ids)}"
+        common, why = seen.first(held).common(told)
+        if common >= told.columns:
+            # A model needs a column to go on from.
+            common, why = told.columns - 1, f"the dialogue ends at column {told.columns}, within what was read"
+        return told.outside_images(common), why
+
+    def _forget_spans(self) -> None:
+        """Screenshots that are no longer read are none of the cache's."""
+        real, rows = self._seen.mask.sum(1).tolist(), self.cache.spans
+        self.cache.context.spans = [[x for x in row if x[1] <= n] for row, n in zip(rows, real, strict=bool(rows))]
+
+    def _remember(self, told: _Dialogue, sequences: torch.Tensor) -> None:
+        """Writes down what the cache has read: the last tokens generated are not among it.
+
+        Args:
+            sequences: int64 [batch, tokens + generated].
+        """
+        held, rows = self.cache.tokens_seen, len(told.ids)
+        if not rows == len(sequences) == self.cache.rows:
+            self._lost = f"the turn before had {self.cache.rows} beams or sequences for {rows} rows"
+            return
+        mask = F.pad(told.mask, (0, sequences.shape[1] - told.columns), value=True)
+        self._seen, self._lost = _Dialogue(sequences.cpu(), mask, told.images).first(held), ""
+
+    # ---- images ------------------------------------------------------------------------------------------------
+
+    def _positions(
+        self, ids: torch.Tensor, mask: torch.Tensor, grids: torch.Tensor | None, kinds: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Rotary positions int64 [4, batch, tokens] of the whole dialogue; the model's own offset is set right."""
+        kinds = torch.zeros_like(ids) if kinds is None else kinds
         rope, delta = self.model.model.get_rope_index(
-            input_ids, image_grid_thw=grids, mm_token_type_ids=kinds, attention_mask=attention_mask
+            ids, image_grid_thw=grids, mm_token_type_ids=kinds, attention_mask=mask
         )
         self.model.model.rope_deltas = delta
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        text = (real.long().cumsum(1) - 1).clamp(min=0)
-        inputs = {"position_ids": torch.cat([text[None], rope.to(text)]), "mm_token_type_ids": kinds}
-        if grids is not None and len(grids) > self._images:
-            patches = grids.prod(1)
-            start = int(patches[: self._images].sum())
-            inputs |= {"pixel_values": pixel_values[start:], "image_grid_thw": grids[self._images :]}
-            self._images = len(grids)
-        return inputs
+        text = (mask.long().cumsum(1) - 1).clamp(min=0)
+        return {"position_ids": torch.cat([text[None], rope.to(text)]), "mm_token_type_ids": kinds}
+
+
+def _images(
+    ids: torch.Tensor, pixels: torch.Tensor | None, grids: torch.Tensor | None, kinds: torch.Tensor | None
+) -> tuple[_Image, ...]:
+    """Where the images of a batch lie and what they are, row after row as the processor gives them."""
+    if pixels is None and grids is None and kinds is None:
+        return ()
+    if pixels is not None and (grids is None or kinds is None):
+        raise ValueError("images need image_grid_thw and mm_token_type_ids, as the processor gives them")
+    edges = F.pad((torch.zeros_like(ids) if kinds is None else kinds).cpu() == 1, (1, 1)).int().diff()
+    starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero()[:, 1].tolist()
+    patches = [] if grids is None else grids.prod(1).tolist()
+    have = 0 if pixels is None else len(pixels)
+    if len(starts) != len(patches) or sum(patches) != have:
+        raise ValueError(
+            f"mm_token_type_ids marks {len(starts)} images, image_grid_thw has {len(patches)} of {sum(patches)} "
+            f"patches, pixel_values {have} patches: give all three for every image of the whole dialogue, seen or not"
+        )
+    if not patches:
+        return ()
+    parts = zip(starts, ends, pixels.detach().cpu().contiguous().split(patches), grids.tolist(), strict=True)
+    return tuple(_Image(*start, end, _digest(part, grid)) for start, end, part, grid in parts)
+
+
+def _digest(patches: torch.Tensor, grid: list[int]) -> bytes:
+    """Tells images apart: patches [n, features] on the CPU, and the grid in which they lie."""
+    told = sha256(f"{grid} {patches.dtype}".encode())
+    told.update(patches.view(torch.uint8).numpy())
+    return told.digest()
+
+
+def _unseen(
+    images: tuple[_Image, ...], columns: int, pixels: torch.Tensor | None, grids: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Pixels and grids of the images that do not lie in the first columns, for the model."""
+    new = torch.tensor([image.start >= columns for image in images], dtype=torch.bool)
+    if not new.any():
+        return {}
+    if new.all():
+        return {"pixel_values": pixels, "image_grid_thw": grids}
+    of_patch = new.repeat_interleave(grids.prod(1).cpu())
+    return {"pixel_values": pixels[of_patch.to(pixels.device)], "image_grid_thw": grids[new.to(grids.device)]}

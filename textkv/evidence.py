@@ -129,6 +129,7 @@ class Evidence:
             mean over each KV head's query heads, or None.
         moments: of the block's pre-RoPE queries, or None.
         came: int64 [batch] on the CPU, real tokens of each row in the block; None = all rows got as many, no padding.
+        softcap: the model's soft cap of scores, or None.
         peaks: fp32 [batch, heads, head_dim], largest magnitude of the block's post-RoPE queries per channel, or None.
     """
 
@@ -143,6 +144,7 @@ class Evidence:
     moments: QueryMoments | None = None
     peaks: torch.Tensor | None = None
     came: torch.Tensor | None = None
+    softcap: float | None = None
 
     def part(self, row: int, head: int | None, kv_heads: int, slots: torch.Tensor) -> Evidence:
         """The evidence of one row, and of one KV head's query heads if `head` is given; `slots` int64 [k] are the
@@ -162,6 +164,7 @@ class Evidence:
             columns=None if self.columns is None else self.columns[one, which][:, :, slots],
             moments=None if self.moments is None else self.moments.part(one, ours),
             peaks=None if self.peaks is None else self.peaks[one, ours],
+            softcap=self.softcap,
         )
 
     def queries_of(self, row: int) -> torch.Tensor:
@@ -275,9 +278,13 @@ class EvidenceCollector:
         """Leaves out the queries of the last `tokens` tokens: they were taken back."""
         if self._queries is not None and tokens:
             self._queries = self._queries[:, :, : self._queries.shape[2] - tokens]
-        self._came = self._came - tokens
+        # Tokens of blocks that are over, or of an answer, were not counted here.
+        came = self._came - tokens
+        self._came = max(0, came) if isinstance(came, int) else came.clamp(min=0)
 
-    def finish(self, q: torch.Tensor, scale: float, tokens: torch.Tensor, spans: Spans) -> Evidence:
+    def finish(
+        self, q: torch.Tensor, scale: float, tokens: torch.Tensor, spans: Spans, softcap: float | None = None
+    ) -> Evidence:
         """The evidence of the whole block; the collector is empty afterwards."""
         queries = self._queries if self._queries is not None else q[:, :, :0]
         queries = queries[:, :, max(0, queries.shape[2] - self.needs.window) :] if self.needs.window else queries
@@ -285,4 +292,4 @@ class EvidenceCollector:
         columns, moments, peaks, came = self._columns, self._moments, self._peaks, self._came
         self.clear()
         came = came if isinstance(came, torch.Tensor) else None
-        return Evidence(queries, scale, tokens, norms, positions, rope, spans, columns, moments, peaks, came)
+        return Evidence(queries, scale, tokens, norms, positions, rope, spans, columns, moments, peaks, came, softcap)

@@ -22,6 +22,7 @@ _NAMES: dict[str, Name] = {
     "full_attention": "full", "sliding_attention": "sliding", "chunked_attention": "chunked",
     "linear_attention": "state", "conv": "state", "hybrid": "hybrid", "hybrid_sliding": "hybrid_sliding",
 }  # fmt: skip
+_WINDOWED = ("sliding", "hybrid_sliding", "chunked")
 _HANDS_ON = "ALL_ATTENTION_FUNCTIONS"
 _ATTENTION_EXTRAS = ("position_bias",)
 """Named arguments of an attention call that change its scores in a way no segment knows."""
@@ -134,6 +135,10 @@ def describe(model: PreTrainedModel) -> tuple[LayerKind, ...]:
     decoder, config, who = text_model(model), text_config(model), type(model).__name__
     _refuse_model(decoder, config, who)
     types, options = get_layer_types_and_kwargs(config)
+    if isinstance(options, dict):  # transformers before 5.20 gives one for all layers
+        options = [options] * len(types)
+    if len(types) < config.num_hidden_layers:
+        raise ValueError(f"{who}: layers that share keys are supported from transformers 5.23 on; upgrade it")
     unknown = sorted(set(types) - set(_NAMES) - {"dummy"})
     if unknown:
         raise ValueError(f"{who}: layers of kind {', '.join(unknown)} are not supported by this cache")
@@ -147,7 +152,8 @@ def describe(model: PreTrainedModel) -> tuple[LayerKind, ...]:
             kinds.append(LayerKind(number, "shared", source=source, type=of))
             continue
         name: Name = "none" if of == "dummy" else _NAMES[of]
-        kind = LayerKind(number, name, own.get("sliding_window"), type=of, options=own)
+        window = own.get("sliding_window") if name in _WINDOWED else None
+        kind = LayerKind(number, name, window, type=of, options=own)
         if kind.attends:
             _refuse_layer(attention.get(number), number, who)
         kinds.append(kind)

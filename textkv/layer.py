@@ -14,16 +14,16 @@ from typing import Any
 from weakref import ref
 
 import torch
-import torch.nn.functional as F
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from kernels import merge
 from textkv.call import Call, Tokens
+from textkv.contents import Contents
 from textkv.context import Context
 from textkv.evidence import Evidence, EvidenceCollector
 from textkv.kinds import LayerKind
 from textkv.positions import RotarySpec
-from textkv.segments.base import Segment, Step, Stored, keep_across, storage_bytes
+from textkv.segments.base import Segment, Step
 from textkv.segments.dense import DenseSegment
 from textkv.segments.window import WindowSegment
 
@@ -59,7 +59,7 @@ class View:
         return self.k.device
 
 
-class Layer(CacheLayerMixin):
+class Layer(Contents, CacheLayerMixin):
     """One layer's store, driven by the method of its cache.
 
     Attributes:
@@ -174,6 +174,7 @@ class Layer(CacheLayerMixin):
         if count and not self.is_croppable:
             raise ValueError(f"crop({-count}): {name} evicts while decoding and cannot restore tokens")
         if count > self.since_eviction:
+            name = name if self.kind.governed else f"layer {self.kind.number} with its window of {self.kind.window}"
             raise ValueError(
                 f"crop({-count}): {name} can take back only the {self.since_eviction} tokens since it last "
                 "evicted; fork the cache before the prompt instead"
@@ -350,8 +351,7 @@ class Layer(CacheLayerMixin):
             elif not prompt:
                 self._decode_end(step.q)
         if not context.hold and not context.frozen:
-            for segment in self.segments:
-                segment.settle()
+            self._settle()
         self.last_share = self.came = None
         context.after_step(self, ends and not context.hold and not context.frozen, tokens)
 
@@ -365,7 +365,7 @@ class Layer(CacheLayerMixin):
         self.collector.take(step, self.stored, norms=norms, rotary=self.rotary, spare=spare)
 
     def _prompt_end(self, q: torch.Tensor) -> None:
-        evidence = self.collector.finish(q, self.scale, self.real_seen, self.context.spans)
+        evidence = self.collector.finish(q, self.scale, self.real_seen, self.context.spans, self.softcap)
         with self.context.timed("on_prefill_end"):
             self.context.method.on_prefill_end(self, evidence)
 
@@ -381,9 +381,13 @@ class Layer(CacheLayerMixin):
                 self._prompt_end(self.real_seen.new_zeros(1, 1, 0, 1, dtype=self.dtype).to(self.device))
             elif query is not None:
                 self._decode_end(query[:, :, -1:])
-        for segment in self.segments:
-            segment.settle()
+        self._settle()
         return any(ends for ends, _ in due)
+
+    def _settle(self) -> None:
+        """Lets go of what no later token can see. An earlier one could: what came cannot be taken back any more."""
+        if any([segment.settle() for segment in self.segments]):
+            self.since_eviction = 0
 
     def absorb(
         self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, observers: torch.Tensor, scale: float
@@ -432,206 +436,9 @@ class Layer(CacheLayerMixin):
         elif self.context.frosted:
             self.context.thaw()
 
-    # ---- what methods use --------------------------------------------------------------------------------------
-
-    def stored(self) -> Stored:
-        """What the layer holds, all segments side by side, padded to one length (holes have position -1)."""
-        parts = [segment.stored() for segment in self._known()]
-        if len(parts) == 1:
-            return parts[0]
-        return Stored(*(torch.cat([getattr(p, f) for p in parts], 2) for f in ("keys", "values", "positions")))
-
-    def held_positions(self) -> torch.Tensor:
-        """The positions of `stored()`, without unpacking what is packed: int32 [batch, stored heads, n], -1 = hole."""
-        parts = [segment.held_positions() for segment in self._known()]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-    @property
-    def whole(self) -> int | None:
-        """Slots of a layer that is one rectangle of tokens, as far as the host knows; None = there are holes, or
-        several segments. What a method asks at every decoded token is answered from this, not by the device."""
-        segment = self.segments[0]
-        if len(self.segments) == 1 and isinstance(segment, DenseSegment) and not segment.holes:
-            return segment.used
-        return None
-
-    def statistic(self, name: str) -> torch.Tensor:
-        """The numbers that a method keeps per stored token: fp32 [batch, stored heads, n], slot by slot of `stored()`.
-        They move and go with their tokens; a token that came since they were set, or a hole, has 0. Set them through
-        `statistics[name]`. (Those whose names begin with OF_HEAD have any width, and are asked for there.)
-        """
-        if self.whole is not None and name in self.statistics:
-            known = self.statistics[name]
-            return known if known.shape[-1] == self.whole else F.pad(known, (0, self.whole - known.shape[-1]))
-        positions = self.held_positions()
-        known = self.statistics.get(name, positions.new_zeros((*positions.shape[:2], 0), dtype=torch.float32))
-        known = known[..., : positions.shape[-1]]
-        known = F.pad(known, (0, positions.shape[-1] - known.shape[-1]))
-        return known.masked_fill(positions < 0, 0)
-
-    def _known(self) -> list[Segment]:
-        """The segments without those that nothing ever came to: they do not know the shape of a token."""
-        if len(self.segments) == 1:
-            return self.segments
-        return [segment for segment in self.segments if segment.tensors()] or self.segments[-1:]
-
-    def _of_tokens(self) -> list[str]:
-        """The statistics that tokens have, which move and go with them."""
-        return [name for name in self.statistics if not name.startswith(OF_HEAD)]
-
-    def keep(self, index: torch.Tensor) -> None:
-        """Keeps slots `index` int64 [batch, kv_heads or 1, c] of `stored()`, ascending, -1 = hole; frees the others.
-        The method's `on_evict` hears what stayed."""
-        known = {name: self.statistic(name) for name in self._of_tokens()}
-        before, several = self.held_positions(), len(self.segments) > 1
-        self.segments = keep_across(self.segments, index)
-        self.since_eviction = 0
-        pick = index.expand(-1, before.shape[1], -1)
-        for name, x in known.items():
-            told = self.statistics[name].shape[-1]
-            if several:  # each keeps its slots in its own way: what moved where is told by positions alone
-                x = _found_again(x, before, self.held_positions())
-            else:
-                x = x.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, 0)
-            if told < before.shape[-1]:  # tokens that came since have 0: no room for that
-                used = (x != 0).flatten(0, 1).any(0).nonzero()
-                x = x[..., : int(used.max()) + 1 if len(used) else 0].clone()
-            self.statistics[name] = x
-        self.context.method.on_evict(self, before.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, -1))
-
-    def drop_lowest(self, scores: torch.Tensor) -> None:
-        """Lets go of the one token of each head with the lowest score, fp32 [batch, stored heads, n], in a layer that
-        is `whole`; of equal ones the newest. Asks nothing of the device."""
-        n = scores.shape[-1]
-        victim = n - 1 - scores.flip(-1).argmin(-1, keepdim=True)
-        slots = torch.arange(n - 1, device=scores.device)
-        index = slots + (slots >= victim)
-        self.statistics |= {name: self.statistic(name).gather(-1, index) for name in self._of_tokens()}
-        self.segments[0].pick(index)
-        self.since_eviction = 0
-        self.context.method.on_evict(self, self.segments[0].held_positions())
-
-    def keep_mask(self, mask: torch.Tensor) -> None:
-        """Keeps the slots where bool [batch, kv_heads, n] is True, each head its own number of them."""
-        before = self.held_positions()
-        mask = mask & (before >= 0)
-        # Ragged heads show their tokens first and their missing slots last.
-        order = (~mask).sort(dim=-1, stable=True).indices[..., : int(mask.sum(-1).max())]
-        missing = ~mask.gather(-1, order)
-        self.statistics |= {
-            name: self.statistic(name).gather(-1, order).masked_fill(missing, 0) for name in self._of_tokens()
-        }
-        first, kept = 0, []
-        for segment in self.segments:
-            size = segment.held_positions().shape[2] if segment.tensors() else 0
-            if not size:
-                kept.append(segment)
-                continue
-            kept.append(segment.keep_mask(mask[..., first : first + size]))
-            first += size
-        self.segments = kept
-        self.since_eviction = 0
-        self.context.method.on_evict(self, before.gather(-1, order).masked_fill(missing, -1))
-
-    def forget(self, gone: torch.Tensor) -> None:
-        """Drops the tokens at the logical positions where bool [batch, p] is True, whatever holds them."""
-        if not self.is_initialized:
-            return
-        at = self.held_positions()
-        known = (at >= 0) & (at < gone.shape[1])
-        table = gone[:, None].expand(-1, at.shape[1], -1)
-        dropped = known & table.gather(-1, at.long().clamp(0, gone.shape[1] - 1))
-        if not bool(dropped.any()):
-            return
-        stays = (at >= 0) & ~dropped
-        if bool((stays == stays[:, :1]).all()):
-            stays = stays[:, :1]
-        order = (~stays).sort(dim=-1, stable=True).indices[..., : int(stays.sum(-1).max())]
-        self.keep(order.masked_fill(~stays.gather(-1, order), -1))
-
-    def replace(self, segments: list[Segment]) -> None:
-        """Puts other segments in place of what is stored; the method has moved over what it keeps (statistics are
-        gone)."""
-        self.segments = segments
-        self.statistics = {}
-        self.since_eviction = 0
-
-    def repeat_heads(self, times: int) -> None:
-        """From now on every KV head is stored `times` times, once per query head of its group."""
-        last = self.segments[-1]
-        if len(self.segments) > 1 or not isinstance(last, DenseSegment):
-            last = DenseSegment.of(self.stored(), last.head_repeat if isinstance(last, DenseSegment) else 1)
-        last.repeat_heads(times)
-        self.segments = [last]
-
-    # ---- counting ----------------------------------------------------------------------------------------------
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor that the layer holds: its segments' by "segment.name", its statistics by "statistic.name"."""
-        held = {f"{i}.{name}": x for i, s in enumerate(self.segments) for name, x in s.tensors().items()}
-        return held | {f"statistic.{name}": x for name, x in self.statistics.items()}
-
-    def host_bytes(self) -> int:
-        """Bytes that segments hold in host memory although the model runs on a device."""
-        return sum(segment.host_bytes() for segment in self.segments)
-
-    def kv_bytes(self) -> int:
-        """Bytes of all storages that the layer keeps alive on the model's device, positions and lengths included."""
-        host = {id(x) for segment in self.segments for x in segment.host_tensors().values()}
-        return storage_bytes([x for x in self.tensors().values() if id(x) not in host])
-
-    def full_bytes(self) -> int:
-        """Bytes of K and V that the model's own cache holds after the same tokens."""
-        if not self.is_initialized:
-            return 0
-        seen = self.seen if self.kind.window is None else min(self.seen, self.kind.window - 1)
-        return 2 * len(self.real_seen) * self.kv_heads * seen * self.head_dim * self.dtype.itemsize
-
-    def lengths(self) -> torch.Tensor:
-        """Tokens stored, int64 [batch, stored heads], on the CPU."""
-        return sum(segment.lengths() for segment in self._known())
-
     def bind(self, module: torch.nn.Module | None) -> None:
         """Ties the layer to the module whose keys it holds."""
         self.module = (lambda: None) if module is None else ref(module)
-
-
-class HybridLayer(LinearAttentionLayer, Layer):
-    """Attention and a linear state in one layer of the model: the attention is ours, the state transformers'."""
-
-    def __init__(self, kind: LayerKind, context: Context, index: int) -> None:
-        LinearAttentionLayer.__init__(self, **{k: v for k, v in kind.options.items() if k == "number_of_states"})
-        Layer.__init__(self, kind, context, index)
-
-    def lazy_initialization(self, *args: torch.Tensor, **kwargs: Any) -> None:
-        # transformers hands a state to one and keys and values to the other, under one name.
-        if kwargs:
-            LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
-        else:
-            Layer.lazy_initialization(self, *args)
-
-    def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
-        Layer.reset(self)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
-        Layer.reorder_cache(self, beam_idx)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        LinearAttentionLayer.crop(self, tokens_to_remove)
-        Layer.crop(self, tokens_to_remove)
-
-    get_max_length = Layer.get_max_length
-
-
-def _found_again(x: torch.Tensor, before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """Numbers [batch, heads, n] of tokens at positions `before`, int32 like them, for those at `now`; a hole has 0."""
-    size = int(before.max()) + 1
-    table = x.new_zeros(*x.shape[:2], size + 1)
-    table.scatter_(-1, before.long().masked_fill(before < 0, size), x)
-    table[..., size] = 0
-    return table.gather(-1, now.long().masked_fill(now < 0, size))
 
 
 def _exactly(device: str):

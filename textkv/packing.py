@@ -191,12 +191,12 @@ class Packer(Method):
         positions = taken.positions
         if bool((positions == positions[:, :1]).all()):
             positions = positions[:, :1]
-        places = None if packed.axes is None else rotary.at(positions, rows)
-        centres = packed.centres(positions if places is None else places)
+        rope = None if packed.axes is None else rotary.at(positions, rows)
+        centres = packed.centres(positions if rope is None else rope)
         keys = (taken.keys.float() - centres) * (positions >= 0)[..., None]
         keys, values = keys.flatten(0, 1), taken.values.float().flatten(0, 1)
         blocks = self.encode(keys, values, counts.view(-1), prompt, counts.shape[1])
-        packed.take(*blocks, counts, positions, places)
+        packed.take(*blocks, counts, positions, rope)
         return [packed, _rest(buffer, held, counts)]
 
     def _rotary(self, layer: Layer) -> RotarySpec | None:
@@ -216,24 +216,24 @@ class Packer(Method):
     def _centre(
         self, held: Stored, counts: torch.Tensor, rotary: RotarySpec | None, rows: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        """Centre, rates and axes of a `PackedSegment`, which begins with the first counts[b, h] tokens of each head."""
+        """Centre, inv_freq and axes of a `PackedSegment` whose first tokens are counts[b, h] of each head."""
         if self.centre == "none":
             return None, None, None
         mean = _mean(held.keys, held.positions)
         if rotary is None:
             return mean, None, None
-        rates = rotary.inv_freq.to(mean.device).repeat(*mean.shape[:2], 1)
+        inv_freq = rotary.inv_freq.to(mean.device).repeat(*mean.shape[:2], 1)
         axes = None if rotary.axes is None else rotary.axes.to(mean.device)
-        origin = _mean(turned(held.keys.float(), -rotary.at(held.positions, rows), rates, axes), held.positions)
+        origin = _mean(turned(held.keys.float(), -rotary.at(held.positions, rows), inv_freq, axes), held.positions)
         if self.centre == "turned":
-            return origin, rates, axes
+            return origin, inv_freq, axes
         sample = _first(held, counts.clamp(max=max(1, _SAMPLE // self.group) * self.group))
-        moved = sample.keys - turned(origin[:, :, None], rotary.at(sample.positions, rows), rates, axes)
+        moved = sample.keys - turned(origin[:, :, None], rotary.at(sample.positions, rows), inv_freq, axes)
         moved *= (sample.positions >= 0)[..., None]
         better = (_ranges(moved, self.group) < _ENOUGH * _ranges(sample.keys.float(), self.group))[..., None]
         if not bool(better.any()):
             return mean, None, None
-        return torch.where(better, origin, mean), rates * better, axes
+        return torch.where(better, origin, mean), inv_freq * better, axes
 
 
 def _refuse(inner: Method, name: str) -> None:

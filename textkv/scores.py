@@ -33,13 +33,13 @@ def group_mean(scores: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return scores.unflatten(1, (kv_heads, -1)).mean(2)
 
 
-def past_mass(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+def past_mass(queries: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None = None) -> torch.Tensor:
     """Attention that the last w tokens pay to each token before them: fp32 [batch, heads, n - w].
 
     Sum over the window of softmax probabilities over ALL n keys (SnapKV, arXiv 2404.14469): the past columns are not
     normalised again.
     """
-    return window_mass(queries, keys, scale=scale)[..., : keys.shape[2] - queries.shape[2]]
+    return window_mass(queries, keys, scale=scale, softcap=softcap)[..., : keys.shape[2] - queries.shape[2]]
 
 
 def with_window(past: torch.Tensor, window: int) -> torch.Tensor:

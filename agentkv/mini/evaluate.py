@@ -25,7 +25,8 @@ from agentkv.grammars import ParseError
 from agentkv.mini.tasks import MEMORY, TASKS
 from agentkv.models import ModelAdapter, load_adapter
 from envs.browser import Browser
-from textkv.figures import run_meta, wilson
+from textkv.intervals import wilson
+from textkv.provenance import run_meta
 
 FIRST_SEED = 1_000_000
 MAX_NEW_TOKENS = 32

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlm.decode import decode
 from dlm.mini import load_mini
 from dlm.mini.problems import FIRST_EVALUATION_SEED, MOST_STEPS, Problem, final_answer, make_problem
-from textkv.figures import run_meta, wilson
+from textkv.intervals import wilson
+from textkv.provenance import run_meta
 
 BATCH_TOKENS = 16_384
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentkv.stats import summarise
-from textkv.figures import wilson
+from textkv.intervals import wilson
 
 
 @pytest.mark.parametrize(

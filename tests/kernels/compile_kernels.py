@@ -106,7 +106,7 @@ def launch_packed(
         k, v = (replace(x, lowrank=terms[0], sparse=terms[1]) for x in (k, v))
     rows = {"start": torch.tensor([0, blocks]), "length": torch.tensor([600, 300], dtype=torch.int32), "longest": 600}
     if half:
-        rows |= {"centre": torch.zeros(2, D), "rates": torch.zeros(2, half)}
+        rows |= {"centre": torch.zeros(2, D), "inv_freq": torch.zeros(2, half)}
         rows["positions"] = zeros(*[3] * (axes == 3), 1, 1, 600, dtype=torch.int32)
         rows["axes"] = zeros(half, dtype=torch.int32) if axes == 3 else None
     kernels.packed_attention(zeros(1, 2 * group, m, D), k, v, scale=1.0, **rows, **options, _backend="triton")

@@ -141,11 +141,11 @@ def test_packed_attention(bits, layout, D, m, corrected, dtype, poison):
 @pytest.mark.parametrize("axes", [1, 3])
 def test_packed_attention_with_a_turning_centre(D, half, axes, dtype, poison):
     k, v = pack(randn(600, 64, D), 4, layout="channel"), pack(randn(600, 64, D), 4, layout="token")
-    rates = 1e4 ** -(torch.arange(half, device="cuda") / half)
+    inv_freq = 1e4 ** -(torch.arange(half, device="cuda") / half)
     rows = {
         "start": torch.tensor([0, 500], device="cuda"), "longest": 30_000,
         "length": torch.tensor([30_000, 1000], device="cuda", dtype=torch.int32),
-        "centre": 20 * randn(2, D), "rates": rates.expand(2, -1),
+        "centre": 20 * randn(2, D), "inv_freq": inv_freq.expand(2, -1),
         "positions": torch.arange(30_000, device="cuda", dtype=torch.int32).expand(1, 1, -1),
     }  # fmt: skip
     if axes == 3:

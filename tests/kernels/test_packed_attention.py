@@ -57,23 +57,23 @@ def turning(lengths, D, half, shared=False, size=5.0, axes=None):
         axes = torch.tensor(axes, dtype=torch.int32)
     if not shared:
         positions = positions.masked_fill(torch.arange(n) >= torch.tensor(lengths).view(-1, 2, 1), -1)
-    rates = 10000.0 ** -(torch.arange(half) / half) * torch.ones(runs, 1)
-    rates[0] = 0  # a head whose centre stands still
-    turn = {"centre": size * randn(runs, D), "rates": rates, "positions": positions.int()}
+    inv_freq = 10000.0 ** -(torch.arange(half) / half) * torch.ones(runs, 1)
+    inv_freq[0] = 0  # a head whose centre stands still
+    turn = {"centre": size * randn(runs, D), "inv_freq": inv_freq, "positions": positions.int()}
     return turn if axes is None else turn | {"axes": axes}
 
 
 def truth(
-    q, k, v, rows, scale, centre=None, rates=None, positions=None, axes=None, softcap=None, valid=None
+    q, k, v, rows, scale, centre=None, inv_freq=None, positions=None, axes=None, softcap=None, valid=None
 ):  # fmt: skip
     """Ragged attention over everything unpacked."""
     keys, values = unpack(k), unpack(v)
-    if rates is not None:
-        half = rates.shape[1]
+    if inv_freq is not None:
+        half = inv_freq.shape[1]
         shown = positions[None].expand(half, -1, -1, -1) if axes is None else positions[axes.long()]
-        shown = shown.expand(-1, -1, len(rates) // shown.shape[1], -1).flatten(1, 2)
+        shown = shown.expand(-1, -1, len(inv_freq) // shown.shape[1], -1).flatten(1, 2)
         for r, (s, n) in enumerate(zip(rows["start"].tolist(), rows["length"].tolist(), strict=True)):
-            angle = shown[:, r, :n].T.double() * rates[r]
+            angle = shown[:, r, :n].T.double() * inv_freq[r]
             c1, c2 = centre[r, :half].double(), centre[r, half : 2 * half].double()
             turned = torch.cat([c1 * angle.cos() - c2 * angle.sin(), c2 * angle.cos() + c1 * angle.sin()], 1)
             turned = torch.cat([turned, centre[r, 2 * half :].expand(n, -1)], 1)
@@ -207,7 +207,9 @@ def test_a_centre_that_turns_by_nothing_stands_still(interpreted):
     q, centre = randn(1, 4, 2, 32), turning((48, 33), 32, 16)
     still = packed_attention(q, k, v, scale=0.2, centre=centre["centre"], **rows, _backend="reference")
     for backend in ("reference", "triton"):
-        ours = packed_attention(q, k, v, scale=0.2, **rows, **centre | {"rates": 0 * centre["rates"]}, _backend=backend)
+        ours = packed_attention(
+            q, k, v, scale=0.2, **rows, **centre | {"inv_freq": 0 * centre["inv_freq"]}, _backend=backend
+        )
         for mine, true in zip(ours, still, strict=True):
             assert_close(mine, true, 1e-4)
 
@@ -216,7 +218,7 @@ def test_a_centre_that_turns_by_nothing_stands_still(interpreted):
 def test_a_turning_centre_does_not_depend_on_the_split(split, interpreted):
     k, v, rows = cache((80, 16, 0, 65))
     q, centre = randn(2, 4, 2, 32), turning((80, 16, 0, 65), 32, 16)
-    turn = (centre["centre"], centre["rates"], centre["positions"][None], None)
+    turn = (centre["centre"], centre["inv_freq"], centre["positions"][None], None)
     ours = module._launch(q, k, v, scale=0.2, **rows, turn=turn, split=split)
     for mine, true in zip(ours, truth(q, k, v, rows, 0.2, **centre), strict=True):
         assert_close(mine, true, 1e-4)
@@ -347,9 +349,9 @@ THREE = turning((16, 32), 16, 8, axes=frequency_axes([2, 3, 3], False))
         (Q, K, V, {"length": ROWS["length"] * 10}, "do not fit 5 blocks of 16 tokens"),
         (Q, K, V, {"longest": 16}, "longest=16 do not fit"),
         (Q, K, V, {"centre": torch.zeros(1, 16)}, r"centre has shape \[1, 16\]; it must be \[2, 16\]"),
-        (Q, K, V, {"rates": torch.zeros(2, 8)}, "rates turn a centre .* pass centre and positions"),
-        (Q, K, V, TURN | {"rates": torch.zeros(2, 9)}, r"rates has shape \[2, 9\]; the limit is D / 2 = 8 pairs"),
-        (Q, K, V, TURN | {"rates": torch.zeros(1, 8)}, r"rates has shape \[1, 8\]; it must be \[2, R/2\]"),
+        (Q, K, V, {"inv_freq": torch.zeros(2, 8)}, "inv_freq turn a centre .* pass centre and positions"),
+        (Q, K, V, TURN | {"inv_freq": torch.zeros(2, 9)}, r"inv_freq has shape \[2, 9\]; the limit is D / 2 = 8 pairs"),
+        (Q, K, V, TURN | {"inv_freq": torch.zeros(1, 8)}, r"inv_freq has shape \[1, 8\]; it must be \[2, R/2\]"),
         (Q, K, V, TURN | {"positions": torch.zeros(1, 2, 32)}, "positions is float32; it must be int32"),
         (Q, K, V, TURN | {"positions": torch.zeros(1, 2, 31).int()}, r"positions has shape \[1, 2, 31\].* n >= 32"),
         (Q, K, V, {"softcap": -1.0}, "softcap=-1.0 must be above 0"),

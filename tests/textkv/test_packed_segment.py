@@ -10,8 +10,9 @@ import torch
 from kernels import decode_attention
 from textkv.methods.gear import Gear
 from textkv.segments.base import Step, storage_bytes
+from textkv.segments.block_pool import blocks_of
 from textkv.segments.dense import DenseSegment
-from textkv.segments.packed import PackedSegment, blocks_of
+from textkv.segments.packed import PackedSegment
 from textkv.segments.stack import StackSegment
 
 D = 24
@@ -27,7 +28,7 @@ def seed():
 def grow(segment: PackedSegment, counts: list[list[int]], prompt: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Packs random tokens; returns the exact keys and values [batch, heads, n, D], 0 where a run has none."""
     counts = torch.tensor(counts)
-    n, before = int(counts.max()), segment.lengths() if segment.slabs else torch.zeros_like(counts)
+    n, before = int(counts.max()), segment.lengths() if segment.pools else torch.zeros_like(counts)
     real = torch.arange(n) < counts[..., None]
     k, v = (torch.randn(*counts.shape, n, D) * real[..., None] for _ in range(2))
     positions = (before[..., None] + torch.arange(n)).masked_fill(~real, -1).int()
@@ -42,10 +43,10 @@ def grow(segment: PackedSegment, counts: list[list[int]], prompt: bool) -> tuple
 
 
 def make(counts, flushes: int = 0, centre: str = "turned") -> PackedSegment:
-    rates = 10000.0 ** -(torch.arange(9) / 9) * torch.ones(2, 2, 1)  # 18 of 24 dims turn
-    rates[0, 1] = 0
+    inv_freq = 10000.0 ** -(torch.arange(9) / 9) * torch.ones(2, 2, 1)  # 18 of 24 dims turn
+    inv_freq[0, 1] = 0
     segment = PackedSegment(torch.float32, 3 * torch.randn(2, 2, D) if centre != "none" else None)
-    segment.rates = rates if centre in ("turned", "three axes") else None
+    segment.inv_freq = inv_freq if centre in ("turned", "three axes") else None
     segment.axes = torch.arange(9, dtype=torch.int32) % 3 if centre == "three axes" else None
     grow(segment, counts, prompt=True)
     for _ in range(flushes):
@@ -94,9 +95,9 @@ def test_frozen_blocks_stay_where_they_are_bit_for_bit():
             n = held[-1].keys.shape[2]
             assert torch.equal(at.keys[:, :, :n], held[-1].keys) and torch.equal(at.values[:, :, :n], held[-1].values)
         held.append(at)
-    # 16 tokens at a time, room for an eighth of what is there: slabs of 2 flushes, then of 3
-    assert [slab.room for slab in segment.slabs] == [None, 2, 2, 2, 2, 3, 3]
-    pointers = {slab.k.codes.data_ptr() for slab in segment.slabs}
+    # 16 tokens at a time, room for an eighth of what is there: pools of 2 flushes, then of 3
+    assert [pool.room for pool in segment.pools] == [None, 2, 2, 2, 2, 3, 3]
+    pointers = {pool.k.codes.data_ptr() for pool in segment.pools}
     assert len(pointers) == 7
 
 
@@ -108,7 +109,7 @@ def test_room_that_heads_fill_at_their_own_pace():
         for ours, true in zip(segment.attend(q, 0.3), attention_over_what_is_stored(segment, q), strict=True):
             torch.testing.assert_close(ours, true, rtol=2e-5, atol=2e-5)
     assert segment.lengths().tolist() == [[320, 304], [288, 288]]
-    assert len(segment.slabs) < 5
+    assert len(segment.pools) < 5
 
 
 @pytest.mark.parametrize("counts", [UNIFORM, RAGGED])
@@ -126,7 +127,7 @@ def test_rows_move_and_leave_with_all_that_is_theirs(counts, rows, centre):
             assert torch.equal(after.keys[row, head][real], before.keys[old, head][was])
             assert torch.equal(after.values[row, head][real], before.values[old, head][was])
             assert torch.equal(after.positions[row, head][real], before.positions[old, head][was])
-    assert width == int(sum(slab.counts.amax() for slab in segment.slabs))
+    assert width == int(sum(pool.counts.amax() for pool in segment.pools))
     if len(rows) == 1:
         assert storage_bytes(list(segment.tensors().values())) < 0.75 * weight
     grow(segment, [[16, 16]] * len(rows), prompt=False)  # goes on from there
@@ -136,7 +137,7 @@ def test_rows_move_and_leave_with_all_that_is_theirs(counts, rows, centre):
 @pytest.mark.parametrize("centre", ["three axes", "turned"])
 def test_a_copy_and_a_saved_one_hold_the_same(centre):
     segment = make(RAGGED, 4, centre)
-    assert ("0.places" in segment.tensors()) == (centre == "three axes")
+    assert ("0.rope" in segment.tensors()) == (centre == "three axes")
     for other in (copy.deepcopy(segment), PackedSegment.from_state(segment.state())):
         assert all(torch.equal(a, b) for a, b in zip(other.tensors().values(), segment.tensors().values(), strict=True))
         grow(other, [[16, 16], [16, 16]], prompt=False)

@@ -35,8 +35,8 @@ def test_three_axes_turn_as_the_model_turns_keys(family, sections):
     x, at = torch.randn(2, 2, 20, 64), torch.randint(0, 500, (3, 2, 20))
     truth, inv_freq = model_rope(family, x, at, sections)
     axes = torch.tensor(frequency_axes(sections, family == "qwen3_vl"), dtype=torch.int32)
-    rates = inv_freq.float().expand(2, 2, -1)
-    torch.testing.assert_close(turned(x, at[:, :, None], rates, axes), truth, rtol=1e-5, atol=1e-5)
+    inv_freq = inv_freq.float().expand(2, 2, -1)
+    torch.testing.assert_close(turned(x, at[:, :, None], inv_freq, axes), truth, rtol=1e-5, atol=1e-5)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -153,11 +153,11 @@ def test_a_cache_knows_where_each_token_lies(talk):
     assert cache.kv_bytes() == layers + cache.context.table.table.nbytes and cache.peak_bytes >= cache.kv_bytes()
     for layer in cache.layers:
         packed = layer.segments[0]
-        assert len(packed.slabs) > 1 and bool(packed.rates.any(-1).all())
-        for slab in packed.slabs:
+        assert len(packed.pools) > 1 and bool(packed.inv_freq.any(-1).all())
+        for pool in packed.pools:
             for row in range(2):
-                at = slab.positions[row, 0, : int(slab.counts[row].max())].long()
-                assert torch.equal(slab.places[:, row, 0, : len(at)], talk.places(row, 40)[:, at])
+                at = pool.positions[row, 0, : int(pool.counts[row].max())].long()
+                assert torch.equal(pool.rope[:, row, 0, : len(at)], talk.places(row, 40)[:, at])
 
 
 def test_only_what_needs_a_table_has_one(talk, model_of):

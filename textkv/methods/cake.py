@@ -285,7 +285,9 @@ class LastQuery(Eviction):
     kernel: int = 5
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
-        return self.of_row(window_mass(evidence.queries, held.keys, scale=evidence.scale), held.keys.shape[1])
+        return self.of_row(
+            window_mass(evidence.queries, held.keys, scale=evidence.scale, softcap=evidence.softcap), held.keys.shape[1]
+        )
 
     def of_row(self, row: torch.Tensor, kv_heads: int) -> torch.Tensor:
         """Scores fp32 [batch, kv_heads, n] from what the token looked at, [batch, heads, n]."""

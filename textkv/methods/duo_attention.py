@@ -179,7 +179,9 @@ def _far_mass(layer: Layer, evidence: Evidence, sizes: list[Sizes]) -> torch.Ten
     held = layer.stored()
     at = held.positions
     queries = evidence.queries[:, :, -at.shape[-1] :]
-    mass = group_mean(window_mass(queries, held.keys, scale=evidence.scale, valid=at >= 0), layer.kv_heads)
+    mass = group_mean(
+        window_mass(queries, held.keys, scale=evidence.scale, valid=at >= 0, softcap=evidence.softcap), layer.kv_heads
+    )
     first, last = (
         torch.tensor(bounds, device=at.device)[:, None, None]
         for bounds in (

@@ -28,7 +28,7 @@ from kernels.pack import FLOAT16_MAX, LowRank, Packed, Sparse, pack, unpack
 from textkv.layer import Layer
 from textkv.method import register
 from textkv.packing import Packer
-from textkv.segments.packed import blocks_of
+from textkv.segments.block_pool import blocks_of
 
 MAX_RANK = 16
 """What the attention kernel takes: one tile of its smallest size."""

@@ -16,7 +16,7 @@ import torch
 from kernels.pack import Packed, pack
 from textkv.method import register
 from textkv.packing import Packer
-from textkv.segments.packed import blocks_of
+from textkv.segments.block_pool import blocks_of
 
 
 @register("kivi")

@@ -30,7 +30,7 @@ from textkv.method import Capabilities, Method, register
 from textkv.methods.h2o import H2O
 from textkv.segments.balanced import BalancedSegment
 from textkv.segments.base import Segment, Stored
-from textkv.segments.packed import blocks_of
+from textkv.segments.block_pool import blocks_of
 from textkv.segments.ragged import RaggedSegment
 
 

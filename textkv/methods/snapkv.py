@@ -47,7 +47,7 @@ class SnapKV(Eviction):
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
         queries = fit_window(evidence.queries, held.keys.shape[2], keep)
         kv_heads = held.keys.shape[1]
-        mass = past_mass(queries, held.keys, evidence.scale)
+        mass = past_mass(queries, held.keys, evidence.scale, evidence.softcap)
         # Mean over the group first: the same as after for an average, and what the max variant's authors do.
         past = pool(group_mean(mass, kv_heads), self.kernel, self.pooling)
         return with_window(past, queries.shape[2])

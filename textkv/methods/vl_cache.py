@@ -70,7 +70,9 @@ class VLCache(Eviction):
         for row in range(len(held.keys)):
             queries = fit_window(self._observed(evidence, row), held.keys.shape[2], keep)
             keys = held.keys[row : row + 1]
-            mass = pool(group_mean(past_mass(queries, keys, evidence.scale), keys.shape[1]), self.kernel)
+            mass = pool(
+                group_mean(past_mass(queries, keys, evidence.scale, evidence.softcap), keys.shape[1]), self.kernel
+            )
             rows.append(with_window(mass, queries.shape[2]))
         return torch.cat(rows)
 

@@ -21,13 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from textkv.figures import run_meta, wilson
+from textkv.intervals import wilson
 from textkv.mini import load_mini
 from textkv.mini.facts import TASKS, check_task
 from textkv.mini.filler import Filler
 from textkv.mini.sinks import sink_mass
 from textkv.mini.speller import Speller
 from textkv.mini.tasks import EVALUATION_FILLER, FIRST_EVALUATION_SEED, Example, make_example
+from textkv.provenance import run_meta
 
 BATCH_TOKENS = 16_384
 PLAIN_ROWS, PLAIN_LENGTH = 4, 512  # in which attention on the first token is looked at

@@ -55,29 +55,29 @@ class BalancedSegment(PackedSegment):
     def attend(
         self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.slabs:
+        if not self.pools:
             return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
         grouped = q.unflatten(1, (self.balance.shape[1], -1)) / self.balance[:, :, None, None].to(q.dtype)
         return super().attend(grouped.flatten(1, 2), scale, softcap=softcap, hidden=hidden)
 
     def stored(self) -> Stored:
-        if not self.slabs:
+        if not self.pools:
             none = self.balance.new_zeros((*self.balance.shape[:2], 0, self.balance.shape[2]), dtype=self.dtype)
             return Stored(none, none, self.held_positions())
         held = super().stored()
         return Stored((held.keys.float() / self.balance[:, :, None]).to(self.dtype), held.values, held.positions)
 
     def held_positions(self) -> torch.Tensor:
-        if not self.slabs:
+        if not self.pools:
             return self.balance.new_zeros((*self.balance.shape[:2], 0), dtype=torch.int32)
         return super().held_positions()
 
     def keep(self, index: torch.Tensor) -> None:
-        if self.slabs:
+        if self.pools:
             super().keep(index)
 
     def lengths(self) -> torch.Tensor:
-        return super().lengths() if self.slabs else torch.zeros(self.balance.shape[:2], dtype=torch.int64)
+        return super().lengths() if self.pools else torch.zeros(self.balance.shape[:2], dtype=torch.int64)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return super().tensors() | {"balance": self.balance}

@@ -95,8 +95,9 @@ class Segment(ABC):
         within = block_attention(step, need_lse=True)
         return merge([before[0], within[0]], [before[1], within[1]])
 
-    def settle(self) -> None:  # noqa: B027 (most segments let go of nothing by themselves)
-        """What came will not be taken back: lets go of what no later token can see."""
+    def settle(self) -> bool:
+        """What came will not be taken back: lets go of what no later token can see. Returns whether there was any."""
+        return False
 
     def is_empty(self) -> bool:
         """Whether no token is stored, as far as the host knows."""

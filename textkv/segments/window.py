@@ -82,9 +82,10 @@ class WindowSegment(DenseSegment):
         super().append(step)
         self.seen += step.k.shape[2]
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         if self.is_empty():
-            return
+            return False
+        before = self.first
         if self.holes:
             newest = self._positions().amax(-1, keepdim=True) + 1
             needed = (self.sees(newest, self._positions()) & (self._positions() >= 0)).any(0)[0]
@@ -93,9 +94,11 @@ class WindowSegment(DenseSegment):
             self.first = max(self.first, self.used - self.seen % self.window)
         else:
             self.first = max(self.first, self.used - self.window + 1)
+        gone = self.first > before
         # A long prompt leaves a buffer many times the window behind: that is given back at once.
         if self.k.shape[2] > 2 * (self.used - self.first) + 64:
             self._move_to_front()
+        return gone
 
     def is_empty(self) -> bool:
         return self.used == self.first

@@ -152,7 +152,7 @@ def test_a_cache_takes_the_heads_of_a_row_together(model_of):
     """Two heads of 16 channels: 32 entries a token, of which one at each end at a share of 1 / 16."""
     cache = MethodCache(model_of("llama"), f"gear(2,{SMALL},outliers=0.0625)")
     feed(cache._model(), cache, tiny.text_ids(48, batch=2))
-    sparse = cache.layers[0].segments[0].slabs[0].v.sparse
+    sparse = cache.layers[0].segments[0].pools[0].v.sparse
     per_token = torch.zeros(2 * 2 * 48)  # batch, head, token
     block = torch.arange(len(sparse.count)).repeat_interleave(sparse.count.long())
     per_token.scatter_add_(0, block * 16 + sparse.at.long() // 16, torch.ones(len(sparse.at)))
@@ -227,9 +227,9 @@ def test_prompts_of_every_length_pack_keys_and_values_in_whole_chunks(model_of, 
     packed = layer.segments[0].lengths()[0, 0].item() if len(layer.segments) == 2 else 0
     assert packed == n - n % 16 and layer.lengths().tolist() == [[n, n]] and cache.get_seq_length() == n
     if packed:
-        slab = layer.segments[0].slabs[0]
-        assert slab.k.blocks == slab.v.blocks == 2 * packed // 16
-        assert slab.k.lowrank.p.shape == (2, 16, 4)  # one chunk for each head's prompt
+        pool = layer.segments[0].pools[0]
+        assert pool.k.blocks == pool.v.blocks == 2 * packed // 16
+        assert pool.k.lowrank.p.shape == (2, 16, 4)  # one chunk for each head's prompt
 
 
 def test_decoded_chunks_have_a_rank_of_their_own_and_are_never_touched_again(model_of):
@@ -239,8 +239,8 @@ def test_decoded_chunks_have_a_rank_of_their_own_and_are_never_touched_again(mod
     layer = cache.layers[0]
     for i in range(8):
         feed(model, cache, tiny.text_ids(1, seed=i))
-    chunk = layer.segments[0].slabs[1]
-    assert chunk.k.lowrank.a.shape[2] == 2 and layer.segments[0].slabs[0].k.lowrank.a.shape[2] == 4
+    chunk = layer.segments[0].pools[1]
+    assert chunk.k.lowrank.a.shape[2] == 2 and layer.segments[0].pools[0].k.lowrank.a.shape[2] == 4
     frozen = {name: (x.data_ptr(), x.clone()) for name, x in layer.segments[0].tensors().items()}
     for i in range(64):
         feed(model, cache, tiny.text_ids(1, seed=i))

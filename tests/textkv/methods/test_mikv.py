@@ -58,8 +58,11 @@ def exact_at(layer):
 def test_it_conforms_with_other_scorers(method, budget):
     declared = {check.name for check in check_method(method, budget) if check.outcome != "passed"}
     assert declared <= {
-        "full_budget_equals_full_cache", "equals_masked_full_attention", "crop_or_refusal", "forgotten_tokens_are_gone",
-    }  # fmt: skip
+        "full_budget_equals_full_cache",
+        "equals_masked_full_attention",
+        "crop_or_refusal",
+        "forgotten_tokens_are_gone",
+    }
 
 
 @pytest.mark.parametrize("method", ["mikv(16,2)", "snapkv+mikv(16,2)"])
@@ -251,7 +254,7 @@ def test_bytes_are_those_of_the_formula(low, share):
     assert layer.kv_bytes() == pytest.approx(vectors + beside, rel=0.01)
 
 
-def test_decoding_never_rebuilds_a_layer():
+def test_decoding_never_rebuilds_a_layer(small_tiles):
     qkv = tokens(1100)
     steps = feed("mikv(16,4)", 0.2, qkv, 1060)
     next(steps)
@@ -287,8 +290,8 @@ def test_a_prompt_of_one_token_works(model_of):
 
 def test_codes_are_small_integers():
     *_, (layer, _) = feed("mikv(16,2)", "16t", tokens(48), 48)
-    (slab,) = layer.segments[0].slabs
-    assert slab.k.codes.dtype == torch.uint8 and slab.k.bits == 2 and len(unpack(slab.v)) == 2 * HEADS
+    (pool,) = layer.segments[0].pools
+    assert pool.k.codes.dtype == torch.uint8 and pool.k.bits == 2 and len(unpack(pool.v)) == 2 * HEADS
 
 
 def test_what_is_not_finite_is_told_with_layer_row_and_head():

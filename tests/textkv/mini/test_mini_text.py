@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from textkv.figures import wilson
+from textkv.intervals import wilson
 from textkv.mini import evaluate, load_mini
 from textkv.mini.check import Check, right_answers
 from textkv.mini.facts import KEYS, NUMBERS, TASKS, VALUES, draw_facts, held_out

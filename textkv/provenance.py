@@ -1,5 +1,5 @@
-"""What every `--json` carries besides its figures: the record that makes them repeatable (command, commit, versions,
-hardware, seed), and the interval of a share.
+"""Provenance: what every `--json` carries besides its figures, the record that makes them repeatable (command, commit,
+versions, hardware, seed).
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 from importlib import metadata
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import torch
 
-Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution: a two-sided 95 % interval
 PACKAGES = ("agentkv", "torch", "transformers", "triton", "optimum-quanto", "hqq", "playwright", "gymnasium", "miniwob")
 
 
@@ -63,19 +61,3 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson score interval of a share (Wilson 1927): (low, high), both in 0..1; (0, 1) when nothing was played.
-
-    Raises ValueError when `successes` is not within 0..n.
-    """
-    if not 0 <= successes <= n:
-        raise ValueError(f"successes={successes} is outside 0..{n}; pass the number of episodes that succeeded")
-    if n == 0:
-        return 0.0, 1.0
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At 0 and n the bound is 0 or 1 exactly; rounding would leave 1e-17.
-    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)

@@ -1,0 +1,163 @@
+"""What one layer of a cache holds: segments, statistics per token, and how tokens leave, whoever lets them go."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from textkv.context import Context
+from textkv.kinds import LayerKind
+from textkv.segments.base import Segment, Stored, keep_across, storage_bytes
+from textkv.segments.dense import DenseSegment
+
+
+class Contents:
+    """The part of a layer that methods work on; see `textkv.layer.Layer` for its attributes."""
+
+    context: Context
+    kind: LayerKind
+    segments: list[Segment]
+    statistics: dict[str, torch.Tensor]
+    since_eviction: int
+    seen: int
+    real_seen: torch.Tensor | None
+    is_initialized: bool
+
+    # ---- what methods use --------------------------------------------------------------------------------------
+
+    def stored(self) -> Stored:
+        """What the layer holds, all segments side by side, padded to one length (holes have position -1)."""
+        parts = [segment.stored() for segment in self.segments]
+        if len(parts) == 1:
+            return parts[0]
+        return Stored(*(torch.cat([getattr(p, f) for p in parts], 2) for f in ("keys", "values", "positions")))
+
+    def held_positions(self) -> torch.Tensor:
+        """The positions of `stored()`, without unpacking what is packed: int32 [batch, stored heads, n], -1 = hole."""
+        parts = [segment.held_positions() for segment in self.segments]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    @property
+    def whole(self) -> int | None:
+        """Slots of a layer that is one rectangle of tokens, as far as the host knows; None = there are holes, or
+        several segments. What a method asks at every decoded token is answered from this, not by the device."""
+        segment = self.segments[0]
+        if len(self.segments) == 1 and isinstance(segment, DenseSegment) and not segment.holes:
+            return segment.used
+        return None
+
+    def statistic(self, name: str) -> torch.Tensor:
+        """The numbers that a method keeps per stored token: fp32 [batch, stored heads, n], slot by slot of `stored()`.
+        They move and go with their tokens; a token that came since they were set, or a hole, has 0. Set them through
+        `statistics[name]`.
+        """
+        if self.whole is not None and name in self.statistics:
+            known = self.statistics[name]
+            return known if known.shape[-1] == self.whole else F.pad(known, (0, self.whole - known.shape[-1]))
+        positions = self.held_positions()
+        known = self.statistics.get(name, positions.new_zeros((*positions.shape[:2], 0), dtype=torch.float32))
+        known = known[..., : positions.shape[-1]]
+        known = F.pad(known, (0, positions.shape[-1] - known.shape[-1]))
+        return known.masked_fill(positions < 0, 0)
+
+    def keep(self, index: torch.Tensor) -> None:
+        """Keeps slots `index` int64 [batch, kv_heads or 1, c] of `stored()`, ascending, -1 = hole; frees the others.
+        The method's `on_evict` hears what stayed."""
+        for name in self.statistics:
+            known = self.statistic(name)
+            pick = index.expand(-1, known.shape[1], -1)
+            self.statistics[name] = known.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, 0)
+        before = self.held_positions()
+        self.segments = keep_across(self.segments, index)
+        self.since_eviction = 0
+        pick = index.expand(-1, before.shape[1], -1)
+        self.context.method.on_evict(self, before.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, -1))
+
+    def drop_lowest(self, scores: torch.Tensor) -> None:
+        """Lets go of the one token of each head with the lowest score, fp32 [batch, stored heads, n], in a layer that
+        is `whole`; of equal ones the newest. Asks nothing of the device."""
+        n = scores.shape[-1]
+        victim = n - 1 - scores.flip(-1).argmin(-1, keepdim=True)
+        slots = torch.arange(n - 1, device=scores.device)
+        index = slots + (slots >= victim)
+        self.statistics = {name: self.statistic(name).gather(-1, index) for name in self.statistics}
+        self.segments[0].pick(index)
+        self.since_eviction = 0
+        self.context.method.on_evict(self, self.segments[0].held_positions())
+
+    def keep_mask(self, mask: torch.Tensor) -> None:
+        """Keeps the slots where bool [batch, kv_heads, n] is True, each head its own number of them."""
+        before = self.held_positions()
+        mask = mask & (before >= 0)
+        # Ragged heads show their tokens first and their missing slots last.
+        order = (~mask).sort(dim=-1, stable=True).indices[..., : int(mask.sum(-1).max())]
+        missing = ~mask.gather(-1, order)
+        self.statistics = {
+            name: self.statistic(name).gather(-1, order).masked_fill(missing, 0) for name in self.statistics
+        }
+        first, kept = 0, []
+        for segment in self.segments:
+            size = segment.held_positions().shape[2]
+            kept.append(segment.keep_mask(mask[..., first : first + size]))
+            first += size
+        self.segments = kept
+        self.since_eviction = 0
+        self.context.method.on_evict(self, before.gather(-1, order).masked_fill(missing, -1))
+
+    def forget(self, gone: torch.Tensor) -> None:
+        """Drops the tokens at the logical positions where bool [batch, p] is True, whatever holds them."""
+        if not self.is_initialized:
+            return
+        at = self.held_positions()
+        known = (at >= 0) & (at < gone.shape[1])
+        table = gone[:, None].expand(-1, at.shape[1], -1)
+        dropped = known & table.gather(-1, at.long().clamp(0, gone.shape[1] - 1))
+        if not bool(dropped.any()):
+            return
+        stays = (at >= 0) & ~dropped
+        if bool((stays == stays[:, :1]).all()):
+            stays = stays[:, :1]
+        order = (~stays).sort(dim=-1, stable=True).indices[..., : int(stays.sum(-1).max())]
+        self.keep(order.masked_fill(~stays.gather(-1, order), -1))
+
+    def replace(self, segments: list[Segment]) -> None:
+        """Puts other segments in place of what is stored; the method has moved over what it keeps (statistics are
+        gone)."""
+        self.segments = segments
+        self.statistics = {}
+        self.since_eviction = 0
+
+    def repeat_heads(self, times: int) -> None:
+        """From now on every KV head is stored `times` times, once per query head of its group."""
+        last = self.segments[-1]
+        if len(self.segments) > 1 or not isinstance(last, DenseSegment):
+            last = DenseSegment.of(self.stored(), last.head_repeat if isinstance(last, DenseSegment) else 1)
+        last.repeat_heads(times)
+        self.segments = [last]
+
+    # ---- counting ----------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor that the layer holds: its segments' by "segment.name", its statistics by "statistic.name"."""
+        held = {f"{i}.{name}": x for i, s in enumerate(self.segments) for name, x in s.tensors().items()}
+        return held | {f"statistic.{name}": x for name, x in self.statistics.items()}
+
+    def host_bytes(self) -> int:
+        """Bytes that segments hold in host memory although the model runs on a device."""
+        return sum(segment.host_bytes() for segment in self.segments)
+
+    def kv_bytes(self) -> int:
+        """Bytes of all storages that the layer keeps alive on the model's device, positions and lengths included."""
+        host = {id(x) for segment in self.segments for x in segment.host_tensors().values()}
+        return storage_bytes([x for x in self.tensors().values() if id(x) not in host])
+
+    def full_bytes(self) -> int:
+        """Bytes of K and V that the model's own cache holds after the same tokens."""
+        if not self.is_initialized:
+            return 0
+        seen = self.seen if self.kind.window is None else min(self.seen, self.kind.window - 1)
+        return 2 * len(self.real_seen) * self.kv_heads * seen * self.head_dim * self.dtype.itemsize
+
+    def lengths(self) -> torch.Tensor:
+        """Tokens stored, int64 [batch, stored heads], on the CPU."""
+        return sum(segment.lengths() for segment in self.segments)
