@@ -61,7 +61,7 @@ class Bench:
         if self.policy.budget.tokens is None:
             return 1.0
         # More than the prompt, but not more than the model knows: some methods refuse that.
-        return f"{min(1000, self.model.config.max_position_embeddings)}t"
+        return f"{min(1000, self.model.config.get_text_config().max_position_embeddings)}t"
 
     def plain(self) -> DynamicCache:
         """transformers' own cache for the model."""
@@ -123,7 +123,7 @@ def full_budget_equals_full_cache(bench: Bench) -> None:
     """Budget enough for everything: prompt, decoding and a second turn give the logits of transformers' own cache."""
     if bench.policy.capabilities.lossy:
         raise NotApplicable("what is stored is not exact")
-    ids, cache, plain = bench.ids[:1], bench.cache(_enough(bench)), DynamicCache(config=bench.model.config)
+    ids, cache, plain = bench.ids[:1], bench.cache(bench.enough), bench.plain()
     for step in (ids[:, :60], ids[:, 60:61], ids[:, 61:62], ids[:, 62:80], ids[:, 80:81]):
         _same(bench.run(cache, step), bench.run(plain, step), "a forward")
 
@@ -250,49 +250,6 @@ def rows_can_be_reordered(bench: Bench) -> None:
     alone = bench.cache()
     bench.run(alone, bench.ids[:2, :50])
     _same(bench.decode(twice, step[:2]), bench.decode(alone, step[:2]), "decoding after repeat and select")
-
-
-def forgotten_tokens_are_gone(bench: Bench) -> None:
-    """Forgotten passages leave every layer, bytes never grow, and decoding goes on as if they were masked."""
-    gone, ids = [(10, 20), (30, 31)], bench.ids[:1]
-    cache, plain = bench.cache(_enough(bench)), DynamicCache(config=bench.model.config)
-    bench.run(cache, ids[:, :50])
-    before = cache.kv_bytes()
-    cache.forget([gone])
-    assert cache.kv_bytes() <= before, f"forgetting made {before} bytes {cache.kv_bytes()}"
-    hidden = torch.zeros(50, dtype=torch.bool)
-    for start, stop in gone:
-        hidden[start:stop] = True
-    for layer in cache.layers:
-        if hasattr(layer, "held_positions"):
-            held = layer.held_positions()
-            left = hidden[held[held >= 0].long().clamp(max=49).cpu()]
-            assert not bool(left.any()), f"layer {layer.kind.number} still holds forgotten tokens"
-    ours = bench.decode(cache, ids[:, 60:63])
-    assert bool(ours.isfinite().all()), "decoding after forgetting is not finite"
-    known = bench.policy.capabilities
-    if not known.original_positions or known.merges or known.lossy:
-        raise NotApplicable("what is kept is not what was seen, so a mask gives something else")
-    bench.run(plain, ids[:, :50])
-    mask, steps = (~hidden).long()[None], []
-    for i in range(3):
-        mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
-        with torch.no_grad():
-            steps.append(
-                bench.model(
-                    ids[:, 60 + i : 61 + i], past_key_values=plain, attention_mask=mask,
-                    position_ids=torch.tensor([[50 + i]]),
-                ).logits
-            )  # fmt: skip
-    _same(ours, torch.cat(steps, 1), "decoding after forgetting")
-
-
-def _enough(bench: Bench) -> float | str:
-    """A budget with which nothing has to go."""
-    if bench.policy.budget.tokens is None:
-        return 1.0
-    # More than the prompt, but not more than the model knows: some methods refuse that.
-    return f"{min(1000, bench.model.config.get_text_config().max_position_embeddings)}t"
 
 
 def bytes_are_really_gone(bench: Bench) -> None:

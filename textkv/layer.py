@@ -27,8 +27,6 @@ from textkv.segments.base import Segment, Step
 from textkv.segments.dense import DenseSegment
 from textkv.segments.window import WindowSegment
 
-OF_HEAD = "head."
-"""How the names of statistics begin that a method keeps per head and not per token: they stay when tokens go."""
 SPARE = 128
 """Queries kept beyond a method's window while drafts may be taken back: more than any draft is long."""
 

@@ -116,3 +116,15 @@ def test_a_hidden_passage():
     mask[0, 5:40] = 0
     both = [kinds.logits(model, kinds.ids(1, seed=3), filled(model, m), mask) for m in (ALL, "full")]
     torch.testing.assert_close(*both, atol=2e-4, rtol=0)
+
+
+def test_forgetting_right_after_the_prompt():
+    """The segment for new tokens is still empty, and does not even know the shape of one."""
+    model = kinds.model_of_kind("dense")
+    both = []
+    for method in (ALL, "full"):
+        cache = MethodCache(model, method)
+        kinds.logits(model, kinds.ids(44), cache)
+        cache.forget([[(5, 20)]])
+        both.append(kinds.steps(model, kinds.ids(3, seed=1), cache))
+    torch.testing.assert_close(*both, atol=2e-4, rtol=0)

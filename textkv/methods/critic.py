@@ -19,10 +19,11 @@ from typing import ClassVar, Literal
 import torch
 
 from textkv.budgets import Budget
+from textkv.contents import OF_HEAD
 from textkv.decode_eviction import accumulate, attention_row, protect
 from textkv.eviction import Eviction, keep_best
 from textkv.evidence import Evidence, Needs
-from textkv.layer import OF_HEAD, Layer
+from textkv.layer import Layer
 from textkv.method import Capabilities, register
 from textkv.segments.base import Stored
 

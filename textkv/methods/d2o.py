@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 
 from textkv.budgets import apportion
+from textkv.contents import OF_HEAD
 from textkv.context import Context
 from textkv.decode_eviction import accumulate, attention_row, part_of, protect
 from textkv.evidence import Evidence, Needs
-from textkv.layer import OF_HEAD, Layer
+from textkv.layer import Layer
 from textkv.method import Capabilities, Method, register
 from textkv.positions import RotarySpec
 from textkv.scores import group_mean
