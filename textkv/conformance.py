@@ -55,6 +55,18 @@ class Bench:
     def cache(self, budget: Budget | float | str | None = None) -> MethodCache:
         return MethodCache(self.model, self.method, self.budget if budget is None else budget)
 
+    @property
+    def enough(self) -> float | str:
+        """A budget for everything, of the same kind as the one under test."""
+        if self.policy.budget.tokens is None:
+            return 1.0
+        # More than the prompt, but not more than the model knows: some methods refuse that.
+        return f"{min(1000, self.model.config.get_text_config().max_position_embeddings)}t"
+
+    def plain(self) -> DynamicCache:
+        """transformers' own cache for the model."""
+        return DynamicCache(config=self.model.config)
+
     def run(self, cache, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [batch, tokens, vocabulary] of one forward; padding positions as `generate` would give them."""
         options = {}
@@ -111,7 +123,7 @@ def full_budget_equals_full_cache(bench: Bench) -> None:
     """Budget enough for everything: prompt, decoding and a second turn give the logits of transformers' own cache."""
     if bench.policy.capabilities.lossy:
         raise NotApplicable("what is stored is not exact")
-    ids, cache, plain = bench.ids[:1], bench.cache(_enough(bench)), DynamicCache(config=bench.model.config)
+    ids, cache, plain = bench.ids[:1], bench.cache(bench.enough), bench.plain()
     for step in (ids[:, :60], ids[:, 60:61], ids[:, 61:62], ids[:, 62:80], ids[:, 80:81]):
         _same(bench.run(cache, step), bench.run(plain, step), "a forward")
 
@@ -126,12 +138,13 @@ def equals_masked_full_attention(bench: Bench) -> None:
         raise NotApplicable("what is stored is not exact")
     ids, cache = bench.ids[:2], bench.cache()
     bench.run(cache, ids[:, :60])
-    kept = [_kept_mask(cache, i, 60) for i in range(len(cache.layers))]
+    kept = {kind.number: _kept_mask(cache, kind.number, 60) for kind in cache.context.kinds if kind.governed}
     ours = bench.decode(cache, ids[:, 60:64])
     if bench.policy.capabilities.decode_eviction:
         raise NotApplicable("which tokens are kept changes at every step")
     bench.model.set_attn_implementation(MASKED)
-    plain = DynamicCache()
+    # A state is transformers' own to keep; all tokens of windows stay, so that the oracle masks them itself.
+    plain = bench.plain() if cache.states else DynamicCache()
     with torch.no_grad():
         bench.model(ids[:, :60], past_key_values=plain)
         masked = [
@@ -161,9 +174,14 @@ def second_turn_continues(bench: Bench) -> None:
     """After eviction the cache still counts every token seen, and a further prompt gets the next positions."""
     ids, cache, seen = bench.ids[:1], bench.cache(), []
     rotary = next(m for n, m in bench.model.named_modules() if n.endswith("rotary_emb"))
-    handle = rotary.register_forward_pre_hook(
-        lambda m, args, kwargs: seen.extend(kwargs.get("position_ids", args[-1])[0].tolist()), with_kwargs=True
-    )
+
+    def note(module, args, kwargs):
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and not x.is_floating_point()]
+        at = given[-1].reshape(-1, given[-1].shape[-1])[0].tolist()
+        if seen[-len(at) :] != at:  # some models turn once for each kind of layer
+            seen.extend(at)
+
+    handle = rotary.register_forward_pre_hook(note, with_kwargs=True)
     try:
         bench.run(cache, ids[:, :50])
         bench.decode(cache, ids[:, 50:53])
@@ -197,6 +215,9 @@ def crop_or_refusal(bench: Bench) -> None:
     if not cache.is_croppable:
         _refused(lambda: cache.crop(-4), "crop although the method says that it cannot")
         raise NotApplicable("crop is refused with a clear error")
+    if cache.states or any(kind.window is not None for kind in cache.context.kinds):
+        _refused(lambda: cache.crop(-4), "crop although a state or a window has moved on")
+        raise NotApplicable("the model itself has let go of what it would see again")
     cache.crop(-4)
     _same(bench.decode(cache, ids[:, 60:63]), bench.decode(kept, ids[:, 60:63]), "decoding after crop")
     if cache.at_rest.tokens_stored < 50:
@@ -231,55 +252,16 @@ def rows_can_be_reordered(bench: Bench) -> None:
     _same(bench.decode(twice, step[:2]), bench.decode(alone, step[:2]), "decoding after repeat and select")
 
 
-def forgotten_tokens_are_gone(bench: Bench) -> None:
-    """Forgotten passages leave every layer, bytes never grow, and decoding goes on as if they were masked."""
-    gone, ids = [(10, 20), (30, 31)], bench.ids[:1]
-    cache, plain = bench.cache(_enough(bench)), DynamicCache(config=bench.model.config)
-    bench.run(cache, ids[:, :50])
-    before = cache.kv_bytes()
-    cache.forget([gone])
-    assert cache.kv_bytes() <= before, f"forgetting made {before} bytes {cache.kv_bytes()}"
-    hidden = torch.zeros(50, dtype=torch.bool)
-    for start, stop in gone:
-        hidden[start:stop] = True
-    for layer in cache.layers:
-        if hasattr(layer, "held_positions"):
-            held = layer.held_positions()
-            left = hidden[held[held >= 0].long().clamp(max=49).cpu()]
-            assert not bool(left.any()), f"layer {layer.kind.number} still holds forgotten tokens"
-    ours = bench.decode(cache, ids[:, 60:63])
-    assert bool(ours.isfinite().all()), "decoding after forgetting is not finite"
-    known = bench.policy.capabilities
-    if not known.original_positions or known.merges or known.lossy:
-        raise NotApplicable("what is kept is not what was seen, so a mask gives something else")
-    bench.run(plain, ids[:, :50])
-    mask, steps = (~hidden).long()[None], []
-    for i in range(3):
-        mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
-        with torch.no_grad():
-            steps.append(
-                bench.model(
-                    ids[:, 60 + i : 61 + i], past_key_values=plain, attention_mask=mask,
-                    position_ids=torch.tensor([[50 + i]]),
-                ).logits
-            )  # fmt: skip
-    _same(ours, torch.cat(steps, 1), "decoding after forgetting")
-
-
-def _enough(bench: Bench) -> float | str:
-    """A budget with which nothing has to go."""
-    if bench.policy.budget.tokens is None:
-        return 1.0
-    # More than the prompt, but not more than the model knows: some methods refuse that.
-    return f"{min(1000, bench.model.config.get_text_config().max_position_embeddings)}t"
-
-
 def bytes_are_really_gone(bench: Bench) -> None:
     """No tensor of keys or values is reachable beside those reported, and the bytes fit the budget."""
     cache = bench.cache()
     bench.run(cache, bench.ids[:1, :90])
+    governed = cache.context.layers
+    known = [x for layer in cache.layers if hasattr(layer, "segments") for x in layer.tensors().values()]
+    for layer in cache.states:
+        known += [x for of_kind in (layer.conv_states, layer.recurrent_states) for x in of_kind.values()]
     found = storage_bytes([x for x in _tensors_within(cache.layers, set()) if x.is_floating_point()])
-    told = storage_bytes([x for layer in cache.layers for x in layer.tensors().values() if x.is_floating_point()])
+    told = storage_bytes([x for x in known if x is not None and x.is_floating_point()])
     assert found == told, f"{told} bytes of keys and values reported, {found} reachable from the layers"
     if not bench.policy.evicts:
         return
@@ -288,9 +270,11 @@ def bytes_are_really_gone(bench: Bench) -> None:
     copies = 2 if bench.policy.capabilities.stores_query_heads else 1
     assert stored <= allowed, f"{stored} tokens stored per head, the budget allows {allowed}"
     # One slot of slack for a ring, and bookkeeping of at most 12 bytes a token and head.
-    per_token = 2 * cache.layers[0].head_dim * 4 + 12
-    limit = copies * (allowed + 1) * cache.layers[0].kv_heads * len(cache.layers) * per_token + 256 * len(cache.layers)
-    assert cache.kv_bytes() <= limit, f"{cache.kv_bytes()} bytes held where the budget allows {limit}"
+    first, layers = governed[0], len(governed)
+    per_token = 2 * first.head_dim * 4 + 12
+    limit = copies * (allowed + 1) * first.kv_heads * layers * per_token + 256 * layers
+    held = sum(layer.kv_bytes() for layer in governed) + cache.context.table_bytes()
+    assert held <= limit, f"{held} bytes held where the budget allows {limit}"
 
 
 def copies_survive_saving(bench: Bench) -> None:
@@ -311,6 +295,53 @@ def copies_survive_saving(bench: Bench) -> None:
     _same(bench.decode(cache, ids[:, 60:63]), bench.decode(fresh, ids[:, 60:63]), "decoding after a reset")
 
 
+def forgotten_tokens_are_gone(bench: Bench) -> None:
+    """`forget` drops what it names, twice as once, frees what it can and moves nothing else; and a method that keeps
+    exact tokens then gives what full attention gives with these tokens masked."""
+    ids, spans = bench.ids[:2], [[(5, 20), (40, 44)], [(30, 42)]]
+    gone = torch.zeros(2, 60, dtype=torch.bool)
+    for row, of_row in enumerate(spans):
+        for start, stop in of_row:
+            gone[row, start:stop] = True
+    cache = bench.cache()
+    bench.run(cache, ids[:, :60])
+    for wrong in ([], [[(0, 5)]], [[(5, 5)], []], [[(-1, 3)], []], [[(50, 61)], []], [[(9, 3)], []]):
+        _refused(lambda wrong=wrong: cache.forget(wrong), f"forget({wrong})")
+    before, kept = cache.kv_bytes(), _positions(cache)
+    cache.forget(spans)
+    assert cache.kv_bytes() <= before, f"{before} bytes before forgetting, {cache.kv_bytes()} after"
+    for number, (old, now) in enumerate(zip(kept, _positions(cache), strict=True)):
+        for row, heads in enumerate(old):
+            for head, tokens in enumerate(heads):
+                left = {x for x in tokens if not gone[row, x]}
+                assert now[row][head] == left, f"layer {number}, row {row}, head {head}: {now[row][head] ^ left} differ"
+    held, again = cache.kv_bytes(), _positions(cache)
+    cache.forget(spans)
+    assert (cache.kv_bytes(), _positions(cache)) == (held, again), "forgetting twice is not as once"
+    assert cache.get_seq_length() == 60, "forgotten tokens still count: later ones keep their positions"
+    out = bench.decode(cache, ids[:, 60:64])
+    cache.forget([[(0, 61)], [(0, 61)]])
+    late = bench.run(cache, ids[:, 64:76])
+    assert bool(out.isfinite().all() and late.isfinite().all()), "logits after forgetting are not finite"
+    known = bench.policy.capabilities
+    if known.lossy or known.merges or not known.original_positions:
+        raise NotApplicable("what is stored is not exact, stands for dropped tokens, or lies at other positions")
+    if cache.states:
+        raise NotApplicable("states remember what they have read")
+    cache, plain = bench.cache(bench.enough), bench.plain()
+    mask = torch.cat([~gone, torch.ones(2, 16, dtype=torch.bool)], 1).long()
+    for held in (cache, plain):
+        bench.run(held, ids[:, :60])
+    cache.forget(spans)
+    for start, stop in ((60, 61), (61, 62), (62, 75), (75, 76)):
+        with torch.no_grad():
+            at = torch.arange(start, stop)[None].expand(2, -1)
+            expected = bench.model(
+                ids[:, start:stop], past_key_values=plain, attention_mask=mask[:, :stop], position_ids=at
+            ).logits
+        _same(bench.run(cache, ids[:, start:stop]), expected, f"tokens {start} to {stop} after forgetting")
+
+
 CHECKS: dict[str, Callable[[Bench], None]] = {
     check.__name__: check
     for check in (
@@ -321,7 +352,20 @@ CHECKS: dict[str, Callable[[Bench], None]] = {
 }  # fmt: skip
 
 
-def masked_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, kept=None, **kwargs):
+def masked_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    kept=None,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
+):
     """Plain exact attention over a full cache; `kept[layer]` bool [batch, stored heads, n] hides dropped prompt tokens.
 
     The oracle of `equals_masked_full_attention`: it shares no code with the cache.
@@ -330,11 +374,18 @@ def masked_attention(module, query, key, value, attention_mask, scaling=None, dr
     k, v = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     m, n = query.shape[2], k.shape[2]
     visible = torch.ones(m, n, dtype=torch.bool).tril(n - m).expand(*query.shape[:2], m, n).clone()
-    if kept is not None:
+    if sliding_window is not None:
+        visible &= ~visible.new_ones(m, n).tril(n - m - sliding_window)
+    if kept is not None and module.layer_idx in kept:
         shown = kept[module.layer_idx]
         shown = shown.repeat_interleave(query.shape[1] // shown.shape[1], 1)
         visible[..., : shown.shape[-1]] &= shown[:, :, None]
-    scores = (query @ k.mT * scaling).masked_fill(~visible, -torch.inf)
+    scores = query @ k.mT * scaling
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if s_aux is not None:  # a sink takes its part of the softmax and gives nothing
+        sinks = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return (torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v).transpose(1, 2).contiguous(), None
     return (scores.softmax(-1) @ v).transpose(1, 2).contiguous(), None
 
 
@@ -345,6 +396,15 @@ def _kept_mask(cache: MethodCache, layer: int, columns: int) -> torch.Tensor:
     kept = cache.kept_positions(layer).long()
     mask = torch.zeros(*kept.shape[:2], columns + 1, dtype=torch.bool)
     return mask.scatter_(2, kept.masked_fill(kept < 0, columns), True)[..., :columns]
+
+
+def _positions(cache: MethodCache) -> list[list[list[set[int]]]]:
+    """The tokens that each head of each row holds, by layer."""
+    return [
+        [[{x for x in head if x >= 0} for head in row] for row in layer.held_positions().tolist()]
+        for layer in cache.layers
+        if hasattr(layer, "segments")
+    ]
 
 
 def _same(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:

@@ -10,6 +10,9 @@ from textkv.kinds import LayerKind
 from textkv.segments.base import Segment, Stored, keep_across, storage_bytes
 from textkv.segments.dense import DenseSegment
 
+OF_HEAD = "head."
+"""How the names of statistics begin that a method keeps per head and not per token: they stay when tokens go."""
+
 
 class Contents:
     """The part of a layer that methods work on; see `textkv.layer.Layer` for its attributes."""
@@ -27,14 +30,14 @@ class Contents:
 
     def stored(self) -> Stored:
         """What the layer holds, all segments side by side, padded to one length (holes have position -1)."""
-        parts = [segment.stored() for segment in self.segments]
+        parts = [segment.stored() for segment in self._known()]
         if len(parts) == 1:
             return parts[0]
         return Stored(*(torch.cat([getattr(p, f) for p in parts], 2) for f in ("keys", "values", "positions")))
 
     def held_positions(self) -> torch.Tensor:
         """The positions of `stored()`, without unpacking what is packed: int32 [batch, stored heads, n], -1 = hole."""
-        parts = [segment.held_positions() for segment in self.segments]
+        parts = [segment.held_positions() for segment in self._known()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     @property
@@ -49,7 +52,7 @@ class Contents:
     def statistic(self, name: str) -> torch.Tensor:
         """The numbers that a method keeps per stored token: fp32 [batch, stored heads, n], slot by slot of `stored()`.
         They move and go with their tokens; a token that came since they were set, or a hole, has 0. Set them through
-        `statistics[name]`.
+        `statistics[name]`. (Those whose names begin with OF_HEAD have any width, and are asked for there.)
         """
         if self.whole is not None and name in self.statistics:
             known = self.statistics[name]
@@ -60,17 +63,34 @@ class Contents:
         known = F.pad(known, (0, positions.shape[-1] - known.shape[-1]))
         return known.masked_fill(positions < 0, 0)
 
+    def _known(self) -> list[Segment]:
+        """The segments without those that nothing ever came to: they do not know the shape of a token."""
+        if len(self.segments) == 1:
+            return self.segments
+        return [segment for segment in self.segments if segment.tensors()] or self.segments[-1:]
+
+    def _of_tokens(self) -> list[str]:
+        """The statistics that tokens have, which move and go with them."""
+        return [name for name in self.statistics if not name.startswith(OF_HEAD)]
+
     def keep(self, index: torch.Tensor) -> None:
         """Keeps slots `index` int64 [batch, kv_heads or 1, c] of `stored()`, ascending, -1 = hole; frees the others.
         The method's `on_evict` hears what stayed."""
-        for name in self.statistics:
-            known = self.statistic(name)
-            pick = index.expand(-1, known.shape[1], -1)
-            self.statistics[name] = known.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, 0)
-        before = self.held_positions()
+        known = {name: self.statistic(name) for name in self._of_tokens()}
+        before, several = self.held_positions(), len(self.segments) > 1
         self.segments = keep_across(self.segments, index)
         self.since_eviction = 0
         pick = index.expand(-1, before.shape[1], -1)
+        for name, x in known.items():
+            told = self.statistics[name].shape[-1]
+            if several:  # each keeps its slots in its own way: what moved where is told by positions alone
+                x = _found_again(x, before, self.held_positions())
+            else:
+                x = x.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, 0)
+            if told < before.shape[-1]:  # tokens that came since have 0: no room for that
+                used = (x != 0).flatten(0, 1).any(0).nonzero()
+                x = x[..., : int(used.max()) + 1 if len(used) else 0].clone()
+            self.statistics[name] = x
         self.context.method.on_evict(self, before.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, -1))
 
     def drop_lowest(self, scores: torch.Tensor) -> None:
@@ -80,7 +100,7 @@ class Contents:
         victim = n - 1 - scores.flip(-1).argmin(-1, keepdim=True)
         slots = torch.arange(n - 1, device=scores.device)
         index = slots + (slots >= victim)
-        self.statistics = {name: self.statistic(name).gather(-1, index) for name in self.statistics}
+        self.statistics |= {name: self.statistic(name).gather(-1, index) for name in self._of_tokens()}
         self.segments[0].pick(index)
         self.since_eviction = 0
         self.context.method.on_evict(self, self.segments[0].held_positions())
@@ -92,12 +112,15 @@ class Contents:
         # Ragged heads show their tokens first and their missing slots last.
         order = (~mask).sort(dim=-1, stable=True).indices[..., : int(mask.sum(-1).max())]
         missing = ~mask.gather(-1, order)
-        self.statistics = {
-            name: self.statistic(name).gather(-1, order).masked_fill(missing, 0) for name in self.statistics
+        self.statistics |= {
+            name: self.statistic(name).gather(-1, order).masked_fill(missing, 0) for name in self._of_tokens()
         }
         first, kept = 0, []
         for segment in self.segments:
-            size = segment.held_positions().shape[2]
+            size = segment.held_positions().shape[2] if segment.tensors() else 0
+            if not size:
+                kept.append(segment)
+                continue
             kept.append(segment.keep_mask(mask[..., first : first + size]))
             first += size
         self.segments = kept
@@ -160,4 +183,13 @@ class Contents:
 
     def lengths(self) -> torch.Tensor:
         """Tokens stored, int64 [batch, stored heads], on the CPU."""
-        return sum(segment.lengths() for segment in self.segments)
+        return sum(segment.lengths() for segment in self._known())
+
+
+def _found_again(x: torch.Tensor, before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """Numbers [batch, heads, n] of tokens at positions `before`, int32 like them, for those at `now`; a hole has 0."""
+    size = int(before.max()) + 1
+    table = x.new_zeros(*x.shape[:2], size + 1)
+    table.scatter_(-1, before.long().masked_fill(before < 0, size), x)
+    table[..., size] = 0
+    return table.gather(-1, now.long().masked_fill(now < 0, size))

@@ -198,7 +198,7 @@ class Layer(Contents, CacheLayerMixin):
             return
         real = self.context.real_in_last(count) if real is None else real
         self.segments[-1].crop(count, real)
-        self.statistics = {name: self.statistic(name) for name in self.statistics}
+        self.statistics |= {name: self.statistic(name) for name in self._of_tokens()}
         self.seen -= count
         self.real_seen = self.real_seen - (count if real is None else real)
         self.since_eviction -= count

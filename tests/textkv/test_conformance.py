@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from tests.textkv import kinds
 from textkv import list_methods, register, resolve_method
 from textkv.conformance import CHECKS, check_method
 from textkv.method import REGISTRY, Method
@@ -28,6 +29,15 @@ def test_method_conforms(method, budget):
     if resolve_method(method, budget).capabilities.lossy:
         allowed.add("full_budget_equals_full_cache")
     assert set(declared) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("sliding", "snapkv"), ("sliding", "adakv"), ("sliding", "minicache"), ("sinks", "full"), ("sinks", "adakv"),
+     ("sinks", "h2o"), ("hybrid", "adakv"), ("hybrid", "duo_attention")],
+)  # fmt: skip
+def test_methods_conform_on_models_of_other_kinds(kind, method):
+    assert [r.name for r in check_method(method, 0.4, kinds.model_of_kind(kind))] == list(CHECKS)
 
 
 @pytest.fixture

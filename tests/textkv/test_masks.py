@@ -170,8 +170,6 @@ def additive(visible: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", ["bool", "float"])
 def test_a_mask_of_the_callers_own(kind, method, budget, dtype):
     """A tree of drafts after a prompt: each branch sees itself and the prompt, but for one passage."""
-    if method == "streaming_llm":
-        pytest.skip("its band has no place for a tree")
     model = kinds.model_of_kind(kind)
     new = kinds.ids(4, seed=1)
     visible = torch.ones(1, 1, 4, 34, dtype=torch.bool)
@@ -193,7 +191,7 @@ def test_a_mask_of_the_callers_own(kind, method, budget, dtype):
 
 
 def test_a_mask_that_hides_from_some_queries_only_is_refused():
-    model, held = kinds.model_of_kind("dense"), None
+    model = kinds.model_of_kind("dense")
     held = MethodCache(model, "full")
     kinds.logits(model, kinds.ids(30), held)
     visible = torch.ones(1, 1, 2, 32, dtype=torch.bool).tril(30)
@@ -240,8 +238,6 @@ def picture(model, seed: int, text: int):
 @pytest.mark.parametrize(("method", "budget"), EXACT)
 @pytest.mark.parametrize("text", [3, 20])
 def test_images_that_see_themselves_both_ways(method, budget, text):
-    if method == "streaming_llm":
-        pytest.skip("its band is causal: see the report of its own tests")
     model = vision_gemma()
     first, second = picture(model, 1, text), picture(model, 2, 5)
     ours, plain, both = MethodCache(model, method, budget), DynamicCache(config=model.config.text_config), []

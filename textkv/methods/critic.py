@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 import torch
 
 from textkv.budgets import Budget
+from textkv.contents import OF_HEAD
 from textkv.decode_eviction import accumulate, attention_row, protect
 from textkv.eviction import Eviction, keep_best
 from textkv.evidence import Evidence, Needs
@@ -28,7 +29,7 @@ from textkv.segments.base import Stored
 
 ATTENTION, ENTROPY = "critic.attention", "critic.entropy"
 """Marks per stored token: attention received so far, and the normalised entropy of the token's own row."""
-OUTPUT, LOAD = "critic.output", "critic.load"
+OUTPUT, LOAD = OF_HEAD + "critic.output", OF_HEAD + "critic.load"
 """Marks per row, taken out while tokens move: the last query's output [batch, kv_heads, group * head_dim] and the
 highest memory load so far [batch, 1, 1]."""
 ALL = 1 << 30

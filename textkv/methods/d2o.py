@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from textkv.budgets import apportion
+from textkv.contents import OF_HEAD
 from textkv.context import Context
 from textkv.decode_eviction import accumulate, attention_row, part_of, protect
 from textkv.evidence import Evidence, Needs
@@ -35,7 +36,7 @@ from textkv.positions import RotarySpec
 from textkv.scores import group_mean
 from textkv.segments.base import Stored
 
-MASS, THRESHOLD = "d2o.mass", "d2o.threshold"
+MASS, THRESHOLD = "d2o.mass", OF_HEAD + "d2o.threshold"
 _BLOCK_ELEMENTS = 1 << 24  # fp32 similarities held at a time
 _ROUNDING = 1e-6
 

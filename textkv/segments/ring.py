@@ -235,23 +235,35 @@ class RingSegment(Segment):
         for start in range(0, step.q.shape[2], QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, step.q.shape[2])
             first = 0 if start <= widest else old + start - widest
-            cols = slice(first, old + stop)
-            out, lse = self._rows(
-                step, slice(start, stop), k[:, :, cols], v[:, :, cols], positions[:, cols], rope[:, cols]
-            )
+            # What is seen both ways (the tokens of an image) may lie behind the query.
+            cols = slice(first, old + (stop if step.visible is None else step.k.shape[2]))
+            part = k[:, :, cols], v[:, :, cols], positions[:, cols], rope[:, cols]
+            out, lse = self._rows(step, slice(start, stop), max(0, first - old), *part)
             outs.append(out)
             lses.append(lse)
         return torch.cat(outs, 2), torch.cat(lses, 2)
 
     def _rows(
-        self, step: Step, rows: slice, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, rope: torch.Tensor
+        self,
+        step: Step,
+        rows: slice,
+        skipped: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        rope: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some queries of a step over keys that end with those of the step, but for its first `skipped` ones."""
         q, at = step.q[:, :, rows], step.positions[:, rows, None].long()
         key, limit = positions[:, None].long(), self._recent()[:, None, None]
-        band = (key >= self.sinks) & (key <= at) & (at - key <= limit)
+        before = key <= at
+        if step.visible is not None:
+            seen = step.visible[:, rows, skipped:]
+            before = torch.cat([before[..., : before.shape[-1] - seen.shape[-1]], seen.expand(len(q), -1, -1)], -1)
+        band = (key >= self.sinks) & before & (at - key <= limit)
         band &= shown(positions[:, None], step.hidden)
         sink_at = self.positions[:, None, : self.sinks]
-        seen = shown(sink_at, step.hidden) & (sink_at <= at)
+        seen = shown(sink_at, step.hidden) & (sink_at <= at if step.visible is None else self._sinks_seen(step, rows))
         turned = q
         if self.rope is not None:
             first = rope[:, None].expand_as(band).masked_fill(~band, _FAR).amin(-1)
@@ -262,6 +274,12 @@ class RingSegment(Segment):
         )  # fmt: skip
         near = decode_attention(q, k, v, scale=step.scale, visible=band, softcap=step.softcap)
         return merge([sinks[0], near[0]], [sinks[1], near[1]]) if self.sinks else near
+
+    def _sinks_seen(self, step: Step, rows: slice) -> torch.Tensor:
+        """Which sinks some queries see by the step's own mask, bool [batch, rows, sinks]; all that were here before."""
+        among = self.positions[:, : self.sinks, None] == step.positions[:, None]
+        looked = step.visible[:, rows].float() @ among.float().mT > 0
+        return looked | ~among.any(-1)[:, None]
 
     # ---- the rest ----------------------------------------------------------------------------------------------
 

@@ -288,7 +288,9 @@ def test_heads_of_different_length_have_fits_of_their_own():
 )
 def test_conforms(method):
     skipped = {check.name for check in check_method(method) if check.outcome != "passed"}
-    assert skipped == {"full_budget_equals_full_cache", "equals_masked_full_attention"}
+    assert skipped == {
+        "full_budget_equals_full_cache", "equals_masked_full_attention", "forgotten_tokens_are_gone",
+    }  # fmt: skip
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -38,7 +38,9 @@ def sizes(cache, layer=1):
 )  # fmt: skip
 def test_it_conforms_with_other_settings(method, budget):
     declared = {check.name for check in check_method(method, budget) if check.outcome != "passed"}
-    assert declared == {"full_budget_equals_full_cache", "equals_masked_full_attention"}
+    assert declared == {
+        "full_budget_equals_full_cache", "equals_masked_full_attention", "forgotten_tokens_are_gone",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
