@@ -185,6 +185,7 @@ def test_conforms(method):
         "full_budget_equals_full_cache",
         "equals_masked_full_attention",
         "crop_or_refusal",
+        "forgotten_tokens_are_gone",
     }
 
 

@@ -61,6 +61,7 @@ def test_it_conforms_with_other_scorers(method, budget):
         "full_budget_equals_full_cache",
         "equals_masked_full_attention",
         "crop_or_refusal",
+        "forgotten_tokens_are_gone",
     }
 
 
