@@ -386,6 +386,7 @@ def _check(q, k, v, valid, start, length, visible):
     check_tensor("length", length, (start.numel(),), (torch.int32,), q)
     if B == 0 or start.numel() == 0 or start.numel() % B or H % (start.numel() // B):
         raise ValueError(f"start has shape {list(start.shape)}; it must be [B * G], B = {B} and G a divisor of H = {H}")
-    if start.device.type == "cpu" and bool(((start < 0) | (length < 0) | (start + length > k.shape[0])).any()):
+    regions = zip(start.tolist(), length.tolist(), strict=True) if start.is_cpu else ()
+    if any(s < 0 or n < 0 or s + n > k.shape[0] for s, n in regions):
         raise ValueError(f"start and length reach outside the {k.shape[0]} rows of k; every region must lie inside")
     return None

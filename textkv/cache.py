@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from textkv import probes, rotary, store
 from textkv.attention import use
@@ -31,9 +30,10 @@ from textkv.layer import Layer
 from textkv.method import Method, resolve_method
 from textkv.positions import PositionTable
 from textkv.report import CacheReport, report
+from textkv.rollback import Rollback, Start
 
 
-class MethodCache(Cache):
+class MethodCache(Rollback):
     """A cache kept by a method.
 
     The method governs the layers of full attention, and the budget counts these. Layers with sliding windows or chunks
@@ -75,6 +75,7 @@ class MethodCache(Cache):
                 stacklevel=2,
             )
         super().__init__(layers=layers)
+        self._start: Start | None = None
         self._through: set[tuple[int, str]] = set()
         self.bind(model)
 
@@ -240,17 +241,8 @@ class MethodCache(Cache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         self._arrive("keys", layer_idx)
         if layer_idx == self.context.first:
-            self._begin_forward()
-            self._check_drafts(key_states.shape[2])
+            self._forward_begins(key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def _check_drafts(self, tokens: int) -> None:
-        if self.context.hold and not self.context.forwards and 0 < self.get_seq_length() < tokens:
-            raise ValueError(
-                f"{tokens} tokens came with the first drafts, and the cache holds {self.get_seq_length()} already: "
-                "transformers' decoding with drafts feeds the whole prompt, which would be there twice; give it an "
-                "empty cache"
-            )
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0):
         self._arrive(f"state {state_idx}", layer_idx)
@@ -260,115 +252,6 @@ class MethodCache(Cache):
         elif self.context.frosted:
             self.context.thaw()
         return super().get_conv_state(layer_idx, state_idx)
-
-    def _arrive(self, what: str, layer: int) -> None:
-        """A forward of a model with linear states has come to a layer.
-
-        Raises:
-            ValueError: it is another forward, and the one before stopped half-way: states cannot be taken back.
-        """
-        if not self.states:
-            return
-        furthest = max((number for number, _ in self._through), default=-1)
-        if layer < furthest or (layer, what) in self._through:
-            last = max(i for i, x in enumerate(self.layers) if isinstance(x, Layer | LinearAttentionCacheLayerMixin))
-            if furthest < last:
-                raise ValueError(
-                    f"an earlier forward stopped after layer {furthest}, and linear states cannot be taken back: reset "
-                    "the cache, or go on from a fork of it"
-                )
-            self._through = set()
-        self._through.add((layer, what))
-
-    def _begin_forward(self) -> None:
-        """Sets right, or refuses, what an earlier forward left behind."""
-        if self.context.hold and any(layer._due for layer in self.context.layers):
-            # Nobody took anything back or said that it stays: those were no drafts.
-            self._commit()
-            self.context.hold = False
-        own = [layer for layer in self.layers if isinstance(layer, Layer)]
-        behind = min(own, key=lambda layer: layer.seen)
-        for layer in own:
-            if layer.seen == behind.seen:
-                continue
-            if not behind.seen:
-                layer.reset()  # it had nothing before either
-                continue
-            try:
-                layer.crop(behind.seen - layer.seen, layer.real_seen - behind.real_seen)
-            except ValueError as error:
-                raise ValueError(
-                    f"an earlier forward stopped after layer {layer.kind.number} and cannot be taken back "
-                    f"({error}): reset the cache, or go on from a fork of it"
-                ) from None
-
-    @property
-    def states(self) -> list[LinearAttentionCacheLayerMixin]:
-        """The layers that hold linear or convolution states."""
-        return [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return [isinstance(x, LinearAttentionCacheLayerMixin) and not isinstance(x, Layer) for x in self.layers]
-
-    def activate_past_recording(self) -> None:
-        """Drafts come (assisted and prompt-lookup decoding): nothing is let go of before `crop` says what stays.
-
-        Raises:
-            ValueError: a method that evicts while decoding, or that reads all queries of a prompt.
-        """
-        if not self.is_croppable:
-            raise ValueError(
-                f"{self.method.expression} evicts while decoding and cannot take drafts back; for assisted or "
-                "prompt-lookup decoding use a method that evicts at the end of the prompt, e.g. snapkv"
-            )
-        needs = self.context.needs
-        if not self.get_seq_length() and (needs.columns or needs.query_moments is not None or needs.query_peaks):
-            raise ValueError(
-                f"{self.method.expression} reads all queries of a prompt, and drafts arrive together with it; use a "
-                "method that looks at the last ones only, e.g. snapkv"
-            )
-        self.context.hold, self.context.forwards = True, 0
-        super().activate_past_recording()
-
-    @property
-    def is_croppable(self) -> bool:
-        own = [x for x in self.layers if not (isinstance(x, LinearAttentionCacheLayerMixin) and self.context.hold)]
-        return all(getattr(layer, "is_croppable", True) for layer in own)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last -tokens_to_remove tokens; while drafts are expected, says that all others stay.
-
-        Raises:
-            ValueError: see `Layer.crop`; no layer has changed then.
-        """
-        count = -tokens_to_remove
-        own = [layer for layer in self.layers if isinstance(layer, Layer)]
-        for layer in own:
-            layer.check_crop(count)
-        self._check_states(count)
-        super().crop(tokens_to_remove)
-        if count and self.context.real is not None:
-            self.context.real = self.context.real[:, :-count]
-        if self.context.hold:
-            self._commit()
-
-    def _check_states(self, count: int) -> None:
-        """Raises ValueError unless linear and convolution states can give the last `count` tokens back: transformers
-        recalls what it was told to record, and finds the rest out when other layers have changed already."""
-        seen = self.get_seq_length()
-        for state in self.states if count else ():
-            kept = [(x, state.conv_kernel_size[i]) for i, x in state.conv_states.items() if x is not None]
-            short = any(x.shape[-1] < min(count + kernel, seen) for x, kernel in kept)
-            if not state.record_past or short or any(state.is_recurrent_states_initialized.values()):
-                raise ValueError(
-                    f"crop({-count}): linear and convolution states cannot be taken back; fork the cache before the "
-                    "tokens instead"
-                )
-
-    def _commit(self) -> None:
-        if any([layer.commit() for layer in self.layers if isinstance(layer, Layer)]):
-            self.context.finish()
 
     # ---- rows --------------------------------------------------------------------------------------------------
 
@@ -399,17 +282,8 @@ class MethodCache(Cache):
 
     def reset(self) -> None:
         """Empties the cache: what comes next may be a batch of another size."""
-        super().reset()
-        for state in self.states:
-            # transformers zeroes states in place, and they would fit no other batch.
-            LinearAttentionCacheLayerMixin.__init__(state, state.number_of_states)
-        context = self.context
-        context.forget_bytes()
-        context.table = None if context.table is None else PositionTable()
-        context.real, context.spans, context.block_end, context.hold = None, [], 0, False
-        self._through = set()
-        for number, spec in context.rotary.items():
-            context.rotary[number] = spec.on(context.table)
+        self._empty()
+        self.context.spans, self.context.block_end, self.context.hold = [], 0, False
 
     # ---- copies ------------------------------------------------------------------------------------------------
 

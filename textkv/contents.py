@@ -22,6 +22,7 @@ class Contents:
     segments: list[Segment]
     statistics: dict[str, torch.Tensor]
     since_eviction: int
+    changes: int
     seen: int
     real_seen: torch.Tensor | None
     is_initialized: bool
@@ -79,7 +80,7 @@ class Contents:
         known = {name: self.statistic(name) for name in self._of_tokens()}
         before, several = self.held_positions(), len(self.segments) > 1
         self.segments = keep_across(self.segments, index)
-        self.since_eviction = 0
+        self._changed()
         pick = index.expand(-1, before.shape[1], -1)
         for name, x in known.items():
             told = self.statistics[name].shape[-1]
@@ -102,7 +103,7 @@ class Contents:
         index = slots + (slots >= victim)
         self.statistics |= {name: self.statistic(name).gather(-1, index) for name in self._of_tokens()}
         self.segments[0].pick(index)
-        self.since_eviction = 0
+        self._changed()
         self.context.method.on_evict(self, self.segments[0].held_positions())
 
     def keep_mask(self, mask: torch.Tensor) -> None:
@@ -124,7 +125,7 @@ class Contents:
             kept.append(segment.keep_mask(mask[..., first : first + size]))
             first += size
         self.segments = kept
-        self.since_eviction = 0
+        self._changed()
         self.context.method.on_evict(self, before.gather(-1, order).masked_fill(missing, -1))
 
     def forget(self, gone: torch.Tensor) -> None:
@@ -143,12 +144,16 @@ class Contents:
         order = (~stays).sort(dim=-1, stable=True).indices[..., : int(stays.sum(-1).max())]
         self.keep(order.masked_fill(~stays.gather(-1, order), -1))
 
+    def _changed(self) -> None:
+        self.since_eviction = 0
+        self.changes += 1
+
     def replace(self, segments: list[Segment]) -> None:
         """Puts other segments in place of what is stored; the method has moved over what it keeps (statistics are
         gone)."""
         self.segments = segments
         self.statistics = {}
-        self.since_eviction = 0
+        self._changed()
 
     def repeat_heads(self, times: int) -> None:
         """From now on every KV head is stored `times` times, once per query head of its group."""

@@ -197,6 +197,7 @@ class EvidenceCollector:
         self._moments: QueryMoments | None = None
         self._peaks: torch.Tensor | None = None
         self._came: torch.Tensor | int = 0
+        self._before: tuple[int, dict] | None = None
 
     def take(
         self,
@@ -216,6 +217,9 @@ class EvidenceCollector:
             spare: queries to keep beyond the window, because so many tokens may be taken back.
         """
         q = step.q
+        # All that is collected is replaced, never written into: to go back a chunk costs a few references.
+        kept = {k: list(x) if isinstance(x, list) else x for k, x in vars(self).items() if k != "_before"}
+        self._before = step.k.shape[2], kept
         self._came = self._came + ((step.positions >= 0).sum(1).cpu() if step.padded else q.shape[2])
         if self.needs.window:
             width = self.needs.window + spare
@@ -274,10 +278,22 @@ class EvidenceCollector:
             found = QueryMoments.of(plain, counted[:, part])
             self._moments = found if self._moments is None else self._moments + found
 
+    def can_drop(self, tokens: int) -> bool:
+        """Whether the last `tokens` tokens can be left out: they are the last chunk, or nothing sums over them."""
+        summed = (self._columns, self._moments, self._peaks)
+        return all(x is None for x in summed) or (self._before is not None and self._before[0] == tokens)
+
     def drop_last(self, tokens: int) -> None:
-        """Leaves out the queries of the last `tokens` tokens: they were taken back."""
+        """Leaves out the last `tokens` tokens: they were taken back."""
+        if self._before is not None and self._before[0] == tokens:
+            vars(self).update(self._before[1])
+            self._before = None
+            return
+        self._before = None
         if self._queries is not None and tokens:
             self._queries = self._queries[:, :, : self._queries.shape[2] - tokens]
+        for chunks in (self._norms, self._positions, self._rope):
+            chunks[:] = [torch.cat(chunks, 1)[:, :-tokens]] if chunks and tokens else chunks
         # Tokens of blocks that are over, or of an answer, were not counted here.
         came = self._came - tokens
         self._came = max(0, came) if isinstance(came, int) else came.clamp(min=0)

@@ -18,17 +18,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kernels import merge
 from textkv.call import Call, Tokens
-from textkv.contents import Contents
 from textkv.context import Context
-from textkv.evidence import Evidence, EvidenceCollector
+from textkv.evidence import EvidenceCollector
 from textkv.kinds import LayerKind
+from textkv.moments import Moments
 from textkv.positions import RotarySpec
 from textkv.segments.base import Segment, Step
 from textkv.segments.dense import DenseSegment
 from textkv.segments.window import WindowSegment
-
-SPARE = 128
-"""Queries kept beyond a method's window while drafts may be taken back: more than any draft is long."""
 
 
 class View:
@@ -57,7 +54,7 @@ class View:
         return self.k.device
 
 
-class Layer(Contents, CacheLayerMixin):
+class Layer(Moments, CacheLayerMixin):
     """One layer's store, driven by the method of its cache.
 
     Attributes:
@@ -68,6 +65,7 @@ class Layer(Contents, CacheLayerMixin):
         seen: tokens seen per row, padding included: what transformers calls the sequence length.
         real_seen: int64 [batch] on the CPU, tokens seen without padding.
         since_eviction: tokens taken in since the method last changed what is stored: what `crop` can take back.
+        changes: how often the method changed what is stored.
         notes: what the method wrote down about this layer for its `on_finish`, which takes it out again.
         statistics: numbers that a method keeps per stored token, by name; see `statistic`.
         scale: the model's softmax scale, known from the first forward on.
@@ -93,7 +91,7 @@ class Layer(Contents, CacheLayerMixin):
         self.segments: list[Segment] = [self._fresh()]
         self.seen = 0
         self.real_seen: torch.Tensor | None = None
-        self.since_eviction = 0
+        self.since_eviction = self.changes = 0
         self.is_initialized = False
         self.collector.clear()
         self.notes: dict[str, Any] = {}
@@ -176,6 +174,11 @@ class Layer(Contents, CacheLayerMixin):
             raise ValueError(
                 f"crop({-count}): {name} can take back only the {self.since_eviction} tokens since it last "
                 "evicted; fork the cache before the prompt instead"
+            )
+        if count and not self.collector.can_drop(count):
+            raise ValueError(
+                f"crop({-count}): {name} has counted in what these tokens attend to; take back whole forwards, or fork "
+                "the cache before the prompt instead"
             )
         if count and self.is_initialized and not self.segments[-1].can_crop(count):
             raise ValueError(
@@ -314,7 +317,7 @@ class Layer(Contents, CacheLayerMixin):
             out = self._attend(step, sinks, take=False)
         else:
             out = self._attend(step, sinks, take=True)
-            self._end(view, prompt, norms)
+            self._end(step, view.tokens, prompt, norms)
         view.prompt, view.norms = prompt, norms
         self._torn = False
         return out
@@ -325,92 +328,9 @@ class Layer(Contents, CacheLayerMixin):
             out = self._attend(replace(view.step, q=q.to(self.dtype)), sinks, take=False)
             view.waiting -= 1
             if not view.waiting:
-                for segment, step in ((self.segments[-1], view.step),):
-                    segment.append(step)
-                self._end(view, view.prompt, view.norms)
+                self.segments[-1].append(view.step)
+                self._end(view.step, view.tokens, view.prompt, view.norms)
         return out.to(q.dtype)
-
-    def _end(self, view: View, prompt: bool, norms: torch.Tensor | None) -> None:
-        """The tokens are in and every layer that reads them has: count them, and let the method act."""
-        step, tokens, m = view.step, view.tokens, view.k.shape[2]
-        self.seen += m
-        self.real_seen, self.came = tokens.seen, tokens.came
-        self.since_eviction += m
-        context = self.context
-        ends = prompt and self.seen >= context.block_end
-        if self.kind.governed and not context.frozen:
-            if prompt:
-                self._collect(step, norms)
-                context.note_bytes(self)
-            if context.hold:
-                self._due.append((ends, None if prompt else step.q))
-            elif ends:
-                self._prompt_end(step.q)
-            elif not prompt:
-                self._decode_end(step.q)
-        if not context.hold and not context.frozen:
-            self._settle()
-        self.last_share = self.came = None
-        context.after_step(self, ends and not context.hold and not context.frozen, tokens)
-
-    def _collect(self, step: Step, norms: torch.Tensor | None) -> None:
-        if self.context.needs.hidden and norms is None:
-            raise RuntimeError(
-                "the method needs hidden states but none arrived: build the cache as MethodCache(model, ...) with "
-                "the same model that runs"
-            )
-        spare = SPARE if self.context.hold else 0
-        self.collector.take(step, self.stored, norms=norms, rotary=self.rotary, spare=spare)
-
-    def _prompt_end(self, q: torch.Tensor) -> None:
-        evidence = self.collector.finish(q, self.scale, self.real_seen, self.context.spans, self.softcap)
-        with self.context.timed("on_prefill_end"):
-            self.context.method.on_prefill_end(self, evidence)
-
-    def _decode_end(self, q: torch.Tensor) -> None:
-        with self.context.timed("on_decode_end"):
-            self.context.method.on_decode_end(self, q)
-
-    def commit(self) -> bool:
-        """What was held back is final (see `Context.hold`): let the method act now. Returns whether a block ended."""
-        due, self._due = self._due, []
-        for ends, query in due:
-            if ends:
-                self._prompt_end(self.real_seen.new_zeros(1, 1, 0, 1, dtype=self.dtype).to(self.device))
-            elif query is not None:
-                self._decode_end(query[:, :, -1:])
-        self._settle()
-        return any(ends for ends, _ in due)
-
-    def _settle(self) -> None:
-        """Lets go of what no later token can see. An earlier one could: what came cannot be taken back any more."""
-        if any([segment.settle() for segment in self.segments]):
-            self.since_eviction = 0
-
-    def absorb(
-        self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, observers: torch.Tensor, scale: float
-    ) -> None:
-        """Takes in tokens that another store held until now; the method acts as at the end of a prompt block.
-
-        Args:
-            k, v: [batch, kv_heads, m, head_dim], keys post-RoPE.
-            positions: int32 [batch, m] logical positions, -1 = padding.
-            observers: [batch, heads, w, head_dim] post-RoPE queries that the method may take for the block's last.
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(k)
-        real = positions >= 0
-        self.segments[-1].append(Step(observers[:, :, :0], k, v, positions, scale, padded=not bool(real.all())))
-        self.scale, self.softcap = scale, None
-        self.seen += k.shape[2]
-        self.since_eviction += k.shape[2]
-        self.real_seen = self.real_seen + real.sum(1).cpu()
-        self.context.note_bytes(self)
-        window = min(self.context.needs.window, observers.shape[2])
-        queries = observers[:, :, observers.shape[2] - window :]
-        with self.context.timed("on_prefill_end"):
-            self.context.method.on_prefill_end(self, Evidence(queries, scale, self.real_seen))
-        self.context.after_step(self, True, None)
 
     def _attend(self, step: Step, sinks: torch.Tensor | None, take: bool) -> torch.Tensor:
         last = self.segments[-1]

@@ -1,8 +1,8 @@
-"""What must be seen before attention runs: rotary positions, and norms of hidden states.
+"""What must be seen outside of attention: rotary positions, norms of hidden states, and where a call begins and ends.
 
-A cache that asks for either puts pre-hooks on its model, once for all caches that will ever run on it. They look at the
-`past_key_values` of the call, and what they see travels on with that call, as named arguments that end in our attention
-function: nothing is left on the model or on a cache, so that two threads can use one model.
+The first cache that asks puts hooks on its model, once for all caches that will ever run on it. They look at the
+`past_key_values` of the call. What they see travels on with that call, as named arguments that end in our attention
+function: nothing is left on the model, so that two threads can use it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from textkv.kinds import attention_modules, text_model
 
 ROTARY, NORMS = "textkv_rotary", "textkv_norms"
 """Names under which position ids [3 or 1, batch or 1, m] and row norms fp32 [batch, m] travel."""
+CALLS = "textkv_calls"
+"""Name of the hooks that tell a cache of its model's calls: one that raises is taken back before the next."""
 
 _PLACED: WeakKeyDictionary[torch.nn.Module, dict[str, list]] = WeakKeyDictionary()
 
@@ -29,6 +31,12 @@ def place(model: PreTrainedModel, needs: Needs) -> None:
         ValueError: hidden states are asked for and the layers pass nothing on to their attention.
     """
     decoder = text_model(model)
+    calls = _PLACED.setdefault(model, {})
+    if CALLS not in calls:
+        calls[CALLS] = [
+            model.register_forward_pre_hook(_call_begins, with_kwargs=True),
+            model.register_forward_hook(_call_ends, with_kwargs=True),
+        ]
     placed = _PLACED.setdefault(decoder, {})
     if (needs.rope or needs.positions) and ROTARY not in placed:
         names = list(inspect.signature(decoder.forward).parameters)
@@ -48,9 +56,25 @@ def place(model: PreTrainedModel, needs: Needs) -> None:
 
 def remove(model: PreTrainedModel) -> None:
     """Takes the hooks away again."""
-    for handles in _PLACED.pop(text_model(model), {}).values():
-        for handle in handles:
-            handle.remove()
+    for module in (model, text_model(model)):
+        for handles in _PLACED.pop(module, {}).values():
+            for handle in handles:
+                handle.remove()
+
+
+# Of the file's own level, unlike the hooks below: a model with them can still be pickled.
+@torch.compiler.disable
+def _call_begins(module, args, kwargs):
+    cache = kwargs.get("past_key_values")
+    if hasattr(cache, "call_begins"):
+        cache.call_begins()
+
+
+@torch.compiler.disable
+def _call_ends(module, args, kwargs, output):
+    cache = kwargs.get("past_key_values")
+    if hasattr(cache, "call_ends"):
+        cache.call_ends()
 
 
 def _see_positions(index: int | None):

@@ -188,14 +188,14 @@ class Interruption(Exception):
     pass
 
 
-def interrupted(model, layer: int, part, cache) -> None:
-    """One forward that stops behind a layer."""
-    layers = model.model.layers
+def interrupted(model, at: int | str, part, cache) -> None:
+    """One forward that stops behind a layer, or in the head when all layers are through."""
+    module = model.lm_head if at == "head" else model.model.layers[at]
 
     def stop(*args):
         raise Interruption
 
-    handle = layers[layer].register_forward_hook(stop)
+    handle = module.register_forward_hook(stop)
     try:
         with pytest.raises(Interruption):
             kinds.logits(model, part, cache)
@@ -203,8 +203,11 @@ def interrupted(model, layer: int, part, cache) -> None:
         handle.remove()
 
 
-@pytest.mark.parametrize("when", [0, 1, 3], ids=["prompt", "step", "second turn"])
-@pytest.mark.parametrize("at", [0, 1])
+STOPS = [(at, when) for at in (0, 1) for when in (0, 1, 3)] + [("head", 0), ("head", 3)]
+"""Behind which layer, and in which forward: the prompt, a step, a second turn."""
+
+
+@pytest.mark.parametrize(("at", "when"), STOPS)
 @pytest.mark.parametrize("kind", list(kinds.KINDS))
 @pytest.mark.parametrize(("method", "budget"), [*kinds.METHODS, ("cake", 0.4), ("d2o", 0.4), ("pyramidkv", 0.5)])
 def test_a_forward_that_stopped_half_way_and_comes_again(method, budget, kind, at, when):
@@ -223,6 +226,22 @@ def test_a_forward_that_stopped_half_way_and_comes_again(method, budget, kind, a
             return
     torch.testing.assert_close(torch.cat(out, 1), expected, atol=2e-4, rtol=0)
     assert cache.get_seq_length() == 60
+
+
+@pytest.mark.parametrize("at", [1, "head"])
+@pytest.mark.parametrize("method", ["snapkv", "expected", "pyramidkv", "vatp", "kvcrush"])
+def test_a_chunk_of_a_prompt_that_stopped_and_comes_again(method, at):
+    """What the chunk's queries saw is counted once."""
+    model, ids = kinds.model_of_kind("dense"), kinds.ids(60)
+    whole, torn = MethodCache(model, method, 0.4), MethodCache(model, method, 0.4)
+    for cache in (whole, torn):
+        cache.begin(ids)
+        for i, part in enumerate(ids.split((30, 20, 10), 1)):
+            if cache is torn and i == 1:
+                interrupted(model, at, part, cache)
+            kinds.logits(model, part, cache)
+    for a, b in zip(whole.context.layers, torn.context.layers, strict=True):
+        assert torch.equal(a.held_positions(), b.held_positions())
 
 
 # ---- rows, and wrong models --------------------------------------------------------------------------------------

@@ -202,6 +202,7 @@ class MiniCache(Method):
             layer.segments[-1].keep(new)
             layer.segments = [PairedSegment(pair, side), layer.segments[-1]]
             layer.since_eviction = min(layer.since_eviction, int((exact - take).min()))
+            layer.changes += 1
             layer.context.note_bytes(layer)
 
 

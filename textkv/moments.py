@@ -1,0 +1,110 @@
+"""When a method acts on a layer: after a prompt block, after a decoded token, or when what was held back is final."""
+
+from __future__ import annotations
+
+import torch
+
+from textkv.call import Tokens
+from textkv.contents import Contents
+from textkv.evidence import Evidence, EvidenceCollector
+from textkv.segments.base import Step
+
+SPARE = 128
+"""Queries kept beyond a method's window while drafts may be taken back: more than any draft is long."""
+
+
+class Moments(Contents):
+    """The part of a layer that calls the method's hooks; see `textkv.layer.Layer` for its attributes."""
+
+    collector: EvidenceCollector
+    scale: float
+    softcap: float | None
+    came: torch.Tensor | None
+    last_share: torch.Tensor | None
+    _due: list[tuple[bool, torch.Tensor | None]]
+
+    def _end(self, step: Step, tokens: Tokens, prompt: bool, norms: torch.Tensor | None) -> None:
+        """The tokens are in and every layer that reads them has: count them, and let the method act."""
+        m = step.k.shape[2]
+        self.seen += m
+        self.real_seen, self.came = tokens.seen, tokens.came
+        self.since_eviction += m
+        context = self.context
+        ends = prompt and self.seen >= context.block_end
+        if self.kind.governed and not context.frozen:
+            if prompt:
+                self._collect(step, norms)
+                context.note_bytes(self)
+            if context.hold:
+                self._due.append((ends, None if prompt else step.q))
+            elif ends:
+                self._prompt_end(step.q)
+            elif not prompt:
+                self._decode_end(step.q)
+        if not context.hold and not context.frozen:
+            self._settle()
+        self.last_share = self.came = None
+        context.after_step(self, ends and not context.hold and not context.frozen, tokens)
+
+    def _collect(self, step: Step, norms: torch.Tensor | None) -> None:
+        if self.context.needs.hidden and norms is None:
+            raise RuntimeError(
+                "the method needs hidden states but none arrived: build the cache as MethodCache(model, ...) with "
+                "the same model that runs"
+            )
+        spare = SPARE if self.context.hold else 0
+        self.collector.take(step, self.stored, norms=norms, rotary=self.rotary, spare=spare)
+
+    def _prompt_end(self, q: torch.Tensor) -> None:
+        evidence = self.collector.finish(q, self.scale, self.real_seen, self.context.spans, self.softcap)
+        with self.context.timed("on_prefill_end"):
+            self.context.method.on_prefill_end(self, evidence)
+
+    def _decode_end(self, q: torch.Tensor) -> None:
+        with self.context.timed("on_decode_end"):
+            self.context.method.on_decode_end(self, q)
+
+    def commit(self) -> bool:
+        """What was held back is final (see `Context.hold`): let the method act now. Returns whether a block ended."""
+        due, self._due = self._due, []
+        for ends, query in due:
+            if ends:
+                self._prompt_end(self.real_seen.new_zeros(1, 1, 0, 1, dtype=self.dtype).to(self.device))
+            elif query is not None:
+                self._decode_end(query[:, :, -1:])
+        self._settle()
+        return any(ends for ends, _ in due)
+
+    def forget_due(self, but: int) -> None:
+        """Drops what waits for `commit`, but for the first so many: a forward that did not come to its end."""
+        self._due = self._due[:but]
+
+    def _settle(self) -> None:
+        """Lets go of what no later token can see. An earlier one could: what came cannot be taken back any more."""
+        if any([segment.settle() for segment in self.segments]):
+            self.since_eviction = 0
+
+    def absorb(
+        self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, observers: torch.Tensor, scale: float
+    ) -> None:
+        """Takes in tokens that another store held until now; the method acts as at the end of a prompt block.
+
+        Args:
+            k, v: [batch, kv_heads, m, head_dim], keys post-RoPE.
+            positions: int32 [batch, m] logical positions, -1 = padding.
+            observers: [batch, heads, w, head_dim] post-RoPE queries that the method may take for the block's last.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(k)
+        real = positions >= 0
+        self.segments[-1].append(Step(observers[:, :, :0], k, v, positions, scale, padded=not bool(real.all())))
+        self.scale, self.softcap = scale, None
+        self.seen += k.shape[2]
+        self.since_eviction += k.shape[2]
+        self.real_seen = self.real_seen + real.sum(1).cpu()
+        self.context.note_bytes(self)
+        window = min(self.context.needs.window, observers.shape[2])
+        queries = observers[:, :, observers.shape[2] - window :]
+        with self.context.timed("on_prefill_end"):
+            self.context.method.on_prefill_end(self, Evidence(queries, scale, self.real_seen))
+        self.context.after_step(self, True, None)

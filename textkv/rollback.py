@@ -1,0 +1,211 @@
+"""Going back: `crop`, drafts that were not accepted, and calls of the model that stopped half-way.
+
+What was taken in and not yet evicted can be taken back. A call that raised left some layers ahead of others, or all of
+them ahead of what the caller knows: the next call goes back to where that one began, or is refused in one line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+
+from textkv.context import Context
+from textkv.layer import Layer
+from textkv.positions import PositionTable
+
+_STATES = (
+    "an earlier forward stopped after layer {}, and linear states cannot be taken back: reset the cache, or go on from "
+    "a fork of it"
+)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a call of the model began.
+
+    Attributes:
+        seen: columns seen before it.
+        real: int64 [batch] on the CPU, real tokens seen before it; None = no token at all.
+        due: prompt blocks and queries of a layer that waited for `Layer.commit`.
+        changes: `changes` of every layer by its number; empty = not known, for the call began unseen.
+    """
+
+    seen: int
+    real: torch.Tensor | None
+    due: int
+    changes: dict[int, int]
+
+
+class Rollback(Cache):
+    """The part of a cache that goes back; see `textkv.cache.MethodCache` for its attributes."""
+
+    context: Context
+    layers: list[Any]
+    _through: set[tuple[int, str]]
+    _start: Start | None
+
+    # ---- the model's calls, one after another ------------------------------------------------------------------
+
+    def call_begins(self) -> None:
+        """The model is called with this cache. If the call before stopped half-way, all layers go back to its start.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        if self._start is not None and not self._start.seen:
+            self._empty()  # there was nothing before: nothing that any layer or state holds is wanted
+        elif self._start is not None:
+            if self._through:
+                raise ValueError(_STATES.format(max(number for number, _ in self._through)))
+            self._go_back(self._start)
+        self._start = replace(self._here(), changes={x.kind.number: x.changes for x in self._own()})
+
+    def call_ends(self) -> None:
+        """The model's call has come to its end: what it brought stays."""
+        self._start = None
+        self._through = set()
+
+    def _here(self) -> Start:
+        behind = min(self._own(), key=lambda layer: layer.seen)
+        return Start(behind.seen, behind.real_seen, min((len(x._due) for x in self.context.layers), default=0), {})
+
+    def _go_back(self, to: Start) -> None:
+        ahead = [layer for layer in self._own() if layer.seen > to.seen]
+        for layer in ahead:
+            if not to.seen:
+                layer.reset()
+                continue
+            try:
+                if layer.changes != to.changes.get(layer.kind.number, layer.changes):
+                    raise ValueError(f"{self.context.method.expression} has worked on what older tokens hold since")
+                layer.crop(to.seen - layer.seen, layer.real_seen - to.real)
+            except ValueError as error:
+                raise ValueError(
+                    f"an earlier forward stopped after layer {layer.kind.number} and cannot be taken back "
+                    f"({error}): reset the cache, or go on from a fork of it"
+                ) from None
+            layer.forget_due(to.due)
+        if ahead and self.context.real is not None:
+            self.context.real = self.context.real[:, : to.seen]
+
+    def _empty(self) -> None:
+        """Takes every token out; what `begin` announced stays announced."""
+        context = self.context
+        for layer in self._own():
+            layer.reset()
+        for state in self.states:
+            # transformers zeroes states in place, and they would fit no other batch.
+            LinearAttentionCacheLayerMixin.__init__(state, state.number_of_states)
+        context.forget_bytes()
+        context.table = None if context.table is None else PositionTable()
+        for number, spec in context.rotary.items():
+            context.rotary[number] = spec.on(context.table)
+        context.real, context.forwards = None, 0
+        self._start, self._through = None, set()
+
+    def _forward_begins(self, tokens: int) -> None:
+        """The first layer meets `tokens` columns: whatever an earlier forward left behind is set right, or refused."""
+        context = self.context
+        if context.hold and any(layer._due for layer in context.layers):
+            # Nobody took anything back or said that it stays: those were no drafts.
+            self._commit()
+            context.hold = False
+        self._go_back(self._here())  # a part of the model may be called by itself, and stop, unseen by `call_begins`
+        if context.hold and not context.forwards and 0 < self.get_seq_length() < tokens:
+            raise ValueError(
+                f"{tokens} tokens came with the first drafts, and the cache holds {self.get_seq_length()} already: "
+                "transformers' decoding with drafts feeds the whole prompt, which would be there twice; give it an "
+                "empty cache"
+            )
+
+    def _arrive(self, what: str, layer: int) -> None:
+        """A forward of a model with linear states has come to a layer.
+
+        Raises:
+            ValueError: it is another forward, and the one before stopped half-way: states cannot be taken back.
+        """
+        if not self.states:
+            return
+        furthest = max((number for number, _ in self._through), default=-1)
+        if layer < furthest or (layer, what) in self._through:
+            last = max(i for i, x in enumerate(self.layers) if isinstance(x, Layer | LinearAttentionCacheLayerMixin))
+            if furthest < last:
+                raise ValueError(_STATES.format(furthest))
+            self._through = set()
+        self._through.add((layer, what))
+
+    def _own(self) -> list[Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
+    @property
+    def states(self) -> list[LinearAttentionCacheLayerMixin]:
+        """The layers that hold linear or convolution states."""
+        return [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
+
+    # ---- drafts ------------------------------------------------------------------------------------------------
+
+    def activate_past_recording(self) -> None:
+        """Drafts come (assisted and prompt-lookup decoding): nothing is let go of before `crop` says what stays.
+
+        Raises:
+            ValueError: a method that evicts while decoding, or that reads all queries of a prompt.
+        """
+        name = self.context.method.expression
+        if not self.is_croppable:
+            raise ValueError(
+                f"{name} evicts while decoding and cannot take drafts back; for assisted or prompt-lookup decoding use "
+                "a method that evicts at the end of the prompt, e.g. snapkv"
+            )
+        needs = self.context.needs
+        if not self.get_seq_length() and (needs.columns or needs.query_moments is not None or needs.query_peaks):
+            raise ValueError(
+                f"{name} reads all queries of a prompt, and drafts arrive together with it; use a method that looks at "
+                "the last ones only, e.g. snapkv"
+            )
+        self.context.hold, self.context.forwards = True, 0
+        super().activate_past_recording()
+
+    def _commit(self) -> None:
+        """What was held back stays: every layer lets its method act."""
+        if any([layer.commit() for layer in self._own()]):
+            self.context.finish()
+
+    # ---- crop --------------------------------------------------------------------------------------------------
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether every layer can take tokens back; states can while transformers records them for drafts."""
+        own = [x for x in self.layers if not (isinstance(x, LinearAttentionCacheLayerMixin) and self.context.hold)]
+        return all(getattr(layer, "is_croppable", True) for layer in own)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last -tokens_to_remove tokens; while drafts are expected, says that all others stay.
+
+        Raises:
+            ValueError: see `Layer.crop`; no layer has changed then.
+        """
+        count = -tokens_to_remove
+        for layer in self._own():
+            layer.check_crop(count)
+        self._check_states(count)
+        super().crop(tokens_to_remove)
+        if count and self.context.real is not None:
+            self.context.real = self.context.real[:, :-count]
+        if self.context.hold:
+            self._commit()
+
+    def _check_states(self, count: int) -> None:
+        """Raises ValueError unless linear and convolution states can give the last `count` tokens back: transformers
+        recalls what it was told to record, and finds the rest out when other layers have changed already."""
+        seen = self.get_seq_length()
+        for state in self.states if count else ():
+            kept = [(x, state.conv_kernel_size[i]) for i, x in state.conv_states.items() if x is not None]
+            short = any(x.shape[-1] < min(count + kernel, seen) for x, kernel in kept)
+            if not state.record_past or short or any(state.is_recurrent_states_initialized.values()):
+                raise ValueError(
+                    f"crop({-count}): linear and convolution states cannot be taken back; fork the cache before the "
+                    "tokens instead"
+                )
