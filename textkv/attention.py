@@ -48,8 +48,10 @@ def attention(
     if not isinstance(key, View):
         if seen is not None:
             seen[module.layer_idx] = key.detach(), query.detach()
+        # Looked up at every call: another library may wrap the registry's functions after us.
         function = _eager(module) if before == "eager" else ALL_ATTENTION_FUNCTIONS[before]
         return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    # A score that we do not know of would be missing in silence.
     wrong = [name for name in ("position_bias", "indices") if kwargs.get(name) is not None]
     if wrong:
         raise ValueError(f"{type(module).__name__} passes {wrong[0]} to attention, which this cache does not support")
@@ -58,6 +60,7 @@ def attention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"), rotary=rotary, norms=norms,
     )  # fmt: skip
+    # No weights: nobody can ask for what eviction has thrown away.
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -100,10 +103,12 @@ def use(model: PreTrainedModel) -> PreTrainedModel:
     """
     decoder = text_model(model)
     before = decoder.config._attn_implementation or "eager"
+    # The model is on ours already: a second wrapper would hand on to the first.
     if before in _BEFORE:
         return model
     name = f"{ATTENTION}_{before.replace('/', '--')}"
     if name not in _BEFORE:
+        # A cache decides on the host what happens next, which a compiled graph would freeze.
         AttentionInterface.register(name, torch.compiler.disable(partial(attention, before=before)))
         AttentionMaskInterface.register(name, torch.compiler.disable(partial(mask, before=before)))
         _BEFORE[name] = before

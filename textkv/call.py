@@ -80,8 +80,10 @@ class Call:
                 "[batch, tokens], or one mask for all heads [batch, 1, new tokens, tokens]"
             )
         m = mask.shape[2]
+        # An additive mask hides by the dtype's least number, or by -inf; half of it is far from any bias.
         shown = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0]
         old, new = shown[..., :past], shown[..., past : past + m]
+        # Segments read what is stored once for all queries, without an edge in it.
         if bool((old != old[:, :1]).any()):
             raise ValueError(
                 "the attention mask lets the new tokens see different tokens of those that are stored: this cache can "
@@ -115,6 +117,7 @@ class Call:
         batch, m = len(seen), self.tokens
         count = torch.arange(m, device=device)
         rows = seen.tolist()
+        # Rows of one length are the common case: then positions are one range, made without a copy to the device.
         alike = len(set(rows)) == 1
         first = rows[0] if alike else seen.to(device)[:, None]
         positions = (first + count).expand(batch, m) if alike else first + count
@@ -126,13 +129,17 @@ class Call:
                     f"attention_mask has {mask.shape[1]} columns, the cache has seen {self.past} and {m} come: give "
                     "the mask of the whole conversation"
                 )
+            # The mask covers the whole conversation: columns seen before may be hidden now, and new ones may be
+            # padding.
             old, new = mask[:, : self.past], mask[:, self.past : self.past + m]
+            # Padding of earlier turns is no token: it is stored nowhere, and so nothing to hide.
             gone = ~old if real is None else real & ~old
             # The one question to the device in a forward with a mask.
             padded, hides = torch.stack([~new.all(), gone.any()]).tolist()
             if hides:
                 hidden = _by_position(gone, real)
             if padded:
+                # Tokens are counted without padding, so that a row is numbered as if it were alone.
                 positions = (positions[:, :1] + new.long().cumsum(1) - 1).masked_fill(~new, -1)
                 came = new.sum(1).cpu()
                 if m > 1 and not bool((new[:, -1] | ~new.any(1)).all()):
@@ -159,6 +166,7 @@ def _by_position(gone: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     """Columns bool [batch, n] -> the logical positions of the tokens that they are, counted without padding."""
     if real is None:
         return gone
+    # Padding goes to a column that is cut off.
     at = (real.long().cumsum(1) - 1).masked_fill(~real, real.shape[1])
     return gone.new_zeros(len(gone), gone.shape[1] + 1).scatter(1, at, gone)[:, :-1]
 

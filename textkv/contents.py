@@ -77,6 +77,7 @@ class Contents:
     def keep(self, index: torch.Tensor) -> None:
         """Keeps slots `index` int64 [batch, kv_heads or 1, c] of `stored()`, ascending, -1 = hole; frees the others.
         The method's `on_evict` hears what stayed."""
+        # Read before the segments change, since they are matched slot by slot.
         known = {name: self.statistic(name) for name in self._of_tokens()}
         before, several = self.held_positions(), len(self.segments) > 1
         self.segments = keep_across(self.segments, index)
@@ -98,8 +99,10 @@ class Contents:
         """Lets go of the one token of each head with the lowest score, fp32 [batch, stored heads, n], in a layer that
         is `whole`; of equal ones the newest. Asks nothing of the device."""
         n = scores.shape[-1]
+        # argmin takes the first of equal ones: turned round, that is the newest.
         victim = n - 1 - scores.flip(-1).argmin(-1, keepdim=True)
         slots = torch.arange(n - 1, device=scores.device)
+        # All slots but one, by arithmetic: a sort would cost more than the move.
         index = slots + (slots >= victim)
         self.statistics |= {name: self.statistic(name).gather(-1, index) for name in self._of_tokens()}
         self.segments[0].pick(index)
@@ -109,6 +112,7 @@ class Contents:
     def keep_mask(self, mask: torch.Tensor) -> None:
         """Keeps the slots where bool [batch, kv_heads, n] is True, each head its own number of them."""
         before = self.held_positions()
+        # A hole is never kept, whatever a score says about its slot.
         mask = mask & (before >= 0)
         # Ragged heads show their tokens first and their missing slots last.
         order = (~mask).sort(dim=-1, stable=True).indices[..., : int(mask.sum(-1).max())]
@@ -134,12 +138,15 @@ class Contents:
             return
         at = self.held_positions()
         known = (at >= 0) & (at < gone.shape[1])
+        # A table by position, not a comparison with every span: spans may be many.
         table = gone[:, None].expand(-1, at.shape[1], -1)
         dropped = known & table.gather(-1, at.long().clamp(0, gone.shape[1] - 1))
+        # Nothing of it is stored here: no statistic moves, and what was packed stays as it is.
         if not bool(dropped.any()):
             return
         stays = (at >= 0) & ~dropped
         if bool((stays == stays[:, :1]).all()):
+            # One index for all heads, where they agree: segments that share positions can keep them shared.
             stays = stays[:, :1]
         order = (~stays).sort(dim=-1, stable=True).indices[..., : int(stays.sum(-1).max())]
         self.keep(order.masked_fill(~stays.gather(-1, order), -1))
@@ -158,6 +165,7 @@ class Contents:
     def repeat_heads(self, times: int) -> None:
         """From now on every KV head is stored `times` times, once per query head of its group."""
         last = self.segments[-1]
+        # Only a rectangle can repeat its heads; other forms are read out first.
         if len(self.segments) > 1 or not isinstance(last, DenseSegment):
             last = DenseSegment.of(self.stored(), last.head_repeat if isinstance(last, DenseSegment) else 1)
         last.repeat_heads(times)
@@ -176,6 +184,7 @@ class Contents:
 
     def kv_bytes(self) -> int:
         """Bytes of all storages that the layer keeps alive on the model's device, positions and lengths included."""
+        # What a segment holds on the host is told apart by object: on a CPU everything would lie on one device.
         host = {id(x) for segment in self.segments for x in segment.host_tensors().values()}
         return storage_bytes([x for x in self.tensors().values() if id(x) not in host])
 
@@ -194,6 +203,7 @@ class Contents:
 def _found_again(x: torch.Tensor, before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
     """Numbers [batch, heads, n] of tokens at positions `before`, int32 like them, for those at `now`; a hole has 0."""
     size = int(before.max()) + 1
+    # One column more than positions, for holes: what is written there is wiped.
     table = x.new_zeros(*x.shape[:2], size + 1)
     table.scatter_(-1, before.long().masked_fill(before < 0, size), x)
     table[..., size] = 0

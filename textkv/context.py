@@ -128,6 +128,8 @@ class Context:
 
     def check_attention(self) -> None:
         """Raises ValueError if the model was switched away from our attention implementation."""
+        # Somebody may call `set_attn_implementation` after the cache was built: a view has no numbers for another
+        # function.
         if not self.config._attn_implementation.startswith(ATTENTION):
             raise ValueError(
                 f"the model runs attention {self.config._attn_implementation!r}, which cannot read this cache; "
@@ -143,6 +145,7 @@ class Context:
     def after_step(self, layer: Any, ended: bool, tokens: Tokens | None) -> None:
         """A layer is done with a forward; `ended`: and with a prompt block."""
         self.note_bytes(layer)
+        # All layers of a forward must see the columns as they were before it.
         if tokens is not None and layer.kind.number == self.last:
             self.real = tokens.real
             self.forwards += 1
@@ -173,6 +176,7 @@ class Context:
 
     def thaw(self) -> None:
         """Copies every tensor held, so that what was made under inference_mode can be written to outside of it."""
+        # One memo for all layers, so that what two of them share is still shared afterwards.
         memo: dict = {}
         for layer in self.everything:
             if hasattr(layer, "segments"):
@@ -188,6 +192,7 @@ class Context:
 
     def note_bytes(self, layer: Any) -> None:
         """Counts a layer's bytes at a moment when they may be at their highest."""
+        # Only this layer has changed since: the others are as they were when they last told.
         self._bytes[layer.kind.number] = layer.kv_bytes()
         self.peak_bytes = max(self.peak_bytes, sum(self._bytes.values()) + self.table_bytes() + self.state_bytes())
 

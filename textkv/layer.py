@@ -37,6 +37,7 @@ class View:
 
     def __init__(self, layer: Layer, k: torch.Tensor, v: torch.Tensor) -> None:
         self.layer, self.k, self.v = layer, k, v
+        # So many later layers will read these tokens: they are stored when the last one has.
         self.waiting = layer.kind.readers
         self.step: Step | None = None
         self.tokens: Tokens | None = None
@@ -123,6 +124,7 @@ class Layer(Moments, CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        # Only keys tell what a layer really has: configurations differ in what they call a head.
         self.kv_heads, self.head_dim = key_states.shape[1], key_states.shape[3]
         self.real_seen = torch.zeros(key_states.shape[0], dtype=torch.int64)
         self.is_initialized = True
@@ -142,6 +144,7 @@ class Layer(Moments, CacheLayerMixin):
                 f"layer {self.kind.number}: keys of shape {tuple(key_states.shape)} and values of "
                 f"{tuple(value_states.shape)}; this cache needs both alike"
             )
+        # Both are the view: whichever the model looks at on the way, it finds a shape and a dtype.
         view = View(self, key_states, value_states)
         return view, view
 
@@ -199,8 +202,10 @@ class Layer(Moments, CacheLayerMixin):
         self.check_crop(count)
         if not count or not self.is_initialized:
             return
+        # Padding among the columns that go: rows lose different numbers of tokens.
         real = self.context.real_in_last(count) if real is None else real
         self.segments[-1].crop(count, real)
+        # Cut to the tokens that are left.
         self.statistics |= {name: self.statistic(name) for name in self._of_tokens()}
         self.seen -= count
         self.real_seen = self.real_seen - (count if real is None else real)
@@ -257,14 +262,17 @@ class Layer(Moments, CacheLayerMixin):
         if view.step is not None:
             return self._read_again(view, q, sinks)
         self._check(module)
+        # The model goes on in the dtype of its queries, whatever the cache stores.
         given = q.dtype
         k, v = view.k, view.v
         if not (q.dtype == k.dtype == v.dtype):  # autocast leaves rotated queries in fp32 beside values in half
             q, k, v = (x.to(v.dtype) for x in (q, k, v))
         if not self.is_initialized:
             self.lazy_initialization(k)
+        # The model was cast after its first tokens: the cache keeps the dtype that it began with.
         if k.dtype != self.dtype:
             q, k, v = (x.to(self.dtype) for x in (q, k, v))
+        # What is stored is used again by later calls: no graph may hang on to it.
         grows = torch.is_grad_enabled() and q.requires_grad
         with torch.no_grad(), _exactly(q.device.type):
             tokens = self._tokens(mask, q)
@@ -300,6 +308,7 @@ class Layer(Moments, CacheLayerMixin):
             )
 
     def _tokens(self, mask: Call | torch.Tensor | None, q: torch.Tensor) -> Tokens:
+        # A test, a benchmark, or a caller who passes a mask of all heads: no mask function of ours was asked.
         if not isinstance(mask, Call):
             mask = Call(None, q.shape[2], self.seen, None) if mask is None else self.context.call_of(mask, self.seen)
         return mask.brings(self.real_seen, self.context.real, q.device)
@@ -309,9 +318,11 @@ class Layer(Moments, CacheLayerMixin):
         prompt = (m > 1 and not self.context.verifying) or self.seen == 0 or self.seen < self.context.block_end
         governed = self.kind.governed and not self.context.frozen
         self._thaw()
+        # Before the token is stored: a method may fetch what this query will want.
         if governed and not prompt:
             with self.context.timed("on_decode_begin"):
                 method.on_decode_begin(self, q)
+        # Until the output is there. An exception in between leaves segments half-changed.
         self._torn = True
         if view.waiting:
             out = self._attend(step, sinks, take=False)
@@ -340,6 +351,8 @@ class Layer(Moments, CacheLayerMixin):
             parts = [x.attend(step.q, step.scale, softcap=step.softcap, hidden=step.hidden) for x in others]
             own = lse
             out, lse = merge([p[0] for p in parts] + [out], [p[1] for p in parts] + [lse])
+            # How much of the token's attention stayed in the newest segment: methods that evict there need no second
+            # pass.
             if step.q.shape[2] == 1:
                 self.last_share = (own - lse).exp()
         if sinks is not None:

@@ -32,10 +32,12 @@ class Moments(Contents):
         context = self.context
         ends = prompt and self.seen >= context.block_end
         if self.kind.governed and not context.frozen:
+            # Evidence is of the block's own queries, so it is taken while they are here, chunk by chunk.
             if prompt:
                 self._collect(step, norms)
                 context.note_bytes(self)
             if context.hold:
+                # The queries may be those of drafts: the method acts when it is known which tokens stay.
                 self._due.append((ends, None if prompt else step.q))
             elif ends:
                 self._prompt_end(step.q)
@@ -52,6 +54,7 @@ class Moments(Contents):
                 "the method needs hidden states but none arrived: build the cache as MethodCache(model, ...) with "
                 "the same model that runs"
             )
+        # Drafts that go take the window's last queries with them: older ones then move up.
         spare = SPARE if self.context.hold else 0
         self.collector.take(step, self.stored, norms=norms, rotary=self.rotary, spare=spare)
 
@@ -103,6 +106,7 @@ class Moments(Contents):
         self.since_eviction += k.shape[2]
         self.real_seen = self.real_seen + real.sum(1).cpu()
         self.context.note_bytes(self)
+        # A method takes the last of these for the queries that follow the block.
         window = min(self.context.needs.window, observers.shape[2])
         queries = observers[:, :, observers.shape[2] - window :]
         with self.context.timed("on_prefill_end"):

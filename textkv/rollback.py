@@ -70,6 +70,7 @@ class Rollback(Cache):
 
     def _here(self) -> Start:
         behind = min(self._own(), key=lambda layer: layer.seen)
+        # The layer that has seen least is where every layer can go back to.
         return Start(behind.seen, behind.real_seen, min((len(x._due) for x in self.context.layers), default=0), {})
 
     def _go_back(self, to: Start) -> None:
@@ -88,6 +89,7 @@ class Rollback(Cache):
                     f"({error}): reset the cache, or go on from a fork of it"
                 ) from None
             layer.forget_due(to.due)
+        # Columns are written down by the last layer: there may be none to cut.
         if ahead and self.context.real is not None:
             self.context.real = self.context.real[:, : to.seen]
 
@@ -127,9 +129,11 @@ class Rollback(Cache):
         Raises:
             ValueError: it is another forward, and the one before stopped half-way: states cannot be taken back.
         """
+        # Without states every layer tells by its own count how far a forward came.
         if not self.states:
             return
         furthest = max((number for number, _ in self._through), default=-1)
+        # Layers are visited in order: an earlier one, or the same again, means that a new forward has begun.
         if layer < furthest or (layer, what) in self._through:
             last = max(i for i, x in enumerate(self.layers) if isinstance(x, Layer | LinearAttentionCacheLayerMixin))
             if furthest < last:
@@ -165,6 +169,7 @@ class Rollback(Cache):
                 f"{name} reads all queries of a prompt, and drafts arrive together with it; use a method that looks at "
                 "the last ones only, e.g. snapkv"
             )
+        # Whether a method evicts now or after `crop` is decided layer by layer, by `hold`.
         self.context.hold, self.context.forwards = True, 0
         super().activate_past_recording()
 

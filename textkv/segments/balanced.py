@@ -42,9 +42,11 @@ class BalancedSegment(PackedSegment):
         keys = held.keys.float().masked_fill(~real, 0)
         mean = keys.sum(2) / real.sum(2).clamp(min=1)
         balance = torch.ones_like(mean)
+        # Both clamps keep a channel that is always 0 from an infinite or zero factor.
         if peaks is not None:
             largest = ((keys - mean[:, :, None]) * real).abs().amax(2).clamp(min=1e-6)
             queries = peaks.unflatten(1, (mean.shape[1], -1)).amax(2).clamp(min=1e-6)
+            # A power of two only moves the exponent: multiplying keys and dividing queries by it is exact.
             balance = ((queries / largest).log2() / 2).round().exp2()
         return cls(held.keys.dtype, mean * balance, balance)
 
@@ -56,6 +58,7 @@ class BalancedSegment(PackedSegment):
         self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.pools:
+            # Nothing is stored: lse = -inf gives this part no weight in the merge.
             return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
         grouped = q.unflatten(1, (self.balance.shape[1], -1)) / self.balance[:, :, None, None].to(q.dtype)
         return super().attend(grouped.flatten(1, 2), scale, softcap=softcap, hidden=hidden)

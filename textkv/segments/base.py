@@ -78,6 +78,7 @@ class Segment(ABC):
 
         Returns (out [batch, heads, m, head_dim], lse [batch, heads, m] fp32 or None if not needed).
         """
+        # A block's own tokens need a causal edge, and padding must not be seen: both are easier before they are stored.
         if step.q.shape[2] > 1 or step.padded or self.is_empty():
             result = self.read(step, need_lse)
             self.append(step)
@@ -196,6 +197,7 @@ def block_attention(step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Ten
     There may be fewer queries than tokens: then they are those of the last ones.
     """
     seen, m = _seen(step), step.q.shape[2]
+    # torch's fused attention gives no log-sum-exp, knows no soft cap, and aligns fewer queries to the upper left.
     if need_lse or step.softcap is not None or m != step.k.shape[2]:
         return decode_attention(
             step.q, step.k, step.v, scale=step.scale, causal=seen is None, softcap=step.softcap,
@@ -224,6 +226,7 @@ def shown(positions: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
     real = positions >= 0
     if hidden is None or not hidden.shape[1]:
         return real
+    # A hole has no position to look up; it is ruled out by `real` below.
     at = positions.long().clamp(min=0)
     known = at < hidden.shape[1]
     table = hidden[:, None].expand(-1, positions.shape[1], -1)
@@ -241,6 +244,7 @@ def attend_stored(
 
 def storage_bytes(tensors: list[torch.Tensor]) -> int:
     """Bytes that the tensors' storages hold, each storage once: views and slack count as what they keep alive."""
+    # By address: tensors that share a storage, and slack behind a view, are counted as what they really cost.
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
@@ -272,6 +276,7 @@ def keep_across(segments: list[Segment], index: torch.Tensor) -> list[Segment]:
         if most < own.shape[-1]:
             # Rows that keep fewer of the segments before start earlier: each closes up by itself.
             own = own.gather(-1, (~inside).sort(dim=-1, stable=True).indices[..., :most])
+        # A segment that keeps all its slots is left alone: packed tokens must not be rounded for nothing.
         if most < size or bool((own < 0).any()):
             segment.keep(own)
         if segment is segments[-1] or most:

@@ -57,6 +57,7 @@ class BlockPool:
 def thinned(pool: BlockPool, stays: torch.Tensor) -> BlockPool:
     """The pool without the blocks of which nothing `stays`, bool [batch, heads, n]; holes in the others."""
     block = pool.k.block
+    # A block is freed only as a whole: its tokens share scales, and codes cannot be cut out of a word.
     padded = F.pad(stays, (0, -stays.shape[-1] % block)).unflatten(-1, (-1, block))
     live = padded.any(-1).flatten(0, 1)  # [runs, blocks of the longest run]
     each = live.sum(1).cpu()
@@ -82,6 +83,8 @@ def thinned(pool: BlockPool, stays: torch.Tensor) -> BlockPool:
     )  # fmt: skip
     plain = all(x.lowrank is None and x.sparse is None for x in (pool.k, pool.v))
     fewer = int((-(-stays.sum(-1) // block)).sum()) * block
+    # Packing anew rounds once more: it must at least halve the blocks. Low-rank and sparse corrections are fitted to
+    # their block and would be lost.
     return _repacked(thinned) if plain and 2 * fewer <= int(counts.sum()) else thinned
 
 
@@ -150,9 +153,11 @@ def fits(pool: BlockPool, new: BlockPool) -> bool:
     """Whether the blocks of `new` fit in what is free in `pool`."""
     if pool.room is None or pool.holes or pool.positions.shape[1] != new.positions.shape[1]:
         return False
+    # One run without room is enough: blocks of a run must lie side by side.
     if bool((pool.counts + new.counts > pool.room * pool.k.block).any()):
         return False
     for i, (old, more) in enumerate(((pool.k, new.k), (pool.v, new.v))):
+        # Corrections have lists of their own, which may be full before the codes are.
         free = [room - used for room, used in zip(_sizes(old), (pool.chunks[i], pool.entries[i]), strict=True)]
         alike = [x.shape[1:] for x in old.tensors().values()] == [x.shape[1:] for x in more.tensors().values()]
         if not alike or any(need > have for need, have in zip(_sizes(more), free, strict=True)):
@@ -166,6 +171,7 @@ def with_room(like: BlockPool, times: int) -> BlockPool:
     runs, room, due = each.numel(), times * int(each.max()), int((each > 0).sum())
 
     def empty(packed: Packed) -> Packed:
+        # How many corrections later blocks will bring is not known: as many as these, for every run that has any.
         rooms = {"p": -(-_sizes(packed)[0] // due), "at": -(-_sizes(packed)[1] // due)}
         rooms["delta"] = rooms["at"]
         held = {}
@@ -213,6 +219,7 @@ def _write_blocks(old: Packed, new: Packed, where: torch.Tensor, chunks: int, en
     old.codes[where], old.scale[where], old.zero[where] = new.codes, new.scale, new.zero
     if new.lowrank is not None:
         old.lowrank.a[where] = new.lowrank.a
+        # Blocks point into the lists of corrections: these have moved back by what was there before.
         old.lowrank.chunk[where] = new.lowrank.chunk + chunks
         old.lowrank.p[chunks : chunks + len(new.lowrank.p)] = new.lowrank.p
     if new.sparse is not None:
@@ -228,6 +235,7 @@ def rows_of(pool: BlockPool, rows: torch.Tensor) -> BlockPool:
     runs = (rows[:, None] * heads + torch.arange(heads)).view(-1)
     counts = pool.counts[rows]
     each = (counts // pool.k.block).view(-1)
+    # A row that comes twice gets its blocks twice, so that the copies can part ways.
     blocks = _in_order(pool.start.cpu()[runs], each).to(pool.start.device)
     positions, rope = (
         None if x is None else x.index_select(-3, rows.to(x.device))[..., : int(counts.max())].contiguous()

@@ -23,6 +23,7 @@ class DenseSegment(Segment):
     """
 
     def __init__(self, head_repeat: int = 1) -> None:
+        # Heads, dtype and device are the first token's to tell.
         self.k: torch.Tensor | None = None
         self.v: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None
@@ -65,6 +66,7 @@ class DenseSegment(Segment):
         # Positions shared by the heads stay shared, unless the heads keep different slots from now on.
         own = max(index.shape[1], self.positions.shape[1])
         hole = index < 0
+        # A hole needs some slot to copy from; its position says that nobody may look.
         index = index.masked_fill(hole, max(0, self.used - 1))
         rows = compact(self._k(), self._v(), index.expand(batch, heads, -1).contiguous())
         self.k, self.v = rows.k, rows.v
@@ -75,12 +77,15 @@ class DenseSegment(Segment):
 
     def pick(self, index: torch.Tensor) -> None:
         """`keep` for slots int64 [batch, kv_heads, c] without a hole among them, in a segment without holes."""
+        # The caller made the index by arithmetic: asking the device whether it is in range would cost more than the
+        # move.
         rows = compact(self._k(), self._v(), index, check=False)
         self.positions = self.held_positions().gather(-1, index)
         self.k, self.v, self.used = rows.k, rows.v, index.shape[-1]
 
     def keep_mask(self, mask: torch.Tensor) -> Segment:
         counts = mask.sum(-1)
+        # Heads of one length stay a rectangle, which every kernel reads faster than ragged rows.
         if bool((counts == counts[:, :1]).all()):
             return super().keep_mask(mask)
         rows = compact(self._k(), self._v(), mask)
@@ -111,11 +116,14 @@ class DenseSegment(Segment):
             k, v = (x.repeat_interleave(self.head_repeat, dim=1) for x in (k, v))
         self.holes = self.holes or step.padded
         if self.k is None or self.used == 0:
+            # The first block is taken over as it is, without a copy, unless it is a view of something larger.
             self.k, self.v, self.positions = compact_storage(k), compact_storage(v), positions.clone()
             self.used = k.shape[2]
             return
         end = self.used + k.shape[2]
         if end > self.k.shape[2]:
+            # By an eighth: over a long answer each token is then moved nine times at most, and an eighth is the most
+            # that idles.
             self._grow(end + max(8, end // 8))
         self.k[:, :, self.used : end] = k
         self.v[:, :, self.used : end] = v

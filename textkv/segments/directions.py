@@ -37,7 +37,9 @@ class Directions:
     def restored(self, side: int) -> torch.Tensor:
         """One layer's vectors [batch, kv_heads, c, head_dim]."""
         x = plain(self.unit, self.sizes[side].shape) * self.sizes[side].float()[..., None]
+        # Multiplied in fp32: a size rounded twice would bend all scores of its token.
         x = x.to(self.exact[side].dtype)
+        # Vectors that the two layers do not share are written over what the shared direction would give.
         x.view(-1, x.shape[-1])[self.slots.long()] = self.exact[side]
         return x
 
@@ -45,6 +47,7 @@ class Directions:
         """This block's vectors and, behind them, another's."""
         regions, (own, more) = self.sizes[0].shape[:2], (x.sizes[0].shape[2] for x in (self, other))
         places = [
+            # A slot counts through all regions, and these have grown longer.
             slots // c * (own + more) + slots % c + first
             for slots, c, first in ((self.slots, own, 0), (other.slots, more, own))
         ]
@@ -59,6 +62,7 @@ class Directions:
         """Keeps the tokens `index` int64 [batch, kv_heads, c] of an unpacked block, -1 = hole."""
         hole, pick = index < 0, index.clamp(min=0)
         owner = self.slots.new_full(self.sizes[0].shape, -1)
+        # For each vector the row of `exact` that holds it, -1 = none: this moves like any number per vector.
         owner.view(-1)[self.slots.long()] = torch.arange(len(self.slots), dtype=torch.int32, device=owner.device)
         owner = owner.gather(2, pick).masked_fill(hole, -1).flatten()
         slots = (owner >= 0).nonzero()[:, 0]
@@ -97,6 +101,7 @@ class Directions:
     @classmethod
     def from_tensors(cls, held: dict[str, torch.Tensor], bits: Bits | Literal[16]) -> Directions:
         """The block whose two sides had these `tensors`."""
+        # Packed directions were saved as several tensors, plain ones as one: that tells which they are.
         codes = {name.removeprefix("unit."): x for name, x in held.items() if name.startswith("unit.")}
         unit = Packed.from_tensors(codes, bits) if codes else held["unit"]
         sizes, exact = ((held[f"{name}0"], held[f"{name}1"]) for name in ("size", "exact"))
@@ -106,6 +111,7 @@ class Directions:
 def store(direction: torch.Tensor, dtype: torch.dtype, bits: Bits | Literal[16], group: int, layout: Layout) -> Unit:
     """Directions fp32 [batch, kv_heads, c, head_dim] as they are kept: in `dtype` if `bits` is 16, else packed in
     blocks of `group` tokens, which must divide c."""
+    # Not packed: any number of tokens, one by one.
     if bits == 16:
         return direction.to(dtype)
     return pack(direction.reshape(-1, group, direction.shape[-1]), bits, layout=layout)

@@ -65,6 +65,7 @@ class PackedSegment(Segment):
             positions: int32 [batch, heads or 1, n], n = the largest count; -1 where a run has no such token.
             rope: int32 [3, batch, heads or 1, n], their rotary positions: with axes.
         """
+        # Runs lie side by side without gaps: where one starts is the sum of those before it.
         each = (counts // k.block).view(-1)
         start = (each.cumsum(0) - each).to(k.codes.device)
         tight = BlockPool(
@@ -75,7 +76,9 @@ class PackedSegment(Segment):
             self.pools.append(tight)
             return
         if not fits(self.pools[-1], tight):
+            # Room for an eighth of what is here, as every growing buffer: pools stay few, and slack small.
             times = int(sum(pool.longest for pool in self.pools)) // 8 // tight.longest
+            # Too little is here for slack to pay: the tokens get a tight pool of their own.
             if times < 2:
                 self.pools.append(tight)
                 return
@@ -115,6 +118,7 @@ class PackedSegment(Segment):
         first, kept = 0, []
         for pool in self.pools:
             inside = (index >= first) & (index < first + pool.longest)
+            # What other pools hold lands in one column too many, which is cut off again.
             own = (index - first).masked_fill(~inside, pool.longest)
             stays = torch.zeros(*own.shape[:2], pool.longest + 1, dtype=torch.bool, device=own.device)
             at = pool.positions[..., : pool.longest].expand(-1, heads, -1)
@@ -130,6 +134,7 @@ class PackedSegment(Segment):
             raise RuntimeError("an empty packed segment does not know the shape of its tokens")
         keys, values = ([padded(pool, unpack(getattr(pool, x))) for pool in self.pools] for x in ("k", "v"))
         keys, values = torch.cat(keys, 2), torch.cat(values, 2)
+        # The centre was subtracted before packing; only the attention kernel adds it back by itself.
         keys = keys + self.centres(self._joined([pool.turned_by for pool in self.pools]))
         return Stored(keys.to(self.dtype), values.to(self.dtype), self.held_positions())
 
@@ -145,6 +150,7 @@ class PackedSegment(Segment):
     def lengths(self) -> torch.Tensor:
         parts = []
         for pool in self.pools:
+            # Holes are known to the device only; without any, the host answers at once.
             real = (pool.positions >= 0).sum(-1).cpu().expand_as(pool.counts) if pool.holes else pool.counts
             parts.append(real)
         return torch.stack(parts).sum(0)
@@ -183,6 +189,7 @@ class PackedSegment(Segment):
     def from_state(cls, state: dict) -> PackedSegment:
         """What had this `state()`."""
         segment = cls(getattr(torch, state["dtype"]), state.get("centre"))  # a subclass may have other parameters
+        # Pools are rebuilt as they were, slack included: a saved cache goes on packing into the same room.
         segment.inv_freq, segment.axes = state.get("inv_freq"), state.get("axes")
         for i, plain in enumerate(state["pools"]):
             own = {key.removeprefix(f"{i}."): x for key, x in state.items() if key.startswith(f"{i}.")}

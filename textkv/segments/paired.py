@@ -118,6 +118,7 @@ class Pair:
         self.layers = layers
         self.blocks: list[Block] = []
         self.waiting: dict[int, torch.Tensor] = {}
+        # An empty range: the first distance makes it one.
         low = torch.full(like.shape[:2], torch.inf, dtype=torch.float32, device=like.device)
         self.extents = {name: Extent(low.clone(), -low) for name in ("keys", "values")}
 
@@ -128,11 +129,13 @@ class Pair:
         Raises:
             ValueError: a key or value that is not finite; names layer and KV head.
         """
+        # Pieces bound what is in fp32 at a time; a block's end must not cut a packed group.
         pieces = slots.split(BLOCK // how.unit * how.unit, -1)
         keys, values = (self._halves(layers, name, pieces, how) for name in ("keys", "values"))
         for *halves, piece in zip(keys, values, pieces, strict=True):
             at = _at(layers[0], piece)
             block = Block(*halves, at, bool((at < 0).any()))
+            # Each block costs a decoded token a call of its own: small ones are put together.
             if self.blocks and self.blocks[-1].positions.shape[-1] + piece.shape[-1] <= BLOCK:
                 block = self.blocks.pop().joined(block)
             self.blocks.append(block)
@@ -151,9 +154,12 @@ class Pair:
             self._check_finite(name, both)
             arc = slerp(*both, how.t)
             unit = store(arc.direction, both[0].dtype, how.bits, how.group, "channel" if name == "keys" else "token")
+            # Sizes are fitted to the direction as it is stored, rounded: so lengths come out exact even at 2 bits.
             length = plain(unit, arc.distance.shape).norm(dim=-1).clamp(min=1e-30)
+            # bfloat16 has too few digits for a factor on a whole vector.
             kind = torch.float32 if both[0].dtype == torch.float32 else torch.float16
             shared.append((unit, tuple((size / length).to(kind) for size in arc.sizes), arc.distance))
+        # Which vectors are unlike is relative to the others: it is decided when all distances are known.
         kept = self._kept(layers[0], name, pieces, torch.cat([x[2] for x in shared], -1), how)
         halves = []
         for (unit, sizes, _), piece, mask in zip(shared, pieces, kept.split(pieces[0].shape[-1], -1), strict=True):
@@ -188,6 +194,7 @@ class Pair:
             ValueError: the two layers keep different tokens.
         """
         self.waiting[side] = index
+        # Layers are told one after the other, and neither may lose what the other still reads.
         if len(self.waiting) < 2:
             return
         own, other = self.waiting[0], self.waiting[1]
@@ -298,6 +305,7 @@ class PairedSegment(Segment):
 
     def state(self) -> dict:
         if self.side == 1:
+            # The pair is saved once, by its first layer.
             return {"side": 1}
         bits = [getattr(block.keys.unit, "bits", 16) for block in self.pair.blocks]
         return self.pair.tensors(0) | self.pair.tensors(1) | {"side": 0, "layers": self.pair.layers, "bits": bits}

@@ -32,6 +32,7 @@ class RaggedSegment(Segment):
     def attend(
         self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        # The kernel for ragged rows knows no mask: a masked forward is rare, and reads a padded copy.
         if hidden is not None:
             return attend_stored(self.stored(), q, scale, softcap, hidden)
         return decode_attention(q, self.k, self.v, scale=scale, start=self.start, length=self.length, softcap=softcap)
@@ -39,6 +40,7 @@ class RaggedSegment(Segment):
     def keep(self, index: torch.Tensor) -> None:
         batch, heads = self._lengths.shape
         index = index.expand(batch, heads, -1)
+        # Region by region, in order: what stays lies tight again.
         flat = (self.start.view(batch, heads, 1) + index)[index >= 0]
         self._lengths = (index >= 0).sum(-1).cpu()
         self._capacity = self._lengths.clone()
@@ -50,6 +52,7 @@ class RaggedSegment(Segment):
         longest = int(self._lengths.max()) if self._lengths.numel() else 0
         slot = torch.arange(longest, device=self.k.device)
         inside = slot < self.length[:, None]
+        # Slots behind a region's end would be another head's tokens: slot 0 stands in, and is marked as a hole.
         flat = (self.start[:, None] + slot).where(inside, self.start[:, None] * 0)
         shape = (batch, heads, longest)
         return Stored(
@@ -91,6 +94,7 @@ class RaggedSegment(Segment):
         real = step.positions >= 0
         came = real.sum(1).cpu()[:, None] if step.padded else torch.full((batch, 1), m)
         if bool((self._lengths + came > self._capacity).any()):
+            # All regions move at once, so that they get room for some tokens at once.
             slack = max(8, int(self._lengths.float().mean()) // 8)
             self._move(torch.arange(batch * heads), self._lengths + came + slack)
         # A row's tokens close up: padding takes no slot.

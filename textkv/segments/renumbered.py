@@ -60,10 +60,12 @@ class RenumberedSegment(DenseSegment):
         if self.rotary is None:
             super().keep(index)
             return
+        # Places are reckoned before the slots move, keys turned after it: only those that stay are turned.
         turn = self._renumber(index[:, 0])
         super().keep(index)
         moved = turn.any(0).nonzero()[:, 0].tolist()
         if moved:
+            # One slice from the first to the last key that moves: a turn by 0 changes nothing, and a gather costs more.
             part = slice(moved[0], moved[-1] + 1)
             self.k[:, :, part] = self.rotary.turn(self.k[:, :, part], turn[:, part])
 
@@ -145,9 +147,11 @@ class RenumberedSegment(DenseSegment):
         """Attention over the keys in front, with the query turned back by the gap, and over those behind."""
         first, last = min(self.front), max(self.front)
         ahead = behind = self._valid(hidden)
+        # Rows were last cut at different slots: between the two edges each row needs a mask of its own.
         if first != last:
             real, in_front = shown(self._positions(), hidden)[:, 0], self._in_front()
             ahead, behind = real & in_front, real & ~in_front
+        # Distances to keys in front are too large by what was dropped since they were turned.
         turned = self.rotary.turn(q, -self.gap[:, None].expand(-1, q.shape[2]))
         parts = [
             decode_attention(

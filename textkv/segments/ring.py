@@ -40,6 +40,7 @@ class RingSegment(Segment):
         # Fixed for good: a slot is a position modulo this size, also when the row with the largest window leaves.
         self.size = int(recent.max()) + 1
         self.even: int | None = 0 if bool((recent == recent[0]).all()) else None
+        # Nothing is allocated yet: keys tell dtype, heads and device only when the first tokens come.
         self.k: torch.Tensor | None = None
         self.rope: torch.Tensor | None = None
         self.gap_start: torch.Tensor | None = None
@@ -54,9 +55,11 @@ class RingSegment(Segment):
             self._allocate(step.k, step.v)
         if step.q.shape[2] > 1:
             self._write_sinks(step)
+            # Before the block is written: that would overwrite what its early queries still see.
             out = self._banded(step)
             self.append(step)
             return out
+        # One token sees itself and `recent` older ones: the oldest of these still needs its slot during this step.
         self._store(step, spare=1)
         out = self._attend(step.q, step.scale, step.softcap, step.hidden, within=True)
         self._trim()
@@ -73,6 +76,7 @@ class RingSegment(Segment):
         at = held.positions[:, 0]
         # Only a row without a hole, from its first token on, lets the host know all slots.
         whole = bool((at == torch.arange(at.shape[1], device=at.device)).all())
+        # A step without queries: only its keys and values are of interest.
         nothing = held.keys[:, :, :0]
         self.append(Step(nothing, held.keys, held.values, at, scale, padded=not whole, rope_positions=rope_positions))
 
@@ -82,14 +86,18 @@ class RingSegment(Segment):
         if self.even is not None and not step.padded:
             start, self.even = self.even, self.even + m
             if self.rope is not None and start <= self.sinks < self.even:
+                # The token right behind the sinks tells where the gap begins; it is seen once, and leaves the ring
+                # later.
                 self.gap_start = self._rope_of(step)[:, self.sinks - start].to(torch.int32)
             self._write_even(step, start, spare)
             return
         self._uneven()
+        # The first `sinks` tokens of a row keep their slots for good; the ring starts behind them.
         self._write_sinks(step)
         end = torch.maximum(self.end, step.positions.amax(1).long() + 1)
         keep = (step.positions >= self.sinks) & (step.positions >= (end - self._recent() - spare)[:, None])
         self._room(int(end.max()) - self.sinks)
+        # Rows differ in their slots, so that tokens are scattered one by one instead of in runs.
         row, column = keep.nonzero(as_tuple=True)
         slot = self.sinks + (step.positions[row, column].long() - self.sinks) % self.size
         self._scatter(step, row, column, slot)
@@ -100,10 +108,12 @@ class RingSegment(Segment):
         behind = min(self.even, max(start, self.sinks))
         if behind > start:
             self._put(start, step, 0, behind - start)
+        # Of a block longer than the window only its end is worth writing.
         begin = max(behind, self.even - (self.size - 1) - spare)
         self._room(self.even - self.sinks)
         while begin < self.even:
             slot = self._slot(begin)
+            # A run ends at the end of the buffer and goes on at the ring's first slot.
             count = min(self.even - begin, self.sinks + self.size - slot)
             self._put(slot, step, begin - start, count)
             begin += count
@@ -141,6 +151,7 @@ class RingSegment(Segment):
     def _trim(self) -> None:
         """Lets go of what has left the window: its slot is the next to be written."""
         if self.even is None:
+            # Each row has a window of its own, so that each drops by its own end.
             gone = self.positions[:, self.sinks :] < (self.end - self._recent())[:, None]
             self.positions[:, self.sinks :].masked_fill_(gone, -1)
         elif self.even >= self.sinks + self.size:
@@ -166,6 +177,7 @@ class RingSegment(Segment):
         have = self.k.shape[2] - self.sinks
         if needed <= have or have == self.size:
             return
+        # By an eighth at a time, as all growing segments: a short answer need not pay for the whole window.
         more = min(self.size, needed + max(8, needed // 8)) - have
         self.k, self.v = (F.pad(x, (0, 0, 0, more)) for x in (self.k, self.v))
         self.positions = F.pad(self.positions, (0, more), value=-1)
@@ -184,6 +196,7 @@ class RingSegment(Segment):
         """`within` a step the slot that is written next still holds the oldest token."""
         used, valid = self._visible(hidden, within)
         how = {"scale": scale, "softcap": softcap}
+        # Without a gap all distances are true, and one pass reads everything.
         if self.rotary is None or not self.sinks or not self._has_gap():
             return decode_attention(q, self.k[:, :, :used], self.v[:, :, :used], valid=valid, **how)
         parts = []
@@ -191,6 +204,7 @@ class RingSegment(Segment):
             seen = None if valid is None else valid[:, part]
             parts.append(decode_attention(query, self.k[:, :, part], self.v[:, :, part], valid=seen, **how))
         if valid is None and not q.is_cuda:
+            # Two parts that both saw a token need none of the guards of `merge`, which cost more than the sum itself.
             return joined(parts[0][0], parts[1][0], parts[0][1], parts[1][1])
         return merge([out for out, _ in parts], [lse for _, lse in parts])
 
@@ -201,6 +215,7 @@ class RingSegment(Segment):
             return slots, shown(self.positions[:, None], hidden)[:, 0]
         if self.even < slots:
             return self.even, None
+        # A full ring has no empty slot while the step runs; after it, one waits for the next token.
         return slots, None if within else self.positions >= 0
 
     def _has_gap(self) -> bool:
@@ -213,6 +228,7 @@ class RingSegment(Segment):
             # The oldest token of a full ring lies where the next one will be written.
             first = self.rope[:, self._slot(self.even) : self._slot(self.even) + 1]
             return self.rotary.turn_query(q, self.gap_start[:, None] - first)
+        # Rows differ: the oldest token of each is looked for.
         held = self.positions[:, self.sinks :] >= 0
         first = self.rope[:, self.sinks :].masked_fill(~held, _FAR).amin(1, keepdim=True)
         return self.rotary.turn(q, -self._gap(first).expand(-1, q.shape[2]))
@@ -230,6 +246,7 @@ class RingSegment(Segment):
         rope = positions
         if self.rope is not None:
             rope = torch.cat([self.rope[:, ring], self._rope_of(step).to(torch.int32)], 1)
+        # Keys of the ring come in the order of slots, not of time: the band below goes by positions.
         old, widest = self.k.shape[2] - self.sinks, self.size - 1
         outs, lses = [], []
         for start in range(0, step.q.shape[2], QUERY_BLOCK):
@@ -255,6 +272,7 @@ class RingSegment(Segment):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Some queries of a step over keys that end with those of the step, but for its first `skipped` ones."""
         q, at = step.q[:, :, rows], step.positions[:, rows, None].long()
+        # Sinks are attended to by a part of their own, so the band leaves them out.
         key, limit = positions[:, None].long(), self._recent()[:, None, None]
         before = key <= at
         if step.visible is not None:
@@ -277,6 +295,7 @@ class RingSegment(Segment):
 
     def _sinks_seen(self, step: Step, rows: slice) -> torch.Tensor:
         """Which sinks some queries see by the step's own mask, bool [batch, rows, sinks]; all that were here before."""
+        # A sink that came with this block is seen as the block's mask says; an older one by every query.
         among = self.positions[:, : self.sinks, None] == step.positions[:, None]
         looked = step.visible[:, rows].float() @ among.float().mT > 0
         return looked | ~among.any(-1)[:, None]
@@ -293,6 +312,7 @@ class RingSegment(Segment):
         if index.shape[1] != 1 and bool((index != index[:, :1]).any()):
             raise ValueError(f"index of shape {tuple(index.shape)}: the heads of a ring keep the same tokens")
         self._uneven()
+        # `stored` shows tokens in the order of time, slots are in the order of the ring.
         order, kept = self._order(), index[:, 0]
         stays = torch.zeros_like(self.positions, dtype=torch.bool)
         slots = order.gather(1, kept.clamp(min=0))

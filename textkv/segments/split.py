@@ -83,6 +83,7 @@ class SplitSegment(Segment):
     def keep(self, index: torch.Tensor) -> None:
         index = index.expand(-1, self.kv_heads, -1)
         for part in self.parts:
+            # Every part sees its units as single-head rows, and so its share of the index.
             own = index[part.row, part.head][:, None]
             # Slots are counted to the longest part; what this one has not is nobody's.
             own = own.masked_fill(own >= part.segment.held_positions().shape[2], -1)
@@ -96,6 +97,7 @@ class SplitSegment(Segment):
         positions = held[0].positions.new_full(shape, -1)
         for part, x in zip(self.parts, held, strict=True):
             n = x.keys.shape[2]
+            # Shorter parts leave holes behind their tokens: one rectangle for scoring, not for keeping.
             keys[part.row, part.head, :n], values[part.row, part.head, :n] = x.keys[:, 0], x.values[:, 0]
             positions[part.row, part.head, :n] = x.positions[:, 0]
         return Stored(keys, values, positions)
@@ -118,6 +120,7 @@ class SplitSegment(Segment):
     def take_rows(self, rows: torch.Tensor) -> None:
         parts = []
         for part in self.parts:
+            # A row may come twice or not at all: each new row takes the units of the old one it copies.
             row, old = (rows.to(part.row.device)[:, None] == part.row).nonzero(as_tuple=True)
             if len(old):
                 part.segment.take_rows(old)
@@ -161,6 +164,7 @@ class SplitSegment(Segment):
         self, q: torch.Tensor, results: list[tuple[torch.Tensor, torch.Tensor | None]], need_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The parts' [u, group, m, ..] put back as [batch, heads, m, ..]."""
+        # Every head belongs to exactly one part, so that all of this is written.
         out = torch.empty_like(q, memory_format=torch.contiguous_format).unflatten(1, (self.kv_heads, -1))
         lse = q.new_empty(out.shape[:-1], dtype=torch.float32) if need_lse else None
         for part, (own, own_lse) in zip(self.parts, results, strict=True):
@@ -175,6 +179,7 @@ def dense_part(held: Stored, row: torch.Tensor, head: torch.Tensor) -> DenseSegm
     keys, values, positions = (x[row, head][:, None] for x in (held.keys, held.values, held.positions))
     used = (positions >= 0).any(0)[0]
     if not bool(used.all()):
+        # Columns that no unit of this part uses would be bytes held for nothing.
         keys, values, positions = (x[:, :, used] for x in (keys, values, positions))
     return DenseSegment.of(Stored(keys, values, positions))
 

@@ -20,6 +20,7 @@ class StackSegment(Segment):
         self.segments = segments
 
     def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # The last one takes the tokens in and sees the block causally; all others lie before it.
         last = self.segments[-1].extend(step, need_lse=True)
         return self._merged(self.segments[:-1], step.q, step.scale, step.softcap, step.hidden, [last])
 
@@ -55,6 +56,7 @@ class StackSegment(Segment):
         self.segments[-1].crop(tokens, real)
 
     def state(self) -> dict:
+        # Names tell which class reads each part back; tensors carry their part's number.
         state: dict = {"kinds": [segment.name for segment in self.segments]}
         for i, segment in enumerate(self.segments):
             state |= {f"{i}.{name}": x for name, x in segment.state().items()}
@@ -70,5 +72,6 @@ class StackSegment(Segment):
 
     @staticmethod
     def _merged(segments, q, scale, softcap, hidden, more) -> tuple[torch.Tensor, torch.Tensor]:
+        # An empty part has no shape yet, and no weight in the merge.
         parts = [x.attend(q, scale, softcap=softcap, hidden=hidden) for x in segments if not x.is_empty()] + more
         return parts[0] if len(parts) == 1 else merge([out for out, _ in parts], [lse for _, lse in parts])

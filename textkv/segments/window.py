@@ -41,20 +41,24 @@ class WindowSegment(DenseSegment):
         return query - key < self.window
 
     def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # A single token that pushes nothing out of the window can be stored first and attended to in one pass.
         one = step.q.shape[2] == 1 and not step.padded and not self.holes
         if not one or self.used - self.first >= self.window or self.is_empty():
             result = self.read(step, need_lse)
             self.append(step)
             return result
+        # The first token of a chunk sees nothing of the chunk before.
         if self.rule == "chunked" and self.seen % self.window == 0:
             self.first = self.used
         self.append(step)
         return self.attend(step.q, step.scale, softcap=step.softcap, hidden=step.hidden)
 
     def read(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # The model's mask knows no window: whatever its cache still holds is seen.
         if not step.local:
             return super().read(step, need_lse)
         within = self._narrowed(step)
+        # Nothing is stored yet, or all of it has left: only the block itself is seen.
         if self.used == self.first:
             return block_attention(within, need_lse)
         at = self._positions()
@@ -68,6 +72,7 @@ class WindowSegment(DenseSegment):
     def _narrowed(self, step: Step) -> Step:
         """The step whose tokens see each other only as far as the window reaches."""
         m = step.k.shape[2]
+        # A block that fits in the window needs no mask: plain causality is the faster path.
         if self.rule == "sliding" and m <= self.window:
             return step
         near = self.sees(step.positions[:, :, None], step.positions[:, None])
@@ -87,12 +92,14 @@ class WindowSegment(DenseSegment):
             return False
         before = self.first
         if self.holes:
+            # With holes a slot tells no position: the next token of each row says which slots it still needs.
             newest = self._positions().amax(-1, keepdim=True) + 1
             needed = (self.sees(newest, self._positions()) & (self._positions() >= 0)).any(0)[0]
             self.first += int(needed.to(torch.uint8).argmax()) if bool(needed.any()) else self.used - self.first
         elif self.rule == "chunked":
             self.first = max(self.first, self.used - self.seen % self.window)
         else:
+            # The next token sees itself and window - 1 older ones.
             self.first = max(self.first, self.used - self.window + 1)
         gone = self.first > before
         # A long prompt leaves a buffer many times the window behind: that is given back at once.
@@ -119,11 +126,13 @@ class WindowSegment(DenseSegment):
 
     def can_crop(self, tokens: int) -> bool:
         held = self.used - self.first
+        # Nothing has left yet, so that everything can be given back.
         if held == self.seen:
             return True
         if self.holes:
             return not tokens
         seen = self.seen - tokens
+        # What comes in place of the cropped tokens would see further back than what is still here.
         return held - tokens >= (seen % self.window if self.rule == "chunked" else min(seen, self.window - 1))
 
     def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
