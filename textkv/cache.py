@@ -61,13 +61,18 @@ class MethodCache(Rollback):
         layers, governed = [], 0
         for kind in kinds:
             if not kind.attends:
+                # States and layers without attention are transformers' own affair: its object, as its own cache would
+                # make it.
                 layers.append(kind.native())
                 continue
+            # Only governed layers are counted for the method: its budget is shared among these.
             cls = HybridLayer if kind.name.startswith("hybrid") else Layer
             layers.append(cls(kind, self.context, governed if kind.governed else -1))
             governed += kind.governed
+        # The method sees the layers it governs; saving and counting need all.
         self.context.layers = [layer for layer in layers if isinstance(layer, Layer) and layer.kind.governed]
         self.context.everything = layers
+        # No error: the same program may run a family in which some model has full layers and another has none.
         if not governed and policy.evicts:
             warnings.warn(
                 f"{type(model).__name__} has no layer of full attention: all its layers forget by themselves, as far "
@@ -87,6 +92,7 @@ class MethodCache(Rollback):
         """
         use(model)
         self.context.config = text_config(model)
+        # A cache may outlive its model, and must not keep gigabytes of weights alive.
         self._model = weakref.ref(model)
         probes.place(model, self.context.needs)
         modules = attention_modules(model)
@@ -102,10 +108,13 @@ class MethodCache(Rollback):
             context.rotary = rotary.proven(model, governed)
         if not needs.positions:
             return
+        # With 1-D RoPE the logical position says it all; a table would be bytes for nothing.
         if context.table is None and rotary.axes_of(model) is not None:
             context.table = PositionTable()
         try:
             told = rotary.told(model, governed, context.table)
+            # What was proven wins; what the model's tables tell fills in the axes, and the layers nobody asked to
+            # prove.
             known = context.rotary if needs.rope else {}
             context.rotary = {number: rotary.joined(known.get(number), spec) for number, spec in told.items()} | {
                 number: spec for number, spec in known.items() if number not in told
@@ -168,6 +177,7 @@ class MethodCache(Rollback):
         """
         columns = tokens if tokens is not None else (0 if input_ids is None else input_ids.shape[1])
         seen = self.get_seq_length()
+        # Easily given by mistake: only the new turn. Without this the block would end before it began.
         if columns and columns <= seen:
             raise ValueError(f"the prompt has {columns} tokens and {seen} were seen: pass the whole conversation")
         if self.context.hold:  # no draft is a prompt: those that were expected are over
@@ -196,6 +206,7 @@ class MethodCache(Rollback):
         seen = layers[0].real_seen.tolist() if layers else []
         if len(spans) != len(seen):
             raise ValueError(f"forget got spans for {len(spans)} rows, the cache has {len(seen)}")
+        # All spans are checked before any layer changes: a bad one leaves the cache as it was.
         gone = torch.zeros(len(seen), max(seen, default=0), dtype=torch.bool)
         for row, of_row in enumerate(spans):
             for start, stop in of_row:
@@ -330,6 +341,7 @@ class MethodCache(Rollback):
 
 def _logical_spans(spans: Spans, columns: int, attention_mask: torch.Tensor | None) -> Spans:
     """Columns of the padded prompt -> logical positions of each row; checks order and range."""
+    # Left padding: a row's first token sits behind it, and logical positions count tokens only.
     pads = [0] * len(spans)
     if attention_mask is not None:
         pads = (attention_mask == 0).sum(1).tolist()

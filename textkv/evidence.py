@@ -61,6 +61,8 @@ class Needs:
     def __or__(self, other: Needs) -> Needs:
         return Needs(
             window=max(self.window, other.window),
+            # One pass can note one kind of hidden state; two methods that want different ones are refused by their
+            # composition.
             hidden=self.hidden or other.hidden,
             rope=self.rope or other.rope,
             spans=self.spans or other.spans,
@@ -92,6 +94,7 @@ class QueryMoments:
         """Moments of the queries q [batch, heads, m, head_dim] at which `counted` bool [batch, m] is True."""
         out = ~counted[:, None, :, None]
         count = counted.sum(1).float()
+        # A row that is all padding has no queries: its moments are 0, not NaN.
         mean = q.float().masked_fill(out, 0).sum(2) / count.clamp(min=1)[:, None, None]
         centred = (q.float() - mean[:, :, None]).masked_fill(out, 0)
         return cls(count, mean, centred.mT @ centred)
@@ -100,6 +103,7 @@ class QueryMoments:
         count = self.count + other.count
         share = (other.count / count.clamp(min=1))[:, None, None]
         gap = other.mean - self.mean
+        # Two centred sums add up with what their means differ by (Chan's formula).
         between = (share * self.count[:, None, None] * gap)[..., None] * gap[..., None, :]
         return QueryMoments(count, self.mean + share * gap, self.scatter + other.scatter + between)
 
@@ -258,12 +262,14 @@ class EvidenceCollector:
             for row in range(len(real)):
                 queries = groups[row, :, :, step.positions[row] >= 0]
                 for heads in [slice(0, kv_heads)] if alike else [slice(h, h + 1) for h in range(kv_heads)]:
+                    # Only real slots: the kernel's causal edge counts from the end, and holes would shift it.
                     slots = real[row, heads][0].nonzero()[:, 0]
                     if queries.shape[2] and len(slots):
                         keys = held.keys[row, heads][None, :, slots]
                         seen = window_mass(queries[heads].flatten(0, 1)[None], keys, **how)[0]
                         mass[row, heads, slots] = seen.unflatten(0, (-1, groups.shape[2])).mean(1)
         if self._columns is not None:
+            # Earlier chunks voted on the slots that were there then; nothing was evicted in between.
             mass[..., : self._columns.shape[-1]] += self._columns
         self._columns = mass
 
@@ -307,5 +313,6 @@ class EvidenceCollector:
         norms, positions, rope = (torch.cat(x, 1) if x else None for x in (self._norms, self._positions, self._rope))
         columns, moments, peaks, came = self._columns, self._moments, self._peaks, self._came
         self.clear()
+        # A plain number says that no row was padded.
         came = came if isinstance(came, torch.Tensor) else None
         return Evidence(queries, scale, tokens, norms, positions, rope, spans, columns, moments, peaks, came, softcap)

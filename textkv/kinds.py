@@ -77,6 +77,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
         model = getattr(model, "model", model) if not isinstance(model, PreTrainedModel) else model
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no transformers model; pass the model that will run")
+    # Its cache holds the encoder's keys too, which no decoded token adds to.
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model; only decoders have a cache to keep")
     decoder = model.get_decoder()
@@ -97,6 +98,8 @@ def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
     found: dict[int, torch.nn.Module] = {}
     for module in text_model(model).modules():
         number = getattr(module, "layer_idx", None)
+        # The first module of a number that attends through the registry; a layer may number its norms and states as
+        # well.
         if isinstance(number, int) and number not in found and _hands_on(type(module)):
             found[number] = module
     return found
@@ -119,6 +122,7 @@ def _source(cls: type) -> str:
 @memo
 def _changes_what_is_stored(cls: type) -> bool:
     """Whether a forward touches keys or values after the cache has given them back, other than to hand them on."""
+    # Read, not run: a forward that rescales or gates keys after storing them would do it to a view, and fail late.
     source = re.sub(r"#.*", "", _source(cls))
     behind = source.partition("past_key_values.update(")[2].partition(")")[2]
     between = behind.partition("attention_interface(")[0]
@@ -137,6 +141,7 @@ def describe(model: PreTrainedModel) -> tuple[LayerKind, ...]:
     types, options = get_layer_types_and_kwargs(config)
     if isinstance(options, dict):  # transformers before 5.20 gives one for all layers
         options = [options] * len(types)
+    # Older versions leave such layers out of the list, so that numbers would no longer be those of the model.
     if len(types) < config.num_hidden_layers:
         raise ValueError(f"{who}: layers that share keys are supported from transformers 5.23 on; upgrade it")
     unknown = sorted(set(types) - set(_NAMES) - {"dummy"})
@@ -148,12 +153,14 @@ def describe(model: PreTrainedModel) -> tuple[LayerKind, ...]:
     kinds = []
     for number, (of, own) in enumerate(zip(types, options, strict=True)):
         if of == "dummy" and modes[number] == "reuse":
+            # A sharing layer reads the last storing one of its own kind: sliding layers have other keys than full ones.
             source = max(i for i in range(number) if given[i] == given[number] and modes[i] == "store")
             kinds.append(LayerKind(number, "shared", source=source, type=of))
             continue
         name: Name = "none" if of == "dummy" else _NAMES[of]
         window = own.get("sliding_window") if name in _WINDOWED else None
         kind = LayerKind(number, name, window, type=of, options=own)
+        # All that can be wrong is said now, by name, and not at the thousandth token.
         if kind.attends:
             _refuse_layer(attention.get(number), number, who)
         kinds.append(kind)

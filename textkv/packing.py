@@ -80,6 +80,7 @@ class Packer(Method):
             raise ValueError(f"centre={self.centre!r} is not known; use 'auto', 'turned', 'fixed' or 'none'")
         if self.inner is not None:
             _refuse(self.inner, self.name)
+            # A frozen dataclass: what is promised depends on what stands to the left.
             object.__setattr__(self, "capabilities", _behind(self.inner.capabilities))
 
     @abstractmethod
@@ -138,6 +139,7 @@ class Packer(Method):
     def _flush(self, layer: Layer, prompt: bool) -> None:
         """Packs what has come together."""
         if prompt:
+            # Numbers of the left method belong to slots that are about to be divided anew.
             layer.statistics = {}
         if isinstance(layer.segments[0], SplitSegment):
             self._flush_heads(layer, prompt)
@@ -153,6 +155,7 @@ class Packer(Method):
         """Packs the heads that keep everything; the others hold few tokens and drop them one by one."""
         for part in layer.segments[0].parts:
             segment = part.segment
+            # A ring keeps a few tokens that change at every step: packing them would gain nothing.
             if not isinstance(segment, DenseSegment | StackSegment):
                 continue
             inner = segment.segments if isinstance(segment, StackSegment) else [segment]
@@ -181,18 +184,23 @@ class Packer(Method):
         """
         packed, buffer = segments[0], segments[-1]
         counts = buffer.lengths() // self.residual * self.residual
+        # The common case while decoding, answered by lengths that the host knows.
         if not bool(counts.any()):
             return None
         held = buffer.stored()
+        # Before anything is packed: afterwards NaN would be spread over a whole block.
         _check_values(held, name)
         taken, rotary = _first(held, counts), self._rotary(layer)
+        # The first tokens of a head set its centre for good: scores of all blocks must get the same one back.
         if not isinstance(packed, PackedSegment):
             packed = PackedSegment(held.keys.dtype, *self._centre(held, counts, rotary, rows))
         positions = taken.positions
         if bool((positions == positions[:, :1]).all()):
+            # Shared by the heads where they agree: 4 bytes a token instead of 4 a token and head.
             positions = positions[:, :1]
         rope = None if packed.axes is None else rotary.at(positions, rows)
         centres = packed.centres(positions if rope is None else rope)
+        # A hole becomes 0, the middle of the range, so that it widens no scale.
         keys = (taken.keys.float() - centres) * (positions >= 0)[..., None]
         keys, values = keys.flatten(0, 1), taken.values.float().flatten(0, 1)
         blocks = self.encode(keys, values, counts.view(-1), prompt, counts.shape[1])
@@ -227,9 +235,11 @@ class Packer(Method):
         origin = _mean(turned(held.keys.float(), -rotary.at(held.positions, rows), inv_freq, axes), held.positions)
         if self.centre == "turned":
             return origin, inv_freq, axes
+        # Whether a centre should turn shows in a few blocks; the whole prompt twice in fp32 would double its memory.
         sample = _first(held, counts.clamp(max=max(1, _SAMPLE // self.group) * self.group))
         moved = sample.keys - turned(origin[:, :, None], rotary.at(sample.positions, rows), inv_freq, axes)
         moved *= (sample.positions >= 0)[..., None]
+        # Head by head: biases differ, and a frequency of 0 makes a turned centre a fixed one.
         better = (_ranges(moved, self.group) < _ENOUGH * _ranges(sample.keys.float(), self.group))[..., None]
         if not bool(better.any()):
             return mean, None, None
@@ -275,6 +285,7 @@ def _ranges(keys: torch.Tensor, group: int) -> torch.Tensor:
 def _first(held: Stored, counts: torch.Tensor) -> Stored:
     """The first counts[b, h] tokens of each head, padded to one length: 0, position -1."""
     n, real = int(counts.max()), held.positions >= 0
+    # A rectangle without holes is cut without a copy.
     if bool((counts == n).all()) and bool(real[..., :n].all()):
         return Stored(held.keys[:, :, :n], held.values[:, :, :n], held.positions[..., :n])
     order = (~real).sort(dim=-1, stable=True).indices[..., :n]

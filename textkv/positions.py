@@ -124,6 +124,7 @@ class RotarySpec:
         inv_freq = self.inv_freq.to(x.device)
         if self.is_halves:
             return rotate(x, delta, inv_freq)
+        # Any other layout is brought into halves for the kernel, and back.
         order = self._order.to(x.device)
         return rotate(x[..., order], delta, inv_freq)[..., order.argsort()]
 
@@ -132,6 +133,8 @@ class RotarySpec:
         double, in as few operations as can be, because every layer does it at every token."""
         if q.is_cuda or self._order is not None or not self.inv_freq.numel():
             return self.turn(q, delta)
+        # In double: at positions beyond a few thousand, fp32 angles of fast pairs are off by more than keys are
+        # rounded.
         angle = delta[:, None, :, None] * self.inv_freq.double()
         cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
         first, second, still = q.split(

@@ -141,8 +141,10 @@ def _keys(decoder: torch.nn.Module, start: int) -> dict[int, tuple[torch.Tensor,
     ids = (torch.arange(_TOKENS, device=device)[None] * 7 + 11) % config.vocab_size
     at = torch.arange(start, start + _TOKENS, device=device)[None]
     if axes_of(decoder) is not None:
+        # Equal on all axes, as text is: the layout of pairs shows, and the axes are read from the configuration.
         at = at.expand(3, 1, -1)
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    # Dropout would change keys between the two readings.
     training = decoder.training
     decoder.eval()
     try:
@@ -156,6 +158,7 @@ def _keys(decoder: torch.nn.Module, start: int) -> dict[int, tuple[torch.Tensor,
 
 def _check_queries(decoder: torch.nn.Module, number: int, before: torch.Tensor, after: torch.Tensor) -> None:
     """Raises ValueError where queries grow with their position: then a moved key is not all that a move changes."""
+    # In half precision two roundings lie between the readings.
     bound = 1e-5 if before.dtype == torch.float32 and next(decoder.parameters()).dtype == torch.float32 else 2e-2
     if float((before.norm(dim=-1) / after.norm(dim=-1) - 1).abs().max()) > bound:
         raise ValueError(
@@ -169,6 +172,7 @@ def _fitting(decoder: torch.nn.Module, number: int, before: torch.Tensor, after:
     size, dim = after.norm(), after.shape[-1]
     exact = next(decoder.parameters()).dtype == torch.float32
     delta = torch.full((1, _TOKENS), _TO - _FROM, device=after.device)
+    # A wrong layout misses by tens of percent: the bound need not be tight, only far from both.
     best, gap = None, (2e-3 if exact else 5e-2)
     for spec in _candidates(decoder, dim, after.device):
         found = float((spec.turn(before, delta) - after).norm() / size)
@@ -183,13 +187,16 @@ def _fitting(decoder: torch.nn.Module, number: int, before: torch.Tensor, after:
 
 
 def _candidates(decoder: torch.nn.Module, dim: int, device: torch.device) -> Iterator[RotarySpec]:
+    # First of all: a layer that does not rotate at all (every fourth of smollm3).
     none = torch.zeros(0, device=device)
     yield RotarySpec(none, none.long(), none.long(), dim)
     for table in _tables(decoder).values():
         half = len(table)
+        # A table of another kind of layer, with wider heads.
         if 2 * half > dim:
             continue
         f, inv_freq = torch.arange(half, device=device), table.detach().float().to(device)
+        # Models that turn a part of the channels turn either the first or the last ones.
         for offset in sorted({0, dim - 2 * half}):
             for first, second in ((f, f + half), (2 * f, 2 * f + 1)):
                 first, second = first + offset, second + offset

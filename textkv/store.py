@@ -41,8 +41,10 @@ def save(context: Context, folder: Path, model: PreTrainedModel | None = None) -
         tensors["table"] = context.table.table
     if context.real is not None:
         tensors["real"] = context.real
+    # safetensors writes no views: two names may share a storage here, or begin in the middle of one.
     tensors = {name: x.detach().contiguous().clone() for name, x in tensors.items()}
     text = json.dumps(header, sort_keys=True)
+    # Renamed when whole: a save that is interrupted leaves the one before it untouched.
     beside = folder / f".{FILE}.{os.getpid()}"
     try:
         save_file(tensors, beside, metadata={"header": text, "checksum": _checksum(text, tensors)})
@@ -63,6 +65,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             said = file.metadata() or {}
+            # All of it, to be sure of the checksum before a single layer is filled.
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         header = json.loads(said["header"])
         if header["format"] != FORMAT:
@@ -84,6 +87,7 @@ def fill(context: Context, folder: Path, header: dict[str, Any], model: PreTrain
         ValueError: saved from a model of another shape or dtype, or by a segment that is not known here.
     """
     mine = _shape_of(context, model)
+    # Shapes of tensors would often fit another model of the same size, and give nonsense.
     if header["model"] != mine:
         wrong = next(name for name in mine if header["model"].get(name) != mine[name])
         raise ValueError(
@@ -97,6 +101,7 @@ def fill(context: Context, folder: Path, header: dict[str, Any], model: PreTrain
 
 def _fill(context: Context, header: dict[str, Any], model: PreTrainedModel) -> None:
     tensors = {name: x.to(model.device) for name, x in header["tensors"].items()}
+    # JSON knows no tuples.
     context.spans = [[tuple(span) for span in row] for row in header["spans"]]
     context.block_end, context.real = header["block_end"], tensors.get("real")
     if context.table is not None:
@@ -131,6 +136,7 @@ def _pack_layer(layer: Any, number: int, tensors: dict[str, torch.Tensor]) -> di
         return saved
     kinds = []
     for i, segment in enumerate(layer.segments):
+        # A subclass inherits its parent's name: under it, the parent would be read back.
         if type(segment) is not SEGMENTS.get(segment.name):
             raise ValueError(
                 f"layer {number}: {type(segment).__name__} has no name to be saved under; put "
@@ -160,7 +166,9 @@ def _unpack_layer(layer: Any, saved: dict, number: int, tensors: dict[str, torch
                 x = tensors[f"{number}.{name}.{i}"]
                 getattr(layer, name)[i], layer.dtype, layer.device = x, x.dtype, x.device
     for name, values in saved.get("flags", {}).items():
+        # JSON makes text of all keys.
         setattr(layer, name, {int(i): x for i, x in values.items()})
+    # Saved before its first token: there is nothing to fill in.
     if not hasattr(layer, "segments") or saved["real_seen"] is None:
         return
     layer.seen, layer.since_eviction = saved["seen"], saved["since_eviction"]
