@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.rotate import frequency_axes
+from tests.compare import mismatch
 from tests.kernels.test_rotate import model_rope
 from tests.textkv import tiny
 from textkv import Conversation, MethodCache, probes
@@ -25,8 +26,8 @@ def test_a_centre_turns_as_a_key_does():
     for p, row in ((3, out[:, :, 1]), (-3, out[:, :, 2])):
         for f, rate in enumerate((1.0, 0.5)):
             key = torch.complex(x[:, :, 0, f], x[:, :, 0, f + 2]) * torch.polar(torch.ones(()), torch.tensor(p * rate))
-            torch.testing.assert_close(torch.complex(row[..., f], row[..., f + 2]), key)
-    torch.testing.assert_close(turned(out, -at, torch.tensor([1.0, 0.5])), x.expand(1, 2, 3, 6))
+            assert not mismatch(torch.complex(row[..., f], row[..., f + 2]), key)
+    assert not mismatch(turned(out, -at, torch.tensor([1.0, 0.5])), x.expand(1, 2, 3, 6))
 
 
 @pytest.mark.parametrize("family, sections", [("qwen2_5_vl", [8, 12, 12]), ("qwen3_vl", [12, 10, 10])])
@@ -36,7 +37,7 @@ def test_three_axes_turn_as_the_model_turns_keys(family, sections):
     truth, inv_freq = model_rope(family, x, at, sections)
     axes = torch.tensor(frequency_axes(sections, family == "qwen3_vl"), dtype=torch.int32)
     inv_freq = inv_freq.float().expand(2, 2, -1)
-    torch.testing.assert_close(turned(x, at[:, :, None], inv_freq, axes), truth, rtol=1e-5, atol=1e-5)
+    assert not mismatch(turned(x, at[:, :, None], inv_freq, axes), truth, rtol=1e-5, atol=1e-5)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_positions_that_no_probe_saw_are_taken_for_the_index(talk):
     assert torch.equal(cache.context.table.table[:, 0, : talk.tokens[0]], every)
     held, true = cache.layers[0].stored(), whole.layers[0].stored()
     assert torch.equal(held.positions[0], true.positions[0])
-    torch.testing.assert_close(held.keys[0], true.keys[0], rtol=0, atol=0.2)  # a coarser code, still of the same keys
+    assert not mismatch(held.keys[0], true.keys[0], rtol=0, atol=0.2)  # a coarser code, still of the same keys
 
 
 def test_copies_go_on_alike(talk, tmp_path):
@@ -205,7 +206,7 @@ def test_copies_go_on_alike(talk, tmp_path):
     copies = [cache.fork(), MethodCache.load(tmp_path, talk.model), pickled]
     expected = talk.decode(cache, 10, 40)
     for other in copies:
-        torch.testing.assert_close(talk.decode(other, 10, 40), expected, rtol=1e-5, atol=1e-5)
+        assert not mismatch(talk.decode(other, 10, 40), expected, rtol=1e-5, atol=1e-5)
         same_places(talk, other, (0, 1), 40)
 
 
@@ -222,7 +223,7 @@ def test_rows_take_their_places_along(talk):
     for rows, move in moves.items():
         move(copies[rows])
         ours = talk.decode(copies[rows], 0, 40, rows)
-        torch.testing.assert_close(ours, expected[list(rows)], rtol=1e-4, atol=1e-4)
+        assert not mismatch(ours, expected[list(rows)], rtol=1e-4, atol=1e-4)
         same_places(talk, copies[rows], rows, 40)
 
 
@@ -232,7 +233,7 @@ def test_what_is_taken_back_leaves_no_trace(talk):
     other = cache.fork()
     talk.decode(other, 7, 13, seed=1)
     other.crop(-6)
-    torch.testing.assert_close(talk.decode(other, 7, 40), talk.decode(cache, 7, 40), rtol=1e-4, atol=1e-4)
+    assert not mismatch(talk.decode(other, 7, 40), talk.decode(cache, 7, 40), rtol=1e-4, atol=1e-4)
     same_places(talk, other, (0, 1), 40)
     cache.reset()
     assert cache.context.table.table is None and cache.kv_bytes() == 0
