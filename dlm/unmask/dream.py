@@ -55,11 +55,13 @@ class Origin(DreamRule):
     """Every mask is written by chance, on its own: with probability 1 - t[i+1] / t[i], or one over the steps left."""
 
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
+        """Uniform numbers, fp32 [batch, r]: what `accept` compares with the chance."""
         return sampler.uniform(draw.tokens.shape)
 
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: _Unmasker
     ) -> torch.Tensor:
+        """Each mask on its own with the step's chance; in a block's last step all: bool [batch, r]."""
         # Equation of the reverse process: a mask survives a step from t to s with probability s / t.
         chance = unmasker.shares[step.index.clamp(max=unmasker.steps - 1)] if self.compat else 1 / step.steps_left
         # The last step of a block writes all that is left; a uniform number is always below 1.
@@ -87,6 +89,7 @@ class _Ranked(DreamRule):
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: _Unmasker
     ) -> torch.Tensor:
+        """The best by score, or with alg_temp a draw among them, as many as the schedule says: bool [batch, r]."""
         if self.alg_temp:
             # The largest of score + Gumbel noise are such a draw without replacement.
             score = score / self.alg_temp + unmasker.sampler.gumbel(score.shape).float()
@@ -106,6 +109,7 @@ class TopKMargin(_Ranked):
     """First where the most probable token leads the second by most."""
 
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
+        """Largest probability minus the second, fp32 [batch, r]."""
         return draw.best - draw.second
 
 
@@ -115,4 +119,5 @@ class Entropy(_Ranked):
     """First where the distribution has the least entropy."""
 
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
+        """The negative entropy, fp32 [batch, r]."""
         return -draw.entropy

@@ -36,6 +36,7 @@ class Threshold(ProbabilityRule):
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
     ) -> torch.Tensor:
+        """Probability >= tau, or among the best of the even quota: bool [batch, r]."""
         # Or the quota: where no token is sure enough, progress must be made all the same.
         return (score >= self.tau) | (ranks(score, masked) < even_quota(step)[:, None])
 
@@ -62,6 +63,7 @@ class Factor(ProbabilityRule):
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
     ) -> torch.Tensor:
+        """The first n by probability, all ranks r of them with (r + 1)(1 - c) < f, or the quota: bool [batch, r]."""
         best = ordered(score, masked).values
         rank = torch.arange(1, best.shape[1] + 1, device=best.device)
         # Fast-dLLM's factor strategy, with the confidences c in descending order and ranks from 1 on.
@@ -88,11 +90,13 @@ class EntropyBound(BlockRule):
         check_number("bound", self.bound, 0, 1e9, "use an entropy, diffusers has 0.1")
 
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
+        """The negative entropy, fp32 [batch, r]."""
         return -draw.entropy
 
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
     ) -> torch.Tensor:
+        """While the entropies before sum to at most `bound`, or the even quota: bool [batch, r]."""
         # [batch, r], the entropies of those that come before: rolled by one, the first has none in front.
         before = (-ordered(score, masked).values).cumsum(1).roll(1, dims=1)
         before[:, 0] = 0
@@ -121,6 +125,7 @@ class Hierarchical(ProbabilityRule):
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
     ) -> torch.Tensor:
+        """Probability >= tau, the surest of each run of masks if >= low, or the even quota: bool [batch, r]."""
         rank = ranks(score, masked)
         run = (~masked).long().cumsum(1)  # the same number for masks that nothing stands between
         # The smallest rank of each run, by its number 0..r; twice as wide because there may be r + 1 numbers.

@@ -48,15 +48,19 @@ class AdaKV(Eviction):
             raise ValueError(f"safeguard={self.safeguard!r}: use 'mix' or 'protect'")
 
     def needs(self) -> Needs:
+        """What the scorer needs."""
         return self.inner.needs()
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """The scorer's scores, fp32 [batch, kv_heads, n]."""
         return self.inner.score(layer, held, evidence, keep)
 
     def fits(self, layer: Layer, evidence: Evidence) -> bool:
+        """By the scorer's word: the heads only share out what it gives the layer."""
         return self.inner.fits(layer, evidence)
 
     def counts(self, layer: Layer, scores: torch.Tensor, evidence: Evidence) -> torch.Tensor:
+        """Each head's part of the layer's slots, by competition over all heads: int64 [batch, kv_heads]."""
         uniform = self.inner.counts(layer, scores, evidence)
         if layer.index < self.skip_layers:
             return uniform

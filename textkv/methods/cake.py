@@ -113,11 +113,13 @@ class Cake(Eviction):
             object.__setattr__(self, "capabilities", Capabilities(scores=True))
 
     def needs(self) -> Needs:
+        """The queries of the window."""
         return Needs(window=self.window)
 
     # ---- while the prompt runs ---------------------------------------------------------------------------------
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """mean + gamma * variance of the window's attention, pooled: fp32 [batch, kv_heads, n]; for wrappers."""
         queries = fit_window(evidence.queries, held.keys.shape[2], keep)
         return with_window(self.look(queries, held.keys, evidence.scale)[0], queries.shape[2])
 
@@ -262,6 +264,7 @@ class CakeOfficial(Cake):
             raise ValueError(f"floor={self.floor}: the released code has none; use cake")
 
     def shares(self, preferences: list[float], past: list[int], spare: int, layers: int) -> list[int]:
+        """Truncated shares; what a layer cannot use goes in equal parts to the others, whatever their size."""
         total, top = layers * spare, max(preferences)
         weights = [math.exp(p - top) for p in preferences]
         raw = [int(total * w / sum(weights)) for w in weights]
@@ -285,6 +288,7 @@ class LastQuery(Eviction):
     kernel: int = 5
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """The query's attention, pooled: fp32 [batch, kv_heads, n]."""
         return self.of_row(
             window_mass(evidence.queries, held.keys, scale=evidence.scale, softcap=evidence.softcap), held.keys.shape[1]
         )

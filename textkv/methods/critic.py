@@ -94,6 +94,7 @@ class Critic(Eviction):
             raise ValueError(f"pressure={self.pressure}, most={self.most}: pressure is at least 0, most lies in [0, 1)")
 
     def needs(self) -> Needs:
+        """The prompt's column sums, and every query for the entropies or the last two for the gradient."""
         return Needs(window=ALL if self.weights[1] else 2, columns=True)
 
     # ---- the rate rule -----------------------------------------------------------------------------------------
@@ -128,6 +129,7 @@ class Critic(Eviction):
     # ---- importance --------------------------------------------------------------------------------------------
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """Weighted sum of attention, entropy and gradient, each in [0, 1]: fp32 [batch, kv_heads, n]."""
         return self._importance(self._look(held, evidence, None), held.positions, torch.tensor([keep]))
 
     def _look(self, held: Stored, evidence: Evidence, previous: torch.Tensor | None) -> Terms:

@@ -93,9 +93,15 @@ class D2O(Method):
             )
 
     def needs(self) -> Needs:
+        """Column sums, and rotary positions where keys are merged before the rotation."""
         return Needs(columns=True, rope=self.merge_keys == "pre")
 
     def on_start(self, layer: Layer) -> None:
+        """Check that the model has the protected layers, and one rotary position per token where keys are turned.
+
+        Raises:
+            ValueError: it has not.
+        """
         layers = layer.context.governed
         wrong = [i for i in self.protected_layers if not -layers <= i < layers]
         if wrong:
@@ -105,6 +111,7 @@ class D2O(Method):
             raise ValueError("merge_keys='pre' knows one position per token and the model has three; use 'post'")
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Add the block's column sums to those known and note their variance, until all layers are through."""
         if not self.budget.is_full:
             mass = _added(layer, evidence.columns)
             layer.notes["d2o"] = spread(mass, layer.stored().positions >= 0).cpu(), evidence.tokens, evidence.idle

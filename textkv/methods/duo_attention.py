@@ -96,6 +96,7 @@ class DuoAttention(Method):
         object.__setattr__(self, "_gates", Pattern.load(self.pattern).gates if self.pattern is not None else None)
 
     def needs(self) -> Needs:
+        """The prompt's last queries where no pattern ranks the heads."""
         return Needs(window=self.window if self.pattern is None else 0)
 
     def sizes(self, seen: int, heads: int) -> Sizes:

@@ -82,6 +82,7 @@ class Gear(Packer):
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, prompt: bool, heads: int = 1
     ) -> tuple[Packed, Packed]:
+        """Codes, a low-rank fit of their error, and the extreme entries: keys per channel, values per token."""
         rank = self.prompt_rank if prompt else self.rank
         of_keys = extremes(keys, counts, self.outliers, over="tokens")
         of_values = extremes(values, counts, self.outliers, over="channels", heads=heads)

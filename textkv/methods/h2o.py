@@ -46,6 +46,7 @@ class H2O(DecodeEviction):
             )
 
     def needs(self) -> Needs:
+        """The block's column sums of attention."""
         return Needs(columns=True)
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
@@ -59,5 +60,6 @@ class H2O(DecodeEviction):
             super().on_prefill_end(layer, replace(evidence, columns=total))
 
     def decode_score(self, layer: Layer, row: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
+        """All attention so far, this token's row included: fp32 [batch, kv_heads, n]; the newest tokens PROTECTED."""
         total = accumulate(layer, MARK, group_mean(row, layer.kv_heads))
         return protect(total, holed(layer, keep), 0, part_of(keep, self.recent))

@@ -110,12 +110,15 @@ class KVCrush(Eviction):
             )
 
     def needs(self) -> Needs:
+        """What the scorer needs."""
         return self.inner.needs()
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """The scorer's scores, fp32 [batch, kv_heads, n]."""
         return self.inner.score(layer, held, evidence, keep)
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Keep the scorer's best and the representatives, together as many as the scorer would."""
         if self.inner.fits(layer, evidence):
             return
         scores = self.scores(layer, evidence)

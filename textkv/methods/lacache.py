@@ -118,6 +118,11 @@ class OfficialLadder(Ladder):
     """The ladder of the authors' code: one wider pass stands for all further ones."""
 
     def wider(self, stored: int, limit: int, sinks: int, room: int) -> tuple[int, int]:
+        """Blocks `times` as wide, for as many further passes as one may stand for.
+
+        Raises:
+            ValueError: such blocks would store a token twice, or end behind the newest one.
+        """
         times = _ceil(stored - limit, room * self.freed)
         width = times * (self.block - 1) + 1
         end = sinks + width * _ceil(stored - limit, width - self.kept)
@@ -171,9 +176,15 @@ class LaCache(Method):
             raise ValueError(f"positions={self.positions!r}: use 'cache' or 'original'")
 
     def needs(self) -> Needs:
+        """Rotary positions, where keys move to cache positions."""
         return Needs(rope=self.positions == "cache")
 
     def on_start(self, layer: Layer) -> None:
+        """Check ladder and budget against the model, and let keys sit at cache positions.
+
+        Raises:
+            ValueError: the ladder does not fit the layers, or a budget in tokens does not hold it.
+        """
         if self.budget.is_full:
             return
         ladder = self.ladder(layer.context.governed)
@@ -185,6 +196,7 @@ class LaCache(Method):
         layer.segments = [RenumberedSegment(layer.rotary)]
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Fix the size of each row by the first prompt, then compact what exceeds it."""
         segment = layer.segments[0]
         if not isinstance(segment, RenumberedSegment):
             return
@@ -195,6 +207,7 @@ class LaCache(Method):
         self._compact(layer, segment, ladder)
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
+        """Compact the rows that the token has filled."""
         segment = layer.segments[0]
         if isinstance(segment, RenumberedSegment):
             self._compact(layer, segment, self.ladder(layer.context.governed))
@@ -273,6 +286,11 @@ class LaCacheOfficial(LaCache):
             )
 
     def size(self, ladder: Ladder, tokens: int) -> int:
+        """The budget as it is; the authors' code knows no smaller size to fall back to.
+
+        Raises:
+            ValueError: a budget that the authors' arithmetic cannot hold.
+        """
         least = self.sinks + ladder.layers + ladder.kept
         if tokens < least:
             raise ValueError(
@@ -283,10 +301,12 @@ class LaCacheOfficial(LaCache):
         return tokens
 
     def limit(self, ladder: Ladder, size: int) -> int:
+        """Half of what a block frees above the size."""
         # The cache swings between limit - freed and limit: this puts the middle at the size.
         return size + ladder.freed // 2
 
     def beyond(self, known: int) -> None:
+        """Raises ValueError: the authors' rotary table ends there."""
         raise ValueError(
             f"budget={self.budget}: the authors' rotary table has {known} positions, so budget <= {known}t; "
             "use lacache to go beyond"

@@ -86,13 +86,16 @@ class MiKV(Method):
 
     @property
     def evicts(self) -> bool:
+        """Only with low=0, where what is unimportant is dropped and not demoted."""
         return not self.low
 
     @property
     def budgeted(self) -> bool:
+        """Always: the budget says how many tokens stay exact."""
         return True
 
     def needs(self) -> Needs:
+        """What the scorer needs, and the largest queries per channel, which balance the keys."""
         return self.inner.needs() | Needs(query_peaks=bool(self.low))
 
     # ---- the scorer's moments ----------------------------------------------------------------------------------
@@ -134,6 +137,7 @@ class MiKV(Method):
             self.inner.drop(layer, row if share is None else row * share, self._counts(layer))
 
     def on_finish(self, context: Context) -> None:
+        """Let a scorer that waits for all layers drop now: what it drops is demoted."""
         with self._demoting(context.layers):
             self.inner.on_finish(context)
 

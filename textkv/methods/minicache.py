@@ -94,9 +94,11 @@ class MiniCache(Method):
 
     @property
     def evicts(self) -> bool:
+        """Only behind a scorer."""
         return self.inner is not None
 
     def needs(self) -> Needs:
+        """What the scorer needs."""
         return self.inner.needs() if self.inner else Needs()
 
     def partner(self, index: int, layers: int) -> int | None:
@@ -166,6 +168,7 @@ class MiniCache(Method):
     # ---- while decoding ----------------------------------------------------------------------------------------
 
     def on_decode_begin(self, layer: Layer, query: torch.Tensor) -> None:
+        """Check that a pair's first layer has taken the token in already: the second reads what both share."""
         other = self.partner(layer.index, layer.context.governed)
         if other is not None and other < layer.index:
             self._before(layer, other, ahead=query.shape[2])  # this layer counts what comes when it is in

@@ -41,6 +41,7 @@ class PyramidKV(SnapKV):
         return bool((layer.lengths().amax(1) <= self.counts(layer, None, evidence)[:, 0]).all())
 
     def counts(self, layer: Layer, scores: torch.Tensor | None, evidence: Evidence) -> torch.Tensor:
+        """The layer's point on the line, for each row: int64 [batch, 1]."""
         layers = layer.context.governed
         rows = []
         for seen in evidence.tokens.tolist():
@@ -73,6 +74,7 @@ class PyramidKVOfficial(PyramidKV):
     least: ClassVar[int] = 0
 
     def line(self, keep: int, window: int, seen: int, layers: int) -> list[int]:
+        """Tokens per layer, down from the first one's number by the authors' floored step; they exceed the budget."""
         past = keep - window
         high, low = self._ends(past, seen - window)
         # Theirs refuses a budget that the window fills; here the window shrinks, and one past token cannot be shared.

@@ -57,9 +57,11 @@ class StreamingLLM(Method):
             raise ValueError("prefill='exact_stream' needs the budget in tokens, e.g. '1024t'")
 
     def needs(self) -> Needs:
+        """Rotary positions, where queries turn to cache positions."""
         return Needs(rope=self.positions == "cache")
 
     def on_start(self, layer: Layer) -> None:
+        """Warn of a budget beyond the model's positions; prefill="exact_stream" has its ring from the start."""
         limit = getattr(layer.context.config, "max_position_embeddings", None)
         if self.budget.tokens and limit and self.budget.tokens > limit and layer.index == 0:
             warnings.warn(f"budget={self.budget} is longer than the {limit} positions the model knows", stacklevel=2)
@@ -67,6 +69,7 @@ class StreamingLLM(Method):
             layer.segments = [self._ring(layer, torch.full_like(layer.real_seen, self.budget.tokens))]
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Take sinks and window of the first prompt into a ring, which then drops by itself."""
         if self.budget.is_full or isinstance(layer.segments[0], RingSegment):
             return
         held = layer.stored()

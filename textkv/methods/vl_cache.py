@@ -63,9 +63,11 @@ class VLCache(Eviction):
             raise ValueError(f"threshold={self.threshold}, floor={self.floor}: both are shares below 1")
 
     def needs(self) -> Needs:
+        """The spans of screenshots, and as many last queries as may be observed."""
         return Needs(window=_ALL if self.window is None else max(self.window, self.text_window), spans=True)
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """Attention from the tokens after the row's last screenshot, pooled: fp32 [batch, kv_heads, n]."""
         rows = []
         for row in range(len(held.keys)):
             queries = fit_window(self._observed(evidence, row), held.keys.shape[2], keep)
@@ -113,6 +115,7 @@ class VLCache(Eviction):
         return dense / seen
 
     def on_finish(self, context: Context) -> None:
+        """All layers are through: share out the budget by density, score, and cut."""
         notes = [layer.notes.pop("vl-cache", None) for layer in context.layers]
         if None in notes:
             return
