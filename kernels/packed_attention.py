@@ -267,25 +267,35 @@ def packed_attention(
     check_softcap(softcap)
     if valid is not None:
         valid = _check_holes(valid, q.shape[0], start.numel() // q.shape[0], longest, q)
+    turn, common = _parts_of_centre(q, centre, inv_freq, positions, axes, longest)
+    out, lse = _implementation(q, _backend)(
+        q, k, v, scale=scale, start=start, length=length, longest=longest, turn=turn, softcap=softcap, valid=valid,
+        shift=None if softcap is None else common,
+    )  # fmt: skip
+    return out, lse if common is None or softcap is not None else lse + common * scale
+
+
+def _implementation(q, backend):
+    """What computes these queries: the kernel, the CPU's path, which knows no gradient, or the reference."""
+    if q.numel() and use_triton(q, backend):
+        return _launch
+    if q.numel() and q.is_cpu and backend in (None, "fused") and not (q.requires_grad and torch.is_grad_enabled()):
+        return packed_cpu
+    return reference
+
+
+def _parts_of_centre(q, centre, inv_freq, positions, axes, longest):
+    """A centre by dims: those that turn, as (centre, inv_freq, positions, axes) or None, and what the dims that stand
+    still add to all scores of a query, fp32 [B, H, m] or None. Raises ValueError on bad arguments of the first."""
     turn, still = None, 0
     if inv_freq is not None:
         positions = check_turn(q, centre, inv_freq, positions, axes, longest)
         axes = None if axes is None else axes.contiguous()
         turn, still = (centre.contiguous(), inv_freq.contiguous(), positions, axes), 2 * inv_freq.shape[1]
-    common = None
-    if centre is not None and still < q.shape[-1]:
-        rows = q.reshape(start.numel(), -1, q.shape[-1])[..., still:].float()
-        common = (rows @ centre[..., still:, None]).view(q.shape[:3])  # of all scores of a query
-    run = reference
-    if q.numel() and use_triton(q, _backend):
-        run = _launch
-    elif q.numel() and q.is_cpu and _backend in (None, "fused") and not (q.requires_grad and torch.is_grad_enabled()):
-        run = packed_cpu
-    out, lse = run(
-        q, k, v, scale=scale, start=start, length=length, longest=longest, turn=turn, softcap=softcap, valid=valid,
-        shift=None if softcap is None else common,
-    )  # fmt: skip
-    return out, lse if common is None or softcap is not None else lse + common * scale
+    if centre is None or still >= q.shape[-1]:
+        return turn, None
+    rows = q.reshape(len(centre), -1, q.shape[-1])[..., still:].float()
+    return turn, (rows @ centre[..., still:, None]).view(q.shape[:3])
 
 
 def _check_holes(valid, batch, groups, longest, like):
