@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from dlm.unmask.base import check_number, register
+from dlm.unmask.base import number, register
 from dlm.unmask.blocks import BlockRule, BlockUnmasker, ProbabilityRule
 from dlm.unmask.sampling import Draw, Sampler
 from dlm.unmask.schedule import ScheduleStep, even_quota, ranks, timestep_quota, timestep_shares
@@ -39,14 +39,10 @@ class DreamRule(BlockRule):
     """
 
     compat: bool = field(default=False, kw_only=True)
-    eps: float = field(default=1e-3, kw_only=True)
+    eps: float = number(1e-3, 1e-12, 1 - 1e-6, "use the authors' 1e-3", kw_only=True)
 
     warped: ClassVar[bool] = True
     unmasker: ClassVar[type[BlockUnmasker]] = _Unmasker
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("eps", self.eps, 1e-12, 1 - 1e-6, "use the authors' 1e-3")
 
 
 @register("origin")
@@ -80,11 +76,7 @@ class _Ranked(DreamRule):
         ValueError: alg_temp below 0.
     """
 
-    alg_temp: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("alg_temp", self.alg_temp, 0, 1e9, "use 0 for the strict order")
+    alg_temp: float = number(0.0, 0, 1e9, "use 0 for the strict order")
 
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: _Unmasker

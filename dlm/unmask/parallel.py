@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dlm.unmask.base import check_number, register
+from dlm.unmask.base import number, register
 from dlm.unmask.blocks import BlockRule, BlockUnmasker, ProbabilityRule
 from dlm.unmask.sampling import Draw, Sampler
 from dlm.unmask.schedule import ScheduleStep, even_quota, ordered, ranks
@@ -27,11 +27,7 @@ class Threshold(ProbabilityRule):
         ValueError: tau below 0 or no number.
     """
 
-    tau: float = 0.9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("tau", self.tau, 0, 1e9, "use a probability, the authors' is 0.9")
+    tau: float = number(0.9, 0, 1e9, "use a probability, the authors' is 0.9")
 
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
@@ -54,11 +50,7 @@ class Factor(ProbabilityRule):
         ValueError: f not above 0 or no number.
     """
 
-    f: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("f", self.f, 1e-12, 1e9, "use a factor above 0, the authors' is 1.0")
+    f: float = number(1.0, 1e-12, 1e9, "use a factor above 0, the authors' is 1.0")
 
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
@@ -83,11 +75,7 @@ class EntropyBound(BlockRule):
         ValueError: bound below 0 or no number.
     """
 
-    bound: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("bound", self.bound, 0, 1e9, "use an entropy, diffusers has 0.1")
+    bound: float = number(0.1, 0, 1e9, "use an entropy, diffusers has 0.1")
 
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
         """The negative entropy, fp32 [batch, r]."""
@@ -114,13 +102,8 @@ class Hierarchical(ProbabilityRule):
         ValueError: tau or low below 0 or no number.
     """
 
-    tau: float = 0.9
-    low: float = 0.4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value in (("tau", self.tau), ("low", self.low)):
-            check_number(name, value, 0, 1e9, "use a probability, the authors' are tau=0.9 and low=0.4")
+    tau: float = number(0.9, 0, 1e9, "use a probability, the authors' are tau=0.9 and low=0.4")
+    low: float = number(0.4, 0, 1e9, "use a probability, the authors' are tau=0.9 and low=0.4")
 
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
