@@ -11,7 +11,7 @@ first length[r] tokens count. Dense caches are the case of equal runs. Rules of 
 - low rank: q . (A P^T) = (q P) A^T and p (A P^T) = (p A) P^T, r numbers per query instead of T x D;
 - sparse: entry (j, c) adds q[c] delta to score j, and p[j] delta to channel c of the output;
 - a centre common to all keys of a run adds the same number to all their scores: it changes only the lse;
-- a centre that turns with the token's position, as RoPE and M-RoPE turn a key bias, costs sines (`kernels._turning`).
+- a centre that turns with the token's position, as RoPE and M-RoPE turn a key bias: `kernels._rotary_centre`.
 
 Floor in bytes: codes, scales and corrections of the visible tokens, once, whatever the number of query heads.
 """
@@ -37,8 +37,8 @@ from kernels._backend import (
 from kernels._packed_cpu import packed_cpu
 from kernels._packed_reference import reference
 from kernels._packed_tiles import by_token, codes, entry_tile, rank_tiles
+from kernels._rotary_centre import check_turn, turned_products, turned_tile
 from kernels._tiles import scaled, softmax_step
-from kernels._turning import check_turn, turned_products, turned_tile
 from kernels.decode_attention import _merge_kernel
 from kernels.pack import Packed, width
 
@@ -104,7 +104,7 @@ def _value_sums(
 def _packed_kernel(
     p_q, k_codes, k_scale, k_zero, k_a, k_p, k_chunk, k_first, k_count, k_at, k_delta,
     v_codes, v_scale, v_zero, v_a, v_p, v_chunk, v_first, v_count, v_at, v_delta,
-    p_start, p_length, p_centre, p_rate, p_axis, p_positions, p_valid, p_shift, s_pa, s_pb, s_pg, s_hb, s_hg, s_hn,
+    p_start, p_length, p_centre, p_freq, p_axis, p_positions, p_valid, p_shift, s_pa, s_pb, s_pg, s_hb, s_hg, s_hn,
     p_out, p_lse, s_qb, s_qh, s_qm, m, split, splits, groups, scale_log2, cap_log2,
     GROUP: tl.constexpr, D: tl.constexpr, T: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr,
@@ -128,8 +128,8 @@ def _packed_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HALF:
-        with_cos, with_sin, rate, axis = turned_products(
-            p_q, o_q, i < m, p_centre, p_rate, p_axis, run, D, HALF, AXES, BLOCK_F
+        with_cos, with_sin, freq, axis = turned_products(
+            p_q, o_q, i < m, p_centre, p_freq, p_axis, run, D, HALF, AXES, BLOCK_F
         )
         p_positions += b * s_pb + g * s_pg
     if SHIFTED:
@@ -147,7 +147,7 @@ def _packed_kernel(
             block, t, d, seen, K_BITS, T, D, K_TABLE, K_RANK, K_SPARSE, DOT, BLOCK_E,
         )  # fmt: skip
         if HALF:
-            scores += turned_tile(with_cos, with_sin, rate, axis, p_positions, s_pa, j, seen, AXES)
+            scores += turned_tile(with_cos, with_sin, freq, axis, p_positions, s_pa, j, seen, AXES)
         if SHIFTED:
             scores += shift[:, None]
         scores = tl.where(seen[None, :], scaled(scores, scale_log2, cap_log2, CAPPED), float("-inf"))

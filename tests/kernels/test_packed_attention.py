@@ -47,7 +47,7 @@ def cache(lengths, *, T=16, D=32, bits=(4, 2), keys="channel", rank=0, single=0,
     return k, v, {"start": start, "length": length, "longest": max(lengths)}
 
 
-def turning(lengths, D, half, shared=False, size=5.0, axes=None):
+def rotary_centre(lengths, D, half, shared=False, size=5.0, axes=None):
     """A centre that turns, and positions with gaps, -1 where a run has no token; `shared` by the heads of a row. With
     `axes` each token has three, as a patch of an image behind a text has."""
     runs, n = len(lengths), max(lengths)
@@ -165,7 +165,7 @@ def test_a_centre_that_turns_with_the_position(backend, D, half, interpreted):
     k, v, rows = cache(lengths)
     if D != 32:
         k, v, rows = cache(lengths, D=D, rank=2, single=5)
-    assert not differs(randn(2, 4, 3, D), k, v, rows, D**-0.5, backend, 1e-4, **turning(lengths, D, half))
+    assert not differs(randn(2, 4, 3, D), k, v, rows, D**-0.5, backend, 1e-4, **rotary_centre(lengths, D, half))
 
 
 @BACKENDS
@@ -177,14 +177,14 @@ def test_a_centre_that_turns_with_the_position(backend, D, half, interpreted):
 def test_a_centre_that_turns_with_three_axes(backend, D, sections, interleaved, shared, interpreted):
     lengths = (48, 16, 0, 33)
     k, v, rows = cache(lengths, D=D, rank=2, single=5)
-    centre = turning(lengths, D, sum(sections), shared, 2.0, frequency_axes(sections, interleaved))
+    centre = rotary_centre(lengths, D, sum(sections), shared, 2.0, frequency_axes(sections, interleaved))
     assert not differs(randn(2, 4, 3, D), k, v, rows, D**-0.5, backend, 1e-4, **centre)
 
 
 @BACKENDS
 def test_three_axes_of_one_position_are_one_axis(backend, interpreted):
     k, v, rows = cache((48, 33))
-    q, centre = randn(1, 4, 2, 32), turning((48, 33), 32, 16)
+    q, centre = randn(1, 4, 2, 32), rotary_centre((48, 33), 32, 16)
     plain = packed_attention(q, k, v, scale=0.2, **rows, **centre, _backend=backend)
     axes = torch.arange(16, dtype=torch.int32) % 3
     three = centre | {"positions": centre["positions"].expand(3, -1, -1, -1), "axes": axes}
@@ -196,14 +196,14 @@ def test_three_axes_of_one_position_are_one_axis(backend, interpreted):
 @pytest.mark.parametrize("keys, shared", [("channel", True), ("token", False)])
 def test_a_large_turning_centre_keeps_its_accuracy_in_bf16(backend, keys, shared, interpreted):
     k, v, rows = cache((64, 48), keys=keys)
-    centre = turning((64, 48), 32, 16, shared, size=600.0)
+    centre = rotary_centre((64, 48), 32, 16, shared, size=600.0)
     q = (randn(1, 4, 1, 32) / 20).bfloat16()  # scores of some hundreds
     assert not differs(q, k, v, rows, 1.0, backend, 2.0**-6, **centre)
 
 
 def test_a_centre_that_turns_by_nothing_stands_still(interpreted):
     k, v, rows = cache((48, 33))
-    q, centre = randn(1, 4, 2, 32), turning((48, 33), 32, 16)
+    q, centre = randn(1, 4, 2, 32), rotary_centre((48, 33), 32, 16)
     still = packed_attention(q, k, v, scale=0.2, centre=centre["centre"], **rows, _backend="reference")
     for backend in ("reference", "triton"):
         ours = packed_attention(
@@ -215,7 +215,7 @@ def test_a_centre_that_turns_by_nothing_stands_still(interpreted):
 @pytest.mark.parametrize("split", [16, 32, 1000])
 def test_a_turning_centre_does_not_depend_on_the_split(split, interpreted):
     k, v, rows = cache((80, 16, 0, 65))
-    q, centre = randn(2, 4, 2, 32), turning((80, 16, 0, 65), 32, 16)
+    q, centre = randn(2, 4, 2, 32), rotary_centre((80, 16, 0, 65), 32, 16)
     turn = (centre["centre"], centre["inv_freq"], centre["positions"][None], None)
     ours = module._launch(q, k, v, scale=0.2, **rows, turn=turn, split=split)
     assert not mismatch(ours, truth(q, k, v, rows, 0.2, **centre), 1e-4)
@@ -236,7 +236,7 @@ def test_reference_does_not_depend_on_its_tiles(tokens, queries, monkeypatch):
     monkeypatch.setattr(tiles, "_TOKENS", tokens)
     monkeypatch.setattr(tiles, "_QUERIES", queries)
     assert not differs(q, k, v, rows, 0.2, "reference")
-    assert not differs(q, k, v, rows, 0.2, "reference", 1e-4, **turning((80, 16, 0, 65), 32, 16))
+    assert not differs(q, k, v, rows, 0.2, "reference", 1e-4, **rotary_centre((80, 16, 0, 65), 32, 16))
 
 
 def test_more_query_rows_than_a_tile_holds(interpreted):
@@ -272,7 +272,7 @@ def test_soft_cap(backend, centre, interpreted):
     if centre == "still":
         options = {"centre": 3 * randn(4, 32)}
     elif centre is not None:
-        options = turning(lengths, 32, 16 if centre == "turned" else 5)
+        options = rotary_centre(lengths, 32, 16 if centre == "turned" else 5)
     assert not differs(q, k, v, rows, 0.3, backend, 2e-4, softcap=8.0, **options)
     bent = packed_attention(q, k, v, scale=0.3, softcap=8.0, **rows, **options, _backend=backend)
     assert bool((bent[1] <= 8.0 + torch.log(torch.tensor(48.0))).all())  # no score is above the cap
@@ -326,8 +326,8 @@ def test_other_runs_do_not_matter(interpreted):
 K, V, ROWS = cache((16, 32), D=16)
 Q4 = torch.randn(2, 4, 1, 32, generator=torch.Generator().manual_seed(3))
 Q = torch.zeros(1, 4, 1, 16)
-TURN = turning((16, 32), 16, 8)
-THREE = turning((16, 32), 16, 8, axes=frequency_axes([2, 3, 3], False))
+TURN = rotary_centre((16, 32), 16, 8)
+THREE = rotary_centre((16, 32), 16, 8, axes=frequency_axes([2, 3, 3], False))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from kernels import packed_attention
 from kernels.pack import Packed
 from tests.kernels.helpers import TOLERANCE, mismatch, randn
 from tests.kernels.test_fused import calls
-from tests.kernels.test_packed_attention import cache, turning
+from tests.kernels.test_packed_attention import cache, rotary_centre
 
 module = importlib.import_module("kernels._packed_cpu")
 
@@ -60,7 +60,9 @@ def test_corrections_centres_and_holes_by_parts(scores, tokens, monkeypatch):
         k, v, rows = cache(lengths, rank=2, single=7)
         valid = torch.rand(2, 2, 60) > 0.3
         for softcap in (None, 6.0):
-            assert not differs(randn(2, 4, 20, 32), k, v, rows, softcap=softcap, valid=valid, **turning(lengths, 32, 9))
+            assert not differs(
+                randn(2, 4, 20, 32), k, v, rows, softcap=softcap, valid=valid, **rotary_centre(lengths, 32, 9)
+            )
 
 
 def test_runs_need_not_lie_in_order_nor_apart():

@@ -31,7 +31,7 @@ from textkv.scores import fit_window, group_mean, pool, with_window
 from textkv.segments.base import Stored
 
 NAME = "cake"
-"""The name of the marks and notes that live from a layer's end to the prompt's end."""
+"""The name of the token statistics and notes that live from a layer's end to the prompt's end."""
 TINY = 1e-30
 """Stands for an entropy or variance of zero, so that layers without any still share what others leave."""
 

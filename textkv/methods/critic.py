@@ -28,9 +28,9 @@ from textkv.method import Capabilities, register
 from textkv.segments.base import Stored
 
 ATTENTION, ENTROPY = "critic.attention", "critic.entropy"
-"""Marks per stored token: attention received so far, and the normalised entropy of the token's own row."""
+"""Token statistics: attention received so far, and the normalised entropy of the token's own row."""
 OUTPUT, LOAD = OF_HEAD + "critic.output", OF_HEAD + "critic.load"
-"""Marks per row, taken out while tokens move: the last query's output [batch, kv_heads, group * head_dim] and the
+"""Statistics per row, taken out while tokens move: the last query's output [batch, kv_heads, group * head_dim] and the
 highest memory load so far [batch, 1, 1]."""
 ALL = 1 << 30
 _TILE = 1 << 22  # fp32 probabilities held at a time

@@ -183,7 +183,7 @@ class D2O(Method):
         kept, gone = split(protect(layer.statistic(MASS), held.positions, sinks, recent), counts, lengths)
         keys, values, threshold = self._merged(layer, held, kept, gone)
         layer.keep(kept)
-        # One number per row and head: a mark of one column moves, is saved and is counted with its row.
+        # One number per row and head: a statistic of one column moves, is saved and is counted with its row.
         layer.statistics[THRESHOLD] = threshold
         now = layer.stored()
         now.keys.copy_(keys)
@@ -203,7 +203,7 @@ class D2O(Method):
         values = absorb(rows(held.values, kept), rows(held.values, gone), *how)
         if self.merge_keys == "pre":
             to = held.positions.gather(-1, kept.clamp(min=0)).gather(-1, target)
-            victims = _turned(victims, to - held.positions.gather(-1, gone.clamp(min=0)), layer.rotary)
+            victims = _rotated(victims, to - held.positions.gather(-1, gone.clamp(min=0)), layer.rotary)
         return keys if self.merge_keys == "none" else absorb(keys, victims, *how), values, threshold
 
     def _moved(self, before: torch.Tensor | None, closeness: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
@@ -326,7 +326,7 @@ def absorb(
     return torch.where(shares > 0, (own * kept + added) / (own + shares), kept)
 
 
-def _turned(keys: torch.Tensor, delta: torch.Tensor, rotary: RotarySpec) -> torch.Tensor:
+def _rotated(keys: torch.Tensor, delta: torch.Tensor, rotary: RotarySpec) -> torch.Tensor:
     """Keys [batch, kv_heads, e, head_dim] moved by `delta` [batch, kv_heads, e] rotary positions."""
     return rotary.turn(keys.flatten(0, 1)[:, None], delta.flatten(0, 1))[:, 0].view_as(keys)
 

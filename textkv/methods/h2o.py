@@ -22,7 +22,7 @@ from textkv.method import register
 from textkv.scores import group_mean
 from textkv.segments.base import Stored
 
-MARK = "h2o"
+STATISTIC = "h2o"
 
 
 @register("h2o")
@@ -56,10 +56,10 @@ class H2O(DecodeEviction):
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
         """Add the block's column sums to those of earlier turns, then cut by the total."""
         if not self.budget.is_full:
-            total = accumulate(layer, MARK, evidence.columns)
+            total = accumulate(layer, STATISTIC, evidence.columns)
             super().on_prefill_end(layer, replace(evidence, columns=total))
 
     def decode_score(self, layer: Layer, row: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
         """All attention so far, this token's row included: fp32 [batch, kv_heads, n]; the newest tokens PROTECTED."""
-        total = accumulate(layer, MARK, group_mean(row, layer.kv_heads))
+        total = accumulate(layer, STATISTIC, group_mean(row, layer.kv_heads))
         return protect(total, holed(layer, keep), 0, part_of(keep, self.recent))

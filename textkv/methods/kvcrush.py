@@ -136,13 +136,13 @@ class KVCrush(Eviction):
         positions = layer.stored().positions
         votes, scores = scores, scores if self.heads == "own" else _mean(layer, scores, positions)
         # Signatures belong to tokens, not to slots: after an eviction one slot holds different tokens in each head.
-        places = _Places(positions, -(-int(layer.real_seen.max()) // self.page), self.page)
-        full, loose = self._pages(layer, scores, places)
+        table = _PageTable(positions, -(-int(layer.real_seen.max()) // self.page), self.page)
+        full, loose = self._pages(layer, scores, table)
         room = (counts.to(scores.device) - loose.sum((-1, -2))) // self.page
-        votes = places.spread(scores if self.heads == "summed" else votes, NEVER)
+        votes = table.spread(scores if self.heads == "summed" else votes, NEVER)
         distance = self._distance(votes, full, layer.index)
-        worth = places.spread(scores, NEVER).masked_fill(~full[..., None], 0).sum(-1)
-        kept = places.gather(loose | self._chosen(full, worth, distance, room)[..., None])
+        worth = table.spread(scores, NEVER).masked_fill(~full[..., None], 0).sum(-1)
+        kept = table.gather(loose | self._chosen(full, worth, distance, room)[..., None])
         fits = room > 0
         wanted = torch.zeros_like(scores).masked_fill(kept, PROTECTED).masked_fill(~kept, NEVER)
         return (
@@ -150,13 +150,13 @@ class KVCrush(Eviction):
             torch.where(fits, kept.sum(-1), counts.to(scores.device)).cpu(),
         )
 
-    def _pages(self, layer: Layer, scores: torch.Tensor, places: _Places) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pages(self, layer: Layer, scores: torch.Tensor, table: _PageTable) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages that may go, bool [batch, kv_heads, pages], and stored tokens that stay for being in no such page."""
-        positions = places.positions
+        positions = table.positions
         latest = layer.real_seen.to(positions.device)[:, None, None] - self.recent
         held = scores.eq(PROTECTED) | (positions < self.start) | (positions >= latest)
-        full = places.spread(~held, False).all(-1)
-        return full, places.spread(positions >= 0, False) & ~full[..., None]
+        full = table.spread(~held, False).all(-1)
+        return full, table.spread(positions >= 0, False) & ~full[..., None]
 
     def _chosen(
         self, full: torch.Tensor, worth: torch.Tensor, distance: torch.Tensor, room: torch.Tensor
@@ -220,12 +220,12 @@ class KVCrushOfficial(KVCrush):
     reaches_end: ClassVar[bool] = False
 
 
-class _Places:
+class _PageTable:
     """Slots of `positions` int32 [batch, kv_heads, n] (-1 = hole) <-> logical positions, page by page."""
 
     def __init__(self, positions: torch.Tensor, pages: int, page: int) -> None:
         self.positions, self.pages, self.page = positions, pages, page
-        self._at = positions.long().masked_fill(positions < 0, pages * page)  # holes go to a place that is cut off
+        self._at = positions.long().masked_fill(positions < 0, pages * page)  # holes go to a column that is cut off
 
     def spread(self, x: torch.Tensor, empty: float | bool) -> torch.Tensor:
         """Per slot [batch, kv_heads, n] -> [batch, kv_heads, pages, page], `empty` where nothing is stored."""

@@ -158,7 +158,7 @@ class MiKV(Method):
     def _demoting(self, layers: Sequence[Layer]) -> Iterator[None]:
         """While it lasts these layers show their exact tokens alone; those dropped meanwhile are demoted at its end.
 
-        So marks that a scorer keeps are marks of the exact tokens.
+        So the token statistics of a scorer are those of the exact tokens.
         """
         if not self.low:
             yield

@@ -337,7 +337,7 @@ def test_keys_are_turned_to_where_they_are_merged():
     def placed(where):
         return rotate(base.flatten(0, 1)[:, None], where.flatten(0, 1), inv_freq)[:, 0].view_as(base)
 
-    assert not mismatch(d2o._turned(placed(at), to - at, RotarySpec.halves(inv_freq)), placed(to))
+    assert not mismatch(d2o._rotated(placed(at), to - at, RotarySpec.halves(inv_freq)), placed(to))
 
 
 def test_half_precision_is_merged_in_fp32():
