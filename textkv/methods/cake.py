@@ -158,6 +158,7 @@ class Cake(Eviction):
             mean = sum(claim.preference for claim in claims) / len(claims)
             claims = [Claim(mean, claim.past, claim.spare, claim.window) for claim in claims]
         layer.notes[NAME] = claims
+        # Noted before the cut: this layer is whole now, which is the peak that the cascade bounds.
         layer.context.note_bytes(layer)
         layers = layer.context.layers
         if self.cascade or layer is layers[-1]:
@@ -192,6 +193,7 @@ class Cake(Eviction):
         for layer, of_layer in zip(arrived, counts.T.unsqueeze(-1), strict=True):
             if bool((layer.lengths().amax(1, keepdim=True) > of_layer).any()):
                 scores = layer.statistic(NAME).masked_fill(layer.stored().positions < 0, NEVER)
+                # The best of the best are the best: cutting again by the same scores equals one cut at the end.
                 keep_best(layer, scores, of_layer)
                 layer.context.note_bytes(layer)
 
@@ -265,6 +267,7 @@ class CakeOfficial(Cake):
 
     def shares(self, preferences: list[float], past: list[int], spare: int, layers: int) -> list[int]:
         """Truncated shares; what a layer cannot use goes in equal parts to the others, whatever their size."""
+        # Less the largest: only ratios matter, and the power itself overflows where tau1 or tau2 is small.
         total, top = layers * spare, max(preferences)
         weights = [math.exp(p - top) for p in preferences]
         raw = [int(total * w / sum(weights)) for w in weights]

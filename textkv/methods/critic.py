@@ -156,6 +156,7 @@ class Critic(Eviction):
         real = positions >= 0
         total = torch.zeros_like(terms.attention)
         for weight, term in zip(self.weights, (terms.attention, terms.entropy, terms.gradient), strict=True):
+            # Before the scaling: the mean of scaled heads would let an even head count as much as a sharp one.
             if self.heads == "shared":
                 term = term.mean(1, keepdim=True).expand(positions.shape)
             total = total + weight * unit(term, real)
@@ -196,6 +197,7 @@ class Critic(Eviction):
         held, previous = layer.stored(), self._previous(layer)
         real = held.positions >= 0
         row = attention_row(layer, query).unflatten(1, (held.keys.shape[1], -1))
+        # A hole may hold NaN, and 0 * NaN is NaN.
         values = held.values.float().masked_fill(~real[..., None], 0)
         output = row @ values
         attention, entropy = accumulate(layer, ATTENTION, row.mean(2)), layer.statistic(ENTROPY)
@@ -209,6 +211,7 @@ class Critic(Eviction):
     def _settle(self, layer: Layer, terms: Terms, limits: torch.Tensor) -> None:
         """Drops what is above the limits, and puts down what the next step needs."""
         layer.statistics[ENTROPY] = terms.entropy
+        # Out of the layer while tokens move: it belongs to a row and to no token.
         load = layer.statistics.pop(LOAD, None)
         if bool((layer.lengths().amax(1, keepdim=True) > limits).any()):
             positions = layer.stored().positions

@@ -157,6 +157,7 @@ class D2O(Method):
         counts = [seen] * layers
         if keep == seen or not free:
             return counts
+        # The released code's floor of 1 %, and room for one token that can take others in.
         least = min(keep, max(math.ceil(0.01 * seen), self.sinks + 1))
         total = max(layers * keep - (layers - len(free)) * seen, len(free) * least)
         shares = apportion((-self.unevenness(spreads[free])).tolist(), [seen] * len(free), total, floor=least)
@@ -193,6 +194,7 @@ class D2O(Method):
         self, layer: Layer, held: Stored, kept: torch.Tensor, gone: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values of the slots `kept` with those of the slots `gone` merged in, fp32, and the new bar."""
+        # Similarity is that of keys as they are stored; values follow the keys' pairs [eq. 8].
         keys, victims = rows(held.keys, kept), rows(held.keys, gone)
         closeness, target = nearest(victims, keys, kept >= 0)
         threshold = self._moved(layer.statistics.pop(THRESHOLD, None), closeness, gone >= 0)
@@ -223,6 +225,7 @@ class D2O(Method):
 
     def _weights(self, closeness: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Weight of each victim, its share of the divisor, and the kept token's weight and share [eq. 11]."""
+        # A kept token is like itself with cosine 1: its weight is e unless told otherwise.
         return closeness.exp(), closeness.exp(), self.self_weight
 
 

@@ -36,6 +36,7 @@ class Knorm(Eviction):
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
         """Minus the L2 norm of each key: fp32 [batch, kv_heads, n]."""
+        # Small norm = kept: in the paper's models such keys are what queries look at most.
         scores = -held.keys.float().norm(dim=-1)
         recent = min(self.recent, keep)
         if recent:
@@ -44,5 +45,6 @@ class Knorm(Eviction):
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
         """Cut the layer, unless it is one of the first that keep everything."""
+        # The paper leaves the first layers whole: norms say little there.
         if layer.index >= self.skip_layers:
             super().on_prefill_end(layer, evidence)

@@ -138,6 +138,7 @@ class KVCrush(Eviction):
         # Signatures belong to tokens, not to slots: after an eviction one slot holds different tokens in each head.
         table = _PageTable(positions, -(-int(layer.real_seen.max()) // self.page), self.page)
         full, loose = self._pages(layer, scores, table)
+        # Tokens outside full pages stay in any case and are paid for first.
         room = (counts.to(scores.device) - loose.sum((-1, -2))) // self.page
         votes = table.spread(scores if self.heads == "summed" else votes, NEVER)
         distance = self._distance(votes, full, layer.index)
@@ -170,8 +171,10 @@ class KVCrush(Eviction):
         """
         # The tiny addend undoes binary rounding: 0.29 * 100 is 28.999999999999996, and 29 was asked for.
         wanted = (self.ratio * room.double() + 1e-9).long().clamp(min=0)
+        # Representatives come out of the budget, and out of this head's own candidates: no page is kept twice.
         important = full & (_ranks(worth, full) < (room - wanted)[..., None])
         crowd = full & ~important
+        # One distance for all heads, since a signature is the vote of all; candidates are each head's own.
         nearest = _ranks(-distance[:, None].expand_as(full), crowd)
         return important | (crowd & spaced(nearest, crowd.sum(-1)[..., None], wanted[..., None], self.reaches_end))
 
@@ -179,6 +182,7 @@ class KVCrush(Eviction):
         """Hamming distance of each page's signature to the anchor, int64 [batch, pages]; votes [.., pages, page]."""
         region = full[..., None].expand_as(votes).flatten(-2)
         above = ((1 - self.bit_quantile) * region.sum(-1).double() + 1e-9).long()
+        # By rank and not by value: equal scores must not make more ones than the quantile says.
         bits = region & (_ranks(votes.flatten(-2), region) < above[..., None])
         bits = bits.unflatten(-1, votes.shape[-2:])
         if self.heads == "summed":

@@ -94,13 +94,16 @@ class Ladder:
         Returns:
             The kept slots, int64, ascending, on the CPU; and the cursor after the last block compacted.
         """
+        # A loop, so that a long prompt is compacted as often as it needs; the authors' code takes one wider pass.
         slots, width, stride = torch.arange(stored), self.block, 1
         while len(slots) > limit:
             room = (limit - cursor - recent) // self.kept
             if room <= 0:
                 width, stride = self.wider(len(slots), limit, sinks, (limit - sinks - recent) // self.kept)
+                # A further pass: what this one has compacted is old text again, and thins out once more.
                 cursor = sinks
                 continue
+            # Oldest first, and no more blocks than needed: newer text stays whole in every layer.
             blocks = min(_ceil(len(slots) - limit, width - self.kept), room)
             first = cursor + self.offset(layer, width - self.kept) + width * torch.arange(blocks)
             taken = (first[:, None] + stride * torch.arange(self.kept)).flatten()
@@ -123,9 +126,11 @@ class OfficialLadder(Ladder):
         Raises:
             ValueError: such blocks would store a token twice, or end behind the newest one.
         """
+        # The authors' arithmetic: passes that would follow each other, and one block wide enough for them all.
         times = _ceil(stored - limit, room * self.freed)
         width = times * (self.block - 1) + 1
         end = sinks + width * _ceil(stored - limit, width - self.kept)
+        # Their kept tokens lie `times` apart, and the last layer's last one must still lie within the block.
         reach = min(self.layers - 1, width - self.kept) + times * (self.kept - 1)
         if reach >= width or end >= stored:
             raise ValueError(
@@ -201,6 +206,7 @@ class LaCache(Method):
         if not isinstance(segment, RenumberedSegment):
             return
         ladder = self.ladder(layer.context.governed)
+        # Once: a share is taken of the first prompt, so that later turns do not let the cache grow.
         if not segment.row_state:
             tokens = [self.budget.tokens or self.budget.count(seen) for seen in evidence.tokens.tolist()]
             segment.row_state = [[self.size(ladder, count), self.sinks] for count in tokens]
@@ -257,6 +263,7 @@ class LaCache(Method):
         rows = []
         for n, limit, state in zip(lengths, limits, segment.row_state, strict=True):
             size, cursor = state
+            # The authors keep about one newest token per layer; a small budget must still hold one block.
             reserve = min(ladder.layers if self.recent is None else self.recent, size - self.sinks - ladder.kept)
             slots, state[1] = ladder.compact(n, limit, cursor, layer=layer.index, sinks=self.sinks, recent=reserve)
             rows.append(slots)
@@ -291,6 +298,7 @@ class LaCacheOfficial(LaCache):
         Raises:
             ValueError: a budget that the authors' arithmetic cannot hold.
         """
+        # Below it their code divides by zero or indexes beyond the cache.
         least = self.sinks + ladder.layers + ladder.kept
         if tokens < least:
             raise ValueError(

@@ -55,12 +55,14 @@ class PyramidKV(SnapKV):
         high, low = self._ends(keep - window, seen - window)
         if layers == 1 or high <= low:
             return [keep] * layers
+        # Rounded together: numbers rounded one by one would not sum to the budget.
         exact = torch.linspace(high, low, layers, dtype=torch.float64)
         return (window + round_to_sum(exact, (keep - window) * layers)).tolist()
 
     def _ends(self, past: int, most: int) -> tuple[int, int]:
         """Tokens before the window in the first and in the last layer, for `past` on average and at most `most`."""
         low = max(self.least, past // self.beta)
+        # A line's mean is that of its ends.
         high = 2 * past - low
         return (high, low) if high <= most else (most, 2 * past - most)
 

@@ -65,11 +65,13 @@ class StreamingLLM(Method):
         limit = getattr(layer.context.config, "max_position_embeddings", None)
         if self.budget.tokens and limit and self.budget.tokens > limit and layer.index == 0:
             warnings.warn(f"budget={self.budget} is longer than the {limit} positions the model knows", stacklevel=2)
+        # Else the prompt is read with full attention, as the authors' long prompts are, and trimmed at its end.
         if self.prefill == "exact_stream":
             layer.segments = [self._ring(layer, torch.full_like(layer.real_seen, self.budget.tokens))]
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
         """Take sinks and window of the first prompt into a ring, which then drops by itself."""
+        # A ring drops by itself: in later turns there is nothing to do.
         if self.budget.is_full or isinstance(layer.segments[0], RingSegment):
             return
         held = layer.stored()

@@ -49,6 +49,7 @@ class TOVA(DecodeEviction):
 
     def decode_score(self, layer: Layer, row: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
         """The decoded token's attention, mean over all heads of the layer: fp32 [batch, kv_heads, n]."""
+        # The common case: one number for all rows, and nothing has to be asked of the device.
         if isinstance(keep, int):
             shared = row.mean(1, keepdim=True).expand(-1, layer.kv_heads, -1)
             return protect(shared, None, 0, min(keep, self.recent)) if self.recent else shared

@@ -35,7 +35,7 @@ def test_every_forward_equals_full_attention_over_what_each_head_holds(model_of,
         ours = feed(model, cache, part, part.shape[1])
         model.set_attn_implementation(MASKED)
         with torch.no_grad():
-            expected = model(part, past_key_values=plain, kept=held).logits
+            expected = model(part, past_key_values=plain, kept=dict(enumerate(held))).logits
         assert not mismatch(ours, expected, atol=1e-4, rtol=0)
         seen += part.shape[1]
     assert cache.layers[0].lengths().tolist() == [[5, 5]] * 2
