@@ -14,7 +14,7 @@ stores a token twice or runs past the prompt, `lacache-official` refuses. `lacac
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -179,6 +179,8 @@ class LaCache(Method):
             raise ValueError(f"layout={self.layout!r}: use 'staircase' or 'interleaved'")
         if self.positions not in ("cache", "original"):
             raise ValueError(f"positions={self.positions!r}: use 'cache' or 'original'")
+        if self.positions == "original":
+            object.__setattr__(self, "capabilities", replace(self.capabilities, original_positions=True))
 
     def needs(self) -> Needs:
         """Rotary positions, where keys move to cache positions."""

@@ -10,7 +10,7 @@ It does not lengthen what a model can use: what left the window is gone.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -55,6 +55,8 @@ class StreamingLLM(Method):
             )
         if self.prefill == "exact_stream" and self.budget.tokens is None:
             raise ValueError("prefill='exact_stream' needs the budget in tokens, e.g. '1024t'")
+        if self.positions == "original":
+            object.__setattr__(self, "capabilities", replace(self.capabilities, original_positions=True))
 
     def needs(self) -> Needs:
         """Rotary positions, where queries turn to cache positions."""
