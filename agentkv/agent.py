@@ -167,9 +167,11 @@ class ScriptPolicy:
         self.script = script
 
     def start(self, env: Any) -> None:
+        """Ask the script for this episode's actions."""
         self.actions = iter(self.script(env))
 
     def decide(self, goal: str, history: History, screenshot: Image.Image, viewport: tuple[int, int]) -> Decision:
+        """The script's next action, whatever the screen shows; `Finished` when there is none left."""
         action = next(self.actions, Finished())
         return Decision(text=str(action), action=action)
 

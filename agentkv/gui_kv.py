@@ -74,9 +74,14 @@ class GuiKV(Eviction):
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(known)}")
 
     def needs(self) -> Needs:
+        """The window's queries, the screenshots' spans and, for the saliency, hidden states."""
         return Needs(window=self.window, hidden=self.saliency if self.alpha else None, spans=True)
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """The window's attention, pooled, plus alpha times the saliency of the last screenshot; NEVER where gated.
+
+        fp32 [batch, kv_heads, n], or [batch, heads, n] where each query head chooses for itself.
+        """
         queries = fit_window(evidence.queries, held.keys.shape[2], keep, self.past)
         width, kv_heads = queries.shape[2], held.keys.shape[1]
         mass = pool(past_mass(queries, held.keys, evidence.scale, evidence.softcap), self.kernel)
@@ -95,6 +100,7 @@ class GuiKV(Eviction):
         return scores
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Cut the layer, in a copy per query head where these choose for themselves (the released code)."""
         if self.heads == "per_query_head" and not self.budget.is_full:
             self._per_query_head(layer, evidence)
         else:

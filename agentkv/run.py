@@ -32,6 +32,7 @@ from agentkv.tables import method_table, stdout_console, task_table
 from agentkv.trace import RUN, need_space, read_run, write_json
 from envs.browser import Browser
 from textkv import Budget, resolve_method, split_list
+from textkv.devices import device_of
 from textkv.provenance import run_meta
 
 # What the embedded model has learned: eight pages of MiniWoB++, three of them with several steps, and four pages that
@@ -164,19 +165,6 @@ def tasks_of(args: argparse.Namespace) -> tuple[str, ...]:
     if args.url and args.tasks:
         raise ValueError("--url and --tasks exclude each other: a live page is a task of its own")
     return (LIVE,) if args.url else tuple(split_list(args.tasks)) or DEFAULT_TASKS
-
-
-def device_of(name: str) -> str:
-    """`name`, or the best device there is. Raises ValueError for one that is not there."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device {name!r} cannot be used ({reason}); use cpu, or cuda on a machine with one"
-        ) from error
-    return name
 
 
 def load(plan: Plan) -> ModelAdapter:

@@ -152,6 +152,7 @@ class EpisodeTrace:
         write_json(self.folder / DONE, {**self.about, **asdict(result), "crashes": crashes})
 
     def close(self) -> None:
+        """Close the file; what was recorded stays."""
         self.file.close()
 
 

@@ -23,8 +23,9 @@ from dlm.config import DecodingConfig, add_arguments, from_arguments
 from dlm.decode import Decoded, StuckError, decode_prompts
 from dlm.models import answer_text
 from dlm.show import Painter
-from dlm.sources import DTYPES, ModelInfo, device_of, dtype_of, model_info, open_guide, open_model
+from dlm.sources import DTYPES, ModelInfo, dtype_of, model_info, open_guide, open_model
 from dlm.unmask import Guider
+from textkv.devices import device_of
 from textkv.provenance import run_meta
 
 NO_GUIDE = "none"

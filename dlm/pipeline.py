@@ -158,27 +158,15 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self,
-        prompt: str | list[str] | None = None,
-        messages: Messages | list[Messages] | None = None,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.LongTensor | None = None,
-        use_chat_template: bool = True,
-        gen_length: int = 128,
-        block_length: int | None = None,
-        num_inference_steps: int | None = None,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        cache: str | Policy = "freecache",
-        cfg_scale: float = 0.0,
-        eos: EndOfText = "stop",
-        generator: torch.Generator | None = None,
-        output_type: str = "text",
-        return_dict: bool = True,
+        self, prompt: str | list[str] | None = None, messages: Messages | list[Messages] | None = None,
+        input_ids: torch.LongTensor | None = None, attention_mask: torch.LongTensor | None = None,
+        use_chat_template: bool = True, gen_length: int = 128, block_length: int | None = None,
+        num_inference_steps: int | None = None, temperature: float = 0.0, top_p: float | None = None,
+        top_k: int | None = None, cache: str | Policy = "freecache", cfg_scale: float = 0.0, eos: EndOfText = "stop",
+        generator: torch.Generator | None = None, output_type: str = "text", return_dict: bool = True,
         callback_on_step_end: Callable[..., dict | None] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
-    ) -> MaskedDiffusionPipelineOutput | tuple[torch.LongTensor, list[str] | None]:
+    ) -> MaskedDiffusionPipelineOutput | tuple[torch.LongTensor, list[str] | None]:  # fmt: skip
         """Writes `gen_length` tokens behind each prompt.
 
         Args:
@@ -214,20 +202,14 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         )  # fmt: skip
         ids, mask = self._encode(prompt, messages, input_ids, attention_mask, use_chat_template)
         source = "prompt" if prompt is not None else "messages" if messages is not None else "input_ids"
-        # diffusers counts steps per block, `decode` over the whole answer.
         # More steps than tokens in a block would only be forwards that write nothing.
         steps = min(num_inference_steps or block_length, block_length)
-        config = DecodingConfig(
-            gen_length, block_length, steps * -(-gen_length // block_length), cache, cfg_scale=cfg_scale, eos=eos
-        )
+        # diffusers counts steps per block, `decode` over the whole answer.
+        total = steps * -(-gen_length // block_length)
+        config = DecodingConfig(gen_length, block_length, total, cache, cfg_scale=cfg_scale, eos=eos)
         _named(source, lambda: make_canvas(config, self.model.decoding_spec, ids, mask))
         self.scheduler.set_timesteps(steps, device=ids.device, block_length=block_length)
-        guide = None
-        if self.guider is not None:
-            # Guider wants both tokenizers or none; none says that the ids mean the same to both models.
-            own = None if self.guider_tokenizer is None else self.tokenizer
-            guide = Guider(self.guider, self.guider_tokenizer, own)
-        rule = ScheduledRule(self.scheduler, guide, sampling=Sampling(temperature, top_p, top_k))
+        rule = ScheduledRule(self.scheduler, self._guide(), sampling=Sampling(temperature, top_p, top_k))
         with self.progress_bar(total=gen_length) as bar:
             after = _AfterStep(self, rule, bar, callback_on_step_end, names, resolve_cache(cache).name == "none")
             # The rule draws, so its sampling is what was asked for; the configuration's own stays at its defaults.
@@ -235,6 +217,14 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         # diffusers' offloading moves a model off the GPU here; without it nothing happens.
         self.maybe_free_model_hooks()
         return self._output(done, output_type, return_dict)
+
+    def _guide(self) -> Guider | None:
+        """The causal model that a `GuidedScheduler` asks."""
+        if self.guider is None:
+            return None
+        # Guider wants both tokenizers or none; none says that the ids mean the same to both models.
+        own = None if self.guider_tokenizer is None else self.tokenizer
+        return Guider(self.guider, self.guider_tokenizer, own)
 
     def _encode(
         self, prompt: str | list[str] | None, messages: Messages | list[Messages] | None,
@@ -273,6 +263,7 @@ class ScheduledRule(Rule):
     last: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def begin(self, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None, steps: int) -> Unmasker:
+        """Starts a generation: the rule of one of our schedulers, or steps through a foreign one."""
         if not isinstance(self.scheduler, UnmaskScheduler):
             return _ForeignSteps(self, canvas, spec, generator, steps)
         more = {} if self.guide is None else {"guide": self.guide}
@@ -280,6 +271,7 @@ class ScheduledRule(Rule):
 
     @property
     def expression(self) -> str:
+        """The name of the scheduler's class."""
         return type(self.scheduler).__name__
 
 
@@ -290,9 +282,11 @@ class _OwnSteps(Unmasker):
         self.rule, self.unmasker, self.steps = rule, unmasker, 0
 
     def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
+        """Those of the scheduler's rule."""
         return self.unmasker.candidates(canvas, logit_window)
 
     def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
+        """What the scheduler's `step` transfers; it is remembered for callbacks."""
         sample = canvas.ids.gather(1, slots.clamp(min=0))
         out = self.rule.scheduler.step(logits, self.steps, sample, running=Running(self.unmasker, canvas, slots))
         self.steps += 1
@@ -301,6 +295,7 @@ class _OwnSteps(Unmasker):
 
     @property
     def stats(self) -> dict[str, Any]:
+        """What the scheduler's rule counted."""
         return self.unmasker.stats
 
 
@@ -325,6 +320,7 @@ class _ForeignSteps(BlockUnmasker):
         self.options = {name: value for name, value in wanted.items() if name in takes}
 
     def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
+        """What the scheduler's `step` transfers, asked once per group of rows at the same step of their block."""
         # Finite instead of -inf: what a foreign scheduler does with it is not known here, and 0 * -inf is NaN.
         logits = logits.float().index_fill(2, self.sampler.suppressed, torch.finfo(torch.float32).min)
         # What is no candidate shows padding, lest the scheduler take the token of slot 0 for a mask to be written.

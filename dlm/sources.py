@@ -30,20 +30,6 @@ MINI_GUIDES = {"mini": "guider"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def device_of(name: str | None) -> str:
-    """`name`, or the best device there is. Raises ValueError for one that is not there."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        # Tried and not looked up: a driver that is too old shows only when memory is asked for.
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device {name!r} cannot be used ({reason}); use cpu, or cuda on a machine with one"
-        ) from error
-    return name
-
-
 def dtype_of(name: str | None, device: str) -> torch.dtype:
     """The dtype called `name`, or bfloat16 on a GPU and float32 elsewhere."""
     return DTYPES[name or ("float32" if device == "cpu" else "bfloat16")]

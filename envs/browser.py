@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from playwright.sync_api import Browser as Chromium
@@ -64,12 +64,14 @@ class _Driver(threading.local):
     users: int = 0
 
     def acquire(self) -> Playwright:
+        """The driver, started for its first user."""
         if self.playwright is None:
             self.playwright = sync_playwright().start()
         self.users += 1
         return self.playwright
 
     def release(self) -> None:
+        """One user less; the last one stops the driver."""
         self.users -= 1
         if self.users == 0 and self.playwright is not None:
             self.playwright.stop()
@@ -224,10 +226,8 @@ class Browser:
 
     def _stop(self) -> None:
         if self._chromium is not None:
-            try:
+            with suppress(Error):  # it may have died on its own, and then there is nothing left to stop
                 self._chromium.close()
-            except Error:
-                pass  # it is already gone
         self._chromium = None
         self._pid = None
 
@@ -255,10 +255,8 @@ class Browser:
         expired.set()
         if pid is None:
             return
-        try:
+        with suppress(ProcessLookupError):  # it ended in the same moment, which is what was wanted
             os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
-        except ProcessLookupError:
-            pass
 
     def open(self, allow: AllowList, viewport: tuple[int, int], device_scale: float = 1.0) -> Tab:
         """A fresh isolated tab: no cookies, no storage, nothing shared with another tab. Raises `BrowserCrashed`."""

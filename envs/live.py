@@ -84,9 +84,11 @@ class LiveTask(Task):
         """Nothing: the page is as its server made it."""
 
     def goal(self, tab: Tab) -> str:
+        """The goal that was given with the address."""
         return self._goal
 
     def verdict(self, tab: Tab, answer: str | None = None) -> Verdict:
+        """Done when the agent says so; the reward is the checker's word, 0 without one."""
         if answer is None:
             return Verdict(False)
         if self._checker is None:

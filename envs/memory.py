@@ -59,12 +59,15 @@ class MemoryTask(Task):
         self.allow = AllowList(folders=(folder,))
 
     def setup(self, tab: Tab, seed: int) -> None:
+        """Start the page's own episode of this seed."""
         tab.evaluate("seed => task.start(seed)", seed)
 
     def goal(self, tab: Tab) -> str:
+        """What the page asks for."""
         return tab.evaluate("() => task.goal()")
 
     def verdict(self, tab: Tab, answer: str | None = None) -> Verdict:
+        """The page's own word; leaving it ends the episode at -1."""
         if tab.page.url.partition("#")[0] != self.url:
             return Verdict(True, -1.0, "the agent left the task's page")
         done, raw, reason = tab.evaluate("() => [task.done(), task.reward(), task.reason()]")

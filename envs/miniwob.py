@@ -73,12 +73,15 @@ class MiniwobTask(Task):
         self.allow = AllowList(folders=(html_root(),))
 
     def setup(self, tab: Tab, seed: int) -> None:
+        """Start the page's own episode of this seed, with a time limit that never comes."""
         tab.evaluate(_START, [seed, _TIME_LIMIT_MS])
 
     def goal(self, tab: Tab) -> str:
+        """The page's utterance in one line."""
         return " ".join(tab.evaluate(_GOAL).split())
 
     def verdict(self, tab: Tab, answer: str | None = None) -> Verdict:
+        """The page's own reward, 0 until it is done; leaving it ends the episode at -1."""
         here = tab.page.url.partition("#")[0]
         state = tab.evaluate(_STATE) if here == self.url else None
         if state is None:

@@ -50,6 +50,7 @@ class _Counter(SimpleHTTPRequestHandler):
     server: Shop
 
     def do_POST(self) -> None:
+        """Takes an order and answers with the page of thanks; anything else is 400."""
         order = _order(self.rfile.read(min(int(self.headers.get("Content-Length", 0)), MAX_FORM)))
         if self.path != "/order" or order is None:
             self.send_error(400, "this is no order")

@@ -21,9 +21,11 @@ class GoalSpace(spaces.Text):
         super().__init__(max_length=MAX_GOAL, min_length=0, seed=seed)
 
     def contains(self, x: Any) -> bool:
+        """Whether x is a string of at most MAX_GOAL characters."""
         return isinstance(x, str) and len(x) <= MAX_GOAL
 
     def sample(self, mask: Any = None, probability: Any = None) -> str:
+        """Twenty letters and spaces; masks are ignored."""
         return "".join(self.np_random.choice(list("abcdefgh "), size=20))
 
 
@@ -40,6 +42,7 @@ class ActionSpace(spaces.Space[Action]):
 
     @property
     def is_np_flattenable(self) -> bool:
+        """Never: actions are objects."""
         return False
 
     def contains(self, x: Any) -> bool:
@@ -51,6 +54,7 @@ class ActionSpace(spaces.Space[Action]):
         return round(float(self.np_random.uniform(0, width)), 1), round(float(self.np_random.uniform(0, height)), 1)
 
     def sample(self, mask: Any = None, probability: Any = None) -> Action:
+        """Any kind of action with equal chance, at random places; masks are ignored."""
         rng = self.np_random
         pointing = get_args(Pointing)
         kind = int(rng.integers(len(pointing) + 7)) - len(pointing)

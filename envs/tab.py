@@ -12,7 +12,7 @@ import base64
 import io
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -244,10 +244,8 @@ class Tab:
 
     @staticmethod
     def _forgive(call: Callable[[], object]) -> None:
-        try:
+        with suppress(Error):  # the page was quicker and has gone by itself
             call()
-        except Error:
-            pass  # the page was quicker and has gone by itself
 
     @contextmanager
     def guard(self) -> Iterator[None]:

@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,7 +23,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from transformers.cache_utils import Cache
 
 from agentkv.trace import write_json
-from textkv import Budget, MethodCache, release, resolve_method, split_list, use
+from eval.arguments import add_methods, add_outputs, checked_budget
+from textkv import MethodCache, release, split_list, use
 from textkv.provenance import run_meta
 
 METHODS = "full,snapkv,adakv,window,streaming_llm,h2o,tova,cake,d2o,kivi(4)"
@@ -137,14 +137,12 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.speed decode", description=__doc__.split("\n\n")[0])
-    p.add_argument("--methods", default=METHODS, help="comma-separated methods and compositions")
-    p.add_argument("--budget", default="0.5", help="share of the prompt's tokens to keep, or a number as 512t")
+    add_methods(p, METHODS, "0.5")
     p.add_argument("--lengths", default="1024,8192,32768", help="tokens of the prompts")
     p.add_argument("--layers", type=int, default=4)
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--steps", type=int, default=16, help="decoded tokens per round")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--json", type=Path, help="write the rows here, after every method")
+    add_outputs(p, ", after every method")
     return p
 
 
@@ -155,10 +153,8 @@ def main(argv: Sequence[str]) -> int:
         lengths = [int(part) for part in args.lengths.split(",") if part.strip()]
         if not lengths or min(*lengths, args.layers, args.rounds, args.steps) < 1:
             raise ValueError(f"lengths={args.lengths}, layers={args.layers}, rounds={args.rounds}: at least 1 each")
-        budget = str(Budget.parse(args.budget))
         methods = split_list(args.methods)
-        for method in methods:
-            resolve_method(method, budget)
+        budget = checked_budget(methods, args.budget)
         meta = run_meta("eval.speed", ["decode", *argv], 0)
         model = shaped(args.layers, args.device)
         for length in lengths:

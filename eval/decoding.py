@@ -30,11 +30,12 @@ from dlm.config import DecodingConfig, add_arguments, from_arguments
 from dlm.decode import decode_prompts
 from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
 from dlm.models import DecodingSpec, answer_text
-from dlm.sources import DTYPES, MINI_GUIDES, MINI_MODELS, device_of, dtype_of, model_info, open_guide, open_model
+from dlm.sources import DTYPES, MINI_GUIDES, MINI_MODELS, dtype_of, model_info, open_guide, open_model
 from dlm.unmask import Guider, list_rules
 from eval import gsm8k
 from eval.paired import difference
 from textkv import split_list
+from textkv.devices import device_of
 from textkv.expression import parse_call, split_parts
 from textkv.intervals import wilson
 from textkv.provenance import run_meta

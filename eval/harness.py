@@ -24,8 +24,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentkv.trace import write_json
+from eval.arguments import add_methods, add_outputs, checked_budget
 from eval.textbench import FULL, held, load_text_model
-from textkv import Budget, MethodCache, resolve_method, split_list, use
+from textkv import MethodCache, split_list, use
 from textkv.provenance import run_meta
 
 
@@ -111,14 +112,12 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.harness", description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="mini", help="mini (embedded) or a local folder of a Llama, Qwen or Mistral")
-    p.add_argument("--methods", default="full,snapkv", help="comma-separated methods and compositions")
-    p.add_argument("--budget", default="0.2", help="share of the prompt's tokens to keep, or a number as 64t")
+    add_methods(p, "full,snapkv", "0.2")
     p.add_argument("--tasks", required=True, help="comma-separated task names of the harness, e.g. longbench_qasper")
     p.add_argument("--include", type=Path, help="folder with task files of your own")
     p.add_argument("--limit", type=int, help="examples per task (default: all)")
     p.add_argument("--batch", type=int, default=1, help="prompts that run together (default 1)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--json", type=Path, help="write the rows here")
+    add_outputs(p)
     return p
 
 
@@ -128,8 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         methods = split_list(args.methods)
-        for method in methods:
-            resolve_method(method, str(Budget.parse(args.budget)))
+        checked_budget(methods, args.budget)
         rows = measure(args, methods)
     except (ValueError, FileNotFoundError) as error:
         print(f"eval.harness: {error}", file=sys.stderr)

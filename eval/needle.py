@@ -15,15 +15,15 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import torch
 from matplotlib import pyplot
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from agentkv.trace import write_json
+from eval.arguments import add_methods, add_outputs, checked_budget
 from eval.textbench import FULL, examples, load_text_model, recall, share
-from textkv import Budget, resolve_method, split_list
+from textkv import split_list
 from textkv.intervals import wilson
 from textkv.mini.facts import TASKS, check_task
 from textkv.mini.tasks import FIRST_EVALUATION_SEED
@@ -84,14 +84,12 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.needle", description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="mini", help="mini (embedded) or a local folder of a Llama, Qwen or Mistral")
-    p.add_argument("--methods", default="full,snapkv,streaming_llm", help="comma-separated methods and compositions")
-    p.add_argument("--budget", default="0.2", help="share of the prompt's tokens to keep, or a number as 64t")
+    add_methods(p, "full,snapkv,streaming_llm", "0.2")
     p.add_argument("--task", default="needle", help=f"one of {', '.join(TASKS)}")
     p.add_argument("--lengths", default="256,512,1024,2048", help="tokens of a prompt with its answer")
     p.add_argument("--depths", type=int, default=5, help="places of the fact, from first to last (default 5)")
     p.add_argument("--n", type=int, default=16, help="facts per cell (default 16)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--json", type=Path, help="write the rows here")
+    add_outputs(p)
     p.add_argument("--plot", type=Path, help="write the heat maps here, as PNG")
     return p
 
@@ -103,9 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.n < 1 or args.depths < 2:
             raise ValueError(f"n={args.n}, depths={args.depths}: use at least 1 fact and 2 depths")
-        methods, budget = split_list(args.methods), str(Budget.parse(args.budget))
-        for method in methods:
-            resolve_method(method, budget)
+        methods = split_list(args.methods)
+        budget = checked_budget(methods, args.budget)
         lengths = [int(length) for length in split_list(args.lengths)]
         rows = measure(args.model, methods, budget, check_task(args.task), lengths, args.depths, args.n, args.device)
     except (ValueError, FileNotFoundError) as error:

@@ -26,6 +26,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from agentkv.trace import write_json
+from eval.arguments import add_outputs
 from eval.textbench import load_text_model, text_rows
 from textkv import MethodCache, resolve_method, split_list, use
 from textkv.provenance import run_meta
@@ -91,8 +92,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=int, default=8192, help="length of the text (default 8192)")
     p.add_argument("--stretches", type=int, default=8, help="parts of the text to be told apart (default 8)")
     p.add_argument("--text", type=Path, help="the text (its last tenth is read); default: held-out plain sentences")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--json", type=Path, help="write the rows here")
+    add_outputs(p)
     p.add_argument("--plot", type=Path, help="write the curves here, as PNG")
     return p
 

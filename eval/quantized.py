@@ -77,6 +77,7 @@ class Grouped(Fp8):
             raise ValueError(f"group={self.group}, residual={self.residual}: both must be at least 1; theirs: 64, 128")
 
     def settings(self) -> dict[str, Any]:
+        """The arguments of transformers' `QuantizedCache`."""
         return {
             "nbits": self.bits, "axis_key": self.axis_key, "axis_value": self.axis_value,
             "q_group_size": self.group, "residual_length": self.residual,
@@ -92,6 +93,7 @@ class Quanto(Grouped):
     axes: ClassVar[tuple[int, ...]] = (0, -1)
 
     def check_installed(self) -> None:
+        """Raises ValueError naming what is missing: optimum-quanto, or what compiles its C++."""
         if not is_optimum_quanto_available():
             raise ValueError(_missing(self.name, "optimum-quanto"))
         if not (which("ninja") and which("c++")):
@@ -110,6 +112,7 @@ class Hqq(Grouped):
     axes: ClassVar[tuple[int, ...]] = (0, 1)
 
     def check_installed(self) -> None:
+        """Raises ValueError if hqq is missing."""
         if not is_hqq_available():
             raise ValueError(_missing(self.name, "hqq"))
 

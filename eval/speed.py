@@ -17,7 +17,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -29,8 +28,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from agentkv.trace import write_json
 from eval import decode_speed
+from eval.arguments import add_methods, add_outputs, checked_budget
 from eval.textbench import FULL
-from textkv import Budget, MethodCache, list_methods, resolve_method, split_list
+from textkv import MethodCache, list_methods, split_list
 from textkv.provenance import run_meta
 
 WHOLE = "1.0"
@@ -157,13 +157,11 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__.split("\n\n")[0])
-    p.add_argument("--methods", default="all", help="all, or comma-separated methods and compositions")
-    p.add_argument("--budget", default="0.2", help="share of the prompt's tokens to keep, or a number as 64t")
+    add_methods(p, "all", "0.2", all_known=True)
     p.add_argument("--length", type=int, help="tokens of the prompt (default 512 on a CPU, 16384 on a GPU)")
     p.add_argument("--layers", type=int, default=2, help="layers of the model (default 2: 1.8 GB in fp32)")
     p.add_argument("--rounds", type=int, default=3, help="rounds that count (default 3)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--json", type=Path, help="write the rows here, after every round")
+    add_outputs(p, ", after every round")
     return p
 
 
@@ -182,9 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if min(length, args.layers, args.rounds) < 1:
             raise ValueError(f"length={length}, layers={args.layers}, rounds={args.rounds}: each must be at least 1")
         methods = list_methods() if args.methods == "all" else split_list(args.methods)
-        budget = str(Budget.parse(args.budget))
-        for method in methods:
-            resolve_method(method, budget)
+        budget = checked_budget(methods, args.budget)
         methods = [method for method in methods if can_run(method, budget, length, args.layers)]
         meta = run_meta("eval.speed", argv, 0) | ({} if cuda else {"needs_gpu": TIMES})
         model = shaped(args.layers, args.device)

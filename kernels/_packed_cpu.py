@@ -14,7 +14,7 @@ from itertools import product
 import torch
 
 from kernels._packed_reference import key_corrections, value_corrections
-from kernels._turning import turned_scores
+from kernels._rotary_centre import turned_scores
 from kernels.merge import reference as merge
 from kernels.pack import FP8, width
 

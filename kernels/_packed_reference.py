@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels._turning import turned_scores
+from kernels._rotary_centre import turned_scores
 from kernels.pack import entries, expand
 
 _TOKENS = 256  # keys of a run that the reference dequantises at a time

@@ -11,7 +11,7 @@ first length[r] tokens count. Dense caches are the case of equal runs. Rules of 
 - low rank: q . (A P^T) = (q P) A^T and p (A P^T) = (p A) P^T, r numbers per query instead of T x D;
 - sparse: entry (j, c) adds q[c] delta to score j, and p[j] delta to channel c of the output;
 - a centre common to all keys of a run adds the same number to all their scores: it changes only the lse;
-- a centre that turns with the token's position, as RoPE and M-RoPE turn a key bias, costs sines (`kernels._turning`).
+- a centre that turns with the token's position, as RoPE and M-RoPE turn a key bias: `kernels._rotary_centre`.
 
 Floor in bytes: codes, scales and corrections of the visible tokens, once, whatever the number of query heads.
 """
@@ -37,8 +37,8 @@ from kernels._backend import (
 from kernels._packed_cpu import packed_cpu
 from kernels._packed_reference import reference
 from kernels._packed_tiles import by_token, codes, entry_tile, rank_tiles
+from kernels._rotary_centre import check_turn, turned_products, turned_tile
 from kernels._tiles import scaled, softmax_step
-from kernels._turning import check_turn, turned_products, turned_tile
 from kernels.decode_attention import _merge_kernel
 from kernels.pack import Packed, width
 
@@ -104,7 +104,7 @@ def _value_sums(
 def _packed_kernel(
     p_q, k_codes, k_scale, k_zero, k_a, k_p, k_chunk, k_first, k_count, k_at, k_delta,
     v_codes, v_scale, v_zero, v_a, v_p, v_chunk, v_first, v_count, v_at, v_delta,
-    p_start, p_length, p_centre, p_rate, p_axis, p_positions, p_valid, p_shift, s_pa, s_pb, s_pg, s_hb, s_hg, s_hn,
+    p_start, p_length, p_centre, p_freq, p_axis, p_positions, p_valid, p_shift, s_pa, s_pb, s_pg, s_hb, s_hg, s_hn,
     p_out, p_lse, s_qb, s_qh, s_qm, m, split, splits, groups, scale_log2, cap_log2,
     GROUP: tl.constexpr, D: tl.constexpr, T: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     K_TABLE: tl.constexpr, V_TABLE: tl.constexpr, K_RANK: tl.constexpr, V_RANK: tl.constexpr,
@@ -128,8 +128,8 @@ def _packed_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HALF:
-        with_cos, with_sin, rate, axis = turned_products(
-            p_q, o_q, i < m, p_centre, p_rate, p_axis, run, D, HALF, AXES, BLOCK_F
+        with_cos, with_sin, freq, axis = turned_products(
+            p_q, o_q, i < m, p_centre, p_freq, p_axis, run, D, HALF, AXES, BLOCK_F
         )
         p_positions += b * s_pb + g * s_pg
     if SHIFTED:
@@ -147,7 +147,7 @@ def _packed_kernel(
             block, t, d, seen, K_BITS, T, D, K_TABLE, K_RANK, K_SPARSE, DOT, BLOCK_E,
         )  # fmt: skip
         if HALF:
-            scores += turned_tile(with_cos, with_sin, rate, axis, p_positions, s_pa, j, seen, AXES)
+            scores += turned_tile(with_cos, with_sin, freq, axis, p_positions, s_pa, j, seen, AXES)
         if SHIFTED:
             scores += shift[:, None]
         scores = tl.where(seen[None, :], scaled(scores, scale_log2, cap_log2, CAPPED), float("-inf"))
@@ -267,25 +267,35 @@ def packed_attention(
     check_softcap(softcap)
     if valid is not None:
         valid = _check_holes(valid, q.shape[0], start.numel() // q.shape[0], longest, q)
+    turn, common = _parts_of_centre(q, centre, inv_freq, positions, axes, longest)
+    out, lse = _implementation(q, _backend)(
+        q, k, v, scale=scale, start=start, length=length, longest=longest, turn=turn, softcap=softcap, valid=valid,
+        shift=None if softcap is None else common,
+    )  # fmt: skip
+    return out, lse if common is None or softcap is not None else lse + common * scale
+
+
+def _implementation(q, backend):
+    """What computes these queries: the kernel, the CPU's path, which knows no gradient, or the reference."""
+    if q.numel() and use_triton(q, backend):
+        return _launch
+    if q.numel() and q.is_cpu and backend in (None, "fused") and not (q.requires_grad and torch.is_grad_enabled()):
+        return packed_cpu
+    return reference
+
+
+def _parts_of_centre(q, centre, inv_freq, positions, axes, longest):
+    """A centre by dims: those that turn, as (centre, inv_freq, positions, axes) or None, and what the dims that stand
+    still add to all scores of a query, fp32 [B, H, m] or None. Raises ValueError on bad arguments of the first."""
     turn, still = None, 0
     if inv_freq is not None:
         positions = check_turn(q, centre, inv_freq, positions, axes, longest)
         axes = None if axes is None else axes.contiguous()
         turn, still = (centre.contiguous(), inv_freq.contiguous(), positions, axes), 2 * inv_freq.shape[1]
-    common = None
-    if centre is not None and still < q.shape[-1]:
-        rows = q.reshape(start.numel(), -1, q.shape[-1])[..., still:].float()
-        common = (rows @ centre[..., still:, None]).view(q.shape[:3])  # of all scores of a query
-    run = reference
-    if q.numel() and use_triton(q, _backend):
-        run = _launch
-    elif q.numel() and q.is_cpu and _backend in (None, "fused") and not (q.requires_grad and torch.is_grad_enabled()):
-        run = packed_cpu
-    out, lse = run(
-        q, k, v, scale=scale, start=start, length=length, longest=longest, turn=turn, softcap=softcap, valid=valid,
-        shift=None if softcap is None else common,
-    )  # fmt: skip
-    return out, lse if common is None or softcap is not None else lse + common * scale
+    if centre is None or still >= q.shape[-1]:
+        return turn, None
+    rows = q.reshape(len(centre), -1, q.shape[-1])[..., still:].float()
+    return turn, (rows @ centre[..., still:, None]).view(q.shape[:3])
 
 
 def _check_holes(valid, batch, groups, longest, like):

@@ -53,6 +53,7 @@ class Bench:
         self.policy: Method = resolve_method(method, budget)
 
     def cache(self, budget: Budget | float | str | None = None) -> MethodCache:
+        """A cache of the method, at the bench's own budget unless another is given."""
         return MethodCache(self.model, self.method, self.budget if budget is None else budget)
 
     @property

@@ -63,6 +63,7 @@ class _Dialogue:
 
     @property
     def columns(self) -> int:
+        """Columns that the rows have together, padding included."""
         return self.ids.shape[1]
 
     def first(self, columns: int) -> _Dialogue:

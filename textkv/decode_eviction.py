@@ -38,6 +38,7 @@ class DecodeEviction(Eviction):
         """
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
+        """One token leaves for the one that came, once the layer is full: the lowest by `decode_score`."""
         if self.budget.is_full or self._drop_one(layer, query):
             return
         lengths = layer.lengths().amax(1, keepdim=True)

@@ -63,6 +63,7 @@ class Eviction(Method):
         return out
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Keep the best `counts` by `scores`, unless all fit."""
         if not self.fits(layer, evidence):
             scores = self.scores(layer, evidence)
             keep_best(layer, scores, self.counts(layer, scores, evidence))

@@ -20,6 +20,7 @@ class HybridLayer(LinearAttentionLayer, Layer):
         Layer.__init__(self, kind, context, index)
 
     def lazy_initialization(self, *args: torch.Tensor, **kwargs: Any) -> None:
+        """Prepares the half whose first input this is: the state's or the keys and values'."""
         # transformers hands a state to one and keys and values to the other, under one name.
         if kwargs:
             LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
@@ -27,14 +28,17 @@ class HybridLayer(LinearAttentionLayer, Layer):
             Layer.lazy_initialization(self, *args)
 
     def reset(self) -> None:
+        """Both halves forget everything."""
         LinearAttentionLayer.reset(self)
         Layer.reset(self)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Both halves take the rows `beam_idx`."""
         LinearAttentionLayer.reorder_cache(self, beam_idx)
         Layer.reorder_cache(self, beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the newest tokens of both halves."""
         LinearAttentionLayer.crop(self, tokens_to_remove)
         Layer.crop(self, tokens_to_remove)
 

@@ -98,10 +98,12 @@ class Packer(Method):
         """
 
     def needs(self) -> Needs:
+        """What the method before it needs, and positions where the centre may turn."""
         return super().needs() | Needs(positions=self.centre in ("auto", "turned"))
 
     @property
     def evicts(self) -> bool:
+        """Only behind a method that does."""
         return self.inner is not None and self.inner.evicts
 
     def on_start(self, layer: Layer) -> None:
@@ -116,12 +118,14 @@ class Packer(Method):
             self.inner.on_start(layer)
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Let the method before it act, then pack what is left, unless it acts again in `on_finish`."""
         if self.inner is not None:
             self.inner.on_prefill_end(layer, evidence)
         if not self._waits:
             self._flush(layer, prompt=True)
 
     def on_finish(self, context: Context) -> None:
+        """Let the method before it act; if it waited for all layers, pack them now."""
         if self.inner is not None:
             self.inner.on_finish(context)
         if self._waits:
@@ -129,6 +133,7 @@ class Packer(Method):
                 self._flush(layer, prompt=True)
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
+        """Pack the buffer when it is full."""
         self._flush(layer, prompt=False)
 
     @property

@@ -146,6 +146,7 @@ def fuzz(name: str, count: int, seed: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: one line of JSON per grammar; 1 if one raised or was too slow."""
     parser = argparse.ArgumentParser(description="Random and mutated replies against the action grammars.")
     parser.add_argument("--count", type=int, default=200_000, help="replies per grammar")
     parser.add_argument("--grammar", choices=["all", *GRAMMARS], default="all")

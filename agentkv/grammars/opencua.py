@@ -127,6 +127,7 @@ class _Reader:
     pointer: tuple[float, float] | None = field(default=None)
 
     def actions(self, statement: Statement) -> list[Action]:
+        """The actions of one statement; raises `Reject` if it is none, or one that no browser can do."""
         if statement.name in _UNSUPPORTED or statement.module in ("browser", "mobile"):
             raise Reject(f"{statement.name[:40]!r} is known but unsupported", statement.at)
         if statement.name not in _TABLE:

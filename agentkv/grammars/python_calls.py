@@ -66,6 +66,7 @@ class Statement:
 
     @property
     def name(self) -> str:
+        """What is called, as it is written: "module.function"."""
         return f"{self.module}.{self.function}"
 
 

@@ -42,15 +42,19 @@ class Scanner:
         return found[0]
 
     def peek(self) -> str:
+        """The next character, not taken; "" at the end."""
         return self.text[self.at : self.at + 1]
 
     def spaces(self) -> str:
+        """Take the white space that comes next, and return it."""
         return self._take(_SPACES)
 
     def name(self) -> str:
+        """Take the identifier that comes next, "" if there is none."""
         return self._take(_NAME)
 
     def expect(self, char: str) -> None:
+        """Take white space and then `char`; raises `Reject` if something else stands there."""
         self.spaces()
         if self.peek() != char:
             found = repr(self.peek()) if self.peek() else "the end of the reply"

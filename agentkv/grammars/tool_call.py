@@ -145,11 +145,13 @@ class _Call:
         self.name, self.arguments, self.at, self.frame, self.flags = name, arguments, at, frame, flags
 
     def need(self, key: str) -> Any:
+        """The argument `key`; raises `Reject` if the call has none."""
         if key not in self.arguments:
             raise Reject(f"{self.name} needs {key}", self.at)
         return self.arguments[key]
 
     def point(self) -> tuple[float, float]:
+        """The argument "coordinate" as a point of the frame; what lies outside is clamped and flagged."""
         value = self.need("coordinate")
         if not isinstance(value, list) or len(value) != 2:
             raise Reject(f"coordinate {shown(value)} is not a point; write [x, y]", self.at)
@@ -157,6 +159,7 @@ class _Call:
         return self.frame.clamped(x, y, self.at, self.flags)
 
     def text(self, key: str) -> str:
+        """The argument `key`, which must be a string."""
         return text_of(self.need(key), key, self.at)
 
 

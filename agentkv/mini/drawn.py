@@ -86,6 +86,7 @@ class Page:
 
     @property
     def draw(self) -> ImageDraw.ImageDraw:
+        """A pen for the page."""
         return ImageDraw.Draw(self.image)
 
     def place(self, width: float, height: float, tries: int = 12) -> tuple[float, float] | None:
@@ -100,15 +101,18 @@ class Page:
         return None
 
     def new_label(self, label: str) -> bool:
+        """Whether nothing on the page is called `label` yet; from now on something is."""
         if label.lower() in self.labels:
             return False
         self.labels.add(label.lower())
         return True
 
     def ask(self, goal: str, answer: str, task: str) -> None:
+        """Note one question about the page and its answer."""
         self.asks.append(Ask(goal, answer, task))
 
     def where(self, goals: tuple[str, ...], x: float, y: float, task: str) -> None:
+        """Note a question that a click at (x, y) answers, in one of the wordings `goals`."""
         self.ask(self.rng.choice(goals), click(x, y), task)
 
     def what(self, label: str, x: float, y: float) -> None:

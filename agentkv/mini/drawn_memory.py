@@ -60,6 +60,7 @@ class Screen:
         return x, y, x + w - 1, y + h - 1
 
     def ask(self, goal: str, answer: str, task: str) -> None:
+        """Note one question about the screen and its answer."""
         self.asks.append(Ask(goal, answer, task))
 
     def recall(self, goal: str, words: str, *looks: Look) -> None:
@@ -67,21 +68,25 @@ class Screen:
         self.asks.append(Ask(goal, say(words), "memory-recall", looks))
 
     def text(self, text: str, box: Box, size: int, ink: str = "black") -> None:
+        """Write `text` in the middle of `box`, `size` px high."""
         place = (_SCALE * (box[0] + box[2] / 2), _SCALE * (box[1] + box[3] / 2))
         self.draw.text(place, text, fill=ink, font=face(_SCALE * size, "bold"), anchor="mm")
 
     def button(
         self, text: str, box: Box, size: int, fill: str = "#e4e4e4", edge: str = _INK, ink: str = "black"
     ) -> None:
+        """Draw a button; one with a text may be asked for."""
         self.draw.rounded_rectangle(self._corners(box), 6 * _SCALE, fill=fill, outline=edge, width=2 * _SCALE)
         self.text(text, box, size, ink)
         if text:
             self.ask(f"Click on {text}.", _middle(box), "memory-where")
 
     def next(self) -> None:
+        """Draw the button that leads to the next page."""
         self.button("Next", _NEXT, 26, "#1a3f8b", "#1a3f8b", "white")
 
     def card(self, text: str, box: Box, size: int) -> None:
+        """Draw a card as those whose text has to be remembered, and ask to read it."""
         self.draw.rectangle(self._corners(box), fill="#fff3b8", outline=_INK, width=2 * _SCALE)
         self.text(text, box, size)
         if text:
@@ -89,6 +94,7 @@ class Screen:
             self.ask(f"Read ({x},{y})", say(text), "memory-read")
 
     def swatch(self, colour: str, box: Box, pressed: bool) -> None:
+        """Draw a field of one colour, as a button or flat, and ask for it."""
         if pressed:
             self.button("", box, 10, _COLOURS[colour])
         else:
@@ -116,6 +122,7 @@ class Screen:
         self.ask(f"Click on the {colour} {shape}.", _middle(box), "memory-where")
 
     def pixels(self) -> np.ndarray:
+        """The screen as uint8 [height, width, 3], at its real size."""
         return np.asarray(self.image.reduce(_SCALE))
 
 

@@ -34,6 +34,7 @@ def patches(images: torch.Tensor, patch: int, merge: int) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [.., head_dim] turned by the rotary angles in `cos` and `sin`, pairs half a head apart."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 

@@ -155,6 +155,7 @@ class _Draft:
         self.positions.append(positions)
 
     def text(self, ids: list[int]) -> None:
+        """Append tokens that carry no label; all three axes step on by one per token."""
         steps = np.tile(np.arange(self.at, self.at + len(ids)), (3, 1))
         self._add(ids, [IGNORE] * len(ids), 0, steps)
         self.at += len(ids)
@@ -205,6 +206,7 @@ class _Draft:
             self.hints += [Hint(query, key) for query in queries]
 
     def done(self) -> Packed:
+        """The finished sequence."""
         positions = np.concatenate(self.positions, 1)
         return Packed(self.ids, positions, self.labels, self.branch, self.images, self.answers, self.hints)
 

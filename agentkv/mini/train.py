@@ -129,6 +129,7 @@ class Meter:
         self.losses: list[float] = []
 
     def add(self, batch: Batch, logits: torch.Tensor, targets: torch.Tensor, loss: torch.Tensor) -> None:
+        """Count one batch; an answer is right if each of its tokens is the target or a neighbour of it."""
         self.losses.append(float(loss))
         right = (logits.argmax(-1)[:, None] == self.neighbours[targets]).any(1).tolist()
         at = 0
@@ -138,6 +139,7 @@ class Meter:
             at += count
 
     def line(self) -> str:
+        """Loss and percent right by task since the last line; starts again from nothing."""
         loss = sum(self.losses) / max(len(self.losses), 1)
         tasks = " ".join(f"{task}:{100 * hit / total:.0f}" for task, (hit, total) in sorted(self.hits.items()))
         self.hits.clear()
@@ -199,6 +201,7 @@ class Trainer:
         return -(scores.gather(1, near) * self.spread[targets]).sum(1).mean()
 
     def save(self) -> None:
+        """Write the state to go on from, and the averaged weights as a model."""
         scalars = {"step": self.step, "seconds": self.seconds}
         save_state(self.state, self.model, self.average, self.optimizers, scalars)
         total = {name: value + self.before[name] for name, value in scalars.items()}

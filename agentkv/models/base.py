@@ -53,9 +53,11 @@ class Prompt:
 class Grammar(Protocol):
     """A module of `agentkv.grammars`."""
 
-    def parse(self, text: str, frame: Frame) -> Action | ParseError: ...
+    def parse(self, text: str, frame: Frame) -> Action | ParseError:
+        """The action that a reply says, its points in the frame's own screen; or what is wrong with the reply."""
 
-    def render(self, action: Action, frame: Frame) -> str: ...
+    def render(self, action: Action, frame: Frame) -> str:
+        """The reply that says this action; raises ValueError if the grammar has no words for it."""
 
 
 class ModelAdapter(Protocol):

@@ -69,15 +69,19 @@ class OpenCuaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> torch.nn.Module:
+        """Those of the language model."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        """Those of the language model."""
         self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> torch.nn.Module:
+        """The head of the language model."""
         return self.language_model.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: torch.nn.Module) -> None:
+        """The head of the language model."""
         self.language_model.set_output_embeddings(new_embeddings)
 
     def forward(

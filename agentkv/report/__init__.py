@@ -54,6 +54,7 @@ class _Images:
         return self._index[key]
 
     def size(self) -> int:
+        """Characters of all URIs together."""
         return sum(map(len, self.uris))
 
 

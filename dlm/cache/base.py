@@ -60,11 +60,13 @@ class WindowRun(Run):
         return low, torch.full_like(low, self.canvas.length)
 
     def logit_window(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The window's slots, from one later on in a shifted model; on the canvas's device."""
         # Row j predicts slot j + shift: the first computed row of a shifted model says nothing of its own slot.
         low, high = self.window()
         return (low + self.canvas.shift).to(self.canvas.ids.device), high.to(self.canvas.ids.device)
 
     def plan(self, wanted: torch.Tensor) -> Plan:
+        """Computes the window, whatever is `wanted`: those slots were chosen inside it."""
         # The forward is counted after the window was read: intervals count from 0.
         plan = window_plan(self.canvas, *self.window())
         self.forwards += 1

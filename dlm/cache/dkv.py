@@ -42,6 +42,7 @@ class DKVCache(Policy):
         check_interval("refresh", self.refresh)
 
     def begin(self, canvas: Canvas, model: Any) -> Run:
+        """A run with every row before its first step."""
         return _Run(canvas, self)
 
 
@@ -54,6 +55,7 @@ class _Run(Run):
         self.recent = torch.zeros_like(canvas.masked())
 
     def logit_window(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the active block to the end of the canvas: the masks of both lie among the queries."""
         first = self.canvas.block_start(self.canvas.active)
         return first, torch.full_like(first, self.canvas.length)
 
@@ -77,6 +79,7 @@ class _Run(Run):
         return index_plan(self.canvas, self._queries() | whole.to(self.recent.device)[:, None])
 
     def after(self, committed: torch.Tensor) -> None:
+        """Keeps what was committed: those slots are computed once more as tokens."""
         self.recent = committed
 
     def _queries(self) -> torch.Tensor:

@@ -50,6 +50,7 @@ class DLLMCache(Policy):
             raise ValueError(f"ratio={self.ratio} is no share of the response; use 0 to 1, for example 0.25")
 
     def begin(self, canvas: Canvas, model: Any) -> Run:
+        """A run with every row before its first refresh."""
         return _Run(canvas, self)
 
 
@@ -59,6 +60,7 @@ class _Run(Run):
         self.policy = policy
 
     def logit_window(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the active block to the end of the canvas: int64 [batch] each."""
         first = self.canvas.block_start(self.canvas.active)
         return first, torch.full_like(first, self.canvas.length)
 
@@ -121,6 +123,7 @@ class BranchLayer(SlotLayer):
         return similarity.argsort(dim=1, stable=True)[:, :count] + start
 
     def tensors(self) -> list[torch.Tensor]:
+        """Keys, values and what the two branches gave."""
         return super().tensors() + [x for x in (self.a, self.f) if x is not None]
 
     def _put(self, rows: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -45,6 +45,7 @@ class _FastDLLM(Policy):
         check_interval("refresh", self.refresh)
 
     def begin(self, canvas: Canvas, model: Any) -> Run:
+        """A run in which no block has been computed yet."""
         return _Run(canvas, self)
 
 
@@ -86,11 +87,13 @@ class _Run(WindowRun):
         return low, high
 
     def plan(self, wanted: torch.Tensor) -> Plan:
+        """The window, after which the rows' active blocks count as begun."""
         plan = super().plan(wanted)
         self.primed = self.canvas.active_cpu.clone()
         return plan
 
     def forced(self) -> torch.Tensor | None:
+        """The first slot of a block that begins, in a shifted model with shift_mode="commit_first"; -1 = none."""
         # Only commit_first on a shifted model: its later windows cannot give the first slot's logits.
         if not self.canvas.shift or self.early:
             return None

@@ -53,12 +53,14 @@ class FreeCache(Policy):
 
     @property
     def expression(self) -> str:
+        """The composition string, as "freecache(delay=0)+snapkv(0.3)"."""
         # Not the base class's text: a method stands behind a plus sign, not among the arguments.
         given = [f"delay={self.delay}"] * (self.delay != 1) + [f"refresh={self.refresh}"] * (self.refresh is not None)
         own = f"{self.name}({','.join(given)})" if given else self.name
         return f"{own}+{self.method.expression}" if self.method is not None else own
 
     def begin(self, canvas: Canvas, model: Any) -> Run:
+        """A run in which nothing is frozen; `model` tells a method its layers."""
         return _Run(canvas, self, model)
 
 
@@ -70,6 +72,7 @@ class _Run(WindowRun):
         self.before = torch.zeros(canvas.batch, dtype=torch.int64)
 
     def window(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the active block (delay 0), or that of the forward before (delay 1), to the end; all at refreshes."""
         low, high = self.whole()
         refresh = self.policy.refresh is not None and self.forwards % self.policy.refresh == 0
         # The first forward computes everything: there is nothing to read yet.
@@ -80,6 +83,7 @@ class _Run(WindowRun):
         return low, high
 
     def plan(self, wanted: torch.Tensor) -> Plan:
+        """The window; slots before it are frozen, and handed to the method if there is one."""
         # Before super().plan(), which counts the forward, and before `before` moves on: the same window as the plan's.
         low, _ = self.window()
         plan = super().plan(wanted)

@@ -73,6 +73,7 @@ class FrozenCache(SlotCache):
         self.visible: torch.Tensor | None = canvas.valid
 
     def layer(self, index: int) -> FrozenLayer:
+        """The layer `index`, made when it is first asked for."""
         while len(self.layers) <= index:
             self.layers.append(FrozenLayer(self, len(self.layers)))
         return self.layers[index]
@@ -91,6 +92,7 @@ class FrozenCache(SlotCache):
                 self.visible = visible.to(self.canvas.ids.device)
 
     def kv_bytes(self) -> int:
+        """Bytes of the canvas's slots and of what the method keeps."""
         return super().kv_bytes() + self.store.kv_bytes()
 
 

@@ -17,9 +17,11 @@ class NoCache(Policy):
     """Query tokens with one token per step: S * (P + G)."""
 
     def begin(self, canvas: Canvas, model: Any) -> Run:
+        """A run without any storage."""
         return _Run(canvas, None)
 
 
 class _Run(WindowRun):
     def window(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Always the whole canvas."""
         return self.whole()

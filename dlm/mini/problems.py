@@ -57,6 +57,7 @@ class Problem:
 
     @property
     def total(self) -> int:
+        """The answer: what is left after all changes."""
         return self.start + sum(self.changes)
 
 

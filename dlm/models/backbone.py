@@ -34,6 +34,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden` [.., size] by its root mean square, times the weights; in the dtype of `hidden`."""
         # fp32 as in Llama: the mean of squares of thousands of bf16 numbers loses its small terms.
         exact = hidden.float()
         exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps)
@@ -177,9 +178,11 @@ class MaskedDiffusionModel(PreTrainedModel):
         return DecodingSpec.of(config, cls.shift, cls.unmask, end_ids, cls.context_advised)
 
     def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings."""
         return self.embed
 
     def get_output_embeddings(self) -> nn.Module:
+        """The output head."""
         return self.head
 
     def forward(

@@ -21,6 +21,14 @@ LogitWindow = tuple[torch.Tensor, torch.Tensor]
 """Slots [low, high) of each row, int64 [batch], whose logits the next forward can give."""
 
 
+_LIMITS = "limits"
+
+
+def number(default: float, low: float, high: float, hint: str, **options: Any) -> Any:
+    """A field of a rule that must be a number in [low, high]; `hint` says what to use, `options` are the field's."""
+    return field(default=default, metadata={_LIMITS: (low, high, hint)}, **options)
+
+
 @dataclass(frozen=True)
 class Choice:
     """What a step writes.
@@ -64,7 +72,7 @@ class Rule(ABC):
         logits_eos_inf: also never write the spec's first end token (LLaDA's option of that name).
 
     Raises:
-        ValueError: a suppressed id that is no token id.
+        ValueError: a suppressed id that is no token id, or a `number` outside its limits.
     """
 
     sampling: Sampling = field(default=Sampling(), kw_only=True)
@@ -77,6 +85,9 @@ class Rule(ABC):
         ids = self.suppress
         if not isinstance(ids, tuple) or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
             raise ValueError(f"suppress={ids!r} is no tuple of token ids; use for example suppress=(126081,)")
+        for f in fields(self):
+            if _LIMITS in f.metadata:
+                check_number(f.name, getattr(self, f.name), *f.metadata[_LIMITS])
 
     @abstractmethod
     def begin(self, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None, steps: int) -> Unmasker:

@@ -25,6 +25,7 @@ class BlockUnmasker(Unmasker):
         self.schedule = UnmaskSchedule(canvas, steps)
 
     def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
+        """The masks of each row's active block that the next forward can give: int64 [batch, block_length]."""
         start, end = canvas.block_start(canvas.active), canvas.block_start(canvas.active + 1)
         low, high = torch.maximum(start, logit_window[0]), torch.minimum(end, logit_window[1])
         # Always as wide as a block: the number of masks left would have to be waited for.
@@ -34,6 +35,7 @@ class BlockUnmasker(Unmasker):
         return slots.masked_fill(~masked | (slots < low[:, None]) | (slots >= high[:, None]), -1)
 
     def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
+        """Draws a token for every candidate, scores them, and writes those that the rule accepts."""
         masked = slots >= 0
         # Drawn for all candidates, written for few: confidence is that of the token drawn, so drawing comes first.
         draw = self.sampler.draw(logits, warped=self.rule.warped, excluded=self.excluded)
@@ -52,6 +54,7 @@ class BlockRule(Rule):
     """What `begin` makes."""
 
     def begin(self, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None, steps: int) -> BlockUnmasker:
+        """Starts a generation whose `steps` are spread over the blocks."""
         excluded = torch.tensor(self.excluded(spec), device=canvas.ids.device) if self.excluded(spec) else None
         return self.unmasker(self, canvas, self.sampler(canvas, spec, generator), steps, excluded)
 
@@ -82,7 +85,9 @@ class ProbabilityRule(BlockRule):
     confidence_eos_eot_inf: bool = field(default=False, kw_only=True)
 
     def excluded(self, spec: DecodingSpec) -> tuple[int, ...]:
+        """The end tokens, with confidence_eos_eot_inf."""
         return spec.eos_ids if self.confidence_eos_eot_inf else ()
 
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
+        """The probability of the drawn token, fp32 [batch, r]."""
         return draw.probability

@@ -22,6 +22,7 @@ class QuotaRule(BlockRule):
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
     ) -> torch.Tensor:
+        """The best by score, as many in each row as its schedule says: bool [batch, r]."""
         # LLaDA's num_transfer_tokens: the quota of each row, and the rows' best by rank.
         return ranks(score, masked) < even_quota(step)[:, None]
 
@@ -38,5 +39,6 @@ class Random(QuotaRule):
     """In random order."""
 
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
+        """Uniform numbers, fp32 [batch, r]."""
         # A random score is a random order; it comes from the generation's own generator.
         return sampler.uniform(draw.tokens.shape)

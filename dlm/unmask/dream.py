@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from dlm.unmask.base import check_number, register
+from dlm.unmask.base import number, register
 from dlm.unmask.blocks import BlockRule, BlockUnmasker, ProbabilityRule
 from dlm.unmask.sampling import Draw, Sampler
 from dlm.unmask.schedule import ScheduleStep, even_quota, ranks, timestep_quota, timestep_shares
@@ -39,14 +39,10 @@ class DreamRule(BlockRule):
     """
 
     compat: bool = field(default=False, kw_only=True)
-    eps: float = field(default=1e-3, kw_only=True)
+    eps: float = number(1e-3, 1e-12, 1 - 1e-6, "use the authors' 1e-3", kw_only=True)
 
     warped: ClassVar[bool] = True
     unmasker: ClassVar[type[BlockUnmasker]] = _Unmasker
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("eps", self.eps, 1e-12, 1 - 1e-6, "use the authors' 1e-3")
 
 
 @register("origin")
@@ -55,11 +51,13 @@ class Origin(DreamRule):
     """Every mask is written by chance, on its own: with probability 1 - t[i+1] / t[i], or one over the steps left."""
 
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
+        """Uniform numbers, fp32 [batch, r]: what `accept` compares with the chance."""
         return sampler.uniform(draw.tokens.shape)
 
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: _Unmasker
     ) -> torch.Tensor:
+        """Each mask on its own with the step's chance; in a block's last step all: bool [batch, r]."""
         # Equation of the reverse process: a mask survives a step from t to s with probability s / t.
         chance = unmasker.shares[step.index.clamp(max=unmasker.steps - 1)] if self.compat else 1 / step.steps_left
         # The last step of a block writes all that is left; a uniform number is always below 1.
@@ -78,15 +76,12 @@ class _Ranked(DreamRule):
         ValueError: alg_temp below 0.
     """
 
-    alg_temp: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("alg_temp", self.alg_temp, 0, 1e9, "use 0 for the strict order")
+    alg_temp: float = number(0.0, 0, 1e9, "use 0 for the strict order")
 
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: _Unmasker
     ) -> torch.Tensor:
+        """The best by score, or with alg_temp a draw among them, as many as the schedule says: bool [batch, r]."""
         if self.alg_temp:
             # The largest of score + Gumbel noise are such a draw without replacement.
             score = score / self.alg_temp + unmasker.sampler.gumbel(score.shape).float()
@@ -106,6 +101,7 @@ class TopKMargin(_Ranked):
     """First where the most probable token leads the second by most."""
 
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
+        """Largest probability minus the second, fp32 [batch, r]."""
         return draw.best - draw.second
 
 
@@ -115,4 +111,5 @@ class Entropy(_Ranked):
     """First where the distribution has the least entropy."""
 
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
+        """The negative entropy, fp32 [batch, r]."""
         return -draw.entropy

@@ -64,6 +64,11 @@ class Guided(Rule):
     def begin(
         self, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None, steps: int
     ) -> GuidedUnmasker:
+        """Starts a generation in rounds; `steps` plays no part.
+
+        Raises:
+            ValueError: no guide, or one that does not fit the model or the canvas.
+        """
         if self.guide is None:
             raise ValueError("the rule guided needs a guide: a Guider around a causal language model")
         self.guide.check(canvas, spec)
@@ -80,6 +85,7 @@ class GuidedUnmasker(Unmasker):
         self.lengths = torch.zeros(canvas.length + 1, dtype=torch.int64, device=canvas.ids.device)
 
     def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
+        """The first masks of each row, at most `window`, as far as they touch the text: int64 [batch, r]."""
         # As wide as the row with the most masks; shorter rows are filled up with -1 below.
         width = int(canvas.left_cpu.max())
         width = width if self.rule.window is None else min(self.rule.window, width)
@@ -91,6 +97,7 @@ class GuidedUnmasker(Unmasker):
         return slots.masked_fill(~wanted.long().cumprod(1).bool(), -1)
 
     def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
+        """A draft for every candidate; written are those before the guider's first refusal, and one at least."""
         self.rule.guide.check_vocabulary(logits.shape[2])  # of a model whose spec does not say it
         masked = slots >= 0
         drafts = self.sampler.draw(logits).tokens

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dlm.unmask.base import check_number, register
+from dlm.unmask.base import number, register
 from dlm.unmask.blocks import BlockRule, BlockUnmasker, ProbabilityRule
 from dlm.unmask.sampling import Draw, Sampler
 from dlm.unmask.schedule import ScheduleStep, even_quota, ordered, ranks
@@ -27,15 +27,12 @@ class Threshold(ProbabilityRule):
         ValueError: tau below 0 or no number.
     """
 
-    tau: float = 0.9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("tau", self.tau, 0, 1e9, "use a probability, the authors' is 0.9")
+    tau: float = number(0.9, 0, 1e9, "use a probability, the authors' is 0.9")
 
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
     ) -> torch.Tensor:
+        """Probability >= tau, or among the best of the even quota: bool [batch, r]."""
         # Or the quota: where no token is sure enough, progress must be made all the same.
         return (score >= self.tau) | (ranks(score, masked) < even_quota(step)[:, None])
 
@@ -53,15 +50,12 @@ class Factor(ProbabilityRule):
         ValueError: f not above 0 or no number.
     """
 
-    f: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("f", self.f, 1e-12, 1e9, "use a factor above 0, the authors' is 1.0")
+    f: float = number(1.0, 1e-12, 1e9, "use a factor above 0, the authors' is 1.0")
 
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
     ) -> torch.Tensor:
+        """The first n by probability, all ranks r of them with (r + 1)(1 - c) < f, or the quota: bool [batch, r]."""
         best = ordered(score, masked).values
         rank = torch.arange(1, best.shape[1] + 1, device=best.device)
         # Fast-dLLM's factor strategy, with the confidences c in descending order and ranks from 1 on.
@@ -81,18 +75,16 @@ class EntropyBound(BlockRule):
         ValueError: bound below 0 or no number.
     """
 
-    bound: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("bound", self.bound, 0, 1e9, "use an entropy, diffusers has 0.1")
+    bound: float = number(0.1, 0, 1e9, "use an entropy, diffusers has 0.1")
 
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
+        """The negative entropy, fp32 [batch, r]."""
         return -draw.entropy
 
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
     ) -> torch.Tensor:
+        """While the entropies before sum to at most `bound`, or the even quota: bool [batch, r]."""
         # [batch, r], the entropies of those that come before: rolled by one, the first has none in front.
         before = (-ordered(score, masked).values).cumsum(1).roll(1, dims=1)
         before[:, 0] = 0
@@ -110,17 +102,13 @@ class Hierarchical(ProbabilityRule):
         ValueError: tau or low below 0 or no number.
     """
 
-    tau: float = 0.9
-    low: float = 0.4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, value in (("tau", self.tau), ("low", self.low)):
-            check_number(name, value, 0, 1e9, "use a probability, the authors' are tau=0.9 and low=0.4")
+    tau: float = number(0.9, 0, 1e9, "use a probability, the authors' are tau=0.9 and low=0.4")
+    low: float = number(0.4, 0, 1e9, "use a probability, the authors' are tau=0.9 and low=0.4")
 
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
     ) -> torch.Tensor:
+        """Probability >= tau, the surest of each run of masks if >= low, or the even quota: bool [batch, r]."""
         rank = ranks(score, masked)
         run = (~masked).long().cumsum(1)  # the same number for masks that nothing stands between
         # The smallest rank of each run, by its number 0..r; twice as wide because there may be r + 1 numbers.

@@ -107,9 +107,11 @@ class Look:
         return round(x, 1), round(y, 1)
 
     def click(self, element: Element) -> Click:
+        """A click on the element."""
         return Click(*self.point(element))
 
     def drag(self, start: Element, end: tuple[float, float]) -> Drag:
+        """A drag from the element to a point of the screen."""
         return Drag(*self.point(start), *end)
 
 

@@ -15,6 +15,7 @@ def _figures(look: Look) -> list[str]:
 
 
 def code(look: Look) -> Iterator[Action]:
+    """Remembers the letters of all cards, and types or clicks them."""
     seen = [card.text for card in look.visible(".glyph")]
     while look.visible(_NEXT):
         yield look.click(look.one(_NEXT))
@@ -28,6 +29,7 @@ def code(look: Look) -> Iterator[Action]:
 
 
 def changed(look: Look) -> Iterator[Action]:
+    """Clicks the figure that is another than before."""
     before = _figures(look)
     yield look.click(look.one(_NEXT))
     for old, figure in zip(before, look.visible("svg[data-label]"), strict=True):
@@ -37,6 +39,7 @@ def changed(look: Look) -> Iterator[Action]:
 
 
 def colour(look: Look) -> Iterator[Action]:
+    """Clicks the colour of the first page."""
     seen = look.one("[data-colour]")["data-colour"]
     while look.visible(_NEXT):
         yield look.click(look.one(_NEXT))
@@ -44,6 +47,7 @@ def colour(look: Look) -> Iterator[Action]:
 
 
 def place(look: Look) -> Iterator[Action]:
+    """Clicks the field that the first page showed."""
     wanted = look.one("[data-field]")["data-field"]
     while look.visible(_NEXT):
         yield look.click(look.one(_NEXT))
@@ -51,6 +55,7 @@ def place(look: Look) -> Iterator[Action]:
 
 
 def order(look: Look) -> Iterator[Action]:
+    """Clicks the figures in the order in which the pages showed them, or the first alone."""
     seen = []
     while look.visible(_NEXT):
         seen += _figures(look)

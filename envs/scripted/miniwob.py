@@ -31,17 +31,20 @@ def press(look: Look) -> Iterator[Action]:
 
 
 def sequence(look: Look) -> Iterator[Action]:
+    """Button one, then button two."""
     yield look.click(look.one("#subbtn"))
     yield look.click(look.one("#subbtn2"))
 
 
 def tab(look: Look) -> Iterator[Action]:
+    """The tab whose number the goal names."""
     name = re.search(r"Tab #\d", look.goal)
     assert name is not None
     yield look.click(look.one("#area ul a", lambda link: link.text == name[0]))
 
 
 def link_in_tabs(look: Look) -> Iterator[Action]:
+    """Goes through the tabs until one has the link."""
     name = _quoted(look)[0]
     heads = look.visible("#area ul a")
     for number in range(len(heads) + 1):
@@ -53,15 +56,18 @@ def link_in_tabs(look: Look) -> Iterator[Action]:
 
 
 def link(look: Look) -> Iterator[Action]:
+    """The link of the quoted text."""
     name = _quoted(look)[0]
     yield look.click(look.one(".alink", lambda element: element.text == name))
 
 
 def close_dialog(look: Look) -> Iterator[Action]:
+    """The cross of the dialog."""
     yield look.click(look.one(".ui-dialog-titlebar button"))
 
 
 def dialog(look: Look) -> Iterator[Action]:
+    """The button of the quoted name, or the cross."""
     name = _quoted(look)[0]
     if name == "x":
         yield from close_dialog(look)
@@ -70,6 +76,7 @@ def dialog(look: Look) -> Iterator[Action]:
 
 
 def colour(look: Look) -> Iterator[Action]:
+    """The box of the colour that the goal names."""
     wanted = look.goal.split()[3]
     yield look.click(look.one("#area .color", lambda box: box["data-color"] == wanted))
 
@@ -89,23 +96,27 @@ def _shape_fits(element: Element, words: list[str]) -> bool:
 
 
 def shape(look: Look) -> Iterator[Action]:
+    """The shape that fits the goal's words."""
     words = look.goal.removeprefix("Click on a ").split()
     yield look.click(look.one("#area_svg *", lambda element: _shape_fits(element, words)))
 
 
 def count(look: Look) -> Iterator[Action]:
+    """The button with the number of the shapes that fit."""
     words = look.goal.removeprefix("How many ").removesuffix("s are there?").split()
     number = sum(_shape_fits(element, words) for element in look.all("#area_svg *"))
     yield look.click(look.one("#count-buttons button", lambda button: button.text == str(number)))
 
 
 def identify(look: Look) -> Iterator[Action]:
+    """The button that says what kind of figure is drawn."""
     figure = look.all("#area_svg *")[0]
     kind = _SHAPE_TAGS.get(figure.tag, "digit" if figure.text.isdigit() else "letter")
     yield look.click(look.one("#area-buttons button", lambda button: button["data-type"] == kind))
 
 
 def widget(look: Look) -> Iterator[Action]:
+    """The widget of the quoted kind."""
     kind = _quoted(look)[0]
     yield look.click(look.one(f'.widget [data-type="{kind}"]'))
 
@@ -121,22 +132,26 @@ def tick(look: Look) -> Iterator[Action]:
 
 
 def expand(look: Look) -> Iterator[Action]:
+    """Opens the section, then submits."""
     yield look.click(look.one("#area h3"))
     yield look.click(look.one(_SUBMIT))
 
 
 def grid(look: Look) -> Iterator[Action]:
+    """The dot at the goal's coordinates."""
     place = re.search(r"\(.*?\)", look.goal)
     assert place is not None
     yield look.click(look.one("circle", lambda dot: dot["id"] == place[0]))
 
 
 def focus(look: Look) -> Iterator[Action]:
+    """The text field that the goal counts to; the only one if it counts none."""
     number = re.search(r"the (\d)", look.goal)
     yield look.click(look.visible("#area input")[int(number[1]) - 1 if number else 0])
 
 
 def text(look: Look) -> Iterator[Action]:
+    """Types the quoted word, in the case that the goal asks for."""
     word = _quoted(look)[0]
     word = word.upper() if "upper case" in look.goal else word.lower() if "lower case" in look.goal else word
     yield from _enter(look, "#tt", word)
@@ -144,18 +159,21 @@ def text(look: Look) -> Iterator[Action]:
 
 
 def password(look: Look) -> Iterator[Action]:
+    """Types the password into both fields."""
     for field in ("#password", "#verify"):
         yield from _enter(look, field, _quoted(look)[0])
     yield look.click(look.one(_SUBMIT))
 
 
 def login(look: Look) -> Iterator[Action]:
+    """Types name and password."""
     for field, word in zip(("#username", "#password"), _quoted(look), strict=True):
         yield from _enter(look, field, word)
     yield look.click(look.one(_SUBMIT))
 
 
 def arithmetic(look: Look) -> Iterator[Action]:
+    """Types the result."""
     left, sign, right = look.all("#math-problem")[0].text.removesuffix("=").split()
     a, b = int(left), int(right)
     yield from _enter(look, "#math-answer", str({"+": a + b, "-": a - b, "x": a * b}[sign]))
@@ -163,6 +181,7 @@ def arithmetic(look: Look) -> Iterator[Action]:
 
 
 def algebra(look: Look) -> Iterator[Action]:
+    """Solves for x and types it."""
     left, sign, right, _, result = look.all("#math-problem")[0].text.split()
     total = int(result)
     if left == "x":

@@ -165,7 +165,10 @@ def test_a_scale_of_broken_pixels() -> None:
 @pytest.mark.browser
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_gymnasium_accepts_it(make) -> None:
-    check_env(make("memory-colour"), skip_render_check=True, skip_close_check=True)
+    env = make("memory-colour")
+    check_env(env, skip_render_check=True, skip_close_check=True)
+    observation, info = env.reset(seed=1)
+    assert env.observation_space.contains(observation) and isinstance(info, dict), "after it as before"
 
 
 def test_spaces() -> None:

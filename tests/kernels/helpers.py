@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from tests import compare
+
+Tensors = torch.Tensor | Sequence[torch.Tensor]
 # The interpreter truncates where hardware rounds when it stores bf16, so one unit in the last place (2^-7) is allowed.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
-def assert_close(ours: torch.Tensor, truth: torch.Tensor, tolerance: float | None = None) -> None:
-    assert ours.dtype == truth.dtype and ours.shape == truth.shape
+def mismatch(ours: Tensors, truth: Tensors, tolerance: float | None = None) -> str:
+    """What differs between two tensors, or two sequences of as many: dtype, shape, or a number by more than `tolerance`
+    (of ours' dtype unless given), relative and absolute. "" = nothing."""
+    if not isinstance(ours, torch.Tensor):
+        return "\n".join(filter(None, (mismatch(*pair, tolerance) for pair in zip(ours, truth, strict=True))))
+    if ours.dtype != truth.dtype or ours.shape != truth.shape:
+        return f"{ours.dtype} {list(ours.shape)} is not {truth.dtype} {list(truth.shape)}"
     tolerance = TOLERANCE[ours.dtype] if tolerance is None else tolerance
-    torch.testing.assert_close(ours.double(), truth.double(), rtol=tolerance, atol=tolerance)
+    return compare.mismatch(ours.double(), truth.double(), rtol=tolerance, atol=tolerance)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from kernels import decode_attention, pack, packed_attention
 from kernels.pack import LowRank, Packed, Sparse, unpack
 from kernels.rotate import frequency_axes
-from tests.kernels.helpers import TOLERANCE, assert_close, randn
+from tests.kernels.helpers import TOLERANCE, mismatch, randn
 
 module = importlib.import_module("kernels.packed_attention")
 tiles = importlib.import_module("kernels._packed_reference")
@@ -47,7 +47,7 @@ def cache(lengths, *, T=16, D=32, bits=(4, 2), keys="channel", rank=0, single=0,
     return k, v, {"start": start, "length": length, "longest": max(lengths)}
 
 
-def turning(lengths, D, half, shared=False, size=5.0, axes=None):
+def rotary_centre(lengths, D, half, shared=False, size=5.0, axes=None):
     """A centre that turns, and positions with gaps, -1 where a run has no token; `shared` by the heads of a row. With
     `axes` each token has three, as a patch of an image behind a text has."""
     runs, n = len(lengths), max(lengths)
@@ -103,13 +103,12 @@ def dense_truth(q, keys, values, rows, T, scale, softcap, valid):
     return decode_attention(q.float(), k, v, scale=scale, valid=seen, softcap=softcap, _backend="reference")
 
 
-def check(q, k, v, rows, scale, backend, tolerance=None, **centre):
+def differs(q, k, v, rows, scale, backend, tolerance=None, **centre):
+    """What attention over the packed tokens gives otherwise than over the unpacked ones, "" = nothing."""
     out, lse = packed_attention(q, k, v, scale=scale, **rows, **centre, _backend=backend)
-    true, true_lse = truth(q, k, v, rows, scale, **centre)
-    assert out.dtype == q.dtype and lse.dtype == torch.float32
-    tolerance = tolerance or 4 * TOLERANCE[q.dtype]
-    assert_close(out.float(), true, tolerance)
-    assert_close(lse, true_lse, tolerance)
+    if out.dtype != q.dtype or lse.dtype != torch.float32:
+        return f"out is {out.dtype} and lse {lse.dtype}"
+    return mismatch((out.float(), lse), truth(q, k, v, rows, scale, **centre), tolerance or 4 * TOLERANCE[q.dtype])
 
 
 @BACKENDS
@@ -117,7 +116,7 @@ def check(q, k, v, rows, scale, backend, tolerance=None, **centre):
 @pytest.mark.parametrize("bits", [(2, 2), (4, 4), (8, 8), (4, 2), ("fp8", "fp8"), (4, "fp8")])
 def test_equals_attention_over_what_is_unpacked(backend, keys, bits, interpreted):
     k, v, rows = cache((48, 16, 7, 33), bits=bits, keys=keys)
-    check(randn(2, 4, 1, 32), k, v, rows, 0.2, backend)
+    assert not differs(randn(2, 4, 1, 32), k, v, rows, 0.2, backend)
 
 
 @BACKENDS
@@ -125,14 +124,14 @@ def test_equals_attention_over_what_is_unpacked(backend, keys, bits, interpreted
 @pytest.mark.parametrize("keys", ["channel", "token"])
 def test_low_rank_and_single_corrections(backend, rank, single, keys, interpreted):
     k, v, rows = cache((48, 0, 32, 16), rank=rank, single=single, keys=keys)
-    check(randn(1, 8, 3, 32), k, v, rows, 0.2, backend)
+    assert not differs(randn(1, 8, 3, 32), k, v, rows, 0.2, backend)
 
 
 @BACKENDS
 @pytest.mark.parametrize("T, D, group", [(32, 80, 1), (48, 64, 7), (128, 32, 4), (16, 20, 2)])
 def test_block_sizes_head_dims_and_groups(backend, T, D, group, interpreted):
     k, v, rows = cache((T, 2 * T), T=T, D=D, rank=2, single=9)
-    check(randn(1, 2 * group, 1, D), k, v, rows, D**-0.5, backend)
+    assert not differs(randn(1, 2 * group, 1, D), k, v, rows, D**-0.5, backend)
 
 
 @BACKENDS
@@ -153,7 +152,7 @@ def test_runs_without_tokens_and_no_query(backend, interpreted):
 def test_the_centre_changes_only_the_log_sum_exp(backend, interpreted):
     k, v, rows = cache((32, 16))
     q, centre = randn(1, 4, 2, 32), 5 * randn(2, 32)
-    check(q, k, v, rows, 0.2, backend, centre=centre)
+    assert not differs(q, k, v, rows, 0.2, backend, centre=centre)
     with_centre = packed_attention(q, k, v, scale=0.2, centre=centre, **rows, _backend=backend)
     without = packed_attention(q, k, v, scale=0.2, **rows, _backend=backend)
     assert torch.equal(with_centre[0], without[0]) and not torch.equal(with_centre[1], without[1])
@@ -166,7 +165,7 @@ def test_a_centre_that_turns_with_the_position(backend, D, half, interpreted):
     k, v, rows = cache(lengths)
     if D != 32:
         k, v, rows = cache(lengths, D=D, rank=2, single=5)
-    check(randn(2, 4, 3, D), k, v, rows, D**-0.5, backend, 1e-4, **turning(lengths, D, half))
+    assert not differs(randn(2, 4, 3, D), k, v, rows, D**-0.5, backend, 1e-4, **rotary_centre(lengths, D, half))
 
 
 @BACKENDS
@@ -178,14 +177,14 @@ def test_a_centre_that_turns_with_the_position(backend, D, half, interpreted):
 def test_a_centre_that_turns_with_three_axes(backend, D, sections, interleaved, shared, interpreted):
     lengths = (48, 16, 0, 33)
     k, v, rows = cache(lengths, D=D, rank=2, single=5)
-    centre = turning(lengths, D, sum(sections), shared, 2.0, frequency_axes(sections, interleaved))
-    check(randn(2, 4, 3, D), k, v, rows, D**-0.5, backend, 1e-4, **centre)
+    centre = rotary_centre(lengths, D, sum(sections), shared, 2.0, frequency_axes(sections, interleaved))
+    assert not differs(randn(2, 4, 3, D), k, v, rows, D**-0.5, backend, 1e-4, **centre)
 
 
 @BACKENDS
 def test_three_axes_of_one_position_are_one_axis(backend, interpreted):
     k, v, rows = cache((48, 33))
-    q, centre = randn(1, 4, 2, 32), turning((48, 33), 32, 16)
+    q, centre = randn(1, 4, 2, 32), rotary_centre((48, 33), 32, 16)
     plain = packed_attention(q, k, v, scale=0.2, **rows, **centre, _backend=backend)
     axes = torch.arange(16, dtype=torch.int32) % 3
     three = centre | {"positions": centre["positions"].expand(3, -1, -1, -1), "axes": axes}
@@ -197,31 +196,29 @@ def test_three_axes_of_one_position_are_one_axis(backend, interpreted):
 @pytest.mark.parametrize("keys, shared", [("channel", True), ("token", False)])
 def test_a_large_turning_centre_keeps_its_accuracy_in_bf16(backend, keys, shared, interpreted):
     k, v, rows = cache((64, 48), keys=keys)
-    centre = turning((64, 48), 32, 16, shared, size=600.0)
+    centre = rotary_centre((64, 48), 32, 16, shared, size=600.0)
     q = (randn(1, 4, 1, 32) / 20).bfloat16()  # scores of some hundreds
-    check(q, k, v, rows, 1.0, backend, 2.0**-6, **centre)
+    assert not differs(q, k, v, rows, 1.0, backend, 2.0**-6, **centre)
 
 
 def test_a_centre_that_turns_by_nothing_stands_still(interpreted):
     k, v, rows = cache((48, 33))
-    q, centre = randn(1, 4, 2, 32), turning((48, 33), 32, 16)
+    q, centre = randn(1, 4, 2, 32), rotary_centre((48, 33), 32, 16)
     still = packed_attention(q, k, v, scale=0.2, centre=centre["centre"], **rows, _backend="reference")
     for backend in ("reference", "triton"):
         ours = packed_attention(
             q, k, v, scale=0.2, **rows, **centre | {"inv_freq": 0 * centre["inv_freq"]}, _backend=backend
         )
-        for mine, true in zip(ours, still, strict=True):
-            assert_close(mine, true, 1e-4)
+        assert not mismatch(ours, still, 1e-4)
 
 
 @pytest.mark.parametrize("split", [16, 32, 1000])
 def test_a_turning_centre_does_not_depend_on_the_split(split, interpreted):
     k, v, rows = cache((80, 16, 0, 65))
-    q, centre = randn(2, 4, 2, 32), turning((80, 16, 0, 65), 32, 16)
+    q, centre = randn(2, 4, 2, 32), rotary_centre((80, 16, 0, 65), 32, 16)
     turn = (centre["centre"], centre["inv_freq"], centre["positions"][None], None)
     ours = module._launch(q, k, v, scale=0.2, **rows, turn=turn, split=split)
-    for mine, true in zip(ours, truth(q, k, v, rows, 0.2, **centre), strict=True):
-        assert_close(mine, true, 1e-4)
+    assert not mismatch(ours, truth(q, k, v, rows, 0.2, **centre), 1e-4)
 
 
 @pytest.mark.parametrize("split", [16, 32, 1000])
@@ -229,8 +226,7 @@ def test_result_does_not_depend_on_the_split(split, interpreted):
     k, v, rows = cache((80, 16, 0, 65), rank=2, single=6)
     q = randn(2, 4, 2, 32)
     ours = module._launch(q, k, v, scale=0.2, **rows, split=split)
-    for mine, true in zip(ours, truth(q, k, v, rows, 0.2), strict=True):
-        assert_close(mine, true, 4e-5)
+    assert not mismatch(ours, truth(q, k, v, rows, 0.2), 4e-5)
 
 
 @pytest.mark.parametrize("tokens, queries", [(16, 3), (64, 512)])
@@ -239,19 +235,19 @@ def test_reference_does_not_depend_on_its_tiles(tokens, queries, monkeypatch):
     q = randn(2, 4, 2, 32)
     monkeypatch.setattr(tiles, "_TOKENS", tokens)
     monkeypatch.setattr(tiles, "_QUERIES", queries)
-    check(q, k, v, rows, 0.2, "reference")
-    check(q, k, v, rows, 0.2, "reference", 1e-4, **turning((80, 16, 0, 65), 32, 16))
+    assert not differs(q, k, v, rows, 0.2, "reference")
+    assert not differs(q, k, v, rows, 0.2, "reference", 1e-4, **rotary_centre((80, 16, 0, 65), 32, 16))
 
 
 def test_more_query_rows_than_a_tile_holds(interpreted):
     k, v, rows = cache((48, 32), rank=2, single=6)
-    check(randn(1, 8, 20, 32), k, v, rows, 0.2, "triton")
+    assert not differs(randn(1, 8, 20, 32), k, v, rows, 0.2, "triton")
 
 
 def test_bf16_queries(interpreted):
     k, v, rows = cache((48, 32), rank=2, single=6)
-    check(randn(1, 4, 1, 32, dtype=torch.bfloat16), k, v, rows, 0.2, "triton")
-    check(randn(1, 4, 1, 32, dtype=torch.bfloat16), k, v, rows, 0.2, "reference")
+    assert not differs(randn(1, 4, 1, 32, dtype=torch.bfloat16), k, v, rows, 0.2, "triton")
+    assert not differs(randn(1, 4, 1, 32, dtype=torch.bfloat16), k, v, rows, 0.2, "reference")
 
 
 @BACKENDS
@@ -262,8 +258,8 @@ def test_extreme_scores(backend, interpreted):
     k, v = pack(keys, 8, layout="token"), pack(values, 8, layout="token")
     rows = {"start": torch.tensor([0]), "length": torch.tensor([32]).int(), "longest": 32}
     out, lse = packed_attention(torch.ones(1, 1, 1, 32), k, v, scale=1.0, **rows, _backend=backend)
-    assert_close(out, torch.full((1, 1, 1, 32), 19.0))
-    assert_close(lse, torch.full((1, 1, 1), 1e4), 1e-3)
+    assert not mismatch(out, torch.full((1, 1, 1, 32), 19.0))
+    assert not mismatch(lse, torch.full((1, 1, 1), 1e4), 1e-3)
 
 
 @BACKENDS
@@ -276,8 +272,8 @@ def test_soft_cap(backend, centre, interpreted):
     if centre == "still":
         options = {"centre": 3 * randn(4, 32)}
     elif centre is not None:
-        options = turning(lengths, 32, 16 if centre == "turned" else 5)
-    check(q, k, v, rows, 0.3, backend, 2e-4, softcap=8.0, **options)
+        options = rotary_centre(lengths, 32, 16 if centre == "turned" else 5)
+    assert not differs(q, k, v, rows, 0.3, backend, 2e-4, softcap=8.0, **options)
     bent = packed_attention(q, k, v, scale=0.3, softcap=8.0, **rows, **options, _backend=backend)
     assert bool((bent[1] <= 8.0 + torch.log(torch.tensor(48.0))).all())  # no score is above the cap
 
@@ -290,7 +286,7 @@ def test_holes_are_never_seen_whatever_they_hold(backend, shared, softcap, inter
     k, v, rows = cache(lengths, bits=("fp8", 4), keys="token", rank=2)
     valid = torch.rand(2, 1 if shared else 2, 60) > 0.4
     valid[1, -1] = False  # a run of which nothing is left
-    check(randn(2, 6, 2, 32), k, v, rows, 0.3, backend, softcap=softcap, valid=valid)
+    assert not differs(randn(2, 6, 2, 32), k, v, rows, 0.3, backend, softcap=softcap, valid=valid)
     before = packed_attention(Q4, k, v, scale=0.3, valid=valid, softcap=softcap, **rows, _backend=backend)
     assert bool((before[1][1, -2:] == -torch.inf).all()) and bool((before[0][1, -2:] == 0).all())
     for r, (s, n) in enumerate(zip(rows["start"].tolist(), lengths, strict=True)):
@@ -308,14 +304,14 @@ def test_holes_are_never_seen_whatever_they_hold(backend, shared, softcap, inter
 @pytest.mark.parametrize("T, rank, single", [(64, 0, 0), (128, 2, 40)])
 def test_heads_of_512_channels(backend, T, rank, single, interpreted):
     k, v, rows = cache((T, T + 3), T=T, D=512, rank=rank, single=single)
-    check(randn(1, 4, 1, 512), k, v, rows, 0.04, backend)
+    assert not differs(randn(1, 4, 1, 512), k, v, rows, 0.04, backend)
 
 
 @BACKENDS
 def test_strided_queries(backend, interpreted):
     k, v, rows = cache((48, 32))
     q = randn(1, 3, 4, 32).transpose(1, 2)
-    check(q, k, v, rows, 0.2, backend)
+    assert not differs(q, k, v, rows, 0.2, backend)
 
 
 def test_other_runs_do_not_matter(interpreted):
@@ -330,8 +326,8 @@ def test_other_runs_do_not_matter(interpreted):
 K, V, ROWS = cache((16, 32), D=16)
 Q4 = torch.randn(2, 4, 1, 32, generator=torch.Generator().manual_seed(3))
 Q = torch.zeros(1, 4, 1, 16)
-TURN = turning((16, 32), 16, 8)
-THREE = turning((16, 32), 16, 8, axes=frequency_axes([2, 3, 3], False))
+TURN = rotary_centre((16, 32), 16, 8)
+THREE = rotary_centre((16, 32), 16, 8, axes=frequency_axes([2, 3, 3], False))
 
 
 @pytest.mark.parametrize(

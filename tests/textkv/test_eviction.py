@@ -103,9 +103,10 @@ def test_ties_go_to_the_lower_index(model_of):
     assert kept == sorted(set(kept)) and kept[-1] == 29
 
 
-def test_nan_scores_name_the_layer(model_of):
+@pytest.mark.parametrize("method", ["snapkv", "snapkv(window=8)+kvcrush"])
+def test_nan_scores_name_the_layer(model_of, method):
     model = model_of("llama")
-    cache = MethodCache(model, "snapkv", 0.4)
+    cache = MethodCache(model, method, 0.4)
     layer = cache.layers[1]
     layer.lazy_initialization(torch.zeros(1, 2, 0, 16), torch.zeros(1, 2, 0, 16))
     q = torch.randn(1, 4, 30, 16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.compare import mismatch
 from tests.textkv import kinds, outside_segment  # noqa: F401  (registers host_topk)
 from textkv import MethodCache
 from textkv.conformance import check_method
@@ -42,7 +43,7 @@ def filled(model, method: str = FEW, batch: int = 1):
 def test_with_enough_it_equals_full_attention(kind, batch):
     model = kinds.model_of_kind(kind)
     expected = talk(model, MethodCache(model, "full"), batch)
-    torch.testing.assert_close(talk(model, MethodCache(model, ALL), batch), expected, atol=2e-4, rtol=0)
+    assert not mismatch(talk(model, MethodCache(model, ALL), batch), expected, atol=2e-4, rtol=0)
     few = talk(model, MethodCache(model, FEW), batch)
     assert float((few - expected).abs().max()) > 1e-3, "six tokens give what all do: the choice is never made"
 
@@ -83,7 +84,7 @@ def test_fork_and_rows():
     other, order, more = cache.fork(), torch.tensor([1, 0]), kinds.ids(4, 2, seed=2)
     other.reorder_cache(order)
     expected = kinds.steps(model, more, cache)
-    torch.testing.assert_close(kinds.steps(model, more[order], other)[order], expected, atol=1e-5, rtol=0)
+    assert not mismatch(kinds.steps(model, more[order], other)[order], expected, atol=1e-5, rtol=0)
 
 
 def test_crop():
@@ -92,7 +93,7 @@ def test_crop():
     again, more = cache.fork(), kinds.ids(4, seed=2)
     kinds.steps(model, more, cache)
     cache.crop(-4)
-    torch.testing.assert_close(kinds.steps(model, more, cache), kinds.steps(model, more, again), atol=1e-5, rtol=0)
+    assert not mismatch(kinds.steps(model, more, cache), kinds.steps(model, more, again), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="can take back only"):
         cache.crop(-20)
 
@@ -108,14 +109,14 @@ def test_forget(method):
     out, expected = (kinds.steps(model, kinds.ids(3, 2, seed=4), held) for held in (cache, plain))
     assert bool(out.isfinite().all())
     if method == ALL:
-        torch.testing.assert_close(out, expected, atol=2e-4, rtol=0)
+        assert not mismatch(out, expected, atol=2e-4, rtol=0)
 
 
 def test_a_hidden_passage():
     model, mask = kinds.model_of_kind("dense"), torch.ones(1, 48, dtype=torch.int64)
     mask[0, 5:40] = 0
     both = [kinds.logits(model, kinds.ids(1, seed=3), filled(model, m), mask) for m in (ALL, "full")]
-    torch.testing.assert_close(*both, atol=2e-4, rtol=0)
+    assert not mismatch(*both, atol=2e-4, rtol=0)
 
 
 def test_forgetting_right_after_the_prompt():
@@ -127,4 +128,4 @@ def test_forgetting_right_after_the_prompt():
         kinds.logits(model, kinds.ids(44), cache)
         cache.forget([[(5, 20)]])
         both.append(kinds.steps(model, kinds.ids(3, seed=1), cache))
-    torch.testing.assert_close(*both, atol=2e-4, rtol=0)
+    assert not mismatch(*both, atol=2e-4, rtol=0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels import decode_attention
+from tests.compare import mismatch
 from textkv.methods.gear import Gear
 from textkv.segments.base import Step, storage_bytes
 from textkv.segments.block_pool import blocks_of
@@ -65,7 +66,7 @@ def attention_over_what_is_stored(segment, q):
 def test_attends_as_over_what_the_codes_stand_for(counts, flushes, centre):
     segment, q = make(counts, flushes, centre), torch.randn(2, 6, 3, D)
     for ours, true in zip(segment.attend(q, 0.3), attention_over_what_is_stored(segment, q), strict=True):
-        torch.testing.assert_close(ours, true, rtol=2e-5, atol=2e-5)
+        assert not mismatch(ours, true, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("counts", [UNIFORM, RAGGED])
@@ -107,7 +108,7 @@ def test_room_that_heads_fill_at_their_own_pace():
         grow(segment, flush, prompt=False)
         q = torch.randn(2, 2, 1, D)
         for ours, true in zip(segment.attend(q, 0.3), attention_over_what_is_stored(segment, q), strict=True):
-            torch.testing.assert_close(ours, true, rtol=2e-5, atol=2e-5)
+            assert not mismatch(ours, true, rtol=2e-5, atol=2e-5)
     assert segment.lengths().tolist() == [[320, 304], [288, 288]]
     assert len(segment.pools) < 5
 
@@ -143,7 +144,7 @@ def test_a_copy_and_a_saved_one_hold_the_same(centre):
         grow(other, [[16, 16], [16, 16]], prompt=False)
         q = torch.randn(2, 2, 1, D)
         for ours, true in zip(other.attend(q, 0.3), attention_over_what_is_stored(other, q), strict=True):
-            torch.testing.assert_close(ours, true, rtol=2e-5, atol=2e-5)
+            assert not mismatch(ours, true, rtol=2e-5, atol=2e-5)
 
 
 def test_single_tokens_are_refused():
@@ -175,10 +176,10 @@ def test_a_stack_is_its_segments_one_behind_the_other():
     q, x = torch.randn(2, 4, 1, D), torch.randn(2, 2, 1, D)
     out, lse = segment.extend(Step(q, x, x, torch.full((2, 1), 53).int(), 0.3), need_lse=False)
     for ours, true in zip((out, lse), attention_over_what_is_stored(segment, q), strict=True):
-        torch.testing.assert_close(ours, true, rtol=2e-5, atol=2e-5)
+        assert not mismatch(ours, true, rtol=2e-5, atol=2e-5)
     again = StackSegment.from_state(segment.state())
     for ours, true in zip(again.attend(q, 0.3), (out, lse), strict=True):
-        torch.testing.assert_close(ours, true)
+        assert not mismatch(ours, true)
     segment.crop(1)
     segment.take_rows(torch.tensor([1]))
     assert segment.lengths().tolist() == [[53, 53]]

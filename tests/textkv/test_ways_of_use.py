@@ -7,6 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 
+from tests.compare import mismatch
 from tests.textkv import kinds, tiny
 from textkv import MethodCache
 
@@ -57,7 +58,7 @@ def test_another_precision_after_loading_and_after_building_a_cache(method, budg
     out = talk(model, early)
     fresh = talk(model, MethodCache(model, method, budget))
     assert bool(out.isfinite().all()) and out.dtype == model.dtype
-    torch.testing.assert_close(out.float(), fresh.float(), atol=0.15, rtol=0)
+    assert not mismatch(out.float(), fresh.float(), atol=0.15, rtol=0)
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def test_inference_mode_and_no_grad_in_turns(kind, method, budget, inference_fir
         within = torch.inference_mode if (i % 2 == 0) == inference_first else torch.no_grad
         with within():
             out.append(model(part, past_key_values=cache).logits.clone())
-    torch.testing.assert_close(torch.cat(out, 1), expected, atol=1e-5, rtol=0)
+    assert not mismatch(torch.cat(out, 1), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", list(kinds.KINDS))
@@ -84,7 +85,7 @@ def test_backward_is_one_clear_error(kind, method, budget):
     model = kinds.model_of_kind(kind)
     cache = MethodCache(model, method, budget)
     out = [model(part, past_key_values=cache).logits for part in kinds.ids(60).split((44, 1, 1, 13, 1), 1)]
-    torch.testing.assert_close(
+    assert not mismatch(
         torch.cat([x.detach() for x in out], 1), talk(model, MethodCache(model, method, budget)), atol=1e-5, rtol=0
     )
     with pytest.raises(RuntimeError, match="no gradients flow through a cache"):
@@ -100,8 +101,8 @@ def test_a_compiled_model(method, budget):
     model = model_alike()
     expected = talk(model, MethodCache(model, method, budget))
     compiled = torch.compile(model, backend="eager")
-    torch.testing.assert_close(talk(compiled, MethodCache(compiled, method, budget)), expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(talk(compiled, MethodCache(model, method, budget)), expected, atol=1e-5, rtol=0)
+    assert not mismatch(talk(compiled, MethodCache(compiled, method, budget)), expected, atol=1e-5, rtol=0)
+    assert not mismatch(talk(compiled, MethodCache(model, method, budget)), expected, atol=1e-5, rtol=0)
 
 
 def test_a_model_under_adapters():
@@ -222,9 +223,9 @@ def test_a_forward_that_stopped_half_way_and_comes_again(method, budget, kind, a
         except ValueError as error:
             assert "stopped" in str(error) and "\n" not in str(error)
             cache.reset()  # what the message advises works
-            torch.testing.assert_close(talk(model, cache), expected, atol=1e-4, rtol=0)
+            assert not mismatch(talk(model, cache), expected, atol=1e-4, rtol=0)
             return
-    torch.testing.assert_close(torch.cat(out, 1), expected, atol=2e-4, rtol=0)
+    assert not mismatch(torch.cat(out, 1), expected, atol=2e-4, rtol=0)
     assert cache.get_seq_length() == 60
 
 
@@ -260,7 +261,7 @@ def test_a_row_goes_on_alone_after_the_batch(method, row):
     both.batch_select_indices(torch.tensor([row]))
     new, mask = kinds.ids(140, seed=4), mask[one]
     ours, expected = kinds.steps(model, new, both, mask), kinds.steps(model, new, alone)
-    torch.testing.assert_close(ours, expected, atol=3e-4, rtol=0)
+    assert not mismatch(ours, expected, atol=3e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("method", "budget"), kinds.METHODS)
@@ -270,4 +271,4 @@ def test_a_cache_on_another_model_of_the_same_shape(method, budget):
     cache = MethodCache(model, method, budget)
     with pytest.raises(ValueError, match="built for another model"):
         kinds.logits(other, kinds.ids(20), cache)
-    torch.testing.assert_close(talk(model, cache), talk(model, MethodCache(model, method, budget)), atol=1e-5, rtol=0)
+    assert not mismatch(talk(model, cache), talk(model, MethodCache(model, method, budget)), atol=1e-5, rtol=0)

@@ -48,15 +48,20 @@ class AdaKV(Eviction):
             raise ValueError(f"safeguard={self.safeguard!r}: use 'mix' or 'protect'")
 
     def needs(self) -> Needs:
+        """What the scorer needs."""
         return self.inner.needs()
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """The scorer's scores, fp32 [batch, kv_heads, n]."""
         return self.inner.score(layer, held, evidence, keep)
 
     def fits(self, layer: Layer, evidence: Evidence) -> bool:
+        """By the scorer's word: the heads only share out what it gives the layer."""
         return self.inner.fits(layer, evidence)
 
     def counts(self, layer: Layer, scores: torch.Tensor, evidence: Evidence) -> torch.Tensor:
+        """Each head's part of the layer's slots, by competition over all heads: int64 [batch, kv_heads]."""
+        # The layer's sum is the scorer's own; behind pyramidkv it differs from layer to layer.
         uniform = self.inner.counts(layer, scores, evidence)
         if layer.index < self.skip_layers:
             return uniform
@@ -71,9 +76,11 @@ class AdaKV(Eviction):
         guard = int(self.floor * budget)
         past = scores.masked_fill(scores == PROTECTED, float("-inf"))
         if self.safeguard == "protect":
+            # Infinite scores win whatever the other heads have: the competition then runs for the rest alone.
             best = past.topk(min(guard, past.shape[1]), dim=-1).indices
             past = past.scatter(-1, best, PROTECTED)
         flat = past.flatten()
+        # Unscaled: the largest scores of all heads together are what loses the layer the least attention.
         winners = flat.sort(descending=True, stable=True).indices[: heads * budget]
         won = torch.bincount(winners // scores.shape[1], minlength=heads).cpu()
         if self.safeguard == "mix":

@@ -31,7 +31,7 @@ from textkv.scores import fit_window, group_mean, pool, with_window
 from textkv.segments.base import Stored
 
 NAME = "cake"
-"""The name of the marks and notes that live from a layer's end to the prompt's end."""
+"""The name of the token statistics and notes that live from a layer's end to the prompt's end."""
 TINY = 1e-30
 """Stands for an entropy or variance of zero, so that layers without any still share what others leave."""
 
@@ -113,11 +113,13 @@ class Cake(Eviction):
             object.__setattr__(self, "capabilities", Capabilities(scores=True))
 
     def needs(self) -> Needs:
+        """The queries of the window."""
         return Needs(window=self.window)
 
     # ---- while the prompt runs ---------------------------------------------------------------------------------
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """mean + gamma * variance of the window's attention, pooled: fp32 [batch, kv_heads, n]; for wrappers."""
         queries = fit_window(evidence.queries, held.keys.shape[2], keep)
         return with_window(self.look(queries, held.keys, evidence.scale)[0], queries.shape[2])
 
@@ -156,6 +158,7 @@ class Cake(Eviction):
             mean = sum(claim.preference for claim in claims) / len(claims)
             claims = [Claim(mean, claim.past, claim.spare, claim.window) for claim in claims]
         layer.notes[NAME] = claims
+        # Noted before the cut: this layer is whole now, which is the peak that the cascade bounds.
         layer.context.note_bytes(layer)
         layers = layer.context.layers
         if self.cascade or layer is layers[-1]:
@@ -190,6 +193,7 @@ class Cake(Eviction):
         for layer, of_layer in zip(arrived, counts.T.unsqueeze(-1), strict=True):
             if bool((layer.lengths().amax(1, keepdim=True) > of_layer).any()):
                 scores = layer.statistic(NAME).masked_fill(layer.stored().positions < 0, NEVER)
+                # The best of the best are the best: cutting again by the same scores equals one cut at the end.
                 keep_best(layer, scores, of_layer)
                 layer.context.note_bytes(layer)
 
@@ -262,6 +266,8 @@ class CakeOfficial(Cake):
             raise ValueError(f"floor={self.floor}: the released code has none; use cake")
 
     def shares(self, preferences: list[float], past: list[int], spare: int, layers: int) -> list[int]:
+        """Truncated shares; what a layer cannot use goes in equal parts to the others, whatever their size."""
+        # Less the largest: only ratios matter, and the power itself overflows where tau1 or tau2 is small.
         total, top = layers * spare, max(preferences)
         weights = [math.exp(p - top) for p in preferences]
         raw = [int(total * w / sum(weights)) for w in weights]
@@ -285,6 +291,7 @@ class LastQuery(Eviction):
     kernel: int = 5
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """The query's attention, pooled: fp32 [batch, kv_heads, n]."""
         return self.of_row(
             window_mass(evidence.queries, held.keys, scale=evidence.scale, softcap=evidence.softcap), held.keys.shape[1]
         )

@@ -28,9 +28,9 @@ from textkv.method import Capabilities, register
 from textkv.segments.base import Stored
 
 ATTENTION, ENTROPY = "critic.attention", "critic.entropy"
-"""Marks per stored token: attention received so far, and the normalised entropy of the token's own row."""
+"""Token statistics: attention received so far, and the normalised entropy of the token's own row."""
 OUTPUT, LOAD = OF_HEAD + "critic.output", OF_HEAD + "critic.load"
-"""Marks per row, taken out while tokens move: the last query's output [batch, kv_heads, group * head_dim] and the
+"""Statistics per row, taken out while tokens move: the last query's output [batch, kv_heads, group * head_dim] and the
 highest memory load so far [batch, 1, 1]."""
 ALL = 1 << 30
 _TILE = 1 << 22  # fp32 probabilities held at a time
@@ -94,6 +94,7 @@ class Critic(Eviction):
             raise ValueError(f"pressure={self.pressure}, most={self.most}: pressure is at least 0, most lies in [0, 1)")
 
     def needs(self) -> Needs:
+        """The prompt's column sums, and every query for the entropies or the last two for the gradient."""
         return Needs(window=ALL if self.weights[1] else 2, columns=True)
 
     # ---- the rate rule -----------------------------------------------------------------------------------------
@@ -128,6 +129,7 @@ class Critic(Eviction):
     # ---- importance --------------------------------------------------------------------------------------------
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """Weighted sum of attention, entropy and gradient, each in [0, 1]: fp32 [batch, kv_heads, n]."""
         return self._importance(self._look(held, evidence, None), held.positions, torch.tensor([keep]))
 
     def _look(self, held: Stored, evidence: Evidence, previous: torch.Tensor | None) -> Terms:
@@ -154,6 +156,7 @@ class Critic(Eviction):
         real = positions >= 0
         total = torch.zeros_like(terms.attention)
         for weight, term in zip(self.weights, (terms.attention, terms.entropy, terms.gradient), strict=True):
+            # Before the scaling: the mean of scaled heads would let an even head count as much as a sharp one.
             if self.heads == "shared":
                 term = term.mean(1, keepdim=True).expand(positions.shape)
             total = total + weight * unit(term, real)
@@ -194,6 +197,7 @@ class Critic(Eviction):
         held, previous = layer.stored(), self._previous(layer)
         real = held.positions >= 0
         row = attention_row(layer, query).unflatten(1, (held.keys.shape[1], -1))
+        # A hole may hold NaN, and 0 * NaN is NaN.
         values = held.values.float().masked_fill(~real[..., None], 0)
         output = row @ values
         attention, entropy = accumulate(layer, ATTENTION, row.mean(2)), layer.statistic(ENTROPY)
@@ -207,6 +211,7 @@ class Critic(Eviction):
     def _settle(self, layer: Layer, terms: Terms, limits: torch.Tensor) -> None:
         """Drops what is above the limits, and puts down what the next step needs."""
         layer.statistics[ENTROPY] = terms.entropy
+        # Out of the layer while tokens move: it belongs to a row and to no token.
         load = layer.statistics.pop(LOAD, None)
         if bool((layer.lengths().amax(1, keepdim=True) > limits).any()):
             positions = layer.stored().positions

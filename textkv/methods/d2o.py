@@ -93,9 +93,15 @@ class D2O(Method):
             )
 
     def needs(self) -> Needs:
+        """Column sums, and rotary positions where keys are merged before the rotation."""
         return Needs(columns=True, rope=self.merge_keys == "pre")
 
     def on_start(self, layer: Layer) -> None:
+        """Check that the model has the protected layers, and one rotary position per token where keys are turned.
+
+        Raises:
+            ValueError: it has not.
+        """
         layers = layer.context.governed
         wrong = [i for i in self.protected_layers if not -layers <= i < layers]
         if wrong:
@@ -105,6 +111,7 @@ class D2O(Method):
             raise ValueError("merge_keys='pre' knows one position per token and the model has three; use 'post'")
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Add the block's column sums to those known and note their variance, until all layers are through."""
         if not self.budget.is_full:
             mass = _added(layer, evidence.columns)
             layer.notes["d2o"] = spread(mass, layer.stored().positions >= 0).cpu(), evidence.tokens, evidence.idle
@@ -150,6 +157,7 @@ class D2O(Method):
         counts = [seen] * layers
         if keep == seen or not free:
             return counts
+        # The released code's floor of 1 %, and room for one token that can take others in.
         least = min(keep, max(math.ceil(0.01 * seen), self.sinks + 1))
         total = max(layers * keep - (layers - len(free)) * seen, len(free) * least)
         shares = apportion((-self.unevenness(spreads[free])).tolist(), [seen] * len(free), total, floor=least)
@@ -176,7 +184,7 @@ class D2O(Method):
         kept, gone = split(protect(layer.statistic(MASS), held.positions, sinks, recent), counts, lengths)
         keys, values, threshold = self._merged(layer, held, kept, gone)
         layer.keep(kept)
-        # One number per row and head: a mark of one column moves, is saved and is counted with its row.
+        # One number per row and head: a statistic of one column moves, is saved and is counted with its row.
         layer.statistics[THRESHOLD] = threshold
         now = layer.stored()
         now.keys.copy_(keys)
@@ -186,6 +194,7 @@ class D2O(Method):
         self, layer: Layer, held: Stored, kept: torch.Tensor, gone: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values of the slots `kept` with those of the slots `gone` merged in, fp32, and the new bar."""
+        # Similarity is that of keys as they are stored; values follow the keys' pairs [eq. 8].
         keys, victims = rows(held.keys, kept), rows(held.keys, gone)
         closeness, target = nearest(victims, keys, kept >= 0)
         threshold = self._moved(layer.statistics.pop(THRESHOLD, None), closeness, gone >= 0)
@@ -196,7 +205,7 @@ class D2O(Method):
         values = absorb(rows(held.values, kept), rows(held.values, gone), *how)
         if self.merge_keys == "pre":
             to = held.positions.gather(-1, kept.clamp(min=0)).gather(-1, target)
-            victims = _turned(victims, to - held.positions.gather(-1, gone.clamp(min=0)), layer.rotary)
+            victims = _rotated(victims, to - held.positions.gather(-1, gone.clamp(min=0)), layer.rotary)
         return keys if self.merge_keys == "none" else absorb(keys, victims, *how), values, threshold
 
     def _moved(self, before: torch.Tensor | None, closeness: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
@@ -216,6 +225,7 @@ class D2O(Method):
 
     def _weights(self, closeness: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Weight of each victim, its share of the divisor, and the kept token's weight and share [eq. 11]."""
+        # A kept token is like itself with cosine 1: its weight is e unless told otherwise.
         return closeness.exp(), closeness.exp(), self.self_weight
 
 
@@ -319,7 +329,7 @@ def absorb(
     return torch.where(shares > 0, (own * kept + added) / (own + shares), kept)
 
 
-def _turned(keys: torch.Tensor, delta: torch.Tensor, rotary: RotarySpec) -> torch.Tensor:
+def _rotated(keys: torch.Tensor, delta: torch.Tensor, rotary: RotarySpec) -> torch.Tensor:
     """Keys [batch, kv_heads, e, head_dim] moved by `delta` [batch, kv_heads, e] rotary positions."""
     return rotary.turn(keys.flatten(0, 1)[:, None], delta.flatten(0, 1))[:, 0].view_as(keys)
 

@@ -96,15 +96,18 @@ class DuoAttention(Method):
         object.__setattr__(self, "_gates", Pattern.load(self.pattern).gates if self.pattern is not None else None)
 
     def needs(self) -> Needs:
+        """The prompt's last queries where no pattern ranks the heads."""
         return Needs(window=self.window if self.pattern is None else 0)
 
     def sizes(self, seen: int, heads: int) -> Sizes:
         """What a row of `seen` tokens keeps in a model of `heads` KV heads over all layers."""
         if self.sparsity is not None:
+            # Half goes up: Python's own round makes 2 of 2.5 and 4 of 3.5.
             return Sizes(heads - math.floor(self.sparsity * heads + 0.5), self.sinks, self.recent)
         keep, whole = self.budget.count(seen), self.sinks + self.recent
         if keep == seen:
             return Sizes(heads, self.sinks, self.recent)
+        # As many full heads as leave the streaming ones this much; what does not make a full head widens the window.
         least = min(whole, max(1, keep // 4))
         full = heads * (keep - least) // (seen - least)
         window = min(whole, (heads * keep - full * seen) // (heads - full))
@@ -131,6 +134,7 @@ class DuoAttention(Method):
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
         """Divide the heads: by the pattern now, or by the prompt when all layers are through."""
+        # A share was taken of the first prompt; only a budget in tokens has something to say in later turns.
         divided = isinstance(layer.segments[0], SplitSegment)
         if divided and self.budget.tokens is None:
             return
@@ -149,6 +153,7 @@ class DuoAttention(Method):
         if None in notes:
             return
         mass, sizes = torch.stack([far for far, _ in notes], 1), notes[0][1]
+        # Ranked over the whole model, as the gates' quantile is: a layer may get no full head, or nothing else.
         full = torch.stack([full_heads(row, n.full, self.seed) for row, n in zip(mass, sizes, strict=True)])
         for layer in context.layers:
             layer.replace([_split(layer, full[:, layer.index], sizes)])
@@ -197,6 +202,7 @@ def _split(layer: Layer, full: torch.Tensor, sizes: list[Sizes]) -> SplitSegment
 
     Rows with windows of their own size share one ring as long as they have as many sinks.
     """
+    # What a streaming head dropped cannot come back: it streams on, whatever it is ranked now.
     full = full & _full_now(layer)
     held = layer.stored() if layer.seen else None
     sinks, recent = torch.tensor([n.sinks for n in sizes]), torch.tensor([n.recent for n in sizes])
@@ -207,6 +213,7 @@ def _split(layer: Layer, full: torch.Tensor, sizes: list[Sizes]) -> SplitSegment
             continue
         row, head = units.to(layer.device).unbind(1)
         of_units = recent[units[:, 0]]
+        # Before the first token there is nothing to take over; the parts fill up as the prompt is read.
         if held is None:
             segment = DenseSegment() if count is None else ChunkedRing(count, of_units)
         elif count is None:

@@ -58,6 +58,7 @@ class Expected(Eviction):
             raise ValueError(f"epsilon={self.epsilon}: give a number of at least 0, such as 0.01")
 
     def needs(self) -> Needs:
+        """Mean and covariance of the block's queries, without the sinks', and rotary positions."""
         return Needs(rope=True, query_moments=self.sinks)
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:

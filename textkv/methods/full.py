@@ -12,4 +12,5 @@ class Full(Method):
 
     @property
     def evicts(self) -> bool:
+        """Never."""
         return False

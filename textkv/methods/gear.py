@@ -82,7 +82,9 @@ class Gear(Packer):
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, prompt: bool, heads: int = 1
     ) -> tuple[Packed, Packed]:
+        """Codes, a low-rank fit of their error, and the extreme entries: keys per channel, values per token."""
         rank = self.prompt_rank if prompt else self.rank
+        # Along the vector that shares a scale in the paper: a key channel over tokens, a token's value over channels.
         of_keys = extremes(keys, counts, self.outliers, over="tokens")
         of_values = extremes(values, counts, self.outliers, over="channels", heads=heads)
         return (
@@ -98,11 +100,13 @@ class Gear(Packer):
         ignore = None if outside is None else blocks_of(outside, counts, self.group)
         group = self.channels if layout == "token" else None
         packed = pack(blocks, self.bits, layout=layout, group=group, ignore=ignore)
+        # Extreme entries do not widen their group's range, so their error is large: exact copies undo it, not the fit.
         error = blocks - unpack(packed)
         if rank:
             seen = error if ignore is None else error.masked_fill(ignore, 0)
             packed = replace(packed, lowrank=_fit(seen, counts // self.group, rank, self.rounds))
         if ignore is not None:
+            # Anew: the fit has changed these entries too, and the copies must make up for both.
             error = blocks - unpack(packed)
             packed = replace(packed, sparse=_singles(error, ignore))
         return packed
@@ -167,6 +171,7 @@ def low_rank(error: torch.Tensor, rank: int, rounds: int) -> tuple[torch.Tensor,
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(error.shape[-1], rank, generator=generator).to(error.device)
     for _ in range(rounds):
+        # The authors do so in the last round alone, where small directions may be gone already.
         p = torch.linalg.qr(p).Q
         a = torch.linalg.qr(error @ p).Q
         p = error.mT @ a

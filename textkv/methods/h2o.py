@@ -22,7 +22,7 @@ from textkv.method import register
 from textkv.scores import group_mean
 from textkv.segments.base import Stored
 
-MARK = "h2o"
+STATISTIC = "h2o"
 
 
 @register("h2o")
@@ -46,6 +46,7 @@ class H2O(DecodeEviction):
             )
 
     def needs(self) -> Needs:
+        """The block's column sums of attention."""
         return Needs(columns=True)
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
@@ -55,9 +56,12 @@ class H2O(DecodeEviction):
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
         """Add the block's column sums to those of earlier turns, then cut by the total."""
         if not self.budget.is_full:
-            total = accumulate(layer, MARK, evidence.columns)
+            # Also where nothing has to go yet: a later cut judges by all the attention that a token ever got.
+            total = accumulate(layer, STATISTIC, evidence.columns)
             super().on_prefill_end(layer, replace(evidence, columns=total))
 
     def decode_score(self, layer: Layer, row: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
-        total = accumulate(layer, MARK, group_mean(row, layer.kv_heads))
+        """All attention so far, this token's row included: fp32 [batch, kv_heads, n]; the newest tokens PROTECTED."""
+        # Mean over the group, as for the prompt's columns: a sum would give decoded rows more weight than prompt rows.
+        total = accumulate(layer, STATISTIC, group_mean(row, layer.kv_heads))
         return protect(total, holed(layer, keep), 0, part_of(keep, self.recent))

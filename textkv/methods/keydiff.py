@@ -34,6 +34,8 @@ class KeyDiff(Eviction):
             raise ValueError(f"recent={self.recent}: may not be negative")
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """Minus the cosine of each key with the mean of the head's normalised keys: fp32 [batch, kv_heads, n]."""
+        # Normalised before the mean: else the few longest keys would set the anchor.
         keys = F.normalize(held.keys.float(), dim=-1)
         scores = -F.cosine_similarity(keys, keys.mean(2, keepdim=True), dim=-1)
         recent = min(self.recent, keep)

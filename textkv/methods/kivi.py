@@ -31,5 +31,7 @@ class Kivi(Packer):
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, prompt: bool, heads: int = 1
     ) -> tuple[Packed, Packed]:
+        """Keys with a scale per channel and block, values with one per token and channel group."""
+        # A few key channels are large in every token: a scale along tokens keeps their range to themselves.
         k, v = (blocks_of(x, counts, self.group) for x in (keys, values))
         return pack(k, self.bits, layout="channel"), pack(v, self.bits, layout="token", group=self.channels)

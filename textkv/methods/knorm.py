@@ -35,6 +35,8 @@ class Knorm(Eviction):
             raise ValueError(f"recent={self.recent}, skip_layers={self.skip_layers}: neither may be negative")
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """Minus the L2 norm of each key: fp32 [batch, kv_heads, n]."""
+        # Small norm = kept: in the paper's models such keys are what queries look at most.
         scores = -held.keys.float().norm(dim=-1)
         recent = min(self.recent, keep)
         if recent:
@@ -42,5 +44,7 @@ class Knorm(Eviction):
         return scores
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Cut the layer, unless it is one of the first that keep everything."""
+        # The paper leaves the first layers whole: norms say little there.
         if layer.index >= self.skip_layers:
             super().on_prefill_end(layer, evidence)

@@ -110,12 +110,15 @@ class KVCrush(Eviction):
             )
 
     def needs(self) -> Needs:
+        """What the scorer needs."""
         return self.inner.needs()
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """The scorer's scores, fp32 [batch, kv_heads, n]."""
         return self.inner.score(layer, held, evidence, keep)
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Keep the scorer's best and the representatives, together as many as the scorer would."""
         if self.inner.fits(layer, evidence):
             return
         scores = self.scores(layer, evidence)
@@ -133,13 +136,14 @@ class KVCrush(Eviction):
         positions = layer.stored().positions
         votes, scores = scores, scores if self.heads == "own" else _mean(layer, scores, positions)
         # Signatures belong to tokens, not to slots: after an eviction one slot holds different tokens in each head.
-        places = _Places(positions, -(-int(layer.real_seen.max()) // self.page), self.page)
-        full, loose = self._pages(layer, scores, places)
+        table = _PageTable(positions, -(-int(layer.real_seen.max()) // self.page), self.page)
+        full, loose = self._pages(layer, scores, table)
+        # Tokens outside full pages stay in any case and are paid for first.
         room = (counts.to(scores.device) - loose.sum((-1, -2))) // self.page
-        votes = places.spread(scores if self.heads == "summed" else votes, NEVER)
+        votes = table.spread(scores if self.heads == "summed" else votes, NEVER)
         distance = self._distance(votes, full, layer.index)
-        worth = places.spread(scores, NEVER).masked_fill(~full[..., None], 0).sum(-1)
-        kept = places.gather(loose | self._chosen(full, worth, distance, room)[..., None])
+        worth = table.spread(scores, NEVER).masked_fill(~full[..., None], 0).sum(-1)
+        kept = table.gather(loose | self._chosen(full, worth, distance, room)[..., None])
         fits = room > 0
         wanted = torch.zeros_like(scores).masked_fill(kept, PROTECTED).masked_fill(~kept, NEVER)
         return (
@@ -147,13 +151,13 @@ class KVCrush(Eviction):
             torch.where(fits, kept.sum(-1), counts.to(scores.device)).cpu(),
         )
 
-    def _pages(self, layer: Layer, scores: torch.Tensor, places: _Places) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pages(self, layer: Layer, scores: torch.Tensor, table: _PageTable) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages that may go, bool [batch, kv_heads, pages], and stored tokens that stay for being in no such page."""
-        positions = places.positions
+        positions = table.positions
         latest = layer.real_seen.to(positions.device)[:, None, None] - self.recent
         held = scores.eq(PROTECTED) | (positions < self.start) | (positions >= latest)
-        full = places.spread(~held, False).all(-1)
-        return full, places.spread(positions >= 0, False) & ~full[..., None]
+        full = table.spread(~held, False).all(-1)
+        return full, table.spread(positions >= 0, False) & ~full[..., None]
 
     def _chosen(
         self, full: torch.Tensor, worth: torch.Tensor, distance: torch.Tensor, room: torch.Tensor
@@ -167,8 +171,10 @@ class KVCrush(Eviction):
         """
         # The tiny addend undoes binary rounding: 0.29 * 100 is 28.999999999999996, and 29 was asked for.
         wanted = (self.ratio * room.double() + 1e-9).long().clamp(min=0)
+        # Representatives come out of the budget, and out of this head's own candidates: no page is kept twice.
         important = full & (_ranks(worth, full) < (room - wanted)[..., None])
         crowd = full & ~important
+        # One distance for all heads, since a signature is the vote of all; candidates are each head's own.
         nearest = _ranks(-distance[:, None].expand_as(full), crowd)
         return important | (crowd & spaced(nearest, crowd.sum(-1)[..., None], wanted[..., None], self.reaches_end))
 
@@ -176,6 +182,7 @@ class KVCrush(Eviction):
         """Hamming distance of each page's signature to the anchor, int64 [batch, pages]; votes [.., pages, page]."""
         region = full[..., None].expand_as(votes).flatten(-2)
         above = ((1 - self.bit_quantile) * region.sum(-1).double() + 1e-9).long()
+        # By rank and not by value: equal scores must not make more ones than the quantile says.
         bits = region & (_ranks(votes.flatten(-2), region) < above[..., None])
         bits = bits.unflatten(-1, votes.shape[-2:])
         if self.heads == "summed":
@@ -217,12 +224,12 @@ class KVCrushOfficial(KVCrush):
     reaches_end: ClassVar[bool] = False
 
 
-class _Places:
+class _PageTable:
     """Slots of `positions` int32 [batch, kv_heads, n] (-1 = hole) <-> logical positions, page by page."""
 
     def __init__(self, positions: torch.Tensor, pages: int, page: int) -> None:
         self.positions, self.pages, self.page = positions, pages, page
-        self._at = positions.long().masked_fill(positions < 0, pages * page)  # holes go to a place that is cut off
+        self._at = positions.long().masked_fill(positions < 0, pages * page)  # holes go to a column that is cut off
 
     def spread(self, x: torch.Tensor, empty: float | bool) -> torch.Tensor:
         """Per slot [batch, kv_heads, n] -> [batch, kv_heads, pages, page], `empty` where nothing is stored."""

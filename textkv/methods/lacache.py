@@ -14,7 +14,7 @@ stores a token twice or runs past the prompt, `lacache-official` refuses. `lacac
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -94,13 +94,16 @@ class Ladder:
         Returns:
             The kept slots, int64, ascending, on the CPU; and the cursor after the last block compacted.
         """
+        # A loop, so that a long prompt is compacted as often as it needs; the authors' code takes one wider pass.
         slots, width, stride = torch.arange(stored), self.block, 1
         while len(slots) > limit:
             room = (limit - cursor - recent) // self.kept
             if room <= 0:
                 width, stride = self.wider(len(slots), limit, sinks, (limit - sinks - recent) // self.kept)
+                # A further pass: what this one has compacted is old text again, and thins out once more.
                 cursor = sinks
                 continue
+            # Oldest first, and no more blocks than needed: newer text stays whole in every layer.
             blocks = min(_ceil(len(slots) - limit, width - self.kept), room)
             first = cursor + self.offset(layer, width - self.kept) + width * torch.arange(blocks)
             taken = (first[:, None] + stride * torch.arange(self.kept)).flatten()
@@ -118,9 +121,16 @@ class OfficialLadder(Ladder):
     """The ladder of the authors' code: one wider pass stands for all further ones."""
 
     def wider(self, stored: int, limit: int, sinks: int, room: int) -> tuple[int, int]:
+        """Blocks `times` as wide, for as many further passes as one may stand for.
+
+        Raises:
+            ValueError: such blocks would store a token twice, or end behind the newest one.
+        """
+        # The authors' arithmetic: passes that would follow each other, and one block wide enough for them all.
         times = _ceil(stored - limit, room * self.freed)
         width = times * (self.block - 1) + 1
         end = sinks + width * _ceil(stored - limit, width - self.kept)
+        # Their kept tokens lie `times` apart, and the last layer's last one must still lie within the block.
         reach = min(self.layers - 1, width - self.kept) + times * (self.kept - 1)
         if reach >= width or end >= stored:
             raise ValueError(
@@ -169,11 +179,19 @@ class LaCache(Method):
             raise ValueError(f"layout={self.layout!r}: use 'staircase' or 'interleaved'")
         if self.positions not in ("cache", "original"):
             raise ValueError(f"positions={self.positions!r}: use 'cache' or 'original'")
+        if self.positions == "original":
+            object.__setattr__(self, "capabilities", replace(self.capabilities, original_positions=True))
 
     def needs(self) -> Needs:
+        """Rotary positions, where keys move to cache positions."""
         return Needs(rope=self.positions == "cache")
 
     def on_start(self, layer: Layer) -> None:
+        """Check ladder and budget against the model, and let keys sit at cache positions.
+
+        Raises:
+            ValueError: the ladder does not fit the layers, or a budget in tokens does not hold it.
+        """
         if self.budget.is_full:
             return
         ladder = self.ladder(layer.context.governed)
@@ -185,16 +203,19 @@ class LaCache(Method):
         layer.segments = [RenumberedSegment(layer.rotary)]
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Fix the size of each row by the first prompt, then compact what exceeds it."""
         segment = layer.segments[0]
         if not isinstance(segment, RenumberedSegment):
             return
         ladder = self.ladder(layer.context.governed)
+        # Once: a share is taken of the first prompt, so that later turns do not let the cache grow.
         if not segment.row_state:
             tokens = [self.budget.tokens or self.budget.count(seen) for seen in evidence.tokens.tolist()]
             segment.row_state = [[self.size(ladder, count), self.sinks] for count in tokens]
         self._compact(layer, segment, ladder)
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
+        """Compact the rows that the token has filled."""
         segment = layer.segments[0]
         if isinstance(segment, RenumberedSegment):
             self._compact(layer, segment, self.ladder(layer.context.governed))
@@ -244,6 +265,7 @@ class LaCache(Method):
         rows = []
         for n, limit, state in zip(lengths, limits, segment.row_state, strict=True):
             size, cursor = state
+            # The authors keep about one newest token per layer; a small budget must still hold one block.
             reserve = min(ladder.layers if self.recent is None else self.recent, size - self.sinks - ladder.kept)
             slots, state[1] = ladder.compact(n, limit, cursor, layer=layer.index, sinks=self.sinks, recent=reserve)
             rows.append(slots)
@@ -273,6 +295,12 @@ class LaCacheOfficial(LaCache):
             )
 
     def size(self, ladder: Ladder, tokens: int) -> int:
+        """The budget as it is; the authors' code knows no smaller size to fall back to.
+
+        Raises:
+            ValueError: a budget that the authors' arithmetic cannot hold.
+        """
+        # Below it their code divides by zero or indexes beyond the cache.
         least = self.sinks + ladder.layers + ladder.kept
         if tokens < least:
             raise ValueError(
@@ -283,10 +311,12 @@ class LaCacheOfficial(LaCache):
         return tokens
 
     def limit(self, ladder: Ladder, size: int) -> int:
+        """Half of what a block frees above the size."""
         # The cache swings between limit - freed and limit: this puts the middle at the size.
         return size + ladder.freed // 2
 
     def beyond(self, known: int) -> None:
+        """Raises ValueError: the authors' rotary table ends there."""
         raise ValueError(
             f"budget={self.budget}: the authors' rotary table has {known} positions, so budget <= {known}t; "
             "use lacache to go beyond"

@@ -82,17 +82,21 @@ class MiKV(Method):
                 f"{self.inner.name}+{self.name}: {self.inner.name} stores a copy per query head, of which nothing can "
                 "be demoted; use a scorer that selects per KV head, e.g. snapkv or gui-kv"
             )
+        # No scores for wrappers: what they dropped would not be demoted.
         object.__setattr__(self, "capabilities", replace(known, scores=False, lossy=bool(self.low)))
 
     @property
     def evicts(self) -> bool:
+        """Only with low=0, where what is unimportant is dropped and not demoted."""
         return not self.low
 
     @property
     def budgeted(self) -> bool:
+        """Always: the budget says how many tokens stay exact."""
         return True
 
     def needs(self) -> Needs:
+        """What the scorer needs, and the largest queries per channel, which balance the keys."""
         return self.inner.needs() | Needs(query_peaks=bool(self.low))
 
     # ---- the scorer's moments ----------------------------------------------------------------------------------
@@ -110,9 +114,11 @@ class MiKV(Method):
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
         """Fix balancer and centre by the first prompt, then let the scorer drop: what it drops is demoted."""
         if self.low and not isinstance(layer.segments[0], BalancedSegment):
+            # Fixed by the first prompt, as in the paper: codes that are stored cannot be balanced anew.
             low = BalancedSegment.for_prompt(layer.stored(), evidence.peaks if self.balance else None)
             layer.segments = [low, *layer.segments]
         if evidence.columns is not None:
+            # Columns are those of all stored tokens, packed ones first; the scorer sees the exact ones alone.
             exact = layer.segments[-1].held_positions().shape[-1]
             evidence = replace(evidence, columns=evidence.columns[..., evidence.columns.shape[-1] - exact :])
         with self._demoting(layer.context.layers[: layer.index + 1]):
@@ -128,12 +134,14 @@ class MiKV(Method):
             return
         if self.inner.budget.is_full:
             return
+        # Attention over exact tokens alone sums to 1; their part of the whole attention makes it what H2O adds up.
         share = layer.last_share
         with self._demoting([layer]):
             row = attention_row(layer, query)
             self.inner.drop(layer, row if share is None else row * share, self._counts(layer))
 
     def on_finish(self, context: Context) -> None:
+        """Let a scorer that waits for all layers drop now: what it drops is demoted."""
         with self._demoting(context.layers):
             self.inner.on_finish(context)
 
@@ -154,7 +162,7 @@ class MiKV(Method):
     def _demoting(self, layers: Sequence[Layer]) -> Iterator[None]:
         """While it lasts these layers show their exact tokens alone; those dropped meanwhile are demoted at its end.
 
-        So marks that a scorer keeps are marks of the exact tokens.
+        So the token statistics of a scorer are those of the exact tokens.
         """
         if not self.low:
             yield
@@ -183,10 +191,12 @@ class MiKV(Method):
         """Packs what was dropped from `before`, together with what waits; the rest waits on."""
         low, exact = layer.segments[0], layer.segments[-1]
         gone = _picked(before.stored(), _missing(before.held_positions(), exact.held_positions()))
+        # Those that wait came first: oldest first into blocks, so that none waits for ever.
         if len(layer.segments) == 3:
             held = layer.segments[1].stored()
             gone = Stored(*(torch.cat([getattr(x, f) for x in (held, gone)], 2) for f in _FIELDS))
         real = gone.positions >= 0
+        # Whole blocks per head: heads may have demoted different numbers.
         counts = real.sum(-1).cpu() // self.block * self.block
         ready = real & (real.cumsum(-1) <= counts.to(real.device)[..., None])
         if bool(counts.any()):

@@ -94,15 +94,18 @@ class MiniCache(Method):
 
     @property
     def evicts(self) -> bool:
+        """Only behind a scorer."""
         return self.inner is not None
 
     def needs(self) -> Needs:
+        """What the scorer needs."""
         return self.inner.needs() if self.inner else Needs()
 
     def partner(self, index: int, layers: int) -> int | None:
         """The layer that layer `index` of a model of `layers` layers is paired with, or None."""
         # In a model of two layers the middle would leave no pair.
         start = max(0, min(layers // 2, layers - 2)) if self.start is None else self.start
+        # Pairs are counted from `start`, which may be odd.
         other = index ^ 1 if start % 2 == 0 else ((index - 1) ^ 1) + 1
         return other if index >= start and other < layers else None
 
@@ -159,6 +162,7 @@ class MiniCache(Method):
         guarded = (of_first[0] == PROTECTED) | (of_second[0] == PROTECTED)
         # What one layer guards and the other would drop first stays: inf - inf is no score.
         scores = (of_first[0] + of_second[0]).masked_fill(guarded, PROTECTED)
+        # The mean: a pair then holds as much as its layers would alone.
         counts = (of_first[1] + of_second[1]) // 2
         for layer in (first, second):
             keep_best(layer, scores, counts)
@@ -166,6 +170,7 @@ class MiniCache(Method):
     # ---- while decoding ----------------------------------------------------------------------------------------
 
     def on_decode_begin(self, layer: Layer, query: torch.Tensor) -> None:
+        """Check that a pair's first layer has taken the token in already: the second reads what both share."""
         other = self.partner(layer.index, layer.context.governed)
         if other is not None and other < layer.index:
             self._before(layer, other, ahead=query.shape[2])  # this layer counts what comes when it is in
@@ -201,6 +206,7 @@ class MiniCache(Method):
         for side, layer in enumerate((first, second)):
             layer.segments[-1].keep(new)
             layer.segments = [PairedSegment(pair, side), layer.segments[-1]]
+            # Merged tokens cannot be taken back one by one: only what is still exact may be cropped.
             layer.since_eviction = min(layer.since_eviction, int((exact - take).min()))
             layer.changes += 1
             layer.context.note_bytes(layer)

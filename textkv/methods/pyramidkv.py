@@ -41,6 +41,7 @@ class PyramidKV(SnapKV):
         return bool((layer.lengths().amax(1) <= self.counts(layer, None, evidence)[:, 0]).all())
 
     def counts(self, layer: Layer, scores: torch.Tensor | None, evidence: Evidence) -> torch.Tensor:
+        """The layer's point on the line, for each row: int64 [batch, 1]."""
         layers = layer.context.governed
         rows = []
         for seen in evidence.tokens.tolist():
@@ -54,12 +55,14 @@ class PyramidKV(SnapKV):
         high, low = self._ends(keep - window, seen - window)
         if layers == 1 or high <= low:
             return [keep] * layers
+        # Rounded together: numbers rounded one by one would not sum to the budget.
         exact = torch.linspace(high, low, layers, dtype=torch.float64)
         return (window + round_to_sum(exact, (keep - window) * layers)).tolist()
 
     def _ends(self, past: int, most: int) -> tuple[int, int]:
         """Tokens before the window in the first and in the last layer, for `past` on average and at most `most`."""
         low = max(self.least, past // self.beta)
+        # A line's mean is that of its ends.
         high = 2 * past - low
         return (high, low) if high <= most else (most, 2 * past - most)
 
@@ -73,6 +76,7 @@ class PyramidKVOfficial(PyramidKV):
     least: ClassVar[int] = 0
 
     def line(self, keep: int, window: int, seen: int, layers: int) -> list[int]:
+        """Tokens per layer, down from the first one's number by the authors' floored step; they exceed the budget."""
         past = keep - window
         high, low = self._ends(past, seen - window)
         # Theirs refuses a budget that the window fills; here the window shrinks, and one past token cannot be shared.

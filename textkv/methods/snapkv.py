@@ -42,9 +42,12 @@ class SnapKV(Eviction):
             raise ValueError(f"pooling={self.pooling!r}: use 'avg' or 'max'")
 
     def needs(self) -> Needs:
+        """The queries of the observation window."""
         return Needs(window=self.window)
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """The window's attention to each token before it, pooled: fp32 [batch, kv_heads, n]; the window PROTECTED."""
+        # The window counts against the budget, so a small budget shrinks it.
         queries = fit_window(evidence.queries, held.keys.shape[2], keep)
         kv_heads = held.keys.shape[1]
         mass = past_mass(queries, held.keys, evidence.scale, evidence.softcap)

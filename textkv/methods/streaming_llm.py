@@ -10,7 +10,7 @@ It does not lengthen what a model can use: what left the window is gone.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -55,18 +55,25 @@ class StreamingLLM(Method):
             )
         if self.prefill == "exact_stream" and self.budget.tokens is None:
             raise ValueError("prefill='exact_stream' needs the budget in tokens, e.g. '1024t'")
+        if self.positions == "original":
+            object.__setattr__(self, "capabilities", replace(self.capabilities, original_positions=True))
 
     def needs(self) -> Needs:
+        """Rotary positions, where queries turn to cache positions."""
         return Needs(rope=self.positions == "cache")
 
     def on_start(self, layer: Layer) -> None:
+        """Warn of a budget beyond the model's positions; prefill="exact_stream" has its ring from the start."""
         limit = getattr(layer.context.config, "max_position_embeddings", None)
         if self.budget.tokens and limit and self.budget.tokens > limit and layer.index == 0:
             warnings.warn(f"budget={self.budget} is longer than the {limit} positions the model knows", stacklevel=2)
+        # Else the prompt is read with full attention, as the authors' long prompts are, and trimmed at its end.
         if self.prefill == "exact_stream":
             layer.segments = [self._ring(layer, torch.full_like(layer.real_seen, self.budget.tokens))]
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Take sinks and window of the first prompt into a ring, which then drops by itself."""
+        # A ring drops by itself: in later turns there is nothing to do.
         if self.budget.is_full or isinstance(layer.segments[0], RingSegment):
             return
         held = layer.stored()

@@ -38,6 +38,7 @@ class TOVA(DecodeEviction):
             raise ValueError(f"recent={self.recent}: may not be negative; 0 protects no token, 1 the newest")
 
     def needs(self) -> Needs:
+        """The last query."""
         return Needs(window=1)
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
@@ -47,6 +48,8 @@ class TOVA(DecodeEviction):
         return self._shared(row, held.positions, torch.tensor([keep]))
 
     def decode_score(self, layer: Layer, row: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
+        """The decoded token's attention, mean over all heads of the layer: fp32 [batch, kv_heads, n]."""
+        # The common case: one number for all rows, and nothing has to be asked of the device.
         if isinstance(keep, int):
             shared = row.mean(1, keepdim=True).expand(-1, layer.kv_heads, -1)
             return protect(shared, None, 0, min(keep, self.recent)) if self.recent else shared

@@ -36,6 +36,7 @@ class Vatp(SnapKV):
             raise ValueError(f"sinks={self.sinks}: give a number of first tokens, 0 for none")
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """SnapKV's score times the L1 norm of the value: fp32 [batch, kv_heads, n]; window and sinks PROTECTED."""
         sinks = min(self.sinks, keep // 4)
         attention = super().score(layer, held, evidence, keep - sinks)  # the window makes room for them
         weighted = attention * held.values.float().abs().sum(-1)

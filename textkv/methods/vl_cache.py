@@ -63,9 +63,12 @@ class VLCache(Eviction):
             raise ValueError(f"threshold={self.threshold}, floor={self.floor}: both are shares below 1")
 
     def needs(self) -> Needs:
+        """The spans of screenshots, and as many last queries as may be observed."""
         return Needs(window=_ALL if self.window is None else max(self.window, self.text_window), spans=True)
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
+        """Attention from the tokens after the row's last screenshot, pooled: fp32 [batch, kv_heads, n]."""
+        # Row by row: the last screenshot ends elsewhere in each, so windows differ.
         rows = []
         for row in range(len(held.keys)):
             queries = fit_window(self._observed(evidence, row), held.keys.shape[2], keep)
@@ -107,12 +110,14 @@ class VLCache(Eviction):
             hidden = torch.ones(width, len(keys), dtype=torch.bool, device=keys.device).triu(len(keys) - width + 1)
             scores = (group.float() @ keys.float().mT * evidence.scale).masked_fill(hidden, float("-inf"))
             shares = scores.softmax(-1)
+            # Dense = not sparse: layers get shares in proportion to it.
             limit = self.threshold * (shares.amax(-1, keepdim=True) if self.relative else 1.0)
             dense += int((shares >= limit).masked_fill(hidden, False).sum())
             seen += len(group) * int((~hidden).sum())
         return dense / seen
 
     def on_finish(self, context: Context) -> None:
+        """All layers are through: share out the budget by density, score, and cut."""
         notes = [layer.notes.pop("vl-cache", None) for layer in context.layers]
         if None in notes:
             return
@@ -127,6 +132,7 @@ class VLCache(Eviction):
     def shares(self, densities: torch.Tensor, seen: int) -> list[int]:
         """Tokens per layer in proportion to `densities` [layers]: together layers x budget, each 1 to `seen`."""
         layers = len(densities)
+        # In logarithms, as `apportion` wants them; the floor keeps a layer without dense entries from -inf.
         weight = (densities.double() / densities.double().sum().clamp(min=1e-12)).clamp(min=max(self.floor, 1e-9))
         return apportion(weight.log().tolist(), [seen] * layers, layers * self.budget.count(seen), floor=1)
 

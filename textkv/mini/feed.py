@@ -46,9 +46,11 @@ class Batch:
     idle: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
         return Batch(*(x.to(device, non_blocking=True) for x in vars(self).values()))
 
     def pin_memory(self) -> Batch:
+        """The same batch in memory from which a GPU copies without waiting; a DataLoader calls this."""
         return Batch(*(x.pin_memory() for x in vars(self).values()))
 
 

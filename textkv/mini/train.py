@@ -218,10 +218,12 @@ class Meter:
         self.hits = torch.zeros(len(TASKS), 2)
 
     def add(self, tokens: int, waited: float) -> None:
+        """Count the tokens of a step and the seconds that it waited for them."""
         self.tokens += tokens
         self.waited += waited
 
     def look(self, loss: torch.Tensor, logits: torch.Tensor, batch: Batch) -> None:
+        """Count loss and right answers by task; reads from the device, so not at every step."""
         targets, asks = batch.ids[:, 1:].flatten(), batch.asks[:, 1:].flatten()
         right = right_answers(logits, targets, asks, len(batch.tasks))
         for task in range(len(TASKS)):
@@ -230,6 +232,7 @@ class Meter:
         self.losses.append(loss.item())
 
     def line(self) -> str:
+        """Speed, loss and percent right by task since the last line; starts again from nothing."""
         seconds = time.monotonic() - self.tick
         loss = sum(self.losses) / max(len(self.losses), 1)
         tasks = " ".join(f"{t} {100 * h / max(n, 1):.0f}" for t, (h, n) in zip(TASKS, self.hits.tolist(), strict=True))

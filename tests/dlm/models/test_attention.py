@@ -11,6 +11,7 @@ import torch
 
 from dlm.models.attention import attention, full_attention
 from dlm.models.backbone import Layer, Rope
+from tests.compare import mismatch
 from tests.dlm.models.test_networks import FAMILIES, build, ids_of
 
 
@@ -31,7 +32,7 @@ def test_equals_a_loop_over_heads_and_queries(heads: int, kv_heads: int, masked:
                 g = h // (heads // kv_heads)
                 weights = [math.exp(float(q[b, h, i] @ k[b, g, j]) / 8**0.5) for j in seen]
                 expected = sum(w * v[b, g, j] for w, j in zip(weights, seen, strict=True)) / sum(weights)
-                torch.testing.assert_close(got[b, h, i], expected, rtol=1e-5, atol=1e-5)
+                assert not mismatch(got[b, h, i], expected, rtol=1e-5, atol=1e-5)
 
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -100,8 +101,8 @@ def test_a_window_over_cached_slots_equals_the_whole_canvas(family: str) -> None
         part = model(
             ids[:, window], attention_mask=visible, position_ids=positions[:, window], past_key_values=cache.at(window)
         ).logits
-    torch.testing.assert_close(first, whole, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(part, whole[:, window], rtol=1e-5, atol=1e-5)
+    assert not mismatch(first, whole, rtol=1e-6, atol=1e-6)
+    assert not mismatch(part, whole[:, window], rtol=1e-5, atol=1e-5)
 
 
 class Driver:
@@ -131,7 +132,7 @@ def test_a_cache_may_drive_the_layers_in_pieces(family: str) -> None:
     driver = Driver(torch.arange(6))
     with torch.no_grad():
         got = model(ids, position_ids=positions, past_key_values=driver).logits
-        torch.testing.assert_close(got, model(ids).logits, rtol=1e-6, atol=1e-6)
+        assert not mismatch(got, model(ids).logits, rtol=1e-6, atol=1e-6)
         model(ids, position_ids=positions, past_key_values=(some := Driver(torch.tensor([1, 4]))))
     width = model.config.hidden_size
     assert driver.seen == some.seen == [(0, (2, 6, width)), (1, (2, 6, width))]

@@ -13,6 +13,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply
 
 from dlm.models.backbone import MaskedDiffusionModel, RMSNorm, rope_tables, rotate
 from dlm.models.loading import MODELS
+from tests.compare import mismatch
 from tests.dlm.models import slow
 from tests.dlm.models.checkpoints import CONFIGS, random_state
 
@@ -77,7 +78,7 @@ def test_dream_with_a_causal_mask_is_qwen2() -> None:
     for layer in model.layers:
         layer.is_causal = True
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, qwen(ids).logits, rtol=1e-5, atol=1e-5)
+        assert not mismatch(model(ids).logits, qwen(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_llada_is_llama_without_its_causal_mask() -> None:
@@ -103,7 +104,7 @@ def test_llada_is_llama_without_its_causal_mask() -> None:
     with torch.no_grad():
         everything = torch.zeros(2, 1, 9, 9)
         expected = llama(ids, attention_mask=everything).logits
-        torch.testing.assert_close(build("llada")(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        assert not mismatch(build("llada")(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_llada_rotates_in_fp32_and_dream_in_the_dtype_of_the_model() -> None:
@@ -144,8 +145,8 @@ def test_padded_rows_equal_single_rows_on_either_side_and_pads_do_not_matter(fam
     batch[0, place], batch[1], mask[0, place], mask[1] = short, long, 1, 1
     with torch.no_grad():
         got = model(batch, attention_mask=mask).logits
-        torch.testing.assert_close(got[0, place], model(short).logits[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(got[1], model(long).logits[0], rtol=1e-5, atol=1e-5)
+        assert not mismatch(got[0, place], model(short).logits[0], rtol=1e-5, atol=1e-5)
+        assert not mismatch(got[1], model(long).logits[0], rtol=1e-5, atol=1e-5)
         batch[0][mask[0] == 0] = 5
         assert torch.equal(model(batch, attention_mask=mask).logits[0, place], got[0, place])
 
@@ -168,7 +169,7 @@ def test_other_attention_implementations_agree(family: str, implementation: str)
         expected = [model(ids, attention_mask=m).logits[mask.bool()] for m in (mask, None)]
         model.set_attn_implementation(implementation)
         got = [model(ids, attention_mask=m).logits[mask.bool()] for m in (mask, None)]
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not mismatch(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @FAMILIES
@@ -187,7 +188,7 @@ def test_the_head_runs_on_the_rows_asked_for(rows: list[list[int]]) -> None:
         got = model(ids, logits_rows=torch.tensor(rows)).logits
         assert seen == [(2, 3, 32)]
         expected = torch.stack([model(ids).logits[i, row] for i, row in enumerate(rows)])
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    assert not mismatch(got, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_row_minus_1_is_allowed_and_gives_a_row_of_no_meaning() -> None:
@@ -203,7 +204,7 @@ def test_logits_are_raw_and_the_card_says_which_slot_a_row_is_for() -> None:
         raw = model(ids).logits
         aligned = torch.cat((raw[:, :1], raw[:, :-1]), dim=1)
         rows = model(ids, logits_rows=slots - model.decoding_spec.shift).logits
-    torch.testing.assert_close(rows, aligned[:, 1:], rtol=1e-6, atol=1e-6)
+    assert not mismatch(rows, aligned[:, 1:], rtol=1e-6, atol=1e-6)
     assert build("llada").decoding_spec.shift == 0
 
 
@@ -217,7 +218,7 @@ def test_gradients_flow_and_recomputed_layers_give_the_same() -> None:
         model(ids_of(2, 5)).logits.logsumexp(-1).sum().backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(g is not None and bool((g != 0).any()) for g in grads[0])
-    torch.testing.assert_close(grads[1], grads[0])
+    assert not mismatch(grads[1], grads[0])
 
 
 def test_bad_input_is_named() -> None:

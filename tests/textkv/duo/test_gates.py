@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
+from tests.compare import mismatch
 from tests.textkv import tiny
 from textkv import MethodCache
 from textkv.duo.gated import QUERY_BLOCK, distillation, full_attention, gated, streaming_attention
@@ -74,7 +75,7 @@ def test_closed_gates_are_the_lambda_masked_model():
     expected = (plain - masked)[:, 20:].square().mean()
     model.set_attn_implementation("sdpa")
     for own in (False, True):
-        torch.testing.assert_close(loss_of(model, torch.zeros(2, 2), own), expected, rtol=1e-4, atol=0)
+        assert not mismatch(loss_of(model, torch.zeros(2, 2), own), expected, rtol=1e-4, atol=0)
 
 
 def test_half_open_gates_differ_by_where_the_full_branch_comes_from():
@@ -91,9 +92,9 @@ def test_streaming_attention_in_blocks_is_the_mask(n, window):
     i, j = torch.arange(n)[:, None], torch.arange(n)[None]
     visible = (j <= i) & ((j < window[0]) | (i - j < window[1]))
     expected = (q @ k.mT * 0.3).masked_fill(~visible, -torch.inf).softmax(-1) @ v
-    torch.testing.assert_close(streaming_attention(q, k, v, 0.3, *window), expected, atol=1e-5, rtol=1e-5)
+    assert not mismatch(streaming_attention(q, k, v, 0.3, *window), expected, atol=1e-5, rtol=1e-5)
     if window[1] >= n:
-        torch.testing.assert_close(full_attention(q, k, v, 0.3), expected, atol=1e-5, rtol=1e-5)
+        assert not mismatch(full_attention(q, k, v, 0.3), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -106,7 +107,7 @@ def test_gradients_are_right(own):
         # Not smaller: Llama's norm layers round to fp32 even in an fp64 model.
         step[place] = 1e-3
         slope = (loss_of(model, gates.detach() + step, own) - loss_of(model, gates.detach() - step, own)) / 2e-3
-        torch.testing.assert_close(gates.grad[place], slope, rtol=2e-3, atol=1e-7)
+        assert not mismatch(gates.grad[place], slope, rtol=2e-3, atol=1e-7)
 
 
 def test_padding_and_sliding_windows_are_refused(model_of):
@@ -216,7 +217,7 @@ def test_far_scores_average_the_group():
         for n in range(4)
     ]
     expected = torch.tensor([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2])
-    torch.testing.assert_close(far_score(query, key, RotarySpec.halves(frequency), 1.0), expected)
+    assert not mismatch(far_score(query, key, RotarySpec.halves(frequency), 1.0), expected)
 
 
 @torch.no_grad()
@@ -228,7 +229,7 @@ def test_means_are_taken_before_the_rotation(model_of):
     query, key = block.self_attn.q_proj(x).view(4, 16), block.self_attn.k_proj(x).view(2, 16)
     scores = mean_qk_scores(model, [ids, ids])
     assert scores.shape == (3, 2) and bool(((scores >= 0) & (scores <= 1)).all())
-    torch.testing.assert_close(
+    assert not mismatch(
         scores[0], far_score(query, key, RotarySpec.halves(rotary.inv_freq), block.self_attn.scaling), atol=1e-4, rtol=0
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels import rotate
+from tests.compare import mismatch
 from tests.textkv import tiny
 from textkv import Method, MethodCache, Needs, resolve_method
 from textkv.conformance import check_method
@@ -73,14 +74,13 @@ def plain_queries(model, run):
     return [q.view(*q.shape[:2], -1, attention.head_dim).transpose(1, 2).double() for q in found]
 
 
-def assert_moments(moments, row, q):
-    """One row's moments are those of q [heads, m, head_dim]."""
+def moments_differ(moments, row, q):
+    """How one row's moments differ from those of q [heads, m, head_dim], "" = not at all."""
     centred = q - q.mean(1, keepdim=True)
     assert float(moments.count[row]) == q.shape[1]
-    torch.testing.assert_close(moments.mean[row].double(), q.mean(1), atol=2e-4, rtol=1e-4)
-    torch.testing.assert_close(
-        moments.covariance[row].double(), centred.mT @ centred / q.shape[1], atol=2e-3, rtol=1e-3
-    )  # fmt: skip
+    mean = mismatch(moments.mean[row].double(), q.mean(1), atol=2e-4, rtol=1e-4)
+    covariance = centred.mT @ centred / q.shape[1]
+    return mean + mismatch(moments.covariance[row].double(), covariance, atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen2_5_vl"])
@@ -95,7 +95,7 @@ def test_moments_are_those_of_the_queries_before_the_rotation(model_of, family, 
             model(chunk, past_key_values=caches[1])
     for cache in caches:
         for layer, q in zip(cache.layers, queries, strict=True):
-            assert_moments(layer.notes["seen"].moments, 0, q[0, :, 4:])
+            assert not moments_differ(layer.notes["seen"].moments, 0, q[0, :, 4:])
 
 
 def test_padded_rows_have_their_own_moments(model_of):
@@ -107,8 +107,8 @@ def test_padded_rows_have_their_own_moments(model_of):
         queries = plain_queries(model, lambda: model(ids, attention_mask=mask, past_key_values=cache))
     for layer, q in zip(cache.layers, queries, strict=True):
         seen = layer.notes["seen"].moments
-        assert_moments(seen, 0, q[0, :, 4:])
-        assert_moments(seen, 1, q[1, :, 13:])
+        assert not moments_differ(seen, 0, q[0, :, 4:])
+        assert not moments_differ(seen, 1, q[1, :, 13:])
         assert seen.count[2] == 0 and not seen.mean[2].any() and not seen.covariance[2].any()
 
 
@@ -120,7 +120,7 @@ def test_a_second_turn_counts_its_own_queries(model_of):
         assert float(cache.layers[0].notes["seen"].moments.count) == 26
         queries = plain_queries(model, lambda: model(ids[:, 30:], past_key_values=cache))
     for layer, q in zip(cache.layers, queries, strict=True):
-        assert_moments(layer.notes["seen"].moments, 0, q[0])
+        assert not moments_differ(layer.notes["seen"].moments, 0, q[0])
         assert layer.notes["seen"].rope_positions[0].tolist() == list(range(30, 50))
 
 
@@ -129,7 +129,7 @@ def test_a_large_mean_does_not_hide_a_small_spread():
     every = torch.ones(1, 64, dtype=torch.bool)
     parts = [QueryMoments.of(q[:, :, i : i + 8], every[:, :8]) for i in range(0, 64, 8)]
     expected = torch.cov(q[0, 0].double().T, correction=0)
-    torch.testing.assert_close(sum(parts[1:], parts[0]).covariance[0, 0].double(), expected, atol=1e-6, rtol=1e-2)
+    assert not mismatch(sum(parts[1:], parts[0]).covariance[0, 0].double(), expected, atol=1e-6, rtol=1e-2)
 
 
 def test_moments_of_one_head_are_a_part():
@@ -162,13 +162,13 @@ def test_hand_case():
     method = Expected(sinks=0, future=3)
     shares = torch.tensor([1.0, 3.0, 12.0]) / 16
     scores = method.score(layer_of(torch.zeros(1)), *case(keys, values, moments), keep=2)[0, 0]
-    torch.testing.assert_close(scores, shares * torch.tensor([2.0, 1.0, 5.0]))
+    assert not mismatch(scores, shares * torch.tensor([2.0, 1.0, 5.0]))
     plain = Expected(sinks=0, future=3, vnorm=False, epsilon=0.5)
     scores = plain.score(layer_of(torch.zeros(1)), *case(keys, values, moments), keep=2)[0, 0]
-    torch.testing.assert_close(scores, shares + 0.5)
+    assert not mismatch(scores, shares + 0.5)
     wide = QueryMoments(torch.tensor([2.0]), moments.mean, torch.tensor([[[[8.0, 0], [0, 0]]]]))
     scores = plain.score(layer_of(torch.zeros(1)), *case(keys, values, wide), keep=2)[0, 0]
-    torch.testing.assert_close(scores, (log + log**2).softmax(-1) + 0.5)
+    assert not mismatch(scores, (log + log**2).softmax(-1) + 0.5)
 
 
 def test_mean_rotation_is_the_mean_of_rotations():
@@ -176,7 +176,7 @@ def test_mean_rotation_is_the_mean_of_rotations():
     first = torch.tensor([0, 37])
     total = sum(rotate(basis, (first + i)[:, None].expand(2, 10), FREQ) for i in range(5)) / 5
     mean = mean_rotation(first, 5, RotarySpec.halves(FREQ, 10))
-    torch.testing.assert_close(mean, total[:, 0].mT, atol=1e-6, rtol=1e-5)
+    assert not mismatch(mean, total[:, 0].mT, atol=1e-6, rtol=1e-5)
 
 
 def test_the_mean_logit_is_that_of_the_queries_to_come():
@@ -185,7 +185,7 @@ def test_the_mean_logit_is_that_of_the_queries_to_come():
     future = [rotate(q, torch.full((30,), p), FREQ) for p in range(20, 27)]
     mean = torch.stack([f.mean(2) for f in future]).mean(0).unflatten(1, (2, 2))
     ours = Expected(future=7, covariance=False)._expected_logits(held.keys, evidence, RotarySpec.halves(FREQ))
-    torch.testing.assert_close(ours, mean @ held.keys.mT * evidence.scale, atol=1e-5, rtol=1e-4)
+    assert not mismatch(ours, mean @ held.keys.mT * evidence.scale, atol=1e-5, rtol=1e-4)
 
 
 def test_score_equals_plain_loops():
@@ -200,7 +200,7 @@ def test_score_equals_plain_loops():
             z = torch.stack([x @ mu / 8**0.5 + x @ cov @ x / 16 for x in k])
             shares.append(z.softmax(0))
         expected = (torch.stack(shares).mean(0) + 0.01) * held.values[0, head, 3:].double().norm(dim=-1)
-        torch.testing.assert_close(scores[0, head, 3:].double(), expected, atol=1e-6, rtol=1e-4)
+        assert not mismatch(scores[0, head, 3:].double(), expected, atol=1e-6, rtol=1e-4)
         assert scores[0, head, :3].tolist() == [PROTECTED] * 3
 
 
@@ -208,7 +208,7 @@ def test_blocks_of_keys_change_nothing(monkeypatch):
     (held, evidence), _ = random_case()
     whole = Expected().score(layer_of(), held, evidence, keep=10)
     monkeypatch.setattr("textkv.methods.expected._BLOCK", 7)
-    torch.testing.assert_close(Expected().score(layer_of(), held, evidence, keep=10), whole)
+    assert not mismatch(Expected().score(layer_of(), held, evidence, keep=10), whole)
 
 
 def test_without_covariance_and_values_it_ranks_by_the_mean_query():
@@ -224,10 +224,10 @@ def test_group_mean_and_permuted_heads():
     scores = Expected().score(layer_of(), held, evidence, keep=10)
     repeated = Stored(*(x.repeat_interleave(2, 1) for x in (held.keys, held.values, held.positions)))
     each = Expected(sinks=4).score(layer_of(), repeated, evidence, keep=10)
-    torch.testing.assert_close(scores[..., 4:], each.unflatten(1, (2, 2)).mean(2)[..., 4:])
+    assert not mismatch(scores[..., 4:], each.unflatten(1, (2, 2)).mean(2)[..., 4:])
     m, order = evidence.moments, torch.tensor([2, 3, 0, 1])
     turned = case(held.keys.flip(1), held.values.flip(1), QueryMoments(m.count, m.mean[:, order], m.scatter[:, order]))
-    torch.testing.assert_close(Expected().score(layer_of(), *turned, keep=10), scores.flip(1))
+    assert not mismatch(Expected().score(layer_of(), *turned, keep=10), scores.flip(1))
 
 
 def test_sinks_make_room_for_one_other_token():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.pack import unpack
+from tests.compare import mismatch
 from tests.textkv import tiny
 from textkv import MethodCache, resolve_method
 from textkv.conformance import check_method
@@ -61,10 +62,10 @@ def test_an_error_of_that_rank_is_recovered_in_every_row(n, D):
     sizes = torch.tensor([30.0, 2.0, 0.1])
     true = (torch.randn(5, n, 3) * sizes) @ torch.randn(5, 3, D)
     a, p = low_rank(true, 3, rounds=3)
-    torch.testing.assert_close(a @ p.mT, true, rtol=1e-4, atol=1e-4)
+    assert not mismatch(a @ p.mT, true, rtol=1e-4, atol=1e-4)
     halved = a.half().float() @ p.half().float().mT
     assert float((halved - true).norm() / true.norm()) < 1e-3
-    torch.testing.assert_close(a.norm(dim=1), p.norm(dim=1))  # each direction's size is shared equally
+    assert not mismatch(a.norm(dim=1), p.norm(dim=1))  # each direction's size is shared equally
 
 
 def test_the_fit_is_nearly_the_best_of_its_rank():
@@ -83,14 +84,14 @@ def test_a_row_gets_what_it_would_get_alone():
     together = low_rank(x, 2, 3)
     alone = low_rank(x[1:2], 2, 3)
     for ours, true in zip(together, alone, strict=True):
-        torch.testing.assert_close(ours[1:2], true)
+        assert not mismatch(ours[1:2], true)
 
 
 def test_no_error_and_less_rank_than_asked_for_stay_finite():
     for x in (torch.zeros(2, 16, 8), torch.ones(2, 16, 1) @ torch.ones(2, 1, 8)):
         a, p = low_rank(x, 3, 3)
         assert bool(a.isfinite().all()) and bool(p.isfinite().all())
-        torch.testing.assert_close(a @ p.mT, x, rtol=1e-5, atol=1e-5)
+        assert not mismatch(a @ p.mT, x, rtol=1e-5, atol=1e-5)
 
 
 def test_extreme_entries_are_the_right_number_of_the_right_ones():
@@ -145,7 +146,7 @@ def test_at_head_dim_64_some_values_are_kept_and_the_error_falls():
     errors = [float((unpack(p).view_as(x) - x).norm() / x.norm()) for p in (of_heads, of_rows)]
     assert errors[1] < 0.8 * errors[0]
     alone = Gear(2, prompt_rank=2).encode(x[4:], x[4:], whole(x[4:]), True, 4)[1]
-    torch.testing.assert_close(unpack(alone), unpack(of_rows)[16:], rtol=1e-4, atol=1e-4)
+    assert not mismatch(unpack(alone), unpack(of_rows)[16:], rtol=1e-4, atol=1e-4)
 
 
 def test_a_cache_takes_the_heads_of_a_row_together(model_of):
@@ -166,7 +167,7 @@ def test_extreme_entries_are_stored_exactly_and_do_not_widen_the_range():
     packed = Gear(4, prompt_rank=2, outliers=0.04).encode(x, x, whole(x), True)[0]  # one at each end of a channel
     back = unpack(packed).view_as(x)
     outside = extremes(x, whole(x), 0.04, over="tokens")
-    torch.testing.assert_close(back[outside], x[outside], rtol=1e-3, atol=1e-3)
+    assert not mismatch(back[outside], x[outside], rtol=1e-3, atol=1e-3)
     assert float((back - x).abs().max()) < 0.5
     assert int(packed.sparse.count.sum()) == len(packed.sparse.at) == 2 * 32 * 2
 
@@ -212,7 +213,7 @@ def test_constant_and_extreme_tensors_stay_finite(value):
         for part in method.encode(x.half().float(), x, whole(x), True):
             back = unpack(part).view_as(x)
             assert bool(back.isfinite().all())
-            torch.testing.assert_close(back, x, rtol=0, atol=0.002 * value)
+            assert not mismatch(back, x, rtol=0, atol=0.002 * value)
             assert all(bool(t.isfinite().all()) for t in part.tensors().values() if t.is_floating_point())
 
 
@@ -262,7 +263,7 @@ def test_factored_attention_equals_attention_over_what_is_stored(model_of):
             keys, values = torch.cat([before.keys, k], 2), torch.cat([before.values, v], 2)
             seen = torch.ones(m, keys.shape[2]).tril(keys.shape[2] - m).bool()
             scores = (q @ keys.repeat_interleave(2, 1).mT * 0.25).masked_fill(~seen, -torch.inf)
-            torch.testing.assert_close(out, scores.softmax(-1) @ values.repeat_interleave(2, 1), rtol=1e-5, atol=1e-5)
+            assert not mismatch(out, scores.softmax(-1) @ values.repeat_interleave(2, 1), rtol=1e-5, atol=1e-5)
         n += m
     assert layer.lengths().tolist() == [[79, 79]]
 
@@ -274,7 +275,7 @@ def test_heads_of_different_length_have_fits_of_their_own():
     together = unpack(method.encode(x, x, counts, True)[0])
     alone = torch.cat([unpack(method.encode(x[r : r + 1, :n], x[r : r + 1, :n], counts[r : r + 1], True)[0])
                        for r, n in enumerate(counts.tolist())])  # fmt: skip
-    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3)
+    assert not mismatch(together, alone, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -289,8 +290,10 @@ def test_heads_of_different_length_have_fits_of_their_own():
 def test_conforms(method):
     skipped = {check.name for check in check_method(method) if check.outcome != "passed"}
     assert skipped == {
-        "full_budget_equals_full_cache", "equals_masked_full_attention", "forgotten_tokens_are_gone",
-    }  # fmt: skip
+        "full_budget_equals_full_cache",  # corrected codes are near the numbers, not the numbers
+        "equals_masked_full_attention",  # its oracle reads the exact numbers
+        "forgotten_tokens_are_gone",  # its oracle too
+    }
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -306,17 +306,6 @@ def test_every_scorer_can_be_wrapped_and_nothing_wraps_it():
         resolve_method("window+kvcrush")
 
 
-def test_nan_scores_name_the_layer(model_of):
-    model = model_of("llama")
-    cache = MethodCache(model, "snapkv(window=8)+kvcrush", 0.4)
-    layer = cache.layers[1]
-    layer.lazy_initialization(torch.zeros(1, 2, 0, 16), torch.zeros(1, 2, 0, 16))
-    q = torch.randn(1, 4, 30, 16)
-    q[0, 0, -1] = float("nan")
-    with pytest.raises(ValueError, match="layer 1: the importance scores contain NaN"):
-        layer.feed(q, torch.randn(1, 2, 30, 16), torch.randn(1, 2, 30, 16), 0.25)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

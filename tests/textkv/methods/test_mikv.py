@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kernels.pack import unpack
+from tests.compare import mismatch
 from tests.textkv import tiny
 from tests.textkv.watch import Largest
 from textkv import MethodCache, resolve_method
@@ -56,13 +57,15 @@ def exact_at(layer):
     ("method", "budget"), [("snapkv+adakv+mikv(16,4)", 0.4), ("cake+mikv", 0.4), ("mikv(16,2,grow=True)", 0.4)]
 )
 def test_it_conforms_with_other_scorers(method, budget):
-    declared = {check.name for check in check_method(method, budget) if check.outcome != "passed"}
-    assert declared <= {
-        "full_budget_equals_full_cache",
-        "equals_masked_full_attention",
-        "crop_or_refusal",
-        "forgotten_tokens_are_gone",
+    skipped = {check.name for check in check_method(method, budget) if check.outcome != "passed"}
+    declared = {
+        "full_budget_equals_full_cache",  # demoted tokens are codes (where all are exact: the test below)
+        "equals_masked_full_attention",  # nothing is dropped that could be masked, and codes are not exact
+        "forgotten_tokens_are_gone",  # its oracle reads exact numbers
     }
+    if not resolve_method(method, budget).capabilities.crop:
+        declared.add("crop_or_refusal")  # these scorers demote while decoding, and what is demoted stays so
+    assert skipped == declared
 
 
 @pytest.mark.parametrize("method", ["mikv(16,2)", "snapkv+mikv(16,2)"])
@@ -70,7 +73,7 @@ def test_all_important_is_the_full_cache(model_of, method):
     model, ids = model_of("llama"), tiny.text_ids(80, batch=2)
     ours, full = MethodCache(model, method, 1.0), MethodCache(model, "full")
     for step in ids.split((50, 1, 1, 1, 20, 1, 6), 1):
-        torch.testing.assert_close(run(model, ours, step), run(model, full, step), rtol=0, atol=1e-5)
+        assert not mismatch(run(model, ours, step), run(model, full, step), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scorer", ["h2o", "snapkv", "cake", "snapkv+adakv"])
@@ -109,7 +112,7 @@ def test_nothing_important_is_plain_rounding_once_per_token():
         scale = ((groups.amax(-1, keepdim=True) - zero) / 3).half().float()
         rounded = (((groups - zero) / scale).round().clamp(0, 3) * scale + zero).flatten(-2)
         expected = rounded + centre if ours is held.keys else rounded
-        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-3)
+        assert not mismatch(ours, expected, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize(("method", "budget"), [("mikv(16,2)", "20t"), ("mikv(16,4)", 0.4), ("tova+mikv(16,4)", 0.3)])
@@ -167,7 +170,7 @@ def test_scores_are_those_of_attention_over_all_tokens():
         )
         true = scores.softmax(-1).mean(1).sum(1)
         at = exact_at(layer)[0].long()
-        torch.testing.assert_close(layer.statistics["h2o"][0], true.gather(-1, at).float(), rtol=5e-3, atol=5e-3)
+        assert not mismatch(layer.statistics["h2o"][0], true.gather(-1, at).float(), rtol=5e-3, atol=5e-3)
 
 
 def test_outputs_are_nearer_to_the_full_cache_than_those_of_dropping():
@@ -194,7 +197,7 @@ def test_scores_do_not_change_by_balancing():
     assert bool((low.balance[..., 3] < low.balance[..., 7]).all())
     packed = low.balanced(k) + low.centre[:, :, None]
     turned = q.unflatten(1, (HEADS, GROUP)) / low.balance[:, :, None, None]
-    torch.testing.assert_close(turned @ packed[:, :, None].mT, q.unflatten(1, (HEADS, GROUP)) @ k[:, :, None].mT)
+    assert not mismatch(turned @ packed[:, :, None].mT, q.unflatten(1, (HEADS, GROUP)) @ k[:, :, None].mT)
 
 
 def test_balance_is_the_root_of_the_ratio_and_padding_does_not_count():

@@ -37,10 +37,12 @@ def sizes(cache, layer=1):
     ],
 )  # fmt: skip
 def test_it_conforms_with_other_settings(method, budget):
-    declared = {check.name for check in check_method(method, budget) if check.outcome != "passed"}
-    assert declared == {
-        "full_budget_equals_full_cache", "equals_masked_full_attention", "forgotten_tokens_are_gone",
-    }  # fmt: skip
+    skipped = {check.name for check in check_method(method, budget) if check.outcome != "passed"}
+    assert skipped == {
+        "full_budget_equals_full_cache",  # a pair of layers shares directions (where none is merged: the test below)
+        "equals_masked_full_attention",  # its oracle reads each layer's own keys and values
+        "forgotten_tokens_are_gone",  # its oracle too
+    }
 
 
 @pytest.mark.parametrize(

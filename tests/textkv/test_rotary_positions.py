@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.rotate import frequency_axes
+from tests.compare import mismatch
 from tests.kernels.test_rotate import model_rope
 from tests.textkv import tiny
 from textkv import Conversation, MethodCache, probes
@@ -23,10 +24,12 @@ def test_a_centre_turns_as_a_key_does():
     out = turned(x, at, torch.tensor([1.0, 0.5]))
     assert torch.equal(out[:, :, 0], x[:, :, 0]) and torch.equal(out[..., 4:], x[..., 4:].expand(1, 2, 3, 2))
     for p, row in ((3, out[:, :, 1]), (-3, out[:, :, 2])):
-        for f, rate in enumerate((1.0, 0.5)):
-            key = torch.complex(x[:, :, 0, f], x[:, :, 0, f + 2]) * torch.polar(torch.ones(()), torch.tensor(p * rate))
-            torch.testing.assert_close(torch.complex(row[..., f], row[..., f + 2]), key)
-    torch.testing.assert_close(turned(out, -at, torch.tensor([1.0, 0.5])), x.expand(1, 2, 3, 6))
+        for f, inv_freq in enumerate((1.0, 0.5)):
+            key = torch.complex(x[:, :, 0, f], x[:, :, 0, f + 2]) * torch.polar(
+                torch.ones(()), torch.tensor(p * inv_freq)
+            )
+            assert not mismatch(torch.complex(row[..., f], row[..., f + 2]), key)
+    assert not mismatch(turned(out, -at, torch.tensor([1.0, 0.5])), x.expand(1, 2, 3, 6))
 
 
 @pytest.mark.parametrize("family, sections", [("qwen2_5_vl", [8, 12, 12]), ("qwen3_vl", [12, 10, 10])])
@@ -36,50 +39,50 @@ def test_three_axes_turn_as_the_model_turns_keys(family, sections):
     truth, inv_freq = model_rope(family, x, at, sections)
     axes = torch.tensor(frequency_axes(sections, family == "qwen3_vl"), dtype=torch.int32)
     inv_freq = inv_freq.float().expand(2, 2, -1)
-    torch.testing.assert_close(turned(x, at[:, :, None], inv_freq, axes), truth, rtol=1e-5, atol=1e-5)
+    assert not mismatch(turned(x, at[:, :, None], inv_freq, axes), truth, rtol=1e-5, atol=1e-5)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def test_places_are_found_by_logical_position_whatever_the_padding():
-    places, seen = PositionTable(), torch.full((3, 2, 200), -1)
+def test_rotary_positions_are_found_by_logical_position_whatever_the_padding():
+    table, seen = PositionTable(), torch.full((3, 2, 200), -1)
     torch.manual_seed(0)
     first = torch.zeros(2, dtype=torch.int64)
     for m, pads in ((20, (0, 7)), (1, (0, 0)), (150, (3, 0)), (1, (0, 0)), (5, (0, 0))):
         real = torch.arange(m) >= torch.tensor(pads)[:, None]
         logical = (first[:, None] + real.cumsum(1) - 1).masked_fill(~real, -1)
         rope = torch.randint(0, 10_000, (3, 2, m))
-        places.write(logical.int(), int(first.max()) + m, rope)
+        table.write(logical.int(), int(first.max()) + m, rope)
         for row in range(2):
             seen[:, row, logical[row][real[row]]] = rope[:, row, real[row]]
         first += real.sum(1)
     for row, n in enumerate(first.tolist()):
         every = torch.arange(n).view(1, 1, -1).expand(1, 2, -1).int()
-        assert torch.equal(places.of(every, torch.tensor([row])), seen[:, row, None, None, :n].expand(-1, -1, 2, -1))
+        assert torch.equal(table.of(every, torch.tensor([row])), seen[:, row, None, None, :n].expand(-1, -1, 2, -1))
     both = torch.tensor([[[0, -1]], [[5, 8]]]).int()
-    found = places.of(both)
+    found = table.of(both)
     assert found.shape == (3, 2, 1, 2) and found.dtype == torch.int32
     assert torch.equal(found[:, 1, 0], seen[:, 1, [5, 8]].int())
-    places.take_rows(torch.tensor([1, 1, 0]))
-    assert torch.equal(places.table[:, 2, :100], seen[:, 0, :100].int()) and places.table.shape[1] == 3
+    table.take_rows(torch.tensor([1, 1, 0]))
+    assert torch.equal(table.table[:, 2, :100], seen[:, 0, :100].int()) and table.table.shape[1] == 3
 
 
 def test_the_table_grows_by_an_eighth_and_weighs_twelve_bytes_a_token():
-    places, sizes = PositionTable(), set()
+    table, sizes = PositionTable(), set()
     for column in range(4000):
-        places.write(torch.tensor([[column]]).int(), column + 1, None)
-        sizes.add(places.table.shape[2])
-    assert torch.equal(places.table[:, 0, :4000], torch.arange(4000).expand(3, -1).int())
-    assert len(sizes) < 30 and max(sizes) < 4000 * 1.2 and places.kv_bytes() == 12 * max(sizes)
+        table.write(torch.tensor([[column]]).int(), column + 1, None)
+        sizes.add(table.table.shape[2])
+    assert torch.equal(table.table[:, 0, :4000], torch.arange(4000).expand(3, -1).int())
+    assert len(sizes) < 30 and max(sizes) < 4000 * 1.2 and table.kv_bytes() == 12 * max(sizes)
     assert PositionTable().kv_bytes() == 0
 
 
 def test_what_the_model_did_not_tell_lies_at_its_index():
-    places = PositionTable()
-    places.write(torch.tensor([[0, 1], [0, 1]]).int(), 2, torch.tensor([[[7, 9]]]))  # one axis and one row serve all
-    places.write(torch.tensor([[2], [2]]).int(), 3, None)
-    assert places.table[:, :, :3].tolist() == [[[7, 9, 2]] * 2] * 3
+    table = PositionTable()
+    table.write(torch.tensor([[0, 1], [0, 1]]).int(), 2, torch.tensor([[[7, 9]]]))  # one axis and one row serve all
+    table.write(torch.tensor([[2], [2]]).int(), 3, None)
+    assert table.table[:, :, :3].tolist() == [[[7, 9, 2]] * 2] * 3
 
 
 def test_one_axis_needs_no_table():
@@ -128,7 +131,7 @@ class Talk:
             out.append(self.model(ids[rows, i : i + 1], attention_mask=mask, position_ids=at, past_key_values=cache))
         return torch.cat([x.logits for x in out], 1)
 
-    def places(self, row: int, decoded: int) -> torch.Tensor:
+    def rotary_positions(self, row: int, decoded: int) -> torch.Tensor:
         """The rotary positions int32 [3, tokens] of a row, by logical position."""
         prompt = self.rope[:, row, self.mask[row] == 1]
         return torch.cat([prompt, (prompt.max() + 1 + torch.arange(decoded)).expand(3, -1)], 1).int()
@@ -139,16 +142,17 @@ def talk(request, model_of):
     return Talk(model_of(request.param))
 
 
-def same_places(talk, cache, rows, decoded):
-    for i, row in enumerate(rows):
-        n = talk.tokens[row] + decoded
-        assert torch.equal(cache.context.table.table[:, i, :n], talk.places(row, decoded))
+def same_positions(talk, cache, rows, decoded):
+    """Whether a cache's table holds the rotary positions of these rows, `decoded` tokens after the prompt."""
+    table, ends = cache.context.table.table, [talk.tokens[row] + decoded for row in rows]
+    pairs = zip(rows, ends, strict=True)
+    return all(torch.equal(table[:, i, :n], talk.rotary_positions(row, decoded)) for i, (row, n) in enumerate(pairs))
 
 
 def test_a_cache_knows_where_each_token_lies(talk):
     cache = talk.read()
     talk.decode(cache, 0, 40)
-    same_places(talk, cache, (0, 1), 40)
+    assert same_positions(talk, cache, (0, 1), 40)
     layers = sum(layer.kv_bytes() for layer in cache.layers)
     assert cache.kv_bytes() == layers + cache.context.table.table.nbytes and cache.peak_bytes >= cache.kv_bytes()
     for layer in cache.layers:
@@ -157,7 +161,7 @@ def test_a_cache_knows_where_each_token_lies(talk):
         for pool in packed.pools:
             for row in range(2):
                 at = pool.positions[row, 0, : int(pool.counts[row].max())].long()
-                assert torch.equal(pool.rope[:, row, 0, : len(at)], talk.places(row, 40)[:, at])
+                assert torch.equal(pool.rope[:, row, 0, : len(at)], talk.rotary_positions(row, 40)[:, at])
 
 
 def test_only_what_needs_a_table_has_one(talk, model_of):
@@ -193,7 +197,7 @@ def test_positions_that_no_probe_saw_are_taken_for_the_index(talk):
     assert torch.equal(cache.context.table.table[:, 0, : talk.tokens[0]], every)
     held, true = cache.layers[0].stored(), whole.layers[0].stored()
     assert torch.equal(held.positions[0], true.positions[0])
-    torch.testing.assert_close(held.keys[0], true.keys[0], rtol=0, atol=0.2)  # a coarser code, still of the same keys
+    assert not mismatch(held.keys[0], true.keys[0], rtol=0, atol=0.2)  # a coarser code, still of the same keys
 
 
 def test_copies_go_on_alike(talk, tmp_path):
@@ -205,11 +209,11 @@ def test_copies_go_on_alike(talk, tmp_path):
     copies = [cache.fork(), MethodCache.load(tmp_path, talk.model), pickled]
     expected = talk.decode(cache, 10, 40)
     for other in copies:
-        torch.testing.assert_close(talk.decode(other, 10, 40), expected, rtol=1e-5, atol=1e-5)
-        same_places(talk, other, (0, 1), 40)
+        assert not mismatch(talk.decode(other, 10, 40), expected, rtol=1e-5, atol=1e-5)
+        assert same_positions(talk, other, (0, 1), 40)
 
 
-def test_rows_take_their_places_along(talk):
+def test_rows_take_their_rotary_positions_along(talk):
     cache = talk.read()
     moves = {
         (1, 0): lambda x: x.reorder_cache(torch.tensor([1, 0])),
@@ -222,8 +226,8 @@ def test_rows_take_their_places_along(talk):
     for rows, move in moves.items():
         move(copies[rows])
         ours = talk.decode(copies[rows], 0, 40, rows)
-        torch.testing.assert_close(ours, expected[list(rows)], rtol=1e-4, atol=1e-4)
-        same_places(talk, copies[rows], rows, 40)
+        assert not mismatch(ours, expected[list(rows)], rtol=1e-4, atol=1e-4)
+        assert same_positions(talk, copies[rows], rows, 40)
 
 
 def test_what_is_taken_back_leaves_no_trace(talk):
@@ -232,8 +236,8 @@ def test_what_is_taken_back_leaves_no_trace(talk):
     other = cache.fork()
     talk.decode(other, 7, 13, seed=1)
     other.crop(-6)
-    torch.testing.assert_close(talk.decode(other, 7, 40), talk.decode(cache, 7, 40), rtol=1e-4, atol=1e-4)
-    same_places(talk, other, (0, 1), 40)
+    assert not mismatch(talk.decode(other, 7, 40), talk.decode(cache, 7, 40), rtol=1e-4, atol=1e-4)
+    assert same_positions(talk, other, (0, 1), 40)
     cache.reset()
     assert cache.context.table.table is None and cache.kv_bytes() == 0
 
@@ -242,7 +246,7 @@ def test_a_model_that_runs_with_another_cache_in_between_does_not_disturb(talk):
     cache, other = talk.read(), talk.read()
     ours = [talk.decode(x, i, i + 1) for i in range(20) for x in (cache, other)]
     assert all(torch.equal(a, b) for a, b in zip(ours[::2], ours[1::2], strict=True))
-    same_places(talk, cache, (0, 1), 20)
+    assert same_positions(talk, cache, (0, 1), 20)
 
 
 def test_a_conversation_of_several_turns(model_of):

@@ -1,6 +1,6 @@
 """Scores of a centre that turns with the token's position, for `packed_attention`: its reference and device functions.
 
-    q . R(p) c = (q1 c1 + q2 c2) . cos(p rate) + (q2 c1 - q1 c2) . sin(p rate)
+    q . R(p) c = (q1 c1 + q2 c2) . cos(p freq) + (q2 c1 - q1 c2) . sin(p freq)
 
 with q and c cut into the halves of the R rotary dims. The two products are made once per query; a tile of tokens needs
 its cosines and sines only, which are never stored. Angles are fp32 products, as the models form them: what was turned
@@ -34,11 +34,11 @@ def turned_scores(q, centre, inv_freq, positions, axes, tile):
 
 @jit
 def turned_products(
-    p_q, o_q, m_row, p_centre, p_rate, p_axis, run,
+    p_q, o_q, m_row, p_centre, p_freq, p_axis, run,
     D: tl.constexpr, HALF: tl.constexpr, AXES: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """What cos and sin of a token's angles [frequencies] are multiplied with: fp32 [queries, frequencies] each; then
-    rate and axis of the frequencies."""
+    freq and axis of the frequencies."""
     f = tl.arange(0, BLOCK_F)
     real = f < HALF
     c_1 = tl.load(p_centre + run * D + f, mask=real, other=0.0)[None, :]
@@ -46,15 +46,15 @@ def turned_products(
     mask = m_row[:, None] & real[None, :]
     q_1 = tl.load(p_q + o_q[:, None] + f[None, :], mask=mask, other=0.0).to(tl.float32)
     q_2 = tl.load(p_q + o_q[:, None] + HALF + f[None, :], mask=mask, other=0.0).to(tl.float32)
-    rate = tl.load(p_rate + run * HALF + f, mask=real, other=0.0)
+    freq = tl.load(p_freq + run * HALF + f, mask=real, other=0.0)
     axis = tl.zeros([BLOCK_F], tl.int32)
     if AXES == 3:
         axis = tl.load(p_axis + f, mask=real, other=0)
-    return q_1 * c_1 + q_2 * c_2, q_2 * c_1 - q_1 * c_2, rate, axis
+    return q_1 * c_1 + q_2 * c_2, q_2 * c_1 - q_1 * c_2, freq, axis
 
 
 @jit
-def turned_tile(with_cos, with_sin, rate, axis, p_positions, s_pa, j, seen, AXES: tl.constexpr):
+def turned_tile(with_cos, with_sin, freq, axis, p_positions, s_pa, j, seen, AXES: tl.constexpr):
     """Queries . turned centres of tokens j, fp32 [queries, tokens]. Centres are large: their products stay fp32."""
     time = tl.load(p_positions + j, mask=seen, other=0).to(tl.float32)
     if AXES == 3:
@@ -62,9 +62,9 @@ def turned_tile(with_cos, with_sin, rate, axis, p_positions, s_pa, j, seen, AXES
         height = tl.load(p_positions + s_pa + j, mask=seen, other=0).to(tl.float32)
         width = tl.load(p_positions + 2 * s_pa + j, mask=seen, other=0).to(tl.float32)
         own = tl.where(axis[:, None] == 1, height[None, :], time[None, :])
-        angle = rate[:, None] * tl.where(axis[:, None] == 2, width[None, :], own)
+        angle = freq[:, None] * tl.where(axis[:, None] == 2, width[None, :], own)
     else:
-        angle = rate[:, None] * time[None, :]
+        angle = freq[:, None] * time[None, :]
     scores = tl.dot(with_cos, tl.cos(angle), input_precision="tf32x3")
     return scores + tl.dot(with_sin, tl.sin(angle), input_precision="tf32x3")
 

@@ -6,16 +6,17 @@ from typing import ClassVar
 import pytest
 import torch
 
+from tests.compare import mismatch
 from textkv import Capabilities, Method, MethodCache, Needs, use
 from textkv.evidence import Evidence
 from textkv.layer import Layer
 
 
 @dataclass(frozen=True)
-class Marking(Method):
-    """Marks every prompt token with its column sum and keeps what the test says."""
+class WithStatistics(Method):
+    """Gives every prompt token its position and column sum, and keeps what the test says."""
 
-    name: ClassVar = "marking"
+    name: ClassVar = "with-statistics"
     capabilities: ClassVar = Capabilities()
     ragged: bool = False
 
@@ -37,7 +38,7 @@ class Marking(Method):
 def filled(model_of):
     def fill(ragged: bool, chunks: tuple[int, ...] = (40,)) -> tuple[MethodCache, torch.Tensor]:
         model, ids = model_of("llama"), torch.arange(44)[None] % 60 + 2
-        cache = MethodCache(model, Marking(ragged=ragged))
+        cache = MethodCache(model, WithStatistics(ragged=ragged))
         cache.begin(tokens=40)
         with torch.no_grad():
             for chunk in ids[:, :40].split(chunks, 1):
@@ -50,21 +51,21 @@ def filled(model_of):
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_marks_stay_beside_their_tokens(filled, ragged):
+def test_statistics_stay_beside_their_tokens(filled, ragged):
     cache, _ = filled(ragged)
     for layer in cache.layers:
-        positions, mark = layer.stored().positions, layer.statistic("position")
+        positions, numbers = layer.stored().positions, layer.statistic("position")
         old = (positions >= 0) & (positions < 40)
-        assert bool((mark[old] == positions[old]).all())
-        assert bool((mark[~old] == 0).all())
+        assert bool((numbers[old] == positions[old]).all())
+        assert bool((numbers[~old] == 0).all())
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_marks_follow_rows_crops_and_saving(filled, ragged, tmp_path, model_of):
+def test_statistics_follow_rows_crops_and_saving(filled, ragged, tmp_path, model_of):
     cache, _ = filled(ragged)
     before = cache.layers[1].statistic("position")
     cache.save(tmp_path)
-    loaded = MethodCache(model_of("llama"), Marking(ragged=ragged))
+    loaded = MethodCache(model_of("llama"), WithStatistics(ragged=ragged))
     assert "1.statistic.position" in __import__("safetensors.torch").torch.load_file(tmp_path / "cache.safetensors")
     assert loaded.layers[1].statistics == {}
     cache.crop(-2)
@@ -77,7 +78,7 @@ def test_marks_follow_rows_crops_and_saving(filled, ragged, tmp_path, model_of):
     assert cache.layers[1].statistics == {}
 
 
-def test_marks_count_as_bytes(filled):
+def test_statistics_count_as_bytes(filled):
     cache, _ = filled(False)
     layer = cache.layers[0]
     held = layer.kv_bytes()
@@ -88,12 +89,12 @@ def test_marks_count_as_bytes(filled):
 def test_columns_are_the_same_in_chunks(filled):
     whole, chunked = filled(False)[0], filled(False, (7, 1, 32))[0]
     for a, b in zip(whole.layers, chunked.layers, strict=True):
-        torch.testing.assert_close(a.statistic("columns"), b.statistic("columns"))
+        assert not mismatch(a.statistic("columns"), b.statistic("columns"))
 
 
 def test_columns_sum_to_the_number_of_queries(model_of):
     @dataclass(frozen=True)
-    class Keeping(Marking):
+    class Keeping(WithStatistics):
         def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
             layer.statistics["columns"] = evidence.columns
 
@@ -105,7 +106,7 @@ def test_columns_sum_to_the_number_of_queries(model_of):
     with torch.no_grad():
         model(ids, attention_mask=mask, past_key_values=cache)
     sums = cache.layers[0].statistics["columns"].sum(-1)
-    torch.testing.assert_close(sums, torch.tensor([[30.0] * 2, [23.0] * 2]))
+    assert not mismatch(sums, torch.tensor([[30.0] * 2, [23.0] * 2]))
 
 
 def test_columns_of_ragged_heads_count_every_query(filled, model_of):
@@ -115,12 +116,12 @@ def test_columns_of_ragged_heads_count_every_query(filled, model_of):
     seen = {}
 
     @dataclass(frozen=True)
-    class Looking(Marking):
+    class Looking(WithStatistics):
         def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
             seen[layer.index] = evidence.columns
 
     cache.context.method = Looking()
     with torch.no_grad():
         use(model_of("llama"))(ids[:, :6], past_key_values=cache)
-    torch.testing.assert_close(seen[0].sum(-1), torch.full((1, 2), 6.0))
+    assert not mismatch(seen[0].sum(-1), torch.full((1, 2), 6.0))
     assert bool((seen[0][0, 0, int(before[0, 0]) + 6 :] == 0).all())
