@@ -1,12 +1,4 @@
-"""`check_method`: what every cache method must hold, ours or a third party's, checked on a small model in seconds.
-
-    from textkv.conformance import check_method
-    for check in check_method("snapkv+adakv"):
-        print(check)
-
-Each check compares whole-model logits in fp32. "Equals masked full attention" is the strongest: after any eviction,
-decoding must give what exact attention gives when the dropped tokens are masked, per layer and head.
-"""
+"""The checks themselves, each a function of the bench; see `textkv.conformance`."""
 
 from __future__ import annotations
 
@@ -14,110 +6,16 @@ import io
 import pickle
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache
 
-from textkv.attention import use
-from textkv.budgets import Budget
 from textkv.cache import MethodCache
-from textkv.method import Method, resolve_method
+from textkv.conformance.bench import Bench, NotApplicable, refused, same
+from textkv.conformance.oracle import MASKED
+from textkv.method import Method
 from textkv.positions import RotarySpec
 from textkv.segments.base import storage_bytes
-
-TOLERANCE = 2e-4
-MASKED = "conformance_masked"
-
-
-@dataclass(frozen=True)
-class Check:
-    """Outcome of one check: "passed", or "not applicable" with the capability that says so in `note`."""
-
-    name: str
-    outcome: str
-    note: str = ""
-
-
-class NotApplicable(Exception):
-    """The method declares that it does not do this; the declaration itself was checked where possible."""
-
-
-class Bench:
-    """One method, one budget, one model, and fixed token ids."""
-
-    def __init__(self, method: str, budget: Budget | float | str, model: PreTrainedModel) -> None:
-        self.method, self.budget, self.model = method, budget, model
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.randint(1, model.config.get_text_config().vocab_size, (3, 96), generator=generator)
-        self.policy: Method = resolve_method(method, budget)
-
-    def cache(self, budget: Budget | float | str | None = None) -> MethodCache:
-        """A cache of the method, at the bench's own budget unless another is given."""
-        return MethodCache(self.model, self.method, self.budget if budget is None else budget)
-
-    @property
-    def enough(self) -> float | str:
-        """A budget for everything, of the same kind as the one under test."""
-        if self.policy.budget.tokens is None:
-            return 1.0
-        # More than the prompt, but not more than the model knows: some methods refuse that.
-        return f"{min(1000, self.model.config.get_text_config().max_position_embeddings)}t"
-
-    def plain(self) -> DynamicCache:
-        """transformers' own cache for the model."""
-        return DynamicCache(config=self.model.config)
-
-    def run(self, cache, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits [batch, tokens, vocabulary] of one forward; padding positions as `generate` would give them."""
-        options = {}
-        if mask is not None:
-            at = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            options = {"attention_mask": mask, "position_ids": at}
-        with torch.no_grad():
-            return self.model(ids, past_key_values=cache, **options).logits
-
-    def decode(self, cache, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of feeding ids one token at a time: [batch, tokens, vocabulary]."""
-        steps = []
-        for i in range(ids.shape[1]):
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            steps.append(self.run(cache, ids[:, i : i + 1], mask))
-        return torch.cat(steps, 1)
-
-
-def check_method(method: str, budget: Budget | float | str = 0.4, model: PreTrainedModel | None = None) -> list[Check]:
-    """Runs every check on `method` (a composition string).
-
-    Args:
-        budget: used where a check needs eviction to happen.
-        model: a text model in fp32 with grouped heads; None builds a small random Llama.
-
-    Returns:
-        One `Check` per check, all passed or not applicable.
-
-    Raises:
-        AssertionError: names every check that failed, and why.
-    """
-    bench = Bench(method, budget, model or _small_llama())
-    before = bench.model.config._attn_implementation
-    results, failures = [], []
-    for name, check in CHECKS.items():
-        # Whatever the check before has put on the model: an oracle of one is no implementation for the next.
-        bench.model.set_attn_implementation(before)
-        use(bench.model)
-        try:
-            check(bench)
-            results.append(Check(name, "passed"))
-        except NotApplicable as reason:
-            results.append(Check(name, "not applicable", str(reason)))
-        except Exception as error:  # whatever a method raises is its failure, and all checks shall be told
-            failures.append(f"{name}: {type(error).__name__}: {error}")
-    bench.model.set_attn_implementation(before)
-    if failures:
-        raise AssertionError(f"{method} at budget {budget} fails " + "; ".join(failures))
-    return results
 
 
 def full_budget_equals_full_cache(bench: Bench) -> None:
@@ -126,7 +24,7 @@ def full_budget_equals_full_cache(bench: Bench) -> None:
         raise NotApplicable("what is stored is not exact")
     ids, cache, plain = bench.ids[:1], bench.cache(bench.enough), bench.plain()
     for step in (ids[:, :60], ids[:, 60:61], ids[:, 61:62], ids[:, 62:80], ids[:, 80:81]):
-        _same(bench.run(cache, step), bench.run(plain, step), "a forward")
+        same(bench.run(cache, step), bench.run(plain, step), "a forward")
 
 
 def equals_masked_full_attention(bench: Bench) -> None:
@@ -151,7 +49,7 @@ def equals_masked_full_attention(bench: Bench) -> None:
         masked = [
             bench.model(ids[:, 60 + i : 61 + i], past_key_values=plain, kept=kept).logits for i in range(4)
         ]  # fmt: skip
-    _same(ours, torch.cat(masked, 1), "decoding")
+    same(ours, torch.cat(masked, 1), "decoding")
 
 
 def padded_batch_equals_single_runs(bench: Bench) -> None:
@@ -167,8 +65,8 @@ def padded_batch_equals_single_runs(bench: Bench) -> None:
     for row, n in enumerate(lengths):
         alone = bench.cache()
         one = slice(row, row + 1)
-        _same(prompt[one, width - n :], bench.run(alone, bench.ids[one, :n]), f"the prompt of row {row}")
-        _same(after[one], bench.decode(alone, bench.ids[one, 80:84]), f"decoding of row {row}")
+        same(prompt[one, width - n :], bench.run(alone, bench.ids[one, :n]), f"the prompt of row {row}")
+        same(after[one], bench.decode(alone, bench.ids[one, 80:84]), f"decoding of row {row}")
 
 
 def second_turn_continues(bench: Bench) -> None:
@@ -204,7 +102,7 @@ def fork_is_independent(bench: Bench) -> None:
     bench.decode(cache, ids[:, 70:74])
     again = bench.cache()
     bench.run(again, ids[:, :50])
-    _same(first, bench.decode(again, ids[:, 60:64]), "the fork")
+    same(first, bench.decode(again, ids[:, 60:64]), "the fork")
 
 
 def crop_or_refusal(bench: Bench) -> None:
@@ -214,15 +112,15 @@ def crop_or_refusal(bench: Bench) -> None:
     kept = cache.fork()
     bench.decode(cache, ids[:, 50:54])
     if not cache.is_croppable:
-        _refused(lambda: cache.crop(-4), "crop although the method says that it cannot")
+        refused(lambda: cache.crop(-4), "crop although the method says that it cannot")
         raise NotApplicable("crop is refused with a clear error")
     if cache.states or any(kind.window is not None for kind in cache.context.kinds):
-        _refused(lambda: cache.crop(-4), "crop although a state or a window has moved on")
+        refused(lambda: cache.crop(-4), "crop although a state or a window has moved on")
         raise NotApplicable("the model itself has let go of what it would see again")
     cache.crop(-4)
-    _same(bench.decode(cache, ids[:, 60:63]), bench.decode(kept, ids[:, 60:63]), "decoding after crop")
+    same(bench.decode(cache, ids[:, 60:63]), bench.decode(kept, ids[:, 60:63]), "decoding after crop")
     if cache.at_rest.tokens_stored < 50:
-        _refused(lambda: cache.crop(-30), "crop beyond the last eviction")
+        refused(lambda: cache.crop(-30), "crop beyond the last eviction")
 
 
 def chunked_prompt_equals_whole(bench: Bench) -> None:
@@ -232,7 +130,7 @@ def chunked_prompt_equals_whole(bench: Bench) -> None:
     chunked.begin(tokens=60)
     for chunk in ids[:, :60].split((1, 24, 33, 2), 1):
         bench.run(chunked, chunk)
-    _same(bench.decode(chunked, ids[:, 60:64]), bench.decode(whole, ids[:, 60:64]), "decoding after chunks")
+    same(bench.decode(chunked, ids[:, 60:64]), bench.decode(whole, ids[:, 60:64]), "decoding after chunks")
 
 
 def rows_can_be_reordered(bench: Bench) -> None:
@@ -243,14 +141,14 @@ def rows_can_be_reordered(bench: Bench) -> None:
     bench.run(moved, bench.ids[:, :50])
     moved.reorder_cache(order)
     step = bench.ids[:, 50:53]
-    _same(bench.decode(moved, step[order]), bench.decode(cache, step)[order], "decoding after a reorder")
+    same(bench.decode(moved, step[order]), bench.decode(cache, step)[order], "decoding after a reorder")
     twice = bench.cache()
     bench.run(twice, bench.ids[:2, :50])
     twice.batch_repeat_interleave(2)
     twice.batch_select_indices(torch.tensor([0, 2]))
     alone = bench.cache()
     bench.run(alone, bench.ids[:2, :50])
-    _same(bench.decode(twice, step[:2]), bench.decode(alone, step[:2]), "decoding after repeat and select")
+    same(bench.decode(twice, step[:2]), bench.decode(alone, step[:2]), "decoding after repeat and select")
 
 
 def bytes_are_really_gone(bench: Bench) -> None:
@@ -288,12 +186,12 @@ def copies_survive_saving(bench: Bench) -> None:
         cache.save(folder)
         loaded = MethodCache.load(folder, bench.model)
     expected = bench.decode(cache, ids[:, 50:54])
-    _same(bench.decode(pickled, ids[:, 50:54]), expected, "the pickled copy")
-    _same(bench.decode(loaded, ids[:, 50:54]), expected, "the saved copy")
+    same(bench.decode(pickled, ids[:, 50:54]), expected, "the pickled copy")
+    same(bench.decode(loaded, ids[:, 50:54]), expected, "the saved copy")
     cache.reset()
     fresh = bench.cache()
-    _same(bench.run(cache, ids[:, 20:60]), bench.run(fresh, ids[:, 20:60]), "the prompt after a reset")
-    _same(bench.decode(cache, ids[:, 60:63]), bench.decode(fresh, ids[:, 60:63]), "decoding after a reset")
+    same(bench.run(cache, ids[:, 20:60]), bench.run(fresh, ids[:, 20:60]), "the prompt after a reset")
+    same(bench.decode(cache, ids[:, 60:63]), bench.decode(fresh, ids[:, 60:63]), "decoding after a reset")
 
 
 def forgotten_tokens_are_gone(bench: Bench) -> None:
@@ -307,7 +205,7 @@ def forgotten_tokens_are_gone(bench: Bench) -> None:
     cache = bench.cache()
     bench.run(cache, ids[:, :60])
     for wrong in ([], [[(0, 5)]], [[(5, 5)], []], [[(-1, 3)], []], [[(50, 61)], []], [[(9, 3)], []]):
-        _refused(lambda wrong=wrong: cache.forget(wrong), f"forget({wrong})")
+        refused(lambda wrong=wrong: cache.forget(wrong), f"forget({wrong})")
     before, kept = cache.kv_bytes(), _positions(cache)
     cache.forget(spans)
     assert cache.kv_bytes() <= before, f"{before} bytes before forgetting, {cache.kv_bytes()} after"
@@ -340,7 +238,7 @@ def forgotten_tokens_are_gone(bench: Bench) -> None:
             expected = bench.model(
                 ids[:, start:stop], past_key_values=plain, attention_mask=mask[:, :stop], position_ids=at
             ).logits
-        _same(bench.run(cache, ids[:, start:stop]), expected, f"tokens {start} to {stop} after forgetting")
+        same(bench.run(cache, ids[:, start:stop]), expected, f"tokens {start} to {stop} after forgetting")
 
 
 CHECKS: dict[str, Callable[[Bench], None]] = {
@@ -351,46 +249,6 @@ CHECKS: dict[str, Callable[[Bench], None]] = {
         rows_can_be_reordered, forgotten_tokens_are_gone, bytes_are_really_gone, copies_survive_saving,
     )
 }  # fmt: skip
-
-
-def masked_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    dropout=0.0,
-    kept=None,
-    sliding_window=None,
-    softcap=None,
-    s_aux=None,
-    **kwargs,
-):
-    """Plain exact attention over a full cache; `kept[layer]` bool [batch, stored heads, n] hides dropped prompt tokens.
-
-    The oracle of `equals_masked_full_attention`: it shares no code with the cache.
-    """
-    group = query.shape[1] // key.shape[1]
-    k, v = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    m, n = query.shape[2], k.shape[2]
-    visible = torch.ones(m, n, dtype=torch.bool).tril(n - m).expand(*query.shape[:2], m, n).clone()
-    if sliding_window is not None:
-        visible &= ~visible.new_ones(m, n).tril(n - m - sliding_window)
-    if kept is not None and module.layer_idx in kept:
-        shown = kept[module.layer_idx]
-        shown = shown.repeat_interleave(query.shape[1] // shown.shape[1], 1)
-        visible[..., : shown.shape[-1]] &= shown[:, :, None]
-    scores = query @ k.mT * scaling
-    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
-    scores = scores.masked_fill(~visible, -torch.inf)
-    if s_aux is not None:  # a sink takes its part of the softmax and gives nothing
-        sinks = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        return (torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v).transpose(1, 2).contiguous(), None
-    return (scores.softmax(-1) @ v).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(MASKED, masked_attention)
 
 
 def _kept_mask(cache: MethodCache, layer: int, columns: int) -> torch.Tensor:
@@ -408,19 +266,6 @@ def _positions(cache: MethodCache) -> list[list[list[set[int]]]]:
     ]
 
 
-def _same(ours: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    gap = (ours - expected).abs().max().item()
-    assert gap <= TOLERANCE, f"logits of {what} differ by {gap:.2g}"
-
-
-def _refused(action: Callable[[], None], what: str) -> None:
-    try:
-        action()
-    except ValueError:
-        return
-    raise AssertionError(f"no ValueError: {what}")
-
-
 def _tensors_within(thing: object, seen: set[int]):
     """Every tensor reachable from an object through containers and attributes (weak references are not followed)."""
     if id(thing) in seen or isinstance(thing, type | Method | RotarySpec | str):
@@ -432,20 +277,3 @@ def _tensors_within(thing: object, seen: set[int]):
     parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list | tuple | set) else ()
     for part in (*parts, *getattr(thing, "__dict__", {}).values()):
         yield from _tensors_within(part, seen)
-
-
-def _small_llama() -> PreTrainedModel:
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    torch.random.set_rng_state(generator_state)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            # Random projections attend almost evenly; sharper ones let a wrong eviction show.
-            if "q_proj" in name or "k_proj" in name:
-                weight.mul_(6)
-    return model
