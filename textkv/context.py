@@ -124,6 +124,7 @@ class Context:
     def seen(self) -> int:
         """Tokens that every layer has seen. While a forward runs, or after one that stopped half-way, some layers are
         ahead; what comes next still follows those before."""
+        # transformers' own layers count tokens in their own way, and states not at all.
         return min((layer.seen for layer in self.everything if hasattr(layer, "segments")), default=0)
 
     def check_attention(self) -> None:
@@ -198,6 +199,7 @@ class Context:
 
     def forget_bytes(self) -> None:
         """The cache is empty: what layers held at their last moment no longer counts, only the peak does."""
+        # The peak stays: it is of the cache's life, not of its present content.
         self._bytes, self.at_rest = {}, None
 
     def kv_bytes(self) -> int:

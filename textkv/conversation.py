@@ -74,6 +74,7 @@ class _Dialogue:
     def common(self, other: _Dialogue) -> tuple[int, str]:
         """How many columns lead both dialogues in all rows, and what comes then. Both have as many rows."""
         n = min(self.columns, other.columns)
+        # A mask counts as much as an id: the same tokens read with other padding have other positions.
         same = (self.ids[:, :n] == other.ids[:, :n]) & (self.mask[:, :n] == other.mask[:, :n])
         apart = (~same.all(0)).nonzero()
         n, why = (int(apart[0]), f"column {int(apart[0])} is another") if len(apart) else (n, "")
@@ -152,6 +153,7 @@ class Conversation:
             images = _images(input_ids, pixel_values, image_grid_thw, mm_token_type_ids)
         elif pixel_values is not None:
             raise ValueError(f"{type(self.model).__name__} takes no images here")
+        # On the CPU: comparing a dialogue must not hold device memory from turn to turn.
         told = _Dialogue(input_ids.cpu(), mask.bool().cpu(), images)
         self.last = self._return_to(told, self._drafts(options))
         if visual:
@@ -176,6 +178,7 @@ class Conversation:
             return given
         config = options.get("generation_config") or self.model.generation_config
         pad, end = (options.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
+        # Where the pad token also ends a turn, it cannot be told from one that was said.
         if pad is None or pad in (end if isinstance(end, list | tuple) else [end]):
             return torch.ones_like(ids)
         return ((ids != pad).cumsum(1) > 0).long()
@@ -195,6 +198,7 @@ class Conversation:
             return Reuse(0, columns, "new", "the cache was empty")
         # With drafts, transformers feeds the whole prompt whatever the cache has read: it would be there twice.
         keep, why = (0, "decoding with drafts reads whole prompts") if drafts else self._known(told, held)
+        # Nothing to take back: the common case, and the only one open to every method.
         if keep == held > 0:
             return Reuse(keep, columns - keep, "continued", f"the dialogue goes on from all {keep} columns read")
         if keep:
@@ -221,6 +225,7 @@ class Conversation:
         if common >= told.columns:
             # A model needs a column to go on from.
             common, why = told.columns - 1, f"the dialogue ends at column {told.columns}, within what was read"
+        # Half an image cannot be read: the model puts its features in as one piece.
         return told.outside_images(common), why
 
     def _forget_spans(self) -> None:
@@ -251,6 +256,7 @@ class Conversation:
         rope, delta = self.model.model.get_rope_index(
             ids, image_grid_thw=grids, mm_token_type_ids=kinds, attention_mask=mask
         )
+        # The model keeps the last prompt's offset on itself, whoever gave that prompt.
         self.model.model.rope_deltas = delta
         text = (mask.long().cumsum(1) - 1).clamp(min=0)
         return {"position_ids": torch.cat([text[None], rope.to(text)]), "mm_token_type_ids": kinds}
@@ -264,6 +270,7 @@ def _images(
         return ()
     if pixels is not None and (grids is None or kinds is None):
         raise ValueError("images need image_grid_thw and mm_token_type_ids, as the processor gives them")
+    # Where a run of image tokens begins and ends.
     edges = F.pad((torch.zeros_like(ids) if kinds is None else kinds).cpu() == 1, (1, 1)).int().diff()
     starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero()[:, 1].tolist()
     patches = [] if grids is None else grids.prod(1).tolist()

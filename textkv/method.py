@@ -65,6 +65,7 @@ class Method:
     over (its own `__post_init__` refuses those it cannot), or None = it stands alone."""
 
     def __post_init__(self) -> None:
+        # Whether two methods fit is known when they are written down: it is said then, and not at the end of a prompt.
         if self.inner is None:
             return
         if self.wraps is None:
@@ -120,6 +121,7 @@ class Method:
         defaults = {f.name: f.default for f in fields(self)}
         given = [
             f"{name}={value!r}"
+            # Only what differs from the default: the string reads as its author would have written it.
             for name, value in ((f.name, getattr(self, f.name)) for f in fields(self))
             if name not in ("budget", "inner") and value != defaults[name]
         ]
@@ -156,6 +158,7 @@ def resolve_method(expression: str | Method, budget: Budget | float | str | None
             kwargs["budget"] = Budget.parse(budget)
         try:
             method = cls(*args, inner=method, **kwargs)
+        # Python names an argument that is missing or too many, but not those there are.
         except TypeError as error:
             known = ", ".join(f.name for f in fields(cls) if f.name not in ("inner", "budget")) or "none"
             raise ValueError(f"method {part!r}: {error}; its arguments are: {known}") from None

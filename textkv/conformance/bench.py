@@ -48,6 +48,7 @@ class Bench:
         """Logits [batch, tokens, vocabulary] of one forward; padding positions as `generate` would give them."""
         options = {}
         if mask is not None:
+            # Counted without padding, as `generate` does: else rows of other lengths would not be comparable.
             at = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             options = {"attention_mask": mask, "position_ids": at}
         with torch.no_grad():

@@ -38,6 +38,7 @@ def equals_masked_full_attention(bench: Bench) -> None:
     ids, cache = bench.ids[:2], bench.cache()
     bench.run(cache, ids[:, :60])
     kept = {kind.number: _kept_mask(cache, kind.number, 60) for kind in cache.context.kinds if kind.governed}
+    # What was kept is noted before decoding, since that may evict again.
     ours = bench.decode(cache, ids[:, 60:64])
     if bench.policy.capabilities.decode_eviction:
         raise NotApplicable("which tokens are kept changes at every step")
@@ -72,6 +73,7 @@ def padded_batch_equals_single_runs(bench: Bench) -> None:
 def second_turn_continues(bench: Bench) -> None:
     """After eviction the cache still counts every token seen, and a further prompt gets the next positions."""
     ids, cache, seen = bench.ids[:1], bench.cache(), []
+    # Positions are read where the model turns its keys: the only place where a wrong one does harm.
     rotary = next(m for n, m in bench.model.named_modules() if n.endswith("rotary_emb"))
 
     def note(module, args, kwargs):
@@ -156,6 +158,7 @@ def bytes_are_really_gone(bench: Bench) -> None:
     cache = bench.cache()
     bench.run(cache, bench.ids[:1, :90])
     governed = cache.context.layers
+    # Two ways to the same sum: what segments say they hold, and what can be reached from them.
     known = [x for layer in cache.layers if hasattr(layer, "segments") for x in layer.tensors().values()]
     for layer in cache.states:
         known += [x for of_kind in (layer.conv_states, layer.recurrent_states) for x in of_kind.values()]
@@ -206,6 +209,7 @@ def forgotten_tokens_are_gone(bench: Bench) -> None:
     bench.run(cache, ids[:, :60])
     for wrong in ([], [[(0, 5)]], [[(5, 5)], []], [[(-1, 3)], []], [[(50, 61)], []], [[(9, 3)], []]):
         refused(lambda wrong=wrong: cache.forget(wrong), f"forget({wrong})")
+    # A refused request must have changed nothing: what follows would show it.
     before, kept = cache.kv_bytes(), _positions(cache)
     cache.forget(spans)
     assert cache.kv_bytes() <= before, f"{before} bytes before forgetting, {cache.kv_bytes()} after"
@@ -227,6 +231,7 @@ def forgotten_tokens_are_gone(bench: Bench) -> None:
         raise NotApplicable("what is stored is not exact, stands for dropped tokens, or lies at other positions")
     if cache.states:
         raise NotApplicable("states remember what they have read")
+    # With everything kept, forgetting is all that differs from full attention.
     cache, plain = bench.cache(bench.enough), bench.plain()
     mask = torch.cat([~gone, torch.ones(2, 16, dtype=torch.bool)], 1).long()
     for held in (cache, plain):
