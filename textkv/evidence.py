@@ -60,7 +60,9 @@ class Needs:
                 "out (0 = none) and rope=True, without which queries cannot be turned back"
             )
         if self.query_centres and not self.rope:
-            raise ValueError("query_centres with rope=False: give rope=True, without which queries cannot be turned back")
+            raise ValueError(
+                "query_centres with rope=False: give rope=True, without which queries cannot be turned back"
+            )
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(

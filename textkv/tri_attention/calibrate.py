@@ -60,10 +60,13 @@ class Watch(Method):
 
 
 @torch.no_grad()
-def calibrate(model: PreTrainedModel, ids: torch.Tensor, length: int | None = None, start: int | None = None) -> Centres:
+def calibrate(
+    model: PreTrainedModel, ids: torch.Tensor, length: int | None = None, start: int | None = None, name: str = ""
+) -> Centres:
     """The centres of `model`, read from the ids int64 [n] of ordinary text.
 
     Args:
+        name: of the model, for the reader of the file.
         length: tokens of a piece, each of which is read from position 0 on; None = all that the model knows.
         start: id of the token that every piece begins with; None = none.
 
@@ -91,7 +94,7 @@ def calibrate(model: PreTrainedModel, ids: torch.Tensor, length: int | None = No
     }
     told = {str(number): concentration(of_layer, rotary[number]) for number, of_layer in layers.items()}
     settings = {"tokens": len(ids), "length": length, "concentration": told}
-    return Centres(layers, model.config._name_or_path, settings)
+    return Centres(layers, name, settings)
 
 
 def concentration(centres: QueryCentres, rotary: RotarySpec) -> list[float]:
@@ -114,7 +117,9 @@ def read_text(tokenizer: PreTrainedTokenizerBase, text: str | None, tokens: int)
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m textkv.tri_attention", description="Query centres of a model.")
     command = parser.add_subparsers(required=True, metavar="command").add_parser(
-        "calibrate", help="read a text and write the centres of the model's queries", description=__doc__.split("\n\n")[0]
+        "calibrate",
+        help="read a text and write the centres of the model's queries",
+        description=__doc__.split("\n\n")[0],
     )
     command.add_argument("--model", required=True, help='"mini", a model folder, or a hub id')
     command.add_argument("--text", type=Path, help="plain text; default: sentences of a small grammar")
@@ -137,15 +142,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, tokenizer = load_model(args.model, getattr(torch, args.dtype), args.device)
         text = args.text.read_text(encoding="utf-8") if args.text else None
         ids = read_text(tokenizer, text, args.tokens)
-        made = calibrate(model, ids, args.length, tokenizer.bos_token_id)
+        folder = Path(args.model)
+        name = folder.resolve().name if folder.is_dir() else args.model
+        made = calibrate(model, ids, args.length, tokenizer.bos_token_id, name)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    folder = Path(args.model)
     out = args.out or (folder / FILE if folder.is_dir() else Path(FILE))
     made.save(out)
     told = f"{out}: centres of {len(made.layers)} layers from {len(ids)} tokens"
     shares = torch.tensor([x for of_layer in made.settings["concentration"].values() for x in of_layer])
     if len(shares):
-        told += f"; concentration {shares.min():.2f} to {shares.max():.2f}, median {shares.median():.2f} of {len(shares)}"
+        told += (
+            f"; concentration {shares.min():.2f} to {shares.max():.2f}, median {shares.median():.2f} of {len(shares)}"
+        )
         told += " query heads"
     Console().print(told, soft_wrap=True, markup=False)
