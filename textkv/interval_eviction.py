@@ -1,9 +1,9 @@
 """Evicting in rounds: the cache grows by `interval` decoded tokens over its budget and is then cut back to it.
 
-For scorers whose score costs more than one row of attention, or needs none, cutting once for many tokens is what makes
-them cheap. Bytes follow a sawtooth: a layer rests at budget .. budget + interval - 1 tokens, and one more attends before a
-cut. So that 512 slots are never exceeded with interval=128, ask for "384t". The budget itself is kept at the end of every prompt block. A share is taken of the tokens seen there and
-stays that number until the next block.
+For scorers whose score costs more than one row of attention, or needs none, cutting once for many tokens is what keeps
+them cheap. Bytes follow a sawtooth: a layer rests at budget .. budget + interval - 1 tokens, and one more attends
+before a cut. So that 512 slots are never exceeded with interval=128, ask for "384t". The budget itself is kept at the
+end of every prompt block. A share is taken of the tokens seen there and stays that number until the next block.
 
 Behind a wrapper ("rkv+adakv") a method only scores, at the end of prompt blocks, as `textkv.decode_eviction` says.
 """

@@ -1,9 +1,9 @@
 """R-KV: keep what is looked at and not said again, in rounds while decoding (arXiv 2505.24133).
 
-Reasoning repeats itself. A token's worth is weight * importance - (1 - weight) * redundancy. Importance is the attention
-that the last `window` queries pay to it; redundancy says how much its key resembles all others, but for the most recent
-one that each key resembles: of a repeated passage the last copy counts as new. Cut at the end of each prompt block, and
-each time `interval` decoded tokens have come on top of the budget; the window itself always stays.
+Reasoning repeats itself. A token's worth is weight * importance - (1 - weight) * redundancy. Importance is what the
+last `window` queries look at; redundancy says how much a key resembles all others, but for the most recent one that
+each key resembles: of a repeated passage the last copy counts as new. Cut at the end of each prompt block, and each
+time `interval` decoded tokens have come on top of the budget; the window itself always stays.
 
 The queries of decoded tokens are held only for the last `window` tokens before a round. The authors count rounds by
 generated tokens, or end them at a line break, and work on the first row of a batch alone; here each row has its own.

@@ -28,8 +28,8 @@ from typing import Literal
 
 import torch
 
-from textkv.context import Context
 from textkv.contents import OF_HEAD
+from textkv.context import Context
 from textkv.decode_eviction import accumulate
 from textkv.eviction import PROTECTED, keep_best
 from textkv.evidence import Evidence, Needs, QueryCentres
@@ -106,8 +106,8 @@ class TriAttention(IntervalEviction):
             raise ValueError(f"group='mean' with mode={self.mode!r}: this mode takes the maximum of a group; use 'max'")
         if self.pin_prompt and self.budget.tokens is None and not self.budget.is_full:
             raise ValueError(
-                f"pin_prompt=True with budget={self.budget}: a prompt is larger than any share of itself; give a budget "
-                'in tokens, such as "2048t"'
+                f"pin_prompt=True with budget={self.budget}: a prompt is larger than any share of itself; give a "
+                'budget in tokens, such as "2048t"'
             )
 
     @property
@@ -269,19 +269,29 @@ class TriAttention(IntervalEviction):
             )
 
     def recall(self, layer: Layer, query: torch.Tensor | None = None) -> Evidence:
-        """What is put down about a layer, as evidence; see `IntervalEviction`. Nothing of the query is used."""
-        if self._given is None:
+        """What is put down about a layer, as evidence; see `IntervalEviction`. Nothing of the query is used.
+
+        Raises:
+            ValueError: centres="prompt", and the layer has seen no prompt end (it was frozen).
+        """
+        if self._given is not None:
+            centres = self._given.layers[layer.kind.number]
+        elif QUERIES in layer.statistics:
             centres = _unpacked(layer.statistics[QUERIES], layer.head_dim)
         else:
-            centres = self._given.layers[layer.kind.number]
+            raise ValueError(
+                f"layer {layer.index}: centres='prompt' has seen no prompt end in this cache (was it frozen?); give a "
+                f"calibration instead, made by `{COMMAND}`"
+            )
         newest = layer.real_seen.to(layer.device)[:, None] - 1
+        shift = layer.statistics.get(SHIFT)
         return Evidence(
             # No query: only how many heads there are is read off.
             torch.zeros(len(newest), centres.mean.shape[1], 0, layer.head_dim, device=layer.device),
             layer.scale,
             layer.real_seen,
             norm_positions=newest,
-            rope_positions=newest + layer.statistics[SHIFT][:, 0],
+            rope_positions=newest if shift is None else newest + shift[:, 0],
             centres=centres if self._given is None else None,
             marks=layer.statistic(PIN) if self.pin_prompt else None,
         )

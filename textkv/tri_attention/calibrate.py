@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m textkv.tri_attention", description="Query centres of a model.")
     command = parser.add_subparsers(required=True, metavar="command").add_parser(
         "calibrate",
-        help="read a text and write the centres of the model's queries",
+        help="read a text, write the centres of the queries",
         description=__doc__.split("\n\n")[0],
     )
     command.add_argument("--model", required=True, help='"mini", a model folder, or a hub id')
@@ -152,8 +152,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     told = f"{out}: centres of {len(made.layers)} layers from {len(ids)} tokens"
     shares = torch.tensor([x for of_layer in made.settings["concentration"].values() for x in of_layer])
     if len(shares):
-        told += (
-            f"; concentration {shares.min():.2f} to {shares.max():.2f}, median {shares.median():.2f} of {len(shares)}"
-        )
-        told += " query heads"
+        spread = f"{shares.min():.2f} to {shares.max():.2f}, median {shares.median():.2f}"
+        told += f"; concentration of {len(shares)} query heads {spread}"
     Console().print(told, soft_wrap=True, markup=False)

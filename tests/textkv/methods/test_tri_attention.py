@@ -10,7 +10,8 @@ from kernels import rotate
 from tests.textkv import kinds, tiny
 from tests.textkv.methods.test_expected import plain_queries
 from tests.textkv.methods.test_h2o import blocks_of, one_layer_model
-from textkv import Budget, MethodCache, Needs, resolve_method
+from textkv import Budget, MethodCache, Needs, resolve_method, use
+from textkv.attention import CAPTURE
 from textkv.conformance import check_method
 from textkv.eviction import PROTECTED
 from textkv.evidence import Evidence, QueryCentres
@@ -19,7 +20,9 @@ from textkv.methods.tri_attention import QUERIES, TriAttention, standardised, tu
 from textkv.mini import load_mini
 from textkv.mini.tasks import make_example
 from textkv.positions import RotarySpec
+from textkv.rotary import proven
 from textkv.segments.base import Stored
+from textkv.tri_attention.calibrate import read_text
 
 FREQ = torch.tensor([1.0, 0.1])
 CENTRES = QueryCentres(torch.ones(1), torch.tensor([[[1, 0.5, 0, 1]]]), torch.tensor([[[1.25, 1.5]]]))
@@ -362,6 +365,21 @@ def test_centres_of_parts_add_up():
     for ours, expected in zip(vars(added).values(), vars(whole).values(), strict=True):
         torch.testing.assert_close(ours, expected)
     assert not parts[0].mean[1].any()
+
+
+@torch.no_grad()
+def test_the_score_foretells_the_logits_of_queries_to_come():
+    """Ranks of 900 keys by centres from another text, against the mean logits that the next 256 queries give them."""
+    model, tokenizer = load_mini()
+    ids, seen, policy = read_text(tokenizer, None, 1200), {}, method(centres="mini")
+    use(model).model(ids[None], use_cache=False, **{CAPTURE: seen})
+    for number, (keys, queries) in seen.items():
+        past, spec = keys[:, :, :900], proven(model, [number])[number]
+        told = policy._rate(past, policy._given.layers[number], torch.tensor([900]), spec)[0]
+        true = (queries[0, :, 901:1157].unflatten(0, (2, 2)) @ past[0][:, None].mT).mean(2).flatten(0, 1)
+        ranks = torch.stack([told, true]).argsort(-1).argsort(-1).float()
+        correlation = torch.stack([torch.corrcoef(of_head)[0, 1] for of_head in ranks.unbind(1)])
+        assert float(correlation.min()) > 0.6 and float(correlation.mean()) > 0.8
 
 
 # ---- on models -------------------------------------------------------------------------------------------------------
