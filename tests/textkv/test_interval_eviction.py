@@ -6,6 +6,8 @@ import torch
 from tests.textkv import tiny
 from textkv import MethodCache, resolve_method
 from textkv.interval_eviction import BASE
+from textkv.mini import load_mini
+from textkv.mini.tasks import make_example
 from textkv.tri_attention.calibrate import calibrate
 from textkv.tri_attention.centres import FILE
 
@@ -126,3 +128,22 @@ def test_shares_of_rows_are_marked_on_the_host(model_of):
     assert [layer.statistics[BASE].tolist() for layer in cache.layers] == [[[[15]]]] * 3
     _, cache = sizes(model_of("llama"), "rkv", "15t", 30, 1)
     assert BASE not in cache.layers[0].statistics
+
+
+@pytest.mark.parametrize("name", ["tri_attention(centres='mini',window=16)", "rkv"])
+def test_2000_tokens_through_512_slots(name):
+    """384 + 128 slots: after the first rounds no token is answered with more bytes than those before it."""
+    model, tokenizer = load_mini()
+    cache = MethodCache(model, name, "384t")
+    ids = torch.from_numpy(make_example("needle", 256, 1_000_000, tokenizer).prompt_ids)[None]
+    most, held = 0, []
+    with torch.no_grad():
+        logits = model(ids, past_key_values=cache).logits
+        for _ in range(2000):
+            logits = model(logits[:, -1:].argmax(-1), past_key_values=cache).logits
+            most = max(most, *(layer.whole for layer in cache.layers))
+            held.append(cache.kv_bytes())
+    assert bool(logits.isfinite().all()) and cache.get_seq_length() == ids.shape[1] + 2000
+    assert most == 384 + 128 - 1
+    assert max(held[1000:]) == max(held[500:1000]) < 1.2 * 512 * cache.full_bytes() / cache.get_seq_length()
+    assert cache.peak_bytes < 1.2 * 512 * cache.full_bytes() / cache.get_seq_length()

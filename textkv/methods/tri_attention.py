@@ -162,32 +162,43 @@ class TriAttention(IntervalEviction):
         """The centres of the query heads that the evidence is of."""
         if self._given is None:
             return evidence.centres
-        given = self._given.layers[layer.kind.number]
+        size = evidence.queries.shape[1]
+        given = self._fitting(layer, size if evidence.head is None else size * layer.kv_heads)
         if evidence.head is not None:
-            size = given.mean.shape[1] // layer.kv_heads
             given = given.part(slice(None), slice(evidence.head * size, (evidence.head + 1) * size))
         device = evidence.queries.device
         return QueryCentres(given.count.to(device), given.mean.to(device), given.lengths.to(device))
 
-    # ---- when --------------------------------------------------------------------------------------------------
+    def _fitting(self, layer: Layer, heads: int | None) -> QueryCentres:
+        """The calibration of a layer.
 
-    def on_start(self, layer: Layer) -> None:
-        """Check the calibration against the model.
+        Args:
+            heads: query heads of the layer; None = not known yet.
 
         Raises:
             ValueError: it is of another model.
         """
-        if self._given is None:
-            return
-        given, heads = self._given.layers.get(layer.kind.number), layer.context.config.num_attention_heads
-        wanted = (heads, layer.head_dim, layer.rotary.inv_freq.numel())
+        given, pairs = self._given.layers.get(layer.kind.number), layer.rotary.inv_freq.numel()
         found = None if given is None else (*given.mean.shape[1:], given.lengths.shape[2])
-        if found != wanted:
-            told = "nothing" if found is None else f"(heads, head_dim, pairs) = {found}"
-            raise ValueError(
-                f"centres={self.centres!r} holds {told} for layer {layer.kind.number}, the model has {wanted}; make "
-                f"them for this model with `{COMMAND}`"
-            )
+        wanted = (found[0] if found and heads is None else heads, layer.head_dim, pairs)
+        if found == wanted:
+            return given
+        told = "nothing" if found is None else f"(heads, head_dim, pairs) = {found}"
+        raise ValueError(
+            f"centres={self.centres!r} holds {told} for layer {layer.kind.number}, the model has "
+            f"{(heads or '?', layer.head_dim, pairs)}; make them for this model with `{COMMAND}`"
+        )
+
+    # ---- when --------------------------------------------------------------------------------------------------
+
+    def on_start(self, layer: Layer) -> None:
+        """Check the calibration against the model, as far as a layer is known before it attends.
+
+        Raises:
+            ValueError: it is of another model.
+        """
+        if self._given is not None:
+            self._fitting(layer, None)
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
         """Add the block's queries to what is known of them, then cut: now, or when all layers are through."""

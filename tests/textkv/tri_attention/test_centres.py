@@ -82,18 +82,24 @@ def test_an_empty_folder_is_told(tmp_path):
         Centres.load(tmp_path)
 
 
+@pytest.mark.parametrize("wrapper", ["", "+adakv"])
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (dict(heads=2), r"holds \(heads, head_dim, pairs\) = \(2, 16, 8\) for layer 0, the model has \(4, 16, 8\)"),
-        (dict(head_dim=8), r"= \(4, 8, 4\) for layer 0, .* make them for this model with `python -m textkv.tri_att"),
+        (
+            dict(head_dim=8),
+            r"= \(4, 8, 4\) for layer 0, the model has \('\?', 16, 8\); make them for .* `python -m text",
+        ),
         (dict(layers=2), "holds nothing for layer 2"),
     ],
 )
-def test_centres_of_another_model_are_refused(model_of, tmp_path, wrong, message):
+def test_centres_of_another_model_are_refused(model_of, tmp_path, wrong, message, wrapper):
     made(**wrong).save(tmp_path / FILE)
     model = model_of("llama")
-    cache = MethodCache(model, f"tri_attention(centres={str(tmp_path)!r})", 0.5)
+    cache = MethodCache(model, f"tri_attention(centres={str(tmp_path)!r}){wrapper}", 0.5)
+    if wrapper:  # told at the end of the prompt, when the number of heads is known
+        message = message.replace(r"\('\?',", r"\(4,")
     with pytest.raises(ValueError, match=message), torch.no_grad():
         model(tiny.text_ids(20), past_key_values=cache)
 
