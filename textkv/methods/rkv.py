@@ -61,6 +61,7 @@ class RKV(IntervalEviction):
             raise ValueError(f"similar={self.similar}: a cosine lies in [-1, 1]; the paper uses 0.5")
 
     def needs(self) -> Needs:
+        """The queries of the prompt's last tokens."""
         return Needs(window=self.window)
 
     # ---- the score ---------------------------------------------------------------------------------------------
@@ -92,10 +93,12 @@ class RKV(IntervalEviction):
         layer.statistics[QUERIES] = now
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Cut by the block's own last queries; those of decoded tokens are done with."""
         layer.statistics.pop(QUERIES, None)
         super().on_prefill_end(layer, evidence)
 
     def recall(self, layer: Layer, query: torch.Tensor) -> Evidence:
+        """The last `window` queries, as evidence; see `IntervalEviction`."""
         return Evidence(layer.statistics[QUERIES], layer.scale, layer.real_seen, softcap=layer.softcap)
 
 

@@ -116,6 +116,7 @@ class TriAttention(IntervalEviction):
         return self.mode != "per_layer_perhead"
 
     def needs(self) -> Needs:
+        """How keys turn; without a calibration also where the prompt's queries lie."""
         return Needs(rope=True, query_centres=self._given is None)
 
     # ---- the score ---------------------------------------------------------------------------------------------
@@ -222,10 +223,12 @@ class TriAttention(IntervalEviction):
             self._cut_together(context.layers, counts)
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
+        """Have a round, or, where all layers are judged together, one when the last has its token."""
         if not self.together or layer is layer.context.layers[-1]:
             super().on_decode_end(layer, query)
 
     def cut(self, layer: Layer, query: torch.Tensor, counts: torch.Tensor) -> None:
+        """One round of this layer, or of all together; see `IntervalEviction`."""
         if self.together:
             self._cut_together(layer.context.layers, counts)
         else:
@@ -309,11 +312,13 @@ class TriAttention(IntervalEviction):
 
 
 def _packed(centres: QueryCentres) -> torch.Tensor:
+    """Centres as one mark, fp32 [batch, heads, head_dim + R / 2 + 1]: rows of a batch move it as they move."""
     count = centres.count[:, None, None].expand(*centres.mean.shape[:2], 1)
     return torch.cat([centres.mean, centres.lengths, count], -1)
 
 
 def _unpacked(mark: torch.Tensor, head_dim: int) -> QueryCentres:
+    """The centres that were `_packed`."""
     return QueryCentres(mark[:, 0, -1], mark[..., :head_dim], mark[..., head_dim:-1])
 
 
