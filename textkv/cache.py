@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from textkv import probes, rotary, store
 from textkv.attention import use
@@ -263,6 +264,11 @@ class MethodCache(Rollback):
         elif self.context.frosted:
             self.context.thaw()
         return super().get_conv_state(layer_idx, state_idx)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers hold a state and no tokens, as transformers asks."""
+        return [isinstance(x, LinearAttentionCacheLayerMixin) and not isinstance(x, Layer) for x in self.layers]
 
     # ---- rows --------------------------------------------------------------------------------------------------
 

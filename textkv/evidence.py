@@ -35,11 +35,12 @@ class Needs:
             arithmetic as the block's attention, but never holds an n x n matrix.
         query_moments: mean and covariance of the block's queries as they were before the rotary embedding, leaving out
             each row's first `query_moments` tokens; None = not asked for. Needs `rope` to turn the queries back.
+        query_centres: mean of the block's pre-RoPE queries and mean length of each of their rotary pairs. Needs `rope`.
         query_peaks: the largest magnitude of each channel of the block's post-RoPE queries.
         positions: the position table: where each token's keys were turned to, for as long as the cache lives.
 
     Raises:
-        ValueError: query_moments without rope, or negative.
+        ValueError: query_moments or query_centres without rope, or negative query_moments.
     """
 
     window: int = 0
@@ -48,6 +49,7 @@ class Needs:
     spans: bool = False
     columns: bool = False
     query_moments: int | None = None
+    query_centres: bool = False
     query_peaks: bool = False
     positions: bool = False
 
@@ -56,6 +58,10 @@ class Needs:
             raise ValueError(
                 f"query_moments={self.query_moments} with rope={self.rope}: give the number of first tokens to leave "
                 "out (0 = none) and rope=True, without which queries cannot be turned back"
+            )
+        if self.query_centres and not self.rope:
+            raise ValueError(
+                "query_centres with rope=False: give rope=True, without which queries cannot be turned back"
             )
 
     def __or__(self, other: Needs) -> Needs:
@@ -68,6 +74,7 @@ class Needs:
             spans=self.spans or other.spans,
             columns=self.columns or other.columns,
             query_moments=max((x.query_moments for x in (self, other) if x.query_moments is not None), default=None),
+            query_centres=self.query_centres or other.query_centres,
             query_peaks=self.query_peaks or other.query_peaks,
             positions=self.positions or other.positions,
         )
@@ -118,6 +125,42 @@ class QueryMoments:
 
 
 @dataclass(frozen=True)
+class QueryCentres:
+    """Where the pre-RoPE queries of each head lie, and how far they reach: parts of a text add up with `+`.
+
+    Attributes:
+        count: fp32 [batch], queries counted.
+        mean: fp32 [batch, heads, head_dim], 0 where none was counted.
+        lengths: fp32 [batch, heads, R / 2], mean length of the two channels that RoPE turns together, pair by pair.
+    """
+
+    count: torch.Tensor
+    mean: torch.Tensor
+    lengths: torch.Tensor
+
+    @classmethod
+    def of(cls, q: torch.Tensor, counted: torch.Tensor, rotary: RotarySpec) -> QueryCentres:
+        """Centres of the queries q [batch, heads, m, head_dim] at which `counted` bool [batch, m] is True."""
+        q = q.float().masked_fill(~counted[:, None, :, None], 0)
+        count = counted.sum(1).float()
+        share = count.clamp(min=1)[:, None, None]
+        return cls(count, q.sum(2) / share, rotary.lengths(q).sum(2) / share)
+
+    def __add__(self, other: QueryCentres) -> QueryCentres:
+        count = self.count + other.count
+        share = (other.count / count.clamp(min=1))[:, None, None]
+        return QueryCentres(
+            count,
+            self.mean + share * (other.mean - self.mean),
+            self.lengths + share * (other.lengths - self.lengths),
+        )
+
+    def part(self, rows: slice, heads: slice) -> QueryCentres:
+        """The centres of some rows and query heads."""
+        return QueryCentres(self.count[rows], self.mean[rows, heads], self.lengths[rows, heads])
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Evidence of one prompt block in one layer.
 
@@ -135,6 +178,9 @@ class Evidence:
         came: int64 [batch] on the CPU, real tokens of each row in the block; None = all rows got as many, no padding.
         softcap: the model's soft cap of scores, or None.
         peaks: fp32 [batch, heads, head_dim], largest magnitude of the block's post-RoPE queries per channel, or None.
+        centres: of the block's pre-RoPE queries, or None.
+        marks: fp32 [batch, kv_heads, n], what the method itself put down about each slot of `layer.stored()`, or None.
+        head: the KV head that this is evidence of, for a method that knows its heads by number; None = all.
     """
 
     queries: torch.Tensor
@@ -149,6 +195,9 @@ class Evidence:
     peaks: torch.Tensor | None = None
     came: torch.Tensor | None = None
     softcap: float | None = None
+    centres: QueryCentres | None = None
+    marks: torch.Tensor | None = None
+    head: int | None = None
 
     def part(self, row: int, head: int | None, kv_heads: int, slots: torch.Tensor) -> Evidence:
         """The evidence of one row, and of one KV head's query heads if `head` is given; `slots` int64 [k] are the
@@ -169,6 +218,9 @@ class Evidence:
             moments=None if self.moments is None else self.moments.part(one, ours),
             peaks=None if self.peaks is None else self.peaks[one, ours],
             softcap=self.softcap,
+            centres=None if self.centres is None else self.centres.part(one, ours),
+            marks=None if self.marks is None else self.marks[one, which][:, :, slots],
+            head=head,
         )
 
     def queries_of(self, row: int) -> torch.Tensor:
@@ -199,6 +251,7 @@ class EvidenceCollector:
         self._rope: list[torch.Tensor] = []
         self._columns: torch.Tensor | None = None
         self._moments: QueryMoments | None = None
+        self._centres: QueryCentres | None = None
         self._peaks: torch.Tensor | None = None
         self._came: torch.Tensor | int = 0
         self._before: tuple[int, dict] | None = None
@@ -241,8 +294,8 @@ class EvidenceCollector:
             self._rope.append(rope.expand(len(q), -1))
         if self.needs.columns:
             self._add_columns(step, held())
-        if self.needs.query_moments is not None:
-            self._add_moments(step, rotary)
+        if self.needs.query_moments is not None or self.needs.query_centres:
+            self._add_plain(step, rotary)
         if self.needs.query_peaks:
             padding = (step.positions < 0)[:, None, :, None]
             peaks = q.abs().masked_fill(padding, 0).amax(2).float()
@@ -273,20 +326,24 @@ class EvidenceCollector:
             mass[..., : self._columns.shape[-1]] += self._columns
         self._columns = mass
 
-    def _add_moments(self, step: Step, rotary: RotarySpec) -> None:
-        """Turns the queries back by their own rotary positions. Under M-RoPE only the temporal axis is known, so an
-        image's queries stay turned by their offset inside the image on the height and width frequencies."""
-        counted = step.positions >= self.needs.query_moments
+    def _add_plain(self, step: Step, rotary: RotarySpec) -> None:
+        """Turns the queries back by their own rotary positions and counts them. Under M-RoPE only the temporal axis is
+        known, so an image's queries stay turned by their offset inside the image on the height and width frequencies.
+        """
         rope = self._rope[-1]
         for start in range(0, step.q.shape[2], _BLOCK):
             part = slice(start, start + _BLOCK)
-            plain = rotary.turn(step.q[:, :, part].float(), -rope[:, part])
-            found = QueryMoments.of(plain, counted[:, part])
-            self._moments = found if self._moments is None else self._moments + found
+            plain, at = rotary.turn(step.q[:, :, part].float(), -rope[:, part]), step.positions[:, part]
+            if self.needs.query_moments is not None:
+                found = QueryMoments.of(plain, at >= self.needs.query_moments)
+                self._moments = found if self._moments is None else self._moments + found
+            if self.needs.query_centres:
+                lie = QueryCentres.of(plain, at >= 0, rotary)
+                self._centres = lie if self._centres is None else self._centres + lie
 
     def can_drop(self, tokens: int) -> bool:
         """Whether the last `tokens` tokens can be left out: they are the last chunk, or nothing sums over them."""
-        summed = (self._columns, self._moments, self._peaks)
+        summed = (self._columns, self._moments, self._centres, self._peaks)
         return all(x is None for x in summed) or (self._before is not None and self._before[0] == tokens)
 
     def drop_last(self, tokens: int) -> None:
@@ -312,7 +369,10 @@ class EvidenceCollector:
         queries = queries[:, :, max(0, queries.shape[2] - self.needs.window) :] if self.needs.window else queries
         norms, positions, rope = (torch.cat(x, 1) if x else None for x in (self._norms, self._positions, self._rope))
         columns, moments, peaks, came = self._columns, self._moments, self._peaks, self._came
+        centres = self._centres
         self.clear()
         # A plain number says that no row was padded.
         came = came if isinstance(came, torch.Tensor) else None
-        return Evidence(queries, scale, tokens, norms, positions, rope, spans, columns, moments, peaks, came, softcap)
+        return Evidence(
+            queries, scale, tokens, norms, positions, rope, spans, columns, moments, peaks, came, softcap, centres
+        )

@@ -142,6 +142,15 @@ class RotarySpec:
         )
         return torch.cat([first * cos - second * sin, second * cos + first * sin, still], -1)
 
+    def lengths(self, x: torch.Tensor) -> torch.Tensor:
+        """Length of each pair of channels that turns together, which turning leaves as it is: [.., head_dim] -> fp32
+        [.., R / 2]."""
+        first, second = self.first.to(x.device), self.second.to(x.device)
+        if self.is_halves:  # views: no copy of the two halves
+            half = len(first)
+            return torch.hypot(x[..., :half].float(), x[..., half : 2 * half].float())
+        return torch.hypot(x[..., first].float(), x[..., second].float())
+
     def _halves_order(self) -> torch.Tensor:
         """The dims in the order in which the pairs lie as halves, those that stand still last."""
         moved = torch.cat([self.first, self.second])

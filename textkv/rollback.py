@@ -164,7 +164,8 @@ class Rollback(Cache):
                 "a method that evicts at the end of the prompt, e.g. snapkv"
             )
         needs = self.context.needs
-        if not self.get_seq_length() and (needs.columns or needs.query_moments is not None or needs.query_peaks):
+        all_queries = needs.columns or needs.query_moments is not None or needs.query_centres or needs.query_peaks
+        if not self.get_seq_length() and all_queries:
             raise ValueError(
                 f"{name} reads all queries of a prompt, and drafts arrive together with it; use a method that looks at "
                 "the last ones only, e.g. snapkv"

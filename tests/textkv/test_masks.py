@@ -18,7 +18,7 @@ EXACT = [
 """Methods that drop nothing at these budgets, so that transformers' own cache tells what is right."""
 VOTING = [
     "snapkv", "pyramidkv", "vatp", "cake", "kvcrush", "h2o", "tova", "d2o", "adakv", "streaming_llm", "lacache",
-    "keydiff", "knorm", "expected", "h2o+adakv", "duo_attention",
+    "keydiff", "knorm", "expected", "h2o+adakv", "duo_attention", "tri_attention", "rkv",
 ]  # fmt: skip
 KINDS = ["dense", "sliding", "sinks"]  # a hybrid's states know no mask over what they have read
 CLOSE = 3e-4

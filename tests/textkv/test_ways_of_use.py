@@ -144,7 +144,9 @@ def test_drafts_equal_plain_greedy_decoding(method, budget, how):
     assert torch.equal(again, model.generate(more, past_key_values=plain, **GREEDY))
 
 
-@pytest.mark.parametrize("method", ["h2o", "tova", "streaming_llm", "lacache", "duo_attention", "d2o", "cake"])
+@pytest.mark.parametrize(
+    "method", ["h2o", "tova", "streaming_llm", "lacache", "duo_attention", "d2o", "cake", "tri_attention", "rkv"]
+)
 @pytest.mark.parametrize("how", ["assistant", "lookup"])
 def test_who_evicts_while_decoding_refuses_drafts_at_once(method, how):
     model = kinds.model_of_kind("dense")
@@ -170,7 +172,7 @@ def test_drafts_into_a_cache_that_is_filled_already(how):
     assert cache.get_seq_length() == 49
 
 
-@pytest.mark.parametrize("method", ["snapkv+mikv(16,2)", "mikv", "h2o+adakv"])
+@pytest.mark.parametrize("method", ["snapkv+mikv(16,2)", "mikv", "h2o+adakv", "tri_attention+adakv"])
 def test_who_reads_all_queries_of_a_prompt_says_so(method):
     model = kinds.model_of_kind("dense")
     with pytest.raises(ValueError, match="reads all queries of a prompt|cannot take drafts back"):

@@ -1,0 +1,6 @@
+"""python -m textkv.tri_attention calibrate: see `textkv.tri_attention.calibrate`."""
+
+from textkv.tri_attention.calibrate import main
+
+if __name__ == "__main__":
+    main()
