@@ -64,7 +64,7 @@ K, KEEP = torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 3, dtype=torch.int64)
     "k, v, keep, message",
     [
         (K[0], K, KEEP, r"k has shape \[2, 5, 16\]; it must be \[B, G, n, D\]"),
-        (K, K[:, :, :4], KEEP, r"v has shape \[1, 2, 4, 16\]; it must be \[1, 2, 5, 16\]"),
+        (K, K[:, :, :4], KEEP, r"v has shape \[1, 2, 4, 16\]; it must be \[1, 2, 5, D_v\]"),
         (K, K.half(), KEEP, "v is float16; it must be float32"),
         (K, K, KEEP[0], r"keep has shape \[2, 3\]; it must be \[1, 2, C\]"),
         (K, K, KEEP.int(), "keep is int32; it must be int64 or bool"),
