@@ -74,7 +74,9 @@ def turn_back(y: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
     return (y.float() @ _basis(y.shape[-1], y.device)) * signs
 
 
-def encode(x: torch.Tensor, signs: torch.Tensor, bits: int, fit: Fit = "norm") -> torch.Tensor:
+def encode(
+    x: torch.Tensor, signs: torch.Tensor, bits: int, fit: Fit = "norm", marked: torch.Tensor | None = None
+) -> torch.Tensor:
     """Code vectors.
 
     Args:
@@ -84,6 +86,8 @@ def encode(x: torch.Tensor, signs: torch.Tensor, bits: int, fit: Fit = "norm") -
         fit: how s is chosen. "norm": what is decoded has the length of x. "plain": s = |x| / sqrt(D), as the paper;
             codes shrink, hence so does what is decoded. "least": the least squared error. "unbiased": what is decoded
             has the length of x in the direction of x.
+        marked: bool [.., n], one more bit of each vector, for the caller: the sign of its scale, which has no other
+            use. None = no vector has it.
 
     Returns:
         uint8 [.., n, row_bytes]. A vector of 0 decodes to 0; NaN, inf or an s beyond float16 to NaN or inf.
@@ -99,7 +103,10 @@ def encode(x: torch.Tensor, signs: torch.Tensor, bits: int, fit: Fit = "norm") -
     if fit not in FITS:
         raise ValueError(f"fit={fit!r} is not known; use {', '.join(map(repr, FITS[:-1]))} or {FITS[-1]!r}")
     parts = [_encode(part, signs, bits, fit) for part in x.split(_VECTORS, -2)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+    if marked is not None:
+        rows[..., -1] |= marked.to(torch.uint8) << 7  # the high byte of a float16 comes last
+    return rows
 
 
 def _encode(x: torch.Tensor, signs: torch.Tensor, bits: int, fit: Fit) -> torch.Tensor:
@@ -122,7 +129,12 @@ def _encode(x: torch.Tensor, signs: torch.Tensor, bits: int, fit: Fit) -> torch.
 
 
 def decode(rows: torch.Tensor, bits: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What rows of bytes stand for, still turned: c [.., dim] and s [..] in fp32; `turn_back(c * s)` is the vector."""
+    """What rows of bytes stand for, still turned.
+
+    Returns:
+        c fp32 [.., n, dim] and s fp32 [.., n], of which the sign is the mark (-0.0 is marked, too); the vector is
+        `turn_back(c * s.abs()[..., None], signs)`.
+    """
     two = rows[..., -2:].clone(memory_format=torch.contiguous_format)  # a view of a row may start at an odd byte
     scale = two.view(torch.float16)[..., 0].float()
     packed, at_once = rows[..., :-2], _AT_ONCE.get(bits, 1)

@@ -8,7 +8,7 @@ values is turned back once instead of every value. The scales go to scores and w
 for a token is a look-up of its centroids and two dot products.
 
 A centre that was subtracted from keys comes back as in `kernels.packed_attention`: the same number for all scores of a
-query, or cosines and sines where it turns with the position.
+query, or cosines and sines where it turns with the position. Keys that are marked were coded without it.
 
 Plain torch on every device, in tiles of tokens and queries, fp32 throughout.
 """
@@ -48,7 +48,7 @@ def coded_attention(
         bits: of the codes of keys and of values.
         signs: [2, D], those of keys and of values.
         scale: factor on q . k, usually D ** -0.5.
-        centre: fp32 [B, G, D], what was subtracted from all keys before they were coded, or None.
+        centre: fp32 [B, G, D], what was subtracted from all unmarked keys before they were coded, or None.
         inv_freq: fp32 [B, G, R / 2]: the centre had been turned for each key, see `packed_attention`.
         positions: int32 [B, G or 1, n] of the tokens; with inv_freq.
         softcap: scaled scores s become softcap * tanh(s / softcap).
@@ -83,8 +83,8 @@ def coded_attention(
 def _attend(q, k, v, bits, signs, centre, turned, softcap, valid):
     """q fp32 [runs, x, D], scaled; rows [runs, n, bytes] -> out fp32 [runs, x, D], still turned, and lse [runs, x]."""
     runs, n, D = *k.shape[:2], q.shape[-1]
-    query, shift = turn(q, signs[0]), 0.0
-    if centre is not None:  # the dims that do not turn add the same to all scores of a query
+    query, shift = turn(q, signs[0]), 0.0  # the shift is what dims of the centre that do not turn add to all scores
+    if centre is not None:
         still = 0 if turned is None else 2 * turned[1].shape[1]
         shift = q[..., still:] @ centre[:, still:, None]
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
@@ -93,9 +93,10 @@ def _attend(q, k, v, bits, signs, centre, turned, softcap, valid):
         tile = slice(low, min(low + step, n))
         seen = None if valid is None else valid[..., tile]
         c, size = decode(k[:, tile], bits[0], D)
-        scores = query @ c.mT * _only(size[:, None], seen) + shift
-        if turned is not None:
-            scores += turned_scores(q, *turned, tile)
+        scores = query @ c.mT * _only(size[:, None], seen)
+        if centre is not None:
+            centres = shift if turned is None else shift + turned_scores(q, *turned, tile)
+            scores += centres * ~size[:, None].signbit()
         if softcap is not None:
             scores = softcap * (scores / softcap).tanh()
         if seen is not None:
@@ -112,7 +113,8 @@ def _attend(q, k, v, bits, signs, centre, turned, softcap, valid):
 
 
 def _only(size: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-    """Scales [runs, 1, n] of the tokens that are seen; of others, which may hold NaN, 0."""
+    """Scales [runs, 1, n] of the tokens that are seen, without marks; of others, which may hold NaN, 0."""
+    size = size.abs()
     return size if seen is None else size.masked_fill(~seen, 0)
 
 

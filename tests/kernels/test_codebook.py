@@ -22,7 +22,7 @@ def signs_of(dim: int, seed: int = 0) -> torch.Tensor:
 
 def restored(rows: torch.Tensor, signs: torch.Tensor, bits: int) -> torch.Tensor:
     c, size = decode(rows, bits, len(signs))
-    return turn_back(c * size[..., None], signs)
+    return turn_back(c * size.abs()[..., None], signs)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -125,6 +125,14 @@ def test_nothing_stays_nothing_and_what_is_not_finite_shows():
     x[0], x[1, 3], x[2, 3], x[3] = 0, torch.nan, torch.inf, 1e6
     found = restored(encode(x, signs, 3), signs, 3)
     assert torch.equal(found[0], torch.zeros(32)) and not bool(found[1:].isfinite().any())
+
+
+def test_a_mark_changes_nothing_but_the_sign_of_the_scale():
+    x, signs, marked = torch.randn(2, 50, 32), signs_of(32), torch.rand(2, 50) > 0.5
+    x[0, 0] = 0
+    plain, rows = encode(x, signs, 3), encode(x, signs, 3, marked=marked)
+    assert torch.equal(restored(rows, signs, 3), restored(plain, signs, 3))
+    assert torch.equal(decode(rows, 3, 32)[1].signbit(), marked) and not bool(decode(plain, 3, 32)[1].signbit().any())
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ SCALE = 0.3
 MODULE = import_module("kernels.coded_attention")  # `kernels.coded_attention` is the function
 
 
-def cached(B, G, n, D, bits=(4, 4)):
-    """Rows of random keys and values, their signs, and the vectors that they stand for."""
+def cached(B, G, n, D, bits=(4, 4), marked=0.0):
+    """Rows of random keys and values, a share of them marked; their signs, and the vectors that they stand for."""
     signs = torch.randint(0, 2, (2, D)).float() * 2 - 1
     rows, stand_for = [], []
     for i in range(2):
-        rows.append(encode(torch.randn(B, G, n, D), signs[i], bits[i]))
+        rows.append(encode(torch.randn(B, G, n, D), signs[i], bits[i], marked=torch.rand(B, G, n) < marked))
         c, size = decode(rows[i], bits[i], D)
-        stand_for.append(turn_back(c * size[..., None], signs[i]))
+        stand_for.append(turn_back(c * size.abs()[..., None], signs[i]))
     return rows, signs, stand_for
 
 
@@ -44,10 +44,10 @@ def test_as_over_what_the_codes_stand_for(B, H, G, m, n, D, bits, monkeypatch):
 @pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_centre_comes_back_in_the_scores(turns, softcap, shared, monkeypatch):
+def test_a_centre_comes_back_in_the_scores_of_keys_that_are_not_marked(turns, softcap, shared, monkeypatch):
     monkeypatch.setattr(MODULE, "_NUMBERS", 1)
     B, G, n, D, R = 2, 2, 50, 16, 12
-    (k, v), signs, (keys, values) = cached(B, G, n, D)
+    (k, v), signs, (keys, values) = cached(B, G, n, D, marked=0.3)
     centre, q = 2 * torch.randn(B, G, D), torch.randn(B, 4, 2, D)
     positions = torch.randint(0, 90, (B, 1 if shared else G, n)).int()
     inv_freq = (10.0 ** -torch.arange(R // 2)).repeat(B, G, 1)
@@ -57,10 +57,9 @@ def test_a_centre_comes_back_in_the_scores(turns, softcap, shared, monkeypatch):
         first, second, still = added.split((R // 2, R // 2, D - R), -1)
         cos, sin = angle.cos(), angle.sin()
         added = torch.cat([first * cos - second * sin, second * cos + first * sin, still], -1)
+    added = added * ~decode(k, 4, D)[1][..., None].signbit()  # marked keys were coded without
     options = {"inv_freq": inv_freq, "positions": positions} if turns else {}
-    found = coded_attention(
-        q, k, v, bits=(4, 4), signs=signs, scale=SCALE, centre=centre, softcap=softcap, **options
-    )
+    found = coded_attention(q, k, v, bits=(4, 4), signs=signs, scale=SCALE, centre=centre, softcap=softcap, **options)
     assert_same(found, decode_attention(q, keys + added, values, scale=SCALE, softcap=softcap), 5e-5)
 
 

@@ -43,7 +43,8 @@ class CodedSegment(Segment):
     Args:
         dtype: what `stored` gives back and the model computes in.
         coding: how tokens are coded.
-        centre: fp32 [batch, heads, head_dim] that is subtracted from all keys, or None. Their scores get it back.
+        centre: fp32 [batch, heads, head_dim] that is subtracted from the keys that it makes shorter, or None. Their
+            scores get it back.
         inv_freq: fp32 [batch, heads, R / 2], or None: the centre is turned first, by frequency times position of each
             key, as RoPE turns a bias.
         head_repeat: how many stored heads one incoming KV head becomes.
@@ -81,15 +82,20 @@ class CodedSegment(Segment):
         self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of keys and values [batch, heads, n, head_dim] at positions [batch, heads or 1, n]; padding is 0."""
-        real = (positions >= 0)[..., None]
-        parts = (keys.float() - self._centres(positions)).where(real, 0), values.float().where(real, 0)
-        signs, bits, fit = self.coding.signs, self.coding.bits, self.coding.fit
-        return tuple(encode(x, signs[i], bits[i], fit) for i, x in enumerate(parts))
-
-    def _centres(self, positions: torch.Tensor) -> torch.Tensor | float:
-        """What is subtracted from keys at `positions` [batch, heads or 1, n]: fp32 [batch, heads, n or 1, head_dim]."""
+        real, (bits, value_bits) = (positions >= 0)[..., None], self.coding.bits
+        signs, fit = self.coding.signs, self.coding.fit
+        keys, values = keys.float().where(real, 0), values.float().where(real, 0)
+        rows = encode(values, signs[1], value_bits, fit)
         if self.centre is None:
-            return 0.0
+            return encode(keys, signs[0], bits, fit), rows
+        # The first token's key is like no other, and most of the attention rests on it: what is far from the centre is
+        # coded without, because an error is in proportion to the length of what is coded.
+        moved = (keys - self._centres(positions)).where(real, 0)
+        alone = keys.norm(dim=-1) < moved.norm(dim=-1)
+        return encode(torch.where(alone[..., None], keys, moved), signs[0], bits, fit, alone), rows
+
+    def _centres(self, positions: torch.Tensor) -> torch.Tensor:
+        """The centre for keys at `positions` [batch, heads or 1, n]: fp32 [batch, heads, n or 1, head_dim]."""
         centre = self.centre[:, :, None]
         return centre if self.inv_freq is None else turned(centre, positions, self.inv_freq)
 
@@ -124,9 +130,10 @@ class CodedSegment(Segment):
         parts = []
         for x, signs, bits in zip((rows.keys, rows.values), self.coding.signs, self.coding.bits, strict=True):
             c, size = decode(x, bits, dim)
-            parts.append(turn_back(c * size[..., None], signs))
-        keys = parts[0] + self._centres(rows.positions)
-        return Stored(keys.to(self.dtype), parts[1].to(self.dtype), rows.positions)
+            parts.append(turn_back(c * size.abs()[..., None], signs))
+            if self.centre is not None and len(parts) == 1:
+                parts[0] += self._centres(rows.positions) * ~size[..., None].signbit()
+        return Stored(*(x.to(self.dtype) for x in parts), rows.positions)
 
     def keep(self, index: torch.Tensor) -> None:
         self.rows.keep(index)

@@ -1,5 +1,5 @@
-"""TurboQuant: the worked case, what leaves one by one, bytes, centres, beside kivi, refusals. (The codes themselves are
-tested in tests/kernels/test_codebook.py.)"""
+"""TurboQuant: the worked case, what leaves one by one, bytes, centres, beside kivi, refusals. The codes themselves are
+tested in tests/kernels/test_codebook.py, the segment in tests/textkv/test_coded_segment.py."""
 
 from __future__ import annotations
 
@@ -9,34 +9,29 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from kernels import decode_attention
+from kernels import coded_attention, decode_attention
 from kernels.codebook import from_bytes
 from tests.textkv import tiny
 from tests.textkv.methods.test_kivi import Watch, evenly_biased
+from tests.textkv.test_coded_segment import segment_of
 from textkv import MethodCache, resolve_method, use
 from textkv.conformance import check_method
 from textkv.mini import load_mini
 from textkv.mini.tasks import make_example
-from textkv.segments.base import Stored
-from textkv.segments.coded import CodedSegment, Coding
-from textkv.segments.ragged import RaggedSegment
+from textkv.segments.coded import CodedSegment
 from textkv.segments.split import ChunkedRing
 
-LOSSY = {"full_budget_equals_full_cache", "equals_masked_full_attention", "crop_or_refusal", "forgotten_tokens_are_gone"}
+LOSSY = {
+    "full_budget_equals_full_cache",
+    "equals_masked_full_attention",
+    "crop_or_refusal",
+    "forgotten_tokens_are_gone",
+}
 
 
 def feed(model, cache, ids, mask=None):
     with torch.no_grad():
         return model(ids, past_key_values=cache, attention_mask=mask).logits
-
-
-def segment_of(keys, values, bits=(4, 4), fit="norm", signs=None, centre=None, positions=None, ragged=False):
-    """A coded segment of keys and values [batch, heads, n, head_dim]."""
-    signs = torch.ones(2, keys.shape[-1], dtype=torch.int8) if signs is None else signs
-    segment = CodedSegment(torch.float32, Coding(signs, bits, fit), centre)
-    at = torch.arange(keys.shape[2]).expand(keys.shape[:3]).int() if positions is None else positions
-    segment.take(Stored(keys, values, at), ragged)
-    return segment
 
 
 # ---- the worked case -------------------------------------------------------------------------------------------------
@@ -156,30 +151,11 @@ def test_h2o_evicts_at_every_decoded_token_as_alone(model_of):
             assert layer.lengths().tolist() == [[40, 40]] * 2
     assert cache.kv_bytes() < 0.5 * alone.kv_bytes()
     # 8 bits hardly move a score: nearly the same tokens are kept
-    same = [
-        len(set(a) & set(b)) / 40
-        for ours, true in zip(cache.layers, alone.layers, strict=True)
-        for a, b in zip(ours.held_positions().flatten(0, 1).tolist(), true.held_positions().flatten(0, 1).tolist(), strict=True)
-    ]  # fmt: skip
+    same = []
+    for ours, true in zip(cache.layers, alone.layers, strict=True):
+        kept = [x.held_positions().flatten(0, 1).tolist() for x in (ours, true)]
+        same += [len(set(a) & set(b)) / 40 for a, b in zip(*kept, strict=True)]
     assert sum(same) / len(same) > 0.9
-
-
-@pytest.mark.parametrize("ragged", [False, True])
-def test_what_stays_is_not_touched_when_others_go(ragged):
-    torch.manual_seed(0)
-    keys, values = torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 16)
-    segment = segment_of(keys, values, (3, 2), ragged=ragged)
-    before, index = segment.stored(), torch.rand(2, 3, 40).argsort(-1)[..., :17].sort(-1).values
-    segment.keep(index)
-    after, pick = segment.stored(), index[..., None].expand(2, 3, 17, 16)
-    assert torch.equal(after.keys, before.keys.gather(2, pick))
-    assert torch.equal(after.values, before.values.gather(2, pick))
-    assert torch.equal(after.positions, before.positions.gather(2, index))
-    mask = torch.rand(2, 3, 17) > 0.4  # from now on each head its own number
-    segment.keep_mask(mask)
-    assert isinstance(segment.rows, RaggedSegment) and torch.equal(segment.lengths(), mask.sum(-1))
-    left = segment.stored()
-    assert torch.equal(left.keys[left.positions >= 0], after.keys[mask])
 
 
 @pytest.mark.parametrize("expression", ["turboquant(2)", "adakv+turboquant(4)"])
@@ -224,21 +200,6 @@ def test_a_saved_cache_holds_the_same_bits_and_goes_on_alike(model_of, tmp_path,
         assert torch.equal(feed(model, loaded, part), feed(model, cache, part))
 
 
-def test_a_padded_batch_codes_padding_as_nothing():
-    torch.manual_seed(0)
-    keys, values = torch.randn(2, 2, 10, 16), torch.randn(2, 2, 10, 16)
-    positions = torch.arange(10).expand(2, 2, 10).int().clone()
-    positions[1, :, :4], positions[1, :, 4:] = -1, torch.arange(6).int()
-    keys[1, :, :4] = torch.nan
-    segment = segment_of(keys, values, centre=torch.randn(2, 2, 16), positions=positions)
-    assert torch.equal(segment.stored().values[1, :, :4], torch.zeros(2, 4, 16))
-    q, held = torch.randn(2, 4, 1, 16), segment.stored()
-    true = decode_attention(q, held.keys, held.values, scale=0.25, valid=positions >= 0)
-    for ours, expected in zip(segment.attend(q, 0.25), true, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    assert segment.lengths().tolist() == [[10, 10], [6, 6]]
-
-
 def test_retrieval_heads_are_coded_and_streaming_heads_are_not(model_of):
     model = model_of("llama")
     cache = MethodCache(model, "duo_attention(sparsity=0.5,sinks=4,recent=12)+turboquant(4)")
@@ -252,7 +213,7 @@ def test_retrieval_heads_are_coded_and_streaming_heads_are_not(model_of):
 
 
 def test_no_decode_step_makes_a_tensor_as_large_as_a_layers_keys(model_of, monkeypatch):
-    monkeypatch.setitem(coded_globals(), "_NUMBERS", 2**12)
+    monkeypatch.setitem(coded_attention.__globals__, "_NUMBERS", 2**12)
     model = model_of("llama")
     cache = MethodCache(model, "turboquant(4)")
     ids = tiny.text_ids(960)
@@ -265,16 +226,15 @@ def test_no_decode_step_makes_a_tensor_as_large_as_a_layers_keys(model_of, monke
     assert 0 < largest < 0.4 * full, watch.name
 
 
-def coded_globals() -> dict:
-    """Of the module whose function `kernels.coded_attention` is."""
-    from kernels import coded_attention
-
-    return coded_attention.__globals__
-
-
 @pytest.mark.parametrize(
     "expression",
-    ["turboquant(3)", "h2o+turboquant(4)", "snapkv+turboquant(3)", "adakv+turboquant(4)", "turboquant(3,4,fit='least')"],
+    [
+        "turboquant(3)",
+        "h2o+turboquant(4)",
+        "snapkv+turboquant(3)",
+        "adakv+turboquant(4)",
+        "turboquant(3,4,fit='least')",
+    ],
 )
 def test_conforms(expression):
     assert {check.name for check in check_method(expression) if check.outcome != "passed"} <= LOSSY
@@ -327,9 +287,10 @@ def test_under_mrope_the_centre_stands_still_or_is_refused(model_of):
 
 @once
 def mini_case():
-    """The embedded model, prompts with held-out facts [4, 512], and what its attention layers give for the last 32."""
+    """The embedded model, prompts with held-out facts [4, 480], and what its attention layers give for the last 32."""
     model, tokenizer = load_mini()
-    ids = torch.stack([torch.from_numpy(make_example("needle", 513, 10**6 + k, tokenizer).prompt_ids) for k in range(4)])
+    prompts = [make_example("needle", 482, 10**6 + k, tokenizer).prompt_ids for k in range(4)]
+    ids = torch.stack([torch.from_numpy(prompt) for prompt in prompts])
     return model, ids, outputs(model, ids, "full")[0]
 
 
@@ -353,10 +314,14 @@ def outputs(model, ids, expression: str) -> tuple[torch.Tensor, float]:
 
 @pytest.mark.parametrize(
     ("expression", "other", "most"),
-    [("turboquant(4)", "kivi(4)", 1.5), ("turboquant(3)", "kivi(2,group=32,channels=16)", 0.8), ("turboquant(2)", "kivi(2)", 1.3)],
-)  # fmt: skip
+    [
+        ("turboquant(4)", "kivi(4)", 1.7),
+        ("turboquant(3)", "kivi(2,group=32,channels=16)", 0.8),
+        ("turboquant(2)", "kivi(2)", 1.2),
+    ],
+)
 def test_attention_outputs_beside_kivi_at_as_many_bits(expression, other, most, capsys):
-    """Heads of 32 channels: scales weigh more than in heads of 128; kivi's buffer of exact tokens counts too."""
+    """Heads of 32 channels: scales weigh more than in heads of 128; 448 tokens leave none in kivi's exact buffer."""
     model, ids, true = mini_case()
     error, bits = {}, {}
     for method in (expression, other):
