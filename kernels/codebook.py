@@ -151,15 +151,15 @@ def to_bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def from_bytes(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse: int64 [.., D], D a multiple of 8."""
-    return _pieces(packed, bits, 1)
+    return _pieces(packed, bits, 1).long()
 
 
 def _pieces(packed: torch.Tensor, bits: int, codes: int) -> torch.Tensor:
-    """So many neighbouring codes as one number: int64 [.., D / codes]."""
-    width = codes * bits
-    word = packed.unflatten(-1, (-1, bits)).long() << torch.arange(0, 8 * bits, 8, device=packed.device)
-    shifts = torch.arange(0, 8 * bits, width, device=packed.device)
-    return ((word.sum(-1, keepdim=True) >> shifts) & (2**width - 1)).flatten(-2)
+    """So many neighbouring codes as one number: int32 up to 4 bits, where 8 codes fit in one, else int64 [.., D / codes]."""
+    width, whole = codes * bits, torch.int32 if bits <= 4 else torch.int64
+    word = packed.unflatten(-1, (-1, bits)).to(whole) << torch.arange(0, 8 * bits, 8, device=packed.device, dtype=whole)
+    shifts = torch.arange(0, 8 * bits, width, device=packed.device, dtype=whole)
+    return ((word.sum(-1, keepdim=True, dtype=whole) >> shifts) & (2**width - 1)).flatten(-2)
 
 
 @cache
