@@ -155,7 +155,7 @@ def from_bytes(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _pieces(packed: torch.Tensor, bits: int, codes: int) -> torch.Tensor:
-    """So many neighbouring codes as one number: int32 up to 4 bits, where 8 codes fit in one, else int64 [.., D / codes]."""
+    """So many neighbouring codes as one number: [.., D / codes], int32 where 8 codes fit in one, else int64."""
     width, whole = codes * bits, torch.int32 if bits <= 4 else torch.int64
     word = packed.unflatten(-1, (-1, bits)).to(whole) << torch.arange(0, 8 * bits, 8, device=packed.device, dtype=whole)
     shifts = torch.arange(0, 8 * bits, width, device=packed.device, dtype=whole)

@@ -10,10 +10,10 @@ at twice the error. As in vLLM's, it is left out: through a softmax the error co
 
 Where the paper, vLLM and this differ: vLLM turns by a plain Hadamard matrix, without signs, and so loses three quarters
 of a key that is mostly constant; here each layer draws signs, and keys are centred first, as kivi's are, but for those
-that a centre makes longer: the first token's, above all, on which much of the attention rests. vLLM stores
-values as plain integers between their extremes; here they are turned and coded as keys are, 2 bytes a token less. It
-keeps the length of what is decoded, by dividing by the norm of the codes at every read; the same is done here once,
-when the scale is stored (`fit="norm"`). The paper splits off outlier channels for 2.5 and 3.5 bits: not here.
+that a centre makes longer: the first token's, above all, on which much of the attention rests. vLLM stores values as
+plain integers between their extremes; here they are turned and coded as keys are, 2 bytes a token less. It keeps the
+length of what is decoded, by dividing by the norm of the codes at every read; the same is done here once, when the
+scale is stored (`fit="norm"`). The paper splits off outlier channels for 2.5 and 3.5 bits: not here.
 """
 
 from __future__ import annotations
