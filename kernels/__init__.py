@@ -14,8 +14,8 @@ from types import ModuleType
 from kernels._coexist import find_other, load_other
 
 OPERATIONS = (
-    "compact", "confidence", "decode_attention", "merge", "pack", "packed_attention", "rotate", "subspace_residual",
-    "window_mass",
+    "coded_attention", "compact", "confidence", "decode_attention", "merge", "pack", "packed_attention", "rotate",
+    "subspace_residual", "window_mass",
 )  # fmt: skip
 __all__ = ["OPERATIONS", "__version__", *OPERATIONS]
 

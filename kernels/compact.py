@@ -30,8 +30,8 @@ def reference(k, v, keep):
     """Plain torch: the truth, and the path off CUDA. Arguments as `compact`."""
     if keep.dtype == torch.bool:
         return Rows(k[keep], v[keep], *_row_bounds(keep))
-    index = keep[..., None].expand(*keep.shape, k.shape[-1])  # a view: the index is never materialised per channel
-    return Rows(k.gather(2, index), v.gather(2, index))
+    # a view: the index is never materialised per channel
+    return Rows(*(x.gather(2, keep[..., None].expand(*keep.shape, x.shape[-1])) for x in (k, v)))
 
 
 def _row_bounds(keep):
@@ -43,7 +43,7 @@ def _row_bounds(keep):
 @jit(do_not_specialize=["n", "kept", "total"])
 def _gather_kernel(
     p_k, p_v, p_index, p_k_out, p_v_out, s_kb, s_kg, s_kn, s_vb, s_vg, s_vn, n, kept, groups, total,
-    RAGGED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    RAGGED: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows of K and V in the order of the output; the index counts tokens of one head (dense) or of all (ragged)."""
     out = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -56,30 +56,30 @@ def _gather_kernel(
         token = token % n
     b, g = row // groups, row % groups
     mask = m_row[:, None] & (d < D)[None, :]
-    o_out = out[:, None] * D + d[None, :]
+    mask_v = m_row[:, None] & (d < D_V)[None, :]
     k = tl.load(p_k + (b * s_kb + g * s_kg + token * s_kn)[:, None] + d[None, :], mask=mask)
-    tl.store(p_k_out + o_out, k, mask=mask)
-    v = tl.load(p_v + (b * s_vb + g * s_vg + token * s_vn)[:, None] + d[None, :], mask=mask)
-    tl.store(p_v_out + o_out, v, mask=mask)
+    tl.store(p_k_out + out[:, None] * D + d[None, :], k, mask=mask)
+    v = tl.load(p_v + (b * s_vb + g * s_vg + token * s_vn)[:, None] + d[None, :], mask=mask_v)
+    tl.store(p_v_out + out[:, None] * D_V + d[None, :], v, mask=mask_v)
 
 
 def _launch(k, v, keep):
-    B, G, n, D = k.shape
+    (B, G, n, D), wide = k.shape, v.shape[-1]
     k, v = dense_rows(k), dense_rows(v)
     ragged = keep.dtype == torch.bool
     if ragged:
         index = keep.flatten().nonzero().flatten()  # the one wait for the device
-        shape, kept, bounds = (index.numel(), D), 1, _row_bounds(keep)
+        shape, kept, bounds = (index.numel(),), 1, _row_bounds(keep)
     else:
         index = keep.contiguous()
         torch._assert_async(((index >= 0) & (index < n)).all(), f"keep holds an index outside 0..{n - 1}")
-        shape, kept, bounds = (B, G, keep.shape[2], D), max(1, keep.shape[2]), ()
-    k_out, v_out = k.new_empty(shape), v.new_empty(shape)
+        shape, kept, bounds = (B, G, keep.shape[2]), max(1, keep.shape[2]), ()
+    k_out, v_out = k.new_empty(*shape, D), v.new_empty(*shape, wide)
     if index.numel():
-        block_m = 64 if D <= 256 else 32
+        block_m = 64 if max(D, wide) <= 256 else 32
         _gather_kernel[(triton.cdiv(index.numel(), block_m),)](
             k, v, index, k_out, v_out, *k.stride()[:3], *v.stride()[:3], n, kept, G, index.numel(),
-            RAGGED=ragged, D=D, BLOCK_M=block_m, BLOCK_D=triton.next_power_of_2(D), num_warps=4,
+            RAGGED=ragged, D=D, D_V=wide, BLOCK_M=block_m, BLOCK_D=triton.next_power_of_2(max(D, wide)), num_warps=4,
         )  # fmt: skip
     return Rows(k_out, v_out, *bounds)
 
@@ -90,7 +90,7 @@ def compact(
     """Copy the kept tokens into new storage, order preserved.
 
     Args:
-        k, v: [B, G, n, D], float16, bfloat16 or float32, any strides.
+        k, v: [B, G, n, D], float16, bfloat16, float32 or uint8 (rows of codes), any strides; v may be of another width.
         keep: int64 [B, G, C], indices into n sorted ascending (dense), or bool [B, G, n] (ragged).
         check: whether indices are looked at on a CPU; False for a caller that made them by arithmetic.
 
@@ -101,9 +101,10 @@ def compact(
         ValueError: an argument has the wrong shape, dtype or device, or an index is out of range (on CUDA
             that is an asynchronous device assertion instead, which needs no wait).
     """
-    check_tensor("k", k, ("B", "G", "n", "D"), FLOATS)
-    check_head_dim("k", k)
-    check_tensor("v", v, tuple(k.shape), (k.dtype,), k)
+    check_tensor("k", k, ("B", "G", "n", "D"), (*FLOATS, torch.uint8))
+    check_tensor("v", v, (*k.shape[:3], "D_v"), (k.dtype,), k)
+    for name, x in (("k", k), ("v", v)):
+        check_head_dim(name, x)
     B, G, n, _ = k.shape
     ragged = isinstance(keep, torch.Tensor) and keep.dtype == torch.bool
     check_tensor("keep", keep, (B, G, n if ragged else "C"), (torch.int64, torch.bool), k)

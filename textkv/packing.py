@@ -17,16 +17,16 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
 from kernels.pack import Bits, Packed, channel_group, check_block
+from textkv.centring import Centring, check_centring, find_centre, followed
 from textkv.context import Context
 from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
 from textkv.method import Capabilities, Method
-from textkv.positions import RotarySpec, turned
 from textkv.segments.base import Segment, Stored
 from textkv.segments.dense import DenseSegment
 from textkv.segments.packed import PackedSegment
@@ -34,7 +34,6 @@ from textkv.segments.ragged import RaggedSegment
 from textkv.segments.split import Part, SplitSegment
 from textkv.segments.stack import StackSegment
 
-_ENOUGH = 0.75  # a centre that turns costs the reader sines: its ranges must be this small beside a fixed one's
 _SAMPLE = 512  # tokens of a head on which the two are compared
 
 
@@ -63,7 +62,7 @@ class Packer(Method):
     group: int = 64
     residual: int = 64
     channels: int | None = None
-    centre: Literal["auto", "turned", "fixed", "none"] = "auto"
+    centre: Centring = "auto"
 
     wraps: ClassVar = "any"
     capabilities: ClassVar[Capabilities] = Capabilities(lossy=True)
@@ -76,8 +75,7 @@ class Packer(Method):
             raise ValueError(f"residual={self.residual} is no multiple of group={self.group}; use {near}")
         if self.channels is not None and self.channels < 1:
             raise ValueError(f"channels={self.channels}: a group needs at least 1 channel; None chooses by head_dim")
-        if self.centre not in ("auto", "turned", "fixed", "none"):
-            raise ValueError(f"centre={self.centre!r} is not known; use 'auto', 'turned', 'fixed' or 'none'")
+        check_centring(self.centre)
         if self.inner is not None:
             _refuse(self.inner, self.name)
             # A frozen dataclass: what is promised depends on what stands to the left.
@@ -113,7 +111,7 @@ class Packer(Method):
             ValueError: `channels` does not divide head_dim, or centre="turned" and no table tells how keys turn.
         """
         check_block(self.bits, self.group, layer.head_dim, self.channels or channel_group(layer.head_dim))
-        self._rotary(layer)
+        followed(layer, self.centre, self.name)
         if self.inner is not None:
             self.inner.on_start(layer)
 
@@ -195,10 +193,12 @@ class Packer(Method):
         held = buffer.stored()
         # Before anything is packed: afterwards NaN would be spread over a whole block.
         _check_values(held, name)
-        taken, rotary = _first(held, counts), self._rotary(layer)
+        taken, rotary = _first(held, counts), followed(layer, self.centre, self.name)
         # The first tokens of a head set its centre for good: scores of all blocks must get the same one back.
         if not isinstance(packed, PackedSegment):
-            packed = PackedSegment(held.keys.dtype, *self._centre(held, counts, rotary, rows))
+            sample = _first(held, counts.clamp(max=max(1, _SAMPLE // self.group) * self.group))
+            centre = find_centre(self.centre, held, sample, rotary, rows, partial(_ranges, group=self.group))
+            packed = PackedSegment(held.keys.dtype, *centre)
         positions = taken.positions
         if bool((positions == positions[:, :1]).all()):
             # Shared by the heads where they agree: 4 bytes a token instead of 4 a token and head.
@@ -211,44 +211,6 @@ class Packer(Method):
         blocks = self.encode(keys, values, counts.view(-1), prompt, counts.shape[1])
         packed.take(*blocks, counts, positions, rope)
         return [packed, _rest(buffer, held, counts)]
-
-    def _rotary(self, layer: Layer) -> RotarySpec | None:
-        """How a centre of this layer may turn; None = none that turns is asked for, or how is not known."""
-        if self.centre in ("fixed", "none"):
-            return None
-        spec = layer.rotary
-        if spec is not None and spec.inv_freq.numel() and spec.is_halves:
-            return spec
-        if self.centre == "turned":
-            why = layer.context.rotary_unknown or "they do not turn in halves"
-            raise ValueError(
-                f"{self.name}(centre='turned') cannot follow the keys of this model: {why}; use centre='fixed'"
-            )
-        return None
-
-    def _centre(
-        self, held: Stored, counts: torch.Tensor, rotary: RotarySpec | None, rows: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        """Centre, inv_freq and axes of a `PackedSegment` whose first tokens are counts[b, h] of each head."""
-        if self.centre == "none":
-            return None, None, None
-        mean = _mean(held.keys, held.positions)
-        if rotary is None:
-            return mean, None, None
-        inv_freq = rotary.inv_freq.to(mean.device).repeat(*mean.shape[:2], 1)
-        axes = None if rotary.axes is None else rotary.axes.to(mean.device)
-        origin = _mean(turned(held.keys.float(), -rotary.at(held.positions, rows), inv_freq, axes), held.positions)
-        if self.centre == "turned":
-            return origin, inv_freq, axes
-        # Whether a centre should turn shows in a few blocks; the whole prompt twice in fp32 would double its memory.
-        sample = _first(held, counts.clamp(max=max(1, _SAMPLE // self.group) * self.group))
-        moved = sample.keys - turned(origin[:, :, None], rotary.at(sample.positions, rows), inv_freq, axes)
-        moved *= (sample.positions >= 0)[..., None]
-        # Head by head: biases differ, and a frequency of 0 makes a turned centre a fixed one.
-        better = (_ranges(moved, self.group) < _ENOUGH * _ranges(sample.keys.float(), self.group))[..., None]
-        if not bool(better.any()):
-            return mean, None, None
-        return torch.where(better, origin, mean), inv_freq * better, axes
 
 
 def _refuse(inner: Method, name: str) -> None:
@@ -273,12 +235,6 @@ def _behind(inner: Capabilities) -> Capabilities:
 def _unit_name(layer: int, part: Part, unit: int, _head: int) -> str:
     """Which head of the model a single-head row of a split segment's part is."""
     return f"layer {layer}, row {int(part.row[unit])}, head {int(part.head[unit])}"
-
-
-def _mean(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Mean key of each head: fp32 [batch, heads, head_dim], 0 for a head without tokens."""
-    real = (positions >= 0)[..., None]
-    return keys.float().masked_fill(~real, 0).sum(2) / real.sum(2).clamp(min=1)
 
 
 def _ranges(keys: torch.Tensor, group: int) -> torch.Tensor:

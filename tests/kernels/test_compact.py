@@ -52,6 +52,17 @@ def test_storage_is_new_and_inputs_may_be_strided(backend, interpreted):
         assert rows.k.untyped_storage().nbytes() == rows.k.numel() * 4
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_rows_of_codes_may_be_of_different_width(backend, interpreted):
+    k, v = (torch.randint(0, 256, (2, 2, 30, width), dtype=torch.uint8) for width in (50, 68))
+    keep = kept_indices(2, 2, 30, 11)
+    mask = torch.zeros(2, 2, 30, dtype=torch.bool).scatter_(-1, keep, True)
+    dense, ragged = compact(k, v, keep, _backend=backend), compact(k, v, mask, _backend=backend)
+    assert torch.equal(dense.k, k.gather(2, keep[..., None].expand(2, 2, 11, 50)))
+    assert torch.equal(dense.v, v.gather(2, keep[..., None].expand(2, 2, 11, 68)))
+    assert torch.equal(ragged.k, k[mask]) and torch.equal(ragged.v, v[mask])
+
+
 def test_rows_are_frozen():
     with pytest.raises(AttributeError):
         Rows(torch.zeros(1), torch.zeros(1)).k = None
@@ -64,7 +75,7 @@ K, KEEP = torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 3, dtype=torch.int64)
     "k, v, keep, message",
     [
         (K[0], K, KEEP, r"k has shape \[2, 5, 16\]; it must be \[B, G, n, D\]"),
-        (K, K[:, :, :4], KEEP, r"v has shape \[1, 2, 4, 16\]; it must be \[1, 2, 5, 16\]"),
+        (K, K[:, :, :4], KEEP, r"v has shape \[1, 2, 4, 16\]; it must be \[1, 2, 5, D_v\]"),
         (K, K.half(), KEEP, "v is float16; it must be float32"),
         (K, K, KEEP[0], r"keep has shape \[2, 3\]; it must be \[1, 2, C\]"),
         (K, K, KEEP.int(), "keep is int32; it must be int64 or bool"),

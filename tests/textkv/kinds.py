@@ -16,9 +16,10 @@ KINDS = {"dense": "llama", "sliding": "gemma3_text", "hybrid": "qwen3_next", "si
 METHODS = [
     ("full", None), ("snapkv", 0.4), ("adakv", 0.4), ("streaming_llm", 0.4), ("lacache", 0.4), ("h2o", 0.4),
     ("kivi(4)", None), ("snapkv+mikv(16,2)", 0.4), ("minicache", None), ("duo_attention", 0.4),
+    ("h2o+turboquant(4)", 0.4),
 ]  # fmt: skip
 """A method of each way to keep less: none, per layer, per head, a ring, moved keys, while decoding, packed, both,
-shared by layers, whole heads."""
+shared by layers, whole heads, coded one by one."""
 
 
 def model_of_kind(kind: str, implementation: str = "eager") -> PreTrainedModel:

@@ -69,14 +69,18 @@ def test_a_hidden_passage_can_be_shown_again(kind, method, budget):
         assert gap(*both) < CLOSE
 
 
-@pytest.mark.parametrize("method", ["snapkv", "adakv", "kivi(2)", "snapkv+mikv(16,2)", "minicache", "duo_attention"])
+@pytest.mark.parametrize(
+    "method",
+    ["snapkv", "adakv", "kivi(2)", "snapkv+mikv(16,2)", "minicache", "duo_attention", "turboquant(3)",
+     "adakv+turboquant(4)"],
+)  # fmt: skip
 @pytest.mark.parametrize("passage", [(0, 8), (14, 22), (37, 45)])
 def test_hidden_tokens_have_no_say_in_any_segment(method, passage):
     """Where tokens are dropped or packed, no plain cache tells: but what is hidden must not change the answer."""
     model = kinds.model_of_kind("dense")
     mask = torch.ones(1, 81, dtype=torch.int64)
     mask[0, slice(*passage)] = 0
-    held = MethodCache(model, method, None if method in ("kivi(2)", "minicache") else 0.5)
+    held = MethodCache(model, method, None if method in ("kivi(2)", "minicache", "turboquant(3)") else 0.5)
     kinds.logits(model, kinds.ids(80), held)
     other = held.fork()
     visible = kinds.logits(model, kinds.ids(1, seed=1), held.fork(), torch.ones(1, 81, dtype=torch.int64))

@@ -81,11 +81,11 @@ class RaggedSegment(Segment):
         self._slack = int((self._capacity - self._lengths).min())
 
     def append(self, step: Step) -> None:
-        batch, heads, m, dim = step.k.shape
+        batch, heads, m, _ = step.k.shape
         if m == 1 and not step.padded and self._slack > 0:
             # Every region has room for one more, as the host knows: one row for each.
             slots = self.start + self.length
-            self.k[slots], self.v[slots] = step.k.reshape(-1, dim), step.v.reshape(-1, dim)
+            self.k[slots], self.v[slots] = step.k.flatten(0, 2), step.v.flatten(0, 2)
             self.positions[slots] = step.positions.expand(batch, heads).reshape(-1)
             self.length += 1
             self._lengths = self._lengths + 1

@@ -1,0 +1,186 @@
+"""The coded segment: every token is a row of bytes of its own, for its key and for its value (TurboQuant).
+
+A row is made when its token comes and never again (`kernels.codebook`), whatever comes or goes beside it. So tokens are
+kept, dropped, cropped and moved one by one, as exact ones are: the rows lie in a dense or ragged segment, which only
+sees narrower keys and values, and knows how to do all of that.
+
+A forward's own tokens attend to one another exactly; later ones read their codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from kernels import coded_attention
+from kernels.codebook import Fit, decode, encode, turn_back
+from textkv.positions import turned
+from textkv.segments.base import SEGMENTS, Segment, Step, Stored, register_segment, shown
+from textkv.segments.dense import DenseSegment
+from textkv.segments.ragged import RaggedSegment
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How the tokens of a segment are coded.
+
+    Attributes:
+        signs: int8 [2, head_dim] of 1 and -1: the random part of the rotation of keys, and of values.
+        bits: of a key's codes, and of a value's.
+        fit: how scales are chosen, see `kernels.codebook.encode`.
+    """
+
+    signs: torch.Tensor
+    bits: tuple[int, int]
+    fit: Fit
+
+
+@register_segment("coded")
+class CodedSegment(Segment):
+    """See the module's docstring.
+
+    Args:
+        dtype: what `stored` gives back and the model computes in.
+        coding: how tokens are coded.
+        centre: fp32 [batch, heads, head_dim] that is subtracted from the keys that it makes shorter, or None. Their
+            scores get it back.
+        inv_freq: fp32 [batch, heads, R / 2], or None: the centre is turned first, by frequency times position of each
+            key, as RoPE turns a bias.
+        head_repeat: how many stored heads one incoming KV head becomes.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        coding: Coding,
+        centre: torch.Tensor | None = None,
+        inv_freq: torch.Tensor | None = None,
+        head_repeat: int = 1,
+    ) -> None:
+        self.dtype, self.coding, self.centre, self.inv_freq = dtype, coding, centre, inv_freq
+        self.head_repeat = head_repeat
+        self.rows: DenseSegment | RaggedSegment = DenseSegment()
+
+    def take(self, held: Stored, ragged: bool) -> None:
+        """Codes the first tokens: [batch, heads, n, ..], those with position -1 are none.
+
+        Args:
+            ragged: whether each head gets a region of its own length; else all get n slots.
+        """
+        positions = held.positions
+        k, v = self._coded(held.keys, held.values, positions)
+        if ragged:
+            real = positions >= 0
+            self.rows = RaggedSegment(k[real], v[real], positions[real], real.sum(-1).cpu())
+            return
+        if bool((positions == positions[:, :1]).all()):
+            positions = positions[:, :1].clone()
+        self.rows = DenseSegment.of(Stored(k, v, positions))
+
+    def _coded(
+        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of keys and values [batch, heads, n, head_dim] at positions [batch, heads or 1, n]; padding is 0."""
+        real, (bits, value_bits) = (positions >= 0)[..., None], self.coding.bits
+        signs, fit = self.coding.signs, self.coding.fit
+        keys, values = keys.float().where(real, 0), values.float().where(real, 0)
+        rows = encode(values, signs[1], value_bits, fit)
+        if self.centre is None:
+            return encode(keys, signs[0], bits, fit), rows
+        # The first token's key is like no other, and most of the attention rests on it: what is far from the centre is
+        # coded without, because an error is in proportion to the length of what is coded.
+        moved = (keys - self._centres(positions)).where(real, 0)
+        alone = keys.norm(dim=-1) < moved.norm(dim=-1)
+        return encode(torch.where(alone[..., None], keys, moved), signs[0], bits, fit, alone), rows
+
+    def _centres(self, positions: torch.Tensor) -> torch.Tensor:
+        """The centre for keys at `positions` [batch, heads or 1, n]: fp32 [batch, heads, n or 1, head_dim]."""
+        centre = self.centre[:, :, None]
+        return centre if self.inv_freq is None else turned(centre, positions, self.inv_freq)
+
+    def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        result = self.read(step, need_lse)
+        self.append(step)
+        return result
+
+    def append(self, step: Step) -> None:
+        k, v = step.k, step.v
+        if self.head_repeat > 1:
+            k, v = (x.repeat_interleave(self.head_repeat, dim=1) for x in (k, v))
+        k, v = self._coded(k, v, step.positions[:, None])
+        self.rows.append(replace(step, k=k, v=v))
+
+    def attend(
+        self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of q [batch, heads, m, head_dim] over all tokens, which are read as codes: out like q, and lse fp32
+        [batch, heads, m]."""
+        rows = self.rows.stored()
+        whole = hidden is None and isinstance(self.rows, DenseSegment) and not self.rows.holes
+        return coded_attention(
+            q, rows.keys, rows.values, bits=self.coding.bits, signs=self.coding.signs, scale=scale, centre=self.centre,
+            inv_freq=self.inv_freq, positions=None if self.inv_freq is None else rows.positions.contiguous(),
+            softcap=softcap, valid=None if whole else shown(rows.positions, hidden),
+        )  # fmt: skip
+
+    def stored(self) -> Stored:
+        """What the rows stand for, for scoring and for moving elsewhere: as large as if it had never been coded."""
+        rows, dim = self.rows.stored(), self.coding.signs.shape[-1]
+        parts = []
+        for x, signs, bits in zip((rows.keys, rows.values), self.coding.signs, self.coding.bits, strict=True):
+            c, size = decode(x, bits, dim)
+            parts.append(turn_back(c * size.abs()[..., None], signs))
+            if self.centre is not None and len(parts) == 1:
+                parts[0] += self._centres(rows.positions) * ~size[..., None].signbit()
+        return Stored(*(x.to(self.dtype) for x in parts), rows.positions)
+
+    def keep(self, index: torch.Tensor) -> None:
+        self.rows.keep(index)
+
+    def keep_mask(self, mask: torch.Tensor) -> Segment:
+        self.rows = self.rows.keep_mask(mask)
+        return self
+
+    def held_positions(self) -> torch.Tensor:
+        return self.rows.held_positions()
+
+    def lengths(self) -> torch.Tensor:
+        return self.rows.lengths()
+
+    def is_empty(self) -> bool:
+        return self.rows.is_empty()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor held: rows "k" and "v" with their positions, signs, and what was subtracted from keys."""
+        own = {"signs": self.coding.signs, "centre": self.centre, "inv_freq": self.inv_freq}
+        return self.rows.tensors() | {name: x for name, x in own.items() if x is not None}
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        self.rows.take_rows(rows)
+        self.centre, self.inv_freq = (
+            None if x is None else x.index_select(0, rows.to(x.device)) for x in (self.centre, self.inv_freq)
+        )
+
+    def can_crop(self, tokens: int) -> bool:
+        return self.rows.can_crop(tokens)
+
+    def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
+        self.rows.crop(tokens, real)
+
+    def state(self) -> dict:
+        own = {"signs": self.coding.signs, "centre": self.centre, "inv_freq": self.inv_freq}
+        plain = {
+            "dtype": str(self.dtype).removeprefix("torch."), "bits": list(self.coding.bits), "fit": self.coding.fit,
+            "head_repeat": self.head_repeat, "kind": self.rows.name,
+        }  # fmt: skip
+        return plain | own | {f"rows.{name}": x for name, x in self.rows.state().items()}
+
+    @classmethod
+    def from_state(cls, state: dict) -> CodedSegment:
+        coding = Coding(state["signs"], tuple(state["bits"]), state["fit"])
+        centre, inv_freq = state.get("centre"), state.get("inv_freq")
+        segment = cls(getattr(torch, state["dtype"]), coding, centre, inv_freq, state["head_repeat"])
+        rows = {name.removeprefix("rows."): x for name, x in state.items() if name.startswith("rows.")}
+        segment.rows = SEGMENTS.find(state["kind"]).from_state(rows)
+        return segment
