@@ -251,12 +251,25 @@ class MethodCache(Rollback):
     # ---- what transformers calls -------------------------------------------------------------------------------
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Wraps a layer's new keys and values [batch, kv_heads, m, head_dim] in a `View`, returned as both.
+
+        The first layer that stores tokens also begins a forward: what one before it left half-way is taken back there.
+
+        Raises:
+            ValueError: an earlier forward stopped half-way and cannot be taken back, drafts came with tokens that are
+                stored already, or `Layer.update` refuses.
+        """
         self._arrive("keys", layer_idx)
         if layer_idx == self.context.first:
             self._forward_begins(key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0):
+        """A layer's convolution state, None before its first token; notes that the forward has come to this layer.
+
+        Raises:
+            ValueError: an earlier forward stopped half-way, or a layer without such a state.
+        """
         self._arrive(f"state {state_idx}", layer_idx)
         # States are written to in place, before any of our layers is asked: see `Context.frosted`.
         if torch.is_inference_mode_enabled():
@@ -278,14 +291,17 @@ class MethodCache(Rollback):
         return next((len(x.real_seen) for x in self.layers if isinstance(x, Layer) and x.is_initialized), 0)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Takes rows `beam_idx` int64 [new batch] of every layer, and of position table, padding and spans."""
         super().reorder_cache(beam_idx)
         self._take_shared_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Makes each row `repeats` rows that follow one another; does nothing before the first token."""
         if self.rows:
             self.reorder_cache(torch.arange(self.rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps rows by number, int64 in any order, or where bool [batch] is True."""
         self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def _take_shared_rows(self, rows: torch.Tensor) -> None:

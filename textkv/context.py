@@ -45,13 +45,26 @@ class AtRest:
 class Policy(Protocol):
     """What the core calls of a method: the hooks of `textkv.method.Method`, which says when and what they may do."""
 
-    def needs(self) -> Needs: ...
-    def on_start(self, layer: Any) -> None: ...
-    def on_prefill_end(self, layer: Any, evidence: Any) -> None: ...
-    def on_decode_begin(self, layer: Any, query: torch.Tensor) -> None: ...
-    def on_decode_end(self, layer: Any, query: torch.Tensor) -> None: ...
-    def on_evict(self, layer: Any, kept: torch.Tensor) -> None: ...
-    def on_finish(self, context: Context) -> None: ...
+    def needs(self) -> Needs:
+        """What the cache is to collect for the method; asked once, when the cache is built."""
+
+    def on_start(self, layer: Any) -> None:
+        """The layer knows its heads, dtype and device; no token is stored. Comes again after a reset."""
+
+    def on_prefill_end(self, layer: Any, evidence: Any) -> None:
+        """The layer has a whole prompt block; `evidence` is a `textkv.evidence.Evidence`."""
+
+    def on_decode_begin(self, layer: Any, query: torch.Tensor) -> None:
+        """Queries [batch, heads, m, head_dim] come to what is stored; m > 1 where drafts are verified."""
+
+    def on_decode_end(self, layer: Any, query: torch.Tensor) -> None:
+        """A token is stored, its query [batch, heads, 1, head_dim]; for drafts once a forward, when they are final."""
+
+    def on_evict(self, layer: Any, kept: torch.Tensor) -> None:
+        """Only `kept` is left: int32 [batch, stored heads, c] logical positions, -1 = none."""
+
+    def on_finish(self, context: Context) -> None:
+        """All governed layers are through with a prompt block."""
 
 
 @dataclass

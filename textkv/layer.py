@@ -8,7 +8,6 @@ Two lengths everywhere: tokens SEEN (logical, what positions and masks count) an
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 from weakref import ref
@@ -21,6 +20,7 @@ from textkv.call import Call, Tokens
 from textkv.context import Context
 from textkv.evidence import EvidenceCollector
 from textkv.kinds import LayerKind
+from textkv.modes import Undifferentiable, exactly
 from textkv.moments import Moments
 from textkv.positions import RotarySpec
 from textkv.segments.base import Segment, Step
@@ -44,14 +44,17 @@ class View:
 
     @property
     def shape(self) -> torch.Size:
+        """That of the new keys, [batch, kv_heads, m, head_dim]."""
         return self.k.shape
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of the keys as the model gave them; the layer may store another."""
         return self.k.dtype
 
     @property
     def device(self) -> torch.device:
+        """That of the new keys."""
         return self.k.device
 
 
@@ -123,6 +126,7 @@ class Layer(Moments, CacheLayerMixin):
     # ---- what transformers calls -------------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        """Learns dtype, device and heads from keys [batch, kv_heads, m, head_dim]; then comes `on_start`."""
         self.dtype, self.device = key_states.dtype, key_states.device
         # Only keys tell what a layer really has: configurations differ in what they call a head.
         self.kv_heads, self.head_dim = key_states.shape[1], key_states.shape[3]
@@ -149,20 +153,25 @@ class Layer(Moments, CacheLayerMixin):
         return view, view
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns of a mask (all tokens seen, padding included, and the new ones) and their offset."""
         # False counts as an offset of 0 and tells our mask function that one of our layers is asking.
         return self.context.seen() + query_length, False
 
     def get_seq_length(self) -> int:
+        """Tokens that every layer of the cache has seen, padding included, however many are stored."""
         return self.context.seen()
 
     def get_max_length(self) -> int:
+        """-1 = no limit: a method bounds what is stored, not what may come."""
         return -1
 
     @property
     def is_croppable(self) -> bool:
+        """Whether `crop` may work: a governed layer asks its method; with a window it depends on the tokens."""
         return not self.kind.governed or self.context.method.capabilities.crop
 
     def reset(self) -> None:
+        """Forgets tokens, statistics and notes; the next keys begin anew, with any batch size and dtype."""
         self._clear()
 
     def check_crop(self, count: int) -> None:
@@ -213,6 +222,7 @@ class Layer(Moments, CacheLayerMixin):
         self.collector.drop_last(count)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Takes rows `beam_idx` int64 [new batch] of segments, statistics and counts, a row as often as named."""
         if not self.is_initialized:
             return
         for segment in self.segments:
@@ -221,15 +231,18 @@ class Layer(Moments, CacheLayerMixin):
         self.real_seen = self.real_seen[beam_idx.cpu()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Makes each row `repeats` rows that follow one another."""
         if self.is_initialized:
             self.reorder_cache(torch.arange(len(self.real_seen)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps rows by number, int64 in any order, or where bool [batch] is True."""
         if self.is_initialized and indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
         self.reorder_cache(indices)
 
     def offload(self) -> None:
+        """Raises ValueError, as does `prefetch`: segments are not the two tensors that transformers moves."""
         raise ValueError("this cache does not offload; build it without offloading")
 
     prefetch = offload
@@ -274,7 +287,7 @@ class Layer(Moments, CacheLayerMixin):
             q, k, v = (x.to(self.dtype) for x in (q, k, v))
         # What is stored is used again by later calls: no graph may hang on to it.
         grows = torch.is_grad_enabled() and q.requires_grad
-        with torch.no_grad(), _exactly(q.device.type):
+        with torch.no_grad(), exactly(q.device.type):
             tokens = self._tokens(mask, q)
             view.tokens, self.scale, self.softcap = tokens, scale, softcap
             rope = None if rotary is None else rotary[0].expand(len(q), -1)
@@ -287,7 +300,7 @@ class Layer(Moments, CacheLayerMixin):
             out = self._forward(view, q, sinks, norms)
         if out.dtype != given:
             out = out.to(given)
-        return _Undifferentiable.apply(q, out) if grows else out
+        return Undifferentiable.apply(q, out) if grows else out
 
     def feed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """One forward of this layer alone, without a model: for tests and benchmarks."""
@@ -335,7 +348,7 @@ class Layer(Moments, CacheLayerMixin):
 
     def _read_again(self, view: View, q: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         """Another layer's queries over the same tokens; what came is taken in after the last one."""
-        with torch.no_grad(), _exactly(q.device.type):
+        with torch.no_grad(), exactly(q.device.type):
             out = self._attend(replace(view.step, q=q.to(self.dtype)), sinks, take=False)
             view.waiting -= 1
             if not view.waiting:
@@ -370,22 +383,3 @@ class Layer(Moments, CacheLayerMixin):
     def bind(self, module: torch.nn.Module | None) -> None:
         """Ties the layer to the module whose keys it holds."""
         self.module = (lambda: None) if module is None else ref(module)
-
-
-def _exactly(device: str):
-    """Autocast has had its say when keys and values arrive: from here on dtypes are ours to choose."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-class _Undifferentiable(torch.autograd.Function):
-    """Hands an output on; a backward pass through it is an error instead of a silently missing gradient."""
-
-    @staticmethod
-    def forward(ctx, q: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "no gradients flow through a cache that a method keeps: train without past_key_values (use_cache=False)"
-        )

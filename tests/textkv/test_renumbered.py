@@ -52,7 +52,7 @@ def test_keys_are_turned_to_their_places_at_most_twice_a_pass(monkeypatch):
     held = segment.positions[0, 0, : segment.used].tolist()
     assert held == naive.held[1] and naive.passes > 2
     assert int(turns.max()) <= 2 * naive.passes
-    back = segment.places() - segment.rope[:, : segment.used]
+    back = segment.cache_positions() - segment.rope[:, : segment.used]
     exact = rotate(keys[:, :, held], torch.arange(len(held)), FREQ)
     torch.testing.assert_close(rotate(segment._k(), back, FREQ), exact, atol=1e-5, rtol=0)
 
@@ -63,10 +63,10 @@ def test_a_screenshot_is_as_wide_as_its_last_token():
     keys = torch.randn(1, 1, 7, 8)
     inside = filled(keys, rope)
     inside.keep(torch.tensor([[[0, 1, 2, 4, 5, 6]]]))
-    assert inside.places().tolist() == [[0, 1, 2, 2, 5, 6]] and inside.gap.tolist() == [0]
+    assert inside.cache_positions().tolist() == [[0, 1, 2, 2, 5, 6]] and inside.gap.tolist() == [0]
     to_the_end = filled(keys, rope)
     to_the_end.keep(torch.tensor([[[0, 1, 2, 5, 6]]]))
-    assert to_the_end.places().tolist() == [[0, 1, 2, 2, 3]] and to_the_end.gap.tolist() == [3]
+    assert to_the_end.cache_positions().tolist() == [[0, 1, 2, 2, 3]] and to_the_end.gap.tolist() == [3]
     assert to_the_end.front == [3] and to_the_end.rope.tolist() == [[0, 1, 2, 5, 6]]
 
 

@@ -57,6 +57,7 @@ class BalancedSegment(PackedSegment):
     def attend(
         self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Divides the queries by b first. Without blocks out is 0 and lse -inf, which weighs nothing in a merge."""
         if not self.pools:
             # Nothing is stored: lse = -inf gives this part no weight in the merge.
             return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
@@ -64,6 +65,7 @@ class BalancedSegment(PackedSegment):
         return super().attend(grouped.flatten(1, 2), scale, softcap=softcap, hidden=hidden)
 
     def stored(self) -> Stored:
+        """Keys with the centre added and b divided out; n = 0 without blocks, where a packed segment would fail."""
         if not self.pools:
             none = self.balance.new_zeros((*self.balance.shape[:2], 0, self.balance.shape[2]), dtype=self.dtype)
             return Stored(none, none, self.held_positions())
@@ -71,26 +73,32 @@ class BalancedSegment(PackedSegment):
         return Stored((held.keys.float() / self.balance[:, :, None]).to(self.dtype), held.values, held.positions)
 
     def held_positions(self) -> torch.Tensor:
+        """int32 [batch, kv_heads, n]; n = 0 without blocks."""
         if not self.pools:
             return self.balance.new_zeros((*self.balance.shape[:2], 0), dtype=torch.int32)
         return super().held_positions()
 
     def keep(self, index: torch.Tensor) -> None:
+        """Frees and masks as a packed segment does; does nothing without blocks."""
         if self.pools:
             super().keep(index)
 
     def lengths(self) -> torch.Tensor:
+        """Those of the packed blocks, all 0 without any."""
         return super().lengths() if self.pools else torch.zeros(self.balance.shape[:2], dtype=torch.int64)
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """Those of a packed segment and "balance", held before the first token: ask `is_empty` whether there is any."""
         return super().tensors() | {"balance": self.balance}
 
     def take_rows(self, rows: torch.Tensor) -> None:
+        """Takes the rows of `balance` too."""
         super().take_rows(rows)
         self.balance = self.balance.index_select(0, rows.to(self.balance.device))
 
     @classmethod
     def from_state(cls, state: dict) -> BalancedSegment:
+        """The segment with its pools, centre and `balance`."""
         segment = super().from_state(state)
         segment.balance = state["balance"]
         return segment

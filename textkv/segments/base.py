@@ -285,6 +285,28 @@ def keep_across(segments: list[Segment], index: torch.Tensor) -> list[Segment]:
     return kept
 
 
+def joined_states(segments: list[Segment]) -> dict:
+    """The `state()` of a segment that is made of others: theirs by "number.name", their kinds in order as "kinds"."""
+    state: dict = {"kinds": [segment.name for segment in segments]}
+    for i, segment in enumerate(segments):
+        state |= {f"{i}.{name}": x for name, x in segment.state().items()}
+    return state
+
+
+def parted_states(state: dict, extra: tuple[str, ...] = ()) -> list[Segment]:
+    """The segments whose states were joined.
+
+    Args:
+        extra: names of what the whole noted as "number.name" beside the states: no part is given these.
+    """
+    parts = []
+    for i, kind in enumerate(state["kinds"]):
+        own = {name.removeprefix(f"{i}."): x for name, x in state.items() if name.startswith(f"{i}.")}
+        # Names tell which class reads a part back.
+        parts.append(SEGMENTS.find(kind).from_state({name: x for name, x in own.items() if name not in extra}))
+    return parts
+
+
 def index_of(mask: torch.Tensor) -> torch.Tensor:
     """The slots where bool [batch, heads, n] is True: int64 [batch, heads, c], each head's own first, then -1."""
     order = (~mask).sort(dim=-1, stable=True).indices[..., : int(mask.sum(-1).max())]

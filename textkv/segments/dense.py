@@ -43,25 +43,32 @@ class DenseSegment(Segment):
     def attend(
         self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One kernel call over the slots in use, without a mask if there are neither holes nor hidden tokens."""
         return decode_attention(q, self._k(), self._v(), scale=scale, valid=self._valid(hidden), softcap=softcap)
 
     def stored(self) -> Stored:
+        """Views of the slots in use: nothing is copied, positions that heads share are expanded."""
         heads = self.k.shape[1]
         return Stored(self._k(), self._v(), self._positions().expand(-1, heads, -1))
 
     def held_positions(self) -> torch.Tensor:
+        """A view int32 [batch, stored heads, slots in use]."""
         return self._positions().expand(-1, self.k.shape[1], -1)
 
     def lengths(self) -> torch.Tensor:
+        """Without holes the host knows them; with holes they are counted on the device. [0, 0] before any token."""
         batch, heads = self.k.shape[:2] if self.k is not None else (0, 0)
         if not self.holes:
             return torch.full((batch, heads), self.used)
         return (self._positions() >= 0).sum(-1).expand(batch, heads).cpu()
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """Whole buffers, idle slots included: "k" and "v" [batch, stored heads, slots, head_dim], "positions" int32
+        [batch, 1 or stored heads, slots]."""
         return {} if self.k is None else {"k": self.k, "v": self.v, "positions": self.positions}
 
     def keep(self, index: torch.Tensor) -> None:
+        """Moves what stays to new tight buffers. Heads share positions until an index per head comes."""
         batch, heads = self.k.shape[:2]
         # Positions shared by the heads stay shared, unless the heads keep different slots from now on.
         own = max(index.shape[1], self.positions.shape[1])
@@ -84,6 +91,7 @@ class DenseSegment(Segment):
         self.k, self.v, self.used = rows.k, rows.v, index.shape[-1]
 
     def keep_mask(self, mask: torch.Tensor) -> Segment:
+        """Stays a rectangle if all heads of a row keep equally many; else what stays becomes a `RaggedSegment`."""
         counts = mask.sum(-1)
         # Heads of one length stay a rectangle, which every kernel reads faster than ragged rows.
         if bool((counts == counts[:, :1]).all()):
@@ -100,17 +108,22 @@ class DenseSegment(Segment):
         self.head_repeat *= times
 
     def take_rows(self, rows: torch.Tensor) -> None:
+        """Copies whole buffers, idle slots included; does nothing before the first token."""
         if self.k is not None:
             rows = rows.to(self.k.device)
             self.k, self.v, self.positions = (x.index_select(0, rows) for x in (self.k, self.v, self.positions))
 
     def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
+        """Moves the end back by `tokens` slots, whatever `real` says: padding has slots too. Buffers stay as large."""
         self.used -= tokens
 
     def is_empty(self) -> bool:
+        """Whether no slot is in use; after `crop` of all tokens the buffers are still there."""
         return self.used == 0
 
     def append(self, step: Step) -> None:
+        """Writes behind the slots in use; padding becomes holes. A full buffer grows by an eighth, at least by 8 slots.
+        A first block's own tensors are taken over, not copied, unless they keep a larger storage alive."""
         k, v, positions = step.k, step.v, step.positions[:, None]
         if self.head_repeat > 1:
             k, v = (x.repeat_interleave(self.head_repeat, dim=1) for x in (k, v))

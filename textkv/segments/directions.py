@@ -46,7 +46,7 @@ class Directions:
     def joined(self, other: Directions) -> Directions:
         """This block's vectors and, behind them, another's."""
         regions, (own, more) = self.sizes[0].shape[:2], (x.sizes[0].shape[2] for x in (self, other))
-        places = [
+        moved = [
             # A slot counts through all regions, and these have grown longer.
             slots // c * (own + more) + slots % c + first
             for slots, c, first in ((self.slots, own, 0), (other.slots, more, own))
@@ -54,7 +54,7 @@ class Directions:
         return Directions(
             _joined(self.unit, other.unit, regions),
             tuple(torch.cat(x, 2) for x in zip(self.sizes, other.sizes, strict=True)),
-            torch.cat(places),
+            torch.cat(moved),
             tuple(torch.cat(x) for x in zip(self.exact, other.exact, strict=True)),
         )
 

@@ -86,9 +86,11 @@ class PackedSegment(Segment):
         write(self.pools[-1], tight)
 
     def append(self, step: Step) -> None:
+        """Raises RuntimeError: blocks come by `take`."""
         raise RuntimeError("a packed segment takes whole blocks; single tokens go to the segment behind it")
 
     def is_empty(self) -> bool:
+        """Whether there is no block; a centre may be there already."""
         return not self.pools
 
     def attend(
@@ -139,6 +141,7 @@ class PackedSegment(Segment):
         return Stored(keys.to(self.dtype), values.to(self.dtype), self.held_positions())
 
     def held_positions(self) -> torch.Tensor:
+        """int32 [batch, heads, n], one pool behind the other, each as long as its longest run. Fails without a pool."""
         return self._joined([pool.positions for pool in self.pools])
 
     def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
@@ -148,6 +151,8 @@ class PackedSegment(Segment):
         return torch.cat([x.expand(*x.shape[:-2], heads, -1) for x in cut], -1)
 
     def lengths(self) -> torch.Tensor:
+        """Tokens of all pools, holes not counted; the device is asked only where a pool has holes. Fails without
+        a pool."""
         parts = []
         for pool in self.pools:
             # Holes are known to the device only; without any, the host answers at once.
@@ -168,16 +173,20 @@ class PackedSegment(Segment):
         return held
 
     def take_rows(self, rows: torch.Tensor) -> None:
+        """Every pool becomes a tight one: what decoding packs next goes to a new pool."""
         self.centre, self.inv_freq = (
             None if x is None else x.index_select(0, rows.to(x.device)) for x in (self.centre, self.inv_freq)
         )
         self.pools = [rows_of(pool, rows.cpu()) for pool in self.pools]
 
     def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
+        """Raises ValueError unless `tokens` is 0."""
         if tokens:
             raise ValueError("packed tokens cannot be taken back one by one")
 
     def state(self) -> dict:
+        """Tensors as in `tensors`, "number.counts" of each pool, the name of the dtype, and under "pools" what is
+        plain: bits, room, filled rows of corrections, whether there are holes."""
         plain = [
             {"bits": (x.k.bits, x.v.bits), "room": x.room, "chunks": x.chunks, "entries": x.entries, "holes": x.holes}
             for x in self.pools  # fmt: skip

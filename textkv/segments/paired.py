@@ -263,14 +263,17 @@ class PairedSegment(Segment):
         self.pair, self.side = pair, side
 
     def append(self, step: Step) -> None:
+        """Raises RuntimeError: tokens of both layers come by `Pair.absorb`."""
         raise RuntimeError("a pair takes tokens from both layers at once (`Pair.absorb`), never from one")
 
     def is_empty(self) -> bool:
+        """Whether the pair has no block, the same from both sides."""
         return not self.pair.blocks
 
     def attend(
         self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Restores this layer's keys and values at most BLOCK tokens at a time, and merges the parts."""
         parts = []
         for block in self.pair.blocks:
             keys, values = block.keys.restored(self.side), block.values.restored(self.side)
@@ -278,32 +281,44 @@ class PairedSegment(Segment):
         return parts[0] if len(parts) == 1 else merge([out for out, _ in parts], [lse for _, lse in parts])
 
     def keep(self, index: torch.Tensor) -> None:
+        """Notes what this layer keeps; the pair acts when the other layer has said the same.
+
+        Raises:
+            ValueError: the other layer, told before, keeps other tokens.
+        """
         self.pair.keep(index, self.side)
 
     def stored(self) -> Stored:
+        """This layer's keys and values restored as a whole: as large as if they had not been merged."""
         keys = torch.cat([block.keys.restored(self.side) for block in self.pair.blocks], 2)
         values = torch.cat([block.values.restored(self.side) for block in self.pair.blocks], 2)
         return Stored(keys, values, self.held_positions())
 
     def held_positions(self) -> torch.Tensor:
+        """int32 [batch, kv_heads, n], one block behind the other; the same from both sides."""
         heads = self.pair.blocks[0].keys.sizes[0].shape[1]
         return torch.cat([block.positions.expand(-1, heads, -1) for block in self.pair.blocks], 2)
 
     def lengths(self) -> torch.Tensor:
+        """Counted on the device; the same from both sides."""
         return (self.held_positions() >= 0).sum(-1).cpu()
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """This layer's lengths and exact vectors; from side 0 also directions, positions and extents."""
         return self.pair.tensors(self.side)
 
     def take_rows(self, rows: torch.Tensor) -> None:
+        """Rearranges the pair from side 0; does nothing from side 1."""
         if self.side == 0:
             self.pair.take_rows(rows.to(self.pair.blocks[0].positions.device))
 
     def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
+        """Raises ValueError unless `tokens` is 0."""
         if tokens:
             raise ValueError(f"{tokens} merged tokens cannot be taken back, only tokens that are still exact")
 
     def state(self) -> dict:
+        """From side 0 the tensors of both sides, layer numbers and bits of each block; from side 1 its side."""
         if self.side == 1:
             # The pair is saved once, by its first layer.
             return {"side": 1}
@@ -312,11 +327,13 @@ class PairedSegment(Segment):
 
     @classmethod
     def from_state(cls, state: dict) -> PairedSegment:
+        """The segment with its pair; for side 1 without one, which `rejoin` then finds."""
         if state["side"] == 1:
             return cls(None, 1)  # `rejoin` finds its pair
         return cls(Pair.from_tensors(state, tuple(state["layers"]), state["bits"]), 0)
 
     def rejoin(self, before: list[Segment]) -> None:
+        """Side 1 takes the pair of the layer before. Raises StopIteration if side 0 is not in the list."""
         if self.side == 1:
             self.pair = next(x.pair for x in before if isinstance(x, PairedSegment) and x.side == 0)
 

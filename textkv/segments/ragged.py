@@ -32,12 +32,14 @@ class RaggedSegment(Segment):
     def attend(
         self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One kernel call over regions as long as they are; with `hidden` over a padded copy."""
         # The kernel for ragged rows knows no mask: a masked forward is rare, and reads a padded copy.
         if hidden is not None:
             return attend_stored(self.stored(), q, scale, softcap, hidden)
         return decode_attention(q, self.k, self.v, scale=scale, start=self.start, length=self.length, softcap=softcap)
 
     def keep(self, index: torch.Tensor) -> None:
+        """Copies what stays to new tight regions; a hole of the index takes no slot."""
         batch, heads = self._lengths.shape
         index = index.expand(batch, heads, -1)
         # Region by region, in order: what stays lies tight again.
@@ -48,6 +50,7 @@ class RaggedSegment(Segment):
         self._place()
 
     def stored(self) -> Stored:
+        """A copy padded to the longest region; behind a region's end lies some other token, at position -1."""
         batch, heads = self._lengths.shape
         longest = int(self._lengths.max()) if self._lengths.numel() else 0
         slot = torch.arange(longest, device=self.k.device)
@@ -62,25 +65,32 @@ class RaggedSegment(Segment):
         )
 
     def lengths(self) -> torch.Tensor:
+        """The host's own table: replaced when a length changes, so what was given out keeps its numbers."""
         return self._lengths
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """Slack included: "k" and "v" [slots, head_dim], "positions" int32 [slots]; "start" int64 and "length"
+        int32 [batch * kv_heads] tell where regions lie."""
         return {
             "k": self.k, "v": self.v, "positions": self.positions, "start": self.start, "length": self.length,
         }  # fmt: skip
 
     def take_rows(self, rows: torch.Tensor) -> None:
+        """Copies the rows' regions with the room that each had."""
         batch, heads = self._lengths.shape
         regions = (rows.cpu()[:, None] * heads + torch.arange(heads)).reshape(-1)
         self._move(regions, self._capacity.view(-1)[regions].view(-1, heads))
 
     def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
+        """Shortens each region by its row's `real` tokens (None = by `tokens`): padding had no slot."""
         gone = torch.full((len(self._lengths), 1), tokens) if real is None else real[:, None]
         self._lengths = self._lengths - gone
         self.length = self._lengths.view(-1).to(self.length.device, torch.int32)
         self._slack = int((self._capacity - self._lengths).min())
 
     def append(self, step: Step) -> None:
+        """Writes behind each region; padding takes no slot. When one region is full, all move and get room for
+        an eighth of the mean length, at least 8 tokens."""
         batch, heads, m, _ = step.k.shape
         if m == 1 and not step.padded and self._slack > 0:
             # Every region has room for one more, as the host knows: one row for each.

@@ -2,7 +2,7 @@
 
 A new token overwrites the slot of the oldest; nothing else moves. With a rotary spec the gap between sinks and ring is
 closed as StreamingLLM asks (arXiv 2309.17453): rotary scores depend on distances only, so recent keys are right as
-they are, and for the sinks the QUERY is turned back by the width of the gap (no key is ever rotated again).
+they are, and for the sinks the QUERY is rotated back by the width of the gap (no key is ever rotated again).
 
 As long as all rows are of one length and nothing was padded or forgotten, the host knows every slot by arithmetic and
 asks the device nothing; `even` is that length. Else slots are found by the positions that they hold.
@@ -48,9 +48,12 @@ class RingSegment(Segment):
     # ---- taking in ---------------------------------------------------------------------------------------------
 
     def is_empty(self) -> bool:
+        """Whether no token ever came: the ring keeps its memory when all have left."""
         return self.k is None
 
     def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A block's queries see the sinks and `recent` tokens back; one token sees itself and `recent` older ones. The
+        log-sum-exp is always given."""
         if self.k is None:
             self._allocate(step.k, step.v)
         if step.q.shape[2] > 1:
@@ -66,6 +69,7 @@ class RingSegment(Segment):
         return out
 
     def append(self, step: Step) -> None:
+        """Writes only the sinks and the last `recent` tokens of each row; padding has no slot."""
         if self.k is None:
             self._allocate(step.k, step.v)
         self._store(step, spare=0)
@@ -188,6 +192,8 @@ class RingSegment(Segment):
     def attend(
         self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One pass if nothing can have left between sinks and ring, or keys are not renumbered; else two, merged, with
+        queries rotated back for the sinks."""
         return self._attend(q, scale, softcap, hidden, within=False)
 
     def _attend(
@@ -200,7 +206,8 @@ class RingSegment(Segment):
         if self.rotary is None or not self.sinks or not self._has_gap():
             return decode_attention(q, self.k[:, :, :used], self.v[:, :, :used], valid=valid, **how)
         parts = []
-        for query, part in ((self._turned(q, hidden, within), slice(0, self.sinks)), (q, slice(self.sinks, used))):
+        back = self._rotated_back(q, hidden, within)
+        for query, part in ((back, slice(0, self.sinks)), (q, slice(self.sinks, used))):
             seen = None if valid is None else valid[:, part]
             parts.append(decode_attention(query, self.k[:, :, part], self.v[:, :, part], valid=seen, **how))
         if valid is None and not q.is_cuda:
@@ -222,8 +229,8 @@ class RingSegment(Segment):
         """Whether anything can lie between the sinks and the ring."""
         return self.even is None or self.even > self.sinks + self.size - 1
 
-    def _turned(self, q: torch.Tensor, hidden: torch.Tensor | None, within: bool) -> torch.Tensor:
-        """The queries turned back by the gap of their rows."""
+    def _rotated_back(self, q: torch.Tensor, hidden: torch.Tensor | None, within: bool) -> torch.Tensor:
+        """The queries, each rotated back by the gap of its row."""
         if within and self.even is not None and hidden is None and q.shape[2] == 1:
             # The oldest token of a full ring lies where the next one will be written.
             first = self.rope[:, self._slot(self.even) : self._slot(self.even) + 1]
@@ -282,12 +289,12 @@ class RingSegment(Segment):
         band &= shown(positions[:, None], step.hidden)
         sink_at = self.positions[:, None, : self.sinks]
         seen = shown(sink_at, step.hidden) & (sink_at <= at if step.visible is None else self._sinks_seen(step, rows))
-        turned = q
+        query = q
         if self.rope is not None:
             first = rope[:, None].expand_as(band).masked_fill(~band, _FAR).amin(-1)
-            turned = self.rotary.turn(q, -self._gap(first))
+            query = self.rotary.turn(q, -self._gap(first))
         sinks = decode_attention(
-            turned, self.k[:, :, : self.sinks], self.v[:, :, : self.sinks], scale=step.scale, visible=seen,
+            query, self.k[:, :, : self.sinks], self.v[:, :, : self.sinks], scale=step.scale, visible=seen,
             softcap=step.softcap,
         )  # fmt: skip
         near = decode_attention(q, k, v, scale=step.scale, visible=band, softcap=step.softcap)
@@ -322,6 +329,7 @@ class RingSegment(Segment):
         self.positions = self.positions.masked_fill(~stays, -1)
 
     def stored(self) -> Stored:
+        """A copy in the order of time, slots without a token last."""
         heads, order = self.k.shape[1], self._order()
         pick = order[:, None, :, None].expand(-1, heads, -1, self.k.shape[-1])
         at = self.positions.gather(1, order)[:, None].expand(-1, heads, -1)
@@ -332,23 +340,28 @@ class RingSegment(Segment):
         return self.positions.masked_fill(self.positions < 0, _FAR).sort(dim=1, stable=True).indices
 
     def lengths(self) -> torch.Tensor:
+        """The same for all heads; zeros [batch, 1] before the first token, when heads are not known."""
         if self.k is None:
             return torch.zeros(len(self.recent), 1, dtype=torch.int64)
         count = (self.positions >= 0).sum(1)
         return count[:, None].expand(-1, self.k.shape[1]).cpu()
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """In the order of slots: "k" and "v" [batch, kv_heads, slots, head_dim], "positions" int32 [batch, slots],
+        "end" int64 [batch], and with a rotary spec "rope" int32 [batch, slots] and "gap_start" int32 [batch]."""
         if self.k is None:
             return {}
         return {name: x for name in _TENSORS if (x := getattr(self, name)) is not None}
 
     def state(self) -> dict:
+        """The tensors, `sinks`, `recent`, `size` and `even`, and the rotary spec as "rotary.name"."""
         plain = {"sinks": self.sinks, "recent": self.recent, "size": self.size, "even": self.even}
         rotary = {} if self.rotary is None else {f"rotary.{name}": x for name, x in self.rotary.state().items()}
         return self.tensors() | plain | rotary
 
     @classmethod
     def from_state(cls, state: dict) -> RingSegment:
+        """The ring with its own `size`, which rows that have left may have made larger than `recent` says."""
         rotary = {name.removeprefix("rotary."): x for name, x in state.items() if name.startswith("rotary.")}
         segment = cls(state["sinks"], state["recent"].cpu(), RotarySpec.from_state(rotary) if rotary else None)
         segment.size, segment.even = state["size"], state["even"]
@@ -358,11 +371,13 @@ class RingSegment(Segment):
         return segment
 
     def take_rows(self, rows: torch.Tensor) -> None:
+        """Takes the rows of `recent` too; `size` stays, since slots are reckoned with it."""
         self.recent = self.recent[rows.cpu()]
         for name, x in self.tensors().items():
             setattr(self, name, x.index_select(0, rows.to(x.device)))
 
     def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
+        """Raises ValueError unless `tokens` is 0."""
         if tokens:
             raise ValueError("a ring overwrites its oldest tokens and cannot give them back")
 

@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels import merge
-from textkv.segments.base import SEGMENTS, Segment, Step, Stored, block_attention, register_segment
+from textkv.segments.base import (
+    Segment,
+    Step,
+    Stored,
+    block_attention,
+    joined_states,
+    parted_states,
+    register_segment,
+)
 from textkv.segments.dense import DenseSegment
 from textkv.segments.ring import RingSegment
 
@@ -34,6 +42,7 @@ class ChunkedRing(RingSegment):
     """
 
     def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A single token sees a ring's window; a block sees what was cached and, causally, all of itself."""
         if step.q.shape[2] == 1:
             return super().extend(step, need_lse)
         first = self.is_empty()
@@ -59,16 +68,19 @@ class SplitSegment(Segment):
         self.parts, self.batch, self.kv_heads = parts, batch, kv_heads
 
     def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Every part extends by its own units' share; outputs are put back in the model's order of heads."""
         results = [part.segment.extend(self._share(step, part), need_lse) for part in self.parts]
         return self._join(step.q, results, need_lse)
 
     def append(self, step: Step) -> None:
+        """Every part stores its own units' keys and values."""
         for part in self.parts:
             part.segment.append(self._share(step, part))
 
     def attend(
         self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Every part answers its own units' queries [units, group, m, head_dim], with the `hidden` of their rows."""
         results = [
             part.segment.attend(
                 self._queries(q, part), scale, softcap=softcap, hidden=None if hidden is None else hidden[part.row]
@@ -78,9 +90,11 @@ class SplitSegment(Segment):
         return self._join(q, results, need_lse=True)
 
     def is_empty(self) -> bool:
+        """Whether all parts are."""
         return all(part.segment.is_empty() for part in self.parts)
 
     def keep(self, index: torch.Tensor) -> None:
+        """Every part keeps its own units' slots; columns of `index` where it keeps nothing are left out."""
         index = index.expand(-1, self.kv_heads, -1)
         for part in self.parts:
             # Every part sees its units as single-head rows, and so its share of the index.
@@ -91,6 +105,7 @@ class SplitSegment(Segment):
             part.segment.keep(own[..., used])
 
     def stored(self) -> Stored:
+        """A copy padded to the longest part."""
         held = [part.segment.stored() for part in self.parts]
         shape = (self.batch, self.kv_heads, max(x.keys.shape[2] for x in held))
         keys, values = (x.new_zeros(*shape, x.shape[-1]) for x in (held[0].keys, held[0].values))
@@ -103,6 +118,7 @@ class SplitSegment(Segment):
         return Stored(keys, values, positions)
 
     def lengths(self) -> torch.Tensor:
+        """Put together from the parts; 0 for units to which nothing ever came."""
         table = torch.zeros(self.batch, self.kv_heads, dtype=torch.int64)
         for part in self.parts:
             # A part that has seen nothing yet does not even know its batch.
@@ -111,6 +127,7 @@ class SplitSegment(Segment):
         return table
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """Those of each part and its "row" and "head", int64 [units], by "number.name"; never empty."""
         held = {}
         for i, part in enumerate(self.parts):
             own = {"row": part.row, "head": part.head} | part.segment.tensors()
@@ -118,6 +135,7 @@ class SplitSegment(Segment):
         return held
 
     def take_rows(self, rows: torch.Tensor) -> None:
+        """Each part takes the units of the new rows; a part that has none of them is dropped."""
         parts = []
         for part in self.parts:
             # A row may come twice or not at all: each new row takes the units of the old one it copies.
@@ -128,23 +146,23 @@ class SplitSegment(Segment):
         self.parts, self.batch = parts, len(rows)
 
     def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
+        """Every part forgets them, each unit by its row's `real`."""
         for part in self.parts:
             part.segment.crop(tokens, None if real is None else real[part.row.cpu()])
 
     def state(self) -> dict:
-        state = {"batch": self.batch, "kv_heads": self.kv_heads, "kinds": []}
+        """States of the parts joined, each with its "row" and "head", and `batch` and `kv_heads`."""
+        units = {}
         for i, part in enumerate(self.parts):
-            state["kinds"].append(part.segment.name)
-            own = {"row": part.row, "head": part.head} | part.segment.state()
-            state |= {f"{i}.{name}": x for name, x in own.items()}
-        return state
+            units |= {f"{i}.row": part.row, f"{i}.head": part.head}
+        own = {"batch": self.batch, "kv_heads": self.kv_heads}
+        return own | joined_states([part.segment for part in self.parts]) | units
 
     @classmethod
     def from_state(cls, state: dict) -> SplitSegment:
-        parts = []
-        for i, kind in enumerate(state["kinds"]):
-            own = {name.removeprefix(f"{i}."): x for name, x in state.items() if name.startswith(f"{i}.")}
-            parts.append(Part(own.pop("row"), own.pop("head"), SEGMENTS.find(kind).from_state(own)))
+        """The parts, each of its own kind, with their rows and heads."""
+        segments = parted_states(state, extra=("row", "head"))
+        parts = [Part(state[f"{i}.row"], state[f"{i}.head"], segment) for i, segment in enumerate(segments)]
         return cls(parts, state["batch"], state["kv_heads"])
 
     def _queries(self, q: torch.Tensor, part: Part) -> torch.Tensor:

@@ -41,6 +41,7 @@ class WindowSegment(DenseSegment):
         return query - key < self.window
 
     def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One pass for a single token that pushes none out of the window; else `read`, then `append`."""
         # A single token that pushes nothing out of the window can be stored first and attended to in one pass.
         one = step.q.shape[2] == 1 and not step.padded and not self.holes
         if not one or self.used - self.first >= self.window or self.is_empty():
@@ -54,6 +55,7 @@ class WindowSegment(DenseSegment):
         return self.attend(step.q, step.scale, softcap=step.softcap, hidden=step.hidden)
 
     def read(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Queries see what is stored and their block as far as the window reaches; all if `step.local` is False."""
         # The model's mask knows no window: whatever its cache still holds is seen.
         if not step.local:
             return super().read(step, need_lse)
@@ -82,12 +84,14 @@ class WindowSegment(DenseSegment):
         return step
 
     def append(self, step: Step) -> None:
+        """Counts the columns in `seen`; when the buffer ends, moves the live tokens to its front before it grows."""
         if self.first and self.used + step.k.shape[2] > self.k.shape[2]:
             self._move_to_front()
         super().append(step)
         self.seen += step.k.shape[2]
 
     def settle(self) -> bool:
+        """Lets go of slots that the next token does not see in any row; gives the buffer back if most of it is idle."""
         if self.is_empty():
             return False
         before = self.first
@@ -108,23 +112,28 @@ class WindowSegment(DenseSegment):
         return gone
 
     def is_empty(self) -> bool:
+        """Whether nothing is in sight any more; the buffers and `seen` may be there."""
         return self.used == self.first
 
     def keep(self, index: torch.Tensor) -> None:
+        """From then on the window is measured by positions: slots are no longer neighbours in time."""
         self._move_to_front()
         super().keep(index)
         # Positions are no longer those of neighbours: what the window reaches is asked of them from now on.
         self.holes = True
 
     def keep_mask(self, mask: torch.Tensor) -> Segment:
+        """Raises ValueError, always."""
         raise ValueError("a layer with a window of its own is not governed by a method: its heads keep the same tokens")
 
     def lengths(self) -> torch.Tensor:
+        """Slots from `first` on; with holes those of a dense segment."""
         if self.holes or self.k is None:
             return super().lengths()
         return torch.full(self.k.shape[:2], self.used - self.first)
 
     def can_crop(self, tokens: int) -> bool:
+        """Whether what is left reaches a window back from the new end; with holes only if nothing has left."""
         held = self.used - self.first
         # Nothing has left yet, so that everything can be given back.
         if held == self.seen:
@@ -136,6 +145,7 @@ class WindowSegment(DenseSegment):
         return held - tokens >= (seen % self.window if self.rule == "chunked" else min(seen, self.window - 1))
 
     def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
+        """Moves the end back and counts `seen` down, padding included; what left the window does not return."""
         self.used -= tokens
         self.seen -= tokens
 

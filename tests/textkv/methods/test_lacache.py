@@ -95,7 +95,7 @@ def test_equals_rotating_every_key_to_its_slot(four_layers, method, shape):
     if "original" not in method:
         for layer in cache.layers:
             segment = layer.segments[0]
-            assert segment.places().tolist() == [list(range(segment.used))]
+            assert segment.cache_positions().tolist() == [list(range(segment.used))]
             assert segment.gap.tolist() == [100 - segment.used]
 
 
