@@ -20,9 +20,9 @@ from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import textkv
+from agentkv.envs.actions import Action, CallUser, Finished
 from agentkv.grammars import ParseError
 from agentkv.models import History, ModelAdapter
-from envs.actions import Action, CallUser, Finished
 from textkv import Budget, MethodCache
 
 

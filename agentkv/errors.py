@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from agentkv.envs.browser import BrowserCrashed, ChromiumMissing
+from agentkv.envs.miniwob import MiniwobMissing
+from agentkv.envs.tab import PageNotLoaded
 from agentkv.trace import NoSpace
-from envs.browser import BrowserCrashed, ChromiumMissing
-from envs.miniwob import MiniwobMissing
-from envs.tab import PageNotLoaded
 
 
 class UserError(Exception):

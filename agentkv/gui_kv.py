@@ -16,9 +16,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from kernels import subspace_residual
 from textkv.eviction import NEVER, PROTECTED, Eviction, keep_best
 from textkv.evidence import Evidence, Needs
+from textkv.kernels import subspace_residual
 from textkv.layer import Layer
 from textkv.method import Capabilities, register
 from textkv.scores import fit_window, past_mass, pool, with_window

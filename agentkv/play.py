@@ -12,14 +12,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-import envs
+from agentkv import envs
 from agentkv.agent import EpisodeResult, Limits, Policy, run_episode
+from agentkv.envs.browser import Browser, BrowserCrashed
+from agentkv.envs.live import LiveTask, page_says
+from agentkv.envs.task import Task
+from agentkv.envs.web import WebEnv
 from agentkv.errors import Interrupts
 from agentkv.trace import DONE, RUN, EpisodeTrace, episode_folder, write_json
-from envs.browser import Browser, BrowserCrashed
-from envs.live import LiveTask, page_says
-from envs.task import Task
-from envs.web import WebEnv
 
 LIVE = "live"  # the name of the task that a --url is
 LOAD_TIMEOUT = 30.0  # seconds for a page to load

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from agentkv.agent import Agent
+from agentkv.envs.browser import Browser
 from agentkv.errors import EXPLAINED, Interrupts, user_errors
 from agentkv.models import AGENTS, ModelAdapter, load_adapter
 from agentkv.play import LIVE, Plan, Play, open_env, open_folder, task_of
@@ -30,7 +31,6 @@ from agentkv.report import write_report
 from agentkv.stats import UNITS, summarise
 from agentkv.tables import method_table, stdout_console, task_table
 from agentkv.trace import RUN, need_space, read_run, write_json
-from envs.browser import Browser
 from textkv import Budget, resolve_method, split_list
 from textkv.devices import device_of
 from textkv.provenance import run_meta

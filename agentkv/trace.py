@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image
 
 from agentkv.agent import EpisodeResult, Step
+from agentkv.envs import actions
 from agentkv.grammars import ParseError
-from envs import actions
 
 ACTIONS = {cls.__name__: cls for cls in get_args(actions.Action)}
 STEPS, DONE, RUN = "steps.jsonl", "episode.json", "run.json"

@@ -12,11 +12,11 @@ from typing import Any
 
 from playwright.sync_api import Page
 
-from envs.allow import AllowList, file_path, origin
-from envs.browser import Browser
-from envs.tab import Tab
-from envs.task import Task, Verdict
-from envs.web import WebEnv
+from agentkv.envs.allow import AllowList, file_path, origin
+from agentkv.envs.browser import Browser
+from agentkv.envs.tab import Tab
+from agentkv.envs.task import Task, Verdict
+from agentkv.envs.web import WebEnv
 
 SCREEN = (1280, 720)
 Checker = Callable[[Page, str], bool]

@@ -13,9 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from urllib.parse import urlencode
 
-from envs.allow import AllowList
-from envs.tab import Tab
-from envs.task import Task, Verdict
+from agentkv.envs.allow import AllowList
+from agentkv.envs.tab import Tab
+from agentkv.envs.task import Task, Verdict
 
 SCREEN = (160, 210)
 
@@ -49,7 +49,7 @@ class MemoryTask(Task):
 
     def __init__(self, name: str, max_steps: int | None = None) -> None:
         spec = PAGES[name]
-        folder = Path(str(files("envs"))) / "pages"
+        folder = Path(str(files("agentkv.envs"))) / "pages"
         address = (folder / f"{spec.page}.html").resolve().as_uri()
         self.id = name
         self.url = f"{address}?{urlencode(spec.parameters)}" if spec.parameters else address

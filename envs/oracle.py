@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
-import envs
-from envs.actions import Action
-from envs.scripted import memory, miniwob
-from envs.scripted.look import LOOK, Look
-from envs.web import WebEnv
+from agentkv import envs
+from agentkv.envs.actions import Action
+from agentkv.envs.scripted import memory, miniwob
+from agentkv.envs.scripted.look import LOOK, Look
+from agentkv.envs.web import WebEnv
 
 SCRIPTS = {**memory.SCRIPTS, **miniwob.SCRIPTS}
 

@@ -20,14 +20,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-import envs
-from envs.browser import Browser, ChromiumMissing
-from envs.live import LiveTask
-from envs.miniwob import MiniwobMissing
-from envs.shop import Shop
-from envs.web import WebEnv
+from agentkv import envs
+from agentkv.envs.browser import Browser, ChromiumMissing
+from agentkv.envs.live import LiveTask
+from agentkv.envs.miniwob import MiniwobMissing
+from agentkv.envs.shop import Shop
+from agentkv.envs.web import WebEnv
 
-RECORD = Path(str(files("envs"))) / "pixels.json"
+RECORD = Path(str(files("agentkv.envs"))) / "pixels.json"
 SEED = 1
 MEMORY = ("memory-code", "memory-colour", "memory-place", "memory-order")
 MINIWOB = (
@@ -44,7 +44,7 @@ MINIWOB = (
 )
 SHOP = ("index.html", "item.html?id=lamp", "basket.html", "checkout.html")
 OWN = ("controls", "letters")
-_PAGES = Path(str(files("envs"))) / "pages"
+_PAGES = Path(str(files("agentkv.envs"))) / "pages"
 _SCREEN = (320, 320)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-FOLDER = Path(str(files("envs"))) / "pages" / "shop"
+FOLDER = Path(str(files("agentkv.envs"))) / "pages" / "shop"
 MAX_FORM = 10_000  # bytes
 
 

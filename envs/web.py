@@ -15,12 +15,12 @@ import numpy as np
 from gymnasium import spaces
 from playwright.sync_api import Page
 
-from envs.act import perform
-from envs.actions import Action, CallUser, Finished
-from envs.browser import Browser
-from envs.spaces import ActionSpace, GoalSpace
-from envs.tab import Tab
-from envs.task import Task, Verdict
+from agentkv.envs.act import perform
+from agentkv.envs.actions import Action, CallUser, Finished
+from agentkv.envs.browser import Browser
+from agentkv.envs.spaces import ActionSpace, GoalSpace
+from agentkv.envs.tab import Tab
+from agentkv.envs.task import Task, Verdict
 
 SEED_LIMIT = 2**31
 

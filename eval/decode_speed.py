@@ -22,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from agentkv.eval.arguments import add_methods, add_outputs, checked_budget
 from agentkv.trace import write_json
-from eval.arguments import add_methods, add_outputs, checked_budget
 from textkv import MethodCache, release, split_list, use
 from textkv.provenance import run_meta
 

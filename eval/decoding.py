@@ -23,6 +23,8 @@ from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from agentkv.eval import gsm8k
+from agentkv.eval.paired import difference
 from agentkv.tables import format_bytes
 from agentkv.trace import write_json
 from dlm.cache import list_caches, resolve_cache
@@ -32,8 +34,6 @@ from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
 from dlm.models import DecodingSpec, answer_text
 from dlm.sources import DTYPES, MINI_GUIDES, MINI_MODELS, dtype_of, model_info, open_guide, open_model
 from dlm.unmask import Guider, list_rules
-from eval import gsm8k
-from eval.paired import difference
 from textkv import split_list
 from textkv.devices import device_of
 from textkv.expression import parse_call, split_parts

@@ -26,7 +26,7 @@ import transformers
 from rich.console import Console
 from transformers import DynamicCache, PreTrainedModel
 
-from eval.tiny import VOCABULARY, NoConfig, build, families, has_windows
+from agentkv.eval.tiny import VOCABULARY, NoConfig, build, families, has_windows
 from textkv import MethodCache, release
 from textkv.provenance import run_meta
 

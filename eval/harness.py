@@ -23,9 +23,9 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from agentkv.eval.arguments import add_methods, add_outputs, checked_budget
+from agentkv.eval.textbench import FULL, held, load_text_model
 from agentkv.trace import write_json
-from eval.arguments import add_methods, add_outputs, checked_budget
-from eval.textbench import FULL, held, load_text_model
 from textkv import MethodCache, split_list, use
 from textkv.provenance import run_meta
 

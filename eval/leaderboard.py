@@ -26,11 +26,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from agentkv.trace import write_json
-from eval.curve import draw_curve
-from eval.memory import check_length, decoding_row
-from eval.quantized import takes_budget
-from eval.textbench import (
+from agentkv.eval.curve import draw_curve
+from agentkv.eval.memory import check_length, decoding_row
+from agentkv.eval.quantized import takes_budget
+from agentkv.eval.textbench import (
     FULL,
     Continuation,
     check_model,
@@ -41,6 +40,7 @@ from eval.textbench import (
     share,
     text_rows,
 )
+from agentkv.trace import write_json
 from textkv import Budget, list_methods, split_list
 from textkv.intervals import wilson
 from textkv.mini.facts import TASKS, check_task

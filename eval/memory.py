@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from eval.quantized import ForeignCache, open_cache, tensors_in
+from agentkv.eval.quantized import ForeignCache, open_cache, tensors_in
 from textkv import MethodCache, use
 
 

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from agentkv.eval.arguments import add_methods, add_outputs, checked_budget
+from agentkv.eval.textbench import FULL, examples, load_text_model, recall, share
 from agentkv.trace import write_json
-from eval.arguments import add_methods, add_outputs, checked_budget
-from eval.textbench import FULL, examples, load_text_model, recall, share
 from textkv import split_list
 from textkv.intervals import wilson
 from textkv.mini.facts import TASKS, check_task

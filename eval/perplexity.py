@@ -25,9 +25,9 @@ from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from agentkv.eval.arguments import add_outputs
+from agentkv.eval.textbench import load_text_model, text_rows
 from agentkv.trace import write_json
-from eval.arguments import add_outputs
-from eval.textbench import load_text_model, text_rows
 from textkv import MethodCache, resolve_method, split_list, use
 from textkv.provenance import run_meta
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval.biased import PLACEMENTS, biased_mini
-from eval.quantized import ForeignCache, open_cache
+from agentkv.eval.biased import PLACEMENTS, biased_mini
+from agentkv.eval.quantized import ForeignCache, open_cache
 from textkv import MethodCache, use
 from textkv.kinds import text_model
 from textkv.mini import WEIGHTS, load_mini

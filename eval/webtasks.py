@@ -25,16 +25,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from agentkv.agent import Agent
+from agentkv.envs.browser import Browser
 from agentkv.errors import EXPLAINED, Interrupts, user_errors
+from agentkv.eval.curve import draw_curve
+from agentkv.eval.paired import difference
 from agentkv.models import AGENTS
 from agentkv.play import Plan, Play, open_folder, task_of
 from agentkv.run import DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load, split_methods
 from agentkv.stats import UNITS, summarise
 from agentkv.tables import stdout_console
 from agentkv.trace import DONE, episode_folder, read_run, write_json
-from envs.browser import Browser
-from eval.curve import draw_curve
-from eval.paired import difference
 from textkv import Budget, resolve_method, split_list
 from textkv.provenance import run_meta
 

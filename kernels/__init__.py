@@ -1,28 +1,22 @@
 """The ground floor: one file per operation on a KV cache, its torch reference and its Triton kernel side by side.
 
-Importing this package costs nothing: torch and Triton come with the first operation that is asked for. `kernels` is
-also the import name of a package of Hugging Face that transformers probes for; `kernels._coexist` says how the two live
-together. Where that package is installed, `kernels.__version__` is its version, because its own code reads it there.
+This folder is imported as `textkv.kernels`. The bare name belongs to a package of Hugging Face that transformers looks
+for: where the root of the checkout leads the path, whoever asks for `kernels` gets that package, if it is installed.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
-
-from kernels._coexist import find_other, load_other
 
 OPERATIONS = (
     "coded_attention", "compact", "confidence", "decode_attention", "merge", "pack", "packed_attention", "rotate",
     "subspace_residual", "window_mass",
 )  # fmt: skip
-__all__ = ["OPERATIONS", "__version__", *OPERATIONS]
-
-_VERSION = "0.1.0"
-_other = find_other()
-if _other is not None:
-    __path__.extend(_other.submodule_search_locations)
+__all__ = ["OPERATIONS", *OPERATIONS]
 
 
 class _Package(ModuleType):
@@ -34,16 +28,26 @@ class _Package(ModuleType):
         super().__setattr__(name, value)
 
 
-sys.modules[__name__].__class__ = _Package
-
-
 def __getattr__(name: str) -> object:
     if name in OPERATIONS:
-        importlib.import_module(f"{__name__}.{name}")
-        return globals()[name]
-    dunder = name.startswith("__")  # Python's own probes must not load another package
-    if _other is not None and (not dunder or name == "__version__"):
-        return getattr(load_other(_other), name)
-    if name == "__version__":
-        return _VERSION
+        # By its one name, whichever way the folder was reached: there is no second copy.
+        return getattr(importlib.import_module(f"textkv.kernels.{name}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _hand_over() -> None:
+    """Puts the installed package `kernels`, if there is one, in place of this folder. Imports nothing of ours: it may
+    be transformers that asks, half-way through its own import."""
+    root = Path(__file__).resolve().parents[1]
+    spec = PathFinder.find_spec("kernels", [entry for entry in sys.path if Path(entry).resolve() != root])
+    if spec is None or spec.loader is None or spec.origin is None:
+        return  # nothing, or a bare folder of that name
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kernels"] = module
+    spec.loader.exec_module(module)
+
+
+if __name__ == "kernels":
+    _hand_over()
+else:
+    sys.modules[__name__].__class__ = _Package

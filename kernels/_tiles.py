@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels._backend import jit, tl
+from textkv.kernels._backend import jit, tl
 
 
 @jit

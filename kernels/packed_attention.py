@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels._backend import (
+from textkv.kernels._backend import (
     FLOATS,
     LOG2_E,
     check_head_dim,
@@ -34,13 +34,13 @@ from kernels._backend import (
     triton,
     use_triton,
 )
-from kernels._packed_cpu import packed_cpu
-from kernels._packed_reference import reference
-from kernels._packed_tiles import by_token, codes, entry_tile, rank_tiles
-from kernels._rotary_centre import check_turn, turned_products, turned_tile
-from kernels._tiles import scaled, softmax_step
-from kernels.decode_attention import _merge_kernel
-from kernels.pack import Packed, width
+from textkv.kernels._packed_cpu import packed_cpu
+from textkv.kernels._packed_reference import reference
+from textkv.kernels._packed_tiles import by_token, codes, entry_tile, rank_tiles
+from textkv.kernels._rotary_centre import check_turn, turned_products, turned_tile
+from textkv.kernels._tiles import scaled, softmax_step
+from textkv.kernels.decode_attention import _merge_kernel
+from textkv.kernels.pack import Packed, width
 
 
 @jit

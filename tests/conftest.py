@@ -17,5 +17,5 @@ os.environ["FONTCONFIG_FILE"] = str(Path(__file__).with_name("machine-fonts.conf
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of a packed cache as small beside a tiny model's prompt as they are beside a real one's."""
-    monkeypatch.setattr("kernels._packed_cpu._TOKENS", 256)
-    monkeypatch.setattr("kernels._packed_cpu._TILE", 512 * 16)
+    monkeypatch.setattr("textkv.kernels._packed_cpu._TOKENS", 256)
+    monkeypatch.setattr("textkv.kernels._packed_cpu._TILE", 512 * 16)

@@ -16,8 +16,8 @@ from typing import ClassVar
 
 import torch
 
-from kernels import window_mass
 from textkv.eviction import NEVER, PROTECTED, Eviction, keep_best
+from textkv.kernels import window_mass
 from textkv.layer import Layer
 from textkv.method import Capabilities
 

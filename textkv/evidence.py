@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from kernels import window_mass
+from textkv.kernels import window_mass
 from textkv.positions import RotarySpec
 from textkv.segments.base import Step, Stored
 

@@ -15,10 +15,10 @@ from weakref import ref
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from kernels import merge
 from textkv.call import Call, Tokens
 from textkv.context import Context
 from textkv.evidence import EvidenceCollector
+from textkv.kernels import merge
 from textkv.kinds import LayerKind
 from textkv.modes import Undifferentiable, exactly
 from textkv.moments import Moments

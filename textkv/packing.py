@@ -21,10 +21,10 @@ from typing import ClassVar
 
 import torch
 
-from kernels.pack import Bits, Packed, channel_group, check_block
 from textkv.centring import Centring, check_centring, find_centre, followed
 from textkv.context import Context
 from textkv.evidence import Evidence, Needs
+from textkv.kernels.pack import Bits, Packed, channel_group, check_block
 from textkv.layer import Layer
 from textkv.method import Capabilities, Method
 from textkv.segments.base import Segment, Stored

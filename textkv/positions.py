@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from kernels import rotate
+from textkv.kernels import rotate
 
 
 class PositionTable:

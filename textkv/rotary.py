@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from kernels.rotate import frequency_axes
 from textkv.attention import CAPTURE, use
+from textkv.kernels.rotate import frequency_axes
 from textkv.kinds import text_config, text_model
 from textkv.positions import PositionTable, RotarySpec
 

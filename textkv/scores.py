@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from kernels import window_mass
 from textkv.eviction import PROTECTED
+from textkv.kernels import window_mass
 
 Pool = Literal["avg", "max"]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from envs.actions import MODIFIER_KEYS, NAMED_KEYS, Action, Clicking, Drag, Move, Scroll
+from agentkv.envs.actions import MODIFIER_KEYS, NAMED_KEYS, Action, Clicking, Drag, Move, Scroll
 
 MAX_REPLY = 65_536
 # No reply of a sane model holds more; the limit keeps the time of a reading short.

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from agentkv.envs import actions as acts
 from agentkv.grammars import opencua, tool_call, ui_tars
 from agentkv.grammars.base import MAX_REPLY, CoordinateSpace, Frame, ParseError
 from agentkv.grammars.corpus import REFUSED
-from envs import actions as acts
 
 GRAMMARS: dict[str, ModuleType] = {"ui_tars": ui_tars, "opencua": opencua, "tool_call": tool_call}
 LIMIT_MS = 50.0

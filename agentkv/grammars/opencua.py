@@ -16,6 +16,23 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from agentkv.envs.actions import (
+    MAX_KEYS,
+    Action,
+    Click,
+    Clicking,
+    DoubleClick,
+    Drag,
+    Finished,
+    Hotkey,
+    MiddleClick,
+    Move,
+    RightClick,
+    Scroll,
+    TripleClick,
+    Type,
+    Wait,
+)
 from agentkv.grammars.base import (
     MAX_ACTIONS,
     CoordinateSpace,
@@ -34,23 +51,6 @@ from agentkv.grammars.base import (
     word_of,
 )
 from agentkv.grammars.python_calls import Literal, Statement, statements
-from envs.actions import (
-    MAX_KEYS,
-    Action,
-    Click,
-    Clicking,
-    DoubleClick,
-    Drag,
-    Finished,
-    Hotkey,
-    MiddleClick,
-    Move,
-    RightClick,
-    Scroll,
-    TripleClick,
-    Type,
-    Wait,
-)
 
 NAME = "OpenCUA"
 # CSS pixels that one click of the wheel stands for, about what desktop browsers scroll

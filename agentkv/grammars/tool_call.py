@@ -13,6 +13,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from agentkv.envs.actions import (
+    MAX_KEYS,
+    Action,
+    Click,
+    DoubleClick,
+    Drag,
+    Finished,
+    Hotkey,
+    MiddleClick,
+    Move,
+    RightClick,
+    Scroll,
+    TripleClick,
+    Type,
+    Wait,
+)
 from agentkv.grammars.base import (
     MAX_ACTIONS,
     Frame,
@@ -28,22 +44,6 @@ from agentkv.grammars.base import (
     thought_end,
     unsayable,
     word_of,
-)
-from envs.actions import (
-    MAX_KEYS,
-    Action,
-    Click,
-    DoubleClick,
-    Drag,
-    Finished,
-    Hotkey,
-    MiddleClick,
-    Move,
-    RightClick,
-    Scroll,
-    TripleClick,
-    Type,
-    Wait,
 )
 
 NAME = "computer_use"

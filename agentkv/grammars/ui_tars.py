@@ -14,20 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal, cast
 
-from agentkv.grammars.base import (
-    MAX_ACTIONS,
-    Frame,
-    ParseError,
-    Reading,
-    Reject,
-    attempt,
-    key_of,
-    thought_end,
-    unsayable,
-    word_of,
-)
-from agentkv.grammars.scanner import Call, Scanner, escape, point_of
-from envs.actions import (
+from agentkv.envs.actions import (
     Action,
     CallUser,
     Click,
@@ -47,6 +34,19 @@ from envs.actions import (
     Type,
     Wait,
 )
+from agentkv.grammars.base import (
+    MAX_ACTIONS,
+    Frame,
+    ParseError,
+    Reading,
+    Reject,
+    attempt,
+    key_of,
+    thought_end,
+    unsayable,
+    word_of,
+)
+from agentkv.grammars.scanner import Call, Scanner, escape, point_of
 
 NAME = "UI-TARS"
 MAX_KEYS = 3

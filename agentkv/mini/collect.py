@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-import envs
+from agentkv import envs
+from agentkv.envs import oracle
+from agentkv.envs.actions import Action, Click, Finished, Type
+from agentkv.envs.browser import Browser
 from agentkv.mini.drawn import click, say, snap
 from agentkv.mini.episodes import write_episodes
 from agentkv.mini.shape import RESIZED
 from agentkv.mini.tasks import TASKS
-from envs import oracle
-from envs.actions import Action, Click, Finished, Type
-from envs.browser import Browser
 
 FIRST_EVALUATION_SEED = 1_000_000
 _POINTED = ("button", "link", "tab", "field", "password", "checkbox", "radio", "textarea", "shape", "swatch")

@@ -15,10 +15,10 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from agentkv.envs import fonts
 from agentkv.mini.packing import Ask, Turn
 from agentkv.mini.shape import RESIZED, SCREEN
 from agentkv.mini.words import COLORS, ORDINALS, SHAPES, WORDS
-from envs import fonts
 
 WIDTH, HEIGHT = SCREEN
 QUERY_HEIGHT = 50

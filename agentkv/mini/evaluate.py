@@ -20,11 +20,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-import envs
+from agentkv import envs
+from agentkv.envs.browser import Browser
 from agentkv.grammars import ParseError
 from agentkv.mini.tasks import MEMORY, TASKS
 from agentkv.models import ModelAdapter, load_adapter
-from envs.browser import Browser
 from textkv.intervals import wilson
 from textkv.provenance import run_meta
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from agentkv.envs.browser import Browser
 from agentkv.mini.evaluate import FIRST_SEED, mean, measure
 from agentkv.mini.tasks import MEMORY, TASKS
 from agentkv.models import MINI, load_adapter
 from agentkv.run import DEFAULT_TASKS
-from envs.browser import Browser
 
 FIGURES = "evaluation.json"
 

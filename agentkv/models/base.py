@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from agentkv.envs.actions import Action
 from agentkv.grammars import Frame, ParseError
 from agentkv.spans import Span
-from envs.actions import Action
 
 __all__ = ["AgentText", "Frame", "Grammar", "History", "ModelAdapter", "ParseError", "Prompt"]
 

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
 
+from agentkv.envs.actions import Action
 from agentkv.grammars import CoordinateSpace, Frame, ParseError
 from agentkv.models.base import AgentText, Grammar, History, Prompt
 from agentkv.spans import find_spans
-from envs.actions import Action
 
 
 class ChatAdapter:

@@ -12,8 +12,8 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from agentkv.envs.browser import ChromiumMissing, find_chromium
 from agentkv.report import write_report
-from envs.browser import ChromiumMissing, find_chromium
 
 WIDTH, COLOURS, MARGIN = 1400, 160, 20
 

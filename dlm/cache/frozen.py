@@ -15,8 +15,8 @@ import torch
 from dlm.cache.slots import SlotCache, SlotLayer
 from dlm.canvas import Canvas
 from dlm.models.backbone import rope_frequencies
-from kernels import decode_attention, merge
 from textkv.context import Context
+from textkv.kernels import decode_attention, merge
 from textkv.kinds import LayerKind
 from textkv.layer import Layer
 from textkv.method import Method

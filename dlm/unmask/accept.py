@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 
 from dlm.unmask.base import check_number
-from kernels import confidence
+from textkv.kernels import confidence
 
 PARAMETERS: dict[str, dict[str, float]] = {
     "exact": {},

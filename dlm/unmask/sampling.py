@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from kernels import confidence
+from textkv.kernels import confidence
 
 
 @dataclass(frozen=True)

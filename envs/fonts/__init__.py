@@ -18,7 +18,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-FOLDER = Path(str(files("envs"))) / "fonts"
+FOLDER = Path(str(files("agentkv.envs"))) / "fonts"
 CONFIG = FOLDER / "fonts.conf"
 FILES = {"sans": "LiberationSans", "serif": "LiberationSerif", "mono": "LiberationMono"}
 _ALL = ("Regular", "Bold", "Italic", "BoldItalic")

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from envs.actions import Click, Drag
-from envs.tab import Tab
+from agentkv.envs.actions import Click, Drag
+from agentkv.envs.tab import Tab
 
 # hit(e): the grid points of e's box (clipped to the screen) at which a click reaches e
 LOOK = """

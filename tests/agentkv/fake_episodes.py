@@ -13,11 +13,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from agentkv.agent import Decision, FrameKept, Limits, run_episode
+from agentkv.envs.actions import Action, Click
 from agentkv.grammars import ParseError
 from agentkv.play import Plan, open_folder
 from agentkv.stats import UNITS
 from agentkv.trace import EpisodeTrace, episode_folder
-from envs.actions import Action, Click
 
 META = {
     "command": "python -m agentkv.run",

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from agentkv.agent import Agent, Limits, ScriptPolicy, kept_frames, run_episode
+from agentkv.envs.actions import CallUser, Click, Finished, Type
 from agentkv.grammars import ParseError
-from envs.actions import CallUser, Click, Finished, Type
 from tests.agentkv.fake_episodes import FakeEnv, FakePolicy, tiny_adapter
 
 BAD = ParseError("no action was found")

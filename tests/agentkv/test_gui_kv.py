@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from agentkv.gui_kv import GuiKV, GuiKVOfficial, orthobasis, saliency
-from kernels import subspace_residual
 from textkv import Budget, resolve_method
 from textkv.eviction import NEVER
 from textkv.evidence import Evidence
+from textkv.kernels import subspace_residual
 from textkv.methods.snapkv import SnapKV
 from textkv.segments.base import Stored
 

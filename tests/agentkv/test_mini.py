@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedTokenizerFast
 
+from agentkv.envs import fonts
 from agentkv.mini.checkpoint import load_state, save_state
 from agentkv.mini.drawn import click, drawn_turn, face
 from agentkv.mini.drawn_memory import drawn_episode
@@ -26,7 +27,6 @@ from agentkv.mini.tokenizer import build_tokenizer
 from agentkv.mini.train import Meter, TrainConfig, fresh_model, soft_targets
 from agentkv.models import MINI, AgentText, load_adapter
 from agentkv.models.ui_tars import UiTarsAdapter
-from envs import fonts
 
 GOAL = "Click on the red box."
 ANSWER = "Action: click(start_box='(84,112)')"
@@ -261,7 +261,7 @@ def test_shipped_weights_load_and_answer() -> None:
 
 @pytest.mark.browser
 def test_shipped_weights_solve_a_page() -> None:
-    import envs
+    from agentkv import envs
     from agentkv.mini.evaluate import FIRST_SEED, play
 
     adapter = load_adapter("mini")

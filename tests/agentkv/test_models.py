@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from agentkv.envs.actions import Click
 from agentkv.grammars import CoordinateSpace, ParseError
 from agentkv.mini.export import export
 from agentkv.mini.tokenizer import build_tokenizer
@@ -22,7 +23,6 @@ from agentkv.models.chat import ChatAdapter
 from agentkv.models.qwen3_vl import Qwen3VLAdapter
 from agentkv.models.qwen_vl import QwenVLAdapter
 from agentkv.models.ui_tars import UI_TARS, UiTarsAdapter
-from envs.actions import Click
 from tests.agentkv.models.build import (
     fill,
     processor,

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from agentkv import report
+from agentkv.envs.actions import Click, Drag, Scroll, Type
+from agentkv.envs.browser import find_chromium
 from agentkv.grammars import ParseError
 from agentkv.report import write_report
 from agentkv.trace import read_run
-from envs.actions import Click, Drag, Scroll, Type
-from envs.browser import find_chromium
 from tests.agentkv.fake_episodes import FakePolicy, fake_run
 
 pytestmark = pytest.mark.browser

@@ -10,12 +10,12 @@ import pytest
 
 from agentkv import play, run
 from agentkv.agent import ScriptPolicy
+from agentkv.envs import oracle
+from agentkv.envs.actions import Click
+from agentkv.envs.browser import Browser, BrowserCrashed
 from agentkv.errors import Interrupts
 from agentkv.play import Plan, Play, open_folder
 from agentkv.trace import read_run
-from envs import oracle
-from envs.actions import Click
-from envs.browser import Browser, BrowserCrashed
 from tests.agentkv.fake_episodes import META, tiny_adapter
 
 pytestmark = pytest.mark.browser

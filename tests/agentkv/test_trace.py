@@ -13,10 +13,10 @@ from PIL import Image
 
 from agentkv import trace
 from agentkv.agent import run_episode
+from agentkv.envs.actions import Click, Hotkey
 from agentkv.grammars import ParseError
 from agentkv.play import Plan, open_folder
 from agentkv.trace import ACTIONS, EpisodeTrace, NoSpace, action_from_dict, action_to_dict
-from envs.actions import Click, Hotkey
 from tests.agentkv.fake_episodes import META, FakeEnv, FakePolicy, fake_run
 
 ABOUT = {"method": "gui-kv", "budget": 0.4, "task": "click-tab", "seed": 3}

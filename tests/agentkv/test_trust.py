@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from agentkv.agent import Limits, ScriptPolicy, run_episode
+from agentkv.envs import live
+from agentkv.envs.actions import Click
+from agentkv.envs.browser import Browser
 from agentkv.trace import EpisodeTrace, read_episode
-from envs import live
-from envs.actions import Click
-from envs.browser import Browser
 
 pytestmark = pytest.mark.browser
 SIZE = (200, 160)

@@ -8,11 +8,11 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
+from agentkv.eval import decoding
 from dlm import generate
 from dlm.config import DecodingConfig, add_arguments, config_of, from_arguments
 from dlm.decode import Stats, decode
 from dlm.unmask import Sampling, resolve_unmask
-from eval import decoding
 from tests.dlm.toys import END, llada, prompts
 
 NAMES = [f.name for f in fields(DecodingConfig)]

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from envs.browser import Browser, ChromiumMissing
+from agentkv.envs.browser import Browser, ChromiumMissing
 
 SEEDS = int(os.environ.get("ENV_SEEDS", "1"))
 

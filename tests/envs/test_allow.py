@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envs.allow import AllowList, file_path, origin
+from agentkv.envs.allow import AllowList, file_path, origin
 
 
 def test_origin_fills_in_the_port_and_maps_sockets() -> None:

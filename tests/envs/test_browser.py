@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Error
 
-import envs
-from envs import live
-from envs.actions import Click, Wait
-from envs.allow import AllowList
-from envs.browser import CHROMIUM_VARIABLE, Browser, ChromiumMissing, find_chromium
-from envs.tab import BrowserCrashed
+from agentkv import envs
+from agentkv.envs import live
+from agentkv.envs.actions import Click, Wait
+from agentkv.envs.allow import AllowList
+from agentkv.envs.browser import CHROMIUM_VARIABLE, Browser, ChromiumMissing, find_chromium
+from agentkv.envs.tab import BrowserCrashed
 from tests.envs.conftest import Site
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-import envs
-from envs import miniwob, oracle
-from envs.actions import CallUser, Click, Finished, Hotkey, Type, Wait
-from envs.browser import Browser
-from envs.scripted.look import Look
-from envs.spaces import MAX_GOAL, ActionSpace, GoalSpace
-from envs.web import WebEnv
+from agentkv import envs
+from agentkv.envs import miniwob, oracle
+from agentkv.envs.actions import CallUser, Click, Finished, Hotkey, Type, Wait
+from agentkv.envs.browser import Browser
+from agentkv.envs.scripted.look import Look
+from agentkv.envs.spaces import MAX_GOAL, ActionSpace, GoalSpace
+from agentkv.envs.web import WebEnv
 from tests.envs.conftest import SEEDS
 
 

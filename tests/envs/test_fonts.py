@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import envs
-from envs import fonts, live, pixels
-from envs.browser import Browser
+from agentkv import envs
+from agentkv.envs import fonts, live, pixels
+from agentkv.envs.browser import Browser
 
 DEJAVU = Path("/usr/share/fonts/truetype/dejavu")
 CONFIG = '<?xml version="1.0"?><fontconfig><dir>{}</dir></fontconfig>'

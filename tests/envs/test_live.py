@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from envs import live
-from envs.actions import Click, Finished, Type
-from envs.browser import Browser
-from envs.tab import PageNotLoaded
+from agentkv.envs import live
+from agentkv.envs.actions import Click, Finished, Type
+from agentkv.envs.browser import Browser
+from agentkv.envs.tab import PageNotLoaded
 from tests.envs.conftest import Site
 
 SIZE = (200, 200)

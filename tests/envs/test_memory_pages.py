@@ -7,14 +7,14 @@ from collections import Counter
 
 import pytest
 
-import envs
-from envs import oracle
-from envs.actions import Click, Type
-from envs.allow import AllowList
-from envs.browser import Browser
-from envs.memory import PAGES, MemoryTask
-from envs.scripted.look import Look
-from envs.web import WebEnv
+from agentkv import envs
+from agentkv.envs import oracle
+from agentkv.envs.actions import Click, Type
+from agentkv.envs.allow import AllowList
+from agentkv.envs.browser import Browser
+from agentkv.envs.memory import PAGES, MemoryTask
+from agentkv.envs.scripted.look import Look
+from agentkv.envs.web import WebEnv
 
 
 def to_the_question(env: WebEnv, seed: int) -> list[str]:

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import envs
-from envs import oracle
-from envs.actions import Click
-from envs.browser import Browser
-from envs.scripted.look import Look, ScriptLost, aim
+from agentkv import envs
+from agentkv.envs import oracle
+from agentkv.envs.actions import Click
+from agentkv.envs.browser import Browser
+from agentkv.envs.scripted.look import Look, ScriptLost, aim
 
 points = st.lists(st.tuples(st.floats(0, 160), st.floats(0, 210)), min_size=1, max_size=30).map(tuple)
 

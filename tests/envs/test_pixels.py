@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs import pixels
-from envs.browser import Browser
+from agentkv.envs import pixels
+from agentkv.envs.browser import Browser
 
 NOW = {"chromium": "1", "machine": "Linux x86_64", "screens": {"a": "00", "b": "11"}}
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from envs import live
-from envs.actions import Action, Click, Finished, Hotkey, Type
-from envs.browser import Browser
-from envs.shop import Shop
-from envs.web import WebEnv
+from agentkv.envs import live
+from agentkv.envs.actions import Action, Click, Finished, Hotkey, Type
+from agentkv.envs.browser import Browser
+from agentkv.envs.shop import Shop
+from agentkv.envs.web import WebEnv
 
 SIZE = (900, 600)
 ORDER = "Order placed: 2 x teapot (blue) for Ada, Elm 7, collected."

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import pytest
 
-import envs
-from envs import live
-from envs.actions import Click, Wait
-from envs.browser import Browser
-from envs.tab import BrowserCrashed, PageNotLoaded
-from envs.web import WebEnv
+from agentkv import envs
+from agentkv.envs import live
+from agentkv.envs.actions import Click, Wait
+from agentkv.envs.browser import Browser
+from agentkv.envs.tab import BrowserCrashed, PageNotLoaded
+from agentkv.envs.web import WebEnv
 from tests.envs.conftest import Site
 
 SIZE = (200, 200)

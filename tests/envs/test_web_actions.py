@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envs import live
-from envs.act import check
-from envs.actions import (
+from agentkv.envs import live
+from agentkv.envs.act import check
+from agentkv.envs.actions import (
     MODIFIER_KEYS,
     NAMED_KEYS,
     CallUser,
@@ -35,8 +35,8 @@ from envs.actions import (
     Type,
     Wait,
 )
-from envs.browser import Browser
-from envs.web import WebEnv
+from agentkv.envs.browser import Browser
+from agentkv.envs.web import WebEnv
 
 SIZE = (200, 200)
 PAGE = """<!doctype html><body style="margin: 0; width: 200px; height: 200px; user-select: none">

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval.biased import EVERY_LAYER, NORMS, PLACEMENTS, biased_mini
-from eval.textbench import continuation, examples, text_rows
+from agentkv.eval.biased import EVERY_LAYER, NORMS, PLACEMENTS, biased_mini
+from agentkv.eval.textbench import continuation, examples, text_rows
 from tests.textkv.methods.test_kivi import PerToken
 from textkv import MethodCache, use
 from textkv.mini import load_mini

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from agentkv.eval import decoding, gsm8k
 from dlm import mini, sources
 from dlm.cache import list_caches
 from dlm.config import DecodingConfig
@@ -18,7 +19,6 @@ from dlm.mini.problems import make_problem
 from dlm.mini.tokenizer import build_tokenizer
 from dlm.prompts import pad_left
 from dlm.unmask import list_rules
-from eval import decoding, gsm8k
 from tests.dlm import untrained
 
 SMALL = ["--gen-length", "6", "--block-length", "3", "--device", "cpu"]

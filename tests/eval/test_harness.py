@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("lm_eval", reason="needs the extra `harness`")
 
-from eval import harness  # noqa: E402
-from eval.textbench import load_text_model  # noqa: E402
+from agentkv.eval import harness  # noqa: E402
+from agentkv.eval.textbench import load_text_model  # noqa: E402
 from textkv.mini.checkpoint import export  # noqa: E402
 from textkv.mini.filler import sentences  # noqa: E402
 from textkv.mini.shape import fresh_model  # noqa: E402

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eval.memory import Allocations, decoding_memory, decoding_row
-from eval.quantized import HAS_FP8
+from agentkv.eval.memory import Allocations, decoding_memory, decoding_row
+from agentkv.eval.quantized import HAS_FP8
 from tests.textkv import tiny
 
 

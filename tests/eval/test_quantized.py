@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
-from eval import quantized
-from eval.quantized import BACKENDS, HAS_FP8, ForeignCache, open_cache, parse_foreign, takes_budget, tensors_in
-from eval.textbench import held
+from agentkv.eval import quantized
+from agentkv.eval.quantized import BACKENDS, HAS_FP8, ForeignCache, open_cache, parse_foreign, takes_budget, tensors_in
+from agentkv.eval.textbench import held
 from tests.textkv import tiny
 from textkv import MethodCache, use
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eval import speed
+from agentkv.eval import speed
 from tests.textkv import tiny
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import leaderboard, needle, perplexity
-from eval.quantized import HAS_FP8
-from eval.textbench import continuation, examples, load_text_model, recall, text_rows
+from agentkv.eval import leaderboard, needle, perplexity
+from agentkv.eval.quantized import HAS_FP8
+from agentkv.eval.textbench import continuation, examples, load_text_model, recall, text_rows
 from textkv.mini.checkpoint import export
 from textkv.mini.filler import sentences
 from textkv.mini.shape import fresh_model

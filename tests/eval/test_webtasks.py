@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval.paired import difference
-from eval.webtasks import Study, differences_of, main, rows_of
+from agentkv.eval.paired import difference
+from agentkv.eval.webtasks import Study, differences_of, main, rows_of
 
 
 def study(out: Path, **changes: object) -> Study:

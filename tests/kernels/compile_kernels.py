@@ -16,8 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-import kernels
-from kernels.pack import Bits, LowRank, Sparse
+from textkv import kernels
+from textkv.kernels.pack import Bits, LowRank, Sparse
 
 SHARED_LIMIT = 99 * 1024  # bytes of one program on the smallest GPUs of compute capability 8.6 and 8.9
 POINTERS = {
@@ -72,7 +72,7 @@ def record() -> list[Recorder]:
     """Put a recorder in the place of every kernel."""
     recorders = []
     for operation in kernels.OPERATIONS:
-        module = importlib.import_module(f"kernels.{operation}")
+        module = importlib.import_module(f"textkv.kernels.{operation}")
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction) and name.endswith("_kernel"):
                 recorders.append(Recorder(value))

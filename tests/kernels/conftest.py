@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-import kernels
+from textkv import kernels
 
 INTERNAL = ("_tiles",)  # modules with device functions beside those of the operations
 
@@ -55,7 +55,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, poison: None) -> Iterator[None]
     from triton.runtime.jit import JITFunction
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
-    ours = [importlib.import_module(f"kernels.{name}") for name in (*kernels.OPERATIONS, *INTERNAL)]
+    ours = [importlib.import_module(f"textkv.kernels.{name}") for name in (*kernels.OPERATIONS, *INTERNAL)]
     for module in (triton.language, standard, *ours):
         for name, function in list(vars(module).items()):
             if isinstance(function, JITFunction):

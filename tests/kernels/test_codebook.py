@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels.codebook import FITS, decode, encode, from_bytes, lloyd_max, row_bytes, to_bytes, turn, turn_back
+from textkv.kernels.codebook import FITS, decode, encode, from_bytes, lloyd_max, row_bytes, to_bytes, turn, turn_back
 
 POSITIVE = {  # the positive half, for variance 1
     1: [0.797885],

@@ -5,11 +5,11 @@ from importlib import import_module
 import pytest
 import torch
 
-from kernels import coded_attention, decode_attention
-from kernels.codebook import decode, encode, turn_back
+from textkv.kernels import coded_attention, decode_attention
+from textkv.kernels.codebook import decode, encode, turn_back
 
 SCALE = 0.3
-MODULE = import_module("kernels.coded_attention")  # `kernels.coded_attention` is the function
+MODULE = import_module("textkv.kernels.coded_attention")  # `kernels.coded_attention` is the function
 
 
 def cached(B, G, n, D, bits=(4, 4), marked=0.0):

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import compact
-from kernels.compact import Rows
 from tests.kernels.helpers import randn
+from textkv.kernels import compact
+from textkv.kernels.compact import Rows
 
 
 def kept_indices(B, G, n, C):

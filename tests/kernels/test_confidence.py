@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import confidence
-from kernels.confidence import _launch
 from tests.kernels.helpers import mismatch, randn
+from textkv.kernels import confidence
+from textkv.kernels.confidence import _launch
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
 

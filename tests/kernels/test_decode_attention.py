@@ -5,10 +5,10 @@ import importlib
 import pytest
 import torch
 
-from kernels import compact, decode_attention
 from tests.kernels.helpers import causal_mask, mismatch, naive, poisoned, ragged, randn
+from textkv.kernels import compact, decode_attention
 
-module = importlib.import_module("kernels.decode_attention")
+module = importlib.import_module("textkv.kernels.decode_attention")
 
 
 @pytest.mark.parametrize("B, G, group, m, n, D", [(1, 1, 1, 1, 1, 64), (2, 2, 4, 3, 65, 80), (3, 1, 7, 5, 4, 128)])

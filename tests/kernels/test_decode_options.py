@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import decode_attention, merge
 from tests.kernels.helpers import TOLERANCE, causal_mask, mismatch, naive, poisoned, ragged, randn
+from textkv.kernels import decode_attention, merge
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "fused", "triton"])
 CAPPING = pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from kernels import decode_attention, merge
-from kernels._fused import _QUERIES
 from tests.kernels.helpers import mismatch, poisoned, ragged, randn
+from textkv.kernels import decode_attention, merge
+from textkv.kernels._fused import _QUERIES
 
 SHAPES = [(1, 1, 1, 1, 64), (1, 3, 3, 65, 64), (2, 2, 4, 33, 80), (3, 1, 7, 130, 20), (2, 4, 1, 70, 512)]
 

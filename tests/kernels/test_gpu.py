@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import (
+from tests.compare import mismatch
+from textkv.kernels import (
     compact,
     confidence,
     decode_attention,
@@ -18,8 +19,7 @@ from kernels import (
     subspace_residual,
     window_mass,
 )
-from kernels.pack import LowRank, Sparse
-from tests.compare import mismatch
+from textkv.kernels.pack import LowRank, Sparse
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import decode_attention, merge
 from tests.kernels.helpers import mismatch, randn
+from textkv.kernels import decode_attention, merge
 
 
 def parts_of(cuts, dtype=torch.float32, heads=4, m=3, n=60):

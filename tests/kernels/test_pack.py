@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import pack
-from kernels.pack import LowRank, Packed, Sparse, channel_group, entries, expand, unpack
+from textkv.kernels import pack
+from textkv.kernels.pack import LowRank, Packed, Sparse, channel_group, entries, expand, unpack
 
 LAYOUTS = pytest.mark.parametrize("layout", ["channel", "token"])
 BITS = pytest.mark.parametrize("bits", [2, 4, 8])

@@ -1,4 +1,4 @@
-"""The package itself: light, usable without Triton, and at peace with the PyPI package of the same import name."""
+"""The package itself: usable without Triton, and at peace with the PyPI package of the same name as its folder."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
-
-import kernels
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,21 +87,24 @@ def other(tmp_path: Path) -> Path:
 
 def test_operations_stay_functions_whatever_is_imported_first():
     code = """
-from kernels.merge import merge
-import kernels.rotate
-from kernels import merge as again, rotate, compact
+from textkv.kernels.merge import merge
+import textkv.kernels.rotate
+from textkv import kernels
+from textkv.kernels import merge as again, rotate, compact
 assert merge is again is kernels.merge and callable(rotate) and callable(compact)
 assert callable(kernels.rotate) and not hasattr(kernels, "no_such_name")
 try:
-    from kernels import no_such_name
+    from textkv.kernels import no_such_name
 except ImportError as error:
     print(error)
 """
-    assert "cannot import name 'no_such_name' from 'kernels'" in run(code, ROOT)
+    assert "cannot import name 'no_such_name' from 'textkv.kernels'" in run(code, ROOT)
 
 
-def test_import_is_light():
-    code = "import sys, kernels; print([name for name in ('torch', 'triton', 'transformers') if name in sys.modules])"
+def test_operations_come_when_they_are_asked_for():
+    code = (
+        "import sys, kernels; print([name for name in ('triton', 'textkv.kernels.confidence') if name in sys.modules])"
+    )
     assert run(code, ROOT).strip() == "[]"
 
 
@@ -112,7 +112,8 @@ def test_works_without_triton_and_never_names_it_on_the_cpu():
     code = """
 import sys
 sys.modules["triton"] = None  # as if it were not installed
-import torch, kernels
+import torch
+from textkv import kernels
 q, k = torch.ones(1, 2, 1, 8), torch.ones(1, 1, 3, 8)
 out, lse = kernels.decode_attention(q, k, k, scale=1.0)
 kernels.merge([out], [lse]); kernels.window_mass(q, k, scale=1.0); kernels.rotate(k, torch.tensor(1), torch.ones(4))
@@ -123,58 +124,41 @@ print(round(out.sum().item()))
     assert run(code, ROOT).strip() == "16"
 
 
-def test_version_is_that_of_the_project():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert kernels._VERSION == project["version"]
+def test_the_bare_name_at_the_root_of_a_checkout_is_no_second_copy():
+    code = "import kernels, textkv.kernels, envs, agentkv.envs; "
+    code += "print(kernels.merge is textkv.kernels.merge, envs.make is agentkv.envs.make)"
+    assert run(code, ROOT).strip() == "True True"
 
 
 def test_transformers_without_the_other_package():
-    if importlib.util.find_spec("kernels").submodule_search_locations[1:] or kernels._other is not None:
+    if any(Path(entry, "kernels", "layer").exists() for entry in sys.path):
         pytest.skip("the other package is installed here")
-    code = LOAD_A_MODEL + "import kernels; print(is_kernels_available(), kernels.__version__, bool(kernels.OPERATIONS))"
-    assert run(code, ROOT).strip() == f"False {kernels._VERSION} True"
+    assert run(LOAD_A_MODEL + "print(is_kernels_available())", ROOT).strip() == "False"
 
 
-def test_transformers_with_the_other_package_behind_ours(other):
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_transformers_gets_the_other_package_and_we_ours(other, ours_first):
     pytest.importorskip("transformers")
     code = (
         LOAD_A_MODEL
         + """
-import kernels, kernels.layer
+import kernels, kernels.layer, textkv.kernels
 from transformers.integrations import hub_kernels
 assert is_kernels_available() and hub_kernels.LayerRepository is kernels.layer.LayerRepository
 assert kernels.LayerRepository is kernels.layer.LayerRepository and kernels.Mode is kernels.layer.Mode
-assert callable(kernels.decode_attention) and kernels.decode_attention.__module__ == "kernels.decode_attention"
+assert textkv.kernels.decode_attention.__module__ == "textkv.kernels.decode_attention"
+assert not hasattr(kernels, "decode_attention")
 print(kernels.__version__)
 """
     )
-    assert run(code, ROOT, other).split("\n")[:2] == ["the other package was loaded", other_version()]
+    paths = (ROOT, other) if ours_first else (other, ROOT)
+    assert run(code, *paths).split("\n")[:2] == ["the other package was loaded", other_version()]
 
 
-def test_the_other_package_is_not_loaded_before_it_is_needed(other):
-    code = """
-import kernels
-kernels.merge, kernels.OPERATIONS, getattr(kernels, "__wrapped__", None)
-import kernels.layer
-print("quiet so far"); kernels.get_kernel; kernels.kernelize
-try:
-    kernels.no_such_name
-except AttributeError:
-    print("no such name")
-"""
-    assert run(code, ROOT, other).split("\n")[:3] == ["quiet so far", "the other package was loaded", "no such name"]
-
-
-def test_ours_hidden_behind_the_other_package_can_be_noticed(other):
-    assert "False" in run("import kernels; print(hasattr(kernels, 'OPERATIONS'))", other, ROOT)
-
-
-def test_a_bare_folder_or_a_second_copy_of_ours_is_not_the_other_package(tmp_path):
-    copy = tmp_path / "copy" / "kernels"
-    copy.mkdir(parents=True)
-    for file in (ROOT / "kernels").glob("*.py"):
-        (copy / file.name).write_text(file.read_text())
-    (tmp_path / "bare" / "kernels").mkdir(parents=True)
-    code = "import kernels; print(kernels._other, hasattr(kernels, 'get_kernel'), len(kernels.__path__))"
-    for folder in (copy.parent, tmp_path / "bare"):
-        assert run(code, ROOT, folder).strip() == "None False 1"
+def test_a_folder_or_file_of_such_a_name_in_the_working_directory_disturbs_nothing(tmp_path):
+    for name in ("kernels", "envs", "eval"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('not ours')")
+    (tmp_path / "eval.py").write_text("raise RuntimeError('not ours')")
+    code = "import textkv.kernels, agentkv.envs, agentkv.eval.textbench; print(textkv.kernels.merge.__name__)"
+    assert run(code, tmp_path, ROOT).strip() == "merge"

@@ -5,13 +5,13 @@ import importlib
 import pytest
 import torch
 
-from kernels import decode_attention, pack, packed_attention
-from kernels.pack import LowRank, Packed, Sparse, unpack
-from kernels.rotate import frequency_axes
 from tests.kernels.helpers import TOLERANCE, mismatch, randn
+from textkv.kernels import decode_attention, pack, packed_attention
+from textkv.kernels.pack import LowRank, Packed, Sparse, unpack
+from textkv.kernels.rotate import frequency_axes
 
-module = importlib.import_module("kernels.packed_attention")
-tiles = importlib.import_module("kernels._packed_reference")
+module = importlib.import_module("textkv.kernels.packed_attention")
+tiles = importlib.import_module("textkv.kernels._packed_reference")
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "fused", "triton"])
 

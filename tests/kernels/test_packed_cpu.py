@@ -9,13 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import packed_attention
-from kernels.pack import Packed
 from tests.kernels.helpers import TOLERANCE, mismatch, randn
 from tests.kernels.test_fused import calls
 from tests.kernels.test_packed_attention import cache, rotary_centre
+from textkv.kernels import packed_attention
+from textkv.kernels.pack import Packed
 
-module = importlib.import_module("kernels._packed_cpu")
+module = importlib.import_module("textkv.kernels._packed_cpu")
 
 
 class Largest(TorchDispatchMode):

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import rotate
 from tests.kernels.helpers import mismatch, randn
+from textkv.kernels import rotate
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
 LAYOUTS = pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import subspace_residual
 from tests.kernels.helpers import mismatch, randn
+from textkv.kernels import subspace_residual
 
 
 def orthonormal(B, G, D, r):

@@ -5,10 +5,10 @@ import importlib
 import pytest
 import torch
 
-from kernels import window_mass
 from tests.kernels.helpers import mismatch, poisoned, randn
+from textkv.kernels import window_mass
 
-module = importlib.import_module("kernels.window_mass")
+module = importlib.import_module("textkv.kernels.window_mass")
 
 
 def naive(q, k, scale, valid, softcap=None):

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 import textkv
-from eval import tiny as families
+from agentkv.eval import tiny as families
 from tests.textkv import tiny
 
 KINDS = {"dense": "llama", "sliding": "gemma3_text", "hybrid": "qwen3_next", "sinks": "gpt_oss"}

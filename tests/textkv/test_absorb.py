@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import decode_attention
 from textkv import MethodCache
+from textkv.kernels import decode_attention
 
 KV_HEADS, HEADS, DIM = 2, 4, 16
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from kernels import decode_attention
+from textkv.kernels import decode_attention
 from textkv.segments.base import Step, Stored
 from textkv.segments.coded import CodedSegment, Coding
 from textkv.segments.ragged import RaggedSegment

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval.tiny import build
+from agentkv.eval.tiny import build
 from tests.textkv import tiny
 from textkv import Conversation, MethodCache
 from textkv.kinds import text_model

@@ -1,10 +1,5 @@
 """Composition strings, the registry, and what is refused when a method is built."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 import textkv
@@ -74,14 +69,3 @@ def test_public_surface():
         "AtRest", "Budget", "CacheReport", "Capabilities", "Conversation", "Method", "MethodCache", "Needs",
         "list_methods", "register", "release", "resolve_method", "split_list", "use",
     }  # fmt: skip
-
-
-def test_another_package_called_kernels_is_named_in_one_clear_error(tmp_path):
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("__version__ = '0.11'")
-    root = Path(textkv.__file__).parent.parent
-    run = subprocess.run(
-        [sys.executable, "-c", "import textkv"], env={**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"},
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 1 and "another package of that name, and not ours; put the folder of this" in run.stderr

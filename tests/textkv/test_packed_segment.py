@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from kernels import decode_attention
 from tests.compare import mismatch
+from textkv.kernels import decode_attention
 from textkv.methods.gear import Gear
 from textkv.segments.base import Step, storage_bytes
 from textkv.segments.block_pool import blocks_of

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import decode_attention
 from tests.compare import mismatch
+from textkv.kernels import decode_attention
 from textkv.segments import paired
 from textkv.segments.base import Step, storage_bytes
 from textkv.segments.dense import DenseSegment

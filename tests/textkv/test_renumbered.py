@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import rotate
 from tests.textkv.methods.test_lacache_ladder import Stream
+from textkv.kernels import rotate
 from textkv.methods.lacache import Ladder
 from textkv.positions import RotarySpec
 from textkv.segments.base import Step

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.rotate import frequency_axes
 from tests.compare import mismatch
 from tests.kernels.test_rotate import model_rope
 from tests.textkv import tiny
 from textkv import Conversation, MethodCache, probes
+from textkv.kernels.rotate import frequency_axes
 from textkv.positions import PositionTable, RotarySpec, turned
 
 TURNED = "kivi(8,group=16,residual=16,centre='turned')"

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import rotate
 from tests.compare import mismatch
+from textkv.kernels import rotate
 from textkv.slerp import Extent, Retention, slerp
 
 

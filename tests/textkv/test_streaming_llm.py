@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import rotate
 from tests.compare import mismatch
 from tests.textkv import tiny
 from textkv import MethodCache
+from textkv.kernels import rotate
 
 EXACT = "streaming_llm(sinks={sinks},prefill='exact_stream',positions='{positions}')"
 

@@ -19,12 +19,12 @@ from typing import ClassVar, Literal
 
 import torch
 
-from kernels import window_mass
 from textkv.budgets import apportion
 from textkv.context import Context
 from textkv.decode_eviction import last_row
 from textkv.eviction import NEVER, Eviction, keep_best
 from textkv.evidence import Evidence, Needs
+from textkv.kernels import window_mass
 from textkv.layer import Layer
 from textkv.method import Capabilities, register
 from textkv.scores import fit_window, group_mean, pool, with_window

@@ -21,11 +21,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from kernels import window_mass
 from textkv.context import Context
 from textkv.duo.pattern import Pattern, full_heads
 from textkv.eviction import NEVER
 from textkv.evidence import Evidence, Needs
+from textkv.kernels import window_mass
 from textkv.layer import Layer
 from textkv.method import Capabilities, Method, register
 from textkv.scores import group_mean

@@ -24,7 +24,7 @@ from typing import Literal
 
 import torch
 
-from kernels.pack import FLOAT16_MAX, LowRank, Packed, Sparse, pack, unpack
+from textkv.kernels.pack import FLOAT16_MAX, LowRank, Packed, Sparse, pack, unpack
 from textkv.layer import Layer
 from textkv.method import register
 from textkv.packing import Packer

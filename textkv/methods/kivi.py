@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.pack import Packed, pack
+from textkv.kernels.pack import Packed, pack
 from textkv.method import register
 from textkv.packing import Packer
 from textkv.segments.block_pool import blocks_of

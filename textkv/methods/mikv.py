@@ -21,10 +21,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from kernels.pack import Bits, channel_group, check_block, pack
 from textkv.context import Context
 from textkv.decode_eviction import DecodeEviction, attention_row
 from textkv.evidence import Evidence, Needs
+from textkv.kernels.pack import Bits, channel_group, check_block, pack
 from textkv.layer import Layer
 from textkv.method import Capabilities, Method, register
 from textkv.methods.h2o import H2O

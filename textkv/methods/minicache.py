@@ -18,9 +18,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from kernels.pack import Bits, check_block
 from textkv.eviction import PROTECTED, Eviction, keep_best
 from textkv.evidence import Evidence, Needs
+from textkv.kernels.pack import Bits, check_block
 from textkv.layer import Layer
 from textkv.method import Capabilities, Method, register
 from textkv.segments.dense import DenseSegment

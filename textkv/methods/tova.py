@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels import window_mass
 from textkv.decode_eviction import DecodeEviction, protect
 from textkv.evidence import Evidence, Needs
+from textkv.kernels import window_mass
 from textkv.layer import Layer
 from textkv.method import register
 from textkv.segments.base import Stored

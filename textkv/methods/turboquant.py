@@ -25,10 +25,10 @@ from typing import ClassVar, get_args
 
 import torch
 
-from kernels.codebook import Fit, check_bits
 from textkv.centring import Centring, check_centring, find_centre, followed
 from textkv.context import Context
 from textkv.evidence import Evidence, Needs
+from textkv.kernels.codebook import Fit, check_bits
 from textkv.layer import Layer
 from textkv.method import Capabilities, Method, register
 from textkv.positions import RotarySpec

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kernels import decode_attention, merge
+from textkv.kernels import decode_attention, merge
 from textkv.registry import Registry
 
 SEGMENTS = Registry("segment")

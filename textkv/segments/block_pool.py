@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from kernels.pack import Packed, pack, unpack
+from textkv.kernels.pack import Packed, pack, unpack
 
 
 @dataclass

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels import coded_attention
-from kernels.codebook import Fit, decode, encode, turn_back
+from textkv.kernels import coded_attention
+from textkv.kernels.codebook import Fit, decode, encode, turn_back
 from textkv.positions import turned
 from textkv.segments.base import SEGMENTS, Segment, Step, Stored, register_segment, shown
 from textkv.segments.dense import DenseSegment

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels import compact, decode_attention
+from textkv.kernels import compact, decode_attention
 from textkv.segments.base import Segment, Step, Stored, compact_storage, register_segment, shown
 from textkv.segments.ragged import RaggedSegment
 

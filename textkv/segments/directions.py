@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from kernels.pack import Bits, Layout, Packed, pack, unpack
+from textkv.kernels.pack import Bits, Layout, Packed, pack, unpack
 
 Unit = torch.Tensor | Packed
 

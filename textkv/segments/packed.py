@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from kernels import merge, packed_attention
-from kernels.pack import Packed, unpack
+from textkv.kernels import merge, packed_attention
+from textkv.kernels.pack import Packed, unpack
 from textkv.positions import turned
 from textkv.segments.base import Segment, Step, Stored, compact_storage, register_segment, shown
 from textkv.segments.block_pool import BlockPool, fits, padded, rows_of, thinned, with_room, write

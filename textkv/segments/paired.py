@@ -15,8 +15,8 @@ from typing import Literal
 
 import torch
 
-from kernels import decode_attention, merge
-from kernels.pack import Bits
+from textkv.kernels import decode_attention, merge
+from textkv.kernels.pack import Bits
 from textkv.segments.base import Segment, Step, Stored, register_segment, shown
 from textkv.segments.dense import DenseSegment
 from textkv.segments.directions import Directions, plain, store

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels import decode_attention
+from textkv.kernels import decode_attention
 from textkv.segments.base import Segment, Step, Stored, attend_stored, register_segment
 
 

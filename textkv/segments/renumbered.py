@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels import decode_attention, merge
+from textkv.kernels import decode_attention, merge
 from textkv.positions import RotarySpec
 from textkv.segments.base import Step, register_segment, shown
 from textkv.segments.dense import DenseSegment

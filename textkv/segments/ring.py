@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels import decode_attention, merge
-from kernels.merge import joined
+from textkv.kernels import decode_attention, merge
+from textkv.kernels.merge import joined
 from textkv.positions import RotarySpec
 from textkv.segments.base import Segment, Step, Stored, register_segment, shown
 

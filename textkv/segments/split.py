@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels import merge
+from textkv.kernels import merge
 from textkv.segments.base import (
     Segment,
     Step,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels import merge
+from textkv.kernels import merge
 from textkv.segments.base import (
     Segment,
     Step,

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from kernels import decode_attention, merge
+from textkv.kernels import decode_attention, merge
 from textkv.segments.base import Segment, Step, block_attention, register_segment, shown
 from textkv.segments.dense import DenseSegment
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agentkv.envs.actions import Click
 from agentkv.grammars import opencua, tool_call, ui_tars
 from agentkv.grammars.base import CoordinateSpace, Frame, ParseError, Reject
-from envs.actions import Click
 
 sizes = st.tuples(st.integers(1, 4000), st.integers(1, 4000))
 shares = st.tuples(st.floats(0, 1), st.floats(0, 1))

@@ -8,10 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentkv.grammars.base import CoordinateSpace, Frame, ParseError, Reading
-from agentkv.grammars.tool_call import parse, parse_all, read, render
-from envs import actions as acts
-from envs.actions import (
+from agentkv.envs import actions as acts
+from agentkv.envs.actions import (
     Click,
     DoubleClick,
     Drag,
@@ -25,6 +23,8 @@ from envs.actions import (
     Type,
     Wait,
 )
+from agentkv.grammars.base import CoordinateSpace, Frame, ParseError, Reading
+from agentkv.grammars.tool_call import parse, parse_all, read, render
 
 FRAME = Frame((160, 210), (168, 224))
 SAME = Frame((280, 280), (280, 280))

@@ -10,9 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentkv.grammars.base import MAX_REPLY, Frame, ParseError, Reading
-from agentkv.grammars.ui_tars import parse, parse_all, read, render
-from envs.actions import (
+from agentkv.envs.actions import (
     CallUser,
     Click,
     DoubleClick,
@@ -33,6 +31,8 @@ from envs.actions import (
     Type,
     Wait,
 )
+from agentkv.grammars.base import MAX_REPLY, Frame, ParseError, Reading
+from agentkv.grammars.ui_tars import parse, parse_all, read, render
 
 FRAME = Frame((160, 210), (168, 224))
 SAME = Frame((280, 280), (280, 280))

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import DynamicCache
 
 import textkv
+from agentkv.envs.actions import Click
 from agentkv.grammars import CoordinateSpace
 from agentkv.models import load_adapter
 from agentkv.models.opencua import OPENCUA, OpenCuaAdapter
 from agentkv.models.opencua_model import OpenCuaConfig
-from envs.actions import Click
 from tests.agentkv.models import opencua_checkpoint as official
 from tests.agentkv.models.build import screenshot
 from textkv.attention import use

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from transformers.initialization import no_init_weights
 
 from agentkv.agent import Agent
+from agentkv.envs.actions import Click
 from agentkv.grammars import CoordinateSpace, Frame, ParseError
 from agentkv.models.chat import ChatAdapter
 from agentkv.models.opencua import OpenCuaAdapter
@@ -26,7 +27,6 @@ from agentkv.models.opencua_model import OpenCuaConfig
 from agentkv.models.qwen3_vl import Qwen3VLAdapter
 from agentkv.models.qwen_vl import QwenVLAdapter
 from agentkv.models.ui_tars import UiTarsAdapter
-from envs.actions import Click
 from tests.agentkv.models import opencua_checkpoint
 from tests.agentkv.models.build import (
     fill,

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from kernels import rotate
 from tests.compare import mismatch
 from tests.textkv import tiny
 from tests.textkv.methods.test_h2o import attention, blocks_of, feed, sizes_of, tokens
 from textkv import Budget, MethodCache
 from textkv.conformance import CHECKS, check_method
+from textkv.kernels import rotate
 from textkv.methods import d2o
 from textkv.methods.d2o import D2O, THRESHOLD, D2OOfficial, absorb, nearest, spread
 from textkv.positions import RotarySpec

@@ -7,13 +7,13 @@ from typing import ClassVar
 import pytest
 import torch
 
-from kernels import rotate
 from tests.compare import mismatch
 from tests.textkv import tiny
 from textkv import Method, MethodCache, Needs, resolve_method
 from textkv.conformance import check_method
 from textkv.eviction import PROTECTED
 from textkv.evidence import Evidence, QueryMoments
+from textkv.kernels import rotate
 from textkv.kinds import text_model
 from textkv.methods.expected import Expected, mean_rotation
 from textkv.positions import RotarySpec

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.pack import unpack
 from tests.compare import mismatch
 from tests.textkv import tiny
 from textkv import MethodCache, resolve_method
 from textkv.conformance import check_method
+from textkv.kernels.pack import unpack
 from textkv.methods.gear import Gear, GearL, extremes, low_rank
 from textkv.methods.kivi import Kivi
 from textkv.segments.base import storage_bytes

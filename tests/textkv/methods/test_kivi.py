@@ -10,12 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from kernels import decode_attention, pack
-from kernels.pack import unpack
 from tests.compare import mismatch
 from tests.textkv import tiny
 from textkv import MethodCache, resolve_method
 from textkv.conformance import CHECKS, check_method
+from textkv.kernels import decode_attention, pack
+from textkv.kernels.pack import unpack
 from textkv.methods.kivi import Kivi
 from textkv.segments.block_pool import blocks_of
 from textkv.segments.dense import DenseSegment

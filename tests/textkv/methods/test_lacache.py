@@ -5,11 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kernels import rotate
 from tests.textkv import tiny
 from tests.textkv.methods.test_lacache_ladder import LAYOUTS, Stream
 from textkv import MethodCache, resolve_method
 from textkv.conformance import check_method
+from textkv.kernels import rotate
 from textkv.methods.lacache import LaCache, LaCacheOfficial, Ladder
 
 

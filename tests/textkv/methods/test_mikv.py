@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kernels.pack import unpack
 from tests.compare import mismatch
 from tests.textkv import tiny
 from tests.textkv.watch import Largest
 from textkv import MethodCache, resolve_method
 from textkv.conformance import check_method
+from textkv.kernels.pack import unpack
 from textkv.methods.mikv import MiKV
 from textkv.methods.snapkv import SnapKV
 from textkv.segments.balanced import BalancedSegment

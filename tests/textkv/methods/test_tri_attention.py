@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eval import tiny as families
-from kernels import rotate
+from agentkv.eval import tiny as families
 from tests.textkv import kinds, tiny
 from tests.textkv.methods.test_expected import plain_queries
 from tests.textkv.methods.test_h2o import blocks_of, one_layer_model
@@ -15,6 +14,7 @@ from textkv.attention import CAPTURE
 from textkv.conformance import check_method
 from textkv.eviction import PROTECTED
 from textkv.evidence import Evidence, QueryCentres
+from textkv.kernels import rotate
 from textkv.methods.snapkv import SnapKV
 from textkv.methods.tri_attention import QUERIES, TriAttention, standardised, turned_ahead
 from textkv.mini import load_mini

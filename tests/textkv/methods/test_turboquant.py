@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from kernels import coded_attention, decode_attention
-from kernels.codebook import from_bytes
 from tests.textkv import tiny
 from tests.textkv.methods.test_kivi import Watch, evenly_biased
 from tests.textkv.test_coded_segment import segment_of
 from textkv import MethodCache, resolve_method, use
 from textkv.conformance import check_method
+from textkv.kernels import coded_attention, decode_attention
+from textkv.kernels.codebook import from_bytes
 from textkv.mini import load_mini
 from textkv.mini.tasks import make_example
 from textkv.segments.coded import CodedSegment

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from eval import tiny as families
+from agentkv.eval import tiny as families
 from tests.textkv import tiny
 from tests.textkv.methods.test_expected import plain_queries
 from textkv import MethodCache
