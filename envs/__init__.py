@@ -8,8 +8,16 @@ solves the tasks by script.
 This folder is imported as `agentkv.envs`.
 """
 
-from agentkv.envs.browser import Browser
-from agentkv.envs.catalogue import CURATED, make, task, task_ids
-from agentkv.envs.web import WebEnv
+from importlib.util import find_spec
+
+for _name in ("playwright", "gymnasium", "PIL"):
+    if find_spec(_name) is None:
+        raise ModuleNotFoundError(
+            f"{_name} is not installed: browsers and screenshots need pip install 'agentkv[agents]'"
+        )
+
+from agentkv.envs.browser import Browser  # noqa: E402
+from agentkv.envs.catalogue import CURATED, make, task, task_ids  # noqa: E402
+from agentkv.envs.web import WebEnv  # noqa: E402
 
 __all__ = ["CURATED", "Browser", "WebEnv", "make", "task", "task_ids"]
