@@ -4,8 +4,6 @@ import subprocess
 import sys
 
 WITHOUT = "import sys\nfor x in ('playwright', 'gymnasium', 'PIL', 'matplotlib', 'diffusers'): sys.modules[x] = None\n"
-    "import sys\nfor name in ('playwright', 'gymnasium', 'PIL', 'matplotlib', 'diffusers'): sys.modules[name] = None\n"
-)
 
 
 def test_caches_and_diffusion_models_import_without_the_extras():
