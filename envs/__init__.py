@@ -12,9 +12,7 @@ from importlib.util import find_spec
 
 for _name in ("playwright", "gymnasium", "PIL"):
     if find_spec(_name) is None:
-        raise ModuleNotFoundError(
-            f"{_name} is not installed: browsers and screenshots need pip install 'agentkv[agents]'"
-        )
+        raise ModuleNotFoundError(f"{_name} is missing: browsers and screenshots need pip install 'agentkv[agents]'")
 
 from agentkv.envs.browser import Browser  # noqa: E402
 from agentkv.envs.catalogue import CURATED, make, task, task_ids  # noqa: E402
