@@ -23,7 +23,7 @@ from textkv.layer import Layer
 from textkv.method import Capabilities
 
 BASE = OF_HEAD + "rounds.base"
-"""Mark per row, int64 [batch, 1, 1] on the CPU: what a share of the budget came to at the end of the last block."""
+"""Statistic per row, int64 [batch, 1, 1] on the CPU: what a share of the budget was at the last block's end."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from textkv.scores import fit_window, pool, with_window
 from textkv.segments.base import Stored
 
 QUERIES = OF_HEAD + "rkv.queries"
-"""Mark per row, [batch, heads, window, head_dim] in the model's dtype: the last queries, while a round is near."""
+"""Statistic per row, [batch, heads, window, head_dim] in the model's dtype: the last queries, while a round is near."""
 _TILE = 1 << 22  # fp32 similarities held at a time
 
 

@@ -41,11 +41,11 @@ from textkv.segments.base import Stored
 from textkv.tri_attention.centres import COMMAND, Centres
 
 QUERIES = OF_HEAD + "tri_attention.queries"
-"""Mark per row, fp32 [batch, heads, head_dim + R / 2 + 1]: mean, lengths and count of the prompts' queries so far."""
+"""Statistic per row, fp32 [batch, heads, head_dim + R / 2 + 1]: mean, lengths and count of all prompts' queries."""
 SHIFT = OF_HEAD + "tri_attention.shift"
-"""Mark per row, int64 [batch, 1, 1]: how far the rotary position of the newest token is ahead of its index (M-RoPE)."""
+"""Statistic per row, int64 [batch, 1, 1]: by how much the newest token's rotary position exceeds its index."""
 PIN = "tri_attention.prompt"
-"""Mark per stored token: 1 for tokens of a prompt, under `pin_prompt`."""
+"""Statistic per stored token: 1 for tokens of a prompt, under `pin_prompt`."""
 _BLOCK = 4096  # keys scored at a time: their fp32 copy is this long
 _LEAST = 1e-6  # of a spread that scores are divided by
 

@@ -91,9 +91,11 @@ class TurboQuant(Method):
 
     @property
     def evicts(self) -> bool:
+        """As the method on the left: coding alone drops nothing."""
         return self.inner is not None and self.inner.evicts
 
     def needs(self) -> Needs:
+        """What the left method needs, and where keys turn if the centre may turn with them."""
         return super().needs() | Needs(positions=self.centre in ("auto", "turned"))
 
     # ---- the left method's moments -----------------------------------------------------------------------------
@@ -109,19 +111,23 @@ class TurboQuant(Method):
             self.inner.on_start(layer)
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Lets the left method evict, then codes what is left."""
         if self.inner is not None:
             self.inner.on_prefill_end(layer, evidence)
         self._code(layer)
 
     def on_decode_begin(self, layer: Layer, query: torch.Tensor) -> None:
+        """The left method's moment."""
         if self.inner is not None:
             self.inner.on_decode_begin(layer, query)
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
+        """The left method's moment: it may drop any row, since each is coded by itself."""
         if self.inner is not None:
             self.inner.on_decode_end(layer, query)
 
     def on_finish(self, context: Context) -> None:
+        """The left method's moment, then codes what it has only now divided by heads."""
         if self.inner is not None:
             self.inner.on_finish(context)
         for layer in context.layers:  # a method that divides heads does it only now

@@ -100,11 +100,13 @@ class CodedSegment(Segment):
         return centre if self.inv_freq is None else turned(centre, positions, self.inv_freq)
 
     def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The forward's own tokens see one another exactly, and older ones by their codes."""
         result = self.read(step, need_lse)
         self.append(step)
         return result
 
     def append(self, step: Step) -> None:
+        """Codes the new tokens, one row of bytes for each key and each value; padding becomes a row of zeros."""
         k, v = step.k, step.v
         if self.head_repeat > 1:
             k, v = (x.repeat_interleave(self.head_repeat, dim=1) for x in (k, v))
@@ -136,19 +138,24 @@ class CodedSegment(Segment):
         return Stored(*(x.to(self.dtype) for x in parts), rows.positions)
 
     def keep(self, index: torch.Tensor) -> None:
+        """Moves rows of bytes: nothing is decoded, and nothing is rounded again."""
         self.rows.keep(index)
 
     def keep_mask(self, mask: torch.Tensor) -> Segment:
+        """Rows of heads that keep different numbers become ragged; the segment stays this one."""
         self.rows = self.rows.keep_mask(mask)
         return self
 
     def held_positions(self) -> torch.Tensor:
+        """Positions of the rows, holes included; no code is read."""
         return self.rows.held_positions()
 
     def lengths(self) -> torch.Tensor:
+        """Rows that hold a token, for each head."""
         return self.rows.lengths()
 
     def is_empty(self) -> bool:
+        """Whether no row has been made yet."""
         return self.rows.is_empty()
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -157,18 +164,22 @@ class CodedSegment(Segment):
         return self.rows.tensors() | {name: x for name, x in own.items() if x is not None}
 
     def take_rows(self, rows: torch.Tensor) -> None:
+        """Rearranges rows of bytes and centres; signs are the layer's, the same for all."""
         self.rows.take_rows(rows)
         self.centre, self.inv_freq = (
             None if x is None else x.index_select(0, rows.to(x.device)) for x in (self.centre, self.inv_freq)
         )
 
     def can_crop(self, tokens: int) -> bool:
+        """As the segment of rows says: rows are independent of one another."""
         return self.rows.can_crop(tokens)
 
     def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
+        """Drops the last rows; no other row depends on them."""
         self.rows.crop(tokens, real)
 
     def state(self) -> dict:
+        """Rows and centres as tensors; bits, fit and the kind of segment that holds the rows as plain values."""
         own = {"signs": self.coding.signs, "centre": self.centre, "inv_freq": self.inv_freq}
         plain = {
             "dtype": str(self.dtype).removeprefix("torch."), "bits": list(self.coding.bits), "fit": self.coding.fit,
@@ -178,6 +189,7 @@ class CodedSegment(Segment):
 
     @classmethod
     def from_state(cls, state: dict) -> CodedSegment:
+        """The segment that had this `state()`, with the same signs: the same bits are read."""
         coding = Coding(state["signs"], tuple(state["bits"]), state["fit"])
         centre, inv_freq = state.get("centre"), state.get("inv_freq")
         segment = cls(getattr(torch, state["dtype"]), coding, centre, inv_freq, state["head_repeat"])

@@ -49,12 +49,15 @@ class Watch(Method):
 
     @property
     def evicts(self) -> bool:
+        """Never: only queries are of interest."""
         return False
 
     def needs(self) -> Needs:
+        """Where queries lie, turned back to before RoPE."""
         return Needs(rope=True, query_centres=True)
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
+        """Adds this piece's centres to those of the pieces before."""
         number, new = layer.kind.number, evidence.centres
         self.found[number] = self.found[number] + new if number in self.found else new
 
