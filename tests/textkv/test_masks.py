@@ -274,3 +274,22 @@ def test_padding_adds_nothing_to_sums_of_attention(method):
     assert before[0], "the method keeps no sums: nothing is tested"
     for one, other in zip(*sums, strict=True):
         assert all(torch.equal(one[name].nan_to_num(), other[name].nan_to_num()) for name in one)
+
+
+@pytest.mark.parametrize("method", ["full", "snapkv", "h2o", "streaming_llm"])
+@pytest.mark.parametrize("kind", list(kinds.KINDS))
+def test_hidden_columns_beside_windows_states_and_sinks(kind, method):
+    """A passage hidden in a later turn and shown again, in a padded batch: as transformers' own cache does it."""
+    model, ids = kinds.model_of_kind(kind), kinds.ids(60, 2)
+    ours, plain = MethodCache(model, method, 1.0), DynamicCache(config=model.config)
+    tokens = torch.ones(2, 60, dtype=torch.int64)
+    tokens[0, :5] = 0
+    for start, stop, hides in ((0, 40, 0), (40, 41, 0), (41, 42, 0), (42, 55, 1), (55, 56, 1), (56, 60, 0)):
+        mask = tokens[:, :stop].clone()
+        mask[1, 10 : 10 + 10 * hides] = 0
+        at = (tokens[:, :stop].cumsum(1) - 1).clamp(min=0)[:, start:]
+        got, expected = (
+            kinds.logits(model, ids[:, start:stop], cache, mask, position_ids=at) for cache in (ours, plain)
+        )
+        real = mask[:, start:].bool()
+        assert (got - expected)[real].abs().max() < 1e-5
