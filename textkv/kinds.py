@@ -23,6 +23,8 @@ _NAMES: dict[str, Name] = {
     "linear_attention": "state", "conv": "state", "hybrid": "hybrid", "hybrid_sliding": "hybrid_sliding",
 }  # fmt: skip
 _WINDOWED = ("sliding", "hybrid_sliding", "chunked")
+_PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
+"""Adapters of PEFT that are a cache themselves."""
 _HANDS_ON = "ALL_ATTENTION_FUNCTIONS"
 _ATTENTION_EXTRAS = ("position_bias",)
 """Named arguments of an attention call that change its scores in a way no segment knows."""
@@ -137,6 +139,7 @@ def describe(model: PreTrainedModel) -> tuple[LayerKind, ...]:
         ValueError: a layer whose cache we cannot keep; names it and says why.
     """
     decoder, config, who = text_model(model), text_config(model), type(model).__name__
+    _refuse_adapters(model)
     _refuse_model(decoder, config, who)
     types, options = get_layer_types_and_kwargs(config)
     if isinstance(options, dict):  # transformers before 5.20 gives one for all layers
@@ -172,6 +175,15 @@ def describe(model: PreTrainedModel) -> tuple[LayerKind, ...]:
 def _with_readers(kind: LayerKind, kinds: list[LayerKind]) -> LayerKind:
     readers = sum(other.source == kind.number for other in kinds)
     return LayerKind(kind.number, kind.name, kind.window, kind.source, readers, kind.type, kind.options)
+
+
+def _refuse_adapters(model: PreTrainedModel) -> None:
+    for adapter in (getattr(model, "peft_config", None) or {}).values():
+        if getattr(adapter, "is_prompt_learning", False) and adapter.peft_type in _PREFIXES:
+            raise ValueError(
+                f"the adapter is {adapter.peft_type.value}: PEFT puts learned keys into a cache that it makes itself, so "
+                "none of ours can be given; use an adapter of weights, such as LoRA, or a learned prompt"
+            )
 
 
 def _refuse_model(decoder: PreTrainedModel, config: PreTrainedConfig, who: str) -> None:

@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from tests.compare import mismatch
 from tests.textkv import kinds, tiny
@@ -105,11 +106,30 @@ def test_a_compiled_model(method, budget):
     assert not mismatch(talk(compiled, MethodCache(model, method, budget)), expected, atol=1e-5, rtol=0)
 
 
-def test_a_model_under_adapters():
+def test_a_model_under_lora():
     peft = pytest.importorskip("peft")
     model = model_alike()
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
-    assert bool(talk(wrapped, MethodCache(wrapped, "snapkv", 0.4)).isfinite().all())
+    plain = talk(model, MethodCache(model, "snapkv", 0.4))
+    torch.manual_seed(0)
+    adapter = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, adapter).eval()
+    ours, full = (talk(wrapped, MethodCache(wrapped, name, share)) for name, share in (("snapkv", 0.4), ("full", None)))
+    assert mismatch(ours, plain, atol=1e-3, rtol=0)  # the adapter does change the answers
+    expected = talk(wrapped.merge_and_unload(), DynamicCache())
+    assert not mismatch(full, expected, atol=1e-5, rtol=0) and ours.isfinite().all()
+
+
+def test_a_learned_prompt_is_read_and_learned_keys_are_refused():
+    peft = pytest.importorskip("peft")
+    ids, options = kinds.ids(20), {"max_new_tokens": 6, "do_sample": False}
+    prompted = peft.get_peft_model(model_alike(), peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    prompted.eval()
+    expected = prompted.generate(input_ids=ids, **options)
+    cache = MethodCache(prompted, "full")
+    assert torch.equal(prompted.generate(input_ids=ids, past_key_values=cache, **options), expected)
+    prefixed = peft.get_peft_model(model_alike(), peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="the adapter is PREFIX_TUNING.*use an adapter of weights, such as LoRA"):
+        MethodCache(prefixed, "full")
 
 
 # ---- drafts ------------------------------------------------------------------------------------------------------
