@@ -181,7 +181,7 @@ def _refuse_adapters(model: PreTrainedModel) -> None:
     for adapter in (getattr(model, "peft_config", None) or {}).values():
         if getattr(adapter, "is_prompt_learning", False) and adapter.peft_type in _PREFIXES:
             raise ValueError(
-                f"the adapter is {adapter.peft_type.value}: PEFT puts learned keys into a cache that it makes itself, so "
+                f"the adapter is {adapter.peft_type.value}: PEFT puts learned keys into a cache of its own making, so "
                 "none of ours can be given; use an adapter of weights, such as LoRA, or a learned prompt"
             )
 
