@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentkv.trace import write_json
-from eval.textbench import FULL, held, load_text_model
+from eval.textbench import FULL, MODEL_HELP, held, load_text_model
 from textkv import Budget, MethodCache, resolve_method, split_list, use
 from textkv.provenance import run_meta
 
@@ -110,7 +110,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.harness", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini", help="mini (embedded) or a local folder of a Llama, Qwen or Mistral")
+    p.add_argument("--model", default="mini", help=MODEL_HELP)
     p.add_argument("--methods", default="full,snapkv", help="comma-separated methods and compositions")
     p.add_argument("--budget", default="0.2", help="share of the prompt's tokens to keep, or a number as 64t")
     p.add_argument("--tasks", required=True, help="comma-separated task names of the harness, e.g. longbench_qasper")

@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from agentkv.trace import write_json
-from eval.textbench import FULL, examples, load_text_model, recall, share
+from eval.textbench import FULL, MODEL_HELP, examples, load_text_model, recall, share
 from textkv import Budget, resolve_method, split_list
 from textkv.intervals import wilson
 from textkv.mini.facts import TASKS, check_task
@@ -83,7 +83,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.needle", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini", help="mini (embedded) or a local folder of a Llama, Qwen or Mistral")
+    p.add_argument("--model", default="mini", help=MODEL_HELP)
     p.add_argument("--methods", default="full,snapkv,streaming_llm", help="comma-separated methods and compositions")
     p.add_argument("--budget", default="0.2", help="share of the prompt's tokens to keep, or a number as 64t")
     p.add_argument("--task", default="needle", help=f"one of {', '.join(TASKS)}")
