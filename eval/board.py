@@ -152,7 +152,10 @@ class Bench:
             scores = [score(text, wanted) for text, wanted in zip(told, batch.answers, strict=True)]
             right, digits = [whole for whole, _ in scores], [share for _, share in scores]
             figures = held(cache, len(prompts)) | {"tokens_seen": prompts.shape[1]}
+            # A cache and its layers know each other: emptied, they hold no memory until the collector comes.
+            cache.reset()
             yield Outcome(*cell, batch.task, asked, batch.first, right, digits, figures)
+        reading.close()
 
     def _read(self, reading: Reading, prompts: torch.Tensor, method: Method) -> tuple[MethodCache, torch.Tensor]:
         """The cache after the prompt, and the logits of the next token."""
@@ -169,21 +172,46 @@ class Bench:
         return sum(not outcomes.has(cell, b.task, asked, b.first, len(b.answers)) for cell, b, asked in keys)
 
 
-def table(rows: Sequence[dict[str, Any]], asked: str, tasks: Sequence[str]) -> Table:
-    """Cells down, tasks across: shares of right answers, of right digits, and of the full cache's bytes."""
-    title = f"answers right in every digit, question {asked} to the cache"
-    made = Table("method", "budget", *tasks, ALL, "95 %", "digits", "bytes of full", title=title)
+def lines(rows: Sequence[dict[str, Any]], asked: str, tasks: Sequence[str]) -> list[list[str]]:
+    """The table of one way of asking, heads first: shares of right answers, right digits, and the full bytes."""
+    told = [["method", "budget", *tasks, ALL, "95 %", "digits", "bytes of full"]]
     mine = [row for row in rows if row["asked"] == asked]
     for cell in dict.fromkeys((row["method"], row["budget"]) for row in mine):
         at = {row["task"]: row for row in mine if (row["method"], row["budget"]) == cell}
         if ALL not in at:
-            made.add_row(*cell, f"refused: {at['refused']['reason']}")
+            told.append([*cell, "refused", *[""] * (len(told[0]) - 3)])
             continue
         whole = at[ALL]
         shares = [f"{at[task]['recall']:.2f}" if task in at else "-" for task in (*tasks, ALL)]
         interval = f"{whole['low']:.2f}-{whole['high']:.2f}"
-        made.add_row(*cell, *shares, interval, f"{whole['digits']:.2f}", f"{whole['kv_share']:.3f}")
+        told.append([*cell, *shares, interval, f"{whole['digits']:.2f}", f"{whole['kv_share']:.3f}"])
+    return told
+
+
+def title(asked: str) -> str:
+    """What a table shows."""
+    return f"answers right in every digit, question {asked} to the cache"
+
+
+def table(rows: Sequence[dict[str, Any]], asked: str, tasks: Sequence[str]) -> Table:
+    """`lines` for a terminal."""
+    heads, *cells = lines(rows, asked, tasks)
+    made = Table(*heads, title=title(asked))
+    for cell in cells:
+        made.add_row(*cell)
     return made
+
+
+def markdown(rows: Sequence[dict[str, Any]], board: Board, command: str) -> str:
+    """All tables as Markdown, with the command that prints them."""
+    told = [f"`{command}`"]
+    for asked in board.asked:
+        heads, *cells = lines(rows, asked, board.tasks)
+        n = max((row.get("n", 0) for row in rows if row["asked"] == asked), default=0)
+        told += ["", f"{title(asked).capitalize()}; {n} prompts of {board.length:,} tokens in each row:", ""]
+        told += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+        told += [f"| {' | '.join([f'`{cell[0]}`', *cell[1:]])} |" for cell in cells]
+    return "\n".join(told) + "\n"
 
 
 def measure(bench: Bench, outcomes: Outcomes, path: Path, meta: dict[str, Any]) -> list[dict[str, Any]]:
@@ -223,6 +251,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 else"
     )
     p.add_argument("--json", type=Path, default=Path("runs/board.json"), help="rows; gone on with if it exists")
+    p.add_argument("--markdown", type=Path, help="write the tables here too")
     return p
 
 
@@ -266,6 +295,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for asked in board.asked:
         Console(width=None if sys.stdout.isatty() else 200).print(table(rows, asked, board.tasks))
+    if args.markdown:
+        args.markdown.write_text(markdown(rows, board, meta["command"]), encoding="utf-8")
+    for row in rows:
+        if row["task"] == "refused":
+            print(f"refused: {row['method']} at {row['budget']}, question {row['asked']}: {row['reason']}")
     return 0
 
 

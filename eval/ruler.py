@@ -133,7 +133,7 @@ class _Lines(Filler):
 
     def draw(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         ids, starts = super().draw(rng, length)
-        if length:
+        if length and len(self.starts) > 1:
             ids = np.append(ids[:-1], self.ids[self.starts[1] - 1])
         return ids, starts
 

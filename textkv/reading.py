@@ -77,6 +77,10 @@ class Reading:
             out = model(prompts, past_key_values=self._cache, logits_to_keep=1)
         self.logits = out.logits[:, -1].float()
 
+    def close(self) -> None:
+        """Lets go of keys, values and evidence; caches that were opened keep theirs."""
+        self._cache.reset()
+
     def _check_model(self, context: Context) -> None:
         others = [kind.name for kind in context.kinds if kind.name not in ("full", "sliding", "chunked", "shared")]
         if others or context.table is not None:

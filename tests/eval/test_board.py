@@ -153,8 +153,11 @@ def run(folder: str, path: Path, methods: str = "snapkv", *more: str) -> int:
 
 def test_from_command_to_rows_and_on_again(folder: str, tmp_path: Path, monkeypatch, capsys) -> None:
     path, lines = tmp_path / "b.json", tmp_path / "b.jsonl"
-    assert run(folder, path) == 0
+    page = tmp_path / "b.md"
+    assert run(folder, path, "snapkv", "--markdown", str(page)) == 0
     assert "question unknown to the cache" in capsys.readouterr().out
+    told = page.read_text()
+    assert told.count("| `snapkv` | 0.3 |") == 2 and "4 prompts of 384 tokens" in told and "eval.board" in told
     made = json.loads(path.read_text())
     rows = made["rows"]
     assert made["meta"]["seed"] == ruler.SEED and made["meta"]["board"]["length"] == LENGTH
@@ -196,9 +199,10 @@ def test_from_command_to_rows_and_on_again(folder: str, tmp_path: Path, monkeypa
 Reading = board.Reading
 
 
-def test_a_method_that_cannot_is_a_row_of_its_own(folder: str, tmp_path: Path) -> None:
+def test_a_method_that_cannot_is_a_row_of_its_own(folder: str, tmp_path: Path, capsys) -> None:
     path = tmp_path / "b.json"
     assert run(folder, path, "kivi(4,channels=24)") == 0
+    assert "refused: kivi(4,channels=24) at 1.0, question known: " in capsys.readouterr().out
     rows = json.loads(path.read_text())["rows"]
     refused = [row for row in rows if row["task"] == "refused"]
     assert {row["asked"] for row in refused} == {"known", "unknown"} and "channels" in refused[0]["reason"]

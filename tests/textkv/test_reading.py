@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3NextConfig, Qwen3NextForCausalLM
 
-from tests.textkv import tiny
 from textkv import MethodCache, list_methods, resolve_method
-from textkv.reading import ReadsItself, Reading
+from textkv.reading import Reading, ReadsItself
 
 COMPOSED = ("snapkv+kivi(4)", "h2o+adakv", "snapkv+mikv(16,2)", "cake+gear(4)", "snapkv+minicache", "expected+adakv")
 OURS = [name for name in list_methods() if not name.startswith("gui-kv")]
