@@ -25,7 +25,7 @@ lint: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --upgrade pip
 	$(INSTALL) $$(grep '^torch==' constraints.txt)
-	$(INSTALL) --constraint constraints.txt --editable '.[dev,agents,eval,kernels,pipeline]'
+	$(INSTALL) --constraint constraints.txt --editable '.[dev,agents,eval,kernels,models,pipeline]'
 	$(INSTALL) --constraint constraints.txt --no-deps miniwob
 	$(BIN)/python -m envs.install
 	touch $@

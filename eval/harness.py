@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentkv.eval.arguments import add_methods, add_outputs, checked_budget
-from agentkv.eval.textbench import FULL, held, load_text_model
+from agentkv.eval.textbench import FULL, MODEL_HELP, held, load_text_model
 from agentkv.trace import write_json
 from textkv import MethodCache, split_list, use
 from textkv.provenance import run_meta
@@ -111,7 +111,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.harness", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini", help="mini (embedded) or a local folder of a Llama, Qwen or Mistral")
+    p.add_argument("--model", default="mini", help=MODEL_HELP)
     add_methods(p, "full,snapkv", "0.2")
     p.add_argument("--tasks", required=True, help="comma-separated task names of the harness, e.g. longbench_qasper")
     p.add_argument("--include", type=Path, help="folder with task files of your own")

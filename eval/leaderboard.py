@@ -31,6 +31,7 @@ from agentkv.eval.memory import check_length, decoding_row
 from agentkv.eval.quantized import takes_budget
 from agentkv.eval.textbench import (
     FULL,
+    MODEL_HELP,
     Continuation,
     check_model,
     continuation,
@@ -209,7 +210,7 @@ def measure(board: Board, cells: Sequence[Cell], workers: int, path: Path, meta:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.leaderboard", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini", help="mini (embedded), biased:even, or a local folder")
+    p.add_argument("--model", default="mini", help=MODEL_HELP + ", or biased:even")
     p.add_argument("--methods", default="all", help="comma-separated: all (of ours), methods, compositions, hf-...")
     p.add_argument("--budgets", default="0.5,0.2,0.1,0.05", help="comma-separated shares, or tokens as 64t")
     p.add_argument("--tasks", default=",".join(TASKS), help=f"of {', '.join(TASKS)}")

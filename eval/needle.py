@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from agentkv.eval.arguments import add_methods, add_outputs, checked_budget
-from agentkv.eval.textbench import FULL, examples, load_text_model, recall, share
+from agentkv.eval.textbench import FULL, MODEL_HELP, examples, load_text_model, recall, share
 from agentkv.trace import write_json
 from textkv import split_list
 from textkv.intervals import wilson
@@ -83,7 +83,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.needle", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini", help="mini (embedded) or a local folder of a Llama, Qwen or Mistral")
+    p.add_argument("--model", default="mini", help=MODEL_HELP)
     add_methods(p, "full,snapkv,streaming_llm", "0.2")
     p.add_argument("--task", default="needle", help=f"one of {', '.join(TASKS)}")
     p.add_argument("--lengths", default="256,512,1024,2048", help="tokens of a prompt with its answer")

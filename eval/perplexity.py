@@ -26,7 +26,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from agentkv.eval.arguments import add_outputs
-from agentkv.eval.textbench import load_text_model, text_rows
+from agentkv.eval.textbench import MODEL_HELP, load_text_model, text_rows
 from agentkv.trace import write_json
 from textkv import MethodCache, resolve_method, split_list, use
 from textkv.provenance import run_meta
@@ -86,7 +86,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.perplexity", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini", help="mini (embedded) or a local folder of a Llama, Qwen or Mistral")
+    p.add_argument("--model", default="mini", help=MODEL_HELP)
     p.add_argument("--methods", default="window,streaming_llm,lacache", help="comma-separated methods")
     p.add_argument("--cache", type=int, default=256, help="tokens to keep per layer and head (default 256)")
     p.add_argument("--tokens", type=int, default=8192, help="length of the text (default 8192)")

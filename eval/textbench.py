@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentkv.eval.biased import PLACEMENTS, biased_mini
 from agentkv.eval.quantized import ForeignCache, open_cache
-from textkv import MethodCache, use
+from textkv import MethodCache, models, use
 from textkv.kinds import text_model
-from textkv.mini import WEIGHTS, load_mini
 from textkv.mini.filler import Filler
 from textkv.mini.speller import Speller
 from textkv.mini.tasks import EVALUATION_FILLER, FIRST_EVALUATION_SEED, Example, make_example
@@ -30,38 +29,36 @@ from textkv.mini.tasks import EVALUATION_FILLER, FIRST_EVALUATION_SEED, Example,
 BATCH_TOKENS = 8_192  # prompts that run together; more gains nothing on a CPU
 FULL = "full"
 BIASED = "biased:"
+MODEL_HELP = "mini (embedded), smollm2, gemma3-270m (python -m textkv.models list), a folder, or a hub id"
 
 
 def load_text_model(
     name: str, device: str = "cpu", dtype: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(model, tokenizer) of "mini", "biased:even" (see `eval.biased`) or a local folder; `dtype` None = float32 on a
-    CPU or for a biased model, else bfloat16.
+    """(model, tokenizer) of a name that `textkv.models.resolve` knows or of "biased:even" (see `eval.biased`); `dtype`
+    None = float32 on a CPU or for a biased model, else bfloat16.
 
     Raises:
-        FileNotFoundError: no such folder, or the embedded model has no weights.
-        ValueError: unknown placement of a bias.
+        FileNotFoundError: not installed, no such folder, or nothing to load there.
+        ValueError: unknown placement of a bias, or a model that decodes no text.
     """
     check_model(name)
     if name.startswith(BIASED):
         model, tokenizer = biased_mini(name.removeprefix(BIASED))
         return model.to(device, getattr(torch, dtype or "float32")), tokenizer
     kind = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
-    if name == "mini":
-        return load_mini(dtype=kind, device=device)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, use_safetensors=True, local_files_only=True)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(name, local_files_only=True)
+    return models.load(name, dtype=kind, device=device)
 
 
 def check_model(name: str) -> None:
-    """Raises FileNotFoundError if `name` is neither "mini" (with its weights) nor a folder, ValueError for an unknown
-    placement of a bias.
+    """Raises FileNotFoundError, with the mend, if there is no such model here, ValueError for an unknown placement of a
+    bias: before anything is measured.
     """
-    embedded = name == "mini" or name.startswith(BIASED)
-    if name.startswith(BIASED) and name.removeprefix(BIASED) not in PLACEMENTS:
-        raise ValueError(f"model {name}: no such placement; use {BIASED}{f' or {BIASED}'.join(PLACEMENTS)}")
-    if not (WEIGHTS if embedded else Path(name)).is_dir():
-        raise FileNotFoundError(f"model {name}: no such folder; give a local checkpoint of a Llama, Qwen or Mistral")
+    if name.startswith(BIASED):
+        if name.removeprefix(BIASED) not in PLACEMENTS:
+            raise ValueError(f"model {name}: no such placement; use {BIASED}{f' or {BIASED}'.join(PLACEMENTS)}")
+        name = "mini"
+    models.resolve(name)
 
 
 def held(cache: MethodCache | ForeignCache, rows: int) -> dict[str, float]:

@@ -7,7 +7,7 @@ states are kept as row norms only. Everything here is dropped as soon as the met
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -221,6 +221,22 @@ class Evidence:
             centres=None if self.centres is None else self.centres.part(one, ours),
             marks=None if self.marks is None else self.marks[one, which][:, :, slots],
             head=head,
+        )
+
+    def only(self, needs: Needs) -> Evidence:
+        """What a method with these needs would have been given of it, and no more: some go by what there is."""
+        width = min(needs.window, self.queries.shape[2])
+        placed = needs.hidden or needs.rope
+        return replace(
+            self,
+            queries=self.queries[:, :, self.queries.shape[2] - width :],
+            norms=self.norms if needs.hidden else None,
+            norm_positions=self.norm_positions if placed else None,
+            rope_positions=self.rope_positions if needs.rope else None,
+            columns=self.columns if needs.columns else None,
+            moments=None if needs.query_moments is None else self.moments,
+            centres=self.centres if needs.query_centres else None,
+            peaks=self.peaks if needs.query_peaks else None,
         )
 
     def queries_of(self, row: int) -> torch.Tensor:

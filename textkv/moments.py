@@ -100,15 +100,28 @@ class Moments(Contents):
         if not self.is_initialized:
             self.lazy_initialization(k)
         real = positions >= 0
-        self.segments[-1].append(Step(observers[:, :, :0], k, v, positions, scale, padded=not bool(real.all())))
-        self.scale, self.softcap = scale, None
-        self.seen += k.shape[2]
-        self.since_eviction += k.shape[2]
-        self.real_seen = self.real_seen + real.sum(1).cpu()
-        self.context.note_bytes(self)
+        step = Step(observers[:, :, :0], k, v, positions, scale, padded=not bool(real.all()))
         # A method takes the last of these for the queries that follow the block.
         window = min(self.context.needs.window, observers.shape[2])
         queries = observers[:, :, observers.shape[2] - window :]
+        self.replay(step, Evidence(queries, scale, self.real_seen + real.sum(1).cpu()))
+
+    def replay(self, step: Step, evidence: Evidence) -> None:
+        """Takes in a prompt block whose attention was computed elsewhere; the method acts as at its end.
+
+        Args:
+            step: the block's tokens; its queries [batch, heads, 0, head_dim] are none.
+            evidence: what was gathered there, as far as the method asks for it; `tokens` counts the block.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(step.k)
+        self._thaw()
+        self.segments[-1].append(step)
+        self.scale, self.softcap = evidence.scale, evidence.softcap
+        self.seen += step.k.shape[2]
+        self.since_eviction += step.k.shape[2]
+        self.real_seen = evidence.tokens
+        self.context.note_bytes(self)
         with self.context.timed("on_prefill_end"):
-            self.context.method.on_prefill_end(self, Evidence(queries, scale, self.real_seen))
+            self.context.method.on_prefill_end(self, evidence)
         self.context.after_step(self, True, None)

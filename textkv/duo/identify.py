@@ -24,18 +24,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from textkv import models
 from textkv.duo.mean_qk import mean_qk_scores
 from textkv.duo.passkeys import PasskeyConfig, Passkeys, Sample, recall_sample
 from textkv.duo.pattern import FILE, Pattern
 from textkv.duo.training import GateTraining, Progress, train_gates
-from textkv.mini import load_mini
 from textkv.mini.feed import Rows
 from textkv.mini.tasks import MIN_LENGTH
 
@@ -44,13 +43,13 @@ TEXT_ROWS = 50
 
 
 def load_model(model: str, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(model in eval mode, tokenizer) of "mini", a folder or a hub id; text or vision-language."""
-    if model == "mini":
-        return load_mini(dtype=dtype, device=device)
-    config = AutoConfig.from_pretrained(model)
-    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    loaded = auto.from_pretrained(model, dtype=dtype, use_safetensors=True).to(device).eval()
-    return loaded, AutoTokenizer.from_pretrained(model)
+    """(model in eval mode, tokenizer) of a name that `textkv.models.resolve` knows; text or vision-language."""
+    place = models.resolve(model)
+    config = AutoConfig.from_pretrained(place)
+    if not hasattr(config, "vision_config"):
+        return models.load(model, dtype=dtype, device=device)
+    loaded = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, use_safetensors=True).to(device).eval()
+    return loaded, AutoTokenizer.from_pretrained(place)
 
 
 def identify(
@@ -93,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     command = parser.add_subparsers(required=True, metavar="command").add_parser(
         "identify", help="train the gates of a model and write its pattern", description=__doc__.split("\n\n")[0]
     )
-    command.add_argument("--model", required=True, help='"mini", a model folder, or a hub id')
+    command.add_argument(
+        "--model", required=True, help="mini, a name of `python -m textkv.models list`, a folder, or a hub id"
+    )
     command.add_argument("--out", type=Path, help=f"pattern file; default: {FILE} beside the model")
     command.add_argument("--how", choices=("distillation", "mean_qk"), default="distillation")
     command.add_argument("--task", choices=("passkeys", "recall"), default="passkeys", help="recall: the mini model's")
@@ -134,8 +135,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         pattern = _with_progress(model, drawer(args.task, tokenizer, config, text, args.seed), args.how, settings)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    folder = Path(args.model)
-    out = args.out or (folder / FILE if folder.is_dir() else Path(FILE))
+    # The embedded model's own pattern is part of the package: a new one does not take its place by itself.
+    folder = Path("." if args.model == "mini" else models.resolve(args.model))
+    out = args.out or (folder if folder.is_dir() else Path()) / FILE
     pattern.save(out)
     told = ", ".join(f"{name} {value:.3f}" for name, value in pattern.summary().items())
     Console().print(
