@@ -69,7 +69,9 @@ def parser() -> argparse.ArgumentParser:
         description="Let a GUI agent play web tasks with compressed KV caches; every method plays the same seeds.",
     )
     p.add_argument("--model", default="mini", help="mini (embedded), a folder, or a hub id of a supported family")
-    p.add_argument("--agent", choices=AGENTS, help="prompt and grammar of the model (default: what the checkpoint is)")
+    p.add_argument(
+        "--agent", help=f"prompt and grammar: {', '.join(AGENTS)}, or module:Class; default: the checkpoint's"
+    )
     p.add_argument("--tasks", default="", help="comma-separated task names (default: those the mini model learned)")
     p.add_argument("--episodes", type=int, help="episodes per task and method (default 5; 1 with --url)")
     p.add_argument("--seed", type=int, default=EVALUATION_SEEDS, help="first seed; training used those below 1000000")

@@ -33,7 +33,7 @@ from dlm.decode import decode_prompts
 from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
 from dlm.models import DecodingSpec, answer_text
 from dlm.sources import DTYPES, MINI_GUIDES, MINI_MODELS, dtype_of, model_info, open_guide, open_model
-from dlm.unmask import Guider, list_rules
+from dlm.unmask import Guider, is_rule, list_rules
 from textkv import split_list
 from textkv.devices import device_of
 from textkv.expression import parse_call, split_parts
@@ -88,7 +88,7 @@ def split_entry(entry: str) -> tuple[str, str | None]:
         ValueError: malformed text, or a rule without a cache in front.
     """
     parts = split_parts(entry)
-    if parse_call(parts[-1])[0] not in list_rules():
+    if not is_rule(parse_call(parts[-1])[0]):
         return entry, None
     if len(parts) == 1:
         raise ValueError(f"grid entry {entry!r} names no cache; write {BASE}+{entry}, or freecache+{entry}")

@@ -209,7 +209,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.webtasks", description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="mini", help="mini, a folder, or a hub id of a supported family")
-    p.add_argument("--agent", choices=AGENTS, help="prompt and grammar of the model (default: what the checkpoint is)")
+    p.add_argument(
+        "--agent", help=f"prompt and grammar: {', '.join(AGENTS)}, or module:Class; default: the checkpoint's"
+    )
     p.add_argument("--tasks", default="", help="comma-separated (default: those of agentkv.run)")
     p.add_argument("--methods", default=METHODS, help=f"comma-separated methods or compositions (default {METHODS})")
     p.add_argument("--budgets", default=BUDGETS, help=f"comma-separated shares or tokens (default {BUDGETS})")

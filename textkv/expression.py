@@ -25,7 +25,7 @@ def split_parts(expression: str) -> list[str]:
             parts.append("")
         else:
             parts[-1] += char
-    if depth or not all(re.fullmatch(r"[\w.-]+(\(.*\))?", part.strip(), re.DOTALL) for part in parts):
+    if depth or not all(re.fullmatch(r"[\w.:-]+(\(.*\))?", part.strip(), re.DOTALL) for part in parts):
         raise ValueError(f"method {expression!r} is malformed; write name, name(x, key=y) or a+b(x)")
     return [part.strip() for part in parts]
 

@@ -71,9 +71,10 @@ class Method:
         if self.wraps is None:
             raise ValueError(f"{self.name} cannot follow {self.inner.name}+: it wraps no other method")
         if self.wraps == "scorer" and not self.inner.capabilities.scores:
+            scorers = ", ".join(name for name in list_methods() if REGISTRY.find(name).capabilities.scores)
             raise ValueError(
                 f"{self.inner.name}+{self.name}: {self.name} needs importance scores and {self.inner.name} gives none; "
-                f"put a scorer before it: {', '.join(n for n in list_methods() if REGISTRY[n].capabilities.scores)}"
+                f"put a scorer before it: {scorers}"
             )
 
     def needs(self) -> Needs:
@@ -129,13 +130,13 @@ class Method:
         return f"{self.inner.expression}+{own}" if self.inner else own
 
 
-REGISTRY = Registry("method")
+REGISTRY = Registry("method", "agentkv.methods", "Method")
 register = REGISTRY.register
 
 
 def list_methods() -> list[str]:
     """Names of all registered methods, sorted."""
-    return sorted(REGISTRY)
+    return REGISTRY.names()
 
 
 def resolve_method(expression: str | Method, budget: Budget | float | str | None = None) -> Method:

@@ -1,17 +1,32 @@
-"""Names to classes: what methods, cache policies and unmasking rules are known by in composition strings."""
+"""Names to classes: what methods, cache policies, unmasking rules, segments and agents are known by.
+
+A class from outside is known by its name once its package is imported, by an entry point of the registry's group
+without any import, or as "package.module:Class" in any place that takes a name:
+
+    [project.entry-points."agentkv.methods"]
+    mine = "mypkg.mine:Mine"
+"""
 
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import entry_points
 
 
 class Registry(dict[str, type]):
-    """Classes by name. `kind` says in messages what they are: "method", "cache", "unmasking rule"."""
+    """Classes by name. `kind` says in messages what they are: "method", "cache", "unmasking rule".
 
-    def __init__(self, kind: str) -> None:
+    Args:
+        group: of entry points through which installed packages add to it; None = none may.
+        base: name of the class that all of them are made from, checked where one comes from outside; None = any.
+    """
+
+    def __init__(self, kind: str, group: str | None = None, base: str | None = None) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.group, self.base = kind, group, base
 
     def register(self, name: str) -> Callable[[type], type]:
         """Class decorator: makes a class known by `name`, which becomes its attribute `name`.
@@ -30,14 +45,43 @@ class Registry(dict[str, type]):
 
         return add
 
+    def names(self) -> list[str]:
+        """All names, sorted: those of classes that are known, and of entry points that nobody has asked for yet."""
+        return sorted({*self, *(point.name for point in self._points())})
+
     def find(self, name: str) -> type:
-        """The class of that name.
+        """The class of that name, or the one that "package.module:Class" says, which is imported.
 
         Raises:
-            ValueError: unknown name; the message has the nearest ones.
+            ValueError: unknown name (the message has the nearest ones), or no such class, or one of another kind.
         """
         if name not in self:
-            near = difflib.get_close_matches(name, sorted(self), n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(self))}"
+            self._add_from_outside(name)
+        if name not in self:
+            names = self.names()
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
             raise ValueError(f"unknown {self.kind} {name!r}; {hint}")
         return self[name]
+
+    def _points(self) -> list:
+        return [] if self.group is None else list(entry_points(group=self.group))
+
+    def _add_from_outside(self, name: str) -> None:
+        told = name if ":" in name else next((point.value for point in self._points() if point.name == name), None)
+        if told is None or self.group is None:
+            return
+        module, _, attribute = told.partition(":")
+        try:
+            cls = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"{self.kind} {name!r}: cannot import {told!r}: {type(error).__name__}: {error}") from None
+        bases = [parent.__name__ for parent in inspect.getmro(cls)] if inspect.isclass(cls) else []
+        if not bases or (self.base is not None and self.base not in bases):
+            raise ValueError(
+                f"{self.kind} {name!r}: {told!r} is no {self.base or 'class'}; a {self.kind} is made from it"
+            )
+        # By the name that finds it again in another process: that is what a saved cache writes down.
+        if cls not in self.values():
+            cls.name = name
+        self.setdefault(name, cls)

@@ -13,16 +13,18 @@ from pathlib import Path
 import torch
 
 from agentkv.models.base import AgentText, Frame, History, ModelAdapter, ParseError, Prompt
-from agentkv.models.chat import ChatAdapter
 from agentkv.models.checkpoint import Checkpoint
 from agentkv.models.opencua import OpenCuaAdapter
 from agentkv.models.qwen3_vl import Qwen3VLAdapter
 from agentkv.models.qwen_vl import QwenVLAdapter
 from agentkv.models.ui_tars import UiTarsAdapter
+from textkv.registry import Registry
 
 __all__ = ["AGENTS", "AgentText", "Frame", "History", "ModelAdapter", "ParseError", "Prompt", "load_adapter"]
 
-AGENTS: dict[str, type[ChatAdapter]] = {
+AGENTS = Registry("agent", "agentkv.agents", "ChatAdapter")
+"""Adapters by name; one from outside is a subclass of `ChatAdapter`, named as `textkv.registry` says."""
+AGENTS |= {
     "ui-tars": UiTarsAdapter,
     "qwen2.5-vl": QwenVLAdapter,
     "qwen3-vl": Qwen3VLAdapter,
@@ -47,13 +49,13 @@ def load_adapter(
     """
     source = str(MINI) if str(path_or_id) == "mini" else str(path_or_id)
     checkpoint = Checkpoint.at(source)
-    if checkpoint.model_type not in OWN_AGENT:
+    if agent is None and checkpoint.model_type not in OWN_AGENT:
         families = ", ".join(OWN_AGENT)
         raise ValueError(
             f"{source} is a {checkpoint.model_type!r} model; supported families: {families} "
             f"(agents: {', '.join(AGENTS)})"
         )
-    adapter = AGENTS[_checked(agent or _agent_of(checkpoint), checkpoint)]
+    adapter = AGENTS.find(_checked(agent or _agent_of(checkpoint), checkpoint))
     return adapter.load(source, device, dtype, checkpoint.words(adapter.words))
 
 
@@ -67,12 +69,10 @@ def _agent_of(checkpoint: Checkpoint) -> str:
 
 
 def _checked(agent: str, checkpoint: Checkpoint) -> str:
-    if agent not in AGENTS:
-        raise ValueError(f"agent {agent!r} is unknown; use one of {', '.join(AGENTS)}")
-    if AGENTS[agent].model_type != checkpoint.model_type:
+    if AGENTS.find(agent).model_type != checkpoint.model_type:
         fitting = ", ".join(name for name, kind in AGENTS.items() if kind.model_type == checkpoint.model_type)
         raise ValueError(
-            f"agent {agent!r} is for {AGENTS[agent].model_type} models, {checkpoint.source} is a "
+            f"agent {agent!r} is for {AGENTS.find(agent).model_type} models, {checkpoint.source} is a "
             f"{checkpoint.model_type} model; use {fitting}"
         )
     return agent

@@ -40,7 +40,7 @@ __all__ = [
 
 def list_caches() -> list[str]:
     """Names of all registered policies, sorted."""
-    return sorted(REGISTRY)
+    return REGISTRY.names()
 
 
 def resolve_cache(expression: str | Policy) -> Policy:

@@ -94,7 +94,7 @@ class Policy(ABC):
         return f"{self.name}({','.join(given)})" if given else self.name
 
 
-REGISTRY = Registry("cache")
+REGISTRY = Registry("cache", "agentkv.caches", "Policy")
 register, find = REGISTRY.register, REGISTRY.find
 
 

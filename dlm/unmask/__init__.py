@@ -44,9 +44,17 @@ __all__ = [
 ]
 
 
+def is_rule(name: str) -> bool:
+    """Whether a name, or "package.module:Class", is that of an unmasking rule."""
+    try:
+        return bool(find(name))
+    except ValueError:
+        return False
+
+
 def list_rules() -> list[str]:
     """Names of all registered rules, sorted."""
-    return sorted(REGISTRY)
+    return REGISTRY.names()
 
 
 def resolve_unmask(

@@ -125,7 +125,7 @@ class Rule(ABC):
         return f"{self.name}({','.join(given)})" if given else self.name
 
 
-REGISTRY = Registry("unmasking rule")
+REGISTRY = Registry("unmasking rule", "agentkv.rules", "Rule")
 register, find = REGISTRY.register, REGISTRY.find
 
 

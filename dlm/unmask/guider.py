@@ -65,7 +65,7 @@ class Guider:
         method = resolve_method(self.method, self.budget)
         if not method.capabilities.crop:
             # Drafts are read before they are accepted, so the cache must be able to forget its newest columns.
-            able = ", ".join(name for name in list_methods() if REGISTRY[name].capabilities.crop)
+            able = ", ".join(name for name in list_methods() if REGISTRY.find(name).capabilities.crop)
             raise ValueError(f"method={method.expression!r} cannot take rejected drafts back; use one of {able}")
 
     @cached_property

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from textkv.kernels import decode_attention, merge
 from textkv.registry import Registry
 
-SEGMENTS = Registry("segment")
+SEGMENTS = Registry("segment", "agentkv.segments", "Segment")
 register_segment = SEGMENTS.register
 """Class decorator: makes a segment known by the name under which it is saved."""
 
