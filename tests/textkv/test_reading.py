@@ -7,10 +7,11 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from textkv import MethodCache, list_methods, resolve_method
+from textkv.method import REGISTRY
 from textkv.reading import Reading, ReadsItself
 
 COMPOSED = ("snapkv+kivi(4)", "h2o+adakv", "snapkv+mikv(16,2)", "cake+gear(4)", "snapkv+minicache", "expected+adakv")
-OURS = [name for name in list_methods() if not name.startswith("gui-kv")]
+OURS = [name for name in list_methods() if REGISTRY.find(name).__module__.startswith("textkv.methods")]
 TOKENS, NEW = 120, 6
 
 

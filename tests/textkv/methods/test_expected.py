@@ -159,7 +159,7 @@ def test_hand_case():
     keys = torch.stack([log, torch.zeros(3)], -1)[None, None]
     values = torch.tensor([[2.0, 0], [0, 1.0], [3.0, 4.0]])[None, None]
     moments = QueryMoments(torch.ones(1), torch.tensor([[[d**0.5, 0.0]]]), torch.zeros(1, 1, d, d))
-    method = Expected(sinks=0, future=3)
+    method = Expected(sinks=0, future=3, epsilon=0.0)
     shares = torch.tensor([1.0, 3.0, 12.0]) / 16
     scores = method.score(layer_of(torch.zeros(1)), *case(keys, values, moments), keep=2)[0, 0]
     assert not mismatch(scores, shares * torch.tensor([2.0, 1.0, 5.0]))
