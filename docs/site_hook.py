@@ -21,13 +21,15 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGEL
 """Files at the root, and the pages that they become."""
 REFERENCE = ("textkv", "textkv.method", "textkv.segments.base", "textkv.conformance", "agentkv", "dlm")
 KERNELS = "textkv.kernels"
+TITLE = "    options:\n      heading_level: 1\n      show_root_full_path: true\n"
+"""The module heads its page."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the generated pages and writes the two lists of them into the navigation."""
     methods = gen_methods.pages()
     made = {f"methods/{name}": text for name, text in methods.items()}
-    made |= {f"api/{module}.md": f"# {module}\n\n::: {module}\n" for module in REFERENCE}
+    made |= {f"api/{module}.md": f"::: {module}\n{TITLE}" for module in REFERENCE}
     made[f"api/{KERNELS}.md"] = kernels_page()
     for name, page in PAGES.items():
         made[page] = root_page((ROOT / name).read_text(encoding="utf-8"), [m.removesuffix(".md") for m in methods])
@@ -60,4 +62,4 @@ def root_page(text: str, methods: list[str]) -> str:
 def kernels_page() -> str:
     """The operations one by one: the package fetches each when it is asked for, which no reader of source can see."""
     listed = "\n\n".join(f"::: {KERNELS}.{name}.{name}" for name in OPERATIONS)
-    return f"# {KERNELS}\n\n::: {KERNELS}\n    options:\n      members: []\n\n{listed}\n"
+    return f"::: {KERNELS}\n{TITLE}      members: []\n\n{listed}\n"

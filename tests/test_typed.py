@@ -11,11 +11,13 @@ USER_FILE = """
 import dlm
 import torch
 from textkv import MethodCache, list_methods
+from textkv.kernels import rotate
 
 def held(cache: MethodCache) -> str:
     reveal_type(cache.report().kv_bytes)
     reveal_type(list_methods())
     reveal_type(dlm.DecodingConfig().gen_length)
+    rotate()
     return cache.report().kv_bytes
 """
 # What the big libraries say of themselves is not looked at: that takes a minute and tells nothing of ours.
@@ -38,5 +40,6 @@ def test_mypy_knows_the_types_of_what_a_user_calls(tmp_path):
         'note: Revealed type is "int"',
         'note: Revealed type is "list[str]"',
         'note: Revealed type is "int"',
+        'error: Missing positional arguments "x", "delta", "inv_freq" in call to "rotate"  [call-arg]',
         'error: Incompatible return value type (got "int", expected "str")  [return-value]',
     ], run.stdout + run.stderr
