@@ -6,7 +6,7 @@ BIN := .venv/bin
 # PyTorch's wheels for Linux are built for CUDA by default. Without a GPU the constrained version is enough.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -20,6 +20,10 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
+# The variable keeps the theme's note on mkdocs 2 out of the log: versions are pinned. A warning stops the build.
+docs: .venv/ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # torch comes first and pinned: asked for as a range it would pull the newest build.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,5 +34,9 @@ lint: .venv/ready
 	$(BIN)/python -m envs.install
 	touch $@
 
+.venv/ready-docs: .venv/ready
+	$(INSTALL) --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

@@ -11,12 +11,25 @@ import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 OPERATIONS = (
     "coded_attention", "compact", "confidence", "decode_attention", "merge", "pack", "packed_attention", "rotate",
     "subspace_residual", "window_mass",
 )  # fmt: skip
 __all__ = ["OPERATIONS", *OPERATIONS]
+
+if TYPE_CHECKING:  # a type checker does not run `__getattr__`: it would take each name for the file
+    from textkv.kernels.coded_attention import coded_attention as coded_attention
+    from textkv.kernels.compact import compact as compact
+    from textkv.kernels.confidence import confidence as confidence
+    from textkv.kernels.decode_attention import decode_attention as decode_attention
+    from textkv.kernels.merge import merge as merge
+    from textkv.kernels.pack import pack as pack
+    from textkv.kernels.packed_attention import packed_attention as packed_attention
+    from textkv.kernels.rotate import rotate as rotate
+    from textkv.kernels.subspace_residual import subspace_residual as subspace_residual
+    from textkv.kernels.window_mass import window_mass as window_mass
 
 
 class _Package(ModuleType):

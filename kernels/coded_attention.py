@@ -44,7 +44,8 @@ def coded_attention(
 
     Args:
         q: [B, H, m, D], float16, bfloat16 or float32; query head h reads kv head h // (H / G).
-        k, v: uint8 [B, G, n, bytes], rows of `encode`.
+        k: uint8 [B, G, n, bytes], rows of `encode`.
+        v: as k.
         bits: of the codes of keys and of values.
         signs: [2, D], those of keys and of values.
         scale: factor on q . k, usually D ** -0.5.

@@ -90,7 +90,8 @@ def compact(
     """Copy the kept tokens into new storage, order preserved.
 
     Args:
-        k, v: [B, G, n, D], float16, bfloat16, float32 or uint8 (rows of codes), any strides; v may be of another width.
+        k: [B, G, n, D], float16, bfloat16, float32 or uint8 (rows of codes), any strides.
+        v: as k; may be of another width.
         keep: int64 [B, G, C], indices into n sorted ascending (dense), or bool [B, G, n] (ragged).
         check: whether indices are looked at on a CPU; False for a caller that made them by arithmetic.
 

@@ -294,7 +294,8 @@ def decode_attention(
 
     Args:
         q: queries [B, H, m, D], float16, bfloat16 or float32; query head h reads kv head h // (H / G).
-        k, v: dense [B, G, n, D], or flat rows [total, D] when `start` and `length` are given; dtype of q.
+        k: dense [B, G, n, D], or flat rows [total, D] when `start` and `length` are given; dtype of q.
+        v: as k.
         scale: factor on q . k, usually D ** -0.5.
         causal: the m queries are the last m tokens of every row: query i sees stored tokens with index <= n - m + i
             (ragged: length[r] - m + i). False: every query sees every token.

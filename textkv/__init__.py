@@ -1,6 +1,7 @@
 """textkv: caches that keep less, for any rotary text or vision-language decoder of transformers.
 
 from textkv import MethodCache
+
 cache = MethodCache(model, "snapkv", budget=0.4)
 model.generate(**inputs, past_key_values=cache)
 """

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,8 @@ class Conversation:
 
     Args:
         model: a text model, or a vision-language model with `get_rope_index` (the Qwen-VL families).
-        method, budget: as for `MethodCache`.
+        method: as for `MethodCache`.
+        budget: as for `MethodCache`.
 
     Attributes:
         cache: the cache.
@@ -122,7 +123,7 @@ class Conversation:
         image_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         spans: Spans | None = None,
-        **options,
+        **options: Any,
     ) -> torch.Tensor:
         """Continues the conversation; every argument describes the WHOLE dialogue so far, as a processor gives it.
 
