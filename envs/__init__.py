@@ -8,14 +8,18 @@ solves the tasks by script.
 This folder is imported as `agentkv.envs`.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 
 for _name in ("playwright", "gymnasium", "PIL"):
     if find_spec(_name) is None:
         raise ModuleNotFoundError(f"{_name} is missing: browsers and screenshots need pip install 'agentkv[agents]'")
 
-from agentkv.envs.browser import Browser  # noqa: E402
-from agentkv.envs.catalogue import CURATED, make, task, task_ids  # noqa: E402
-from agentkv.envs.web import WebEnv  # noqa: E402
+if __name__ == "envs":
+    import_module("textkv.kernels._bare").alias("envs", "agentkv.envs")
+else:
+    from .browser import Browser
+    from .catalogue import CURATED, make, task, task_ids
+    from .web import WebEnv
 
-__all__ = ["CURATED", "Browser", "WebEnv", "make", "task", "task_ids"]
+    __all__ = ["CURATED", "Browser", "WebEnv", "make", "task", "task_ids"]

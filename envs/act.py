@@ -13,7 +13,7 @@ from typing import Literal
 
 from playwright.sync_api import Page
 
-from agentkv.envs.actions import (
+from .actions import (
     MAX_KEYS,
     MODIFIER_KEYS,
     NAMED_KEYS,

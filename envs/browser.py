@@ -19,9 +19,9 @@ from pathlib import Path
 from playwright.sync_api import Browser as Chromium
 from playwright.sync_api import Error, Playwright, sync_playwright
 
-from agentkv.envs import fonts
-from agentkv.envs.allow import AllowList
-from agentkv.envs.tab import BrowserCrashed, Tab
+from . import fonts
+from .allow import AllowList
+from .tab import BrowserCrashed, Tab
 
 CHROMIUM_VARIABLE = "AGENTKV_CHROMIUM"
 _MESSAGE = 300

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from agentkv.envs import memory, miniwob
-from agentkv.envs.browser import Browser
-from agentkv.envs.task import Task
-from agentkv.envs.web import WebEnv
+from . import memory, miniwob
+from .browser import Browser
+from .task import Task
+from .web import WebEnv
 
 CURATED = (
     "click-test",

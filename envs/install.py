@@ -14,7 +14,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from agentkv.envs.browser import ChromiumMissing, find_chromium
+from .browser import ChromiumMissing, find_chromium
 
 
 def ways() -> list[list[list[str]]]:

@@ -12,11 +12,11 @@ from typing import Any
 
 from playwright.sync_api import Page
 
-from agentkv.envs.allow import AllowList, file_path, origin
-from agentkv.envs.browser import Browser
-from agentkv.envs.tab import Tab
-from agentkv.envs.task import Task, Verdict
-from agentkv.envs.web import WebEnv
+from .allow import AllowList, file_path, origin
+from .browser import Browser
+from .tab import Tab
+from .task import Task, Verdict
+from .web import WebEnv
 
 SCREEN = (1280, 720)
 Checker = Callable[[Page, str], bool]

@@ -13,9 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from urllib.parse import urlencode
 
-from agentkv.envs.allow import AllowList
-from agentkv.envs.tab import Tab
-from agentkv.envs.task import Task, Verdict
+from .allow import AllowList
+from .tab import Tab
+from .task import Task, Verdict
 
 SCREEN = (160, 210)
 

@@ -13,9 +13,9 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from agentkv.envs.allow import AllowList
-from agentkv.envs.tab import Tab
-from agentkv.envs.task import Task, Verdict
+from .allow import AllowList
+from .tab import Tab
+from .task import Task, Verdict
 
 SCREEN = (160, 210)
 _TIME_LIMIT_MS = 1_000_000

@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from agentkv import envs
-from agentkv.envs.actions import Action
-from agentkv.envs.scripted import memory, miniwob
-from agentkv.envs.scripted.look import LOOK, Look
-from agentkv.envs.web import WebEnv
+from . import catalogue
+from .actions import Action
+from .browser import Browser
+from .scripted import memory, miniwob
+from .scripted.look import LOOK, Look
+from .web import WebEnv
 
 SCRIPTS = {**memory.SCRIPTS, **miniwob.SCRIPTS}
 
@@ -125,9 +126,9 @@ def check(ids: Sequence[str], seeds: int, first: int = 0, jitter: bool = False) 
     Each finished task is reported on stderr, because a full check takes minutes.
     """
     rows: list[dict[str, object]] = []
-    with envs.Browser() as browser:
+    with Browser() as browser:
         for task_id in ids:
-            env = envs.make(task_id, browser, reuse_tab=True)
+            env = catalogue.make(task_id, browser, reuse_tab=True)
             runs = {}
             for seed in range(first, first + seeds):
                 rng = random.Random(seed) if jitter else None

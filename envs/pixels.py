@@ -20,12 +20,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from agentkv import envs
-from agentkv.envs.browser import Browser, ChromiumMissing
-from agentkv.envs.live import LiveTask
-from agentkv.envs.miniwob import MiniwobMissing
-from agentkv.envs.shop import Shop
-from agentkv.envs.web import WebEnv
+from . import catalogue
+from .browser import Browser, ChromiumMissing
+from .live import LiveTask
+from .miniwob import MiniwobMissing
+from .shop import Shop
+from .web import WebEnv
 
 RECORD = Path(str(files("agentkv.envs"))) / "pixels.json"
 SEED = 1
@@ -61,7 +61,7 @@ def draw(browser: Browser, chosen: Sequence[str]) -> dict[str, np.ndarray]:
 
 def _draw(browser: Browser, name: str, shop: Shop) -> np.ndarray:
     if name in MEMORY + MINIWOB:
-        env = envs.make(name, browser)
+        env = catalogue.make(name, browser)
     else:
         own = (_PAGES / f"{name}.html").resolve().as_uri()
         address = shop.url.replace("index.html", name.removeprefix("shop/")) if name.startswith("shop/") else own

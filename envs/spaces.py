@@ -7,7 +7,7 @@ from typing import Any, get_args
 import numpy as np
 from gymnasium import spaces
 
-from agentkv.envs.actions import Action, Drag, Hotkey, KeyDown, KeyUp, Pointing, Scroll, Type, Wait
+from .actions import Action, Drag, Hotkey, KeyDown, KeyUp, Pointing, Scroll, Type, Wait
 
 MAX_GOAL = 10_000
 _KEYS = ("Enter", "Tab", "Escape", "Backspace", "ArrowDown", "ArrowUp", "ArrowLeft", "ArrowRight")

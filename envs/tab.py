@@ -35,8 +35,8 @@ from playwright.sync_api import (
     WebSocketRoute,
 )
 
-from agentkv.envs.actions import MODIFIER_KEYS
-from agentkv.envs.allow import AllowList
+from .actions import MODIFIER_KEYS
+from .allow import AllowList
 
 # nothing listens there: the TCP port multiplexer is dead since decades and needs root to open
 _NOWHERE = "http://127.0.0.1:1"

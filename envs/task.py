@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from agentkv.envs.allow import AllowList
-from agentkv.envs.tab import Tab
+from .allow import AllowList
+from .tab import Tab
 
 
 @dataclass(frozen=True)

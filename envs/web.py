@@ -15,12 +15,12 @@ import numpy as np
 from gymnasium import spaces
 from playwright.sync_api import Page
 
-from agentkv.envs.act import perform
-from agentkv.envs.actions import Action, CallUser, Finished
-from agentkv.envs.browser import Browser
-from agentkv.envs.spaces import ActionSpace, GoalSpace
-from agentkv.envs.tab import Tab
-from agentkv.envs.task import Task, Verdict
+from .act import perform
+from .actions import Action, CallUser, Finished
+from .browser import Browser
+from .spaces import ActionSpace, GoalSpace
+from .tab import Tab
+from .task import Task, Verdict
 
 SEED_LIMIT = 2**31
 

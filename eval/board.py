@@ -25,15 +25,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from agentkv.eval.leaderboard import Cell, cells_of
-from agentkv.eval.outcomes import ALL, Outcome, Outcomes
-from agentkv.eval.quantized import PREFIX
-from agentkv.eval.ruler import DIGITS, SEED, TASKS, Maker, Prompt, check_task, score
-from agentkv.eval.textbench import BATCH_TOKENS, MODEL_HELP, check_model, held, load_text_model
 from agentkv.trace import write_json
 from textkv import Budget, Method, MethodCache, list_methods, resolve_method, split_list
 from textkv.provenance import run_meta
 from textkv.reading import Reading, ReadsItself
+
+from .leaderboard import Cell, cells_of
+from .outcomes import ALL, Outcome, Outcomes
+from .quantized import PREFIX
+from .ruler import DIGITS, SEED, TASKS, Maker, Prompt, check_task, score
+from .textbench import BATCH_TOKENS, MODEL_HELP, check_model, held, load_text_model
 
 KNOWN, UNKNOWN = "known", "unknown"
 SPOKEN = DIGITS + 3  # tokens of an answer: a blank, the digits one by one, and one more, so that a fifth digit shows

@@ -22,10 +22,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from agentkv.eval.arguments import add_methods, add_outputs, checked_budget
 from agentkv.trace import write_json
 from textkv import MethodCache, release, split_list, use
 from textkv.provenance import run_meta
+
+from .arguments import add_methods, add_outputs, checked_budget
 
 METHODS = "full,snapkv,adakv,window,streaming_llm,h2o,tova,cake,d2o,kivi(4)"
 CHUNK = 2048

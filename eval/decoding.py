@@ -23,8 +23,6 @@ from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agentkv.eval import gsm8k
-from agentkv.eval.paired import difference
 from agentkv.tables import format_bytes
 from agentkv.trace import write_json
 from dlm.cache import list_caches, resolve_cache
@@ -39,6 +37,9 @@ from textkv.devices import device_of
 from textkv.expression import parse_call, split_parts
 from textkv.intervals import wilson
 from textkv.provenance import run_meta
+
+from . import gsm8k
+from .paired import difference
 
 BASE = "none"
 GEN_LENGTH = {"arithmetic": 64, "gsm8k": 256}

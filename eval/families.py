@@ -26,9 +26,10 @@ import transformers
 from rich.console import Console
 from transformers import DynamicCache, PreTrainedModel
 
-from agentkv.eval.tiny import VOCABULARY, NoConfig, build, families, has_windows
 from textkv import MethodCache, release
 from textkv.provenance import run_meta
+
+from .tiny import VOCABULARY, NoConfig, build, families, has_windows
 
 # The text is shorter than what kivi packs at once, so that its cache is exact too.
 METHODS = ("full", "snapkv", "adakv", "streaming_llm", "h2o", "kivi(4)")

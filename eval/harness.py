@@ -23,11 +23,12 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agentkv.eval.arguments import add_methods, add_outputs, checked_budget
-from agentkv.eval.textbench import FULL, MODEL_HELP, held, load_text_model
 from agentkv.trace import write_json
 from textkv import MethodCache, split_list, use
 from textkv.provenance import run_meta
+
+from .arguments import add_methods, add_outputs, checked_budget
+from .textbench import FULL, MODEL_HELP, held, load_text_model
 
 
 class CachedLM(HFLM):

@@ -26,10 +26,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from agentkv.eval.curve import draw_curve
-from agentkv.eval.memory import check_length, decoding_row
-from agentkv.eval.quantized import takes_budget
-from agentkv.eval.textbench import (
+from agentkv.trace import write_json
+from textkv import Budget, list_methods, split_list
+from textkv.intervals import wilson
+from textkv.mini.facts import TASKS, check_task
+from textkv.mini.tasks import FIRST_EVALUATION_SEED
+from textkv.provenance import run_meta
+
+from .curve import draw_curve
+from .memory import check_length, decoding_row
+from .quantized import takes_budget
+from .textbench import (
     FULL,
     MODEL_HELP,
     Continuation,
@@ -41,12 +48,6 @@ from agentkv.eval.textbench import (
     share,
     text_rows,
 )
-from agentkv.trace import write_json
-from textkv import Budget, list_methods, split_list
-from textkv.intervals import wilson
-from textkv.mini.facts import TASKS, check_task
-from textkv.mini.tasks import FIRST_EVALUATION_SEED
-from textkv.provenance import run_meta
 
 AFTER = 128  # tokens of text that are predicted after the prompt
 TEXTS = 4

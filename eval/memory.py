@@ -17,8 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from agentkv.eval.quantized import ForeignCache, open_cache, tensors_in
 from textkv import MethodCache, use
+
+from .quantized import ForeignCache, open_cache, tensors_in
 
 
 class Allocations(TorchDispatchMode):

@@ -20,14 +20,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from agentkv.eval.arguments import add_methods, add_outputs, checked_budget
-from agentkv.eval.textbench import FULL, MODEL_HELP, examples, load_text_model, recall, share
 from agentkv.trace import write_json
 from textkv import split_list
 from textkv.intervals import wilson
 from textkv.mini.facts import TASKS, check_task
 from textkv.mini.tasks import FIRST_EVALUATION_SEED
 from textkv.provenance import run_meta
+
+from .arguments import add_methods, add_outputs, checked_budget
+from .textbench import FULL, MODEL_HELP, examples, load_text_model, recall, share
 
 
 def measure(

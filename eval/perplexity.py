@@ -25,11 +25,12 @@ from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from agentkv.eval.arguments import add_outputs
-from agentkv.eval.textbench import MODEL_HELP, load_text_model, text_rows
 from agentkv.trace import write_json
 from textkv import MethodCache, resolve_method, split_list, use
 from textkv.provenance import run_meta
+
+from .arguments import add_outputs
+from .textbench import MODEL_HELP, load_text_model, text_rows
 
 
 @torch.inference_mode()

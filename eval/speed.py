@@ -26,12 +26,13 @@ from rich.progress import track
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from agentkv.eval import decode_speed
-from agentkv.eval.arguments import add_methods, add_outputs, checked_budget
-from agentkv.eval.textbench import FULL
 from agentkv.trace import write_json
 from textkv import MethodCache, list_methods, split_list
 from textkv.provenance import run_meta
+
+from . import decode_speed
+from .arguments import add_methods, add_outputs, checked_budget
+from .textbench import FULL
 
 WHOLE = "1.0"
 STEPS = 8  # decoded tokens per round

@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agentkv.eval.biased import PLACEMENTS, biased_mini
-from agentkv.eval.quantized import ForeignCache, open_cache
 from textkv import MethodCache, models, use
 from textkv.kinds import text_model
 from textkv.mini.filler import Filler
 from textkv.mini.speller import Speller
 from textkv.mini.tasks import EVALUATION_FILLER, FIRST_EVALUATION_SEED, Example, make_example
+
+from .biased import PLACEMENTS, biased_mini
+from .quantized import ForeignCache, open_cache
 
 BATCH_TOKENS = 8_192  # prompts that run together; more gains nothing on a CPU
 FULL = "full"

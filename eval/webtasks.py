@@ -27,8 +27,6 @@ from rich.table import Table
 from agentkv.agent import Agent
 from agentkv.envs.browser import Browser
 from agentkv.errors import EXPLAINED, Interrupts, user_errors
-from agentkv.eval.curve import draw_curve
-from agentkv.eval.paired import difference
 from agentkv.models import AGENTS
 from agentkv.play import Plan, Play, open_folder, task_of
 from agentkv.run import DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load, split_methods
@@ -37,6 +35,9 @@ from agentkv.tables import stdout_console
 from agentkv.trace import DONE, episode_folder, read_run, write_json
 from textkv import Budget, resolve_method, split_list
 from textkv.provenance import run_meta
+
+from .curve import draw_curve
+from .paired import difference
 
 METHODS = "full,gui-kv,snapkv,pyramidkv,vl-cache,streaming_llm,window"
 BUDGETS = "0.4,0.2,0.1,0.05"

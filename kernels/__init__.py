@@ -20,16 +20,16 @@ OPERATIONS = (
 __all__ = ["OPERATIONS", *OPERATIONS]
 
 if TYPE_CHECKING:  # a type checker does not run `__getattr__`: it would take each name for the file
-    from textkv.kernels.coded_attention import coded_attention as coded_attention
-    from textkv.kernels.compact import compact as compact
-    from textkv.kernels.confidence import confidence as confidence
-    from textkv.kernels.decode_attention import decode_attention as decode_attention
-    from textkv.kernels.merge import merge as merge
-    from textkv.kernels.pack import pack as pack
-    from textkv.kernels.packed_attention import packed_attention as packed_attention
-    from textkv.kernels.rotate import rotate as rotate
-    from textkv.kernels.subspace_residual import subspace_residual as subspace_residual
-    from textkv.kernels.window_mass import window_mass as window_mass
+    from .coded_attention import coded_attention as coded_attention
+    from .compact import compact as compact
+    from .confidence import confidence as confidence
+    from .decode_attention import decode_attention as decode_attention
+    from .merge import merge as merge
+    from .pack import pack as pack
+    from .packed_attention import packed_attention as packed_attention
+    from .rotate import rotate as rotate
+    from .subspace_residual import subspace_residual as subspace_residual
+    from .window_mass import window_mass as window_mass
 
 
 class _Package(ModuleType):
@@ -48,19 +48,22 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _hand_over() -> None:
-    """Puts the installed package `kernels`, if there is one, in place of this folder. Imports nothing of ours: it may
-    be transformers that asks, half-way through its own import."""
+def _handed_over() -> bool:
+    """Puts the installed package `kernels` in place of this folder; returns whether there is one. Nothing of ours that
+    needs transformers is imported: it may be transformers that asks, half-way through its own import."""
     root = Path(__file__).resolve().parents[1]
     spec = PathFinder.find_spec("kernels", [entry for entry in sys.path if Path(entry).resolve() != root])
     if spec is None or spec.loader is None or spec.origin is None:
-        return  # nothing, or a bare folder of that name
+        # Nothing, or a bare folder of that name: the files here are known by their one name.
+        from ._bare import Bare
+
+        sys.meta_path.insert(0, Bare("kernels", "textkv.kernels"))
+        return False
     module = importlib.util.module_from_spec(spec)
     sys.modules["kernels"] = module
     spec.loader.exec_module(module)
+    return True
 
 
-if __name__ == "kernels":
-    _hand_over()
-else:
+if __name__ != "kernels" or not _handed_over():
     sys.modules[__name__].__class__ = _Package

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from textkv.kernels.merge import joined
+from .merge import joined
 
 _ATTEND = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 if _ATTEND is not None:

@@ -13,10 +13,10 @@ from itertools import product
 
 import torch
 
-from textkv.kernels._packed_reference import key_corrections, value_corrections
-from textkv.kernels._rotary_centre import turned_scores
-from textkv.kernels.merge import reference as merge
-from textkv.kernels.pack import FP8, width
+from ._packed_reference import key_corrections, value_corrections
+from ._rotary_centre import turned_scores
+from .merge import reference as merge
+from .pack import FP8, width
 
 _TILE = 1 << 18  # numbers unpacked at a time: 1 MB
 _SCORES = 1 << 22  # scores, and scaled queries, held at a time

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from textkv.kernels._rotary_centre import turned_scores
-from textkv.kernels.pack import entries, expand
+from ._rotary_centre import turned_scores
+from .pack import entries, expand
 
 _TOKENS = 256  # keys of a run that the reference dequantises at a time
 _QUERIES = 512  # query rows of a run that it takes at a time

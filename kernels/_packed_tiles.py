@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from textkv.kernels._backend import jit, tl
+from ._backend import jit, tl
 
 
 @jit

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from textkv.kernels._backend import check_tensor, jit, tl
+from ._backend import check_tensor, jit, tl
 
 
 def turned_scores(q, centre, inv_freq, positions, axes, tile):

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from textkv.kernels._backend import FLOATS
+from ._backend import FLOATS
 
 Fit = Literal["norm", "plain", "least", "unbiased"]
 FITS: tuple[Fit, ...] = get_args(Fit)

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import torch
 
-from textkv.kernels._backend import FLOATS, check_head_dim, check_softcap, check_tensor
-from textkv.kernels._rotary_centre import check_turn, turned_scores
-from textkv.kernels.codebook import decode, row_bytes, turn, turn_back
-from textkv.kernels.merge import merge
+from ._backend import FLOATS, check_head_dim, check_softcap, check_tensor
+from ._rotary_centre import check_turn, turned_scores
+from .codebook import decode, row_bytes, turn, turn_back
+from .merge import merge
 
 _NUMBERS = 2**19  # centroids that are looked up at a time: 2 MB stay in a processor's cache
 _QUERIES = 512  # query rows of a run that attend at a time

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from textkv.kernels._backend import FLOATS, check_head_dim, check_tensor, dense_rows, jit, tl, triton, use_triton
+from ._backend import FLOATS, check_head_dim, check_tensor, dense_rows, jit, tl, triton, use_triton
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from textkv.kernels._backend import FLOATS, check_tensor, dense_rows, jit, split_length, tl, triton, use_triton
+from ._backend import FLOATS, check_tensor, dense_rows, jit, split_length, tl, triton, use_triton
 
 _BLOCK = 4096
 

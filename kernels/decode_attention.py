@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from textkv.kernels._backend import (
+from ._backend import (
     FLOATS,
     LOG2_E,
     MAX_HEAD_DIM,
@@ -32,8 +32,8 @@ from textkv.kernels._backend import (
     triton,
     use_triton,
 )
-from textkv.kernels._fused import fused, fused_applies
-from textkv.kernels._tiles import scaled, softmax_step
+from ._fused import fused, fused_applies
+from ._tiles import scaled, softmax_step
 
 _BLOCK_ELEMENTS = 1 << 24  # fp32 scores that the reference holds at a time
 

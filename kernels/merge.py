@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from textkv.kernels._backend import FLOATS, MAX_HEAD_DIM, check_head_dim, check_tensor, jit, tl, triton, use_triton
+from ._backend import FLOATS, MAX_HEAD_DIM, check_head_dim, check_tensor, jit, tl, triton, use_triton
 
 _PARTS = 4  # parts that one launch takes
 

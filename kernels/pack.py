@@ -25,7 +25,7 @@ from typing import Literal, get_args
 
 import torch
 
-from textkv.kernels._backend import FLOATS, check_head_dim, check_tensor
+from ._backend import FLOATS, check_head_dim, check_tensor
 
 Bits = Literal[2, 4, 8, "fp8"]
 BITS: tuple[Bits, ...] = get_args(Bits)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from textkv.kernels._backend import (
+from ._backend import (
     FLOATS,
     LOG2_E,
     check_head_dim,
@@ -34,13 +34,13 @@ from textkv.kernels._backend import (
     triton,
     use_triton,
 )
-from textkv.kernels._packed_cpu import packed_cpu
-from textkv.kernels._packed_reference import reference
-from textkv.kernels._packed_tiles import by_token, codes, entry_tile, rank_tiles
-from textkv.kernels._rotary_centre import check_turn, turned_products, turned_tile
-from textkv.kernels._tiles import scaled, softmax_step
-from textkv.kernels.decode_attention import _merge_kernel
-from textkv.kernels.pack import Packed, width
+from ._packed_cpu import packed_cpu
+from ._packed_reference import reference
+from ._packed_tiles import by_token, codes, entry_tile, rank_tiles
+from ._rotary_centre import check_turn, turned_products, turned_tile
+from ._tiles import scaled, softmax_step
+from .decode_attention import _merge_kernel
+from .pack import Packed, width
 
 
 @jit

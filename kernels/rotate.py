@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from textkv.kernels._backend import FLOATS, check_head_dim, check_tensor, dense_rows, jit, tl, triton, use_triton
+from ._backend import FLOATS, check_head_dim, check_tensor, dense_rows, jit, tl, triton, use_triton
 
 _DELTAS = (torch.int32, torch.int64, torch.float32, torch.float64)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from textkv.kernels._backend import FLOATS, check_head_dim, check_tensor, dense_rows, jit, tl, triton, use_triton
+from ._backend import FLOATS, check_head_dim, check_tensor, dense_rows, jit, tl, triton, use_triton
 
 
 def reference(keys, basis):

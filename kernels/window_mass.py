@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from textkv.kernels._backend import (
+from ._backend import (
     FLOATS,
     LOG2_E,
     check_groups,
@@ -29,7 +29,7 @@ from textkv.kernels._backend import (
     triton,
     use_triton,
 )
-from textkv.kernels._tiles import scaled, softmax_step
+from ._tiles import scaled, softmax_step
 
 _BLOCK_ELEMENTS = 1 << 24  # fp32 probabilities that the reference holds at a time
 

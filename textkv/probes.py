@@ -81,6 +81,7 @@ def _see_positions(index: int | None):
     """A hook of the decoder: hands on the position ids of a call that runs on one of our caches."""
 
     def hook(module, args, kwargs):
+        """The call's arguments with its position ids [3 or 1, batch or 1, m], or None to leave them."""
         cache = kwargs.get("past_key_values")
         needs = getattr(getattr(cache, "context", None), "needs", None)
         if needs is None or not (needs.rope or needs.positions):

@@ -194,6 +194,7 @@ _CLICKS |= {("right", 1): RightClick, ("middle", 1): MiddleClick}
 
 def _clicked(button: str, clicks: int) -> _Build:
     def build(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Action]:
+        """The click of one statement; its own words for button and clicks win."""
         times = _count(values.get("clicks", clicks), "clicks", statement, 1, 3)
         which = _text(values.get("button", button), statement).lower()
         if (which, times) not in _CLICKS:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from agentkv.envs.actions import Click, Drag
-from agentkv.envs.tab import Tab
+from ..actions import Click, Drag
+from ..tab import Tab
 
 # hit(e): the grid points of e's box (clipped to the screen) at which a click reaches e
 LOOK = """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from agentkv.envs.actions import Action, Type
-from agentkv.envs.scripted.look import Look
+from ..actions import Action, Type
+from ..scripted.look import Look
 
 _NEXT = ".next"
 

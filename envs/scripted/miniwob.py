@@ -7,8 +7,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from agentkv.envs.actions import Action, Type
-from agentkv.envs.scripted.look import Element, Look
+from ..actions import Action, Type
+from ..scripted.look import Element, Look
 
 _SUBMIT = "#subbtn"
 _SHAPE_TAGS = {"rect": "rectangle", "circle": "circle", "polygon": "triangle"}

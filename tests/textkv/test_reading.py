@@ -29,8 +29,9 @@ def decoded(model, cache: MethodCache, logits: torch.Tensor) -> tuple[torch.Tens
     return torch.cat(told, 1), logits
 
 
-def compare(model, method, reading: Reading, ids: torch.Tensor) -> None:
-    """The method's own run beside its run on the reading: positions, bytes, counters, and the answer."""
+def compare(model, method, reading: Reading, ids: torch.Tensor) -> float:
+    """The method's own run beside its run on the reading: positions, bytes, counters, and the answer; returns how far
+    the last logits are apart."""
     own, other = MethodCache(model, method), reading.open(method)
     with torch.inference_mode():
         logits = model(ids, past_key_values=own).logits[:, -1].float()
@@ -45,6 +46,7 @@ def compare(model, method, reading: Reading, ids: torch.Tensor) -> None:
     (said, last), (again, last_again) = decoded(model, own, logits), decoded(model, other, reading.logits)
     assert torch.equal(said, again)
     torch.testing.assert_close(last, last_again, atol=1e-3, rtol=1e-3)
+    return float((last - last_again).abs().max())
 
 
 @pytest.mark.parametrize("expression", [*OURS, *COMPOSED])
@@ -53,7 +55,7 @@ def test_as_its_own_run(model_of, expression) -> None:
     method = resolve_method(expression, 0.5)
     # Beside others whose needs are larger: what was gathered for them must not show.
     others = [resolve_method(name, 0.5) for name in ("critic", "snapkv(window=48)", "h2o+mikv(16,2)")]
-    compare(model, method, Reading(model, ids, [method, *others]), ids)
+    assert compare(model, method, Reading(model, ids, [method, *others]), ids) < 0.05
 
 
 @pytest.mark.parametrize("expression", ["full", "snapkv", "h2o", "streaming_llm", "kivi(4)", "cake"])
@@ -66,7 +68,7 @@ def test_with_windows_between(expression) -> None:
     )  # fmt: skip
     model, ids = Gemma3ForCausalLM(config).eval(), prompts()
     method = resolve_method(expression, 0.5)
-    compare(model, method, Reading(model, ids, [method]), ids)
+    assert compare(model, method, Reading(model, ids, [method]), ids) < 0.05
 
 
 def test_a_reading_is_never_used_up(model_of) -> None:

@@ -171,6 +171,7 @@ def with_room(like: BlockPool, times: int) -> BlockPool:
     runs, room, due = each.numel(), times * int(each.max()), int((each > 0).sum())
 
     def empty(packed: Packed) -> Packed:
+        """Blocks like these, of zeros."""
         # How many corrections later blocks will bring is not known: as many as these, for every run that has any.
         rooms = {"p": -(-_sizes(packed)[0] // due), "at": -(-_sizes(packed)[1] // due)}
         rooms["delta"] = rooms["at"]
