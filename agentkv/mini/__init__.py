@@ -1,1 +1,1 @@
-"""The embedded default: a small Qwen2.5-VL of our own, its data, its training and its weights."""
+"""The weights of the embedded GUI agent, a small Qwen2.5-VL of our own; `training.agent` made them."""

@@ -1,5 +1,5 @@
 """The embedded models of the diffusion wing: a small LLaDA, a small Dream and a small guider that solve arithmetic
-word problems; their problems, training, evaluation and weights.
+word problems; their problems and weights (`training.dlm` made them).
 
 `load_mini("llada")`, `load_mini("dream")`, `load_mini("guider")`, or the folder of a training.
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from dlm.mini.shape import KINDS
 from dlm.models import load_model
 
+KINDS = ("llada", "dream", "guider")
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -30,10 +30,17 @@ def load_mini(
     if not (folder / "model.safetensors").is_file():
         made = name if name in KINDS else "llada"
         raise FileNotFoundError(
-            f"no weights in {folder}; train them with `python -m dlm.mini.train --model {made} --minutes 180`"
+            f"no weights in {folder}; train them with `python -m training.dlm.train --model {made} --minutes 180`"
         )
     # The guider is a plain Qwen2 of transformers; the other two are models of ours.
     if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] != "qwen2":
         return load_model(folder, dtype=dtype, device=device)
     model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype)
     return model.to(device).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def check_kind(kind: str) -> str:
+    """`kind` itself; ValueError unless it is one of KINDS."""
+    if kind not in KINDS:
+        raise ValueError(f"model={kind!r} is not a mini model; use {', '.join(KINDS)}")
+    return kind

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from agentkv.mini.drawn import drawn_turn
 from agentkv.models import ModelAdapter, load_adapter
 from textkv import MethodCache
+from training.agent.drawn import drawn_turn
 
 NORMS = (605.0, 22.0, 921.0)  # first layer, those between, last
 PAGES, ASKS = 10, 4

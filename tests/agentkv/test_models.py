@@ -15,9 +15,6 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from agentkv.envs.actions import Click
 from agentkv.grammars import CoordinateSpace, ParseError
-from agentkv.mini.export import export
-from agentkv.mini.tokenizer import build_tokenizer
-from agentkv.mini.train import fresh_model
 from agentkv.models import AgentText, load_adapter
 from agentkv.models.chat import ChatAdapter
 from agentkv.models.qwen3_vl import Qwen3VLAdapter
@@ -32,6 +29,10 @@ from tests.agentkv.models.build import (
     vocabulary,
     write_json,
 )
+from training.agent.files import folder_files
+from training.agent.tokenizer import build_tokenizer
+from training.agent.train import fresh_model
+from training.export import export
 
 GOAL = "Click button ONE."
 
@@ -42,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tokenizer([GOAL, "system\nuser\nassistant\n"] * 3)
     model = fresh_model(tokenizer)
     place = tmp_path_factory.mktemp("models") / "tiny"
-    export(model, dict(model.named_parameters()), tokenizer, place, {"step": 0, "seconds": 0})
+    export(model, dict(model.named_parameters()), tokenizer, place, {}, **folder_files(tokenizer))
     return place
 
 

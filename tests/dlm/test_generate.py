@@ -17,11 +17,11 @@ from dlm import generate, mini, sources
 from dlm.canvas import Canvas
 from dlm.decode import Stats, decode, decode_prompts
 from dlm.mini import load_mini
-from dlm.mini.tokenizer import build_tokenizer
 from dlm.prompts import pad_left
 from dlm.show import Painter, pieces
 from dlm.sources import open_guide
 from tests.dlm import untrained
+from training.dlm.tokenizer import build_tokenizer
 
 PROMPT = "tom has 37 apples. he buys 25. how many now?"
 SHORT = ["--gen-length", "6", "--block-length", "3", "--device", "cpu"]
@@ -167,7 +167,7 @@ def test_missing_weights_name_the_training(
     for module in (mini, sources):
         monkeypatch.setattr(module, "WEIGHTS", tmp_path)
     assert generate.main(["--prompt", PROMPT, *SHORT]) == 2
-    assert "train them with `python -m dlm.mini.train --model llada" in capsys.readouterr().err
+    assert "train them with `python -m training.dlm.train --model llada" in capsys.readouterr().err
 
 
 BLOCKED = {

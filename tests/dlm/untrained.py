@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlm.mini import shape
-from dlm.mini.checkpoint import export
-from dlm.mini.tokenizer import build_tokenizer
+from dlm.mini import KINDS
+from training.dlm import shape
+from training.dlm.tokenizer import build_tokenizer
+from training.export import export
 
 
 def make(root: Path) -> Path:
@@ -19,7 +20,8 @@ def make(root: Path) -> Path:
         patch.setattr(shape, "WIDTH", 32)
         patch.setattr(shape, "INNER", 64)
         patch.setattr(shape, "LAYERS", {"llada": 2, "dream": 2, "guider": 1})
-        for kind in shape.KINDS:
+        for kind in KINDS:
             torch.manual_seed(0)
-            export(shape.fresh_model(kind, tokenizer), tokenizer, root / kind, {})
+            model = shape.fresh_model(kind, tokenizer)
+            export(model, dict(model.named_parameters()), tokenizer, root / kind, {})
     return root

@@ -13,11 +13,11 @@ from agentkv.eval import board, ruler
 from agentkv.eval.outcomes import Outcome, Outcomes
 from agentkv.eval.textbench import load_text_model
 from textkv import MethodCache
-from textkv.mini.checkpoint import export
 from textkv.mini.filler import sentences
-from textkv.mini.shape import fresh_model
-from textkv.mini.tokenizer import build_tokenizer
 from textkv.mini.words import KEYS
+from training.export import export
+from training.text.shape import fresh_model
+from training.text.tokenizer import build_tokenizer
 
 LENGTH = 384
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer = build_tokenizer(words)
     model = fresh_model(tokenizer)
     place = tmp_path_factory.mktemp("text")
-    export(model, dict(model.named_parameters()), tokenizer, place)
+    export(model, dict(model.named_parameters()), tokenizer, place, {})
     return str(place)
 
 

@@ -16,10 +16,10 @@ from dlm.config import DecodingConfig
 from dlm.decode import decode
 from dlm.mini import load_mini
 from dlm.mini.problems import make_problem
-from dlm.mini.tokenizer import build_tokenizer
 from dlm.prompts import pad_left
 from dlm.unmask import list_rules
 from tests.dlm import untrained
+from training.dlm.tokenizer import build_tokenizer
 
 SMALL = ["--gen-length", "6", "--block-length", "3", "--device", "cpu"]
 

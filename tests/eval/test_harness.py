@@ -12,10 +12,10 @@ pytest.importorskip("lm_eval", reason="needs the extra `harness`")
 
 from agentkv.eval import harness  # noqa: E402
 from agentkv.eval.textbench import load_text_model  # noqa: E402
-from textkv.mini.checkpoint import export  # noqa: E402
 from textkv.mini.filler import sentences  # noqa: E402
-from textkv.mini.shape import fresh_model  # noqa: E402
-from textkv.mini.tokenizer import build_tokenizer  # noqa: E402
+from training.export import export  # noqa: E402
+from training.text.shape import fresh_model  # noqa: E402
+from training.text.tokenizer import build_tokenizer  # noqa: E402
 
 COMMON = 'dataset_path: json\ntest_split: test\ndoc_to_text: "{{q}}"\ndataset_kwargs: {data_files: {test: %s}}\n'
 WRITE = 'task: write\noutput_type: generate_until\ndoc_to_target: "{{a}}"\ngeneration_kwargs: {until: ["."], max_gen_toks: 3}\n'  # noqa: E501
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tokenizer(" " + " ".join(words) for words in sentences(300, seed=0))
     place = tmp_path_factory.mktemp("harness")
     model = fresh_model(tokenizer)
-    export(model, dict(model.named_parameters()), tokenizer, place / "model")
+    export(model, dict(model.named_parameters()), tokenizer, place / "model", {})
     rows = [{"q": "the road was old . " * 20 + "question : the code of falcon is", "a": " amber 47", "b": " olive 12"}]
     data = place / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows * 2))

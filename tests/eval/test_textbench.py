@@ -12,10 +12,10 @@ import torch
 from agentkv.eval import leaderboard, needle, perplexity
 from agentkv.eval.quantized import HAS_FP8
 from agentkv.eval.textbench import continuation, examples, load_text_model, recall, text_rows
-from textkv.mini.checkpoint import export
 from textkv.mini.filler import sentences
-from textkv.mini.shape import fresh_model
-from textkv.mini.tokenizer import build_tokenizer
+from training.export import export
+from training.text.shape import fresh_model
+from training.text.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer = build_tokenizer(" " + " ".join(words) for words in sentences(300, seed=0))
     model = fresh_model(tokenizer)
     place = tmp_path_factory.mktemp("text")
-    export(model, dict(model.named_parameters()), tokenizer, place)
+    export(model, dict(model.named_parameters()), tokenizer, place, {})
     return str(place)
 
 

@@ -35,7 +35,7 @@ from textkv.duo.mean_qk import mean_qk_scores
 from textkv.duo.passkeys import PasskeyConfig, Passkeys, Sample, recall_sample
 from textkv.duo.pattern import FILE, Pattern
 from textkv.duo.training import GateTraining, Progress, train_gates
-from textkv.mini.feed import Rows
+from textkv.mini.rows import Rows
 from textkv.mini.tasks import MIN_LENGTH
 
 TEXT_ROWS = 50

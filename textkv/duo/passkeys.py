@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from textkv.mini.feed import Rows
 from textkv.mini.filler import sentences
+from textkv.mini.rows import Rows
 
 WORDS = tuple(
     """

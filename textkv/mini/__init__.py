@@ -1,4 +1,7 @@
-"""The embedded text model: a small Llama that recalls facts from long prompts; its tasks, training and weights."""
+"""The embedded text model: a small Llama that recalls facts from long prompts; its tasks and weights.
+
+`training.text` made the weights.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,6 @@ def load_mini(
     """
     folder = Path(folder) if folder else WEIGHTS
     if not (folder / "model.safetensors").exists():
-        raise FileNotFoundError(f"no weights in {folder}; train them with `python -m textkv.mini.train`")
+        raise FileNotFoundError(f"no weights in {folder}; train them with `python -m training.text.train`")
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     return model.to(device).eval(), PreTrainedTokenizerFast.from_pretrained(folder)

@@ -32,7 +32,7 @@ def resolve(name: str, use: str = "text") -> str:
     """
     if name == MINI and use == "text":
         if not (WEIGHTS / "model.safetensors").exists():
-            raise FileNotFoundError(f"no weights in {WEIGHTS}; train them with `python -m textkv.mini.train`")
+            raise FileNotFoundError(f"no weights in {WEIGHTS}; train them with `python -m training.text.train`")
         return str(WEIGHTS)
     if name in CATALOGUE:
         if CATALOGUE[name].use != use:

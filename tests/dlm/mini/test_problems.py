@@ -19,8 +19,8 @@ from dlm.mini.problems import (
     make_problem,
     working,
 )
-from dlm.mini.tokenizer import UNK, build_tokenizer
 from dlm.mini.words import ENTERS, GAINED, GAINS, LEAVES, LOSSES, LOST, all_words
+from training.dlm.tokenizer import UNK, build_tokenizer
 
 UP = {*GAINS, *GAINED, "more", *(first for first, _ in ENTERS if first not in {"get", "walk"})}
 DOWN = {*LOSSES, *LOST, "fewer", *(first for first, _ in LEAVES if first not in {"get", "walk"})}

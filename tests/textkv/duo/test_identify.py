@@ -9,7 +9,7 @@ from tests.textkv import tiny
 from textkv import MethodCache
 from textkv.duo import identify
 from textkv.mini.filler import sentences
-from textkv.mini.tokenizer import build_tokenizer
+from training.text.tokenizer import build_tokenizer
 
 QUICK = ["--steps", "3", "--sinks", "2", "--recent", "8", "--passkeys", "2", "--words", "2", "--shortest", "50",
          "--longest", "250", "--device", "cpu"]  # fmt: skip

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from textkv.duo.passkeys import ORDINALS, WORDS, PasskeyConfig, Passkeys, recall_sample
-from textkv.mini.feed import Rows
 from textkv.mini.filler import sentences
-from textkv.mini.tokenizer import build_tokenizer
+from textkv.mini.rows import Rows
+from training.text.tokenizer import build_tokenizer
 
 SMALL = PasskeyConfig(count=3, words=4, shortest=100, longest=400)
 

@@ -22,7 +22,7 @@ def test_a_pattern_survives_its_file(tmp_path):
 
 
 def test_the_embedded_models_pattern_tells_its_heads_apart():
-    """The answer is copied in layer 2 by the heads of the first KV head (`textkv.mini.hints`)."""
+    """The answer is copied in layer 2 by the heads of the first KV head (`training.text.hints`)."""
     gates = Pattern.load("mini").gates
     assert gates.shape == (4, 2) and gates[2, 0] > 0.9 and gates.argmax() == 4
     assert (gates < 0.05).float().mean() >= 0.5

@@ -18,10 +18,10 @@ from tests.textkv import tiny
 from tests.textkv.models.gguf_file import write_gguf
 from tests.textkv.models.wheels import publish, release, wheel
 from textkv import MethodCache
-from textkv.mini.tokenizer import build_tokenizer
 from textkv.models import __main__ as command
 from textkv.models import catalogue, convert, fetch, load, place, resolve
 from textkv.models.install import install
+from training.text.tokenizer import build_tokenizer
 
 needs_extra = pytest.mark.skipif(
     any(find_spec(name) is None for name in convert.NEEDED), reason="the extra `models` is not installed here"

@@ -1,0 +1,81 @@
+"""Put a trained model in place: `python -m training.dlm.keep runs/mini_llada/latest --n 500`.
+
+Measures the export on held-out problems and moves it to the package's `weights` folder, file by file and atomically,
+if it answers more of them than what lies there. The figures go beside it, into evaluation.json and README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlm.mini import WEIGHTS, load_mini
+from dlm.mini.problems import FIRST_EVALUATION_SEED
+from training.dlm.evaluate import measure
+from training.export import TRAINED
+from training.keep import Rows, consider, recorded
+
+TITLES = {"llada": "LLaDA", "dream": "Dream", "guider": "guider (Qwen2)"}
+
+
+def readme(rows: Rows, trained: dict[str, Any], hardware: str) -> str:
+    """The README of the weights: what they are, their seed and data, and what was measured."""
+    kind, n, length = trained["model"], rows[0]["n"], rows[0]["gen_length"]
+    how = "greedy" if kind == "guider" else "one token per step, no cache, the model's own rule"
+    lines = [
+        f"# The embedded mini {TITLES[kind]}",
+        "",
+        f"Trained from scratch by `python -m training.dlm.train --model {kind} --seed {trained['seed']}` on drawn",
+        f"problems (`dlm/mini/problems.py`): {trained['step']} optimizer steps, {trained['seconds'] / 60:.0f} minutes",
+        f"({hardware}). Weights in fp16.",
+        "",
+        f"Held-out problems, seeds from {FIRST_EVALUATION_SEED:,} on, {how}",
+        f"(`python -m training.dlm.evaluate --model {kind} --n {n} --gen-length {length}`):",
+        "",
+        "| problems | n | exact answers | 95 % | exact working |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share, interval = f"{row['accuracy']:.3f}", f"{row['low']:.3f}-{row['high']:.3f}"
+        lines.append(f"| {row['task']} | {row['n']} | {share} | {interval} | {row['working']:.3f} |")
+    return "\n".join([*lines, ""])
+
+
+def solved(n: int, gen_length: int) -> Callable[[Path], tuple[float, Rows]]:
+    """Share of exact answers of a model folder to `n` problems, and the rows."""
+
+    def score(folder: Path) -> tuple[float, Rows]:
+        rows = measure(*load_mini(folder), n, gen_length)
+        return rows[0]["accuracy"], rows
+
+    return score
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line, measure, install."""
+    parser = argparse.ArgumentParser(prog="python -m training.dlm.keep", description=__doc__.split("\n\n")[0])
+    parser.add_argument("latest", type=Path, help="the export of a training: RUNS/latest")
+    parser.add_argument("--n", type=int, default=500, help="problems")
+    parser.add_argument("--gen-length", type=int, default=64, help="tokens of the canvas behind the prompt")
+    parser.add_argument("--hardware", default="two CPU cores", help="where it was trained, for the README")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    args = parser.parse_args(argv)
+    if not (args.latest / TRAINED).is_file():
+        parser.error(f"{args.latest} has no {TRAINED}; give the `latest` folder of a training")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    kind = json.loads((args.latest / TRAINED).read_text(encoding="utf-8"))["model"]
+    before = recorded(WEIGHTS / kind)
+    told = partial(readme, hardware=args.hardware)
+    exact = consider(args.latest, WEIGHTS / kind, solved(args.n, args.gen_length), told)
+    print(f"{kind}: {exact:.3f} exact, in place {'nothing' if before < 0 else f'{before:.3f}'}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
