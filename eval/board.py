@@ -25,15 +25,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from agentkv.trace import write_json
-from textkv import Budget, Method, MethodCache, list_methods, resolve_method, split_list
+from textkv import Budget, Method, MethodCache, list_methods, resolve_method
+from textkv.command import count, names, readable, run, write_rows, write_text
 from textkv.provenance import run_meta
 from textkv.reading import Reading, ReadsItself
 
+from .arguments import add_choice, add_dtype, add_outputs
 from .leaderboard import Cell, cells_of
 from .outcomes import ALL, Outcome, Outcomes
 from .quantized import PREFIX
-from .ruler import DIGITS, SEED, TASKS, Maker, Prompt, check_task, score
+from .ruler import DIGITS, SEED, TASKS, Maker, Prompt, score
 from .textbench import BATCH_TOKENS, MODEL_HELP, check_model, held, load_text_model
 
 KNOWN, UNKNOWN = "known", "unknown"
@@ -222,7 +223,7 @@ def measure(bench: Bench, outcomes: Outcomes, path: Path, meta: dict[str, Any]) 
 
     def write() -> list[dict[str, Any]]:
         rows = outcomes.rows(bench.cells, board.tasks, board.asked, bench.n)
-        write_json(path, {"meta": meta, "rows": rows})
+        write_rows(path, meta, rows)
         return rows
 
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
@@ -240,19 +241,15 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.board", description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="mini", help=MODEL_HELP)
-    p.add_argument("--methods", default="all", help="comma-separated: all, methods, compositions")
-    p.add_argument("--budgets", default="0.5,0.25,0.1", help="comma-separated shares, or tokens as 64t")
-    p.add_argument("--tasks", default=",".join(TASKS), help=f"of {', '.join(TASKS)}")
-    p.add_argument("--asked", default=f"{KNOWN},{UNKNOWN}", help="known, unknown: is the question there when it cuts?")
-    p.add_argument("--length", type=int, default=1024, help="tokens of a prompt, question included (default 1024)")
-    p.add_argument("--n", type=int, default=48, help="prompts per task (default 48)")
-    p.add_argument("--text", type=Path, help="text whose lines stand between the facts; default: plain sentences")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 else"
-    )
-    p.add_argument("--json", type=Path, default=Path("runs/board.json"), help="rows; gone on with if it exists")
-    p.add_argument("--markdown", type=Path, help="write the tables here too")
+    p.add_argument("--methods", type=names, default="all", help="comma-separated: all, methods, compositions")
+    p.add_argument("--budgets", type=names, default="0.5,0.25,0.1", help="comma-separated shares, or tokens as 64t")
+    add_choice(p, "tasks", TASKS)
+    add_choice(p, "asked", (KNOWN, UNKNOWN), ": is the question there when it cuts?")
+    p.add_argument("--length", type=count, default=1024, help="tokens of a prompt, question included (default 1024)")
+    p.add_argument("--n", type=count, default=48, help="prompts per task (default 48)")
+    p.add_argument("--text", type=readable, help="text whose lines stand between the facts; default: plain sentences")
+    add_dtype(p)
+    add_outputs(p, "markdown", when="; gone on with if it exists", default="runs/board.json")
     return p
 
 
@@ -263,45 +260,35 @@ def board_of(args: argparse.Namespace) -> tuple[Board, list[Cell]]:
         ValueError: an unknown or impossible value.
         FileNotFoundError: no such model or text.
     """
-    if args.n < 1:
-        raise ValueError(f"n={args.n}: ask at least 1 question per task")
-    methods = [x for name in split_list(args.methods) for x in (list_methods() if name == "all" else [name])]
+    methods = [x for name in args.methods for x in (list_methods() if name == "all" else [name])]
     if theirs := [name for name in methods if name.startswith(PREFIX)]:
         raise ValueError(f"{theirs[0]}: caches of transformers read their own prompts; see python -m eval.leaderboard")
-    asked = split_list(args.asked)
-    if wrong := [word for word in asked if word not in (KNOWN, UNKNOWN)]:
-        raise ValueError(f"asked={wrong[0]!r}: use {KNOWN}, {UNKNOWN}, or both")
-    tasks = tuple(check_task(task) for task in split_list(args.tasks))
-    cells = cells_of(methods, [str(Budget.parse(b)) for b in split_list(args.budgets)])
+    cells = cells_of(methods, [str(Budget.parse(b)) for b in args.budgets])
     check_model(args.model)
-    if args.text and not args.text.is_file():
-        raise FileNotFoundError(f"text {args.text}: no such file")
     text = str(args.text) if args.text else None
-    return Board(args.model, tasks, tuple(asked), args.length, text, args.dtype), cells
+    return Board(args.model, tuple(args.tasks), tuple(args.asked), args.length, text, args.dtype), cells
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 for a request that cannot be carried out."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
-    try:
-        board, cells = board_of(args)
-        # Tasks and ways of asking, like methods and questions, may be added to what a file holds already.
-        said = {name: value for name, value in asdict(board).items() if name not in ("tasks", "asked")}
-        outcomes = Outcomes(args.json.with_suffix(".jsonl"), said)
-        meta = run_meta("eval.board", argv, SEED, board=said)
-        rows = measure(Bench(board, cells, args.n, args.device), outcomes, args.json, meta)
-    except (ValueError, OSError) as error:
-        print(f"eval.board: {error}", file=sys.stderr)
-        return 2
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("eval.board", parser(), work, argv, kept="the same command goes on")
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measure what is missing and print the board."""
+    board, cells = board_of(args)
+    # Tasks and ways of asking, like methods and questions, may be added to what a file holds already.
+    said = {name: value for name, value in asdict(board).items() if name not in ("tasks", "asked")}
+    outcomes = Outcomes(args.json.with_suffix(".jsonl"), said)
+    meta = run_meta("eval.board", argv, SEED, board=said)
+    rows = measure(Bench(board, cells, args.n, args.device), outcomes, args.json, meta)
     for asked in board.asked:
         Console(width=None if sys.stdout.isatty() else 200).print(table(rows, asked, board.tasks))
     if args.markdown:
-        args.markdown.write_text(markdown(rows, board, meta["command"]), encoding="utf-8")
+        write_text(args.markdown, markdown(rows, board, meta["command"]))
     for row in rows:
         if row["task"] == "refused":
             print(f"refused: {row['method']} at {row['budget']}, question {row['asked']}: {row['reason']}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 - the backend is chosen first: there may be no screen
+from matplotlib.figure import Figure  # noqa: E402
 
 FULL = "full"
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
@@ -20,11 +21,13 @@ def draw_curve(
     path: Path,
     groups: Sequence[tuple[str, str]] = (("web", "web tasks"), ("memory", "memory pages")),
     figure_name: str = "success",
+    module: str = "eval.webtasks",
 ) -> None:
     """Write a PNG with one panel per group of tasks: x = share of the full cache's bytes (log), y = `figure_name` with
     its 95 % interval; the full cache is a line across.
 
-    rows: flat dicts with method, task, kv_share, `figure_name`, low, high; `groups`: (task, title) per panel.
+    rows: flat dicts with method, task, kv_share, `figure_name`, low, high; `groups`: (task, title) per panel; `module`:
+    the command that draws.
     """
     width = 1.5 + 4.75 * len(groups)
     figure, panels = pyplot.subplots(
@@ -40,8 +43,15 @@ def draw_curve(
         panel.set_xlim(*_limits(rows))
     panels[0, 0].set_ylabel(f"{figure_name} (95 % interval)")
     panels[0, -1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    save(figure, path, module)
+
+
+def save(figure: Figure, path: Path, module: str) -> None:
+    """Write the picture, which says that `python -m module` drew it (see `textkv.command.results`)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, dpi=150, format="png", metadata={"Software": f"python -m {module}"})
+    part.replace(path)
     pyplot.close(figure)
 
 

@@ -14,11 +14,10 @@ bugs.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from collections import Counter
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,8 +26,10 @@ from rich.console import Console
 from transformers import DynamicCache, PreTrainedModel
 
 from textkv import MethodCache, release
+from textkv.command import names, run, write_rows, write_text
 from textkv.provenance import run_meta
 
+from .arguments import add_outputs
 from .tiny import VOCABULARY, NoConfig, build, families, has_windows
 
 # The text is shorter than what kivi packs at once, so that its cache is exact too.
@@ -176,20 +177,26 @@ def _of_family(of: dict[str, dict]) -> str:
     return "works" if "works" in found else found[0]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the sweep; exit code 1 if any row is wrong or fails."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m eval.families", description=__doc__.splitlines()[0])
-    parser.add_argument("--families", default="", help="comma-separated model types; all by default")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
-    options = parser.parse_args(argv)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m eval.families", description=__doc__.splitlines()[0])
+    p.add_argument("--families", type=names, help="comma-separated model types; all by default")
+    add_outputs(p, "markdown")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 1 if any row is wrong or fails, else as `textkv.command.run` says."""
+    return run("eval.families", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> int:
+    """Sweep and print; 1 if any row is wrong or fails."""
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    chosen = [name.strip() for name in options.families.split(",") if name.strip()] or families()
-    unknown = sorted(set(chosen) - set(families()))
-    if unknown:
-        parser.error(f"--families {','.join(unknown)}: not a decoder of transformers {transformers.__version__}")
+    chosen = args.families or families()
+    if unknown := sorted(set(chosen) - set(families())):
+        raise ValueError(f"families={','.join(unknown)}: no decoder of transformers {transformers.__version__}")
     console, rows = Console(stderr=True), []
     for i, family in enumerate(chosen, 1):
         found = check_family(family)
@@ -199,10 +206,9 @@ def main(argv: list[str] | None = None) -> int:
         for row in bad:
             console.print(f"    {row['method']}: {row['outcome']} {row['gap'] or ''} {row['line'][:300]}", markup=False)
     meta = run_meta("eval.families", argv, seed=0)
-    if options.json:
-        options.json.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1), encoding="utf-8")
-    if options.markdown:
-        options.markdown.write_text(markdown(rows, meta), encoding="utf-8")
+    write_rows(args.json, meta, rows)
+    if args.markdown:
+        write_text(args.markdown, markdown(rows, meta))
     counts = Counter(row["outcome"] for row in rows)
     console.print(", ".join(f"{counts.get(name, 0)} {name}" for name in OUTCOMES), highlight=False)
     return 1 if counts["wrong"] or counts["fails"] else 0

@@ -23,8 +23,8 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agentkv.trace import write_json
-from textkv import MethodCache, split_list, use
+from textkv import MethodCache, use
+from textkv.command import count, names, run, write_rows
 from textkv.provenance import run_meta
 
 from .arguments import add_methods, add_outputs, checked_budget
@@ -86,9 +86,7 @@ def measure(args: argparse.Namespace, methods: Sequence[str]) -> list[dict[str, 
     for method in methods:
         budget = "1.0" if method == FULL else args.budget
         lm = CachedLM(model, tokenizer, method, budget, args.batch)
-        results = simple_evaluate(
-            model=lm, tasks=split_list(args.tasks), task_manager=manager, limit=args.limit, log_samples=False
-        )
+        results = simple_evaluate(model=lm, tasks=args.tasks, task_manager=manager, limit=args.limit, log_samples=False)
         names = dict.fromkeys(name for x in lm.held for name in x)  # a hook that never ran took no time
         figures = {name: sum(x.get(name, 0.0) for x in lm.held) / len(lm.held) for name in names}
         for task, metrics in results["results"].items():
@@ -114,29 +112,27 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m eval.harness", description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="mini", help=MODEL_HELP)
     add_methods(p, "full,snapkv", "0.2")
-    p.add_argument("--tasks", required=True, help="comma-separated task names of the harness, e.g. longbench_qasper")
+    p.add_argument(
+        "--tasks", type=names, required=True, help="comma-separated task names of the harness, e.g. longbench_qasper"
+    )
     p.add_argument("--include", type=Path, help="folder with task files of your own")
-    p.add_argument("--limit", type=int, help="examples per task (default: all)")
-    p.add_argument("--batch", type=int, default=1, help="prompts that run together (default 1)")
+    p.add_argument("--limit", type=count, help="examples per task (default: all)")
+    p.add_argument("--batch", type=count, default=1, help="prompts that run together (default 1)")
     add_outputs(p)
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 for a request that cannot be carried out."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
-    try:
-        methods = split_list(args.methods)
-        checked_budget(methods, args.budget)
-        rows = measure(args, methods)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"eval.harness: {error}", file=sys.stderr)
-        return 2
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("eval.harness", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measure and print."""
+    checked_budget(args.methods, args.budget)
+    rows = measure(args, args.methods)
     Console().print(table(rows))
-    if args.json:
-        write_json(args.json, {"meta": run_meta("eval.harness", argv, 0), "rows": rows})
-    return 0
+    write_rows(args.json, run_meta("eval.harness", argv, 0), rows)
 
 
 if __name__ == "__main__":

@@ -15,24 +15,22 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from agentkv.trace import write_json
-from textkv import Budget, list_methods, split_list
+from textkv import Budget, list_methods
+from textkv.command import Workers, count, names, readable, run, write_rows, write_text
 from textkv.intervals import wilson
-from textkv.mini.facts import TASKS, check_task
+from textkv.mini.facts import TASKS
 from textkv.mini.tasks import FIRST_EVALUATION_SEED
 from textkv.provenance import run_meta
 
+from .arguments import add_choice, add_dtype, add_outputs
 from .curve import draw_curve
 from .memory import check_length, decoding_row
 from .quantized import takes_budget
@@ -74,8 +72,6 @@ class Board:
 class Worker:
     """One process's model and data; cells are measured with them."""
 
-    here: Worker | None = None
-
     def __init__(self, board: Board) -> None:
         self.board = board
         self.model, tokenizer = load_text_model(board.model, board.device, board.dtype)
@@ -83,19 +79,12 @@ class Worker:
         self.rows = text_rows(tokenizer, board.text, TEXTS, board.length + AFTER)
         self.truth: Continuation | None = None
 
-    @classmethod
-    def open(cls, board: Board) -> None:
-        """Set up this process (called by the pool)."""
-        cls.here = cls(board)
-
-    @classmethod
-    def run(cls, cell: Cell) -> list[dict[str, Any]]:
+    def cell(self, method: str, budget: str) -> list[dict[str, Any]]:
         """The rows of one cell; one row with task "refused" if the method cannot do that budget."""
-        assert cls.here is not None
         try:
-            return cls.here.measure(*cell)
+            return self.measure(method, budget)
         except ValueError as error:
-            return [{"method": cell[0], "budget": cell[1], "task": "refused", "reason": str(error)}]
+            return [{"method": method, "budget": budget, "task": "refused", "reason": str(error)}]
 
     def measure(self, method: str, budget: str) -> list[dict[str, Any]]:
         """One row per task, one with task "recall" over all of them, one with task "text", and "decoding" if asked."""
@@ -199,12 +188,11 @@ def measure(board: Board, cells: Sequence[Cell], workers: int, path: Path, meta:
     missing = [cell for cell in cells if cell not in done]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     meta = meta | {"board": said}
-    with ProcessPoolExecutor(workers, get_context("spawn"), Worker.open, (board,)) as pool:
-        jobs = {pool.submit(Worker.run, cell): cell for cell in missing}
-        console = Console(stderr=True)
-        for job in track(as_completed(jobs), "cells", len(jobs), console=console):
-            done[jobs[job]] = job.result()
-            write_json(path, {"meta": meta, "rows": [row for cell in cells for row in done.get(cell, [])]})
+    with Workers(workers, Worker, board) as there:
+        jobs = there.results(Worker.cell, missing)
+        for cell, found in track(jobs, "cells", len(missing), console=Console(stderr=True)):
+            done[cell] = found
+            write_rows(path, meta, [row for cell in cells for row in done.get(cell, [])])
     return [row for cell in cells for row in done[cell]]
 
 
@@ -212,56 +200,46 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.leaderboard", description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="mini", help=MODEL_HELP + ", or biased:even")
-    p.add_argument("--methods", default="all", help="comma-separated: all (of ours), methods, compositions, hf-...")
-    p.add_argument("--budgets", default="0.5,0.2,0.1,0.05", help="comma-separated shares, or tokens as 64t")
-    p.add_argument("--tasks", default=",".join(TASKS), help=f"of {', '.join(TASKS)}")
-    p.add_argument("--length", type=int, default=1024, help="tokens of a prompt with its answer (default 1024)")
-    p.add_argument("--n", type=int, default=16, help="examples per task (default 16)")
-    p.add_argument("--text", type=Path, help="text for the perplexity; its last tenth is used")
+    p.add_argument("--methods", type=names, default="all", help="all (of ours), methods, compositions, hf-...")
+    p.add_argument("--budgets", type=names, default="0.5,0.2,0.1,0.05", help="comma-separated shares, or tokens as 64t")
+    add_choice(p, "tasks", TASKS)
+    p.add_argument("--length", type=count, default=1024, help="tokens of a prompt with its answer (default 1024)")
+    p.add_argument("--n", type=count, default=16, help="examples per task (default 16)")
+    p.add_argument("--text", type=readable, help="text for the perplexity; its last tenth is used")
     p.add_argument(
         "--memory", type=int, default=0, metavar="TOKENS", help="also: the tensors made while decoding after so many"
     )
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on a GPU, float32 else"
-    )
-    p.add_argument("--workers", type=int, default=2, help="processes (default 2)")
-    p.add_argument("--json", type=Path, default=Path("runs/leaderboard.json"), help="rows; gone on with if it exists")
-    p.add_argument("--markdown", type=Path, help="write the table here too")
-    p.add_argument("--plot", type=Path, help="write recall against bytes here, as PNG")
+    add_dtype(p)
+    p.add_argument("--workers", type=count, default=2, help="processes (default 2)")
+    add_outputs(p, "markdown", "plot", when="; gone on with if it exists", default="runs/leaderboard.json")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 for a request that cannot be carried out."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
-    try:
-        if min(args.n, args.workers) < 1:
-            raise ValueError(f"n={args.n}, workers={args.workers}: both must be at least 1")
-        if args.memory:
-            check_length(args.memory)
-        methods = [x for name in split_list(args.methods) for x in (list_methods() if name == "all" else [name])]
-        budgets = [str(Budget.parse(b)) for b in split_list(args.budgets)]
-        tasks = tuple(check_task(task) for task in split_list(args.tasks))
-        cells = cells_of(methods, budgets)
-        check_model(args.model)
-        board = Board(args.model, tasks, args.length, args.n, args.text, args.device, args.dtype, args.memory)
-        meta = run_meta("eval.leaderboard", argv, FIRST_EVALUATION_SEED)
-        rows = measure(board, cells, args.workers, args.json, meta)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"eval.leaderboard: {error}", file=sys.stderr)
-        return 2
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("eval.leaderboard", parser(), work, argv, kept="the same command goes on")
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measure what is missing and print the board."""
+    if args.memory:
+        check_length(args.memory)
+    methods = [x for name in args.methods for x in (list_methods() if name == "all" else [name])]
+    budgets = [str(Budget.parse(b)) for b in args.budgets]
+    cells = cells_of(methods, budgets)
+    check_model(args.model)
+    board = Board(args.model, tuple(args.tasks), args.length, args.n, args.text, args.device, args.dtype, args.memory)
+    meta = run_meta("eval.leaderboard", argv, FIRST_EVALUATION_SEED)
+    rows = measure(board, cells, args.workers, args.json, meta)
     Console(width=None if sys.stdout.isatty() else 200).print(table(rows, budgets))
     if args.markdown:
-        args.markdown.write_text(markdown(rows, tasks), encoding="utf-8")
+        write_text(args.markdown, f"`{meta['command']}`\n\n{markdown(rows, args.tasks)}")
     if args.plot:
-        groups = [(task, task) for task in (*tasks, "recall")]
-        draw_curve(rows, args.plot, groups, "recall")
+        groups = [(task, task) for task in (*args.tasks, "recall")]
+        draw_curve(rows, args.plot, groups, "recall", "eval.leaderboard")
     for row in rows:
         if row["task"] == "refused":
             print(f"refused: {row['method']} at {row['budget']}: {row['reason']}")
-    return 0
 
 
 if __name__ == "__main__":

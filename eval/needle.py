@@ -20,14 +20,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from agentkv.trace import write_json
-from textkv import split_list
+from textkv.command import count, lengths, run, write_rows
 from textkv.intervals import wilson
 from textkv.mini.facts import TASKS, check_task
 from textkv.mini.tasks import FIRST_EVALUATION_SEED
 from textkv.provenance import run_meta
 
 from .arguments import add_methods, add_outputs, checked_budget
+from .curve import save
 from .textbench import FULL, MODEL_HELP, examples, load_text_model, recall, share
 
 
@@ -76,9 +76,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set(title=method, xlabel="tokens")
     panels[0, 0].set_ylabel("depth (0 = first)")
     figure.colorbar(image, ax=panels[0, -1], label="recall")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save(figure, path, "eval.needle")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,35 +85,29 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default="mini", help=MODEL_HELP)
     add_methods(p, "full,snapkv,streaming_llm", "0.2")
     p.add_argument("--task", default="needle", help=f"one of {', '.join(TASKS)}")
-    p.add_argument("--lengths", default="256,512,1024,2048", help="tokens of a prompt with its answer")
-    p.add_argument("--depths", type=int, default=5, help="places of the fact, from first to last (default 5)")
-    p.add_argument("--n", type=int, default=16, help="facts per cell (default 16)")
-    add_outputs(p)
-    p.add_argument("--plot", type=Path, help="write the heat maps here, as PNG")
+    p.add_argument("--lengths", type=lengths, default="256,512,1024,2048", help="tokens of a prompt with its answer")
+    p.add_argument("--depths", type=count, default=5, help="places of the fact, from first to last (default 5)")
+    p.add_argument("--n", type=count, default=16, help="facts per cell (default 16)")
+    add_outputs(p, "plot")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 for a request that cannot be carried out."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
-    try:
-        if args.n < 1 or args.depths < 2:
-            raise ValueError(f"n={args.n}, depths={args.depths}: use at least 1 fact and 2 depths")
-        methods = split_list(args.methods)
-        budget = checked_budget(methods, args.budget)
-        lengths = [int(length) for length in split_list(args.lengths)]
-        rows = measure(args.model, methods, budget, check_task(args.task), lengths, args.depths, args.n, args.device)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"eval.needle: {error}", file=sys.stderr)
-        return 2
-    for method in methods:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("eval.needle", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measure and print."""
+    if args.depths < 2:
+        raise ValueError(f"depths={args.depths}: use at least 2")
+    budget, task = checked_budget(args.methods, args.budget), check_task(args.task)
+    rows = measure(args.model, args.methods, budget, task, args.lengths, args.depths, args.n, args.device)
+    for method in args.methods:
         Console().print(table(rows, method))
-    if args.json:
-        write_json(args.json, {"meta": run_meta("eval.needle", argv, FIRST_EVALUATION_SEED), "rows": rows})
+    write_rows(args.json, run_meta("eval.needle", argv, FIRST_EVALUATION_SEED), rows)
     if args.plot:
         draw(rows, args.plot)
-    return 0
 
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from agentkv.trace import write_json
-from textkv import MethodCache, resolve_method, split_list, use
+from textkv import MethodCache, use
+from textkv.command import count, names, readable, run, write_rows
 from textkv.provenance import run_meta
 
-from .arguments import add_outputs
+from .arguments import add_outputs, checked_budget
+from .curve import save
 from .textbench import MODEL_HELP, load_text_model, text_rows
 
 
@@ -79,52 +80,41 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     )
     panel.grid(alpha=0.3)
     panel.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save(figure, path, "eval.perplexity")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.perplexity", description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="mini", help=MODEL_HELP)
-    p.add_argument("--methods", default="window,streaming_llm,lacache", help="comma-separated methods")
-    p.add_argument("--cache", type=int, default=256, help="tokens to keep per layer and head (default 256)")
-    p.add_argument("--tokens", type=int, default=8192, help="length of the text (default 8192)")
-    p.add_argument("--stretches", type=int, default=8, help="parts of the text to be told apart (default 8)")
-    p.add_argument("--text", type=Path, help="the text (its last tenth is read); default: held-out plain sentences")
-    add_outputs(p)
-    p.add_argument("--plot", type=Path, help="write the curves here, as PNG")
+    p.add_argument("--methods", type=names, default="window,streaming_llm,lacache", help="comma-separated methods")
+    p.add_argument("--cache", type=count, default=256, help="tokens to keep per layer and head (default 256)")
+    p.add_argument("--tokens", type=count, default=8192, help="length of the text (default 8192)")
+    p.add_argument("--stretches", type=count, default=8, help="parts of the text to be told apart (default 8)")
+    p.add_argument("--text", type=readable, help="the text (its last tenth is read); default: held-out plain sentences")
+    add_outputs(p, "plot")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 for a request that cannot be carried out."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
-    try:
-        if not 1 <= args.cache < args.tokens - 1 or args.stretches < 1:
-            raise ValueError(
-                f"cache={args.cache}, tokens={args.tokens}, stretches={args.stretches}: the text must be longer than "
-                "the cache, and have at least 1 stretch"
-            )
-        methods, budget = split_list(args.methods), f"{args.cache}t"
-        for method in methods:
-            resolve_method(method, budget)
-        model, tokenizer = load_text_model(args.model, args.device)
-        ids = text_rows(tokenizer, args.text, 1, args.tokens)
-        rows = []
-        for method in methods:
-            rows += rows_of(method, args.cache, *stream(model, method, budget, ids, args.cache), args.stretches)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"eval.perplexity: {error}", file=sys.stderr)
-        return 2
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("eval.perplexity", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measure and print."""
+    if args.cache >= args.tokens - 1:
+        raise ValueError(f"cache={args.cache}, tokens={args.tokens}: the text must be longer than the cache")
+    budget = checked_budget(args.methods, f"{args.cache}t")
+    model, tokenizer = load_text_model(args.model, args.device)
+    ids = text_rows(tokenizer, args.text, 1, args.tokens)
+    rows = []
+    for method in args.methods:
+        rows += rows_of(method, args.cache, *stream(model, method, budget, ids, args.cache), args.stretches)
     Console().print(table(rows))
-    if args.json:
-        write_json(args.json, {"meta": run_meta("eval.perplexity", argv, 0), "rows": rows})
+    write_rows(args.json, run_meta("eval.perplexity", argv, 0), rows)
     if args.plot:
         draw(rows, args.plot)
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +24,15 @@ from rich.table import Table
 
 from agentkv.agent import Agent
 from agentkv.envs.browser import Browser
-from agentkv.errors import EXPLAINED, Interrupts, user_errors
+from agentkv.errors import EXPLAINED, Interrupts
 from agentkv.models import AGENTS
 from agentkv.play import Plan, Play, open_folder, task_of
 from agentkv.run import DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load, split_methods
 from agentkv.stats import UNITS, summarise
 from agentkv.tables import stdout_console
-from agentkv.trace import DONE, episode_folder, read_run, write_json
-from textkv import Budget, resolve_method, split_list
+from agentkv.trace import DONE, episode_folder, read_run
+from textkv import Budget, resolve_method
+from textkv.command import Workers, count, lengths, names, results_file, run, seed, write_rows
 from textkv.provenance import run_meta
 
 from .curve import draw_curve
@@ -104,49 +103,38 @@ def _missing(folder: Path, plan: Plan) -> bool:
 class Worker:
     """One process's model and browser, opened once; jobs are played with them."""
 
-    here: Worker | None = None
-
     def __init__(self, plan: Plan, chromium: str | None) -> None:
         self.adapter = load(plan)
         self.browser = Browser(chromium).start()
 
-    @classmethod
-    def open(cls, plan: Plan, chromium: str | None) -> None:
-        """Set up this process (called by the pool) for plans with the model and device of `plan`."""
-        cls.here = cls(plan, chromium)
-
-    @classmethod
-    def play(cls, folder: Path, plan: Plan) -> bool:
-        """Play one job; False after Ctrl-C."""
-        assert cls.here is not None
-        agents = {m: Agent(cls.here.adapter, m, plan.budget, plan.max_new_tokens) for m in plan.methods}
+    def play(self, folder: Path, plan: Plan) -> None:
+        """Play one job."""
+        agents = {m: Agent(self.adapter, m, plan.budget, plan.max_new_tokens) for m in plan.methods}
         budgets = {m: budget_of(m, plan) for m in plan.methods}
-        with Interrupts() as interrupts:
-            return Play(plan, agents, cls.here.browser, folder, interrupts, budgets, quiet=True).run()
+        Play(plan, agents, self.browser, folder, Interrupts(), budgets, quiet=True).run()
+
+    def close(self) -> None:
+        """End the browser."""
+        self.browser.close()
 
 
-def play(study: Study, workers: int, chromium: str | None, meta: dict[str, Any]) -> bool:
-    """Play what is missing; False when it was cut short."""
+def play(study: Study, workers: int, chromium: str | None, meta: dict[str, Any]) -> None:
+    """Play what is missing."""
     for folder, plan in study.cells():
         open_folder(folder, plan, True, meta, [])
     jobs = study.jobs()
     if not jobs:
-        return True
+        return
     # Fewer threads per process than cores would be idle, more would wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), Worker.open, (jobs[0][1], chromium))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with pool, Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    with (
+        Workers(workers, Worker, jobs[0][1], chromium) as there,
+        Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress,
+    ):
         bar = progress.add_task(f"{len(jobs)} jobs of {len(jobs[0][1].methods)} or more episodes", total=len(jobs))
-        waiting = [pool.submit(Worker.play, *job) for job in jobs]
-        try:
-            for done in as_completed(waiting):
-                if not done.result():
-                    return False
-                progress.advance(bar)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-    return True
+        for _ in there.results(Worker.play, jobs):
+            progress.advance(bar)
 
 
 def rows_of(study: Study) -> list[dict[str, Any]]:
@@ -213,50 +201,50 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--agent", help=f"prompt and grammar: {', '.join(AGENTS)}, or module:Class; default: the checkpoint's"
     )
-    p.add_argument("--tasks", default="", help="comma-separated (default: those of agentkv.run)")
-    p.add_argument("--methods", default=METHODS, help=f"comma-separated methods or compositions (default {METHODS})")
-    p.add_argument("--budgets", default=BUDGETS, help=f"comma-separated shares or tokens (default {BUDGETS})")
-    p.add_argument("--history", default="1,5", help="comma-separated numbers of screenshots in a prompt (default 1,5)")
-    p.add_argument("--episodes", type=int, default=4, help="per task, method, budget and history (default 4)")
-    p.add_argument("--seed", type=int, default=EVALUATION_SEEDS, help="first seed")
-    p.add_argument("--workers", type=int, default=2, help="processes, each with a browser and the model (default 2)")
-    p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument("--tasks", type=names, help="comma-separated (default: those of agentkv.run)")
+    p.add_argument("--methods", type=names, default=METHODS, help=f"methods or compositions (default {METHODS})")
+    p.add_argument("--budgets", type=names, default=BUDGETS, help=f"shares or tokens (default {BUDGETS})")
+    p.add_argument(
+        "--history",
+        type=lengths,
+        default="1,5",
+        help="numbers of screenshots in a prompt (default 1,5)",
+    )
+    p.add_argument("--episodes", type=count, default=4, help="per task, method, budget and history (default 4)")
+    p.add_argument("--seed", type=seed, default=EVALUATION_SEEDS, help="first seed")
+    p.add_argument("--workers", type=count, default=2, help="processes, each with a browser and the model (default 2)")
+    p.add_argument("--max-new-tokens", type=count, default=64)
     p.add_argument("--chromium", default=None, help="path of the browser to use")
     p.add_argument("--out", type=Path, default=Path("runs/webtasks"), help="folder of the study; it is gone on with")
-    p.add_argument("--json", type=Path, help="write the figures here too")
+    p.add_argument("--json", type=results_file("eval.webtasks"), help="write the figures here too")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 for a request that cannot be carried out, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("eval.webtasks", parser(), work, argv, explained=EXPLAINED, kept="the same command goes on")
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Play what is missing; tables and curves of what was played, also after Ctrl-C."""
+    study = Study(
+        tuple(args.tasks or DEFAULT_TASKS), split_methods(",".join(args.methods)),
+        tuple(str(Budget.parse(b)) for b in args.budgets), tuple(args.history), args.episodes, args.seed, args.out,
+        args.model, args.agent, args.max_new_tokens,
+    )  # fmt: skip
+    meta = run_meta("eval.webtasks", argv, args.seed, units=UNITS)
     try:
-        with user_errors():
-            if args.workers < 1 or args.episodes < 1:
-                raise ValueError(f"workers={args.workers}, episodes={args.episodes}: both must be at least 1")
-            study = Study(
-                tuple(split_list(args.tasks)) or DEFAULT_TASKS, split_methods(args.methods),
-                tuple(str(Budget.parse(b)) for b in split_list(args.budgets)),
-                tuple(int(h) for h in split_list(args.history)), args.episodes, args.seed, args.out, args.model,
-                args.agent, args.max_new_tokens,
-            )  # fmt: skip
-            meta = run_meta("eval.webtasks", argv, args.seed, units=UNITS)
-            finished = play(study, args.workers, args.chromium, meta)
-    except EXPLAINED as error:
-        print(f"eval.webtasks: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        finished = False
-    finish(study, meta, args.json)
-    return 0 if finished else 130
+        play(study, args.workers, args.chromium, meta)
+    finally:
+        if sys.exc_info()[0] in (None, KeyboardInterrupt):
+            finish(study, meta, args.json)
 
 
 def finish(study: Study, meta: dict[str, Any], extra: Path | None) -> None:
     """Tables, study.json and curve.png from the traces played so far."""
     rows, differences = rows_of(study), differences_of(study)
-    for path in filter(None, (study.out / "study.json", extra)):
-        write_json(path, {"meta": meta, "rows": rows, "differences": differences})
+    for path in (study.out / "study.json", extra):
+        write_rows(path, meta, rows, differences=differences)
     console = stdout_console()
     for history in study.histories:
         console.print(table(rows, history))

@@ -62,7 +62,7 @@ def test_board_from_command_to_plot_and_resume(folder: str, tmp_path: Path, caps
     first = json.loads(board.read_text())["rows"]
     assert [(r["method"], r["budget"]) for r in first[::3]] == [("full", "1.0"), ("snapkv", "0.5"), ("snapkv", "0.2")]
     assert all(math.isfinite(r["perplexity"]) for r in first if r["task"] == "text")
-    assert page.read_text().count("\n") == 5 and plot.stat().st_size > 1000
+    assert page.read_text().count("\n") == 7 and plot.stat().st_size > 1000
     assert leaderboard.main([*argv, "--methods", "snapkv,window"]) == 0
     again = json.loads(board.read_text())["rows"]
     assert again[: len(first)] == first and {r["method"] for r in again[len(first) :]} == {"window"}
@@ -106,7 +106,7 @@ def test_needle_and_perplexity_from_command_to_plot(folder: str, tmp_path: Path)
         (leaderboard, ["--memory", "64"], "memory=64: give the tokens of a prompt, at least 128"),
         (leaderboard, ["--methods", "hf-quanta(4)"], "did you mean hf-quanto"),
         (needle, ["--task", "needel"], "did you mean needle"),
-        (needle, ["--depths", "1"], "2 depths"),
+        (needle, ["--depths", "1"], "depths=1: use at least 2"),
         (perplexity, ["--cache", "9000"], "longer than the cache"),
     ],
 )

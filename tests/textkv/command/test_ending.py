@@ -1,0 +1,133 @@
+"""Commands end: with one line for an error, and with nothing of theirs left behind."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from textkv.command import Workers, count, run
+from textkv.command.workers import WorkerFailed
+
+
+def ended(work, **more):
+    return run("eval.x", argparse.ArgumentParser(), lambda args, argv: work(), [], **more)
+
+
+def test_done_is_zero_and_a_number_is_kept():
+    assert ended(lambda: None) == 0 and ended(lambda: 1) == 1
+
+
+def raising(error):
+    def work():
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("n=0:\n use 1"), FileNotFoundError("n=0: use 1"), LookupError("n=0: use 1")]
+)
+def test_an_error_of_the_request_is_one_line_and_2(error, capsys):
+    assert ended(raising(error), explained=(LookupError,)) == 2
+    assert capsys.readouterr().err == "eval.x: n=0: use 1\n"
+
+
+def test_an_error_of_ours_is_not_hidden():
+    with pytest.raises(AttributeError):
+        ended(raising(AttributeError("ours")))
+
+
+def test_a_wrong_argument_is_one_line_and_2(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--n", type=count)
+    assert run("eval.x", parser, lambda args, argv: 0, ["--n", "0"]) == 2
+    assert capsys.readouterr().err == "eval.x: argument --n: 0 is not a count; use 1 to 2,147,483,647\n"
+    assert run("eval.x", parser, lambda args, argv: 0, ["--m", "0"]) == 2
+    assert capsys.readouterr().err == "eval.x: unrecognized arguments: --m 0\n"
+
+
+def test_ctrl_c_is_one_line_and_130(capsys):
+    assert ended(raising(KeyboardInterrupt()), kept="the same command goes on") == 130
+    assert capsys.readouterr().err == "eval.x: stopped; the same command goes on\n"
+
+
+def test_sigterm_closes_what_is_open():
+    closed = []
+
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            closed.append(True)
+
+    with pytest.raises(SystemExit) as caught:
+        ended(work)
+    assert caught.value.code == 143 and closed
+
+
+def opened(wanted):
+    if wanted == "broken":
+        raise RuntimeError("no such model here")
+    return wanted
+
+
+def job(opened, number):
+    return f"{opened} {number}"
+
+
+def test_jobs_are_done_and_told():
+    with Workers(1, opened, "model") as workers:
+        assert sorted(workers.results(job, [(1,), (2,)])) == [((1,), "model 1"), ((2,), "model 2")]
+
+
+def test_a_worker_that_cannot_be_opened_tells_why():
+    with pytest.raises(WorkerFailed, match="^no such model here$"), Workers(1, opened, "broken") as workers:
+        list(workers.results(job, [(1,)]))
+
+
+PARENT = """
+    import sys, time
+    from pathlib import Path
+    from textkv.command import Workers
+
+    class Opened:
+        def __init__(self, folder):
+            self.folder = Path(folder)
+
+        def close(self):
+            (self.folder / "closed").touch()
+
+    def stuck(opened):
+        (opened.folder / "begun").touch()
+        time.sleep(600)
+
+    if __name__ == "__main__":
+        with Workers(1, Opened, sys.argv[1]) as workers:
+            list(workers.results(stuck, [()]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills by signal")
+def test_workers_end_with_a_parent_that_was_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(textwrap.dedent(PARENT))
+    root = Path(__file__).parents[3]
+    parent = subprocess.Popen([sys.executable, script, tmp_path], env={**os.environ, "PYTHONPATH": str(root)})
+    _wait(tmp_path / "begun")
+    parent.kill()
+    parent.wait()
+    _wait(tmp_path / "closed")
+
+
+def _wait(path, seconds=240):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path.name} never came"
+        time.sleep(0.05)

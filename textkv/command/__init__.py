@@ -1,0 +1,24 @@
+"""What every command does: arguments that are checked one by one, results that never replace a stranger's file, workers
+that end with it, and one line for an error.
+"""
+
+from textkv.command.arguments import count, device, fraction, lengths, names, numbers, readable, seed
+from textkv.command.ending import run
+from textkv.command.results import results_file, write_rows, write_text
+from textkv.command.workers import Workers
+
+__all__ = [
+    "Workers",
+    "count",
+    "device",
+    "fraction",
+    "lengths",
+    "names",
+    "numbers",
+    "readable",
+    "results_file",
+    "run",
+    "seed",
+    "write_rows",
+    "write_text",
+]

@@ -1,0 +1,85 @@
+"""Types of arguments, for `add_argument(type=...)`: each names the value, the limit and the mend."""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+from textkv.devices import device_of
+from textkv.expression import split_list
+
+LARGEST = 2**31 - 1  # of a count or a seed: what numpy, torch and Chromium all take
+
+
+def count(text: str) -> int:
+    """A number of things, at least 1."""
+    return _whole(text, 1, "a count")
+
+
+def seed(text: str) -> int:
+    """A seed, at least 0."""
+    return _whole(text, 0, "a seed")
+
+
+def fraction(text: str) -> float:
+    """A share in 0..1."""
+    value = _number(text)
+    if not 0.0 <= value <= 1.0:
+        hint = f"; a percentage {text} is {value / 100:g}" if 1.0 < value <= 100.0 else ""
+        raise ArgumentTypeError(f"{text} lies outside 0 to 1{hint}")
+    return value
+
+
+def names(text: str) -> list[str]:
+    """Comma-separated names, at least one; commas inside brackets belong to a name."""
+    found = split_list(text)
+    if not found:
+        raise ArgumentTypeError(f"{text!r} names nothing; give one or more, separated by commas")
+    return found
+
+
+def lengths(text: str) -> list[int]:
+    """Comma-separated counts, at least one."""
+    return [count(part) for part in names(text)]
+
+
+def numbers(text: str) -> list[float]:
+    """Comma-separated finite numbers, at least one."""
+    return [_number(part) for part in names(text)]
+
+
+def device(text: str) -> str:
+    """A device of torch that is there; "" = a GPU where there is one."""
+    try:
+        return device_of(text)
+    except (ValueError, RuntimeError) as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def readable(text: str) -> Path:
+    """An existing file to read."""
+    path = Path(text)
+    if not text or not path.is_file():
+        raise ArgumentTypeError(f"there is no file {text!r}")
+    return path
+
+
+def _whole(text: str, least: int, what: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is not {what}; use a whole number from {least} on") from None
+    if not least <= value <= LARGEST:
+        raise ArgumentTypeError(f"{text} is not {what}; use {least} to {LARGEST:,}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(value):
+        raise ArgumentTypeError(f"{text} is not a finite number")
+    return value

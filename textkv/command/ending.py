@@ -1,0 +1,69 @@
+"""How commands end: 0, one line and 2 for a request that cannot be carried out, 130 after Ctrl-C, 143 after SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+STOPPED, TERMINATED = 130, 143  # 128 + number of the signal
+
+
+def run(
+    name: str,
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace, list[str]], int | None],
+    argv: Sequence[str] | None,
+    *,
+    explained: tuple[type[Exception], ...] = (),
+    kept: str = "",
+) -> int:
+    """Parse `argv` (None = the process's own), do `work(arguments, argv)`, and say in one line why it could not.
+
+    Args:
+        name: the command's, as "eval.needle": what its lines begin with.
+        explained: errors beside ValueError and OSError whose message tells the user what to change.
+        kept: what is added to the line after a Ctrl-C, e.g. "the same command goes on".
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser.error = _refuse  # as any other error of the request: one line, without the usage
+    with terminable():
+        try:
+            return work(parser.parse_args(argv), argv) or 0
+        except BrokenPipeError:
+            # The reader has seen enough; what is still buffered has nowhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (ValueError, OSError, *explained) as error:
+            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"{name}: stopped{'; ' if kept else ''}{kept}", file=sys.stderr)
+            return STOPPED
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """A context in which SIGTERM ends the process as an exception does: what is open is closed, workers are ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

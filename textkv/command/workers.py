@@ -1,0 +1,106 @@
+"""Processes that each open something dear once (a model, a browser) and do jobs with it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from multiprocessing.connection import wait
+from types import FrameType, TracebackType
+from typing import Any, ClassVar
+
+from textkv.command.ending import TERMINATED
+
+GRACE = 3.0  # seconds in which a worker may close what it has open
+
+
+class WorkerFailed(ValueError):
+    """A worker could not be opened; the message is that of its error."""
+
+
+class Workers:
+    """A context of `number` processes. `opened = open(*args)` is called once in each; a job `f, args` then runs as
+    `f(opened, *args)` in one of them.
+
+    They end with this process, whatever ends it: an error, a signal, and a kill that nothing can catch. What they have
+    opened is closed then by its `close()`, if it has one.
+    """
+
+    def __init__(self, number: int, open: Callable[..., Any], *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(number, context, _Here.begin, (open, args))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def results(self, job: Callable[..., Any], all_args: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, Any]]:
+        """(args, `job(opened, *args)`) in the order in which they are done.
+
+        Raises:
+            WorkerFailed: what they need could not be opened.
+        """
+        waiting: dict[Future, tuple] = {self._pool.submit(_Here.work, job, args): args for args in all_args}
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._pool.shutdown()
+            return
+        # An error here: nobody waits for what is still being done.
+        mine = multiprocessing.active_children()
+        for process in mine:
+            process.terminate()
+        for process in mine:
+            process.join(GRACE)
+            process.kill()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Here:
+    """What this process has opened."""
+
+    opened: ClassVar[Any] = None
+    failed: ClassVar[str] = ""
+
+    @classmethod
+    def begin(cls, open: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Open it. A failure is kept and told by the first job: a pool would only say that it is broken."""
+        # Ctrl-C reaches every process of a terminal; the parent decides what it means.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, cls.end)
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        try:
+            cls.opened = open(*args)
+        except Exception as error:
+            cls.failed = str(error) or type(error).__name__
+
+    @classmethod
+    def end(cls, number: int, frame: FrameType | None) -> None:
+        """Close what is open and go. The pool would take an exception for the result of a job, and go on."""
+        with suppress(Exception):
+            getattr(cls.opened, "close", lambda: None)()
+        os._exit(TERMINATED)
+
+    @classmethod
+    def work(cls, job: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """One job."""
+        if cls.failed:
+            raise WorkerFailed(cls.failed)
+        return job(cls.opened, *args)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    # First as a signal that closes what is open; a worker that is stuck goes at once after that.
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait(GRACE)
+    os._exit(1)
