@@ -338,28 +338,31 @@ class Layer(Moments, CacheLayerMixin):
         # Until the output is there. An exception in between leaves segments half-changed.
         self._torn = True
         if view.waiting:
-            out = self._attend(step, sinks, take=False)
+            out, lse = self._attend(step, sinks, take=False)
         else:
-            out = self._attend(step, sinks, take=True)
-            self._end(step, view.tokens, prompt, norms)
-        view.prompt, view.norms = prompt, norms
+            out, lse = self._attend(step, sinks, take=True)
+            self._end(step, view.tokens, prompt, norms, lse)
+        view.prompt, view.norms, view.lse = prompt, norms, lse
         self._torn = False
         return out
 
     def _read_again(self, view: View, q: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         """Another layer's queries over the same tokens; what came is taken in after the last one."""
         with torch.no_grad(), exactly(q.device.type):
-            out = self._attend(replace(view.step, q=q.to(self.dtype)), sinks, take=False)
+            out, _ = self._attend(replace(view.step, q=q.to(self.dtype)), sinks, take=False)
             view.waiting -= 1
             if not view.waiting:
                 self.segments[-1].append(view.step)
-                self._end(view.step, view.tokens, view.prompt, view.norms)
+                self._end(view.step, view.tokens, view.prompt, view.norms, view.lse)
         return out.to(q.dtype)
 
-    def _attend(self, step: Step, sinks: torch.Tensor | None, take: bool) -> torch.Tensor:
+    def _attend(self, step: Step, sinks: torch.Tensor | None, take: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output, and the log-sum-exp of the scores without sinks, where it was needed or came by itself."""
         last = self.segments[-1]
         others = [segment for segment in self.segments[:-1] if not segment.is_empty()]
-        out, lse = (last.extend if take else last.read)(step, bool(others) or sinks is not None)
+        # For columns it spares half the work, and on a CPU fused attention tells it anyway.
+        counted = self.context.needs.columns and step.q.is_cpu and step.q.shape[2] > 1
+        out, lse = (last.extend if take else last.read)(step, bool(others) or sinks is not None or counted)
         if others:
             parts = [x.attend(step.q, step.scale, softcap=step.softcap, hidden=step.hidden) for x in others]
             own = lse
@@ -371,7 +374,7 @@ class Layer(Moments, CacheLayerMixin):
         if sinks is not None:
             # One more entry of the softmax, which has no value: its share is what the output lacks.
             out = out * (lse - sinks.float()[:, None]).sigmoid()[..., None].to(out.dtype)
-        return out
+        return out, lse
 
     def _thaw(self) -> None:
         """Tensors made under inference_mode cannot be written to outside of it: they are copied once."""

@@ -23,7 +23,14 @@ class Moments(Contents):
     last_share: torch.Tensor | None
     _due: list[tuple[bool, torch.Tensor | None]]
 
-    def _end(self, step: Step, tokens: Tokens, prompt: bool, norms: torch.Tensor | None) -> None:
+    def _end(
+        self,
+        step: Step,
+        tokens: Tokens,
+        prompt: bool,
+        norms: torch.Tensor | None,
+        lse: torch.Tensor | None,
+    ) -> None:
         """The tokens are in and every layer that reads them has: count them, and let the method act."""
         m = step.k.shape[2]
         self.seen += m
@@ -34,7 +41,7 @@ class Moments(Contents):
         if self.kind.governed and not context.frozen:
             # Evidence is of the block's own queries, so it is taken while they are here, chunk by chunk.
             if prompt:
-                self._collect(step, norms)
+                self._collect(step, norms, lse)
                 context.note_bytes(self)
             if context.hold:
                 # The queries may be those of drafts: the method acts when it is known which tokens stay.
@@ -48,7 +55,7 @@ class Moments(Contents):
         self.last_share = self.came = None
         context.after_step(self, ends and not context.hold and not context.frozen, tokens)
 
-    def _collect(self, step: Step, norms: torch.Tensor | None) -> None:
+    def _collect(self, step: Step, norms: torch.Tensor | None, lse: torch.Tensor | None) -> None:
         if self.context.needs.hidden and norms is None:
             raise RuntimeError(
                 "the method needs hidden states but none arrived: build the cache as MethodCache(model, ...) with "
@@ -56,7 +63,7 @@ class Moments(Contents):
             )
         # Drafts that go take the window's last queries with them: older ones then move up.
         spare = SPARE if self.context.hold else 0
-        self.collector.take(step, self.stored, norms=norms, rotary=self.rotary, spare=spare)
+        self.collector.take(step, self.stored, norms=norms, rotary=self.rotary, lse=lse, spare=spare)
 
     def _prompt_end(self, q: torch.Tensor) -> None:
         evidence = self.collector.finish(q, self.scale, self.real_seen, self.context.spans, self.softcap)
