@@ -10,7 +10,7 @@ Floor in bytes: every K and V row is read once, those of a page without a token 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -31,32 +31,44 @@ class Pages:
     Attributes:
         size: tokens of a page.
         owner: int64 [pages], the region of each page.
-        table: int64 [regions, most], the pages of each region, filled up with any page.
-        absent: fp32 [regions, most, 1, 1], 0 where `table` names a page of the region and -inf where it was filled up.
+        table: int64 [regions, most], the pages of each region, filled up with -1.
+        asked: what `joins` has made so far.
     """
 
     size: int
     owner: torch.Tensor
     table: torch.Tensor
-    absent: torch.Tensor
+    asked: dict[tuple[int, int], tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, size: int, counts: torch.Tensor, device: torch.device) -> Pages:
         """Regions of counts[r] pages each, int64 [regions] on the CPU, one behind the other; behind them all one more
         page for every region."""
-        regions, most = len(counts), int(counts.max()) + 1
-        owner = torch.arange(regions).repeat_interleave(counts)
-        place = torch.arange(most)
+        regions, place = torch.arange(len(counts)), torch.arange(int(counts.max()) + 1)
+        owner = regions.repeat_interleave(counts)
         table = (counts.cumsum(0) - counts)[:, None] + place
-        table[place == counts[:, None]] = len(owner) + torch.arange(regions)
-        surplus = place > counts[:, None]
-        absent = torch.zeros(regions, most, 1, 1).masked_fill_(surplus[..., None, None], -torch.inf)
-        parts = torch.cat([owner, torch.arange(regions)]), table.masked_fill_(surplus, 0), absent
-        return cls(size, *(x.to(device) for x in parts))
+        table[place == counts[:, None]] = len(owner) + regions
+        table[place > counts[:, None]] = -1
+        return cls(size, torch.cat([owner, regions]).to(device), table.to(device))
+
+    def joins(self, rows: int, dim: int) -> tuple[torch.Tensor, ...]:
+        """What gathers for `rows` queries of `dim` channels of each region, made once.
+
+        Returns:
+            `owner` int64 [pages, rows * dim]; where the rows' parts lie among those of all pages, int64 [regions * rows
+            * most], and as [.., dim]; fp32 [regions * rows, 1, most], -inf where a part is of no page.
+        """
+        if (rows, dim) not in self.asked:
+            index = self.table[:, None].clamp(min=0) * rows + torch.arange(rows, device=self.table.device)[:, None]
+            absent = torch.zeros(index.shape, device=index.device).masked_fill_(self.table[:, None] < 0, -torch.inf)
+            owner, index = self.owner[:, None].expand(-1, rows * dim), index.view(-1)
+            self.asked[rows, dim] = owner, index, index[:, None].expand(-1, dim), absent.flatten(0, 1)[:, None]
+        return self.asked[rows, dim]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is held, by name."""
-        return {"owner": self.owner, "table": self.table, "absent": self.absent}
+        made = {f"{i}.{rows}": x for (rows, _), parts in self.asked.items() for i, x in enumerate(parts)}
+        return {"owner": self.owner, "table": self.table} | made
 
 
 def paged_attention(
@@ -77,7 +89,8 @@ def paged_attention(
         q: queries [B, H, m, D], float16, bfloat16 or float32; copied once for every page.
         k: [pages, 1, size, D] of q's dtype, finite everywhere.
         v: as k.
-        positions: int32 [pages, 1, 1, size], below 2**27, HOLE where there is no token. Every region has a token.
+        positions: int32 [pages, 1, 1, size] seen as float32, below 2**27, HOLE where there is no token. Every region
+            has a token.
         pages: which page belongs to which region.
         scale: factor on q . k, usually D ** -0.5.
         softcap: as `decode_attention`.
@@ -97,18 +110,25 @@ def paged_attention(
             f"{v.dtype}; {regions} regions in pages need k and v {list(shape)} in the dtype of q, and B * H a multiple "
             f"of {regions}"
         )
-    check_tensor("positions", positions, (shape[0], 1, 1, pages.size), (torch.int32,), q)
-    asked = (q.view if q.is_contiguous() else q.reshape)(regions, 1, -1, D)[pages.owner]  # [pages, 1, rows, D]
+    check_tensor("positions", positions, (shape[0], 1, 1, pages.size), (torch.float32,), q)
+    rows = B * H // regions * m
+    # Rows are gathered and not indexed, joined by a product and not by a sum: fewer calls for each token.
+    owner, index, channels, absent = pages.joins(rows, D)
+    asked = (q.view if q.is_contiguous() else q.reshape)(regions, rows * D)
+    asked = asked.gather(0, owner).view(-1, 1, rows, D)
     if fused_applies(q, k, v, softcap, _backend):
-        out, lse = _ATTEND(asked, k, v, 0.0, False, attn_mask=positions.view(torch.float32), scale=scale)
+        out, lse = _ATTEND(asked, k, v, 0.0, False, attn_mask=positions, scale=scale)
     else:
-        valid = (positions >= 0).view(shape[0], pages.size)
+        valid = (positions.view(torch.int32) >= 0).view(shape[0], pages.size)
         out, lse = decode_attention(asked, k, v, scale=scale, softcap=softcap, valid=valid, _backend=_backend)
-    lse = lse[pages.table] + pages.absent  # [regions, most, 1, rows]
-    weights = lse.softmax(1)
-    joined = (out[pages.table] * weights.unsqueeze(-1)).sum(1)
-    joined = (joined if joined.dtype == q.dtype else joined.to(q.dtype)).view(B, H, m, D)
+    lse = lse.view(-1).gather(0, index).view(absent.shape) + absent
+    weights = torch._softmax(lse, 2, False)
+    parts = out.view(-1, D).gather(0, channels).view(regions * rows, -1, D)
+    if parts.dtype != weights.dtype:
+        parts = parts.float()
+    joined = torch.bmm(weights, parts).view(B, H, m, D)
+    joined = joined if joined.dtype == q.dtype else joined.to(q.dtype)
     if not need_lse:
         return joined, None
     # The heaviest page tells the sum of all: its own share of it is known.
-    return joined, (lse.amax(1) - weights.amax(1).log()).view(B, H, m)
+    return joined, (lse.amax(2) - weights.amax(2).log()).view(B, H, m)

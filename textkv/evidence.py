@@ -179,7 +179,7 @@ class Evidence:
         softcap: the model's soft cap of scores, or None.
         peaks: fp32 [batch, heads, head_dim], largest magnitude of the block's post-RoPE queries per channel, or None.
         centres: of the block's pre-RoPE queries, or None.
-        marks: fp32 [batch, kv_heads, n], what the method itself put down about each slot of `layer.stored()`, or None.
+        statistic: fp32 [batch, kv_heads, n], a token statistic of the method's own (see `Layer.statistic`), or None.
         head: the KV head that this is evidence of, for a method that knows its heads by number; None = all.
     """
 
@@ -196,7 +196,7 @@ class Evidence:
     came: torch.Tensor | None = None
     softcap: float | None = None
     centres: QueryCentres | None = None
-    marks: torch.Tensor | None = None
+    statistic: torch.Tensor | None = None
     head: int | None = None
 
     def part(self, row: int, head: int | None, kv_heads: int, slots: torch.Tensor) -> Evidence:
@@ -219,7 +219,7 @@ class Evidence:
             peaks=None if self.peaks is None else self.peaks[one, ours],
             softcap=self.softcap,
             centres=None if self.centres is None else self.centres.part(one, ours),
-            marks=None if self.marks is None else self.marks[one, which][:, :, slots],
+            statistic=None if self.statistic is None else self.statistic[one, which][:, :, slots],
             head=head,
         )
 

@@ -327,24 +327,58 @@ class Layer(Moments, CacheLayerMixin):
         return mask.brings(self.real_seen, self.context.real, q.device)
 
     def _forward(self, view: View, q: torch.Tensor, sinks: torch.Tensor | None, norms) -> torch.Tensor:
-        method, step, m = self.context.method, view.step, view.k.shape[2]
+        step, m = view.step, view.k.shape[2]
         prompt = (m > 1 and not self.context.verifying) or self.seen == 0 or self.seen < self.context.block_end
-        governed = self.kind.governed and not self.context.frozen
         self._thaw()
-        # Before the token is stored: a method may fetch what this query will want.
-        if governed and not prompt:
-            with self.context.timed("on_decode_begin"):
-                method.on_decode_begin(self, q)
-        # Until the output is there. An exception in between leaves segments half-changed.
+        block = self._block_before_drafts(view)
+        if block:
+            return self._block_and_drafts(view, block, sinks, norms)
+        if not view.waiting:
+            return self._take(step, view.tokens, prompt, sinks, norms)
+        self._before(q, prompt)
         self._torn = True
-        if view.waiting:
-            out, lse = self._attend(step, sinks, take=False)
-        else:
-            out, lse = self._attend(step, sinks, take=True)
-            self._end(step, view.tokens, prompt, norms, lse)
+        out, lse = self._attend(step, sinks, take=False)
         view.prompt, view.norms, view.lse = prompt, norms, lse
         self._torn = False
         return out
+
+    def _before(self, q: torch.Tensor, prompt: bool) -> None:
+        """Before the token is stored: a method may fetch what this query will want."""
+        if self.kind.governed and not self.context.frozen and not prompt:
+            with self.context.timed("on_decode_begin"):
+                self.context.method.on_decode_begin(self, q)
+
+    def _take(
+        self, step: Step, tokens: Tokens, prompt: bool, sinks: torch.Tensor | None, norms, final: bool = False
+    ) -> torch.Tensor:
+        """Attends and takes the tokens in; `final`: none of them will be taken back, whatever else may be."""
+        self._before(step.q, prompt)
+        # Until the output is there. An exception in between leaves segments half-changed.
+        self._torn = True
+        out, lse = self._attend(step, sinks, take=True)
+        self._end(step, tokens, prompt, norms, lse, final)
+        self._torn = False
+        return out
+
+    def _block_before_drafts(self, view: View) -> int:
+        """How many of a forward's tokens are the end of the prompt block that was announced, where drafts follow it
+        that shall see no more than what the method keeps of the block; 0 = they are not told apart."""
+        context, step = self.context, view.step
+        block = context.block_end - self.seen
+        # What needs all layers is only known when the drafts are through the first ones: these then see the whole
+        # prompt, as its own tokens do.
+        apart = context.hold and self.kind.governed and not context.frozen and not context.method.looks_across
+        plain = not step.padded and step.hidden is None and step.visible is None and not view.waiting
+        return block if apart and plain and 0 < block < view.k.shape[2] else 0
+
+    def _block_and_drafts(self, view: View, block: int, sinks: torch.Tensor | None, norms) -> torch.Tensor:
+        """The prompt block's own `block` tokens, after which the method acts, and then the drafts."""
+        drafts = view.k.shape[2] - block
+        tokens = replace(view.tokens, positions=view.tokens.positions[:, :block], seen=view.tokens.seen - drafts)
+        first, second = slice(None, block), slice(block, None)
+        of_block = None if norms is None else norms[:, first]
+        out = self._take(view.step.part(first), tokens, True, sinks, of_block, final=True)
+        return torch.cat([out, self._take(view.step.part(second), view.tokens, False, sinks, None)], 2)
 
     def _read_again(self, view: View, q: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         """Another layer's queries over the same tokens; what came is taken in after the last one."""

@@ -26,7 +26,7 @@ def cut(lengths: list[int], tail: int, dtype: torch.dtype):
         k.view(-1, DIM)[slots], v.view(-1, DIM)[slots] = keys, values
         positions.view(-1)[slots] = torch.arange(length + tail, dtype=torch.int32) * 1_000_003 % 2**27
         regions.append((keys, values))
-    return k, v, positions, pages, regions
+    return k, v, positions.view(torch.float32), pages, regions
 
 
 @pytest.mark.parametrize("lengths, tail", [((5, 8, 17, 1), 3), ((16, 40, 1, 9), 0), ((0, 3, 0, 30), 8)])
@@ -56,4 +56,4 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="B \\* H a multiple of 2"):
         paged_attention(randn(1, 3, 1, DIM), k, v, positions, pages, scale=1.0)
     with pytest.raises(ValueError, match="positions"):
-        paged_attention(randn(1, 2, 1, DIM), k, v, positions.long(), pages, scale=1.0)
+        paged_attention(randn(1, 2, 1, DIM), k, v, positions.double(), pages, scale=1.0)

@@ -215,8 +215,8 @@ class RaggedSegment(Segment):
         self._tails = k, v, positions.transpose(0, 1)
         if not self.k.is_cuda:  # a GPU's kernel reads regions of any length as they are
             self._pages = Pages.of(self._size, room // self._size, device)
-            rows = (x.unflatten(0, (-1, self._size)) for x in (self.k, self.v, self.positions))
-            self._rows = tuple(x.unsqueeze(1) if x.dim() == 3 else x[:, None, None] for x in rows)
+            k, v, positions = (x.unflatten(0, (-1, 1, self._size)) for x in (self.k, self.v, self.positions))
+            self._rows = k, v, positions.unsqueeze(1).view(torch.float32)
 
 
 def _page_size(lengths: torch.Tensor) -> int:
