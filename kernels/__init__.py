@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 OPERATIONS = (
-    "coded_attention", "compact", "confidence", "decode_attention", "merge", "pack", "packed_attention", "rotate",
-    "subspace_residual", "window_mass",
+    "coded_attention", "compact", "confidence", "decode_attention", "merge", "pack", "packed_attention",
+    "paged_attention", "rotate", "subspace_residual", "window_mass",
 )  # fmt: skip
 __all__ = ["OPERATIONS", *OPERATIONS]
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # a type checker does not run `__getattr__`: it would take ea
     from .merge import merge as merge
     from .pack import pack as pack
     from .packed_attention import packed_attention as packed_attention
+    from .paged_attention import paged_attention as paged_attention
     from .rotate import rotate as rotate
     from .subspace_residual import subspace_residual as subspace_residual
     from .window_mass import window_mass as window_mass

@@ -29,6 +29,8 @@ from ._backend import (
     triton,
     use_triton,
 )
+from ._fused import fused_applies
+from ._fused_mass import FEW, fused_mass
 from ._tiles import scaled, softmax_step
 
 _BLOCK_ELEMENTS = 1 << 24  # fp32 probabilities that the reference holds at a time
@@ -151,8 +153,9 @@ def _mass_kernel(
             tl.store(p_squares + o_mass, squares, mask=j < n)
 
 
-def _launch(q, k, *, scale, valid, squares, softcap=None, split=None):
-    """Run both passes; `split` (keys of one program of the first) is chosen here unless a test names it."""
+def _launch(q, k, *, scale, valid, squares, softcap=None, lse=None, split=None):
+    """Run both passes, the second alone if lse is known; `split` (keys of one program of the first) is chosen here
+    unless a test names it."""
     B, H, w, D = q.shape
     G, n = k.shape[1:3]
     q, k = dense_rows(q), dense_rows(k)
@@ -163,16 +166,19 @@ def _launch(q, k, *, scale, valid, squares, softcap=None, split=None):
     blocks = triton.cdiv(H // G * w, block_m)
     split = split or split_length(n, B * G * blocks, q)
     splits = max(1, triton.cdiv(n, split))
-    lse = q.new_empty((splits, B, H, w), dtype=torch.float32)
     common = (*q.stride()[:3], *k.stride()[:3], *((0, 0, 0) if valid is None else valid.stride()))
     flags = {"GROUP": H // G, "D": D, "MASKED": valid is not None, "DOT": dot_dtype(q), "CAPPED": softcap is not None}
     flags |= {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2 if row * block_n <= 16384 else 1}
     valid = None if valid is None else valid.view(torch.uint8)
     scales = float(scale) * LOG2_E, float(softcap or 0) * LOG2_E
-    _lse_kernel[(B * G * splits, blocks)](
-        q, k, valid, lse, *common, n, w, split, splits, G, *scales, **flags, BLOCK_M=block_m
-    )
-    lse = lse[0] if splits == 1 else lse.logsumexp(0)
+    if lse is not None:
+        lse = lse.contiguous()
+    else:
+        lse = q.new_empty((splits, B, H, w), dtype=torch.float32)
+        _lse_kernel[(B * G * splits, blocks)](
+            q, k, valid, lse, *common, n, w, split, splits, G, *scales, **flags, BLOCK_M=block_m
+        )
+        lse = lse[0] if splits == 1 else lse.logsumexp(0)
     mass = q.new_empty((B, H, n), dtype=torch.float32)
     second = torch.empty_like(mass) if squares else None
     _mass_kernel[(B * G, triton.cdiv(n, block_n))](
@@ -190,6 +196,7 @@ def window_mass(
     valid: torch.Tensor | None = None,
     squares: bool = False,
     softcap: float | None = None,
+    lse: torch.Tensor | None = None,
     _backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Sum the causal attention of a window of queries over each key; return `mass`, or `(mass, squares)`.
@@ -202,12 +209,15 @@ def window_mass(
         squares: also return the sums of squared probabilities.
         softcap: scaled scores s become softcap * tanh(s / softcap) before the softmax, as Gemma 2 does; None leaves
             them.
+        lse: fp32 [B, H, w], what causal `decode_attention` of these queries over these keys told, if it is at hand:
+            then the scores need not be made twice. Only without `valid`.
 
     Returns:
         mass [B, H, n] in float32 over ALL n keys, the window included; its sum over n is the number of valid queries.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device, w > n, or softcap is not positive.
+        ValueError: an argument has the wrong shape, dtype or device, w > n, softcap is not positive, or lse comes
+            with valid.
     """
     check_tensor("q", q, ("B", "H", "w", "D"), FLOATS)
     check_head_dim("q", q)
@@ -219,5 +229,12 @@ def window_mass(
         raise ValueError(f"q has shape {list(q.shape)}, a window of {w} queries; the limit is n = {n}, the keys of k")
     check_softcap(softcap)
     valid = check_valid(valid, B, G, n, q)
-    run = _launch if use_triton(q, _backend) and q.numel() else reference
-    return run(q, k, scale=scale, valid=valid, squares=squares, softcap=softcap)
+    if lse is not None:
+        check_tensor("lse", lse, (B, H, w), (torch.float32,), q)
+        if valid is not None:
+            raise ValueError("lse and valid come together: what attention tells counts all keys; give one of them")
+    if valid is None and q.numel() and (lse is not None or w > FEW) and fused_applies(q, k, k, softcap, _backend):
+        return fused_mass(q, k, scale, lse, squares)
+    if use_triton(q, _backend) and q.numel():
+        return _launch(q, k, scale=scale, valid=valid, squares=squares, softcap=softcap, lse=lse)
+    return reference(q, k, scale=scale, valid=valid, squares=squares, softcap=softcap)

@@ -115,12 +115,12 @@ class Call:
 
     def _work_out(self, seen: torch.Tensor, real: torch.Tensor | None, device: torch.device) -> Tokens:
         batch, m = len(seen), self.tokens
-        count = torch.arange(m, device=device)
         rows = seen.tolist()
         # Rows of one length are the common case: then positions are one range, made without a copy to the device.
-        alike = len(set(rows)) == 1
-        first = rows[0] if alike else seen.to(device)[:, None]
-        positions = (first + count).expand(batch, m) if alike else first + count
+        if len(set(rows)) == 1:
+            positions = torch.arange(rows[0], rows[0] + m, dtype=torch.int32, device=device).expand(batch, m)
+        else:
+            positions = seen.to(device)[:, None] + torch.arange(m, device=device)
         hidden, came, columns, padded = None, None, real, False
         if self.mask is not None:
             mask = self.mask.to(device)

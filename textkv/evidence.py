@@ -179,7 +179,7 @@ class Evidence:
         softcap: the model's soft cap of scores, or None.
         peaks: fp32 [batch, heads, head_dim], largest magnitude of the block's post-RoPE queries per channel, or None.
         centres: of the block's pre-RoPE queries, or None.
-        marks: fp32 [batch, kv_heads, n], what the method itself put down about each slot of `layer.stored()`, or None.
+        statistic: fp32 [batch, kv_heads, n], a token statistic of the method's own (see `Layer.statistic`), or None.
         head: the KV head that this is evidence of, for a method that knows its heads by number; None = all.
     """
 
@@ -196,7 +196,7 @@ class Evidence:
     came: torch.Tensor | None = None
     softcap: float | None = None
     centres: QueryCentres | None = None
-    marks: torch.Tensor | None = None
+    statistic: torch.Tensor | None = None
     head: int | None = None
 
     def part(self, row: int, head: int | None, kv_heads: int, slots: torch.Tensor) -> Evidence:
@@ -219,7 +219,7 @@ class Evidence:
             peaks=None if self.peaks is None else self.peaks[one, ours],
             softcap=self.softcap,
             centres=None if self.centres is None else self.centres.part(one, ours),
-            marks=None if self.marks is None else self.marks[one, which][:, :, slots],
+            statistic=None if self.statistic is None else self.statistic[one, which][:, :, slots],
             head=head,
         )
 
@@ -279,6 +279,7 @@ class EvidenceCollector:
         *,
         norms: torch.Tensor | None = None,
         rotary: RotarySpec | None = None,
+        lse: torch.Tensor | None = None,
         spare: int = 0,
     ) -> None:
         """One chunk of the block.
@@ -287,6 +288,7 @@ class EvidenceCollector:
             held: gives what the layer stores, the chunk included.
             norms: fp32 [batch, m], row norms of the hidden states that were asked for.
             rotary: how the layer's keys turn, if asked for.
+            lse: fp32 [batch, heads, m], the log-sum-exp of what the chunk's queries saw, if it is known.
             spare: queries to keep beyond the window, because so many tokens may be taken back.
         """
         q = step.q
@@ -309,7 +311,7 @@ class EvidenceCollector:
             rope = step.positions if step.rope_positions is None else step.rope_positions
             self._rope.append(rope.expand(len(q), -1))
         if self.needs.columns:
-            self._add_columns(step, held())
+            self._add_columns(step, held(), lse)
         if self.needs.query_moments is not None or self.needs.query_centres:
             self._add_plain(step, rotary)
         if self.needs.query_peaks:
@@ -317,13 +319,16 @@ class EvidenceCollector:
             peaks = q.abs().masked_fill(padding, 0).amax(2).float()
             self._peaks = peaks if self._peaks is None else torch.maximum(self._peaks, peaks)
 
-    def _add_columns(self, step: Step, held: Stored) -> None:
+    def _add_columns(self, step: Step, held: Stored, lse: torch.Tensor | None) -> None:
         """Column sums per slot. The kernel takes the queries for those of the last slots, so slots without a token
         (padding, the missing ones of a ragged head) are left out, head by head where heads differ."""
         real, kv_heads = held.positions >= 0, held.keys.shape[1]
         how = {"scale": step.scale, "softcap": step.softcap}
         if bool(real.all()) and not step.padded:
-            mass = window_mass(step.q, held.keys, **how).unflatten(1, (kv_heads, -1)).mean(2)
+            # Columns are counted by plain causality, whatever a mask hid in this forward.
+            plain = lse is not None and step.hidden is None and step.visible is None
+            mass = window_mass(step.q, held.keys, lse=lse if plain else None, **how)
+            mass = mass.unflatten(1, (kv_heads, -1)).mean(2)
         else:
             mass = torch.zeros(real.shape, device=step.q.device)
             groups = step.q.unflatten(1, (kv_heads, -1))

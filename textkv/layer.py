@@ -327,39 +327,76 @@ class Layer(Moments, CacheLayerMixin):
         return mask.brings(self.real_seen, self.context.real, q.device)
 
     def _forward(self, view: View, q: torch.Tensor, sinks: torch.Tensor | None, norms) -> torch.Tensor:
-        method, step, m = self.context.method, view.step, view.k.shape[2]
+        step, m = view.step, view.k.shape[2]
         prompt = (m > 1 and not self.context.verifying) or self.seen == 0 or self.seen < self.context.block_end
-        governed = self.kind.governed and not self.context.frozen
         self._thaw()
-        # Before the token is stored: a method may fetch what this query will want.
-        if governed and not prompt:
-            with self.context.timed("on_decode_begin"):
-                method.on_decode_begin(self, q)
-        # Until the output is there. An exception in between leaves segments half-changed.
+        block = self._block_before_drafts(view)
+        if block:
+            return self._block_and_drafts(view, block, sinks, norms)
+        if not view.waiting:
+            return self._take(step, view.tokens, prompt, sinks, norms)
+        self._before(q, prompt)
         self._torn = True
-        if view.waiting:
-            out = self._attend(step, sinks, take=False)
-        else:
-            out = self._attend(step, sinks, take=True)
-            self._end(step, view.tokens, prompt, norms)
-        view.prompt, view.norms = prompt, norms
+        out, lse = self._attend(step, sinks, take=False)
+        view.prompt, view.norms, view.lse = prompt, norms, lse
         self._torn = False
         return out
+
+    def _before(self, q: torch.Tensor, prompt: bool) -> None:
+        """Before the token is stored: a method may fetch what this query will want."""
+        if self.kind.governed and not self.context.frozen and not prompt:
+            with self.context.timed("on_decode_begin"):
+                self.context.method.on_decode_begin(self, q)
+
+    def _take(
+        self, step: Step, tokens: Tokens, prompt: bool, sinks: torch.Tensor | None, norms, final: bool = False
+    ) -> torch.Tensor:
+        """Attends and takes the tokens in; `final`: none of them will be taken back, whatever else may be."""
+        self._before(step.q, prompt)
+        # Until the output is there. An exception in between leaves segments half-changed.
+        self._torn = True
+        out, lse = self._attend(step, sinks, take=True)
+        self._end(step, tokens, prompt, norms, lse, final)
+        self._torn = False
+        return out
+
+    def _block_before_drafts(self, view: View) -> int:
+        """How many of a forward's tokens are the end of the prompt block that was announced, where drafts follow it
+        that shall see no more than what the method keeps of the block; 0 = they are not told apart."""
+        context, step = self.context, view.step
+        block = context.block_end - self.seen
+        # What needs all layers is only known when the drafts are through the first ones: these then see the whole
+        # prompt, as its own tokens do.
+        apart = context.hold and self.kind.governed and not context.frozen and not context.method.looks_across
+        plain = not step.padded and step.hidden is None and step.visible is None and not view.waiting
+        return block if apart and plain and 0 < block < view.k.shape[2] else 0
+
+    def _block_and_drafts(self, view: View, block: int, sinks: torch.Tensor | None, norms) -> torch.Tensor:
+        """The prompt block's own `block` tokens, after which the method acts, and then the drafts."""
+        drafts = view.k.shape[2] - block
+        tokens = replace(view.tokens, positions=view.tokens.positions[:, :block], seen=view.tokens.seen - drafts)
+        first, second = slice(None, block), slice(block, None)
+        of_block = None if norms is None else norms[:, first]
+        out = self._take(view.step.part(first), tokens, True, sinks, of_block, final=True)
+        return torch.cat([out, self._take(view.step.part(second), view.tokens, False, sinks, None)], 2)
 
     def _read_again(self, view: View, q: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         """Another layer's queries over the same tokens; what came is taken in after the last one."""
         with torch.no_grad(), exactly(q.device.type):
-            out = self._attend(replace(view.step, q=q.to(self.dtype)), sinks, take=False)
+            out, _ = self._attend(replace(view.step, q=q.to(self.dtype)), sinks, take=False)
             view.waiting -= 1
             if not view.waiting:
                 self.segments[-1].append(view.step)
-                self._end(view.step, view.tokens, view.prompt, view.norms)
+                self._end(view.step, view.tokens, view.prompt, view.norms, view.lse)
         return out.to(q.dtype)
 
-    def _attend(self, step: Step, sinks: torch.Tensor | None, take: bool) -> torch.Tensor:
+    def _attend(self, step: Step, sinks: torch.Tensor | None, take: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output, and the log-sum-exp of the scores without sinks, where it was needed or came by itself."""
         last = self.segments[-1]
         others = [segment for segment in self.segments[:-1] if not segment.is_empty()]
-        out, lse = (last.extend if take else last.read)(step, bool(others) or sinks is not None)
+        # For columns it spares half the work, and on a CPU fused attention tells it anyway.
+        counted = self.context.needs.columns and step.q.is_cpu and step.q.shape[2] > 1
+        out, lse = (last.extend if take else last.read)(step, bool(others) or sinks is not None or counted)
         if others:
             parts = [x.attend(step.q, step.scale, softcap=step.softcap, hidden=step.hidden) for x in others]
             own = lse
@@ -371,7 +408,7 @@ class Layer(Moments, CacheLayerMixin):
         if sinks is not None:
             # One more entry of the softmax, which has no value: its share is what the output lacks.
             out = out * (lse - sinks.float()[:, None]).sigmoid()[..., None].to(out.dtype)
-        return out
+        return out, lse
 
     def _thaw(self) -> None:
         """Tensors made under inference_mode cannot be written to outside of it: they are copied once."""

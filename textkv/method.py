@@ -107,6 +107,12 @@ class Method:
         """The last governed layer of a prompt block is done; `context.layers` are all of them."""
 
     @property
+    def looks_across(self) -> bool:
+        """Whether what a layer holds after a prompt block depends on what other layers hold, so that it is known only
+        when the block is through all of them."""
+        return type(self).on_finish is not Method.on_finish or (self.inner is not None and self.inner.looks_across)
+
+    @property
     def evicts(self) -> bool:
         """Whether tokens are dropped; if not, every token seen stays stored, whatever the budget."""
         return True

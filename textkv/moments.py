@@ -23,32 +23,41 @@ class Moments(Contents):
     last_share: torch.Tensor | None
     _due: list[tuple[bool, torch.Tensor | None]]
 
-    def _end(self, step: Step, tokens: Tokens, prompt: bool, norms: torch.Tensor | None) -> None:
-        """The tokens are in and every layer that reads them has: count them, and let the method act."""
+    def _end(
+        self,
+        step: Step,
+        tokens: Tokens,
+        prompt: bool,
+        norms: torch.Tensor | None,
+        lse: torch.Tensor | None,
+        final: bool = False,
+    ) -> None:
+        """The tokens are in and every layer that reads them has: count them, and let the method act; `final`: although
+        drafts follow in the same forward."""
         m = step.k.shape[2]
         self.seen += m
         self.real_seen, self.came = tokens.seen, tokens.came
         self.since_eviction += m
         context = self.context
-        ends = prompt and self.seen >= context.block_end
+        ends, hold = prompt and self.seen >= context.block_end, context.hold and not final
         if self.kind.governed and not context.frozen:
             # Evidence is of the block's own queries, so it is taken while they are here, chunk by chunk.
             if prompt:
-                self._collect(step, norms)
+                self._collect(step, norms, lse)
                 context.note_bytes(self)
-            if context.hold:
+            if hold:
                 # The queries may be those of drafts: the method acts when it is known which tokens stay.
                 self._due.append((ends, None if prompt else step.q))
             elif ends:
                 self._prompt_end(step.q)
             elif not prompt:
                 self._decode_end(step.q)
-        if not context.hold and not context.frozen:
+        if not hold and not context.frozen:
             self._settle()
         self.last_share = self.came = None
-        context.after_step(self, ends and not context.hold and not context.frozen, tokens)
+        context.after_step(self, ends and not hold and not context.frozen, None if final else tokens)
 
-    def _collect(self, step: Step, norms: torch.Tensor | None) -> None:
+    def _collect(self, step: Step, norms: torch.Tensor | None, lse: torch.Tensor | None) -> None:
         if self.context.needs.hidden and norms is None:
             raise RuntimeError(
                 "the method needs hidden states but none arrived: build the cache as MethodCache(model, ...) with "
@@ -56,7 +65,7 @@ class Moments(Contents):
             )
         # Drafts that go take the window's last queries with them: older ones then move up.
         spare = SPARE if self.context.hold else 0
-        self.collector.take(step, self.stored, norms=norms, rotary=self.rotary, spare=spare)
+        self.collector.take(step, self.stored, norms=norms, rotary=self.rotary, lse=lse, spare=spare)
 
     def _prompt_end(self, q: torch.Tensor) -> None:
         evidence = self.collector.finish(q, self.scale, self.real_seen, self.context.spans, self.softcap)

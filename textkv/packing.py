@@ -77,7 +77,10 @@ class Packer(Method):
             raise ValueError(f"channels={self.channels}: a group needs at least 1 channel; None chooses by head_dim")
         check_centring(self.centre)
         if self.inner is not None:
-            _refuse(self.inner, self.name)
+            check_left(
+                self.inner, self.name, "pack", "evicts or merges at every decoded token, and packed tokens cannot "
+                "leave one by one; use a method that evicts at the end of the prompt, e.g. snapkv",
+            )  # fmt: skip
             # A frozen dataclass: what is promised depends on what stands to the left.
             object.__setattr__(self, "capabilities", _behind(self.inner.capabilities))
 
@@ -98,6 +101,11 @@ class Packer(Method):
     def needs(self) -> Needs:
         """What the method before it needs, and positions where the centre may turn."""
         return super().needs() | Needs(positions=self.centre in ("auto", "turned"))
+
+    @property
+    def looks_across(self) -> bool:
+        """As the method before it: packing goes layer by layer."""
+        return self.inner is not None and self.inner.looks_across
 
     @property
     def evicts(self) -> bool:
@@ -213,16 +221,18 @@ class Packer(Method):
         return [packed, _rest(buffer, held, counts)]
 
 
-def _refuse(inner: Method, name: str) -> None:
-    """Raise ValueError for a method whose tokens a packer cannot take over."""
+def check_left(inner: Method, name: str, work: str, why: str) -> None:
+    """Raises ValueError for a method to the left of `name` whose tokens cannot be taken over.
+
+    Args:
+        work: what `name` does to tokens, which goes once.
+        why: what keeps it from a method that evicts at every token without scores, and what to use.
+    """
     known = inner.capabilities
     if known.lossy:
-        raise ValueError(f"{inner.name}+{name}: {inner.name} has changed what it stores already; pack only once")
+        raise ValueError(f"{inner.name}+{name}: {inner.name} has changed what it stores already; {work} only once")
     if known.decode_eviction and not known.scores and not known.whole_heads:
-        raise ValueError(
-            f"{inner.name}+{name}: {inner.name} evicts or merges at every decoded token, and packed tokens cannot "
-            f"leave one by one; use a method that evicts at the end of the prompt, e.g. snapkv+{name}"
-        )
+        raise ValueError(f"{inner.name}+{name}: {inner.name} {why}+{name}")
 
 
 def _behind(inner: Capabilities) -> Capabilities:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.helpers import mismatch, poisoned, randn
-from textkv.kernels import window_mass
+from textkv.kernels import decode_attention, window_mass
 
 module = importlib.import_module("textkv.kernels.window_mass")
 
@@ -114,7 +114,7 @@ def test_reference_never_holds_the_matrix(monkeypatch):
     largest = []
     inner = module._probabilities
     monkeypatch.setattr(module, "_probabilities", lambda *a: (largest.append(a[0].shape[-2]), inner(*a))[1])
-    assert not mismatch(window_mass(q, k, scale=0.3, squares=True), whole)
+    assert not mismatch(window_mass(q, k, scale=0.3, squares=True, _backend="reference"), whole)
     assert max(largest) == 7 and sum(largest) == 200
 
 
@@ -148,3 +148,24 @@ Q, K = torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 5, 16)
 def test_errors_name_the_argument(q, k, options, message):
     with pytest.raises(ValueError, match=message):
         window_mass(q, k, scale=1.0, **options)
+
+
+@pytest.mark.parametrize(
+    "B, G, group, w, n, D", [(1, 1, 3, 300, 300, 32), (2, 2, 2, 130, 1300, 20), (1, 2, 1, 65, 1100, 64)]
+)
+@pytest.mark.parametrize("told", [False, True])
+def test_many_queries_on_a_cpu(B, G, group, w, n, D, told, dtype):
+    q, k, _, _ = sample(B, G, group, w, n, D, None, dtype)
+    q = 3 * q  # some rows of the softmax are sharp
+    lse = decode_attention(q, k, k, scale=0.3, causal=True)[1] if told else None
+    ours = window_mass(q, k, scale=0.3, squares=True, lse=lse, _backend="fused")
+    assert not mismatch(ours, window_mass(q, k, scale=0.3, squares=True, _backend="reference"), 1e-4)
+
+
+def test_kernel_with_the_log_sum_exp_at_hand(interpreted):
+    q, k, _, _ = sample(1, 2, 2, 9, 66, 64, None)
+    lse = decode_attention(q, k, k, scale=0.3, causal=True)[1]
+    ours = window_mass(q, k, scale=0.3, squares=True, lse=lse, _backend="triton")
+    assert not mismatch(ours, window_mass(q, k, scale=0.3, squares=True), 1e-5)
+    with pytest.raises(ValueError, match="lse and valid come together"):
+        window_mass(q, k, scale=0.3, lse=lse, valid=torch.ones(1, 66, dtype=torch.bool))

@@ -175,6 +175,8 @@ def test_the_state_of_both_sides_makes_the_pair_again(bits):
     for ours, true in zip((first, second), sides, strict=True):
         assert torch.equal(ours.stored().keys, true.stored().keys)
         assert torch.equal(ours.lengths(), true.lengths())
+    with pytest.raises(ValueError, match="the one before it holds dense; load both layers"):
+        PairedSegment.from_state(sides[1].state()).rejoin([DenseSegment()])
 
 
 def test_what_is_not_finite_is_told_with_layer_and_head():

@@ -149,14 +149,18 @@ def assistant():
 @pytest.mark.parametrize(("method", "budget"), CROPPING)
 @pytest.mark.parametrize("how", ["assistant", "lookup"])
 def test_drafts_equal_plain_greedy_decoding(method, budget, how):
-    if how == "assistant" and budget:
-        pytest.xfail("the first drafts are verified in the prompt's own forward, by all of its keys: see below")
+    if how == "assistant" and method == "snapkv+minicache":
+        pytest.xfail(
+            "the first drafts come in the prompt's own forward; a layer merges with the next one, which they have not "
+            "reached yet, so what the first layer shall show them does not exist when they are there"
+        )
     model = kinds.model_of_kind("dense")
     # Without a token that comes twice nothing can be looked up before the prompt is in.
     prompt = torch.randperm(99, generator=torch.Generator().manual_seed(2))[None, :51] + 1
     options = GREEDY | ({"assistant_model": assistant()} if how == "assistant" else {"prompt_lookup_num_tokens": 3})
     plain, drafted = MethodCache(model, method, budget), MethodCache(model, method, budget)
     expected = model.generate(prompt, past_key_values=plain, **GREEDY)
+    drafted.begin(prompt)  # says where the prompt ends and the first drafts begin
     assert torch.equal(model.generate(prompt, past_key_values=drafted, **options), expected)
     more = torch.cat([expected, tiny.text_ids(6, seed=3)], 1)  # and a further turn goes on from the same state
     drafted.begin(more)  # says that no draft comes next, but a prompt

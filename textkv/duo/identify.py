@@ -85,6 +85,13 @@ def _recall(rows: Rows, config: PasskeyConfig, rng: np.random.Generator) -> Samp
     return recall_sample(rows, rng, int(rng.integers(config.shortest, config.longest + 1)))
 
 
+def add_running(command: argparse.ArgumentParser) -> None:
+    """The options of a command that say where and in which precision a model runs."""
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    command.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m textkv.methods.duo_attention", description="Patterns of full and streaming heads."
@@ -109,9 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--full-branch", choices=("teacher", "student"), default=GateTraining.full_branch)
     command.add_argument("--supervise", choices=("tail", "passkeys"), default=GateTraining.supervise)
     command.add_argument("--checkpointing", action="store_true", help="less memory, a third slower")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    command.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    add_running(command)
     command.add_argument("--seed", type=int, default=0)
     return parser
 

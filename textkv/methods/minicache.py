@@ -93,6 +93,11 @@ class MiniCache(Method):
         return Merging(self.t, Retention(self.retention, self.gamma), self.sinks, self.bits, self.group)
 
     @property
+    def looks_across(self) -> bool:
+        """Yes: layers merge in pairs."""
+        return True
+
+    @property
     def evicts(self) -> bool:
         """Only behind a scorer."""
         return self.inner is not None

@@ -127,8 +127,8 @@ class TriAttention(IntervalEviction):
         window = min(self.window, keep - 1)
         guarded = held.positions < min(self.sinks, keep - 1 - window)
         guarded = guarded | (torch.arange(n, device=guarded.device) >= n - window)
-        if evidence.marks is not None:
-            guarded = guarded | (evidence.marks > 0)
+        if evidence.statistic is not None:
+            guarded = guarded | (evidence.statistic > 0)
         ratings = self._rate(held.keys, self._centres(layer, evidence), _next(evidence), layer.rotary)
         ratings = ratings.unflatten(1, (kv_heads, -1))
         if self.normalise:
@@ -211,7 +211,7 @@ class TriAttention(IntervalEviction):
                 layer.statistics[BASE] = self._least(evidence)[:, None, None]
             return
         known = self.recall(layer, evidence.queries)
-        super().on_prefill_end(layer, replace(evidence, centres=known.centres, marks=known.marks))
+        super().on_prefill_end(layer, replace(evidence, centres=known.centres, statistic=known.statistic))
 
     def on_finish(self, context: Context) -> None:
         """A prompt block is through all layers: cut them together."""
@@ -307,7 +307,7 @@ class TriAttention(IntervalEviction):
             norm_positions=newest,
             rope_positions=newest if shift is None else newest + shift[:, 0],
             centres=centres if self._given is None else None,
-            marks=layer.statistic(PIN) if self.pin_prompt else None,
+            statistic=layer.statistic(PIN) if self.pin_prompt else None,
         )
 
 
@@ -335,10 +335,10 @@ def turned_ahead(mean: torch.Tensor, at: torch.Tensor, offsets: int, rotary: Rot
     Args:
         at: int64 [batch].
     """
-    places = at[:, None] + 2 ** torch.arange(offsets, device=at.device)
+    positions = at[:, None] + 2 ** torch.arange(offsets, device=at.device)
     inv_freq, first, second = (x.to(at.device) for x in (rotary.inv_freq, rotary.first, rotary.second))
     # In double: at position 65,536 a product of single precision is off by a hundredth of a radian.
-    angle = places[:, None, :, None].double() * inv_freq.double()
+    angle = positions[:, None, :, None].double() * inv_freq.double()
     cos, sin = angle.cos().float(), angle.sin().float()
     x, y = mean[..., None, first], mean[..., None, second]
     out = mean[:, :, None].expand(len(at), -1, offsets, -1).clone()

@@ -31,6 +31,7 @@ from textkv.evidence import Evidence, Needs
 from textkv.kernels.codebook import Fit, check_bits
 from textkv.layer import Layer
 from textkv.method import Capabilities, Method, register
+from textkv.packing import check_left
 from textkv.positions import RotarySpec
 from textkv.segments.base import Segment, Stored
 from textkv.segments.coded import CodedSegment, Coding
@@ -85,9 +86,17 @@ class TurboQuant(Method):
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed!r} is no seed; use a whole number from 0 to 2147483647")
         if self.inner is not None:
-            _refuse(self.inner, self.name)
+            check_left(
+                self.inner, self.name, "code", "holds tokens in a way of its own, moves or merges them while decoding; "
+                "use a method that scores tokens, e.g. h2o",
+            )  # fmt: skip
             known = replace(self.inner.capabilities, lossy=True, scores=False, whole_heads=False)
             object.__setattr__(self, "capabilities", known)
+
+    @property
+    def looks_across(self) -> bool:
+        """As the method on the left: each layer is coded by itself."""
+        return self.inner is not None and self.inner.looks_across
 
     @property
     def evicts(self) -> bool:
@@ -136,7 +145,7 @@ class TurboQuant(Method):
     # ---- coding ------------------------------------------------------------------------------------------------
 
     def _code(self, layer: Layer) -> None:
-        """Codes what is still exact. Slots stay where they are, hence so do the marks that the left method keeps."""
+        """Codes what is still exact. Slots stay where they are, and so do the left method's token statistics."""
         place = f"layer {layer.index}"
         layer.segments = [
             self._coded(layer, segment, lambda row, head: f"{place}, row {row}, head {head}")
@@ -188,18 +197,6 @@ class TurboQuant(Method):
                 "centre='fixed', or kivi, whose centre can"
             )
         return None
-
-
-def _refuse(inner: Method, name: str) -> None:
-    """Raise ValueError for a method whose tokens cannot be coded."""
-    known = inner.capabilities
-    if known.lossy:
-        raise ValueError(f"{inner.name}+{name}: {inner.name} has changed what it stores already; code only once")
-    if known.decode_eviction and not known.scores and not known.whole_heads:
-        raise ValueError(
-            f"{inner.name}+{name}: {inner.name} holds tokens in a way of its own, moves or merges them while decoding; "
-            f"use a method that scores tokens, e.g. h2o+{name}"
-        )
 
 
 def _lengths(keys: torch.Tensor) -> torch.Tensor:

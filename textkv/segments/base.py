@@ -11,7 +11,7 @@ cropped and counted like ours.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,12 @@ class Step:
     hidden: torch.Tensor | None = None
     visible: torch.Tensor | None = None
     local: bool = True
+
+    def part(self, which: slice) -> Step:
+        """Some of the new tokens, of a step in which nothing is padded, hidden or visible but by causality."""
+        q, k, v = (x[:, :, which] for x in (self.q, self.k, self.v))
+        rope = None if self.rope_positions is None else self.rope_positions[:, which]
+        return replace(self, q=q, k=k, v=v, positions=self.positions[:, which], rope_positions=rope)
 
 
 @dataclass(frozen=True)

@@ -333,9 +333,14 @@ class PairedSegment(Segment):
         return cls(Pair.from_tensors(state, tuple(state["layers"]), state["bits"]), 0)
 
     def rejoin(self, before: list[Segment]) -> None:
-        """Side 1 takes the pair of the layer before. Raises StopIteration if side 0 is not in the list."""
-        if self.side == 1:
-            self.pair = next(x.pair for x in before if isinstance(x, PairedSegment) and x.side == 0)
+        """Side 1 takes the pair of the layer before. Raises ValueError if side 0 is not in the list."""
+        if self.side == 0:
+            return
+        pairs = [x.pair for x in before if isinstance(x, PairedSegment) and x.side == 0]
+        if not pairs:
+            kinds = ", ".join(x.name for x in before) or "nothing"
+            raise ValueError(f"a layer is the second of a pair, and the one before it holds {kinds}; load both layers")
+        self.pair = pairs[0]
 
 
 def _at(layer: DenseSegment, slots: torch.Tensor) -> torch.Tensor:

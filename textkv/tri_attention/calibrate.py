@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv.attention import release, runs_on_ours
 from textkv.cache import MethodCache
-from textkv.duo.identify import load_model
+from textkv.duo.identify import add_running, load_model
 from textkv.evidence import Evidence, Needs, QueryCentres
 from textkv.kinds import text_config, text_model
 from textkv.layer import Layer
@@ -129,9 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, help=f"file of the centres; default: {FILE} beside the model")
     command.add_argument("--tokens", type=int, default=TOKENS, help=f"tokens to read at most; {TOKENS}")
     command.add_argument("--length", type=int, help="tokens of a piece; default: all that the model knows")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    command.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    add_running(command)
     return parser
 
 
