@@ -48,6 +48,9 @@ class Policy(Protocol):
     def needs(self) -> Needs:
         """What the cache is to collect for the method; asked once, when the cache is built."""
 
+    def on_build(self, context: Context) -> None:
+        """A cache was built; what does not fit its model is refused here."""
+
     def on_start(self, layer: Any) -> None:
         """The layer knows its heads, dtype and device; no token is stored. Comes again after a reset."""
 
