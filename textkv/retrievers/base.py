@@ -63,12 +63,13 @@ class Retriever(ABC):
         """
 
     @abstractmethod
-    def query(self, q: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    def query(self, q: torch.Tensor, room: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The tokens that these queries are to see.
 
         Args:
             q: [batch, heads, 1, head_dim] on the model's device.
             room: int64 [batch] on the CPU, at most so many tokens for each head of a row.
+            keys, positions: what is stored, as in `build`.
 
         Returns:
             int64 [batch, kv_heads or heads, c] on the CPU: slots, each at most once, -1 = none.
@@ -102,6 +103,10 @@ class Retriever(ABC):
     def host_tensors(self) -> dict[str, torch.Tensor]:
         """Tensors in host memory, by attribute."""
         return {}
+
+    def library_bytes(self) -> int:
+        """Bytes that a library holds in host memory for the index, beside all tensors."""
+        return 0
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values from which `from_state` makes it again."""

@@ -33,7 +33,7 @@ class Buckets(Retriever):
     def score(self, q: torch.Tensor) -> torch.Tensor:
         """How much queries [batch, heads, 1, head_dim] want each bucket: fp32 [batch, kv_heads, buckets]."""
 
-    def query(self, q: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    def query(self, q: torch.Tensor, room: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The tokens of the best buckets, one choice for all query heads of a KV head; equal buckets by their age."""
         scores = self.score(q).masked_fill(self.size == 0, -torch.inf)
         # Each head asks its buckets, each query head of it for itself.

@@ -70,7 +70,7 @@ class HostSegment(Segment):
         if q.shape[2] > 1 or self.room is None or bool((self.room >= self.rows.used).all()):
             return self._scan(q, scale, softcap, hidden)
         self._check()
-        slots = self.retriever.query(q, self.room)
+        slots = self.retriever.query(q, self.room, *self._index_of())
         batch, heads = slots.shape[:2]
         k, v = self.rows.fetch(slots)
         at = self.rows.held()[2].repeat_interleave(heads // self.rows.k.shape[1], 1)
@@ -132,6 +132,10 @@ class HostSegment(Segment):
         if self.rows is None:
             return {}
         return self.rows.tensors() | {_OWN + name: x for name, x in self.retriever.host_tensors().items()}
+
+    def host_bytes(self) -> int:
+        """Bytes of tensors on the host, and of what a library holds there for the retriever."""
+        return super().host_bytes() + self.retriever.library_bytes()
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Rows of the batch, room and index alike."""

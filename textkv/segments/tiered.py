@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from textkv.segments.base import Step, Stored, index_of, keep_across, parted_states, register_segment
+from textkv.segments.base import Step, Stored, index_of, keep_across, parted_states, register_segment, storage_bytes
 from textkv.segments.dense import DenseSegment
 from textkv.segments.host import HostSegment
 from textkv.segments.stack import StackSegment
@@ -143,6 +143,10 @@ class TieredSegment(StackSegment):
     def host_tensors(self) -> dict[str, torch.Tensor]:
         """The host's rows, what its retriever holds there, and the plan."""
         return {f"1.{name}": x for name, x in self.host.host_tensors().items()} | self._of_plan()
+
+    def host_bytes(self) -> int:
+        """The host segment's, and the plan's."""
+        return self.host.host_bytes() + storage_bytes(list(self._of_plan().values()))
 
     def state(self) -> dict:
         """States of the parts joined, and the plan."""
