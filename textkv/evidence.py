@@ -317,7 +317,9 @@ class EvidenceCollector:
     def can_drop(self, tokens: int) -> bool:
         """Whether the last `tokens` tokens can be left out: they are the last chunk, or nothing sums over them."""
         summed = (self._columns, self._moments, self._centres, self._peaks)
-        return (all(x is None for x in summed) and not self._sampled) or (self._before is not None and self._before[0] == tokens)
+        return (all(x is None for x in summed) and not self._sampled) or (
+            self._before is not None and self._before[0] == tokens
+        )
 
     def drop_last(self, tokens: int) -> None:
         """Leaves out the last `tokens` tokens: they were taken back."""

@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import torch
 
-from textkv.context import Context
 from textkv.evidence import Evidence
 from textkv.layer import Layer
 from textkv.method import Capabilities, Method
@@ -95,13 +94,3 @@ class Retrieval(Method):
             for part, least, most in ((8, 0, self.first), (4, 0, self.recent), (4, 1, self.batch))
         )
         return Plan(seen, first, recent, batch)
-
-
-def looked(context: Context) -> dict[str, float]:
-    """What retrieval has cost all layers so far: "scanned", keys or summaries compared with a query per token stored,
-    and "fetched", tokens brought to the device; empty where nothing was retrieved."""
-    found = [x.host.looked for layer in context.layers for x in layer.segments if isinstance(x, TieredSegment)]
-    stored = sum(x.stored for x in found)
-    if not stored:
-        return {}
-    return {"scanned": sum(x.compared for x in found) / stored, "fetched": float(sum(x.fetched for x in found))}

@@ -281,7 +281,8 @@ CHECKS: dict[str, Callable[[Bench], None]] = {
     for check in (
         full_budget_equals_full_cache, equals_masked_full_attention, padded_batch_equals_single_runs,
         second_turn_continues, fork_is_independent, crop_or_refusal, chunked_prompt_equals_whole,
-        rows_can_be_reordered, forgotten_tokens_are_gone, bytes_are_really_gone, host_and_device_apart, copies_survive_saving,
+        rows_can_be_reordered, forgotten_tokens_are_gone, bytes_are_really_gone, host_and_device_apart,
+        copies_survive_saving,
     )
 }  # fmt: skip
 

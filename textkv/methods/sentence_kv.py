@@ -13,9 +13,7 @@ token says so (the code looks thirteen strings up). The prompt's own unfinished 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -135,7 +133,8 @@ class SentenceKV(Retrieval):
 
     def _fill(self, layer: Layer, evidence: Evidence) -> None:
         plan = self.plan(evidence.tokens)
-        room = [min(math.ceil(self.factor * n), seen) for n, seen in zip(*map(_list, (plan.seen, evidence.tokens)))]
+        wanted = (plan.seen * self.factor).ceil().long()
+        room = torch.minimum(wanted, evidence.tokens).tolist()
         if bool((layer.lengths().amax(1) <= torch.tensor(room)).all()):
             return
         scores, at = self.scorer.scores(layer, evidence, keep=room), layer.held_positions()
@@ -144,6 +143,3 @@ class SentenceKV(Retrieval):
         first, late = (x.to(at.device)[:, None, None] for x in (plan.first, plan.recent + self._longest(plan)))
         always = (at >= 0) & ((at < first) | (at > newest - late))
         keep_best(layer, scores.masked_fill(always, PROTECTED), torch.tensor(room)[:, None])
-
-
-_list = partial(torch.Tensor.tolist)

@@ -59,8 +59,7 @@ class Retriever(ABC):
 
     @abstractmethod
     def update(self, keys: torch.Tensor, positions: torch.Tensor) -> None:
-        """Takes in new tokens: keys and positions of all stored ones as in `build`, the first `length` known already.
-        """
+        """Takes in new tokens: keys and positions of all stored ones as in `build`, the first `length` known before."""
 
     @abstractmethod
     def query(self, q: torch.Tensor, room: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

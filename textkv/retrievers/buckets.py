@@ -39,7 +39,9 @@ class Buckets(Retriever):
         # Each head asks its buckets, each query head of it for itself.
         self.compared = self.vectors * int((self.size > 0).sum()) * (q.shape[1] // self.size.shape[1])
         order = scores.argsort(dim=-1, descending=True, stable=True)
-        rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=q.device).expand_as(order))
+        rank = torch.empty_like(order).scatter_(
+            -1, order, torch.arange(order.shape[-1], device=q.device).expand_as(order)
+        )
         n = self.bucket.shape[-1]
         hole = self.bucket < 0
         place = rank.gather(-1, self.bucket.clamp(min=0)) * n + torch.arange(n, device=q.device)

@@ -43,7 +43,9 @@ def _alone(faiss: Any) -> Iterator[None]:
 
 
 class Engine(ABC):
-    """An index over keys fp32 [n, head_dim], numbered as they were added."""
+    """An index over keys fp32 [n, head_dim], numbered as they were added; `effort` says how much a search looks at."""
+
+    effort: int
 
     @abstractmethod
     def add(self, keys: torch.Tensor) -> None:
@@ -114,6 +116,9 @@ class Graph(Engine):
 
     def _measure(self, metric: int) -> None:
         self._keys.metric_type = self._base.metric_type = metric
+        # Newer versions note what the index was made with, and would go on to walk by it.
+        if hasattr(self._base.hnsw, "is_similarity"):
+            self._base.hnsw.is_similarity = metric == library().METRIC_INNER_PRODUCT
 
     def _join(self) -> Any:
         """An index of one level over the same keys, whose neighbours are the base's and ours."""
@@ -153,7 +158,7 @@ class Lists(Engine):
         n, dim = keys.shape
         # As many clusters as keys in each; their centres are compared too.
         self._clusters = max(1, round(n**0.5))
-        self.effort = min(effort or -(-self._clusters // 8), self._clusters)
+        self.effort = effort
         self._centres = faiss.IndexFlatIP(dim)
         self._index = faiss.IndexIVFFlat(self._centres, dim, self._clusters, faiss.METRIC_INNER_PRODUCT)
         self._index.cp.min_points_per_centroid = 1
@@ -170,8 +175,9 @@ class Lists(Engine):
         """Best first among the clusters read."""
         stats = library().cvar.indexIVF_stats
         stats.reset()
+        lists = min(self.effort or -(-self._clusters // 8), self._clusters)
         with _alone(library()):
-            _, found = self._index.search(q.numpy(), k, params=library().SearchParametersIVF(nprobe=self.effort))
+            _, found = self._index.search(q.numpy(), k, params=library().SearchParametersIVF(nprobe=lists))
         return torch.from_numpy(found), int(stats.ndis) + len(q) * self._clusters
 
     def clone(self) -> Lists:

@@ -14,7 +14,9 @@ from textkv.retrievers.buckets import Buckets, grouped
 
 @register_retriever("pages")
 class Pages(Buckets):
-    """Args:
+    """Bounds of the keys of pages.
+
+    Args:
         page: tokens of a page, in the order of the slots.
 
     Attributes:

@@ -21,7 +21,9 @@ from textkv.retrievers.buckets import Buckets, grouped
 
 @register_retriever("sentences")
 class Sentences(Buckets):
-    """Args:
+    """Means of the keys of sentences.
+
+    Args:
         ends: ids of the tokens that end a sentence.
         longest: int64 [batch] on the CPU, most tokens of a sentence.
 
@@ -29,8 +31,8 @@ class Sentences(Buckets):
         mean: [batch, kv_heads, buckets, head_dim] in the keys' dtype.
         log_at, log_ends: int32 and bool [batch, columns], positions (-1 = padding) of tokens that are not stored here
             yet, and whether each ends a sentence.
-        said, said_at: [batch, kv_heads, u, head_dim] and int32 [batch, u], the last tokens' queries, mean over the query
-            heads of a KV head, and their positions.
+        said, said_at: [batch, kv_heads, u, head_dim] and int32 [batch, u], the last tokens' queries, mean over
+            the query heads of a KV head, and their positions.
         begun: int64 [batch], the first position that does not belong to a sentence stored here.
     """
 

@@ -23,9 +23,11 @@ NEAREST = 100
 
 @register_retriever("vectors")
 class Vectors(Retriever):
-    """Args:
-        kind: "exact" compares all; "hnsw" and "ivf" are the library's; "graph" is hnsw's lowest level with edges between
-            keys that the prompt's queries wanted together.
+    """An index for each KV head.
+
+    Args:
+        kind: "exact" compares all; "hnsw" and "ivf" are the library's; "graph" is hnsw's lowest level with edges
+            between keys that the prompt's queries wanted together.
         effort: of a search: nodes in view of a graph, clusters read of an ivf.
         degree: edges of a node.
         few: up to so many tokens of a head are compared one by one.
@@ -114,6 +116,12 @@ class Vectors(Retriever):
                 found[b, g, :, : best.shape[1]] = best
         return found.flatten(1, 2)
 
+    def search_with(self, effort: int) -> None:
+        """From now on searches look at so much: nothing is built anew."""
+        self.effort = effort
+        for engine in self._engines.values():
+            engine.effort = effort
+
     def take_rows(self, rows: torch.Tensor) -> None:
         """Rows that come twice share an index until one of them grows."""
         super().take_rows(rows)
@@ -178,7 +186,7 @@ class Vectors(Retriever):
         group = queries.shape[1] // keys.shape[1]
         own = queries[b, g * group : (g + 1) * group][:, at[b] >= 0].flatten(0, 1).float()
         slots = _slots(positions[b, g])
-        found = projected(keys[b, g, slots].float(), own, NEAREST, self.degree // 2)
+        found = projected(keys[b, g, slots].float(), own, NEAREST, self.degree)
         edges = torch.full((self.length, found.shape[1]), -1, dtype=torch.int32)
         edges[slots] = slots[found.clamp(min=0).long()].int().masked_fill(found < 0, -1)
         return edges
