@@ -73,16 +73,16 @@ class Method:
             return
         if self.wraps is None:
             raise ValueError(f"{self.name} cannot follow {self.inner.name}+: it wraps no other method")
-        if self.inner.capabilities.retrieves:
-            raise ValueError(
-                f"{self.inner.name}+{self.name}: {self.inner.name} keeps its tokens in host memory, where {self.name} "
-                f"cannot take them over; put {self.name} before it or use it alone"
-            )
         if self.wraps == "scorer" and not self.inner.capabilities.scores:
             scorers = ", ".join(name for name in list_methods() if REGISTRY.find(name).capabilities.scores)
             raise ValueError(
                 f"{self.inner.name}+{self.name}: {self.name} needs importance scores and {self.inner.name} gives none; "
                 f"put a scorer before it: {scorers}"
+            )
+        if self.inner.capabilities.retrieves:
+            raise ValueError(
+                f"{self.inner.name}+{self.name}: {self.inner.name} keeps its tokens in host memory, where {self.name} "
+                f"cannot take them over; put {self.name} before it or use it alone"
             )
 
     def needs(self) -> Needs:
