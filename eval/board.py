@@ -29,6 +29,7 @@ from textkv import Budget, Method, MethodCache, list_methods, resolve_method
 from textkv.command import count, names, readable, run, write_rows, write_text
 from textkv.provenance import run_meta
 from textkv.reading import Reading, ReadsItself
+from textkv.report import scanned
 
 from .arguments import add_choice, add_dtype, add_outputs
 from .leaderboard import Cell, cells_of
@@ -154,6 +155,9 @@ class Bench:
             scores = [score(text, wanted) for text, wanted in zip(told, batch.answers, strict=True)]
             right, digits = [whole for whole, _ in scores], [share for _, share in scores]
             figures = held(cache, len(prompts)) | {"tokens_seen": prompts.shape[1]}
+            # Only a method that retrieves compares; its answer is over by now.
+            looked = scanned(cache.context)
+            figures |= {} if looked is None else {"scanned": looked}
             # A cache and its layers know each other: emptied, they hold no memory until the collector comes.
             cache.reset()
             yield Outcome(*cell, batch.task, asked, batch.first, right, digits, figures)
@@ -176,7 +180,7 @@ class Bench:
 
 def lines(rows: Sequence[dict[str, Any]], asked: str, tasks: Sequence[str]) -> list[list[str]]:
     """The table of one way of asking, heads first: shares of right answers, right digits, and the full bytes."""
-    told = [["method", "budget", *tasks, ALL, "95 %", "digits", "bytes of full"]]
+    told = [["method", "budget", *tasks, ALL, "95 %", "digits", "bytes of full", "on the host", "scanned"]]
     mine = [row for row in rows if row["asked"] == asked]
     for cell in dict.fromkeys((row["method"], row["budget"]) for row in mine):
         at = {row["task"]: row for row in mine if (row["method"], row["budget"]) == cell}
@@ -187,6 +191,8 @@ def lines(rows: Sequence[dict[str, Any]], asked: str, tasks: Sequence[str]) -> l
         shares = [f"{at[task]['recall']:.2f}" if task in at else "-" for task in (*tasks, ALL)]
         interval = f"{whole['low']:.2f}-{whole['high']:.2f}"
         told.append([*cell, *shares, interval, f"{whole['digits']:.2f}", f"{whole['kv_share']:.3f}"])
+        host = f"{whole['host_bytes'] / whole['kv_bytes_full']:.3f}" if whole.get("host_bytes") else ""
+        told[-1] += [host, f"{whole['scanned']:.3f}" if "scanned" in whole else ""]
     return told
 
 

@@ -71,6 +71,7 @@ def held(cache: MethodCache | ForeignCache, rows: int) -> dict[str, float]:
         "kv_bytes": rest.kv_bytes / rows,
         "kv_bytes_full": rest.full_bytes / rows,
         "kv_bytes_peak": cache.peak_bytes / rows,
+        "host_bytes": rest.host_bytes / rows,
         "tokens_stored": rest.tokens_stored,
         **{f"seconds_{hook}": seconds / rows for hook, seconds in cache.seconds.items()},
     }

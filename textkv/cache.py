@@ -80,6 +80,7 @@ class MethodCache(Rollback):
                 f"as their windows reach, and {policy.expression} governs none of them",
                 stacklevel=2,
             )
+        policy.on_build(self.context)
         super().__init__(layers=layers)
         self._start: Start | None = None
         self._through: set[tuple[int, str]] = set()

@@ -30,16 +30,18 @@ class AtRest:
     """The cache right after a prompt block was compressed, before the next token is decoded.
 
     Attributes:
-        kv_bytes: bytes held by all layers, bookkeeping included.
+        kv_bytes: bytes held by all layers on the model's device, bookkeeping included.
         full_bytes: bytes that the model's own cache holds after the same tokens.
         tokens_stored: mean over governed layers, rows and stored heads.
         kept: per governed layer int32 [batch, stored heads, n] logical positions on the CPU, -1 = none.
+        host_bytes: bytes held in host memory although the model runs on a device.
     """
 
     kv_bytes: int
     full_bytes: int
     tokens_stored: float
     kept: tuple[torch.Tensor, ...]
+    host_bytes: int = 0
 
 
 class Policy(Protocol):
@@ -47,6 +49,9 @@ class Policy(Protocol):
 
     def needs(self) -> Needs:
         """What the cache is to collect for the method; asked once, when the cache is built."""
+
+    def on_build(self, context: Context) -> None:
+        """A cache was built; what does not fit its model is refused here."""
 
     def on_start(self, layer: Any) -> None:
         """The layer knows its heads, dtype and device; no token is stored. Comes again after a reset."""
@@ -179,6 +184,7 @@ class Context:
         lengths = [layer.lengths().float() for layer in own]
         self.at_rest = AtRest(
             kv_bytes=self.kv_bytes(),
+            host_bytes=sum(layer.host_bytes() for layer in own),
             full_bytes=self.full_bytes(),
             tokens_stored=float(torch.stack([n.mean() for n in lengths]).mean()),
             kept=tuple(layer.held_positions().cpu() for layer in own),

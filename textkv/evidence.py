@@ -14,6 +14,7 @@ import torch
 
 from textkv.kernels import window_mass
 from textkv.positions import RotarySpec
+from textkv.query_statistics import QueryCentres, QueryMoments
 from textkv.segments.base import Step, Stored
 
 Spans = list[list[tuple[int, int]]]
@@ -38,9 +39,12 @@ class Needs:
         query_centres: mean of the block's pre-RoPE queries and mean length of each of their rotary pairs. Needs `rope`.
         query_peaks: the largest magnitude of each channel of the block's post-RoPE queries.
         positions: the position table: where each token's keys were turned to, for as long as the cache lives.
+        query_sample: keep the post-RoPE queries of every so many-th position of the block until the prompt ends; 0 =
+            none.
+        ids: token ids, of a prompt block as evidence and of every forward in its `Step`.
 
     Raises:
-        ValueError: query_moments or query_centres without rope, or negative query_moments.
+        ValueError: a negative query_sample, query_moments or query_centres without rope, or negative query_moments.
     """
 
     window: int = 0
@@ -52,8 +56,12 @@ class Needs:
     query_centres: bool = False
     query_peaks: bool = False
     positions: bool = False
+    query_sample: int = 0
+    ids: bool = False
 
     def __post_init__(self) -> None:
+        if self.query_sample < 0:
+            raise ValueError(f"query_sample={self.query_sample}: give every how many-th query to keep, or 0 for none")
         if self.query_moments is not None and (self.query_moments < 0 or not self.rope):
             raise ValueError(
                 f"query_moments={self.query_moments} with rope={self.rope}: give the number of first tokens to leave "
@@ -77,87 +85,10 @@ class Needs:
             query_centres=self.query_centres or other.query_centres,
             query_peaks=self.query_peaks or other.query_peaks,
             positions=self.positions or other.positions,
+            # A sample serves another only where both count in the same steps; methods that differ have their own cache.
+            query_sample=self.query_sample or other.query_sample,
+            ids=self.ids or other.ids,
         )
-
-
-@dataclass(frozen=True)
-class QueryMoments:
-    """How a block's pre-RoPE queries are spread, per query head. Parts of a block add up with `+`.
-
-    Kept centred: the difference of two large sums would lose a small covariance beside a large mean.
-
-    Attributes:
-        count: fp32 [batch], queries counted.
-        mean: fp32 [batch, heads, head_dim], 0 where none was counted.
-        scatter: fp32 [batch, heads, head_dim, head_dim], sum of outer products of (query - mean).
-    """
-
-    count: torch.Tensor
-    mean: torch.Tensor
-    scatter: torch.Tensor
-
-    @classmethod
-    def of(cls, q: torch.Tensor, counted: torch.Tensor) -> QueryMoments:
-        """Moments of the queries q [batch, heads, m, head_dim] at which `counted` bool [batch, m] is True."""
-        out = ~counted[:, None, :, None]
-        count = counted.sum(1).float()
-        # A row that is all padding has no queries: its moments are 0, not NaN.
-        mean = q.float().masked_fill(out, 0).sum(2) / count.clamp(min=1)[:, None, None]
-        centred = (q.float() - mean[:, :, None]).masked_fill(out, 0)
-        return cls(count, mean, centred.mT @ centred)
-
-    def __add__(self, other: QueryMoments) -> QueryMoments:
-        count = self.count + other.count
-        share = (other.count / count.clamp(min=1))[:, None, None]
-        gap = other.mean - self.mean
-        # Two centred sums add up with what their means differ by (Chan's formula).
-        between = (share * self.count[:, None, None] * gap)[..., None] * gap[..., None, :]
-        return QueryMoments(count, self.mean + share * gap, self.scatter + other.scatter + between)
-
-    def part(self, rows: slice, heads: slice) -> QueryMoments:
-        """The moments of some rows and query heads."""
-        return QueryMoments(self.count[rows], self.mean[rows, heads], self.scatter[rows, heads])
-
-    @property
-    def covariance(self) -> torch.Tensor:
-        """fp32 [batch, heads, head_dim, head_dim], divided by the count; 0 where at most one was counted."""
-        return self.scatter / self.count.clamp(min=1)[:, None, None, None]
-
-
-@dataclass(frozen=True)
-class QueryCentres:
-    """Where the pre-RoPE queries of each head lie, and how far they reach: parts of a text add up with `+`.
-
-    Attributes:
-        count: fp32 [batch], queries counted.
-        mean: fp32 [batch, heads, head_dim], 0 where none was counted.
-        lengths: fp32 [batch, heads, R / 2], mean length of the two channels that RoPE turns together, pair by pair.
-    """
-
-    count: torch.Tensor
-    mean: torch.Tensor
-    lengths: torch.Tensor
-
-    @classmethod
-    def of(cls, q: torch.Tensor, counted: torch.Tensor, rotary: RotarySpec) -> QueryCentres:
-        """Centres of the queries q [batch, heads, m, head_dim] at which `counted` bool [batch, m] is True."""
-        q = q.float().masked_fill(~counted[:, None, :, None], 0)
-        count = counted.sum(1).float()
-        share = count.clamp(min=1)[:, None, None]
-        return cls(count, q.sum(2) / share, rotary.lengths(q).sum(2) / share)
-
-    def __add__(self, other: QueryCentres) -> QueryCentres:
-        count = self.count + other.count
-        share = (other.count / count.clamp(min=1))[:, None, None]
-        return QueryCentres(
-            count,
-            self.mean + share * (other.mean - self.mean),
-            self.lengths + share * (other.lengths - self.lengths),
-        )
-
-    def part(self, rows: slice, heads: slice) -> QueryCentres:
-        """The centres of some rows and query heads."""
-        return QueryCentres(self.count[rows], self.mean[rows, heads], self.lengths[rows, heads])
 
 
 @dataclass(frozen=True)
@@ -181,6 +112,9 @@ class Evidence:
         centres: of the block's pre-RoPE queries, or None.
         statistic: fp32 [batch, kv_heads, n], a token statistic of the method's own (see `Layer.statistic`), or None.
         head: the KV head that this is evidence of, for a method that knows its heads by number; None = all.
+        sampled: [batch, heads, s, head_dim] post-RoPE queries of the block's sampled positions, or None.
+        sampled_positions: int32 [batch, s], theirs, -1 where a row has no token in this column, or None.
+        ids: int64 [batch, m], the block's token ids, or None; their positions are `norm_positions`.
     """
 
     queries: torch.Tensor
@@ -198,6 +132,9 @@ class Evidence:
     centres: QueryCentres | None = None
     statistic: torch.Tensor | None = None
     head: int | None = None
+    sampled: torch.Tensor | None = None
+    sampled_positions: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
 
     def part(self, row: int, head: int | None, kv_heads: int, slots: torch.Tensor) -> Evidence:
         """The evidence of one row, and of one KV head's query heads if `head` is given; `slots` int64 [k] are the
@@ -221,12 +158,15 @@ class Evidence:
             centres=None if self.centres is None else self.centres.part(one, ours),
             statistic=None if self.statistic is None else self.statistic[one, which][:, :, slots],
             head=head,
+            sampled=None if self.sampled is None else self.sampled[one, ours],
+            sampled_positions=None if self.sampled_positions is None else self.sampled_positions[one],
+            ids=None if self.ids is None else self.ids[one],
         )
 
     def only(self, needs: Needs) -> Evidence:
         """What a method with these needs would have been given of it, and no more: some go by what there is."""
         width = min(needs.window, self.queries.shape[2])
-        placed = needs.hidden or needs.rope
+        placed = needs.hidden or needs.rope or needs.ids
         return replace(
             self,
             queries=self.queries[:, :, self.queries.shape[2] - width :],
@@ -237,6 +177,9 @@ class Evidence:
             moments=None if needs.query_moments is None else self.moments,
             centres=self.centres if needs.query_centres else None,
             peaks=self.peaks if needs.query_peaks else None,
+            sampled=self.sampled if needs.query_sample else None,
+            sampled_positions=self.sampled_positions if needs.query_sample else None,
+            ids=self.ids if needs.ids else None,
         )
 
     def queries_of(self, row: int) -> torch.Tensor:
@@ -265,6 +208,9 @@ class EvidenceCollector:
         self._norms: list[torch.Tensor] = []
         self._positions: list[torch.Tensor] = []
         self._rope: list[torch.Tensor] = []
+        self._ids: list[torch.Tensor] = []
+        self._sampled: list[torch.Tensor] = []
+        self._sampled_at: list[torch.Tensor] = []
         self._columns: torch.Tensor | None = None
         self._moments: QueryMoments | None = None
         self._centres: QueryCentres | None = None
@@ -305,8 +251,12 @@ class EvidenceCollector:
             self._queries = last.clone()
         if self.needs.hidden:
             self._norms.append(norms)
-        if self.needs.hidden or self.needs.rope:
+        if self.needs.hidden or self.needs.rope or self.needs.ids:
             self._positions.append(step.positions)
+        if self.needs.ids and step.ids is not None:
+            self._ids.append(step.ids)
+        if self.needs.query_sample:
+            self._add_sample(step)
         if self.needs.rope:
             rope = step.positions if step.rope_positions is None else step.rope_positions
             self._rope.append(rope.expand(len(q), -1))
@@ -318,6 +268,13 @@ class EvidenceCollector:
             padding = (step.positions < 0)[:, None, :, None]
             peaks = q.abs().masked_fill(padding, 0).amax(2).float()
             self._peaks = peaks if self._peaks is None else torch.maximum(self._peaks, peaks)
+
+    def _add_sample(self, step: Step) -> None:
+        """By logical position: a row's sample is the same whatever chunks it came in and however it was padded."""
+        taken = (step.positions >= 0) & (step.positions % self.needs.query_sample == 0)
+        columns = taken.any(0).nonzero()[:, 0]
+        self._sampled.append(step.q[:, :, columns])
+        self._sampled_at.append(step.positions[:, columns].masked_fill(~taken[:, columns], -1))
 
     def _add_columns(self, step: Step, held: Stored, lse: torch.Tensor | None) -> None:
         """Column sums per slot. The kernel takes the queries for those of the last slots, so slots without a token
@@ -365,7 +322,9 @@ class EvidenceCollector:
     def can_drop(self, tokens: int) -> bool:
         """Whether the last `tokens` tokens can be left out: they are the last chunk, or nothing sums over them."""
         summed = (self._columns, self._moments, self._centres, self._peaks)
-        return all(x is None for x in summed) or (self._before is not None and self._before[0] == tokens)
+        return (all(x is None for x in summed) and not self._sampled) or (
+            self._before is not None and self._before[0] == tokens
+        )
 
     def drop_last(self, tokens: int) -> None:
         """Leaves out the last `tokens` tokens: they were taken back."""
@@ -376,7 +335,7 @@ class EvidenceCollector:
         self._before = None
         if self._queries is not None and tokens:
             self._queries = self._queries[:, :, : self._queries.shape[2] - tokens]
-        for chunks in (self._norms, self._positions, self._rope):
+        for chunks in (self._norms, self._positions, self._rope, self._ids):
             chunks[:] = [torch.cat(chunks, 1)[:, :-tokens]] if chunks and tokens else chunks
         # Tokens of blocks that are over, or of an answer, were not counted here.
         came = self._came - tokens
@@ -388,12 +347,17 @@ class EvidenceCollector:
         """The evidence of the whole block; the collector is empty afterwards."""
         queries = self._queries if self._queries is not None else q[:, :, :0]
         queries = queries[:, :, max(0, queries.shape[2] - self.needs.window) :] if self.needs.window else queries
-        norms, positions, rope = (torch.cat(x, 1) if x else None for x in (self._norms, self._positions, self._rope))
+        norms, positions, rope, ids, at = (
+            torch.cat(x, 1) if x else None
+            for x in (self._norms, self._positions, self._rope, self._ids, self._sampled_at)
+        )
+        sampled = torch.cat(self._sampled, 2) if self._sampled else None
         columns, moments, peaks, came = self._columns, self._moments, self._peaks, self._came
         centres = self._centres
         self.clear()
         # A plain number says that no row was padded.
         came = came if isinstance(came, torch.Tensor) else None
         return Evidence(
-            queries, scale, tokens, norms, positions, rope, spans, columns, moments, peaks, came, softcap, centres
-        )
+            queries, scale, tokens, norms, positions, rope, spans, columns, moments, peaks, came, softcap, centres,
+            sampled=sampled, sampled_positions=at, ids=ids,
+        )  # fmt: skip

@@ -261,6 +261,7 @@ class Layer(Moments, CacheLayerMixin):
         sinks: torch.Tensor | None = None,
         rotary: torch.Tensor | None = None,
         norms: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Takes one forward's tokens in and returns their attention output [batch, heads, m, head_dim].
 
@@ -271,6 +272,7 @@ class Layer(Moments, CacheLayerMixin):
             sinks: [heads], a logit that takes part in each query's softmax and gives no output (gpt-oss).
             rotary: [3 or 1, batch or 1, m] position ids of the call.
             norms: fp32 [batch, m], row norms of hidden states, if the method asked for them.
+            ids: int64 [batch, m], token ids, if the method asked for them.
         """
         if view.step is not None:
             return self._read_again(view, q, sinks)
@@ -293,7 +295,7 @@ class Layer(Moments, CacheLayerMixin):
             rope = None if rotary is None else rotary[0].expand(len(q), -1)
             view.step = Step(
                 q, k, v, tokens.positions, scale, tokens.padded, rope if self.context.needs.rope else None, softcap,
-                tokens.hidden, tokens.visible, getattr(mask, "local", True),
+                tokens.hidden, tokens.visible, getattr(mask, "local", True), ids,
             )  # fmt: skip
             if self.context.table is not None and self.kind.number == self.context.first:
                 self.context.table.write(tokens.positions, self.seen + q.shape[2], rotary)

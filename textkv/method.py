@@ -33,6 +33,8 @@ class Capabilities:
         merges: changes the keys and values of tokens that it keeps (to stand for those it drops).
         lossy: stores keys and values at less than full precision, or shares them between layers.
         whole_heads: gives some KV heads all tokens in a dense segment of their own, which may be packed.
+        retrieves: keeps tokens in host memory, and each decoded token sees some of them: the budget counts what it
+            sees, not what is stored.
     """
 
     scores: bool = False
@@ -44,6 +46,7 @@ class Capabilities:
     merges: bool = False
     lossy: bool = False
     whole_heads: bool = False
+    retrieves: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,24 @@ class Method:
                 f"{self.inner.name}+{self.name}: {self.name} needs importance scores and {self.inner.name} gives none; "
                 f"put a scorer before it: {scorers}"
             )
+        if self.inner.capabilities.retrieves:
+            raise ValueError(
+                f"{self.inner.name}+{self.name}: {self.inner.name} keeps its tokens in host memory, where {self.name} "
+                f"cannot take them over; put {self.name} before it or use it alone"
+            )
 
     def needs(self) -> Needs:
         """Evidence that this method (and what it wraps) asks for."""
         return self.inner.needs() if self.inner else Needs()
+
+    def on_build(self, context: Context) -> None:
+        """A cache was built, for a model whose configuration is `context.config`: refuse what does not fit it.
+
+        Raises:
+            ValueError: in one line, with the mend.
+        """
+        if self.inner is not None:
+            self.inner.on_build(context)
 
     def on_start(self, layer: Layer) -> None:
         """Before the first token of a layer: choose its segments."""

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from textkv.evidence import Needs
 from textkv.kinds import attention_modules, text_model
 
-ROTARY, NORMS = "textkv_rotary", "textkv_norms"
-"""Names under which position ids [3 or 1, batch or 1, m] and row norms fp32 [batch, m] travel."""
+ROTARY, NORMS, IDS = "textkv_rotary", "textkv_norms", "textkv_ids"
+"""Names under which position ids [3 or 1, batch or 1, m], row norms fp32 [batch, m] and token ids int64 [batch, m]
+travel."""
 CALLS = "textkv_calls"
 """Name of the hooks that tell a cache of its model's calls: one that raises is taken back before the next."""
 
@@ -42,6 +43,8 @@ def place(model: PreTrainedModel, needs: Needs) -> None:
         names = list(inspect.signature(decoder.forward).parameters)
         hook = _see_positions(names.index("position_ids") if "position_ids" in names else None)
         placed[ROTARY] = [decoder.register_forward_pre_hook(hook, with_kwargs=True)]
+    if needs.ids and IDS not in placed:
+        placed[IDS] = [decoder.register_forward_pre_hook(_see_ids, with_kwargs=True)]
     name = f"{NORMS}.{needs.hidden}"
     if needs.hidden and name not in placed:
         modules = attention_modules(model)
@@ -96,6 +99,24 @@ def _see_positions(index: int | None):
         return args, kwargs | {ROTARY: ids}
 
     return hook
+
+
+def _see_ids(module, args, kwargs):
+    """Hands on the token ids of a call that runs on a cache which asked for them.
+
+    Raises:
+        ValueError: the call brings embeddings and no ids.
+    """
+    cache = kwargs.get("past_key_values")
+    needs = getattr(getattr(cache, "context", None), "needs", None)
+    if needs is None or not needs.ids:
+        return None
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if ids is None:
+        raise ValueError(
+            f"{cache.context.method.expression} reads token ids and the call brings embeddings; pass input_ids"
+        )
+    return args, kwargs | {IDS: ids}
 
 
 def _see_hidden(which: str):

@@ -141,6 +141,8 @@ class Reading:
                 ("query_moments", want.query_moments in (None, have.query_moments)),
                 ("query_centres", have.query_centres or not want.query_centres),
                 ("query_peaks", have.query_peaks or not want.query_peaks),
+                ("query_sample", want.query_sample in (0, have.query_sample)),
+                ("ids", have.ids or not want.ids),
             )
             if not there
         ]

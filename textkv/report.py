@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from textkv.context import Context
+from textkv.segments.tiered import TieredSegment
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class CacheReport:
         rows: per layer that stores tokens {"layer", "kind", "seen", "stored" (per stored head, mean over the batch),
             "bytes"}.
         seconds: time spent in each hook so far.
+        scanned: keys or summaries compared with a query per token stored on the host, where tokens are retrieved; None
+            where none were.
     """
 
     method: str
@@ -35,6 +38,7 @@ class CacheReport:
     state_bytes: int
     rows: tuple[dict, ...]
     seconds: dict[str, float]
+    scanned: float | None = None
 
     def __str__(self) -> str:
         share = self.kv_bytes / self.full_bytes if self.full_bytes else 0.0
@@ -42,6 +46,9 @@ class CacheReport:
             f"{self.method} at budget {self.budget}: {self.kv_bytes:,} bytes held, {share:.1%} of the full cache's "
             f"{self.full_bytes:,}; peak {self.peak_bytes:,}; governs {self.governed} of {len(self.rows)} layers"
         )
+        if self.host_bytes:
+            seen = "" if self.scanned is None else f", {self.scanned:.1%} of its tokens compared with a query"
+            head += f"; {self.host_bytes:,} bytes on the host{seen}"
         lines = [_line(row) for row in self.rows]
         times = ", ".join(f"{hook} {1000 * s:.1f} ms" for hook, s in sorted(self.seconds.items()))
         return "\n".join([head, *lines, f"  hooks: {times or 'none ran'}"])
@@ -51,6 +58,13 @@ def _line(row: dict) -> str:
     kind = "" if row["kind"] == "full" else f" ({row['kind']})"
     stored = f"{min(row['stored'], default=0):g} to {max(row['stored'], default=0):g}"
     return f"  layer {row['layer']:>2}{kind}: {row['seen']} seen, stored per head {stored}, {row['bytes']:,} bytes"
+
+
+def scanned(context: Context) -> float | None:
+    """What queries compared per token stored on the host, in all layers; None where nothing was retrieved."""
+    found = [x.host.looked for layer in context.layers for x in layer.segments if isinstance(x, TieredSegment)]
+    stored = sum(x.stored for x in found)
+    return sum(x.compared for x in found) / stored if stored else None
 
 
 def report(context: Context) -> CacheReport:
@@ -77,4 +91,5 @@ def report(context: Context) -> CacheReport:
         state_bytes=context.state_bytes(),
         rows=rows,
         seconds=dict(context.seconds),
+        scanned=scanned(context),
     )

@@ -165,6 +165,7 @@ class Rollback(Cache):
             )
         needs = self.context.needs
         all_queries = needs.columns or needs.query_moments is not None or needs.query_centres or needs.query_peaks
+        all_queries = all_queries or needs.query_sample
         if not self.get_seq_length() and all_queries:
             raise ValueError(
                 f"{name} reads all queries of a prompt, and drafts arrive together with it; use a method that looks at "

@@ -16,6 +16,7 @@ from textkv.conformance.oracle import MASKED
 from textkv.method import Method
 from textkv.positions import RotarySpec
 from textkv.segments.base import storage_bytes
+from textkv.segments.tiered import TieredSegment
 
 
 def full_budget_equals_full_cache(bench: Bench) -> None:
@@ -31,6 +32,8 @@ def equals_masked_full_attention(bench: Bench) -> None:
     """Decoding after eviction equals full attention in which the dropped tokens are masked."""
     if not bench.policy.capabilities.original_positions:
         raise NotApplicable("keys are moved to other positions")
+    if bench.policy.capabilities.retrieves:
+        raise NotApplicable("which tokens are seen changes at every step")
     if bench.policy.capabilities.merges:
         raise NotApplicable("kept tokens change to stand for dropped ones")
     if bench.policy.capabilities.lossy:
@@ -165,7 +168,8 @@ def bytes_are_really_gone(bench: Bench) -> None:
     found = storage_bytes([x for x in _tensors_within(cache.layers, set()) if x.is_floating_point()])
     told = storage_bytes([x for x in known if x is not None and x.is_floating_point()])
     assert found == told, f"{told} bytes of keys and values reported, {found} reachable from the layers"
-    if not bench.policy.evicts:
+    # What waits in host memory may be more than the budget, which counts what a token sees.
+    if not bench.policy.evicts or bench.policy.capabilities.retrieves:
         return
     allowed = bench.policy.budget.count(90)
     stored = cache.at_rest.tokens_stored
@@ -177,6 +181,32 @@ def bytes_are_really_gone(bench: Bench) -> None:
     limit = copies * (allowed + 1) * first.kv_heads * layers * per_token + 256 * layers
     held = sum(layer.kv_bytes() for layer in governed) + cache.context.table_bytes()
     assert held <= limit, f"{held} bytes held where the budget allows {limit}"
+
+
+def host_and_device_apart(bench: Bench) -> None:
+    """Every storage counts on one side, the host's or the device's; and a decoded token sees no more than the budget of
+    a method that retrieves."""
+    cache = bench.cache()
+    bench.run(cache, bench.ids[:2, :90])
+    bench.decode(cache, bench.ids[:2, 90:94])
+    layers = [layer for layer in cache.layers if hasattr(layer, "segments")]
+    for layer in layers:
+        held, host = storage_bytes(list(layer.tensors().values())), []
+        for segment in layer.segments:
+            host += segment.host_tensors().values()
+        told = layer.kv_bytes() + storage_bytes(host)
+        # What a library holds for an index is no tensor: it may add to what is told of the host.
+        assert layer.host_bytes() >= storage_bytes(host), f"layer {layer.kind.number} tells too few bytes on the host"
+        assert held == told, f"layer {layer.kind.number}: {held} bytes held, {told} told of host and device together"
+    assert cache.report().host_bytes == cache.host_bytes(), "the report tells another number of bytes on the host"
+    if not bench.policy.capabilities.retrieves or bench.policy.budget.is_full:
+        return
+    allowed = bench.policy.budget.count(90)
+    tiers = [segment for layer in layers for segment in layer.segments if isinstance(segment, TieredSegment)]
+    assert tiers and cache.host_bytes(), "nothing lies on the host"
+    for segment in tiers:
+        seen = int((segment.near() + segment.host.seen).max())
+        assert seen <= allowed, f"a token sees {seen} others, the budget allows {allowed}"
 
 
 def copies_survive_saving(bench: Bench) -> None:
@@ -251,7 +281,8 @@ CHECKS: dict[str, Callable[[Bench], None]] = {
     for check in (
         full_budget_equals_full_cache, equals_masked_full_attention, padded_batch_equals_single_runs,
         second_turn_continues, fork_is_independent, crop_or_refusal, chunked_prompt_equals_whole,
-        rows_can_be_reordered, forgotten_tokens_are_gone, bytes_are_really_gone, copies_survive_saving,
+        rows_can_be_reordered, forgotten_tokens_are_gone, bytes_are_really_gone, host_and_device_apart,
+        copies_survive_saving,
     )
 }  # fmt: skip
 

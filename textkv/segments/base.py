@@ -40,6 +40,7 @@ class Step:
             stored: the caller's mask has a zero there. Positions from p on may be seen. None = all may.
         visible: bool [batch or 1, m, m], which new token (row) sees which (column); None = each sees those before it.
         local: whether a layer's window narrows what a token sees; False = it sees all that the layer holds.
+        ids: int64 [batch, m] token ids, or None if not asked for.
     """
 
     q: torch.Tensor
@@ -53,6 +54,7 @@ class Step:
     hidden: torch.Tensor | None = None
     visible: torch.Tensor | None = None
     local: bool = True
+    ids: torch.Tensor | None = None
 
     def part(self, which: slice) -> Step:
         """Some of the new tokens, of a step in which nothing is padded, hidden or visible but by causality."""

@@ -171,11 +171,11 @@ class SplitSegment(Segment):
 
     def _share(self, step: Step, part: Part) -> Step:
         row, head = part.row, part.head
-        rope, hidden = (None if x is None else x[row] for x in (step.rope_positions, step.hidden))
+        rope, hidden, ids = (None if x is None else x[row] for x in (step.rope_positions, step.hidden, step.ids))
         visible = step.visible if step.visible is None or len(step.visible) == 1 else step.visible[row]
         return replace(
             step, q=self._queries(step.q, part), k=step.k[row, head][:, None], v=step.v[row, head][:, None],
-            positions=step.positions[row], rope_positions=rope, hidden=hidden, visible=visible,
+            positions=step.positions[row], rope_positions=rope, hidden=hidden, visible=visible, ids=ids,
         )  # fmt: skip
 
     def _join(

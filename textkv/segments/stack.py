@@ -49,16 +49,16 @@ class StackSegment(Segment):
 
     def stored(self) -> Stored:
         """A copy, each segment's slots behind those of the one before."""
-        parts = [segment.stored() for segment in self.segments]
+        parts = [segment.stored() for segment in self._known()]
         return Stored(*(torch.cat([getattr(part, f) for part in parts], 2) for f in ("keys", "values", "positions")))
 
     def held_positions(self) -> torch.Tensor:
         """int32 [batch, kv_heads, n], in the order of `stored`, without unpacking anything."""
-        return torch.cat([segment.held_positions() for segment in self.segments], 2)
+        return torch.cat([segment.held_positions() for segment in self._known()], 2)
 
     def lengths(self) -> torch.Tensor:
         """The sum over the segments."""
-        return sum(segment.lengths() for segment in self.segments)
+        return sum(segment.lengths() for segment in self._known())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those of all segments by "number.name"."""
@@ -81,6 +81,10 @@ class StackSegment(Segment):
     def from_state(cls, state: dict) -> StackSegment:
         """The segments, each of its own kind."""
         return cls(parted_states(state))
+
+    def _known(self) -> list[Segment]:
+        """Without those that nothing ever came to: they do not know the shape of a token."""
+        return [segment for segment in self.segments if segment.tensors()] or self.segments[-1:]
 
     @staticmethod
     def _merged(segments, q, scale, softcap, hidden, more) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,151 @@
+"""Quest, SentenceKV and RetrievalAttention: what they see, hold and refuse, on tiny models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.compare import mismatch
+from tests.textkv import kinds
+from textkv import MethodCache, resolve_method
+from textkv.conformance import check_method
+from textkv.segments.tiered import TieredSegment
+
+SENTENCES = "sentence_kv(ends=(3,17,40,60,77))"
+METHODS = ("quest(dense=0,page=4)", SENTENCES, "retrieval_attention(index='exact')")
+
+
+def read(method: str, budget, ids: torch.Tensor, more: int = 0, kind: str = "dense"):
+    model = kinds.model_of_kind(kind)
+    cache = MethodCache(model, method, budget)
+    kinds.logits(model, ids, cache)
+    return model, cache, kinds.steps(model, kinds.ids(more, len(ids), seed=1), cache) if more else None
+
+
+def tiers(cache: MethodCache) -> list[TieredSegment]:
+    return [x for layer in cache.layers for x in layer.segments if isinstance(x, TieredSegment)]
+
+
+@pytest.mark.parametrize(
+    ("method", "budget"),
+    [("knorm+" + SENTENCES, 0.4), (SENTENCES, "40t"), ("quest(dense=0,page=4)", "30t"), ("quest(dense=1)", 0.4)],
+)
+def test_they_conform(method, budget):
+    assert all(check.outcome in ("passed", "not applicable") for check in check_method(method, budget))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_token_sees_its_budget_and_no_more_at_every_step(method):
+    model, cache, _ = read(method, "48t", kinds.ids(120, 2))
+    for step in range(40):
+        kinds.steps(model, kinds.ids(1, 2, seed=step), cache)
+        for segment in tiers(cache):
+            seen = segment.near() + segment.host.seen
+            assert int(seen.max()) <= 48 and int(segment.host.seen.min()) > 0
+    assert int(tiers(cache)[0].host.lengths().min()) > 100 - 48, "no decoded token has come to the host"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["dense", "sinks", "sliding"])
+def test_with_a_full_budget_it_is_the_full_cache(method, kind):
+    ids = kinds.ids(80, 2)
+    (_, _, ours), (_, _, full) = (read(name, 1.0, ids, 12, kind) for name in (method, "full"))
+    assert not mismatch(ours, full, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_token_is_in_one_place(method):
+    """Tokens move from the recent ones to the host while the text grows, and none is lost or doubled."""
+    _, cache, _ = read(method, "48t", kinds.ids(40), 60)
+    for layer in cache.context.layers:
+        for head in layer.held_positions()[0]:
+            assert head[head >= 0].tolist() == list(range(100))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_on_each_side(method):
+    _, cache, _ = read(method, "48t", kinds.ids(120))
+    report = cache.report()
+    assert report.host_bytes == cache.host_bytes() == cache.at_rest.host_bytes > 0
+    assert "on the host" in str(report) and report.scanned is None
+    if method == SENTENCES:
+        long, longer = (read(method, "48t", kinds.ids(n))[1] for n in (450, 900))
+        # The pool, and so the number of its sentences, is bounded by the budget, however long the text.
+        assert longer.kv_bytes() <= 1.1 * long.kv_bytes() and longer.host_bytes() <= 1.1 * long.host_bytes()
+
+
+def test_a_share_of_the_tokens_is_compared():
+    _, cache, _ = read("quest(dense=0,page=8)", "32t", kinds.ids(160), 4)
+    # Two bounds a page, for every query head.
+    assert cache.report().scanned == pytest.approx(2 / 8, rel=0.1)
+    _, cache, _ = read("retrieval_attention(index='exact')", "32t", kinds.ids(160), 4)
+    assert cache.report().scanned == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[1], "retrieval_attention(few=8)"])
+def test_save_and_fork(tmp_path, method):
+    if "few" in method:
+        pytest.importorskip("faiss", reason="faiss is not installed")
+    model, cache, _ = read(method, "48t", kinds.ids(90, 2), 3)
+    cache.save(tmp_path)
+    loaded, more = MethodCache.load(tmp_path, model), kinds.ids(12, 2, seed=2)
+    other = cache.fork()
+    assert loaded.kv_bytes() == cache.kv_bytes()
+    expected = kinds.steps(model, more, cache)
+    assert not mismatch(kinds.steps(model, more, other), expected, atol=1e-5, rtol=0)
+    assert not mismatch(kinds.steps(model, more, loaded), expected, atol=1e-4, rtol=0)
+
+
+def test_the_host_has_a_limit():
+    model = kinds.model_of_kind("dense")
+    cache = MethodCache(model, "quest(dense=0,host_gib=1e-5)", "32t")
+    with pytest.raises(ValueError, match="host memory: .* bytes for .* the limit is 3,579; raise"):
+        kinds.logits(model, kinds.ids(120), cache)
+    kinds.logits(model, kinds.ids(20), MethodCache(model, "quest(dense=0,host_gib=1e-5)", "32t"))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("quest+adakv", "gives none|host memory"), ("quest+kivi(4)", "keeps its tokens in host memory"),
+        ("snapkv+quest", "wraps no other"), ("quest(page=0)", "page=0"), ("quest(recent=0)", "recent=0"),
+        ("sentence_kv(factor=0.5)", "factor=0.5"), ("sentence_kv(longest=0)", "longest=0"),
+        ("retrieval_attention(index='flat')", "index='flat'"), ("retrieval_attention(sample=0)", "sample=0"),
+        ("quest(host_gib=-1)", "host_gib=-1"), ("full+sentence_kv", "needs importance scores"),
+    ],
+)  # fmt: skip
+def test_refused_when_built(method, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_method(method, 0.5)
+
+
+def test_sentences_without_a_tokenizer_are_refused():
+    with pytest.raises(ValueError, match="sentence_kv.*tokenizer='FOLDER'"):
+        MethodCache(kinds.model_of_kind("dense"), "sentence_kv", 0.5)
+    with pytest.raises(ValueError, match="no tokenizer in '/nowhere'"):
+        MethodCache(kinds.model_of_kind("dense"), "sentence_kv(tokenizer='/nowhere')", 0.5)
+
+
+def test_sentences_need_ids():
+    model = kinds.model_of_kind("dense")
+    ids = kinds.ids(30)
+    with pytest.raises(ValueError, match="reads token ids"), torch.no_grad():
+        model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=MethodCache(model, SENTENCES, 0.5))
+
+
+def test_faiss_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    model = kinds.model_of_kind("dense")
+    with pytest.raises(ValueError, match=r"agentkv\[retrieval\].*index='exact'"):
+        MethodCache(model, "retrieval_attention", 0.5)
+    MethodCache(model, "retrieval_attention(index='exact')", 0.5)
+
+
+def test_an_index_of_another_length_is_refused(tmp_path):
+    model, cache, _ = read("quest(dense=0)", "32t", kinds.ids(90))
+    tiers(cache)[0].host.retriever.length -= 1
+    with pytest.raises(ValueError, match="built for .* tokens and .* are stored"):
+        kinds.steps(model, kinds.ids(1), cache.fork())
+    cache.save(tmp_path)
+    with pytest.raises(ValueError, match="built for .* tokens and .* are stored"):
+        MethodCache.load(tmp_path, model)

@@ -1,0 +1,216 @@
+"""Vector search: for every query head the keys of largest product, exactly or through an index (arXiv 2409.10516).
+
+One index serves the query heads of a KV head. Few tokens are compared one by one, whatever the index: it would cost
+more than it saves. An index of a library is not saved and not sent with a pickle; it is built again from the keys when
+it is next asked, and may then choose other tokens at the margin.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+
+from textkv.retrievers.base import Retriever, register_retriever
+from textkv.retrievers.engines import Engine, Graph, Lists
+from textkv.retrievers.projection import projected
+
+Kind = Literal["exact", "hnsw", "ivf", "graph"]
+NEAREST = 100
+"""Keys that a training query joins."""
+
+
+@register_retriever("vectors")
+class Vectors(Retriever):
+    """An index for each KV head.
+
+    Args:
+        kind: "exact" compares all; "hnsw" and "ivf" are the library's; "graph" is hnsw's lowest level with edges
+            between keys that the prompt's queries wanted together.
+        effort: of a search: nodes in view of a graph, clusters read of an ivf.
+        degree: edges of a node.
+        few: up to so many tokens of a head are compared one by one.
+        queries: [batch, heads, s, head_dim] of the prompt, for "graph"; let go of when the index is built.
+        queries_at: int32 [batch, s], -1 = none.
+
+    Attributes:
+        edges: int32 [batch, kv_heads, n, d] on the host, the graph's own: slots that each slot leads to, -1 = none. Of
+            the tokens of the first build: later ones have none.
+        seconds: that building has taken.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        effort: int,
+        degree: int,
+        few: int,
+        queries: torch.Tensor | None = None,
+        queries_at: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.kind, self.effort, self.degree, self.few = kind, effort, degree, few
+        self._queries = None if queries is None else (queries.cpu(), queries_at.cpu())
+        self.edges: torch.Tensor | None = None
+        self.seconds = 0.0
+        self._engines: dict[tuple[int, int], Engine] = {}
+        self._shared = False
+
+    def build(self, keys: torch.Tensor, positions: torch.Tensor, device: torch.device) -> None:
+        """Indexes of all heads, where there are enough tokens for one."""
+        begin = perf_counter()
+        self._engines, self._shared = {}, False
+        batch, heads, self.length = positions.shape
+        if self.kind == "graph" and self._queries is not None and self.length > self.few:
+            self.edges = torch.stack(
+                [torch.stack([self._edges_of(keys, positions, b, g) for g in range(heads)]) for b in range(batch)]
+            )
+        self._queries = None
+        self._wake(keys, positions)
+        self.seconds += perf_counter() - begin
+
+    def update(self, keys: torch.Tensor, positions: torch.Tensor) -> None:
+        """New tokens join every index together."""
+        begin, first = perf_counter(), self.length
+        if self._shared:
+            self._engines = {at: engine.clone() for at, engine in self._engines.items()}
+            self._shared = False
+        for at, engine in self._engines.items():
+            new = _slots(positions[at][first:]) + first
+            if len(new):
+                engine.add(keys[at][new].float())
+        self.length = positions.shape[2]
+        self._wake(keys, positions)
+        self.seconds += perf_counter() - begin
+
+    def keep(self, index: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, device: torch.device) -> None:
+        """An index of what stays is built when it is next asked; edges among what stays are kept."""
+        self._engines = {}
+        if self.edges is not None:
+            known = self.edges.shape[2]
+            # New numbers of old slots; one column more for those that are none.
+            now = torch.full((*index.shape[:2], max(self.length, known) + 1), -1, dtype=torch.int32)
+            column = torch.arange(index.shape[-1], dtype=torch.int32).expand(index.shape)
+            now.scatter_(-1, index.masked_fill(index < 0, now.shape[-1] - 1), column)
+            now[..., -1] = -1
+            rows = index[..., : int((index < known).sum(-1).max())].clamp(min=0, max=known - 1)
+            edges = self.edges.gather(2, rows[..., None].expand(*rows.shape, self.edges.shape[3])).long()
+            moved = now.gather(-1, edges.clamp(min=0).flatten(2)).view(edges.shape)
+            late = (index[..., : rows.shape[-1]] < 0) | (index[..., : rows.shape[-1]] >= known)
+            self.edges = moved.masked_fill((edges < 0) | late[..., None], -1)
+        self.length = index.shape[-1]
+
+    def query(self, q: torch.Tensor, room: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The best keys of every query head: int64 [batch, heads, c]."""
+        self._wake(keys, positions)
+        heads = keys.shape[1]
+        queries = q[:, :, 0].float().cpu().unflatten(1, (heads, -1))
+        c = min(int(room.max()), self.length)
+        found = torch.full((*queries.shape[:3], c), -1, dtype=torch.int64)
+        self.compared = 0
+        for b, g in ((b, g) for b in range(len(q)) for g in range(heads)):
+            most = min(int(room[b]), self.length)
+            if most:
+                best = self._best(queries[b, g], most, keys[b, g], positions[b, g], (b, g))
+                found[b, g, :, : best.shape[1]] = best
+        return found.flatten(1, 2)
+
+    def search_with(self, effort: int) -> None:
+        """From now on searches look at so much: nothing is built anew."""
+        self.effort = effort
+        for engine in self._engines.values():
+            engine.effort = effort
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Rows that come twice share an index until one of them grows."""
+        super().take_rows(rows)
+        self._shared = True
+        self._engines = {
+            (new, g): self._engines[old, g]
+            for new, old in enumerate(rows.tolist())
+            for b, g in list(self._engines)
+            if b == old
+        }
+
+    def host_tensors(self) -> dict[str, torch.Tensor]:
+        """The edges of ours."""
+        return {} if self.edges is None else {"edges": self.edges}
+
+    def library_bytes(self) -> int:
+        """Bytes that indexes hold beside all tensors."""
+        return sum(engine.nbytes() for engine in self._engines.values())
+
+    def state(self) -> dict[str, Any]:
+        """Without the indexes."""
+        return {name: x for name, x in self.__dict__.items() if not name.startswith("_")}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Retriever:
+        """Indexes are built when they are asked."""
+        retriever = cls(state["kind"], state["effort"], state["degree"], state["few"])
+        retriever.__dict__.update(state)
+        for name, x in retriever.host_tensors().items():
+            setattr(retriever, name, x.cpu())
+        return retriever
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_engines": {}}
+
+    def __deepcopy__(self, memo: dict) -> Vectors:
+        other = Vectors.__new__(Vectors)
+        other.__dict__.update(self.__dict__)
+        for name, x in self.host_tensors().items():
+            setattr(other, name, x.clone())
+        # Both read the same indexes; who grows first makes its own.
+        self._shared = other._shared = True
+        other._engines = dict(self._engines)
+        return other
+
+    def _best(self, q, most: int, keys, positions, at: tuple[int, int]) -> torch.Tensor:
+        """Slots int64 [group, c] for the queries fp32 [group, head_dim] of one KV head."""
+        engine = self._engines.get(at)
+        if engine is None:
+            scores = (q @ keys.float().T).masked_fill(positions < 0, -torch.inf)
+            best = scores.topk(most, dim=-1)
+            self.compared += len(q) * int((positions >= 0).sum())
+            return best.indices.masked_fill(best.values == -torch.inf, -1)
+        ids, compared = engine.search(q, most)
+        self.compared += compared
+        slots = _slots(positions)
+        return slots[ids.clamp(min=0, max=len(slots) - 1)].masked_fill(ids < 0, -1)
+
+    def _edges_of(self, keys: torch.Tensor, positions: torch.Tensor, b: int, g: int) -> torch.Tensor:
+        """Edges of one KV head, in slots: int32 [n, d]."""
+        queries, at = self._queries
+        group = queries.shape[1] // keys.shape[1]
+        own = queries[b, g * group : (g + 1) * group][:, at[b] >= 0].flatten(0, 1).float()
+        slots = _slots(positions[b, g])
+        found = projected(keys[b, g, slots].float(), own, NEAREST, self.degree)
+        edges = torch.full((self.length, found.shape[1]), -1, dtype=torch.int32)
+        edges[slots] = slots[found.clamp(min=0).long()].int().masked_fill(found < 0, -1)
+        return edges
+
+    def _wake(self, keys: torch.Tensor, positions: torch.Tensor) -> None:
+        """Makes the indexes that there should be and are not; they number a head's tokens without its holes."""
+        if self.kind == "exact" or self.length <= self.few or self._engines:
+            return
+        for b, g in ((b, g) for b in range(keys.shape[0]) for g in range(keys.shape[1])):
+            slots = _slots(positions[b, g])
+            if not len(slots):
+                continue
+            own = keys[b, g, slots].float()
+            self._engines[b, g] = Lists(own, self.effort) if self.kind == "ivf" else self._graph(own, slots, b, g)
+
+    def _graph(self, own: torch.Tensor, slots: torch.Tensor, b: int, g: int) -> Graph:
+        if self.edges is None:
+            return Graph(own, self.degree, self.effort)
+        number = torch.full((self.length,), -1, dtype=torch.int32)
+        number[slots] = torch.arange(len(slots), dtype=torch.int32)
+        edges = self.edges[b, g, slots[slots < self.edges.shape[2]]].long()
+        return Graph(own, self.degree, self.effort, number[edges.clamp(min=0)].masked_fill(edges < 0, -1))
+
+
+def _slots(positions: torch.Tensor) -> torch.Tensor:
+    """The slots int64 of one head that hold a token."""
+    return (positions >= 0).nonzero()[:, 0]
