@@ -31,6 +31,7 @@ from dlm.schedulers import Running, UnmaskScheduler
 from dlm.unmask import Choice, Guided, Guider, Rule, Sampling, Unmasker
 from dlm.unmask.base import LogitWindow
 from dlm.unmask.blocks import BlockUnmasker
+from dlm.unmask.noise import Generators
 
 try:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -262,7 +263,7 @@ class ScheduledRule(Rule):
     guide: Guider | None = None
     last: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None, steps: int) -> Unmasker:
+    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int) -> Unmasker:
         """Starts a generation: the rule of one of our schedulers, or steps through a foreign one."""
         if not isinstance(self.scheduler, UnmaskScheduler):
             return _ForeignSteps(self, canvas, spec, generator, steps)
@@ -277,6 +278,10 @@ class ScheduledRule(Rule):
 
 class _OwnSteps(Unmasker):
     """A scheduler of `dlm.schedulers`: the unmasker of its rule, asked through `step`."""
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Keeps rows int64 [kept] (CPU) of the batch."""
+        self.unmasker.take_rows(rows)
 
     def __init__(self, rule: ScheduledRule, unmasker: Unmasker) -> None:
         self.rule, self.unmasker, self.steps = rule, unmasker, 0
@@ -305,8 +310,10 @@ class _ForeignSteps(BlockUnmasker):
     Rows go on at their own pace, and such a scheduler has one step number for all, so rows are asked in groups.
     """
 
+    per_row = ("block", "used")
+
     def __init__(
-        self, rule: ScheduledRule, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None, steps: int
+        self, rule: ScheduledRule, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int
     ) -> None:
         super().__init__(rule, canvas, rule.sampler(canvas, spec, generator), steps, None)
         self.spec = spec
@@ -348,26 +355,45 @@ class _AfterStep:
     ) -> None:  # fmt: skip
         self.pipeline, self.rule, self.bar, self.callback = pipeline, rule, bar, callback
         self.names, self.changeable = names, changeable
+        self.sequences: torch.Tensor | None = None
 
     def __call__(self, canvas: Canvas, stats: Stats) -> None:
         # By the slowest row: the bar is full when the last one is.
         self.bar.update(canvas.length - canvas.prompt - int(canvas.left_cpu.max()) - self.bar.n)
         if self.callback is None:
             return
+        # Rows that are finished have left the canvas; the callback sees the whole batch at every step.
+        self.sequences = canvas.generated if self.sequences is None else self.sequences
+        self.sequences = self.sequences.index_copy(0, canvas.rows, canvas.generated)
         # A clone: the callback may change it in place, and the difference is what tells that it did.
-        seen = {"sequences": canvas.generated.clone(), **self.rule.last}
+        seen = {"sequences": self.sequences.clone(), **self._steps(canvas)}
         step = stats.forwards - 1
         changed = self.callback(self.pipeline, step, step, {name: seen[name] for name in self.names})
-        if changed and "sequences" in changed and not torch.equal(changed["sequences"], canvas.generated):
+        if changed and "sequences" in changed and not torch.equal(changed["sequences"], self.sequences):
             if not self.changeable:
                 raise ValueError(
                     "`callback_on_step_end` changed `sequences`, but keys and values of the old ones are cached; "
                     "use cache='none'"
                 )
+            self._check_left(changed["sequences"], canvas)
             # Every slot again, since `commit` writes what it is given; unchanged ones get the token they have.
-            tokens = changed["sequences"].to(canvas.ids)
+            tokens = changed["sequences"].to(canvas.ids)[canvas.rows]
             slots = torch.arange(canvas.prompt, canvas.length, device=tokens.device).expand_as(tokens)
             canvas.commit(slots, tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+    def _steps(self, canvas: Canvas) -> dict[str, torch.Tensor]:
+        """What the last step did, of all rows: nothing in those that were finished before."""
+        found, batch = {}, len(self.sequences)
+        for name, x in self.rule.last.items():
+            empty = x.new_full((batch, *x.shape[1:]), -1 if name == "slots" else 0)
+            found[name] = empty.index_copy(0, canvas.rows, x)
+        return found
+
+    def _check_left(self, changed: torch.Tensor, canvas: Canvas) -> None:
+        gone = torch.ones(len(self.sequences), dtype=torch.bool, device=self.sequences.device)
+        gone[canvas.rows] = False
+        if not torch.equal(changed.to(self.sequences)[gone], self.sequences[gone]):
+            raise ValueError("`callback_on_step_end` changed a row that is finished; change it before its last step")
 
 
 def _named(name: str, make: Callable[[], Any]) -> None:

@@ -28,6 +28,9 @@ class Run(ABC):
         forwards: forwards planned so far.
     """
 
+    per_row: ClassVar[tuple[str, ...]] = ()
+    """Attributes that are tensors [batch, ..]: rows of a batch leave them when they are finished."""
+
     def __init__(self, canvas: Canvas, cache: SlotCache | None) -> None:
         self.canvas, self.cache, self.forwards = canvas, cache, 0
 
@@ -45,6 +48,14 @@ class Run(ABC):
 
     def after(self, committed: torch.Tensor) -> None:  # noqa: B027 - most policies read progress from the canvas
         """The forward is done and slots `committed` bool [batch, L] hold a token since."""
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Keeps rows int64 [kept] (CPU) of the batch; the canvas still has all of them."""
+        for name in self.per_row:
+            held = getattr(self, name)
+            setattr(self, name, held[rows.to(held.device)])
+        if self.cache is not None:
+            self.cache.take_rows(rows, self.canvas.batch)
 
 
 class WindowRun(Run):

@@ -47,6 +47,8 @@ class DKVCache(Policy):
 
 
 class _Run(Run):
+    per_row = ("block", "step", "recent")
+
     def __init__(self, canvas: Canvas, policy: DKVCache) -> None:
         super().__init__(canvas, SlotCache(canvas.length))
         self.policy = policy
@@ -72,7 +74,7 @@ class _Run(Run):
         whole = self.step <= 1
         if self.policy.refresh is not None:
             whole = whole | (self.step % self.policy.refresh == 0)
-        if bool(whole[self.canvas.unfinished].all()):
+        if bool(whole.all()):
             low = torch.zeros_like(active)
             return window_plan(self.canvas, low, torch.full_like(low, self.canvas.length))
         # A row that is due computes all its slots, the others only theirs: `|` with True selects every slot.

@@ -65,6 +65,8 @@ class FreeCache(Policy):
 
 
 class _Run(WindowRun):
+    per_row = ("before",)
+
     def __init__(self, canvas: Canvas, policy: FreeCache, model: Any) -> None:
         cache = SlotCache(canvas.length) if policy.method is None else FrozenCache(canvas, model, policy.method)
         super().__init__(canvas, cache)
