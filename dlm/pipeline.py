@@ -125,6 +125,8 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
                 )
             if source is not None and len(source) == 0:
                 raise ValueError(f"`{name}` is empty; give at least one")
+        if gen_length == 0:
+            raise ValueError("`gen_length`: gen_length=0 generates nothing; use 1 or more, or `dlm.decode` to fill gaps")
         given = {"gen_length": gen_length, "block_length": block_length, "cfg_scale": cfg_scale, "eos": eos}
         given |= {"temperature": temperature, "top_p": top_p, "top_k": top_k, "cache": cache}
         options: dict[str, Any] = {}

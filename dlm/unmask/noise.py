@@ -27,7 +27,7 @@ class Noise:
     """
 
     def __init__(self, generators: Generators, batch: int, device: torch.device) -> None:
-        single = generators is None or isinstance(generators, torch.Generator)
+        single = not isinstance(generators, Sequence)
         self.common = generators if single else None
         self.own = None if single else list(generators)
         self.device = device

@@ -80,16 +80,19 @@ class Sampler:
         self.there: torch.Tensor | None = None
 
     def draw(
-        self, logits: torch.Tensor, there: torch.Tensor, *, warped: bool = False, excluded: torch.Tensor | None = None
-    ) -> Draw:
+        self, logits: torch.Tensor, there: torch.Tensor | None = None, *, warped: bool = False,
+        excluded: torch.Tensor | None = None,
+    ) -> Draw:  # fmt: skip
         """One token for each row of logits [batch, r, V].
 
         Args:
-            there: bool [batch, r], which of them are candidates; what is drawn for the others has no meaning.
+            there: bool [batch, r], which of them are candidates; what is drawn for the others has no meaning. None =
+                all of them.
             warped: measure on the distribution after temperature, top-p and top-k instead of on the logits.
             excluded: int64 [s], ids that may be drawn but count as impossible where probabilities are measured.
         """
-        flat, batch, self.there = logits.flatten(0, 1), logits.shape[:2], there
+        flat, batch = logits.flatten(0, 1), logits.shape[:2]
+        self.there = torch.ones(batch, dtype=torch.bool, device=logits.device) if there is None else there
         # Warping needs a copy of [n, V]; greedy decoding without a warped measure goes by the raw logits.
         random = self.sampling.temperature > 0
         filtered = self.sampling.top_p is not None or self.sampling.top_k is not None
