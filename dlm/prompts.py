@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -22,6 +23,25 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, 
     if isinstance(prompt, str):
         return chat_ids(tokenizer, [{"role": "user", "content": prompt}]) if chat else text_ids(tokenizer, prompt)
     return chat_ids(tokenizer, prompt)
+
+
+def gap_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text with gaps: "<mask:8>" in it stands for eight masks, "<mask>" for one.
+
+    Raises:
+        ValueError: a text without a gap, or a gap of no tokens.
+    """
+    pieces = re.split(r"<mask(?::(\d+))?>", text)
+    if len(pieces) == 1:
+        raise ValueError(f"{text[:40]!r} has no gap; write <mask:8> where eight tokens are to be filled in")
+    masks = [1 if count is None else int(count) for count in pieces[1::2]]
+    if 0 in masks:
+        raise ValueError("<mask:0> is no gap; leave it out, or give it a number of tokens")
+    ids: list[int] = []
+    for piece, count in zip(pieces[::2], [*masks, 0], strict=True):
+        ids += text_ids(tokenizer, piece) if piece else []
+        ids += [tokenizer.mask_token_id] * count
+    return ids
 
 
 def pad_left(

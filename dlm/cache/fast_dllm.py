@@ -44,6 +44,11 @@ class _FastDLLM(Policy):
             raise ValueError(f"shift_mode={self.shift_mode!r}: use 'careful' or 'commit_first'")
         check_interval("refresh", self.refresh)
 
+    @property
+    def still(self) -> bool:
+        """Without refreshes in the middle of a block."""
+        return self.refresh is None
+
     def begin(self, canvas: Canvas, model: Any) -> Run:
         """A run in which no block has been computed yet."""
         return _Run(canvas, self)

@@ -59,6 +59,11 @@ class FreeCache(Policy):
         own = f"{self.name}({','.join(given)})" if given else self.name
         return f"{own}+{self.method.expression}" if self.method is not None else own
 
+    @property
+    def still(self) -> bool:
+        """Without refreshes, and with frozen slots in place."""
+        return self.refresh is None and self.method is None
+
     def begin(self, canvas: Canvas, model: Any) -> Run:
         """A run in which nothing is frozen; `model` tells a method its layers."""
         return _Run(canvas, self, model)

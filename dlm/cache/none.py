@@ -19,6 +19,8 @@ from dlm.models.attention import ATTENTION
 class NoCache(Policy):
     """Query tokens with one token per step: S * (P + G)."""
 
+    still = True
+
     def begin(self, canvas: Canvas, model: Any) -> Run:
         """A run without any storage."""
         return _Run(canvas, PassingCache(canvas.length) if reads_slots(model) else None)
