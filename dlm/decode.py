@@ -3,12 +3,15 @@
     done = decode(model, ids, gen_length=16)
     for piece in stream(model, ids, gen_length=64, tokenizer=tokenizer): print(piece.text, end="")
 
-The answers are those of the authors' own code with the rule and schedule that it has; for LLaDA's `generate(model,
-prompt, steps=128, gen_length=128, block_length=32)` that is `decode(model, prompt, gen_length=128, block_length=32,
-cache="none", eos="none")`, and for Dream's `diffusion_generate(alg="entropy", steps=128, max_new_tokens=128)` it is
-`decode(model, ids, gen_length=128, block_length=None, cache="none", eos="none", unmask="entropy(compat=True)")`. Where a
-Dream checkpoint has no generation_config.json, transformers gives the authors' code its own default of `top_k=50`; ours
-is None, all tokens.
+The calls that equal the authors' own:
+
+    # LLaDA: generate(model, ids, steps=128, gen_length=128, block_length=32)
+    decode(model, ids, gen_length=128, block_length=32, cache="none", eos="none")
+    # Dream: diffusion_generate(ids, alg="entropy", steps=128, max_new_tokens=128)
+    decode(model, ids, gen_length=128, block_length=None, cache="none", eos="none", unmask="entropy(compat=True)")
+
+Where a Dream checkpoint has no generation_config.json, transformers gives the authors' code its own default of
+`top_k=50`; ours is None, all tokens.
 """
 
 from __future__ import annotations
@@ -179,9 +182,7 @@ def decode_prompts(
     seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
     generators = [torch.Generator(model.device).manual_seed(one) for one in seeds]
     guide = guide if config.guided else None
-    return decode(
-        model, ids, mask, config, guide=guide, generator=generators, on_step=on_step, tokenizer=tokenizer
-    )
+    return decode(model, ids, mask, config, guide=guide, generator=generators, on_step=on_step, tokenizer=tokenizer)
 
 
 def _run(

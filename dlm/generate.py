@@ -75,9 +75,7 @@ class Writer:
         cut = cut_at(text, self.config.stop)
         return text if cut is None else cut
 
-    def decode(
-        self, prompts: list[list[int]], seed: int | list[int], on_step: Painter | None = None
-    ) -> Decoded:
+    def decode(self, prompts: list[list[int]], seed: int | list[int], on_step: Painter | None = None) -> Decoded:
         """Answers to prompts, lists of ids."""
         return decode_prompts(self.model, prompts, self.config, self.guide, seed, on_step, self.tokenizer)
 

@@ -147,9 +147,7 @@ class Loop:
         given, alone = logits.chunk(2)
         return alone + (self.config.cfg_scale + 1) * (given - alone)
 
-    def _forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, plan: Plan
-    ) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Logits [batch, r, V] of the rows at slots `rows` int64 [batch, r] of ids [batch, L]."""
         cache, stats = self.run.cache, self.stats
         if cache is not None:

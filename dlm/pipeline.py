@@ -26,6 +26,7 @@ from dlm.config import BLOCK_LENGTH, DecodingConfig, EndOfText
 from dlm.decode import Decoded, Stats, decode
 from dlm.models import DecodingSpec, DreamModel, LLaDAModelLM, answer_text
 from dlm.models.text import FAMILIES, end_ids
+from dlm.nodes import Nodes
 from dlm.prompts import make_canvas, pad_left, prompt_ids
 from dlm.schedulers import Running, UnmaskScheduler
 from dlm.unmask import Choice, Guided, Guider, Rule, Sampling, Unmasker
@@ -126,7 +127,9 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
             if source is not None and len(source) == 0:
                 raise ValueError(f"`{name}` is empty; give at least one")
         if gen_length == 0:
-            raise ValueError("`gen_length`: gen_length=0 generates nothing; use 1 or more, or `dlm.decode` to fill gaps")
+            raise ValueError(
+                "`gen_length`: gen_length=0 generates nothing; use 1 or more, or `dlm.decode` to fill gaps"
+            )
         given = {"gen_length": gen_length, "block_length": block_length, "cfg_scale": cfg_scale, "eos": eos}
         given |= {"temperature": temperature, "top_p": top_p, "top_k": top_k, "cache": cache}
         options: dict[str, Any] = {}
@@ -272,6 +275,11 @@ class ScheduledRule(Rule):
         more = {} if self.guide is None else {"guide": self.guide}
         return _OwnSteps(self, self.scheduler.rule(self.sampling, **more).begin(canvas, spec, generator, steps))
 
+    def check(self, config: DecodingConfig, policy: Policy, hooked: bool) -> None:
+        """As the rule of the scheduler, if it is one of ours."""
+        if isinstance(self.scheduler, UnmaskScheduler):
+            self.scheduler.rule(self.sampling).check(config, policy, hooked)
+
     @property
     def expression(self) -> str:
         """The name of the scheduler's class."""
@@ -299,6 +307,17 @@ class _OwnSteps(Unmasker):
         self.steps += 1
         self.rule.last.update(transfer_index=out.transfer_index, sampled_tokens=out.sampled_tokens, slots=slots)
         return Choice(out.sampled_tokens, out.transfer_index)
+
+    def drafts(self, canvas: Canvas) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Those of the scheduler's rule."""
+        return self.unmasker.drafts(canvas)
+
+    def verify(self, logits: torch.Tensor, slots: torch.Tensor, nodes: Nodes) -> tuple[Choice, torch.Tensor]:
+        """The rule's own: a scheduler's `step` sees one canvas, and these are several."""
+        choice, last = self.unmasker.verify(logits, slots, nodes)
+        self.steps += 1
+        self.rule.last.update(transfer_index=choice.commit, sampled_tokens=choice.tokens, slots=slots)
+        return choice, last
 
     @property
     def stats(self) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class ModelInfo:
     guide: Guider | None = None
 
     def ids(self, config: DecodingConfig, prompt: str | list[dict[str, str]], chat: bool) -> list[int]:
-        """The ids of a prompt, or with `config.infill` of a text with gaps. Raises ValueError if the model or the guide cannot go on from them."""
+        """The ids of a prompt, or of a text with gaps (`infill`). Raises ValueError if model or guide cannot go
+        on from them."""
         ids = gap_ids(self.tokenizer, prompt) if config.infill else prompt_ids(self.tokenizer, prompt, chat)
         check_prompt(config, self.spec, ids)
         if self.guide is not None:

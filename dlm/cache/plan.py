@@ -150,9 +150,7 @@ class Plan:
         return Plan(queries, visible, None if self.tokens is None else times * self.tokens, times * self.value_tokens)
 
 
-def window_plan(
-    canvas: Canvas, low: torch.Tensor, high: torch.Tensor, kept: torch.Tensor | None = None
-) -> Plan:
+def window_plan(canvas: Canvas, low: torch.Tensor, high: torch.Tensor, kept: torch.Tensor | None = None) -> Plan:
     """A plan of one contiguous window [low, high) per row; int64 [batch] on the CPU.
 
     Args:

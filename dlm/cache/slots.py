@@ -173,8 +173,6 @@ class PassingCache(SlotCache):
     layer_class = PassingLayer
 
 
-def by_rows(
-    packing: Packing | None, q: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def by_rows(packing: Packing | None, q: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """`attend` on q [batch, heads, q, head_dim], or on packed [1, heads, T, head_dim] row by row; the shape of q."""
     return attend(q) if packing is None else packing.gather(attend(packing.spread(q)))

@@ -63,7 +63,7 @@ class Acceptance:
             raise ValueError(f"k={self.k!r} is no number of tokens >= 1; {self.rule} has {takes['k']} by default")
 
     def __call__(self, seen: DraftScores, uniform: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """bool [n]: which drafts to accept; `uniform` draws a number in [0, 1) for each, for the rule that needs one."""
+        """bool [n]: which drafts to accept; `uniform` draws a number in [0, 1) for each."""
         if self.rule == "exact":
             return seen.known & (seen.found.token == seen.drafts)
         if self.rule == "topk":

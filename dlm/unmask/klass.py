@@ -31,19 +31,14 @@ class _Unmasker(BlockUnmasker):
         shape = (canvas.batch, canvas.block_length)
         self.history_block = torch.full((canvas.batch,), -1, device=canvas.ids.device)
         self.calm = torch.zeros(shape, dtype=torch.int64, device=canvas.ids.device)
-        self.last: torch.Tensor | None = None
-
-    def take_rows(self, rows: torch.Tensor) -> None:
-        """Keeps rows int64 [kept] (CPU) of the batch."""
-        if self.last is None:
-            self.last = self.calm
-        super().take_rows(rows)
+        # Empty until the first forward, which has nothing to compare with.
+        self.last = torch.zeros(canvas.batch, 0, 0, device=canvas.ids.device)
 
     def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
         """As every block rule, after the divergences were taken."""
         p = logits.double().index_fill(2, self.sampler.suppressed, -torch.inf).softmax(2)
         known = (self.history_block == canvas.active)[:, None]
-        if self.last is None or self.last.shape != p.shape:
+        if self.last.shape != p.shape:
             still = torch.zeros_like(self.calm, dtype=torch.bool)
         else:
             moved = (p * ((p + _TINY).log() - (self.last + _TINY).log())).sum(2)

@@ -71,7 +71,8 @@ class SharedVocabularyVerifier:
         self.have = [self.have[row] for row in kept]
         if self.guide.method is None:
             self.caches[0].take_rows(rows)
-            self.asked = {0: ([before[row] for row in kept], fed) for before, fed in self.asked.values()}
+            for cache, (before, fed) in self.asked.items():
+                self.asked[cache] = [before[row] for row in kept], fed
             return
         # One cache a row: those that stay are numbered anew.
         self.caches = [self.caches[row] for row in kept]

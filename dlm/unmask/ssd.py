@@ -54,7 +54,9 @@ class _Unmasker(BlockUnmasker):
         """What the nodes confirm, and the last confirmed node's own choice."""
         batch, count, width, _ = logits.shape
         # Candidates of a node are those that its guesses left.
-        open_ = nodes.canvas.masked().view(batch, count, -1).gather(2, slots.clamp(min=0)[:, None].expand(-1, count, -1))
+        open_ = (
+            nodes.canvas.masked().view(batch, count, -1).gather(2, slots.clamp(min=0)[:, None].expand(-1, count, -1))
+        )
         wide = slots[:, None].expand(-1, count, -1).masked_fill(~open_, -1)
         order, tokens = (x.view(batch, count, width) for x in self._ranked(logits.flatten(0, 1), wide.flatten(0, 1)))
         best = order[:, :, :1]
@@ -124,6 +126,8 @@ class SSD(Confidence):
         elif config.steps is not None and config.steps < config.gen_length:
             wrong = f"steps={config.steps}: the rule writes what one token per forward writes; leave steps out"
         elif not policy.still:
-            wrong = f"cache {policy.expression} changes what is stored within a block; use none, prefix, dual, freecache"
+            wrong = (
+                f"cache {policy.expression} changes what is stored within a block; use none, prefix, dual, freecache"
+            )
         if wrong:
             raise ValueError(f"{self.expression} with {wrong}")

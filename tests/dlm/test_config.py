@@ -96,7 +96,10 @@ def test_a_command_has_an_argument_for_each_field() -> None:
 
 
 def test_flags_and_help_of_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    for module, missing in ((generate, set()), (decoding, {"--cache", "--unmask", "--top-p", "--top-k", "--cfg", "--stop"})):
+    for module, missing in (
+        (generate, set()),
+        (decoding, {"--cache", "--unmask", "--top-p", "--top-k", "--cfg", "--stop"}),
+    ):
         with pytest.raises(SystemExit):
             module.parser().parse_args(["--help"])
         said = capsys.readouterr().out

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from dlm.decode import decode
 from dlm.unmask import Guider
 from tests.dlm.cache.test_rows import CACHES
 from tests.dlm.toys import END, MASK, PAD, Rule, llada, prompts
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 
 def fed_rows(model) -> list[int]:
