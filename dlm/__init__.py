@@ -10,7 +10,7 @@ print(tokenizer.decode(done.ids[0]), done.stats)
 
 from dlm.cache import list_caches, resolve_cache
 from dlm.config import DecodingConfig
-from dlm.decode import Decoded, Stats, decode
+from dlm.decode import Decoded, Piece, Stats, decode, stream
 from dlm.models import DecodingSpec, load_model
 from dlm.unmask import Guider, list_rules, resolve_unmask
 
@@ -19,6 +19,7 @@ __all__ = [
     "DecodingSpec",
     "Decoded",
     "Guider",
+    "Piece",
     "Stats",
     "decode",
     "list_caches",
@@ -26,4 +27,5 @@ __all__ = [
     "load_model",
     "resolve_cache",
     "resolve_unmask",
+    "stream",
 ]

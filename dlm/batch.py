@@ -1,19 +1,21 @@
 """Many prompts from one JSON-lines file into another: in batches, with progress, gone on with where it stopped.
 
-A line of the input is `{"prompt": TEXT}` or `{"messages": [{"role": ..., "content": ...}]}`, and may have an "id". A
-line of the output has the number of its input line and what made it, so that a second start with the same files writes
-only what is missing and refuses to mix answers of different settings. Batches are cut by line number: an interrupted
-run gives the same answers as one that was not.
+A line of the input is `{"prompt": TEXT}` or `{"messages": [{"role": ..., "content": ...}]}`, and may have an "id"; it
+ends at a line feed and nowhere else. A line of the output has the number of its input line and what made it, so that a
+second start with the same files writes only what is missing and refuses to mix answers of different settings. An input
+line that cannot be answered becomes a row with "error". Batches are cut by line number: an interrupted run gives the
+same answers as one that was not.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,40 +25,61 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @dataclass(frozen=True)
 class Item:
-    """One line of the input: its number from 1 on, its own id if it has one, a text or messages."""
+    """One line of the input: its number from 1 on, its own id if it has one, a text or messages.
+
+    `error` says why the line cannot be answered, else None.
+    """
 
     line: int
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[dict[str, str]] | None
     id: Any = None
+    error: str | None = None
 
 
-def read_items(path: Path) -> list[Item]:
-    """The prompts in `path`; empty lines are skipped.
+def read_items(path: Path, strict: bool = False) -> list[Item]:
+    """The prompts in `path`; empty lines are skipped, and so is a byte-order mark.
+
+    Args:
+        strict: a line that is no prompt is an error of the whole file, not of that line.
 
     Raises:
-        ValueError: a line that is none, or none at all; the message has file and line.
+        ValueError: no line at all, or with `strict` one that is no prompt; the message has file and line.
     """
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            items.append(_item(line, number, f"{path}:{number}"))
+    # Bytes, cut at line feeds: text may hold other line breaks (U+2028, U+0085), and one bad line must not spoil all.
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            items.append(_item(line, number))
+        except ValueError as error:
+            items.append(bad_item(Item(number, None), str(error), path, strict))
     if not items:
         raise ValueError(f'{path} has no prompts; write one object a line: {{"prompt": "..."}}')
     return items
 
 
-def _item(line: str, number: int, where: str) -> Item:
+def bad_item(item: Item, error: str, path: Path, strict: bool) -> Item:
+    """The item with its error. Raises ValueError with file and line if `strict`."""
+    if strict:
+        raise ValueError(f"{path}:{item.line}: {error}")
+    return replace(item, error=error)
+
+
+def _item(line: bytes, number: int) -> Item:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON ({error.msg}); write one object a line") from error
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start}); save the file as UTF-8") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"no JSON ({getattr(error, 'msg', 'nested too deep')}); write one object a line") from error
     if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
-        raise ValueError(f'{where} needs "prompt" or "messages", one of the two')
+        raise ValueError('needs "prompt" or "messages", one of the two')
     prompt = value.get("prompt", value.get("messages"))
     if "prompt" in value and not (isinstance(prompt, str) and prompt.strip()):
-        raise ValueError(f'{where}: "prompt" is {json.dumps(prompt)[:40]}; give a text that is not empty')
+        raise ValueError(f'"prompt" is {json.dumps(prompt)[:40]}; give a text that is not empty')
     if "messages" in value and not (isinstance(prompt, list) and prompt and all(map(_is_message, prompt))):
-        raise ValueError(f'{where}: "messages" must be a list of objects with "role" and "content"')
+        raise ValueError('"messages" must be a list of objects with "role" and "content"')
     return Item(number, prompt, value.get("id"))
 
 
@@ -73,28 +96,31 @@ def read_done(path: Path, items: Sequence[Item], settings: str) -> set[int]:
     """Numbers of the lines that `path` holds answers to; a last line that was torn is cut off.
 
     Raises:
-        ValueError: a damaged line, answers of other settings, or to another prompt.
+        ValueError: a line that this command did not write, answers of other settings, or to another prompt. The file
+            is left as it is then.
     """
     if not path.exists():
         return set()
-    content = path.read_bytes()
-    # A run that was killed while it wrote leaves a last line without its line break; that answer is made again.
-    whole = content.rfind(b"\n") + 1
-    prompts, done = {item.line: item.prompt for item in items}, set()
-    for number, line in enumerate(content[:whole].decode("utf-8").splitlines(), 1):
+    *lines, torn = path.read_bytes().split(b"\n")
+    known, done = {item.line: item for item in items}, set()
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             line_of, made_by, prompt = row["line"], row["settings"], row["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}:{number} is no answer of this command; give another --out") from error
         if made_by != settings:
             raise ValueError(f"{path}:{number} was written with other settings; give another --out, or those settings")
-        if prompts.get(line_of) != prompt:
+        if line_of not in known or known[line_of].prompt != prompt:
             raise ValueError(f"{path}:{number} answers another prompt than line {line_of} has now; give another --out")
         done.add(line_of)
-    if whole < len(content):
-        # Only after every whole line was found to be ours: a foreign file is refused, not cut.
-        os.truncate(path, whole)
+    # A run that was killed while it wrote leaves a last line without its line break; that answer is made again. Any
+    # other end is not ours, and a file is cut only where every byte of it was found to be.
+    if torn:
+        heads = [json.dumps(_about(item), ensure_ascii=False)[:-1].encode() for item in items if item.line not in done]
+        if not any(head.startswith(torn) or torn.startswith(head) for head in heads):
+            raise ValueError(f"{path}:{len(lines) + 1} is no answer of this command; give another --out")
+        os.truncate(path, path.stat().st_size - len(torn))
     return done
 
 
@@ -118,14 +144,16 @@ def answer_all(
     Args:
         size: items of a batch.
         settings: digest of what else the answers depend on.
-        answer: one row for each item of a batch, without line, id, prompt and settings.
+        answer: one row for each item of a batch, without line, id, prompt and settings; it is not asked for items
+            that have an error.
     """
     done, written = read_done(out, items, settings), 0
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file, _progress(len(items), len(done)) as advance:
         for chunk in chunks(items, size, done):
-            rows = zip(chunk, answer(chunk), strict=True)
-            fresh = [(item, row) for item, row in rows if item.line not in done]
+            good = [item for item in chunk if item.error is None]
+            rows = dict(zip((item.line for item in good), answer(good) if good else [], strict=True))
+            fresh = [(item, rows.get(item.line, {"error": item.error})) for item in chunk if item.line not in done]
             _append(file, [_about(item) | row | {"settings": settings} for item, row in fresh])
             written += len(fresh)
             advance(len(fresh))

@@ -2,7 +2,8 @@
 
 A slot is an absolute column and never moves. Prompts are padded on the left, so that the generated part starts in the
 same column for all rows; a row's block i is columns [P + i * B, min(P + (i + 1) * B, L)). How far a row has come is
-read from its masks and nowhere else, so rows go on at their own pace. No model, no cache and no rule is known here.
+read from its masks and nowhere else, so rows go on at their own pace, and one that is finished may leave. Text that was
+given may also stand between and behind the masks ("infilling"). No model, no cache and no rule is known here.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ class Canvas:
     Args:
         input_ids: int64 [batch, P] prompts, padded on the left.
         attention_mask: bool or int [batch, P], nonzero = real token; None = no padding.
-        gen_length: G, masks after the prompt.
+        gen_length: G, masks after the input.
         block_length: B, slots of a block; the last block may be shorter.
         mask_id: id of the mask token.
         shift: 1 if row j of the model's logits predicts slot j + 1, 0 if it predicts slot j.
+        prompt: P, where the first block begins; None = behind the input. Masks of the input from there on are written
+            too, and its text stays.
 
     Attributes:
-        ids: int64 [batch, L], L = P + G.
+        ids: int64 [batch, L], L = tokens of the input + G.
         prompt: P.
         length: L.
+        rows: int64 [batch], the number of each row in the batch that was given.
+        given: bool [batch, L], slots of the input that hold no mask to be written: text and padding.
+        tail: int64 [batch], the first slot behind all text that was given.
         valid: bool [batch, L], False = padding; None = no padding.
         real_start: int64 [batch], each row's first slot that is not padding; `real_start_cpu` is the same on the CPU.
         position_ids: int64 [batch, L], 0 at each row's first real slot (and at its padding).
@@ -39,11 +45,14 @@ class Canvas:
         block_length: int,
         mask_id: int,
         shift: int,
+        prompt: int | None = None,
     ) -> None:
-        batch, self.prompt = input_ids.shape
-        self.length = self.prompt + gen_length
+        batch, tokens = input_ids.shape
+        self.prompt = tokens if prompt is None else prompt
+        self.length = tokens + gen_length
         self.block_length, self.mask_id, self.shift = block_length, mask_id, shift
         self.ids = torch.cat([input_ids, input_ids.new_full((batch, gen_length), mask_id)], 1)
+        self.rows = torch.arange(batch, device=input_ids.device)
         columns = torch.arange(self.length, device=input_ids.device)[None]
         self.real_start = torch.zeros(batch, dtype=torch.int64, device=input_ids.device)
         self.valid: torch.Tensor | None = None
@@ -54,6 +63,9 @@ class Canvas:
         self.real_start_cpu = self.real_start.cpu()
         # Positions count from a row's first real token: it gets those that it would have alone, without padding.
         self.position_ids = (columns - self.real_start[:, None]).clamp(min=0)
+        self.given = (columns < self.prompt) | (self.ids != mask_id)
+        # The last column counts most: its number is the largest that is multiplied by True.
+        self.tail = (self.given * (columns + 1)).amax(1) if self.length else self.real_start
         self._active: torch.Tensor | None = None
         self._progress: torch.Tensor | None = None
 
@@ -64,7 +76,7 @@ class Canvas:
 
     @property
     def generated(self) -> torch.Tensor:
-        """The part after the prompt, int64 [batch, G]: a view."""
+        """The part behind the prompt, int64 [batch, L - P]: a view."""
         return self.ids[:, self.prompt :]
 
     @property
@@ -160,6 +172,26 @@ class Canvas:
         behind = torch.arange(self.length, device=self.ids.device)[None] > after[:, None]
         changed = behind & (self.ids != token[:, None])
         return self._write(changed, token[:, None].expand_as(self.ids))
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Keeps rows int64 [kept] (CPU), by their present numbers; the others leave the canvas."""
+        there = rows.to(self.ids.device)
+        for name in ("ids", "rows", "real_start", "position_ids", "given", "tail"):
+            setattr(self, name, getattr(self, name)[there])
+        self.real_start_cpu = self.real_start_cpu[rows]
+        if self.valid is not None:
+            self.valid = self.valid[there] if bool((self.real_start_cpu > 0).any()) else None
+        self._active = self._progress = None
+
+    def repeated(self, times: int) -> Canvas:
+        """A canvas with each row `times` times, one behind the other."""
+        copy = object.__new__(Canvas)
+        copy.__dict__ = dict(self.__dict__)
+        for name in ("ids", "rows", "real_start", "real_start_cpu", "position_ids", "given", "tail", "valid"):
+            held = getattr(self, name)
+            setattr(copy, name, None if held is None else held.repeat_interleave(times, 0))
+        copy._active = copy._progress = None
+        return copy
 
     def _write(self, where: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         # A new tensor, not a write in place: views handed out by `generated` keep what they showed.

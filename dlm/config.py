@@ -20,9 +20,13 @@ EndOfText = Literal["stop", "fill", "none"]
 BLOCK_LENGTH = 32  # of "auto", in an answer that is at least as long; as in Fast-dLLM's evaluations
 
 
-def _option(default: Any, help: str, *, kind: type = str, flag: str | None = None, choices: Sequence[str] = ()) -> Any:
+def _option(
+    default: Any, help: str, *, kind: type = str, flag: str | None = None, choices: Sequence[str] = (),
+    repeated: bool = False,
+) -> Any:  # fmt: skip
     """A field with what a command line must know of it; without help it is no argument of commands."""
-    return field(default=default, metadata={"help": help, "kind": kind, "flag": flag, "choices": tuple(choices)})
+    about = {"help": help, "kind": kind, "flag": flag, "choices": tuple(choices), "repeated": repeated}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,11 @@ class DecodingConfig:
         cfg_scale: classifier-free guidance against the same canvas with its prompt masked; 0 = none.
         eos: "stop" ends a row once all before its first end of text is written; "fill" fills what lies behind an end
             at once; "none" writes every slot.
+        stop: strings that end a row as soon as its text holds one, also across blocks.
+        infill: masks in the input are gaps to be written; text around them stays. gen_length=0 means the same.
 
-    After construction `block_length` and `steps` are numbers.
+    After construction `block_length` and `steps` are numbers; with `infill` None where the gaps say it, see
+    `dlm.prompts.make_canvas`.
 
     Raises:
         ValueError: a length that is no number of tokens, blocks longer than the answer, fewer steps than blocks, a
@@ -65,17 +72,24 @@ class DecodingConfig:
         0.0, "classifier-free guidance by the prompt; 0 (default) = none", kind=float, flag="--cfg"
     )
     eos: EndOfText = _option("stop", "what an end of text does ({default})", choices=get_args(EndOfText))
+    stop: tuple[str, ...] = _option((), "end an answer at this text; may be given several times", repeated=True)
+    infill: bool = _option(False, "")
 
     def __post_init__(self) -> None:
-        _check_number("gen_length", self.gen_length, "tokens")
+        if self.gen_length == 0 and not isinstance(self.gen_length, bool):
+            object.__setattr__(self, "infill", True)
+        _check_number("gen_length", self.gen_length, "tokens", least=0 if self.infill else 1)
+        self._check_stop()
         # "auto" before None: what is left of None below means one block of the whole answer.
         if self.block_length == "auto":
-            object.__setattr__(self, "block_length", min(BLOCK_LENGTH, self.gen_length))
+            object.__setattr__(self, "block_length", min(BLOCK_LENGTH, self.gen_length or BLOCK_LENGTH))
         for name, unit in (("block_length", "tokens"), ("steps", "forwards")):
-            if getattr(self, name) is None:
+            if getattr(self, name) is None and not self.infill:
                 object.__setattr__(self, name, self.gen_length)
-            _check_number(name, getattr(self, name), unit)
-        self._check_lengths()
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), unit)
+        if not self.infill:
+            self._check_lengths()
         if self.eos not in get_args(EndOfText):
             raise ValueError(f"eos={self.eos!r}: use 'stop', 'fill' or 'none'")
         scale = self.cfg_scale
@@ -87,6 +101,13 @@ class DecodingConfig:
         resolve_cache(self.cache)
         if isinstance(self.unmask, str):
             parse_rule(self.unmask)
+
+    def _check_stop(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if any(not isinstance(one, str) or not one for one in self.stop):
+            raise ValueError(f"stop={self.stop!r}: every stop string must be a text that is not empty")
 
     def _check_lengths(self) -> None:
         gen_length, block_length = self.gen_length, self.block_length
@@ -165,6 +186,8 @@ def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str] = (), **
             default=f.default, caches=", ".join(list_caches()), rules=", ".join(list_rules())
         )
         kind = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {"type": f.metadata["kind"]}
+        if f.metadata["repeated"]:
+            kind["action"] = "append"
         # No default of argparse's: the dataclass has them, and None tells a command that its user said nothing.
         parser.add_argument(f.metadata["flag"] or f"--{name.replace('_', '-')}", dest=name, help=text, **kind)
 
@@ -181,7 +204,7 @@ def from_arguments(args: argparse.Namespace, **more: Any) -> DecodingConfig:
     )
 
 
-def _check_number(name: str, value: int, unit: str) -> None:
-    """Raises ValueError unless `value` is a whole number of `unit`, at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} is no number of {unit}; use 1 or more")
+def _check_number(name: str, value: int, unit: str, least: int = 1) -> None:
+    """Raises ValueError unless `value` is a whole number of `unit`, at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} is no number of {unit}; use {least} or more")

@@ -18,9 +18,10 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlm.batch import Item, answer_all, digest, read_done, read_items
+from dlm.batch import Item, answer_all, bad_item, digest, read_done, read_items
 from dlm.config import DecodingConfig, add_arguments, from_arguments
 from dlm.decode import Decoded, StuckError, decode_prompts
+from dlm.ends import cut_at
 from dlm.models import answer_text
 from dlm.show import Painter
 from dlm.sources import DTYPES, ModelInfo, dtype_of, model_info, open_guide, open_model
@@ -39,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
     prompt.add_argument("--prompt-file", type=Path, metavar="F", help="read it from a file, or - for stdin")
     prompt.add_argument("--batch", type=Path, metavar="IN.jsonl", help='a prompt a line: {"prompt": ...}; needs --out')
+    prompt.add_argument("--infill", metavar="TEXT", help="fill its gaps: <mask:8> stands for eight tokens")
     p.add_argument("--out", type=Path, metavar="OUT.jsonl", help="answers of --batch; gone on with if it exists")
+    p.add_argument("--strict", action="store_true", help="refuse a --batch file with a line that cannot be answered")
     p.add_argument("--batch-size", type=int, default=8, help="prompts of --batch that are written together (8)")
     p.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     p.add_argument("--model", default="mini", help="mini (a small LLaDA), mini-dream, a folder, or a hub id")
@@ -65,8 +68,16 @@ class Writer:
     seed: int
 
     def text(self, done: Decoded, row: int = 0) -> str:
-        """A row's answer."""
-        return answer_text(self.tokenizer, done.ids[row].tolist(), self.model.decoding_spec.eos_ids)
+        """A row's answer, up to its end of text or stop string; with gaps the whole text."""
+        # In a text with gaps an end inside of one ends nothing: it only says that the gap was too long.
+        ends = () if self.config.infill else self.model.decoding_spec.eos_ids
+        text = answer_text(self.tokenizer, done.ids[row].tolist(), ends)
+        cut = cut_at(text, self.config.stop)
+        return text if cut is None else cut
+
+    def decode(self, prompts: list[list[int]], seed: int | list[int], on_step: Painter | None = None) -> Decoded:
+        """Answers to prompts, lists of ids."""
+        return decode_prompts(self.model, prompts, self.config, self.guide, seed, on_step, self.tokenizer)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +114,7 @@ def prompt_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
     painter = Painter(writer.tokenizer, prompt, Console()) if args.show else None
     # The terminal is given back also when a rule gets stuck or Ctrl-C comes.
     with painter or nullcontext():
-        done = decode_prompts(writer.model, [ids], writer.config, writer.guide, writer.seed, painter)
+        done = writer.decode([ids], writer.seed, painter)
     text = writer.text(done)
     row = about(args, writer) | {"prompt": prompt, "text": text, "tokens": done.stats.text_tokens[0]}
     row |= done.stats.columns()
@@ -133,7 +144,7 @@ def batch_command(args: argparse.Namespace) -> int:
     if args.out.resolve() == args.batch.resolve():
         raise ValueError(f"--out {args.out} is the file of --batch itself; give another one")
     # Files first: they cost nothing to read, and a finished run needs no model at all.
-    items = read_items(args.batch)
+    items = read_items(args.batch, args.strict)
     # Everything that an answer depends on, and nothing else: its digest marks each line of the file.
     said = asdict(make_config(args)) | {"model": args.model, "guide": args.guide, "chat": args.chat}
     said |= {"seed": args.seed, "batch_size": args.batch_size, "dtype": args.dtype, "stats": args.stats}
@@ -142,31 +153,36 @@ def batch_command(args: argparse.Namespace) -> int:
         print(f"all {len(items)} answers are in {args.out} already")
         return 0
     config, known = make_request(args)
-    # All prompts before any weights: one that is too long in line 900 is said in the first second.
+    # All prompts before any weights: one that is too long in line 900 is known in the first second.
     ids: dict[int, list[int]] = {}
-    for item in items:
-        try:
-            ids[item.line] = known.ids(config, item.prompt, args.chat)
-        except ValueError as error:
-            raise ValueError(f"{args.batch}:{item.line}: {error}") from error
+    for place, item in enumerate(items):
+        if item.error is None:
+            try:
+                ids[item.line] = known.ids(config, item.prompt, args.chat)
+            except ValueError as error:
+                items[place] = bad_item(item, str(error), args.batch, args.strict)
     writer = make_writer(args, config)
 
     def answer(chunk: list[Item]) -> list[dict[str, Any]]:
         prompts = [ids[item.line] for item in chunk]
-        # The seed goes by the place in the file, so that a run that was gone on with draws the same tokens.
-        done = decode_prompts(writer.model, prompts, writer.config, writer.guide, writer.seed + chunk[0].line - 1)
+        # A seed for each line, so that a run that was gone on with draws the same tokens.
+        done = writer.decode(prompts, [writer.seed + item.line - 1 for item in chunk])
         cost = {"batch": len(chunk), **done.stats.columns()} if args.stats else {}
         tokens = done.stats.text_tokens
         return [{"text": writer.text(done, i), "tokens": tokens[i]} | cost for i in range(len(chunk))]
 
     written = answer_all(items, args.out, args.batch_size, mark, answer)
     print(f"{written} answers written to {args.out}, {len(items)} in all")
+    if failed := sum(item.error is not None for item in items):
+        print(f'dlm.generate: {failed} lines could not be answered; their rows say why in "error"', file=sys.stderr)
     return 0
 
 
 def read_prompt(args: argparse.Namespace) -> str:
     """The prompt's text, without the line break at its end. Raises ValueError for an empty one."""
-    if args.prompt is not None:
+    if args.infill is not None:
+        text, where = args.infill, "--infill"
+    elif args.prompt is not None:
         text, where = args.prompt, "--prompt"
     elif str(args.prompt_file) == "-":
         text, where = sys.stdin.read(), "stdin"
@@ -180,7 +196,10 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 def make_config(args: argparse.Namespace) -> DecodingConfig:
     """The decoding configuration; raises ValueError for what cannot work."""
-    config = from_arguments(args, guided=args.guide != NO_GUIDE)
+    gaps = {"infill": True, "gen_length": 0} if args.infill is not None else {}
+    config = from_arguments(args, guided=args.guide != NO_GUIDE, **gaps)
+    if gaps and (args.chat or config.guided):
+        raise ValueError("--infill fills gaps in a text as it is; leave out --chat and --guide")
     config.check_guide()
     return config
 

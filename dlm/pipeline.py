@@ -12,9 +12,8 @@ Needs the package diffusers: `pip install 'agentkv[pipeline]'`.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,13 +23,11 @@ from dlm.cache import Policy, resolve_cache
 from dlm.canvas import Canvas
 from dlm.config import BLOCK_LENGTH, DecodingConfig, EndOfText
 from dlm.decode import Decoded, Stats, decode
-from dlm.models import DecodingSpec, DreamModel, LLaDAModelLM, answer_text
+from dlm.models import DreamModel, LLaDAModelLM, answer_text
 from dlm.models.text import FAMILIES, end_ids
 from dlm.prompts import make_canvas, pad_left, prompt_ids
-from dlm.schedulers import Running, UnmaskScheduler
-from dlm.unmask import Choice, Guided, Guider, Rule, Sampling, Unmasker
-from dlm.unmask.base import LogitWindow
-from dlm.unmask.blocks import BlockUnmasker
+from dlm.scheduled import ScheduledRule
+from dlm.unmask import Guided, Guider, Sampling
 
 try:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -124,6 +121,10 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
                 )
             if source is not None and len(source) == 0:
                 raise ValueError(f"`{name}` is empty; give at least one")
+        if gen_length == 0:
+            raise ValueError(
+                "`gen_length`: gen_length=0 generates nothing; use 1 or more, or `dlm.decode` to fill gaps"
+            )
         given = {"gen_length": gen_length, "block_length": block_length, "cfg_scale": cfg_scale, "eos": eos}
         given |= {"temperature": temperature, "top_p": top_p, "top_k": top_k, "cache": cache}
         options: dict[str, Any] = {}
@@ -250,95 +251,6 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         return MaskedDiffusionPipelineOutput(done.ids, texts, done.stats) if return_dict else (done.ids, texts)
 
 
-@dataclass(frozen=True)
-class ScheduledRule(Rule):
-    """A scheduler as `decode` sees it: a rule that chooses what the scheduler's `step` transfers.
-
-    Attributes:
-        last: what the last step did, "transfer_index", "sampled_tokens" and "slots".
-    """
-
-    scheduler: SchedulerMixin
-    guide: Guider | None = None
-    last: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None, steps: int) -> Unmasker:
-        """Starts a generation: the rule of one of our schedulers, or steps through a foreign one."""
-        if not isinstance(self.scheduler, UnmaskScheduler):
-            return _ForeignSteps(self, canvas, spec, generator, steps)
-        more = {} if self.guide is None else {"guide": self.guide}
-        return _OwnSteps(self, self.scheduler.rule(self.sampling, **more).begin(canvas, spec, generator, steps))
-
-    @property
-    def expression(self) -> str:
-        """The name of the scheduler's class."""
-        return type(self.scheduler).__name__
-
-
-class _OwnSteps(Unmasker):
-    """A scheduler of `dlm.schedulers`: the unmasker of its rule, asked through `step`."""
-
-    def __init__(self, rule: ScheduledRule, unmasker: Unmasker) -> None:
-        self.rule, self.unmasker, self.steps = rule, unmasker, 0
-
-    def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
-        """Those of the scheduler's rule."""
-        return self.unmasker.candidates(canvas, logit_window)
-
-    def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
-        """What the scheduler's `step` transfers; it is remembered for callbacks."""
-        sample = canvas.ids.gather(1, slots.clamp(min=0))
-        out = self.rule.scheduler.step(logits, self.steps, sample, running=Running(self.unmasker, canvas, slots))
-        self.steps += 1
-        self.rule.last.update(transfer_index=out.transfer_index, sampled_tokens=out.sampled_tokens, slots=slots)
-        return Choice(out.sampled_tokens, out.transfer_index)
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """What the scheduler's rule counted."""
-        return self.unmasker.stats
-
-
-class _ForeignSteps(BlockUnmasker):
-    """Any scheduler that steps through one block: what it takes of our arguments is read from its `step`.
-
-    Rows go on at their own pace, and such a scheduler has one step number for all, so rows are asked in groups.
-    """
-
-    def __init__(
-        self, rule: ScheduledRule, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None, steps: int
-    ) -> None:
-        super().__init__(rule, canvas, rule.sampler(canvas, spec, generator), steps, None)
-        self.spec = spec
-        # On the CPU beside `active_cpu`: the groups below are formed without waiting for the device again.
-        self.block = torch.full((canvas.batch,), -1)
-        self.used = torch.zeros_like(self.block)
-        # Schedulers of different diffusers releases take different arguments; one that is unknown would be a TypeError.
-        takes = inspect.signature(rule.scheduler.step).parameters
-        wanted = {"mask_token_id": spec.mask_id, "generator": generator}
-        wanted |= {name: getattr(rule.sampling, name) for name in ("temperature", "top_p", "top_k")}
-        self.options = {name: value for name, value in wanted.items() if name in takes}
-
-    def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
-        """What the scheduler's `step` transfers, asked once per group of rows at the same step of their block."""
-        # Finite instead of -inf: what a foreign scheduler does with it is not known here, and 0 * -inf is NaN.
-        logits = logits.float().index_fill(2, self.sampler.suppressed, torch.finfo(torch.float32).min)
-        # What is no candidate shows padding, lest the scheduler take the token of slot 0 for a mask to be written.
-        sample = canvas.ids.gather(1, slots.clamp(min=0)).masked_fill(slots < 0, self.spec.pad_id)
-        active = canvas.active_cpu
-        self.used = torch.where(active == self.block, self.used, 0)
-        self.block = active.clone()
-        tokens, commit = sample.clone(), torch.zeros_like(sample, dtype=torch.bool)
-        for number in self.used[canvas.unfinished].unique().tolist():
-            rows = ((self.used == number) & canvas.unfinished).nonzero()[:, 0].to(sample.device)
-            out = self.rule.scheduler.step(logits[rows], number, sample[rows], **self.options)
-            tokens[rows], commit[rows] = out.sampled_tokens, out.transfer_index
-        self.used = self.used + 1
-        commit = commit & (slots >= 0)
-        self.rule.last.update(transfer_index=commit, sampled_tokens=tokens, slots=slots)
-        return Choice(tokens, commit)
-
-
 class _AfterStep:
     """`on_step` of a pipeline's decode: the progress bar, and what a callback wants to see and to change."""
 
@@ -348,26 +260,45 @@ class _AfterStep:
     ) -> None:  # fmt: skip
         self.pipeline, self.rule, self.bar, self.callback = pipeline, rule, bar, callback
         self.names, self.changeable = names, changeable
+        self.sequences: torch.Tensor | None = None
 
     def __call__(self, canvas: Canvas, stats: Stats) -> None:
         # By the slowest row: the bar is full when the last one is.
         self.bar.update(canvas.length - canvas.prompt - int(canvas.left_cpu.max()) - self.bar.n)
         if self.callback is None:
             return
+        # Rows that are finished have left the canvas; the callback sees the whole batch at every step.
+        self.sequences = canvas.generated if self.sequences is None else self.sequences
+        self.sequences = self.sequences.index_copy(0, canvas.rows, canvas.generated)
         # A clone: the callback may change it in place, and the difference is what tells that it did.
-        seen = {"sequences": canvas.generated.clone(), **self.rule.last}
+        seen = {"sequences": self.sequences.clone(), **self._steps(canvas)}
         step = stats.forwards - 1
         changed = self.callback(self.pipeline, step, step, {name: seen[name] for name in self.names})
-        if changed and "sequences" in changed and not torch.equal(changed["sequences"], canvas.generated):
+        if changed and "sequences" in changed and not torch.equal(changed["sequences"], self.sequences):
             if not self.changeable:
                 raise ValueError(
                     "`callback_on_step_end` changed `sequences`, but keys and values of the old ones are cached; "
                     "use cache='none'"
                 )
+            self._check_left(changed["sequences"], canvas)
             # Every slot again, since `commit` writes what it is given; unchanged ones get the token they have.
-            tokens = changed["sequences"].to(canvas.ids)
+            tokens = changed["sequences"].to(canvas.ids)[canvas.rows]
             slots = torch.arange(canvas.prompt, canvas.length, device=tokens.device).expand_as(tokens)
             canvas.commit(slots, tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+    def _steps(self, canvas: Canvas) -> dict[str, torch.Tensor]:
+        """What the last step did, of all rows: nothing in those that were finished before."""
+        found, batch = {}, len(self.sequences)
+        for name, x in self.rule.last.items():
+            empty = x.new_full((batch, *x.shape[1:]), -1 if name == "slots" else 0)
+            found[name] = empty.index_copy(0, canvas.rows, x)
+        return found
+
+    def _check_left(self, changed: torch.Tensor, canvas: Canvas) -> None:
+        gone = torch.ones(len(self.sequences), dtype=torch.bool, device=self.sequences.device)
+        gone[canvas.rows] = False
+        if not torch.equal(changed.to(self.sequences)[gone], self.sequences[gone]):
+            raise ValueError("`callback_on_step_end` changed a row that is finished; change it before its last step")
 
 
 def _named(name: str, make: Callable[[], Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -24,6 +25,25 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, 
     return chat_ids(tokenizer, prompt)
 
 
+def gap_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text with gaps: "<mask:8>" in it stands for eight masks, "<mask>" for one.
+
+    Raises:
+        ValueError: a text without a gap, or a gap of no tokens.
+    """
+    pieces = re.split(r"<mask(?::(\d+))?>", text)
+    if len(pieces) == 1:
+        raise ValueError(f"{text[:40]!r} has no gap; write <mask:8> where eight tokens are to be filled in")
+    masks = [1 if count is None else int(count) for count in pieces[1::2]]
+    if 0 in masks:
+        raise ValueError("<mask:0> is no gap; leave it out, or give it a number of tokens")
+    ids: list[int] = []
+    for piece, count in zip(pieces[::2], [*masks, 0], strict=True):
+        ids += text_ids(tokenizer, piece) if piece else []
+        ids += [tokenizer.mask_token_id] * count
+    return ids
+
+
 def pad_left(
     rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,13 +63,17 @@ def make_canvas(
 ) -> Canvas:
     """The prompts with their masks behind them; warns where they leave what the model's authors advise.
 
+    With `infill` the blocks cover all from the first mask of any row on and end with the canvas; their length is the
+    configuration's, or that of what they cover where it is None.
+
     Args:
         input_ids: int64 [batch, P], prompts padded on the left.
         attention_mask: [batch, P], nonzero = real token; None = no padding.
 
     Raises:
-        ValueError: ids of another shape or dtype, padding that is not on the left, a prompt with a mask in it, a
-            prompt that a shifted model cannot begin from, more positions than the model has.
+        ValueError: ids of another shape or dtype, padding that is not on the left, a prompt with a mask in it without
+            `infill`, or none in it with `infill` and nothing to generate, a prompt that a shifted model cannot begin
+            from, more positions than the model has.
     """
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or input_ids.shape[0] == 0:
         raise ValueError(
@@ -67,11 +91,23 @@ def make_canvas(
         # Padded on the left means that no real token has padding behind it.
         if bool((real[:, :-1] & ~real[:, 1:]).any()):
             raise ValueError("the prompts are padded on the right or inside; pad on the left")
-    _check_prompts(spec, input_ids, real, config.gen_length)
-    return Canvas(
-        input_ids, attention_mask, gen_length=config.gen_length, block_length=config.block_length,
-        mask_id=spec.mask_id, shift=spec.shift,
-    )  # fmt: skip
+    _check_prompts(spec, input_ids, real, config)
+    options = {"gen_length": config.gen_length, "mask_id": spec.mask_id, "shift": spec.shift}
+    if not config.infill:
+        return Canvas(input_ids, attention_mask, block_length=config.block_length, **options)
+    # What pads a row may be anything, the mask too; it must not be taken for a gap.
+    input_ids = input_ids.masked_fill(~real, spec.pad_id)
+    gaps = ((input_ids == spec.mask_id) & real).any(0).nonzero()[:, 0].tolist()
+    masks = input_ids.shape[1] + config.gen_length - (gaps[0] if gaps else input_ids.shape[1])
+    block = min(config.block_length or masks, masks)
+    # Blocks are counted from the end, where all rows stand together: so a row has those that it would have alone,
+    # wherever the others' gaps begin. What is missing in front of the first block is padding.
+    blocks = -(-masks // block)
+    prompt = input_ids.shape[1] + config.gen_length - blocks * block
+    if prompt < 0:
+        input_ids = torch.nn.functional.pad(input_ids, (-prompt, 0), value=spec.pad_id)
+        real = torch.nn.functional.pad(real, (-prompt, 0), value=False)
+    return Canvas(input_ids, real, block_length=block, prompt=max(prompt, 0), **options)
 
 
 def check_prompt(config: DecodingConfig, spec: DecodingSpec, ids: Sequence[int]) -> None:
@@ -79,28 +115,45 @@ def check_prompt(config: DecodingConfig, spec: DecodingSpec, ids: Sequence[int])
     make_canvas(config, spec, torch.tensor([ids], dtype=torch.int64))
 
 
-def _check_prompts(spec: DecodingSpec, input_ids: torch.Tensor, real: torch.Tensor, gen_length: int) -> None:
+def _check_prompts(spec: DecodingSpec, input_ids: torch.Tensor, real: torch.Tensor, config: DecodingConfig) -> None:
+    gaps, tokens = (input_ids == spec.mask_id) & real, real.sum(1)
+    if config.infill:
+        _check_gaps(spec, gaps, real, config)
     # The canvas reads its progress from the masks, so a mask in a prompt would be taken for one to be written.
-    if bool(((input_ids == spec.mask_id) & real).any()):
+    elif bool(gaps.any()):
         raise ValueError(
-            f"a prompt contains the mask token {spec.mask_id}, which stands for what is to be written; take it out"
+            f"a prompt contains the mask token {spec.mask_id}, which stands for what is to be written; take it out, or "
+            "use infill=True to have it written"
         )
-    tokens = real.sum(1)
     if spec.shift and int(tokens.min()) == 0:
         raise ValueError(
             "a prompt is empty, and this model predicts each token from the row before it; begin it with one token, "
             "for example the model's begin-of-text"
         )
-    longest = int(tokens.max()) + gen_length
+    longest = int(tokens.max()) + config.gen_length
     if spec.context_limit is not None and longest > spec.context_limit:
         raise ValueError(
-            f"the prompt of {longest - gen_length} tokens and gen_length={gen_length} need {longest} positions, the "
-            f"model has {spec.context_limit}; shorten the prompt or generate at most "
-            f"{max(0, spec.context_limit - longest + gen_length)}"
+            f"the prompt of {longest - config.gen_length} tokens and gen_length={config.gen_length} need {longest} "
+            f"positions, the model has {spec.context_limit}; shorten the prompt or generate at most "
+            f"{max(0, spec.context_limit - longest + config.gen_length)}"
         )
     if spec.context_advised is not None and longest > spec.context_advised:
-        # Five frames up is who called `decode`: this, `make_canvas`, `decode`, torch's no_grad wrapper, the caller.
         warnings.warn(
             f"prompt and answer take {longest} positions, the model's authors advise at most {spec.context_advised}",
-            stacklevel=5,
+            stacklevel=3,
+        )
+
+
+def _check_gaps(spec: DecodingSpec, gaps: torch.Tensor, real: torch.Tensor, config: DecodingConfig) -> None:
+    if config.gen_length == 0 and not bool(gaps.any(1).all()):
+        raise ValueError(
+            f"gen_length=0 fills the masks (token {spec.mask_id}) of the input, and a row has none; put some in, or "
+            "generate tokens behind it"
+        )
+    # A row's first real token is the first True of its mask.
+    first = real.int().argmax(1, keepdim=True)
+    if spec.shift and gaps.shape[1] and bool(gaps.gather(1, first).any()):
+        raise ValueError(
+            "an input begins with a mask, and this model predicts each token from the row before it; begin it with a "
+            "token, for example the model's begin-of-text"
         )

@@ -1,14 +1,16 @@
 """Unmasking rules as diffusers schedulers: one class for each rule, its options in a config that is saved and loaded.
 
-A scheduler has no rule of its own: `step` asks the rule of `dlm.unmask` of the same name. Inside
-`dlm.pipeline.MaskedDiffusionPipeline` that rule is the one of the running generation; alone, `step` takes `sample` for
-a canvas and counts its steps from the call with timestep 0.
+The classes are made of the rules: `ThresholdScheduler` of `Threshold` with its fields, and one for every rule that is
+registered when this module is imported. A scheduler has no rule of its own: `step` asks the rule of `dlm.unmask` of the
+same name. Inside `dlm.pipeline.MaskedDiffusionPipeline` that rule is the one of the running generation; alone, `step`
+takes `sample` for a canvas and counts its steps from the call with timestep 0.
 
 Needs the package diffusers: `pip install 'agentkv[pipeline]'`.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -17,22 +19,8 @@ import torch
 
 from dlm.canvas import Canvas
 from dlm.models import DecodingSpec
-from dlm.unmask import (
-    Confidence,
-    Entropy,
-    EntropyBound,
-    Factor,
-    Guided,
-    Hierarchical,
-    MaskGitPlus,
-    Origin,
-    Random,
-    Rule,
-    Sampling,
-    Threshold,
-    TopKMargin,
-    Unmasker,
-)
+from dlm.unmask import Guided, Rule, Sampling, Unmasker, list_rules
+from dlm.unmask.base import find
 
 try:
     from diffusers import ConfigMixin, SchedulerMixin
@@ -163,202 +151,45 @@ class UnmaskScheduler(SchedulerMixin, ConfigMixin):
         return Running(unmasker, canvas, slots.masked_fill(sample != mask_id, -1))
 
 
-# The signatures below are literal because diffusers' `register_to_config` reads them; a test holds names and
-# defaults against the rules. Each __init__ builds its rule once, so that a config that cannot be is refused there.
-class ConfidenceScheduler(UnmaskScheduler):
-    """LLaDA's low-confidence rule, see `dlm.unmask.confidence.Confidence`."""
+def _scheduler_of(rule: type[Rule]) -> type[UnmaskScheduler]:
+    """The scheduler class of a rule: its options are the rule's fields, with their defaults."""
+    options = [f for f in fields(rule) if f.name not in ("sampling", "guide")]
 
-    rule_class = Confidence
-
-    @register_to_config
-    def __init__(
-        self,
-        confidence_eos_eot_inf: bool = False,
-        suppress: Sequence[int] = (),
-        logits_eos_inf: bool = False,
-    ) -> None:
+    def __init__(self: UnmaskScheduler, **given: Any) -> None:
+        # Builds the rule once, so that a config that cannot be is refused here.
         self.rule()
 
-
-class RandomScheduler(UnmaskScheduler):
-    """LLaDA's random order, see `dlm.unmask.confidence.Random`."""
-
-    rule_class = Random
-
-    @register_to_config
-    def __init__(self, suppress: Sequence[int] = (), logits_eos_inf: bool = False) -> None:
-        self.rule()
-
-
-class OriginScheduler(UnmaskScheduler):
-    """Dream's `origin`, see `dlm.unmask.dream.Origin`."""
-
-    rule_class = Origin
-
-    @register_to_config
-    def __init__(
-        self,
-        compat: bool = False,
-        eps: float = 1e-3,
-        suppress: Sequence[int] = (),
-        logits_eos_inf: bool = False,
-    ) -> None:
-        self.rule()
+    # diffusers reads the names and defaults of a config from the signature.
+    kind = inspect.Parameter.KEYWORD_ONLY
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    __init__.__signature__ = inspect.Signature(
+        [own, *(inspect.Parameter(f.name, kind, default=f.default) for f in options)]
+    )
+    about = f"The rule {rule.name!r} as a scheduler, see `{rule.__module__}.{rule.__name__}`."
+    made = {"__init__": register_to_config(__init__), "__doc__": about, "__module__": __name__, "rule_class": rule}
+    return type(f"{rule.__name__}Scheduler", (_Inside if rule is Guided else UnmaskScheduler,), made)
 
 
-class MaskGitPlusScheduler(UnmaskScheduler):
-    """Dream's `maskgit_plus`, see `dlm.unmask.dream.MaskGitPlus`."""
-
-    rule_class = MaskGitPlus
-
-    @register_to_config
-    def __init__(
-        self,
-        alg_temp: float = 0.0,
-        compat: bool = False,
-        eps: float = 1e-3,
-        confidence_eos_eot_inf: bool = False,
-        suppress: Sequence[int] = (),
-        logits_eos_inf: bool = False,
-    ) -> None:
-        self.rule()
-
-
-class TopKMarginScheduler(UnmaskScheduler):
-    """Dream's `topk_margin`, see `dlm.unmask.dream.TopKMargin`."""
-
-    rule_class = TopKMargin
-
-    @register_to_config
-    def __init__(
-        self,
-        alg_temp: float = 0.0,
-        compat: bool = False,
-        eps: float = 1e-3,
-        suppress: Sequence[int] = (),
-        logits_eos_inf: bool = False,
-    ) -> None:
-        self.rule()
-
-
-class EntropyScheduler(UnmaskScheduler):
-    """Dream's `entropy`, see `dlm.unmask.dream.Entropy`."""
-
-    rule_class = Entropy
-
-    @register_to_config
-    def __init__(
-        self,
-        alg_temp: float = 0.0,
-        compat: bool = False,
-        eps: float = 1e-3,
-        suppress: Sequence[int] = (),
-        logits_eos_inf: bool = False,
-    ) -> None:
-        self.rule()
-
-
-class ThresholdScheduler(UnmaskScheduler):
-    """Fast-dLLM's threshold, see `dlm.unmask.parallel.Threshold`."""
-
-    rule_class = Threshold
-
-    @register_to_config
-    def __init__(
-        self,
-        tau: float = 0.9,
-        confidence_eos_eot_inf: bool = False,
-        suppress: Sequence[int] = (),
-        logits_eos_inf: bool = False,
-    ) -> None:
-        self.rule()
-
-
-class FactorScheduler(UnmaskScheduler):
-    """Fast-dLLM's factor, see `dlm.unmask.parallel.Factor`."""
-
-    rule_class = Factor
-
-    @register_to_config
-    def __init__(
-        self,
-        f: float = 1.0,
-        confidence_eos_eot_inf: bool = False,
-        suppress: Sequence[int] = (),
-        logits_eos_inf: bool = False,
-    ) -> None:
-        self.rule()
-
-
-class EntropyBoundScheduler(UnmaskScheduler):
-    """diffusers' entropy bound on masks, see `dlm.unmask.parallel.EntropyBound`."""
-
-    rule_class = EntropyBound
-
-    @register_to_config
-    def __init__(self, bound: float = 0.1, suppress: Sequence[int] = (), logits_eos_inf: bool = False) -> None:
-        self.rule()
-
-
-class HierarchicalScheduler(UnmaskScheduler):
-    """dInfer's hierarchy, see `dlm.unmask.parallel.Hierarchical`."""
-
-    rule_class = Hierarchical
-
-    @register_to_config
-    def __init__(
-        self,
-        tau: float = 0.9,
-        low: float = 0.4,
-        confidence_eos_eot_inf: bool = False,
-        suppress: Sequence[int] = (),
-        logits_eos_inf: bool = False,
-    ) -> None:
-        self.rule()
-
-
-class GuidedScheduler(UnmaskScheduler):
-    """FlashDLM's guided rule, see `dlm.unmask.guided.Guided`. The pipeline has the guider.
-
-    Steps only inside the pipeline: a guider reads the text from its prompt on, and `sample` holds none.
-    """
-
-    rule_class = Guided
-
-    @register_to_config
-    def __init__(
-        self,
-        accept: str = "exact",
-        k: int | None = None,
-        ratio: float | None = None,
-        tau: float | None = None,
-        mass: float | None = None,
-        chunk: int = 32,
-        window: int | None = 128,
-        suppress: Sequence[int] = (),
-        logits_eos_inf: bool = False,
-    ) -> None:
-        self.rule()
+class _Inside(UnmaskScheduler):
+    """A scheduler whose rule reads the text from its prompt on: `sample` alone does not hold it."""
 
     def _running(self, *args: Any) -> Running:
-        raise ValueError("GuidedScheduler steps only inside a pipeline: `running` has the text that the guider reads")
+        raise ValueError(
+            f"{type(self).__name__} steps only inside a pipeline: `running` has the text that the guider reads"
+        )
 
 
-# Written out and not collected from subclasses: a subclass of a user's must not take a rule's name.
-SCHEDULERS: dict[str, type[UnmaskScheduler]] = {
-    cls.rule_class.name: cls
-    for cls in (
-        ConfidenceScheduler,
-        RandomScheduler,
-        OriginScheduler,
-        MaskGitPlusScheduler,
-        TopKMarginScheduler,
-        EntropyScheduler,
-        ThresholdScheduler,
-        FactorScheduler,
-        EntropyBoundScheduler,
-        HierarchicalScheduler,
-        GuidedScheduler,
-    )
-}
-"""The scheduler of each rule, by the rule's name."""
+SCHEDULERS: dict[str, type[UnmaskScheduler]] = {name: _scheduler_of(find(name)) for name in list_rules()}
+"""The scheduler of each registered rule, by the rule's name; `ConfidenceScheduler` and so on are names of this module.
+
+Alone, an `SSDScheduler` writes one token at each step: it sees one canvas. Inside a pipeline it verifies its guesses.
+"""
+# diffusers finds the class of a saved scheduler by its name in this module.
+globals().update({cls.__name__: cls for cls in SCHEDULERS.values()})
+__all__ = [
+    "SCHEDULERS",
+    "Running",
+    "UnmaskScheduler",
+    "UnmaskSchedulerOutput",
+    *(c.__name__ for c in SCHEDULERS.values()),
+]

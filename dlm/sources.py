@@ -8,12 +8,18 @@ never run.
 from __future__ import annotations
 
 import json
+import socket
+import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from threading import Event, Thread
+from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -22,11 +28,12 @@ from dlm.config import DecodingConfig
 from dlm.mini import WEIGHTS, load_mini
 from dlm.models import DecodingSpec, load_decoding_spec, load_model
 from dlm.models.loading import MODELS
-from dlm.prompts import check_prompt, prompt_ids
+from dlm.prompts import check_prompt, gap_ids, prompt_ids
 from dlm.unmask import Guider
 
 MINI_MODELS = {"mini": "llada", "mini-dream": "dream"}
 MINI_GUIDES = {"mini": "guider"}
+HUB_PATIENCE = 3.0  # seconds that the hub has to answer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,8 +65,9 @@ class ModelInfo:
     guide: Guider | None = None
 
     def ids(self, config: DecodingConfig, prompt: str | list[dict[str, str]], chat: bool) -> list[int]:
-        """A prompt's ids. Raises ValueError if the model or the guide cannot go on from them."""
-        ids = prompt_ids(self.tokenizer, prompt, chat)
+        """The ids of a prompt, or of a text with gaps (`infill`). Raises ValueError if model or guide cannot go
+        on from them."""
+        ids = gap_ids(self.tokenizer, prompt) if config.infill else prompt_ids(self.tokenizer, prompt, chat)
         check_prompt(config, self.spec, ids)
         if self.guide is not None:
             self.guide.check_length(len(ids) + config.gen_length)
@@ -127,6 +135,27 @@ def open_guide(name: str, device: str, dtype: torch.dtype, dlm_tokenizer: PreTra
     return Guider(model, tokenizer, dlm_tokenizer)
 
 
+@cache
+def _try_hub() -> None:
+    """Puts the hub's client offline for this process if the hub cannot be reached: what was fetched before is found
+    still, and for anything else it says so at once instead of trying again for half a minute."""
+    if urllib.request.getproxies():
+        return
+    address = urlsplit(constants.ENDPOINT)
+    reached = Event()
+
+    def connect() -> None:
+        with suppress(OSError), socket.create_connection((address.hostname, address.port or 443), HUB_PATIENCE):
+            reached.set()
+
+    # In a thread: the lookup of a name has no time limit of its own.
+    thread = Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(HUB_PATIENCE)
+    if not reached.is_set():
+        constants.HF_HUB_OFFLINE = True
+
+
 @contextmanager
 def _named(what: str) -> Iterator[None]:
     """Errors of files that cannot be read, in one line that says whose."""
@@ -155,6 +184,7 @@ def _kind(name: str, embedded: Mapping[str, str]) -> str | None:
             raise FileNotFoundError(
                 f"{name!r} is no folder here; give one, {' or '.join(embedded)}, or an id of the hub as owner/name"
             )
+        _try_hub()
         return None
     config = folder / "config.json"
     if not config.is_file():

@@ -31,7 +31,7 @@ from dlm.decode import decode_prompts
 from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
 from dlm.models import DecodingSpec, answer_text
 from dlm.sources import DTYPES, MINI_GUIDES, MINI_MODELS, dtype_of, model_info, open_guide, open_model
-from dlm.unmask import Guider, is_rule, list_rules
+from dlm.unmask import Guider, is_rule, list_rules, parse_rule
 from textkv import split_list
 from textkv.devices import device_of
 from textkv.expression import parse_call, split_parts
@@ -96,6 +96,14 @@ def split_entry(entry: str) -> tuple[str, str | None]:
     return "+".join(parts[:-1]), parts[-1]
 
 
+def _go_together(plain: DecodingConfig, cache: str, rule: str) -> bool:
+    try:
+        parse_rule(rule).check(plain, resolve_cache(cache), hooked=False)
+    except ValueError:
+        return False
+    return True
+
+
 def arms_of(grid: str, plain: DecodingConfig, guided: bool) -> list[Arm]:
     """ "none" first, then the grid, then "none" with fewer steps.
 
@@ -110,7 +118,7 @@ def arms_of(grid: str, plain: DecodingConfig, guided: bool) -> list[Arm]:
     entries = split_list(grid)
     if entries == ["all"]:
         rules = [rule for rule in list_rules() if guided or rule != "guided"]
-        entries = [f"{cache}+{rule}" for cache in list_caches() for rule in rules]
+        entries = [f"{cache}+{rule}" for cache in list_caches() for rule in rules if _go_together(plain, cache, rule)]
     if not entries:
         raise ValueError("the grid is empty; use for example --grid freecache,freecache+threshold(0.9), or all")
     arms = [Arm(BASE, replace(plain, cache=BASE))]
@@ -119,6 +127,8 @@ def arms_of(grid: str, plain: DecodingConfig, guided: bool) -> list[Arm]:
         asks = rule is not None and parse_call(rule)[0] == "guided"
         if asks and not guided:
             raise ValueError(f"grid entry {entry!r} needs a guide; name one with --guide")
+        if rule is not None:
+            parse_rule(rule).check(plain, resolve_cache(cache), hooked=False)
         resolve_cache(cache)
         if entry != BASE:
             arms.append(Arm(entry, replace(plain, cache=cache, unmask=rule, guided=asks)))

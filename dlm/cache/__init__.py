@@ -1,7 +1,8 @@
 """Cache policies for diffusion language models: which slots of the canvas are computed anew in each forward.
 
 "none", "freecache(delay=0)", "prefix", "dual", "dkv(4)", "dllm-cache(ratio=0.5)"; and FreeCache with a method of textkv
-for its frozen slots, "freecache+snapkv(0.3)": a share or "512t" in front of a method's arguments is its budget.
+for its frozen slots, "freecache+snapkv(0.3)": a share or "512t" in front of a method's arguments is its budget. Behind
+every policy of windows "+suffix(32)" leaves out the masks far behind the active block.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dlm.cache.freecache import FreeCache
 from dlm.cache.none import NoCache
 from dlm.cache.plan import Plan
 from dlm.cache.slots import SlotCache
+from dlm.cache.suffix import Suffix
 from textkv.budgets import Budget
 from textkv.expression import parse_call, split_parts
 from textkv.method import Method
@@ -32,6 +34,7 @@ __all__ = [
     "PrefixCache",
     "Run",
     "SlotCache",
+    "Suffix",
     "list_caches",
     "register",
     "resolve_cache",
@@ -44,7 +47,7 @@ def list_caches() -> list[str]:
 
 
 def resolve_cache(expression: str | Policy) -> Policy:
-    """Builds a policy from "name", "name(x, key=y)" or "freecache+method(budget)".
+    """Builds a policy from "name", "name(x, key=y)", "freecache+method(budget)" or any of them with "+suffix(w)".
 
     Raises:
         ValueError: unknown name (with the nearest ones), malformed text, a bad argument, a method behind another
@@ -53,6 +56,13 @@ def resolve_cache(expression: str | Policy) -> Policy:
     if isinstance(expression, Policy):
         return expression
     first, *methods = split_parts(expression)
+    pruned = [part for part in methods if parse_call(part)[0] == "suffix"]
+    methods = [part for part in methods if part not in pruned]
+    if pruned:
+        if len(pruned) > 1:
+            raise ValueError(f"cache {expression!r} has more than one suffix; leave one")
+        _, args, kwargs = parse_call(pruned[0])
+        return _build(Suffix, pruned[0], [resolve_cache("+".join([first, *methods])), *args], kwargs)
     name, args, kwargs = parse_call(first)
     policy = find(name)
     if methods:
@@ -62,11 +72,15 @@ def resolve_cache(expression: str | Policy) -> Policy:
                 f"cache {expression!r}: only freecache freezes slots for good; write freecache+{'+'.join(methods)}"
             )
         kwargs["method"] = _resolve_methods(methods)
+    return _build(policy, first, args, kwargs)
+
+
+def _build(policy: type[Policy], text: str, args: list, kwargs: dict) -> Policy:
     try:
         return policy(*args, **kwargs)
     except TypeError as error:
-        known = ", ".join(f.name for f in fields(policy) if f.name != "method") or "none"
-        raise ValueError(f"cache {first!r}: {error}; its arguments are: {known}") from None
+        known = ", ".join(f.name for f in fields(policy) if f.name not in ("method", "policy")) or "none"
+        raise ValueError(f"cache {text!r}: {error}; its arguments are: {known}") from None
 
 
 def _resolve_methods(parts: list[str]) -> Method:

@@ -26,10 +26,31 @@ class Run(ABC):
         canvas: the canvas being decoded.
         cache: what the model gets as `past_key_values`; None = nothing is stored.
         forwards: forwards planned so far.
+        suffix: slots behind the active block that are left, see `dlm.cache.suffix`; None = all.
     """
+
+    per_row: ClassVar[tuple[str, ...]] = ()
+    """Attributes that are tensors [batch, ..]: rows of a batch leave them when they are finished."""
 
     def __init__(self, canvas: Canvas, cache: SlotCache | None) -> None:
         self.canvas, self.cache, self.forwards = canvas, cache, 0
+        self.suffix: int | None = None
+
+    def kept(self) -> torch.Tensor | None:
+        """bool [batch, L] on the CPU, slots that are left where others are pruned; None = all are."""
+        if self.suffix is None:
+            return None
+        slots = torch.arange(self.canvas.length)[None]
+        near = slots < (self.canvas.block_start(self.canvas.active_cpu + 1) + self.suffix)[:, None]
+        kept = near | (slots == self.canvas.length - 1) | self.canvas.given.cpu()
+        return None if bool(kept.all()) else kept
+
+    def near(self, high: torch.Tensor) -> torch.Tensor:
+        """`high` int64 [batch], the end of a logit window, cut where slots are pruned behind it."""
+        if self.suffix is None:
+            return high
+        end = self.canvas.block_start(self.canvas.active_cpu + 1) + self.suffix
+        return torch.minimum(high, end.to(high.device))
 
     @abstractmethod
     def logit_window(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,6 +66,14 @@ class Run(ABC):
 
     def after(self, committed: torch.Tensor) -> None:  # noqa: B027 - most policies read progress from the canvas
         """The forward is done and slots `committed` bool [batch, L] hold a token since."""
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Keeps rows int64 [kept] (CPU) of the batch; the canvas still has all of them."""
+        for name in self.per_row:
+            held = getattr(self, name)
+            setattr(self, name, held[rows.to(held.device)])
+        if self.cache is not None:
+            self.cache.take_rows(rows, self.canvas.batch)
 
 
 class WindowRun(Run):
@@ -63,12 +92,13 @@ class WindowRun(Run):
         """The window's slots, from one later on in a shifted model; on the canvas's device."""
         # Row j predicts slot j + shift: the first computed row of a shifted model says nothing of its own slot.
         low, high = self.window()
+        high = self.near(high)
         return (low + self.canvas.shift).to(self.canvas.ids.device), high.to(self.canvas.ids.device)
 
     def plan(self, wanted: torch.Tensor) -> Plan:
         """Computes the window, whatever is `wanted`: those slots were chosen inside it."""
         # The forward is counted after the window was read: intervals count from 0.
-        plan = window_plan(self.canvas, *self.window())
+        plan = window_plan(self.canvas, *self.window(), self.kept())
         self.forwards += 1
         return plan
 
@@ -78,6 +108,11 @@ class Policy(ABC):
     """Base of every policy's configuration."""
 
     name: ClassVar[str] = ""
+
+    @property
+    def still(self) -> bool:
+        """Whether, from a block's second forward on, a forward changes nothing that another one in the block reads."""
+        return False
 
     @abstractmethod
     def begin(self, canvas: Canvas, model: Any) -> Run:

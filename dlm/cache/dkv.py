@@ -47,6 +47,8 @@ class DKVCache(Policy):
 
 
 class _Run(Run):
+    per_row = ("block", "step", "recent")
+
     def __init__(self, canvas: Canvas, policy: DKVCache) -> None:
         super().__init__(canvas, SlotCache(canvas.length))
         self.policy = policy
@@ -57,7 +59,7 @@ class _Run(Run):
     def logit_window(self) -> tuple[torch.Tensor, torch.Tensor]:
         """From the active block to the end of the canvas: the masks of both lie among the queries."""
         first = self.canvas.block_start(self.canvas.active)
-        return first, torch.full_like(first, self.canvas.length)
+        return first, self.near(torch.full_like(first, self.canvas.length))
 
     def plan(self, wanted: torch.Tensor) -> Plan:
         """The whole canvas at refreshes; else each row's masks and what its last forward committed."""
@@ -72,11 +74,11 @@ class _Run(Run):
         whole = self.step <= 1
         if self.policy.refresh is not None:
             whole = whole | (self.step % self.policy.refresh == 0)
-        if bool(whole[self.canvas.unfinished].all()):
+        if bool(whole.all()):
             low = torch.zeros_like(active)
-            return window_plan(self.canvas, low, torch.full_like(low, self.canvas.length))
+            return window_plan(self.canvas, low, torch.full_like(low, self.canvas.length), self.kept())
         # A row that is due computes all its slots, the others only theirs: `|` with True selects every slot.
-        return index_plan(self.canvas, self._queries() | whole.to(self.recent.device)[:, None])
+        return index_plan(self.canvas, self._queries() | whole.to(self.recent.device)[:, None], self.kept())
 
     def after(self, committed: torch.Tensor) -> None:
         """Keeps what was committed: those slots are computed once more as tokens."""

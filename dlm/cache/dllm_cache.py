@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from dlm.cache.base import Policy, Run, check_interval, register
-from dlm.cache.plan import Plan
-from dlm.cache.slots import SlotCache, SlotLayer
+from dlm.cache.plan import Packing, Plan
+from dlm.cache.slots import SlotCache, SlotLayer, by_rows
 from dlm.canvas import Canvas
 from dlm.models.attention import full_attention
 
@@ -66,19 +66,17 @@ class _Run(Run):
 
     def plan(self, wanted: torch.Tensor) -> Plan:
         """Says which part is due; all rows go in, and the layers choose the drifting ones themselves."""
-        canvas, policy = self.canvas, self.policy
-        self.cache.prompt_due = self.forwards % policy.prompt_interval == 0
-        self.cache.response_due = self.forwards % policy.gen_interval == 0
+        canvas, policy, cache = self.canvas, self.policy, self.cache
+        cache.prompt_due = self.forwards % policy.prompt_interval == 0
+        cache.response_due = self.forwards % policy.gen_interval == 0
         self.forwards += 1
-        alive = canvas.unfinished
-        prompt = (canvas.prompt - canvas.real_start_cpu)[alive] if self.cache.prompt_due else torch.zeros(1)
+        prompt = int((canvas.prompt - canvas.real_start_cpu).clamp(min=0).sum()) if cache.prompt_due else 0
         response = canvas.length - canvas.prompt
         # Nothing of the response is due: `drifting` of its rows per layer, the share rho of the paper.
-        each = response if self.cache.response_due else self.cache.drifting
-        rows = int(alive.sum())
+        each = response if cache.response_due else cache.drifting
         # To find the rows that drifted, the values of all response rows are projected (the paper's V-verify).
-        values = 0 if self.cache.response_due else rows * response
-        return Plan(slice(0, canvas.length), canvas.valid, int(prompt.sum()) + rows * each, values)
+        values = 0 if cache.response_due else canvas.batch * response
+        return Plan(slice(0, canvas.length), canvas.valid, prompt + canvas.batch * each, values)
 
 
 class BranchLayer(SlotLayer):
@@ -90,27 +88,28 @@ class BranchLayer(SlotLayer):
         self.f: torch.Tensor | None = None
 
     def drive(
-        self, layer: Any, hidden: torch.Tensor, rows: torch.Tensor | None, rope: tuple, mask: torch.Tensor | None
+        self, layer: Any, hidden: torch.Tensor, rows: Packing | None, rope: tuple, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """The model's layer over hidden [batch, L, width], where only `rows` int64 [batch, r] are computed; None = all.
+        """The model's layer over hidden [batch, L, width], where only `rows` are computed; None = all.
 
         The values of the whole response must be in `self.v` already, see `drifted`.
         """
-        if rows is not None and rows.shape[1] == 0:
+        if rows is not None and len(rows) == 0:
             # Both branches as they were kept; only the residual stream is today's.
             return hidden + self.a + self.f
-        normed = layer.input_norm(_rows(hidden, rows))
-        query, key = layer.qk(normed, tuple(_rows(table.expand(len(hidden), -1, -1), rows) for table in rope))
-        value = layer.v(normed)
+        normed = layer.input_norm(hidden if rows is None else rows.take(hidden))
+        if rows is not None:
+            rope = tuple(rows.take(table.expand(len(hidden), -1, -1)) for table in rope)
+        query, key = layer.qk(normed, rope)
         # Before attention: the chosen queries must see their own new keys.
-        self._put(rows, key, value)
-        # q is the number of chosen rows, keys are those of all L slots.
-        branch = full_attention(query, self.k, self.v, layer.scaling, mask)
+        self._put(rows, key, layer.v(normed), hidden)
+        # The chosen queries, and the keys of all L slots.
+        branch = by_rows(rows, query, lambda q: full_attention(q, self.k, self.v, layer.scaling, mask))
         branch = layer.to_out(branch.transpose(1, 2).flatten(2))
-        self.a = branch if rows is None else _put_rows(self.a, rows, branch)
+        self.a = branch if rows is None else rows.put(self.a, branch)
         hidden = hidden + self.a
-        branch = layer.ffn(_rows(hidden, rows))
-        self.f = branch if rows is None else _put_rows(self.f, rows, branch)
+        branch = layer.ffn(hidden if rows is None else rows.take(hidden))
+        self.f = branch if rows is None else rows.put(self.f, branch)
         return hidden + self.f
 
     def drifted(self, values: torch.Tensor, start: int, count: int) -> torch.Tensor:
@@ -126,13 +125,22 @@ class BranchLayer(SlotLayer):
         """Keys, values and what the two branches gave."""
         return super().tensors() + [x for x in (self.a, self.f) if x is not None]
 
-    def _put(self, rows: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> None:
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Keeps rows int64 [kept] of the batch."""
+        super().take_rows(rows)
+        self.a, self.f = self.a[rows], self.f[rows]
+
+    def _put(self, rows: Packing | None, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor) -> None:
         if rows is None:
             self.k, self.v = key, value
             return
-        index = rows[:, None, :, None].expand_as(key)
-        self.k.scatter_(2, index, key)
-        self.v.scatter_(2, index, value)
+        if self.k is None:
+            # The first forward of a padded batch: what is padding stays zero and is never seen.
+            shape = (len(hidden), key.shape[1], hidden.shape[1], key.shape[3])
+            self.k, self.v = key.new_zeros(shape), key.new_zeros(shape)
+            self.a = self.f = torch.zeros_like(hidden)
+        rows.store(self.k, key)
+        rows.store(self.v, value)
 
 
 class LayerCache(SlotCache):
@@ -148,32 +156,41 @@ class LayerCache(SlotCache):
 
     def __init__(self, canvas: Canvas, policy: DLLMCache) -> None:
         super().__init__(canvas.length)
-        self.prompt = canvas.prompt
+        self.canvas, self.prompt = canvas, canvas.prompt
         self.drifting = int(policy.ratio * (canvas.length - canvas.prompt))
         self.prompt_due = self.response_due = True
+        self._parts: dict[tuple, Packing] = {}
 
     def drive(self, layer: Any, hidden: torch.Tensor, rope: tuple, mask: torch.Tensor | None) -> torch.Tensor:
         """The model's `layer` over hidden states [batch, L, width]; called by the layer's own forward."""
         if layer.layer_idx == 0:
-            return BranchLayer(self).drive(layer, hidden, None, rope, mask)  # computed in full each time: nothing kept
+            # Computed in full each time: nothing is kept.
+            return BranchLayer(self).drive(layer, hidden, self._part(hidden, True, True), rope, mask)
         store = self.layer(layer.layer_idx - 1)
-        if self.prompt_due and self.response_due:
-            return store.drive(layer, hidden, None, rope, mask)
-        slots = torch.arange(self.length, device=hidden.device).expand(len(hidden), -1)
-        rows = slots[:, self.prompt :]
-        if not self.response_due:
-            values = layer.v(layer.input_norm(hidden[:, self.prompt :]))
-            rows = store.drifted(values, self.prompt, self.drifting)
-        # Ascending, prompt first: the response's rows may come in any order, since each is written by its index.
+        if self.response_due:
+            return store.drive(layer, hidden, self._part(hidden, self.prompt_due, True), rope, mask)
+        values = layer.v(layer.input_norm(hidden[:, self.prompt :]))
+        rows = Packing.table(store.drifted(values, self.prompt, self.drifting))
         if self.prompt_due:
-            rows = torch.cat([slots[:, : self.prompt], rows], 1)
+            rows = self._part(hidden, True, False).joined(rows)
         return store.drive(layer, hidden, rows, rope, mask)
 
+    def _part(self, hidden: torch.Tensor, prompt: bool, response: bool) -> Packing | None:
+        """The real slots of prompt, response or both, None for all of an unpadded canvas; made once for a batch."""
+        if prompt and response and self.canvas.valid is None:
+            return None
+        key = (prompt, response)
+        if key not in self._parts:
+            shape = (self.canvas.batch, self.length)
+            wanted = torch.ones(shape, dtype=torch.bool, device=hidden.device)
+            wanted[:, : self.prompt] &= prompt
+            wanted[:, self.prompt :] &= response
+            if prompt and self.canvas.valid is not None:
+                wanted &= self.canvas.valid
+            self._parts[key] = Packing.of(wanted).repeated(len(hidden) // self.canvas.batch)
+        return self._parts[key]
 
-def _rows(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """Rows int64 [batch, r] of x [batch, L, width]; all of them for None."""
-    return x if rows is None else x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
-
-
-def _put_rows(x: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    return x.scatter(1, rows[..., None].expand_as(new), new)
+    def take_rows(self, rows: torch.Tensor, batch: int) -> None:
+        """Keeps rows int64 [kept] of a canvas of `batch` rows."""
+        super().take_rows(rows, batch)
+        self._parts.clear()

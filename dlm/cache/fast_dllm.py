@@ -44,6 +44,11 @@ class _FastDLLM(Policy):
             raise ValueError(f"shift_mode={self.shift_mode!r}: use 'careful' or 'commit_first'")
         check_interval("refresh", self.refresh)
 
+    @property
+    def still(self) -> bool:
+        """Without refreshes in the middle of a block."""
+        return self.refresh is None
+
     def begin(self, canvas: Canvas, model: Any) -> Run:
         """A run in which no block has been computed yet."""
         return _Run(canvas, self)
@@ -64,6 +69,8 @@ class DualCache(_FastDLLM):
 
 
 class _Run(WindowRun):
+    per_row = ("primed",)
+
     def __init__(self, canvas: Canvas, policy: _FastDLLM) -> None:
         super().__init__(canvas, SlotCache(canvas.length))
         self.policy = policy
@@ -98,7 +105,7 @@ class _Run(WindowRun):
         if not self.canvas.shift or self.early:
             return None
         active = self.canvas.active_cpu
-        starting = (self.primed != active) & self.canvas.unfinished
+        starting = self.primed != active
         first = self.canvas.block_start(active).masked_fill(~starting, -1).to(self.canvas.ids.device)
         # A rule that crosses blocks (guided) may have written the slot in the forward before.
         held = self.canvas.ids.gather(1, first.clamp(min=0)[:, None])[:, 0]

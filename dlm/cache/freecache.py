@@ -59,12 +59,19 @@ class FreeCache(Policy):
         own = f"{self.name}({','.join(given)})" if given else self.name
         return f"{own}+{self.method.expression}" if self.method is not None else own
 
+    @property
+    def still(self) -> bool:
+        """Without refreshes, and with frozen slots in place."""
+        return self.refresh is None and self.method is None
+
     def begin(self, canvas: Canvas, model: Any) -> Run:
         """A run in which nothing is frozen; `model` tells a method its layers."""
         return _Run(canvas, self, model)
 
 
 class _Run(WindowRun):
+    per_row = ("before",)
+
     def __init__(self, canvas: Canvas, policy: FreeCache, model: Any) -> None:
         cache = SlotCache(canvas.length) if policy.method is None else FrozenCache(canvas, model, policy.method)
         super().__init__(canvas, cache)

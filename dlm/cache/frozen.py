@@ -80,16 +80,29 @@ class FrozenCache(SlotCache):
 
     def freeze(self, low: torch.Tensor) -> None:
         """Slots before `low` int64 [batch] (CPU) leave the live buffers in the forward that comes."""
-        alive = self.canvas.unfinished
-        stop = torch.where(alive, low, self.frozen)
+        stop = torch.maximum(low, self.frozen)
         self.move = Move(self, self.frozen, stop) if bool((stop > self.frozen).any()) else None
         if self.move is not None:
-            self.frozen, self.base = stop, int(stop[alive].min())
-            self.visible = None
-            if self.canvas.valid is not None or bool((stop != self.base).any()):
-                slots = torch.arange(self.base, self.length)[None]
-                visible = slots >= torch.maximum(stop, self.canvas.real_start_cpu)[:, None]
-                self.visible = visible.to(self.canvas.ids.device)
+            self.frozen, self.base = stop, int(stop.min())
+            self._see()
+
+    def _see(self) -> None:
+        self.visible = None
+        if self.canvas.valid is not None or bool((self.frozen != self.base).any()):
+            slots = torch.arange(self.base, self.length)[None]
+            visible = slots >= torch.maximum(self.frozen, self.canvas.real_start_cpu)[:, None]
+            self.visible = visible.to(self.canvas.ids.device)
+
+    def take_rows(self, rows: torch.Tensor, batch: int) -> None:
+        """Keeps rows int64 [kept] of a canvas of `batch` rows, the store's too."""
+        super().take_rows(rows, batch)
+        for layer in self.store.layers:
+            if layer.seen:
+                halves = len(layer.real_seen) // batch
+                layer.batch_select_indices(torch.cat([rows + half * batch for half in range(halves)]))
+        self.frozen = self.frozen[rows]
+        if self.visible is not None:
+            self.visible = self.visible[rows.to(self.visible.device)]
 
     def kv_bytes(self) -> int:
         """Bytes of the canvas's slots and of what the method keeps."""
@@ -113,7 +126,7 @@ class Move:
         device = canvas.ids.device
         self.columns = (slots - cache.base).clamp(min=0).to(device)
         self.positions = positions.to(device=device, dtype=torch.int32)
-        self.drop = int(stop[canvas.unfinished].min()) - cache.base
+        self.drop = int(stop.min()) - cache.base
 
 
 class FrozenLayer(SlotLayer):
@@ -126,16 +139,21 @@ class FrozenLayer(SlotLayer):
     def step(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """As `SlotLayer.step`; `mask` is not read: the cache knows which of its live slots are real."""
-        cache = self.cache
+        """As `SlotLayer.step`; which live slots are real the cache knows, `mask` only adds those that are pruned."""
+        cache, packing = self.cache, self.cache.plan.packing
+        spread = q if packing is None else packing.spread(q)
         if cache.move is not None:
-            self._hand_over(cache.move, q[:, :, : cache.canvas.block_length], scale)
+            self._hand_over(cache.move, spread[:, :, : cache.canvas.block_length], scale)
         self.write(k, v, cache.plan)
-        visible = None if cache.visible is None else _repeat(cache.visible, len(q))
-        parts = [decode_attention(q, self.k, self.v, scale=scale, valid=visible)]
+        visible = None if cache.visible is None else _repeat(cache.visible, len(spread))
+        if mask is not None:
+            live = mask[:, cache.base :].bool()
+            visible = live if visible is None else visible & live
+        parts = [decode_attention(spread, self.k, self.v, scale=scale, valid=visible)]
         if self.store.seen:
-            parts += [segment.attend(q, scale) for segment in self.store.segments]
-        return parts[0][0] if len(parts) == 1 else merge([p[0] for p in parts], [p[1] for p in parts])[0]
+            parts += [segment.attend(spread, scale) for segment in self.store.segments]
+        out = parts[0][0] if len(parts) == 1 else merge([p[0] for p in parts], [p[1] for p in parts])[0]
+        return out if packing is None else packing.gather(out)
 
     def _hand_over(self, move: Move, observers: torch.Tensor, scale: float) -> None:
         index = _repeat(move.columns, len(self.k))[:, None, :, None]

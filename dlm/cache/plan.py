@@ -1,84 +1,177 @@
 """The plan of one forward: which slots of the canvas are its queries, and where their logits stand in its output.
 
+A plan has one of two forms. Where all rows compute the same slots it is a slice, and the model gets [batch, q]. Where
+they differ (other windows, prompts of other lengths) it is packed: the queries of all rows stand behind one another in
+a single row [1, T], so that neither padding nor filler is ever computed. Only attention sees rows again.
+
 Cache policies make plans, the loop and the stored slots read them; nothing of either is known here.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from dlm.canvas import Canvas
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Entries of a [batch, L] table, row after row in one line of T.
+
+    Attributes:
+        rows, slots: int64 [T], where each entry stands in the table; slots of a row ascend.
+        columns: int64 [T], the number of each entry within its row.
+        grid: int64 [batch, width], the entries by row; a short row repeats its last one.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    columns: torch.Tensor
+    grid: torch.Tensor
+
+    @classmethod
+    def of(cls, wanted: torch.Tensor, device: torch.device | None = None) -> Packing:
+        """The entries that `wanted` bool [batch, L] names; at least one. On `device`, or where `wanted` is."""
+        counts = wanted.sum(1)
+        rows, slots = wanted.nonzero(as_tuple=True)
+        starts = counts.cumsum(0) - counts
+        columns = torch.arange(len(rows), device=wanted.device) - starts[rows]
+        within = torch.arange(int(counts.max()), device=wanted.device)[None]
+        # A row without entries points at any: nobody reads what is computed for it.
+        grid = (starts[:, None] + torch.minimum(within, counts[:, None] - 1)).clamp(min=0, max=len(rows) - 1)
+        return cls(*(x.to(device or wanted.device) for x in (rows, slots, columns, grid)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def table(cls, slots: torch.Tensor) -> Packing:
+        """The same number of slots in every row, int64 [batch, n] in any order."""
+        batch, width = slots.shape
+        rows, columns = (x.flatten() for x in torch.meshgrid(
+            torch.arange(batch, device=slots.device), torch.arange(width, device=slots.device), indexing="ij"
+        ))  # fmt: skip
+        return cls(rows, slots.flatten(), columns, torch.arange(batch * width, device=slots.device).view(batch, width))
+
+    def joined(self, other: Packing) -> Packing:
+        """The entries of both, which share none, behind one another in every row."""
+        return Packing(
+            torch.cat([self.rows, other.rows]), torch.cat([self.slots, other.slots]),
+            torch.cat([self.columns, other.columns + self.grid.shape[1]]),
+            torch.cat([self.grid, other.grid + len(self)], 1),
+        )  # fmt: skip
+
+    def repeated(self, times: int) -> Packing:
+        """The same entries in `times` batches, one behind the other."""
+        batch, number = len(self.grid), torch.arange(times, device=self.rows.device)
+        return Packing(
+            self.rows.repeat(times) + number.repeat_interleave(len(self)) * batch,
+            self.slots.repeat(times),
+            self.columns.repeat(times),
+            self.grid.repeat(times, 1) + number.repeat_interleave(batch)[:, None] * len(self),
+        )
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """The entries of x [batch, L, ..]: [1, T, ..]."""
+        return x[self.rows, self.slots][None]
+
+    def put(self, x: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """A copy of x [batch, L, ..] with `new` [1, T, ..] at the entries."""
+        return x.index_put((self.rows, self.slots), new[0])
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """Heads of a packed row, [1, heads, T, d], by rows: [batch, heads, width, d]."""
+        return x[0][:, self.grid].transpose(0, 1)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The way back from `spread`: [1, heads, T, d]."""
+        return x[self.rows, :, self.columns].transpose(0, 1)[None]
+
+    def store(self, table: torch.Tensor, x: torch.Tensor, base: int = 0) -> None:
+        """Writes x [1, heads, T, d] into table [batch, heads, L - base, d], whose first slot is `base`, in place."""
+        table[self.rows, :, self.slots - base] = x[0].transpose(0, 1)
+
+
 class Plan:
     """The queries of one forward.
 
     Attributes:
-        queries: slots computed anew: a slice if all rows share it, else int64 [batch, q], ascending, -1 = filler.
+        queries: slots computed anew: a slice that all rows share, or what each row has, packed.
         visible: bool [batch, n], slots that may be attended; None = all.
-        tokens: queries of unfinished rows, padding and filler left out: what the rows would cost if run alone.
+        tokens: rows that the layers compute, where they are not the queries (only dLLM-Cache); else None.
         value_tokens: rows whose values are projected besides (only dLLM-Cache).
+        nodes: canvases of each row that this forward verifies, one behind the other; see `dlm.nodes`.
     """
 
     def __init__(
-        self, queries: slice | torch.Tensor, visible: torch.Tensor | None, tokens: int, value_tokens: int = 0
+        self,
+        queries: slice | Packing,
+        visible: torch.Tensor | None,
+        tokens: int | None = None,
+        value_tokens: int = 0,
+        nodes: int = 1,
     ) -> None:
         self.queries, self.visible, self.tokens, self.value_tokens = queries, visible, tokens, value_tokens
-        self._slots: torch.Tensor | None = None
-        if not isinstance(queries, slice):
-            # A filler repeats its row's last query: it computes and writes the same values once more, so nothing
-            # has to be masked. A row without queries is finished; its last slot may be rewritten freely.
-            self._slots = torch.where(queries < 0, queries.amax(1, keepdim=True), queries).clamp(min=0)
+        self.nodes = nodes
 
     @property
-    def slots(self) -> torch.Tensor | None:
-        """int64 [batch, q], `queries` with each filler replaced by a query of its row; None for a slice."""
-        return self._slots
+    def packing(self) -> Packing | None:
+        """The queries where they are packed."""
+        return None if isinstance(self.queries, slice) else self.queries
 
     def pick(self, x: torch.Tensor) -> torch.Tensor:
-        """The queries' entries of x [batch, L]: [batch, q]."""
-        return x[:, self.queries] if self._slots is None else x.gather(1, self._slots)
+        """The queries' entries of x [batch, L]: [batch, q], or [1, T] packed."""
+        return x[:, self.queries] if isinstance(self.queries, slice) else self.queries.take(x)
 
-    def rows(self, slots: torch.Tensor) -> torch.Tensor:
-        """Where slots int64 [batch, r] stand among the queries; any index for a slot that is negative."""
-        if self._slots is None:
+    def rows(self, slots: torch.Tensor, length: int) -> torch.Tensor:
+        """Where slots int64 [batch, r] of a canvas of `length` stand among the queries, in the model's form: [batch, r]
+        or [1, batch * r]; any index for a slot that is negative or no query."""
+        if isinstance(self.queries, slice):
             return (slots - self.queries.start).clamp(min=0)
-        # Queries ascend and fillers repeat the largest, so the row is sorted and the first match is a true query.
-        found = torch.searchsorted(self._slots, slots.contiguous())
-        return found.clamp(max=self._slots.shape[1] - 1)
+        place = slots.new_zeros(len(slots), length)
+        place[self.queries.rows, self.queries.slots] = torch.arange(len(self.queries), device=slots.device)
+        return place.gather(1, slots.clamp(min=0)).view(1, -1)
 
-    def doubled(self) -> Plan:
-        """The same plan for a batch in which every row stands twice (classifier-free guidance)."""
-        queries = self.queries if self._slots is None else self.queries.repeat(2, 1)
-        visible = None if self.visible is None else self.visible.repeat(2, 1)
-        return Plan(queries, visible, 2 * self.tokens, 2 * self.value_tokens)
+    def wanted(self, batch: int, length: int, device: torch.device) -> torch.Tensor:
+        """The queries as bool [batch, length]."""
+        table = torch.zeros(batch, length, dtype=torch.bool, device=device)
+        if isinstance(self.queries, slice):
+            table[:, self.queries] = True
+        else:
+            table[self.queries.rows, self.queries.slots] = True
+        return table
 
-
-def window_plan(canvas: Canvas, low: torch.Tensor, high: torch.Tensor) -> Plan:
-    """A plan of one contiguous window [low, high) per row; int64 [batch] on the CPU. Finished rows may be ignored."""
-    alive = canvas.unfinished
-    real = canvas.real_start_cpu
-    first = torch.maximum(low, real)
-    tokens = int((high - first)[alive].sum())
-    # The common case, all rows in the same block: a slice costs neither an index tensor nor a gather.
-    if bool((low == low[alive][0])[alive].all() & (high == high[alive][0])[alive].all()):
-        # Padding inside a shared window is computed and never seen.
-        start = max(int(low[alive][0]), int(real.min()))
-        return Plan(slice(start, int(high[alive][0])), canvas.valid, tokens)
-    # A finished row gets the window [L - 1, L): one query that nobody reads, the least that a batch allows.
-    first, high = first.masked_fill(~alive, canvas.length - 1), high.masked_fill(~alive, canvas.length)
-    queries = first[:, None] + torch.arange(int((high - first).max()))
-    queries = queries.masked_fill(queries >= high[:, None], -1)
-    return Plan(queries.to(canvas.ids.device), canvas.valid, tokens)
+    def repeated(self, times: int) -> Plan:
+        """The same plan for `times` batches, one behind the other (classifier-free guidance)."""
+        queries = self.queries if self.packing is None else self.packing.repeated(times)
+        visible = None if self.visible is None else self.visible.repeat(times, 1)
+        return Plan(queries, visible, None if self.tokens is None else times * self.tokens, times * self.value_tokens)
 
 
-def index_plan(canvas: Canvas, queries: torch.Tensor) -> Plan:
-    """A plan of any slots, bool [batch, L]; padding and finished rows are left out."""
-    alive = canvas.unfinished.to(queries.device)
-    queries = queries & alive[:, None]
-    if canvas.valid is not None:
-        queries = queries & canvas.valid
-    counts = queries.sum(1).cpu()
-    # A stable sort of the negated flags puts each row's queries first and leaves them ascending, as `rows` needs.
-    order = (~queries).int().sort(dim=1, stable=True).indices[:, : int(counts.max())]
-    return Plan(order.masked_fill(~queries.gather(1, order), -1), canvas.valid, int(counts.sum()))
+def window_plan(canvas: Canvas, low: torch.Tensor, high: torch.Tensor, kept: torch.Tensor | None = None) -> Plan:
+    """A plan of one contiguous window [low, high) per row; int64 [batch] on the CPU.
+
+    Args:
+        kept: bool [batch, L] on the CPU, slots that are left where others are pruned (neither computed nor seen).
+    """
+    device, first = canvas.ids.device, torch.maximum(low, canvas.real_start_cpu)
+    if kept is None:
+        # The common case, all rows in the same block: a slice costs neither an index tensor nor a gather.
+        if bool((first == first[0]).all() & (high == high[0]).all()):
+            return Plan(slice(int(first[0]), int(high[0])), canvas.valid)
+        kept = torch.ones(canvas.batch, canvas.length, dtype=torch.bool)
+        visible = canvas.valid
+    else:
+        visible = kept.to(device) if canvas.valid is None else canvas.valid & kept.to(device)
+    slots = torch.arange(canvas.length)[None]
+    return Plan(Packing.of(kept & (slots >= first[:, None]) & (slots < high[:, None]), device), visible)
+
+
+def index_plan(canvas: Canvas, queries: torch.Tensor, kept: torch.Tensor | None = None) -> Plan:
+    """A plan of any slots, bool [batch, L] on the canvas's device; padding is left out. `kept` as in `window_plan`."""
+    visible = canvas.valid
+    if kept is not None:
+        visible = kept.to(queries.device) if visible is None else visible & kept.to(queries.device)
+    return Plan(Packing.of(queries if visible is None else queries & visible), visible)

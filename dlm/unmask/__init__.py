@@ -2,6 +2,7 @@
 
 "confidence", "random" (LLaDA), "origin", "maskgit_plus", "topk_margin", "entropy(compat=True)" (Dream),
 "threshold(0.9)", "factor(1.0)" (Fast-dLLM), "entropy_bound(0.1)" (diffusers), "hierarchical(0.9, low=0.4)" (dInfer),
+"klass(0.9, 0.01)" (KLASS), "ssd(4)" (the tokens of "confidence" in fewer forwards),
 "guided('topk', k=2)" (a causal model says how far a draft may be kept).
 """
 
@@ -16,11 +17,15 @@ from dlm.unmask.confidence import Confidence, Random
 from dlm.unmask.dream import Entropy, MaskGitPlus, Origin, TopKMargin
 from dlm.unmask.guided import Guided
 from dlm.unmask.guider import Guider
+from dlm.unmask.klass import KLASS
 from dlm.unmask.parallel import EntropyBound, Factor, Hierarchical, Threshold
 from dlm.unmask.sampling import Sampling
+from dlm.unmask.ssd import SSD
 from textkv.expression import parse_call, split_parts
 
 __all__ = [
+    "KLASS",
+    "SSD",
     "Choice",
     "Confidence",
     "Entropy",

@@ -13,6 +13,7 @@ models agree to stop whatever token each of them has for it; the authors' code m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -61,8 +62,8 @@ class Acceptance:
         if self.k is not None and (isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1):
             raise ValueError(f"k={self.k!r} is no number of tokens >= 1; {self.rule} has {takes['k']} by default")
 
-    def __call__(self, seen: DraftScores, generator: torch.Generator | None) -> torch.Tensor:
-        """bool [n]: which drafts to accept."""
+    def __call__(self, seen: DraftScores, uniform: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """bool [n]: which drafts to accept; `uniform` draws a number in [0, 1) for each."""
         if self.rule == "exact":
             return seen.known & (seen.found.token == seen.drafts)
         if self.rule == "topk":
@@ -76,8 +77,7 @@ class Acceptance:
             near = (seen.rank < self.k) | (seen.probability > self.tau) | (seen.ahead < self.mass)
             return seen.known & near
         # Speculative sampling's first half: no token is drawn again from the residual, the draft model's own stays.
-        chance = torch.rand(seen.rank.shape, generator=generator, device=seen.rank.device)
-        return seen.known & (chance < seen.probability)
+        return seen.known & (uniform() < seen.probability)
 
 
 class DraftScores:

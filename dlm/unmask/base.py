@@ -14,6 +14,7 @@ import torch
 
 from dlm.canvas import Canvas
 from dlm.models.decoding_spec import DecodingSpec
+from dlm.unmask.noise import Generators, Noise
 from dlm.unmask.sampling import Sampler, Sampling
 from textkv.registry import Registry
 
@@ -43,6 +44,15 @@ class Choice:
 class Unmasker(ABC):
     """One generation under a rule."""
 
+    per_row: ClassVar[tuple[str, ...]] = ()
+    """Attributes that are tensors [batch, ..]: rows of a batch leave them when they are finished."""
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Keeps rows int64 [kept] (CPU) of the batch."""
+        for name in self.per_row:
+            held = getattr(self, name)
+            setattr(self, name, held[rows.to(held.device)])
+
     @abstractmethod
     def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
         """Masked slots whose logits are wanted of the next forward: int64 [batch, r], ascending, -1 = none."""
@@ -55,6 +65,20 @@ class Unmasker(ABC):
             logits: [batch, r, V] of the candidates: row i predicts slot slots[:, i]. What stands at -1 is not read.
             slots: int64 [batch, r], what `candidates` gave, or some of it with the others replaced by -1.
         """
+
+    def drafts(self, canvas: Canvas) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Guesses of what the coming forwards will commit, to be verified by one: slots and tokens, int64 [batch, n] in
+        their order, -1 = none. None = this rule does not guess; `choose` is asked then, and else `verify`."""
+        return None
+
+    def verify(self, logits: torch.Tensor, slots: torch.Tensor, nodes: Any) -> tuple[Choice, torch.Tensor]:
+        """What to write, and int64 [batch], the last node of each row that was right.
+
+        Args:
+            logits: [batch, nodes, r, V] of the candidates `slots` int64 [batch, r] on every node.
+            nodes: `dlm.nodes.Nodes`, the canvases and which of them were computed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives drafts and does not verify them")
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -89,30 +113,31 @@ class Rule(ABC):
             if _LIMITS in f.metadata:
                 check_number(f.name, getattr(self, f.name), *f.metadata[_LIMITS])
 
+    def check(self, config: Any, policy: Any, hooked: bool) -> None:  # noqa: B027 - most rules go with everything
+        """Raises ValueError if the rule cannot go with a `DecodingConfig` or a cache policy.
+
+        Args:
+            hooked: whether the logits are changed on their way to the rule.
+        """
+
     @abstractmethod
-    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None, steps: int) -> Unmasker:
+    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int) -> Unmasker:
         """Starts a generation.
 
         Args:
-            generator: of all random numbers; None = torch's own.
+            generator: of all random numbers; a list has one for each row; None = torch's own.
             steps: forwards that a rule with a schedule spreads the tokens over, and the most that any block rule needs.
 
         Raises:
             ValueError: fewer steps than blocks, or a generator on another device than the canvas.
         """
 
-    def sampler(self, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None) -> Sampler:
+    def sampler(self, canvas: Canvas, spec: DecodingSpec, generator: Generators) -> Sampler:
         """What draws this rule's tokens."""
-        device = canvas.ids.device
-        # torch.rand fails on a foreign generator only at the first draw, in the middle of a generation.
-        if generator is not None and generator.device.type != device.type:
-            raise ValueError(
-                f"generator is on {generator.device} and the canvas on {device}; build it as "
-                f"torch.Generator({device.type!r})"
-            )
         # The mask first and always: a model may well predict it, and a written mask would never count as written.
         suppressed = (spec.mask_id, *self.suppress, *(spec.eos_ids[:1] if self.logits_eos_inf else ()))
-        return Sampler(self.sampling, tuple(dict.fromkeys(suppressed)), generator, device)
+        noise = Noise(generator, canvas.batch, canvas.ids.device)
+        return Sampler(self.sampling, tuple(dict.fromkeys(suppressed)), noise)
 
     @property
     def expression(self) -> str:

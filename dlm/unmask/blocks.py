@@ -11,6 +11,7 @@ import torch
 from dlm.canvas import Canvas
 from dlm.models.decoding_spec import DecodingSpec
 from dlm.unmask.base import Choice, LogitWindow, Rule, Unmasker
+from dlm.unmask.noise import Generators
 from dlm.unmask.sampling import Draw, Sampler
 from dlm.unmask.schedule import ScheduleStep, UnmaskSchedule
 
@@ -23,6 +24,12 @@ class BlockUnmasker(Unmasker):
     ) -> None:
         self.rule, self.sampler, self.steps, self.excluded = rule, sampler, steps, excluded
         self.schedule = UnmaskSchedule(canvas, steps)
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Keeps rows int64 [kept] (CPU) of the batch."""
+        super().take_rows(rows)
+        self.schedule.take_rows(rows)
+        self.sampler.take_rows(rows)
 
     def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
         """The masks of each row's active block that the next forward can give: int64 [batch, block_length]."""
@@ -38,7 +45,7 @@ class BlockUnmasker(Unmasker):
         """Draws a token for every candidate, scores them, and writes those that the rule accepts."""
         masked = slots >= 0
         # Drawn for all candidates, written for few: confidence is that of the token drawn, so drawing comes first.
-        draw = self.sampler.draw(logits, warped=self.rule.warped, excluded=self.excluded)
+        draw = self.sampler.draw(logits, masked, warped=self.rule.warped, excluded=self.excluded)
         step = self.schedule.step(canvas, masked)
         score = self.rule.score(draw, self.sampler)
         return Choice(draw.tokens, masked & self.rule.accept(score, masked, step, self))
@@ -53,7 +60,7 @@ class BlockRule(Rule):
     unmasker: ClassVar[type[BlockUnmasker]] = BlockUnmasker
     """What `begin` makes."""
 
-    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None, steps: int) -> BlockUnmasker:
+    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int) -> BlockUnmasker:
         """Starts a generation whose `steps` are spread over the blocks."""
         excluded = torch.tensor(self.excluded(spec), device=canvas.ids.device) if self.excluded(spec) else None
         return self.unmasker(self, canvas, self.sampler(canvas, spec, generator), steps, excluded)

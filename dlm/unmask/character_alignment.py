@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -22,7 +23,8 @@ from dlm.canvas import Canvas
 from dlm.models.decoding_spec import DecodingSpec
 from dlm.unmask.accept import Acceptance, DraftScores
 from dlm.unmask.guider import Guider, special_ids
-from dlm.unmask.guider_cache import GuiderCache
+from dlm.unmask.guider_cache import Counted, GuiderCache
+from dlm.unmask.noise import Noise
 
 _TAIL = 8  # tokens before a draft that are decoded with it: what a tokenizer may join across the border
 
@@ -119,13 +121,13 @@ class AlignedVerifier:
 
     def __init__(
         self, guide: Guider, canvas: Canvas, spec: DecodingSpec, accept: Acceptance, chunk: int,
-        generator: torch.Generator | None,
+        noise: Noise,
     ) -> None:  # fmt: skip
-        self.guide, self.accept, self.chunk, self.generator = guide, accept, chunk, generator
+        self.guide, self.accept, self.chunk, self.noise, self.counted = guide, accept, chunk, noise, Counted()
         self.device = canvas.ids.device
         self.aligner = CharacterAligner(guide, spec)
         self.ends = torch.tensor(guide.ends(), dtype=torch.int64, device=self.device)
-        self.caches = [GuiderCache(guide, slice(i, i + 1), self.device) for i in range(canvas.batch)]
+        self.caches = [GuiderCache(guide, slice(i, i + 1), self.device, self.counted) for i in range(canvas.batch)]
         self.prompts = []
         for ids, start in zip(canvas.ids[:, : canvas.prompt].tolist(), canvas.real_start.tolist(), strict=True):
             prompt = self.aligner.align(ids[start:], len(ids)).ids
@@ -181,13 +183,21 @@ class AlignedVerifier:
             tokens = torch.tensor([stream[fed : stop - 1]], device=self.device)
             drafts = torch.tensor(stream[start:stop], device=self.device)
             seen = DraftScores(cache.forward(tokens, None, stop - start)[0], drafts, self.ends)
-            accepted = int(self.accept(seen, self.generator).long().cumprod(0).sum())
+            accepted = int(self.accept(seen, partial(self._uniform, row, stop - start)).long().cumprod(0).sum())
             fed, total = stop - 1, total + accepted
             if accepted < stop - start:
                 break
         # Rejected drafts too: whatever of them turns out to be text next round need not be read again.
         self.held[row] = stream[:fed]
         return total
+
+    def _uniform(self, row: int, count: int) -> torch.Tensor:
+        return self.noise.of_row(row).uniform(torch.ones(1, count, dtype=torch.bool, device=self.device))[0]
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Keeps rows int64 [kept] (CPU) of the batch."""
+        for name in ("caches", "prompts", "held"):
+            setattr(self, name, [getattr(self, name)[row] for row in rows.tolist()])
 
     def _check_length(self, tokens: int) -> None:
         if self.guide.context is not None and tokens > self.guide.context:

@@ -40,5 +40,5 @@ class Random(QuotaRule):
 
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
         """Uniform numbers, fp32 [batch, r]."""
-        # A random score is a random order; it comes from the generation's own generator.
-        return sampler.uniform(draw.tokens.shape)
+        # A random score is a random order.
+        return sampler.uniform()

@@ -52,7 +52,7 @@ class Origin(DreamRule):
 
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
         """Uniform numbers, fp32 [batch, r]: what `accept` compares with the chance."""
-        return sampler.uniform(draw.tokens.shape)
+        return sampler.uniform()
 
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: _Unmasker
@@ -84,7 +84,7 @@ class _Ranked(DreamRule):
         """The best by score, or with alg_temp a draw among them, as many as the schedule says: bool [batch, r]."""
         if self.alg_temp:
             # The largest of score + Gumbel noise are such a draw without replacement.
-            score = score / self.alg_temp + unmasker.sampler.gumbel(score.shape).float()
+            score = score / self.alg_temp + unmasker.sampler.gumbel().float()
         quota = timestep_quota(step, unmasker.shares) if self.compat else even_quota(step)
         return ranks(score, masked) < quota[:, None]
 

@@ -18,6 +18,7 @@ from dlm.unmask.accept import Acceptance
 from dlm.unmask.base import Choice, LogitWindow, Rule, Unmasker, register
 from dlm.unmask.character_alignment import AlignedVerifier
 from dlm.unmask.guider import Guider
+from dlm.unmask.noise import Generators
 from dlm.unmask.sampling import Sampler
 from dlm.unmask.shared_vocabulary import SharedVocabularyVerifier
 
@@ -61,9 +62,7 @@ class Guided(Rule):
         """The acceptance rule with its parameters."""
         return Acceptance(self.accept, self.k, self.ratio, self.tau, self.mass)
 
-    def begin(
-        self, canvas: Canvas, spec: DecodingSpec, generator: torch.Generator | None, steps: int
-    ) -> GuidedUnmasker:
+    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int) -> GuidedUnmasker:
         """Starts a generation in rounds; `steps` plays no part.
 
         Raises:
@@ -72,6 +71,11 @@ class Guided(Rule):
         if self.guide is None:
             raise ValueError("the rule guided needs a guide: a Guider around a causal language model")
         self.guide.check(canvas, spec)
+        if bool((canvas.tail > canvas.prompt).any()):
+            raise ValueError(
+                "the rule guided writes from the left and its guide cannot see text behind a gap; fill gaps with "
+                "another rule, for example confidence"
+            )
         return GuidedUnmasker(self, canvas, spec, self.sampler(canvas, spec, generator))
 
 
@@ -81,8 +85,13 @@ class GuidedUnmasker(Unmasker):
     def __init__(self, rule: Guided, canvas: Canvas, spec: DecodingSpec, sampler: Sampler) -> None:
         self.rule, self.sampler = rule, sampler
         verifier = SharedVocabularyVerifier if rule.guide.shared_vocabulary else AlignedVerifier
-        self.verifier = verifier(rule.guide, canvas, spec, rule.acceptance(), rule.chunk, sampler.generator)
+        self.verifier = verifier(rule.guide, canvas, spec, rule.acceptance(), rule.chunk, sampler.noise)
         self.lengths = torch.zeros(canvas.length + 1, dtype=torch.int64, device=canvas.ids.device)
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Keeps rows int64 [kept] (CPU) of the batch, also of the guider's caches."""
+        self.sampler.take_rows(rows)
+        self.verifier.take_rows(rows)
 
     def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
         """The first masks of each row, at most `window`, as far as they touch the text: int64 [batch, r]."""
@@ -100,7 +109,7 @@ class GuidedUnmasker(Unmasker):
         """A draft for every candidate; written are those before the guider's first refusal, and one at least."""
         self.rule.guide.check_vocabulary(logits.shape[2])  # of a model whose spec does not say it
         masked = slots >= 0
-        drafts = self.sampler.draw(logits).tokens
+        drafts = self.sampler.draw(logits, masked).tokens
         accepted = self.verifier.verify(canvas, drafts, masked)
         # One token in any case: it is the diffusion model's own first choice, and without it a round might write none.
         written = accepted.clamp(min=1).masked_fill(~masked.any(1), 0)
@@ -114,7 +123,7 @@ class GuidedUnmasker(Unmasker):
         row, as {tokens: rounds}."""
         lengths = self.lengths.tolist()
         return {
-            "guider_forwards": sum(cache.forwards for cache in self.verifier.caches),
-            "guider_tokens": sum(cache.tokens for cache in self.verifier.caches),
+            "guider_forwards": self.verifier.counted.forwards,
+            "guider_tokens": self.verifier.counted.tokens,
             "accepted": {n: rounds for n, rounds in enumerate(lengths) if n and rounds},
         }

@@ -8,6 +8,8 @@ row, because a method cannot be told of holes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
@@ -16,21 +18,28 @@ from dlm.unmask.guider import Guider
 from textkv.cache import MethodCache
 
 
+@dataclass
+class Counted:
+    """What the guider computed: its forwards, and the columns fed to it, times rows."""
+
+    forwards: int = 0
+    tokens: int = 0
+
+
 class GuiderCache:
-    """What the guider has read of its rows, and the forwards that read it.
+    """What the guider has read of its rows.
 
     Args:
         rows: the canvas rows that it serves.
+        counted: where its forwards are counted.
 
     Attributes:
         columns: columns held in the cache.
-        forwards: forwards of the guider.
-        tokens: columns fed, times rows.
     """
 
-    def __init__(self, guide: Guider, rows: slice, device: torch.device) -> None:
-        self.guide, self.rows = guide, rows
-        self.columns = self.forwards = self.tokens = 0
+    def __init__(self, guide: Guider, rows: slice, device: torch.device, counted: Counted) -> None:
+        self.guide, self.rows, self.counted = guide, rows, counted
+        self.columns = 0
         self.size = rows.stop - rows.start
         self.real = torch.zeros(self.size, 0, dtype=torch.bool, device=device) if self.size > 1 else None
         self.cache: Cache = DynamicCache()
@@ -60,9 +69,17 @@ class GuiderCache:
             input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=keep, **options
         )
         self.columns += tokens.shape[1]
-        self.forwards += 1
-        self.tokens += tokens.numel()
+        self.counted.forwards += 1
+        self.counted.tokens += tokens.numel()
         return out.logits
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Keeps rows int64 [kept] of those that it serves, which are the canvas's first from now on."""
+        self.rows, self.size = slice(0, len(rows)), len(rows)
+        if self.real is not None:
+            self.real = self.real[rows.to(self.real.device)]
+            if self.columns:
+                self.cache.batch_select_indices(rows.to(self.real.device))
 
     def keep(self, counts: list[int], fed: int) -> None:
         """Of the last `fed` columns each row keeps the first `counts`."""

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from dlm.unmask.noise import Noise
 from textkv.kernels import confidence
 
 
@@ -67,23 +68,31 @@ class Sampler:
 
     Args:
         suppressed: token ids that are never drawn.
-        generator: of the random numbers; None = torch's own.
+        noise: where random numbers come from.
+
+    Attributes:
+        there: bool [batch, r], the candidates of the last draw.
     """
 
-    def __init__(
-        self, sampling: Sampling, suppressed: tuple[int, ...], generator: torch.Generator | None, device: torch.device
-    ) -> None:
-        self.sampling, self.generator = sampling, generator
-        self.suppressed = torch.tensor(suppressed, dtype=torch.int64, device=device)
+    def __init__(self, sampling: Sampling, suppressed: tuple[int, ...], noise: Noise) -> None:
+        self.sampling, self.noise = sampling, noise
+        self.suppressed = torch.tensor(suppressed, dtype=torch.int64, device=noise.device)
+        self.there: torch.Tensor | None = None
 
-    def draw(self, logits: torch.Tensor, *, warped: bool = False, excluded: torch.Tensor | None = None) -> Draw:
+    def draw(
+        self, logits: torch.Tensor, there: torch.Tensor | None = None, *, warped: bool = False,
+        excluded: torch.Tensor | None = None,
+    ) -> Draw:  # fmt: skip
         """One token for each row of logits [batch, r, V].
 
         Args:
+            there: bool [batch, r], which of them are candidates; what is drawn for the others has no meaning. None =
+                all of them.
             warped: measure on the distribution after temperature, top-p and top-k instead of on the logits.
             excluded: int64 [s], ids that may be drawn but count as impossible where probabilities are measured.
         """
         flat, batch = logits.flatten(0, 1), logits.shape[:2]
+        self.there = torch.ones(batch, dtype=torch.bool, device=logits.device) if there is None else there
         # Warping needs a copy of [n, V]; greedy decoding without a warped measure goes by the raw logits.
         random = self.sampling.temperature > 0
         filtered = self.sampling.top_p is not None or self.sampling.top_k is not None
@@ -92,7 +101,8 @@ class Sampler:
         found = confidence(measured, suppress=self.suppressed)
         token, probability = found.token, found.probability
         if random:
-            noisy = (source.to(getattr(torch, self.sampling.noise)) + self.gumbel(source.shape)).argmax(1)
+            noise = self.gumbel(source.shape[1:]).flatten(0, 1)
+            noisy = (source.to(noise.dtype) + noise).argmax(1)
             token = torch.where(found.lse == -torch.inf, token, noisy)  # nothing but -inf: the noise cannot choose
         # Measured again without the excluded tokens: the others' probabilities must sum to 1 without them.
         if excluded is not None:
@@ -122,13 +132,17 @@ class Sampler:
             z.masked_fill_(z < least, -torch.inf)
         return z
 
-    def uniform(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Uniform numbers in [0, 1) on the canvas's device."""
-        return torch.rand(shape, generator=self.generator, dtype=dtype, device=self.suppressed.device)
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Keeps rows int64 [kept] (CPU) of the batch."""
+        self.noise.take_rows(rows)
 
-    def gumbel(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
-        """Gumbel noise; log(0) is kept out at both ends."""
+    def uniform(self) -> torch.Tensor:
+        """A uniform number in [0, 1) for each candidate of the last draw, fp32 [batch, r]."""
+        return self.noise.uniform(self.there)
+
+    def gumbel(self, width: tuple[int, ...] = ()) -> torch.Tensor:
+        """Gumbel noise [batch, r, *width] for the candidates of the last draw; log(0) is kept out at both ends."""
         dtype = getattr(torch, self.sampling.noise)
         edge = torch.finfo(dtype)
         # -log(-log u) with u in (0, 1): clamped away from 0 and 1, where it is infinite.
-        return -(-self.uniform(shape, dtype).clamp_(edge.tiny, 1 - edge.eps).log_()).log_()
+        return -(-self.noise.uniform(self.there, width, dtype).clamp_(edge.tiny, 1 - edge.eps).log_()).log_()

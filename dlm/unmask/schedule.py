@@ -75,6 +75,11 @@ class UnmaskSchedule:
         self.used = self.used + candidates.any(1)
         return step
 
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Keeps rows int64 [kept] of the batch."""
+        rows = rows.to(self.block.device)
+        self.block, self.used = self.block[rows], self.used[rows]
+
 
 def even_quota(step: ScheduleStep) -> torch.Tensor:
     """int64 [batch]: this step's part of an even split of the block's masks over its steps, at least 1 of any masks."""

@@ -8,13 +8,16 @@ goes wrong when several chunks are accepted.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from dlm.canvas import Canvas
 from dlm.models.decoding_spec import DecodingSpec
 from dlm.unmask.accept import Acceptance, DraftScores
 from dlm.unmask.guider import Guider
-from dlm.unmask.guider_cache import GuiderCache
+from dlm.unmask.guider_cache import Counted, GuiderCache
+from dlm.unmask.noise import Noise
 
 
 class SharedVocabularyVerifier:
@@ -26,9 +29,9 @@ class SharedVocabularyVerifier:
 
     def __init__(
         self, guide: Guider, canvas: Canvas, spec: DecodingSpec, accept: Acceptance, chunk: int,
-        generator: torch.Generator | None,
+        noise: Noise,
     ) -> None:  # fmt: skip
-        self.guide, self.accept, self.chunk, self.generator = guide, accept, chunk, generator
+        self.guide, self.accept, self.chunk, self.noise, self.counted = guide, accept, chunk, noise, Counted()
         device = canvas.ids.device
         own, width = guide.ends(), guide.vocabulary
         # Both models' ends: in one vocabulary an end of the diffusion model may be an ordinary token to the guider.
@@ -39,7 +42,7 @@ class SharedVocabularyVerifier:
         # A method evicts by row; DynamicCache holds all rows at once, and one forward serves the whole batch.
         alone = guide.method is not None
         rows = [slice(i, i + 1) for i in range(batch)] if alone else [slice(0, batch)]
-        self.caches = [GuiderCache(guide, r, device) for r in rows]
+        self.caches = [GuiderCache(guide, r, device, self.counted) for r in rows]
         self.have = canvas.real_start.tolist()
         """Per row the first slot that the guider has not read."""
         self.asked: dict[int, tuple[list[int], int]] = {}
@@ -57,6 +60,25 @@ class SharedVocabularyVerifier:
         # What became of the last drafts is known only now: an end of text may have filled slots that the guider read.
         self.settle(canvas)
         return torch.cat([self._verify(cache, canvas, drafts, masked) for cache in self.caches])
+
+    def _uniform(self, cache: GuiderCache, asking: torch.Tensor) -> torch.Tensor:
+        noise = self.noise if len(self.caches) == 1 else self.noise.of_row(cache.rows.start)
+        return noise.uniform(asking).flatten()
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Keeps rows int64 [kept] (CPU) of the batch."""
+        kept = rows.tolist()
+        self.have = [self.have[row] for row in kept]
+        if self.guide.method is None:
+            self.caches[0].take_rows(rows)
+            for cache, (before, fed) in self.asked.items():
+                self.asked[cache] = [before[row] for row in kept], fed
+            return
+        # One cache a row: those that stay are numbered anew.
+        self.caches = [self.caches[row] for row in kept]
+        self.asked = {new: self.asked[old] for new, old in enumerate(kept) if old in self.asked}
+        for row, cache in enumerate(self.caches):
+            cache.rows = slice(row, row + 1)
 
     def settle(self, canvas: Canvas) -> None:
         """Takes back what was read of drafts that did not become text; the caches hold x[:p-1] then."""
@@ -95,7 +117,9 @@ class SharedVocabularyVerifier:
             tokens, there = torch.cat([text, asked[:, part]], 1), torch.cat([real, masked[:, part]], 1)
             logits = cache.forward(tokens, there, part.stop - part.start)
             seen = DraftScores(logits.flatten(0, 1), judged[:, part].flatten(), self.ends)
-            agreed = (self.accept(seen, self.generator).view(cache.size, -1) & masked[:, part]).long().cumprod(1)
+            asking = masked[:, part] & going[:, None]
+            uniform = partial(self._uniform, cache, asking)
+            agreed = (self.accept(seen, uniform).view(cache.size, -1) & masked[:, part]).long().cumprod(1)
             # [batch]: a row whose chunk was not accepted whole reads on beside the others, but counts no more.
             count = count + agreed.sum(1) * going
             going = going & (agreed[:, -1] > 0)

@@ -76,7 +76,7 @@ def test_decode_takes_a_configuration_or_its_fields() -> None:
 def test_columns_are_the_options_with_the_rule_that_is_used() -> None:
     spec = llada().decoding_spec
     columns = DecodingConfig(guided=True).columns(spec)
-    assert set(columns) == set(NAMES) - {"guided"} and columns["unmask"] == "guided"
+    assert set(columns) == set(NAMES) - {"guided", "infill"} and columns["unmask"] == "guided"
     assert DecodingConfig().columns(spec)["unmask"] == "confidence" and spec.eos_ids == (END,)
     rule = resolve_unmask("random")
     assert DecodingConfig(unmask=rule).rule(spec) is rule
@@ -88,20 +88,24 @@ def test_a_command_has_an_argument_for_each_field() -> None:
     add_arguments(parser)
     assert from_arguments(parser.parse_args([])) == DecodingConfig()
     argv = "--gen-length 12 --block-length 6 --steps 4 --cache dual --unmask random --temperature 0.5 --top-p 0.9"
-    argv += " --top-k 5 --cfg 1.5 --eos fill"
+    argv += " --top-k 5 --cfg 1.5 --eos fill --stop END --stop STOP"
     made = from_arguments(parser.parse_args(argv.split()), guided=False)
-    assert made == DecodingConfig(12, 6, 4, "dual", "random", False, 0.5, 0.9, 5, 1.5, "fill")
-    assert {name for name in NAMES if getattr(made, name) == DEFAULTS[name]} == {"guided"}
+    assert made == DecodingConfig(12, 6, 4, "dual", "random", False, 0.5, 0.9, 5, 1.5, "fill", ("END", "STOP"))
+    assert {name for name in NAMES if getattr(made, name) == DEFAULTS[name]} == {"guided", "infill"}
     assert from_arguments(parser.parse_args([]), gen_length=64).gen_length == 64
 
 
 def test_flags_and_help_of_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    for module, missing in ((generate, set()), (decoding, {"--cache", "--unmask", "--top-p", "--top-k", "--cfg"})):
+    for module, missing in (
+        (generate, set()),
+        (decoding, {"--cache", "--unmask", "--top-p", "--top-k", "--cfg", "--stop"}),
+    ):
         with pytest.raises(SystemExit):
             module.parser().parse_args(["--help"])
         said = capsys.readouterr().out
         flags = {
-            "--cfg" if name == "cfg_scale" else f"--{name.replace('_', '-')}" for name in NAMES if name != "guided"
+            "--cfg" if name == "cfg_scale" else f"--{name.replace('_', '-')}"
+            for name in set(NAMES) - {"guided", "infill"}
         }
         assert {flag for flag in flags if f"  {flag} " in said} == flags - missing
         assert not any(mark in said for mark in ("{default}", "{caches}", "{rules}"))
@@ -126,9 +130,9 @@ def test_literal_signatures_of_diffusers_agree() -> None:
     agrees(MaskedDiffusionPipeline.__call__, own=frozenset({"block_length"}))
     takes = inspect.signature(MaskedDiffusionPipeline.__call__).parameters
     # The guide is a part of the pipeline, the rule is its scheduler, and steps are counted per block.
-    assert set(NAMES) - set(takes) == {"steps", "unmask", "guided"}
+    assert set(NAMES) - set(takes) == {"steps", "unmask", "guided", "stop", "infill"}
     checked = inspect.signature(MaskedDiffusionPipeline.check_inputs).parameters
-    assert set(NAMES) - set(checked) == {"steps", "unmask", "guided"}
+    assert set(NAMES) - set(checked) == {"steps", "unmask", "guided", "stop", "infill"}
     agrees(UnmaskScheduler.step)
     for name, cls in SCHEDULERS.items():
         options = {f.name: f.default for f in fields(cls.rule_class) if f.name not in ("sampling", "guide")}

@@ -25,14 +25,16 @@ class Script:
 
     def __call__(self, input_ids, *, position_ids, past_key_values, logits_rows, attention_mask):
         positions = position_ids.gather(1, logits_rows).clamp(min=self.prompt) - self.prompt
+        # The prompt's first token is its row's number: rows that are finished do not come here any more.
+        texts = self.texts[input_ids[:, 0] % len(self.texts)]
         logits = torch.zeros(*positions.shape, VOCAB)
         sure = 12.0 - 0.5 * positions.float()
-        return SimpleNamespace(logits=logits.scatter(2, self.texts.gather(1, positions)[..., None], sure[..., None]))
+        return SimpleNamespace(logits=logits.scatter(2, texts.gather(1, positions)[..., None], sure[..., None]))
 
 
 def script(*texts, rule=None, **options):
     model = Script(*texts)
-    ids = torch.ones(len(texts), 3, dtype=torch.int64)
+    ids = torch.arange(len(texts))[:, None].repeat(1, 3)
     options = {"gen_length": 8, "block_length": 4, "cache": "none", **options}
     return decode(model, ids, unmask=rule or Rule(), **options)
 
@@ -261,7 +263,8 @@ IDS = torch.ones(1, 4, dtype=torch.int64)
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(gen_length=0), "gen_length=0 is no number of tokens"),
+        (dict(gen_length=0), r"gen_length=0 fills the masks \(token 23\) of the input, and a row has none"),
+        (dict(gen_length=-1), "gen_length=-1 is no number of tokens"),
         (dict(gen_length=8.0), "gen_length=8.0 is no number of tokens"),
         (dict(gen_length=8, block_length=0), "block_length=0 is no number of tokens"),
         (dict(gen_length=8, block_length=9), "block_length=9 is longer than gen_length=8; use at most that, or None"),

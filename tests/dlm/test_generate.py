@@ -297,8 +297,8 @@ def test_rows_of_a_batch_are_what_they_are_alone(weights: Path, tmp_path: Path) 
 
 
 BAD_FILES = {
-    "no json": ('{"prompt": "a"}\nnonsense\n', "in.jsonl:2 is no JSON"),
-    "neither": ('{"text": "a"}\n', 'in.jsonl:1 needs "prompt" or "messages"'),
+    "no json": ('{"prompt": "a"}\nnonsense\n', "in.jsonl:2: no JSON"),
+    "neither": ('{"text": "a"}\n', 'in.jsonl:1: needs "prompt" or "messages"'),
     "empty prompt": ('{"prompt": " "}\n', 'in.jsonl:1: "prompt" is " "; give a text that is not empty'),
     "messages": ('{"messages": [{"role": "user"}]}\n', 'must be a list of objects with "role" and "content"'),
     "nothing": ("\n", "in.jsonl has no prompts"),
@@ -310,7 +310,8 @@ BAD_FILES = {
 def test_bad_files_of_prompts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content, message = BAD_FILES[name]
     (tmp_path / "in.jsonl").write_text(content)
-    assert generate.main(["--batch", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "o.jsonl"), *SHORT]) == 2
+    argv = ["--batch", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "o.jsonl"), *SHORT, "--strict"]
+    assert generate.main(argv) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "o.jsonl").exists()
 
 

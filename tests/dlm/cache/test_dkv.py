@@ -20,7 +20,7 @@ class Spy(Counter):
 
     def __call__(self, input_ids, *, past_key_values, **rest):
         plan = past_key_values.plan
-        slots = plan.slots[0] if plan.slots is not None else torch.arange(past_key_values.length)[plan.queries]
+        slots = plan.wanted(1, past_key_values.length, torch.device("cpu"))[0].nonzero()[:, 0]
         self.queries.append(set(slots.tolist()))
         self.masks.append(
             {int(s) for s, token in zip(slots, input_ids[0], strict=True) if token == self.decoding_spec.mask_id}
@@ -62,7 +62,7 @@ def test_with_a_shift_the_rows_that_predict_are_computed_too():
             assert queries == spy.masks[t - 1] | {slot - 1 for slot in spy.masks[t - 1]}
 
 
-def test_finished_rows_ask_for_nothing():
+def test_rows_that_leave_ask_for_nothing():
     ids, mask = prompts(2, 2)
     canvas = Canvas(ids, mask, gen_length=4, block_length=4, mask_id=MASK, shift=0)
     run = resolve_cache("dkv(None)").begin(canvas, None)
@@ -71,5 +71,7 @@ def test_finished_rows_ask_for_nothing():
         run.after(torch.zeros_like(canvas.masked()))
     slots = torch.arange(2, 6).expand(2, -1)
     canvas.commit(slots, torch.ones_like(slots), torch.tensor([[True], [False]]))
-    plan = run.plan(torch.full((2, 1), -1))
-    assert plan.queries.tolist() == [[-1] * 4, [2, 3, 4, 5]] and plan.tokens == 4
+    for part in (run, canvas):
+        part.take_rows(torch.tensor([1]))
+    plan = run.plan(torch.full((1, 1), -1))
+    assert canvas.rows.tolist() == [1] and plan.queries.slots.tolist() == [2, 3, 4, 5]

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlm.cache.base import Plan
+from dlm.cache.plan import Packing, Plan
 from dlm.cache.slots import SlotCache
 from dlm.decode import decode
+from dlm.loop import Loop
 from dlm.models.backbone import rope_tables, rotate
 from tests.dlm.toys import Counter, Rule, llada, prompts, traced
 
@@ -22,15 +23,15 @@ class Marker(Counter):
         k = torch.stack([position_ids, torch.full_like(position_ids, forward)], -1)[:, None].float()
         layer = past_key_values.update(k, k, 0)[0].layer
         layer.write(k, k, plan)
-        length = past_key_values.length
-        real = torch.ones(len(k), length, dtype=torch.bool) if plan.visible is None else plan.visible
+        length, rows = past_key_values.length, len(layer.k)
+        real = torch.ones(rows, length, dtype=torch.bool) if plan.visible is None else plan.visible
         own = real.long().cumsum(1) - 1
         assert torch.equal(layer.k[:, 0, :, 0][real].long(), own[real])
-        queried = torch.zeros_like(real)
-        slots = plan.slots if plan.slots is not None else torch.arange(length)[None, plan.queries].expand(len(k), -1)
-        queried.scatter_(1, slots, torch.ones_like(slots, dtype=torch.bool))
-        self.age = torch.where(queried, forward, getattr(self, "age", torch.full_like(own, -1)))
-        assert torch.equal(layer.k[:, 0, :, 1][real].long(), self.age[real])
+        queried = plan.wanted(rows, length, real.device)
+        # Rows that are finished leave the cache, and with it what is known of them.
+        alive = self.canvas.rows
+        self.age[alive] = torch.where(queried, forward, self.age[alive])
+        assert torch.equal(layer.k[:, 0, :, 1][real].long(), self.age[alive][real])
         return super().__call__(input_ids, position_ids=position_ids, past_key_values=past_key_values, **rest)
 
 
@@ -43,29 +44,42 @@ class Marker(Counter):
 def test_every_slot_is_held_once_whatever_is_accepted(cache, lengths, gen, block, run, shift):
     ids, mask = prompts(*lengths)
     model = Marker(shift, vocab=25)
+    model.age = torch.full((len(ids), ids.shape[1] + gen), -1)
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(Loop, "step", lambda loop, step=Loop.step: setattr(model, "canvas", loop.canvas) or step(loop))
     done = decode(
         model, ids, mask, gen_length=gen, block_length=min(block, gen), cache=cache, unmask=Rule(run=run), eos="none"
     )
+    monkey.undo()
     # Every forward went through the marker's own assertions, and all of the canvas was written.
     assert len(model.shapes) == done.stats.forwards > 0
     assert not bool((done.ids == model.decoding_spec.mask_id).any())
 
 
-def test_an_indexed_write_equals_a_window():
+def test_a_packed_write_equals_a_window():
     k = torch.randn(2, 2, 3, 4)
+    packing = Packing.of(torch.tensor([[0, 0, 1, 1, 1, 0]] * 2).bool())
+    packed = k.transpose(0, 1).flatten(1, 2)[None]
+    assert torch.equal(packing.spread(packed), k) and torch.equal(packing.gather(k), packed)
     stores = []
-    for queries in (slice(2, 5), torch.tensor([[2, 3, 4], [2, 3, 4]])):
-        cache = SlotCache(6)
-        layer = cache.layer(0)
-        layer.write(k, -k, Plan(queries, None, 6))
+    for queries, new in ((slice(2, 5), k), (packing, packed)):
+        layer = SlotCache(6).layer(0)
+        layer.write(new, -new, Plan(queries, None))
         stores.append((layer.k, layer.v))
     assert all(torch.equal(a, b) for a, b in zip(*stores, strict=True))
 
 
-def test_a_filler_repeats_its_rows_last_query():
-    plan = Plan(torch.tensor([[1, 4, -1], [0, 2, 5], [-1, -1, -1]]), None, 5)
-    assert plan.slots.tolist() == [[1, 4, 4], [0, 2, 5], [0, 0, 0]]
-    assert plan.rows(torch.tensor([[4, -1], [5, 0], [3, -1]]))[:2].tolist() == [[1, 0], [2, 0]]
+def test_a_packing_of_unequal_rows():
+    packing = Packing.of(torch.tensor([[0, 1, 0, 0, 1, 0], [1, 0, 1, 0, 0, 1], [0] * 6]).bool())
+    assert packing.slots.tolist() == [1, 4, 0, 2, 5] and packing.columns.tolist() == [0, 1, 0, 1, 2]
+    assert packing.grid[:2].tolist() == [[0, 1, 1], [2, 3, 4]]
+    table = torch.arange(18).view(3, 6)
+    assert packing.take(table).tolist() == [[1, 4, 6, 8, 11]]
+    assert Plan(packing, None).rows(torch.tensor([[4, -1], [5, 0], [3, -1]]), 6)[0, [0, 2, 3]].tolist() == [1, 4, 2]
+    twice = Plan(packing, None).repeated(2).packing
+    assert twice.take(table.repeat(2, 1)).tolist() == [[1, 4, 6, 8, 11] * 2]
+    heads = torch.randn(1, 2, 10, 4)
+    assert torch.equal(twice.gather(twice.spread(heads)), heads)
 
 
 @pytest.mark.parametrize("delay", [0, 1])

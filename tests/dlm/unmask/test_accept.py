@@ -55,7 +55,8 @@ def test_sample_accepts_as_often_as_the_guider_would_draw_it():
     z = logits(1).expand(20_000, -1)
     token = int(z[0].argmax())
     generator = torch.Generator().manual_seed(0)
-    got = Acceptance("sample")(DraftScores(z.clone(), torch.full((20_000,), token), NO_ENDS), generator)
+    seen = DraftScores(z.clone(), torch.full((20_000,), token), NO_ENDS)
+    got = Acceptance("sample")(seen, lambda: torch.rand(20_000, generator=generator))
     assert abs(got.float().mean() - z[0].softmax(0)[token]) < 0.015
 
 
@@ -81,8 +82,8 @@ def test_every_way_to_end_is_the_same_event():
 def test_a_token_that_the_guider_does_not_have_is_never_accepted(rule):
     z = torch.full((1, V), -50.0)
     z[0, V - 1] = 50.0
-    assert not Acceptance(rule)(DraftScores(z.clone(), torch.tensor([V + 3]), NO_ENDS), None)
-    assert Acceptance(rule)(DraftScores(z.clone(), torch.tensor([V - 1]), NO_ENDS), None)
+    assert not Acceptance(rule)(DraftScores(z.clone(), torch.tensor([V + 3]), NO_ENDS), lambda: torch.zeros(1))
+    assert Acceptance(rule)(DraftScores(z.clone(), torch.tensor([V - 1]), NO_ENDS), lambda: torch.zeros(1))
 
 
 @pytest.mark.parametrize("rule", ["exact", "topk"])

@@ -145,6 +145,7 @@ def test_alg_temp_draws_slots_in_proportion_to_softmax():
     free = torch.ones(1, 4, dtype=torch.bool)
     board = canvas(gen=4, block=4)
     unmasker = resolve_unmask("maskgit_plus(alg_temp=0.5)").begin(board, SPEC, seeded(), 4)
+    unmasker.sampler.there = free
     score = torch.tensor([0.1, 0.4, 0.9, 0.6])
     step = ScheduleStep(*(torch.tensor([n]) for n in (4, 0, 4, 4)))
     first = [int(unmasker.rule.accept(score[None], free, step, unmasker)[0].long().argmax()) for _ in range(4000)]

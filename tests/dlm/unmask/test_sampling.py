@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dlm.unmask.noise import Noise
 from dlm.unmask.sampling import Sampler, Sampling
 
 CPU = torch.device("cpu")
@@ -13,7 +14,7 @@ MASK = 5
 
 
 def sampler(suppressed=(MASK,), seed=0, **options) -> Sampler:
-    return Sampler(Sampling(**options), tuple(suppressed), torch.Generator().manual_seed(seed), CPU)
+    return Sampler(Sampling(**options), tuple(suppressed), Noise(torch.Generator().manual_seed(seed), 1, CPU))
 
 
 def frequencies(n=20_000, **options) -> torch.Tensor:
@@ -97,9 +98,11 @@ def test_logits_stay_as_they_are_and_may_be_bf16():
 @pytest.mark.parametrize("noise", ["float32", "float64"])
 def test_gumbel_noise_is_finite_at_both_ends(noise, monkeypatch):
     which = sampler(noise=noise)
+    which.there = torch.ones(2, 2, dtype=torch.bool)
     for u in (0.0, 1.0):
-        monkeypatch.setattr(which, "uniform", lambda shape, dtype, u=u: torch.full(shape, u, dtype=dtype))
-        assert which.gumbel((2, 2)).isfinite().all()
+        made = torch.full((2, 2), u, dtype=getattr(torch, noise))
+        monkeypatch.setattr(which.noise, "uniform", lambda *given, made=made: made.clone())
+        assert which.gumbel().isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,181 @@
+"""The loop that turns masks into text: ask the rule which slots it wants, the cache which ones to compute, run, commit.
+
+Rule and cache policy know nothing of each other; what they share is the canvas. A step waits for the device once, when
+the rows' progress is read. Rows of a batch go on at their own pace and get the tokens that they would get alone; a row
+that is finished leaves the canvas, the cache and the rule, so that nothing is computed for it any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from dlm.cache import Plan, Run
+from dlm.canvas import Canvas
+from dlm.config import DecodingConfig
+from dlm.ends import StopStrings, end_rows
+from dlm.nodes import Nodes
+from dlm.stats import Decoded, Stats
+from dlm.unmask import Unmasker
+
+LogitsHook = Callable[[Canvas, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class StuckError(RuntimeError):
+    """The rule commits nothing any more although masks are left."""
+
+
+class Loop:
+    """One generation: its parts, and what it has cost so far.
+
+    Attributes:
+        canvas: the rows that are not finished.
+        ids: int64 [batch, L], all rows as they were when they left; `whole` has the others too.
+        first: the first column of what is given back.
+    """
+
+    def __init__(
+        self, model: Any, config: DecodingConfig, canvas: Canvas, unmasker: Unmasker, run: Run,
+        stops: StopStrings | None = None, hook: LogitsHook | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.config, self.canvas, self.unmasker, self.run = model, config, canvas, unmasker, run
+        self.stops, self.hook, self.stats = stops, hook, Stats()
+        self.ends = torch.tensor(model.decoding_spec.eos_ids, dtype=torch.int64, device=canvas.ids.device)
+        self.committed = torch.zeros(canvas.batch, dtype=torch.int64, device=canvas.ids.device)
+        self.ids, self.given, self.tail, self.first = canvas.ids, canvas.given, canvas.tail, canvas.prompt
+        self.start = perf_counter()
+
+    def steps(self, patience: int, expression: str) -> Iterator[None]:
+        """Steps until no mask is left; gives control back after every forward, before rows leave.
+
+        Args:
+            patience: forwards in a row that may commit nothing.
+            expression: of the rule, for the error.
+
+        Raises:
+            StuckError: the rule stopped committing tokens.
+        """
+        self.start, idle = perf_counter(), 0
+        self.leave()
+        while not self.canvas.done:
+            left = int(self.canvas.left_cpu.sum())
+            self.run.after(self.finish(self.step()))
+            idle = idle + 1 if int(self.canvas.left_cpu.sum()) == left else 0
+            if idle > patience:
+                raise StuckError(f"{idle} forwards committed nothing; the rule {expression} does not get on")
+            yield
+            self.leave()
+
+    def finish(self, committed: torch.Tensor) -> torch.Tensor:
+        """Ends rows whose text ends: `committed` bool [batch, L], and the slots that were filled."""
+        # The cache must also learn of slots that an end of text filled: their keys and values are stale now.
+        if self.config.eos != "none" and len(self.ends):
+            committed = committed | end_rows(self.canvas, self.ends, early=self.config.eos == "fill")
+        return committed | self.stops.end_rows(self.canvas) if self.stops is not None else committed
+
+    def leave(self) -> None:
+        """Takes finished rows out of everything that holds rows, unless all are."""
+        alive = self.canvas.unfinished
+        if bool(alive.all()) or not bool(alive.any()):
+            return
+        self.ids, rows = self.whole(), alive.nonzero()[:, 0]
+        # The canvas last: the others look at it to know how many rows there were.
+        for part in (self.unmasker, self.run, self.canvas):
+            part.take_rows(rows)
+
+    def whole(self) -> torch.Tensor:
+        """int64 [batch, L], every row that was given, finished or not."""
+        return self.ids.index_copy(0, self.canvas.rows, self.canvas.ids)
+
+    def step(self) -> torch.Tensor:
+        """One forward and what it commits: bool [batch, L]."""
+        canvas, run = self.canvas, self.run
+        slots = self.unmasker.candidates(canvas, run.logit_window())
+        forced = run.forced()
+        if forced is not None:
+            # The rule sees the forced slot alone, so that what it keeps count of agrees with what is committed.
+            only = (forced[:, None] >= 0) & (slots != forced[:, None])
+            slots = slots.masked_fill(only, -1)
+        drafts = self.unmasker.drafts(canvas)
+        # After `forced`, which asks what this plan is about to do: planning moves the policy on by one forward.
+        plan = run.plan(slots)
+        self.stats.row_forwards += canvas.batch
+        if drafts is not None:
+            choice = self._verify(Nodes(canvas, *drafts, self.finish_nodes), slots, plan)
+        else:
+            logits = self._logits(slots, plan)
+            if self.hook is not None:
+                logits = self.hook(canvas, slots, logits)
+            choice = self.unmasker.choose(logits, slots, canvas)
+        where = choice.commit if forced is None else choice.commit | (slots == forced[:, None])
+        committed = canvas.commit(slots, choice.tokens, where)
+        self.committed.index_add_(0, canvas.rows, committed.sum(1))
+        return committed
+
+    def finish_nodes(self, nodes: Canvas) -> None:
+        """Ends rows of the canvases of a verification as those of the canvas itself."""
+        if self.config.eos != "none" and len(self.ends):
+            end_rows(nodes, self.ends, early=self.config.eos == "fill")
+        if self.stops is not None:
+            self.stops.end_rows(nodes)
+
+    def _verify(self, nodes: Nodes, slots: torch.Tensor, plan: Plan) -> Any:
+        """One forward of all nodes; the rule says how far they agree, and the cache keeps the last that does."""
+        canvas, cache = nodes.canvas, self.run.cache
+        wide = slots.repeat_interleave(nodes.count, 0)
+        plan = nodes.plan(plan)
+        logits = self._forward(canvas.ids, canvas.position_ids, wide - canvas.shift, plan)
+        choice, accepted = self.unmasker.verify(logits.unflatten(0, (-1, nodes.count)), slots, nodes)
+        if cache is not None:
+            cache.settle(accepted)
+        return choice
+
+    def _logits(self, slots: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """Logits [batch, r, V] of `slots`, guided by the prompt if asked for."""
+        # Row j predicts slot j + shift, so the row that is read stands one before its slot in a Dream.
+        canvas, rows = self.canvas, slots - self.canvas.shift
+        if not self.config.cfg_scale:
+            return self._forward(canvas.ids, canvas.position_ids, rows, plan)
+        # Both halves in one forward: the cache holds their rows side by side, and one plan serves both.
+        ids = torch.cat([canvas.ids, canvas.ids.masked_fill(canvas.given, canvas.mask_id)])
+        logits = self._forward(ids, canvas.position_ids.repeat(2, 1), rows.repeat(2, 1), plan.repeated(2))
+        # Unsupervised guidance as in LLaDA (arXiv 2502.09992): (1 + w) log p(x | prompt) - w log p(x), on raw logits.
+        given, alone = logits.chunk(2)
+        return alone + (self.config.cfg_scale + 1) * (given - alone)
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """Logits [batch, r, V] of the rows at slots `rows` int64 [batch, r] of ids [batch, L]."""
+        cache, stats = self.run.cache, self.stats
+        if cache is not None:
+            cache.plan = plan
+        fed = plan.pick(ids)
+        stats.forwards += 1
+        stats.query_tokens += fed.numel() if plan.tokens is None else plan.tokens
+        stats.value_tokens += plan.value_tokens
+        logits = self.model(
+            fed, position_ids=plan.pick(positions), past_key_values=cache, logits_rows=plan.rows(rows, ids.shape[1]),
+            attention_mask=plan.visible if cache is not None or plan.visible is None else plan.pick(plan.visible),
+        ).logits  # fmt: skip
+        stats.cache_bytes = 0 if cache is None else cache.kv_bytes()
+        stats.cache_bytes_peak = max(stats.cache_bytes_peak, stats.cache_bytes)
+        return logits.view(*rows.shape, -1)
+
+    def report(self) -> Stats:
+        """The statistics up to now."""
+        rule, ids = dict(self.unmasker.stats), self.whole()
+        slots = torch.arange(ids.shape[1], device=ids.device)[None]
+        # True from a row's first end on: a running maximum needs no loop and no wait for the device.
+        ended = (torch.isin(ids, self.ends) & (slots >= self.tail[:, None])).int().cummax(1).values.bool()
+        return replace(
+            self.stats, seconds=perf_counter() - self.start, committed=self.committed.tolist(),
+            text_tokens=(~ended & ~self.given & (ids != self.canvas.mask_id)).sum(1).tolist(),
+            guider_forwards=rule.pop("guider_forwards", 0), extra=rule,
+        )  # fmt: skip
+
+    def decoded(self) -> Decoded:
+        """What the generation gave so far; masks where nothing is written yet."""
+        return Decoded(self.whole()[:, self.first :].clone(), self.report())

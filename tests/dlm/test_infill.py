@@ -1,0 +1,79 @@
+"""Infilling: masks anywhere, given text untouched, rows of different gaps as they are alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dlm.decode import decode
+from tests.dlm.toys import END, MASK, dream, llada, prompts
+
+CACHES = ["none", "prefix", "dual", "freecache", "dkv", "freecache+full", "dual+suffix(3)"]
+
+
+def gaps() -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaps in the middle, at two places, and at the very end."""
+    ids, mask = prompts(3, 9, 5)
+    for row, column in ((0, -2), (1, 2), (1, 3), (1, 7), (2, -1)):
+        ids[row, column] = MASK
+    return ids, mask
+
+
+@pytest.mark.parametrize("make", [llada, dream])
+@pytest.mark.parametrize("cache", CACHES)
+def test_given_text_stays_and_rows_are_those_alone(make, cache):
+    model, (ids, mask) = make(), gaps()
+    given = (ids != MASK) & mask.bool()
+    for more, block in ((0, 4), (6, 4), (0, None)):
+        options = dict(gen_length=more, infill=True, block_length=block, cache=cache, unmask="confidence")
+        if block is None and cache != "none":
+            continue  # one block of all that any row has to write: what a row's cache holds depends on the others
+        got = decode(model, ids, mask, **options)
+        assert got.ids.shape == (3, 9 + more) and not bool((got.ids == MASK).any())
+        assert torch.equal(got.ids[:, :9][given], ids[given])
+        for row, length in enumerate((3, 9, 5)):
+            alone = decode(model, ids[row : row + 1, 9 - length :], **options)
+            assert torch.equal(alone.ids[0], got.ids[row, 9 - length :])
+
+
+@pytest.mark.parametrize("cache", ["prefix(refresh=1)", "dual(refresh=1)", "freecache(refresh=1)", "dkv(1)"])
+def test_a_cache_that_is_always_fresh_is_none(cache):
+    model, (ids, mask) = llada(), gaps()
+    options = dict(gen_length=0, block_length=4, unmask="threshold(0.3)")
+    assert torch.equal(decode(model, ids, mask, cache=cache, **options).ids,
+                       decode(model, ids, mask, cache="none", **options).ids)  # fmt: skip
+
+
+def test_masks_behind_a_prompt_are_generation():
+    model, (ids, mask) = llada(), prompts(3, 9, 5)
+    masked = torch.cat([ids, ids.new_full((3, 8), MASK)], 1)
+    options = dict(block_length=4, cache="dual", unmask="threshold(0.4)")
+    got = decode(model, masked, torch.cat([mask, torch.ones(3, 8)], 1), gen_length=0, **options)
+    want = decode(model, ids, mask, gen_length=8, **options)
+    assert torch.equal(got.ids[:, 9:], want.ids) and got.stats.forwards == want.stats.forwards
+
+
+def test_an_end_of_text_in_a_gap_leaves_what_follows():
+    model, (ids, _) = llada(), prompts(6)
+    ids[0, 2] = MASK
+    model.head.weight.data[END] += 3.0
+    for eos in ("stop", "fill"):
+        got = decode(model, ids, gen_length=4, infill=True, block_length=2, cache="none", unmask="confidence", eos=eos)
+        assert torch.equal(got.ids[0, 3:6], ids[0, 3:6])
+
+
+@pytest.mark.parametrize(
+    ("edit", "options", "message"),
+    [
+        ((), dict(gen_length=0), r"gen_length=0 fills the masks \(token 23\) of the input, and a row has none"),
+        ((3,), dict(gen_length=4), "use infill=True to have it written"),
+        ((0,), dict(gen_length=0, model=dream), "an input begins with a mask, and this model predicts each token"),
+        ((3,), dict(gen_length=-1), "gen_length=-1 is no number of tokens"),
+    ],
+)
+def test_what_cannot_be(edit, options, message):
+    ids = prompts(6)[0]
+    ids[0, list(edit)] = MASK
+    make = options.pop("model", llada)
+    with pytest.raises(ValueError, match=message):
+        decode(make(), ids, **options)
