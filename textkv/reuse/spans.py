@@ -147,8 +147,8 @@ class Spans:
         theirs = (span.keys.shape[0], span.keys.shape[1], span.keys.dtype)
         if mine != theirs:
             raise ValueError(
-                f"a span of {theirs[0]} layers, {theirs[1]} KV heads and {theirs[2]} was given to a model of {mine[0]}, "
-                f"{mine[1]} and {mine[2]}; agents share a cache only if they run the same checkpoint"
+                f"a span of {theirs[0]} layers, {theirs[1]} KV heads and {theirs[2]} was given to a model of "
+                f"{mine[0]}, {mine[1]} and {mine[2]}; agents share a cache only if they run the same checkpoint"
             )
 
 

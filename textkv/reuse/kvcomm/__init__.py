@@ -15,4 +15,6 @@ from textkv.reuse.kvcomm.sharing import KVComm
 from textkv.reuse.kvcomm.team import Team
 from textkv.reuse.kvcomm.template import PromptTemplate, Segment
 
-__all__ = ["AnchorPool", "Call", "Criteria", "Dense", "KVComm", "Prefix", "PromptTemplate", "Recompute", "Segment", "Team"]
+__all__ = [
+    "AnchorPool", "Call", "Criteria", "Dense", "KVComm", "Prefix", "PromptTemplate", "Recompute", "Segment", "Team",
+]  # fmt: skip

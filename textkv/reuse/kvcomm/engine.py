@@ -1,8 +1,8 @@
 """Agents that run one model: their templates, and how a prompt is read. Here in full; other engines take short ways.
 
-    engine = Dense(model, tokenizer)
-    engine.add("judge", "You are a judge.\n{question}\nAnswer:")
-    call = engine.call("judge", {"question": engine.segment("Is it so?")})
+engine = Dense(model, tokenizer)
+engine.add("judge", "You are a judge.\n{question}\nAnswer:")
+call = engine.call("judge", {"question": engine.segment("Is it so?")})
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv.cache import MethodCache
+from textkv.reuse.chat import ends, words
 from textkv.reuse.kvcomm.template import Ids, Part, PromptTemplate, Segment, ids_of
 
 
@@ -78,8 +79,7 @@ class Dense:
         self.model, self.tokenizer, self.max_new = model, tokenizer, max_new
         self.templates: dict[str, PromptTemplate] = {}
         self.base_seconds = 0.0
-        ends = model.generation_config.eos_token_id
-        self._ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+        self._ends = ends(model, tokenizer)
 
     def add(self, agent: str, template: str) -> None:
         """Makes an agent known by its prompt; see `PromptTemplate.parse`.
@@ -93,11 +93,7 @@ class Dense:
 
     def segment(self, text: str) -> Segment:
         """A text for placeholders. What looks like a special token in it is text."""
-        return Segment(self._ids(text))
-
-    def _ids(self, text: str) -> Ids:
-        # A text from outside must not end a turn or begin one.
-        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        return Segment(words(self.tokenizer, text))
 
     @torch.inference_mode()
     def call(self, agent: str, given: Mapping[str, Segment]) -> Call:
@@ -161,7 +157,9 @@ class Prefix(Dense):
 
     def _read(self, agent: str, parts: tuple[Part, ...], given: Mapping[str, Segment]) -> Reading:
         ids, before = ids_of(parts), self._ids_before
-        same = next((n for n, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b), min(len(ids), len(before)))
+        same = next(
+            (n for n, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b), min(len(ids), len(before))
+        )
         # A model needs a token to go on from.
         same = min(same, len(ids) - 1)
         if self._cache is None:

@@ -2,7 +2,7 @@
 together without offsets, and the tokens whose KV is most wrong are read again.
 
 Which tokens these are, an early layer tells: all tokens run through the first layers, whose KV is exact then, and those
-that differ most from their base there are recomputed in all layers. No anchors, no training, but a share of the prefill.
+that differ most from their base there are recomputed in all layers. No anchors, but a share of the prefill.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv.cache import MethodCache
+from textkv.reuse.chat import words
 from textkv.reuse.kvcomm.anchors import AnchorPool, Criteria, Offset, Verdict
 from textkv.reuse.kvcomm.blend import blended
 from textkv.reuse.kvcomm.engine import Dense, Reading
@@ -48,7 +49,7 @@ class Based(Dense):
     def add(self, agent: str, template: str) -> None:
         """Makes an agent known, and reads its fixed pieces once, with a dummy text in each placeholder."""
         super().add(agent, template)
-        dummy = self._ids(DUMMY)
+        dummy = words(self.tokenizer, DUMMY)
         parts = self.templates[agent].parts(dict.fromkeys(self.templates[agent].names, dummy))
         cache = MethodCache(self.model, "full")
         self._forward(ids_of(parts), cache)
@@ -57,7 +58,7 @@ class Based(Dense):
     @torch.inference_mode()
     def segment(self, text: str) -> Segment:
         """A text with its base KV, read now unless it is still there."""
-        ids = self._ids(text)
+        ids = words(self.tokenizer, text)
         known = self._texts.get(ids)
         if known is None:
             begun = perf_counter()
@@ -95,7 +96,9 @@ class Based(Dense):
         for part in parts:
             base = self._fixed[agent][part.number] if part.name is None else given[part.name].base
             if base is None:
-                raise ValueError(f"the text for {{{part.name}}} has no base KV; make it with this engine's segment(text)")
+                raise ValueError(
+                    f"the text for {{{part.name}}} has no base KV; make it by segment(text) of this engine"
+                )
             self.spans.check(base)
             bases.append(base)
         return bases

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from textkv.reuse.chat import chat
 from textkv.reuse.kvcomm.engine import Call, Dense
 from textkv.reuse.kvcomm.template import Segment
 
@@ -57,7 +57,9 @@ class Team:
         try:
             self.order = tuple(TopologicalSorter(self._reads).static_order())
         except CycleError as error:
-            raise ValueError(f"agents read each other in a circle: {' -> '.join(error.args[1])}; drop an edge") from None
+            raise ValueError(
+                f"agents read each other in a circle: {' -> '.join(error.args[1])}; drop an edge"
+            ) from None
         for name in self.order:
             text = prompt_text(engine.tokenizer, roles[name], self.shared, self._reads[name], layout) + begun
             engine.add(name, text)
@@ -121,18 +123,5 @@ def prompt_text(
     texts = "".join(f"{name.capitalize()}:\n{{{name}}}\n\n" for name in shared)
     answers = "".join(f"Answer of {name}: {{{name}}}\n" for name in reads)
     if layout == "shared":
-        return _chat(tokenizer, None, f"{texts}{role}\n{answers}")
-    return _chat(tokenizer, role, texts + answers)
-
-
-def _chat(tokenizer: PreTrainedTokenizerBase, role: str | None, body: str) -> str:
-    if not tokenizer.chat_template:
-        return f"{role}\n{body}" if role else body
-    how = {"tokenize": False, "add_generation_prompt": True}
-    user = {"role": "user", "content": body}
-    if role is None:
-        return tokenizer.apply_chat_template([user], **how)
-    try:
-        return tokenizer.apply_chat_template([{"role": "system", "content": role}, user], **how)
-    except TemplateError:  # a family whose chats have no system's turn
-        return tokenizer.apply_chat_template([{"role": "user", "content": f"{role}\n\n{body}"}], **how)
+        return chat(tokenizer, None, f"{texts}{role}\n{answers}")
+    return chat(tokenizer, role, texts + answers)
