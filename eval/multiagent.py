@@ -1,8 +1,10 @@
 """`python -m eval.multiagent --model smollm2`: agents that read the same things, and what sharing their KV costs.
 
 A team answers questions about a few documents, each asked about several times in random order. Every request goes
-through four engines: `dense` (every prompt read anew), `prefix` (shared text first, plain prefix reuse: exact, but
-another prompt), `recompute` (bases put together, 15 % of the tokens read again) and `kvcomm` (anchors and offsets).
+through all engines: `dense` (every prompt read anew), `prefix` (shared text first, plain prefix reuse: exact, but
+another prompt), `recompute` (bases put together, 15 % of the tokens read again), `kvcomm` (anchors and offsets, only
+the last token read) and `kvcomm-fresh` (the last tokens read: the question and the answers of others).
+
 `reuse` is the share of calls on the short way, `unchanged` the share of calls that answer as the dense team did, and
 `ttft_ratio` the dense team's time to first tokens over the engine's, reading texts by themselves included.
 """
@@ -45,8 +47,8 @@ ROLES = {
     "judge": "You are the judge of a team. Yours is the last word: you say the number that the document gives.",
 }
 TOPOLOGIES: dict[str, Callable[..., Team]] = {"chain": Team.chain, "star": Team.star, "full": Team.full}
-DENSE, PREFIX, RECOMPUTE, KVCOMM = "dense", "prefix", "recompute", "kvcomm"
-METHODS = (DENSE, PREFIX, RECOMPUTE, KVCOMM)
+DENSE, PREFIX, RECOMPUTE, KVCOMM, FRESH = "dense", "prefix", "recompute", "kvcomm", "kvcomm-fresh"
+METHODS = (DENSE, PREFIX, RECOMPUTE, KVCOMM, FRESH)
 
 
 @dataclass(frozen=True)
@@ -123,15 +125,15 @@ class Side:
     @property
     def seconds(self) -> float:
         """To the first tokens of all calls, reading texts by themselves included."""
-        return self.engine.base_seconds + sum(call.seconds for call in self.flat)
+        return sum(call.seconds for call in self.flat)
 
 
 def _engine(method: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> Dense:
     if method == RECOMPUTE:
         return Recompute(model, tokenizer, SPOKEN, share=args.share)
-    if method == KVCOMM:
-        criteria = Criteria(args.gamma, args.distance, args.temperature)
-        return KVComm(model, tokenizer, SPOKEN, criteria=criteria, most_bytes=args.pool_bytes)
+    if method in (KVCOMM, FRESH):
+        criteria, fresh = Criteria(args.gamma, args.distance, args.temperature), args.fresh if method == FRESH else 1
+        return KVComm(model, tokenizer, SPOKEN, criteria=criteria, most_bytes=args.pool_bytes, fresh=fresh)
     return {DENSE: Dense, PREFIX: Prefix}[method](model, tokenizer, SPOKEN)
 
 
@@ -212,8 +214,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--gamma", type=float, default=0.3, help="kvcomm: entropy up to which a text is estimated")
     p.add_argument("--distance", choices=("rms", "paper"), default="rms", help="kvcomm: how texts are compared")
     p.add_argument("--temperature", type=float, help="kvcomm: of the weights; default: the distance's own")
-    p.add_argument("--pool-bytes", type=int, default=3_000_000_000, help="kvcomm: bound of each pool (default 3e9)")
+    p.add_argument("--pool-bytes", type=int, default=3_000_000_000, help="kvcomm: bytes of each pool (default 3e9)")
     p.add_argument("--share", type=float, default=0.15, help="recompute: tokens read again (default 0.15)")
+    p.add_argument("--fresh", type=int, default=96, help="kvcomm-fresh: last tokens that are read (default 96)")
     add_outputs(p, " after every request")
     return p
 
@@ -230,6 +233,8 @@ def checked(args: argparse.Namespace) -> list[str]:
     methods = split_list(args.methods)
     if unknown := [name for name in methods if name not in METHODS]:
         raise ValueError(f"method {unknown[0]!r} is none of {', '.join(METHODS)}")
+    if args.fresh < 1:
+        raise ValueError(f"fresh={args.fresh}: at least the last token is read")
     for length in args.shared:
         Workload(length, args.documents, args.requests)
     Criteria(args.gamma, args.distance, args.temperature)

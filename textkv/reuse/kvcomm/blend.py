@@ -18,13 +18,13 @@ Turn = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 def blended(
-    text: Span, behind: Span, anchors: Sequence[Anchor], agent: str, criteria: Criteria, turned: Turn
-) -> tuple[Span, Span]:
+    text: Span, behind: Span | None, anchors: Sequence[Anchor], agent: str, criteria: Criteria, turned: Turn
+) -> tuple[Span, Span | None]:
     """The base of a text and of the fixed piece behind it, with the anchors' offsets added.
 
     Args:
         text: base KV of the text; every anchor has at least as many tokens.
-        behind: base KV of the fixed piece that follows it.
+        behind: base KV of the fixed piece that follows it; None = it is not wanted.
         anchors: one or more, with offsets of `agent`.
         turned: moves keys by a number of positions (`Spans.turned`).
     """
@@ -36,15 +36,17 @@ def blended(
     for x, of_anchor in ((text.keys, "keys"), (text.values, "values")):
         bases = [getattr(anchor.base, of_anchor) for anchor in anchors]
         by_token = criteria.weights(torch.stack([_of_tokens(x, base[:, :, :n], criteria) for base in bases]))
+        own.append(_added(x, [getattr(o.own, of_anchor)[:, :, :n] for o in offsets], by_token[:, None, None, :, None]))
+        if behind is None:
+            continue
         # Last tokens lie at other positions of the anchor's frame: compared in the text's.
         ends = [
             turned(base[:, :, -n:], n - base.shape[2]) if of_anchor == "keys" else base[:, :, -n:] for base in bases
         ]
         by_channel = criteria.weights(torch.stack([_of_channels(x, end, criteria) for end in ends]))
-        own.append(_added(x, [getattr(o.own, of_anchor)[:, :, :n] for o in offsets], by_token[:, None, None, :, None]))
         following = getattr(behind, of_anchor)
         after.append(_added(following, [getattr(o.behind, of_anchor) for o in offsets], by_channel[..., None, :]))
-    return Span(*own), Span(*after)
+    return Span(*own), None if behind is None else Span(*after)
 
 
 def _of_tokens(text: torch.Tensor, anchor: torch.Tensor, criteria: Criteria) -> torch.Tensor:

@@ -68,9 +68,6 @@ class Dense:
         model: a text decoder; prompts run one at a time.
         tokenizer: its own.
         max_new: most tokens of an answer.
-
-    Attributes:
-        base_seconds: spent on texts by themselves, outside of any prompt.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new: int = 32) -> None:
@@ -78,7 +75,6 @@ class Dense:
             raise ValueError(f"max_new={max_new}: an answer has at least 1 token")
         self.model, self.tokenizer, self.max_new = model, tokenizer, max_new
         self.templates: dict[str, PromptTemplate] = {}
-        self.base_seconds = 0.0
         self._ends = ends(model, tokenizer)
 
     def add(self, agent: str, template: str) -> None:

@@ -44,7 +44,7 @@ class Recompute(Based):
 
     def _read(self, agent: str, parts: tuple[Part, ...], given: Mapping[str, Segment]) -> Reading:
         ids = torch.tensor([ids_of(parts)], device=self.model.device)
-        whole = self.spans.placed(self._bases(agent, parts, given))
+        whole = self.spans.placed([self._base(agent, part, given) for part in parts])
         keys, values = whole.keys.clone(), whole.values.clone()
         wrong = self._first_layers(ids, keys, values)
         count = max(1, math.ceil(self.share * ids.shape[1]))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from time import perf_counter
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv.cache import MethodCache
 from textkv.reuse.chat import words
-from textkv.reuse.kvcomm.anchors import AnchorPool, Criteria, Offset, Verdict
+from textkv.reuse.kvcomm.anchors import AnchorPool, Criteria, Offset
 from textkv.reuse.kvcomm.blend import blended
 from textkv.reuse.kvcomm.engine import Dense, Reading
 from textkv.reuse.kvcomm.template import Ids, Part, Segment, ids_of
@@ -29,7 +29,8 @@ class Based(Dense):
 
     Args:
         model: a text decoder of full attention.
-        most_bytes: of the base KV of texts; the text that was not asked for longest leaves first. None = no bound.
+        most_bytes: of the base KV of texts; the text that was not asked for longest leaves first, and is read again
+            when it comes back. None = no bound.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Based(Dense):
         self.spans = Spans(model)
         self._most_bytes = most_bytes
         self._fixed: dict[str, list[Span]] = {}
-        self._texts: OrderedDict[Ids, Segment] = OrderedDict()
+        self._texts: OrderedDict[Ids, Span] = OrderedDict()
 
     @torch.inference_mode()
     def add(self, agent: str, template: str) -> None:
@@ -55,28 +56,32 @@ class Based(Dense):
         self._forward(ids_of(parts), cache)
         self._fixed[agent] = [self.spans.cut(cache, part.start, part.stop) for part in parts if part.name is None]
 
-    @torch.inference_mode()
-    def segment(self, text: str) -> Segment:
-        """A text with its base KV, read now unless it is still there."""
-        ids = words(self.tokenizer, text)
-        known = self._texts.get(ids)
-        if known is None:
-            begun = perf_counter()
-            known = Segment(ids, self._base(ids))
-            self.base_seconds += perf_counter() - begun
-            self._texts[ids] = known
-        self._texts.move_to_end(ids)
-        while self._most_bytes is not None and self.text_bytes > self._most_bytes and self._texts:
-            # Whoever holds the segment keeps it: it only has to be read again when asked for by its text.
-            self._texts.popitem(last=False)
-        return known
-
     @property
     def text_bytes(self) -> int:
         """Bytes of the base KV that is kept of texts."""
-        return sum(segment.base.nbytes for segment in self._texts.values())
+        return sum(base.nbytes for base in self._texts.values())
 
-    def _base(self, ids: Ids) -> Span:
+    def _base(self, agent: str, part: Part, given: Mapping[str, Segment]) -> Span:
+        """Base KV of a part; of a text without, it is read by itself the first time that it is asked for.
+
+        Raises:
+            ValueError: a segment of another model.
+        """
+        if part.name is None:
+            return self._fixed[agent][part.number]
+        base = given[part.name].base
+        if base is not None:
+            self.spans.check(base)
+            return base
+        if part.ids not in self._texts:
+            self._texts[part.ids] = self._alone(part.ids)
+        self._texts.move_to_end(part.ids)
+        base = self._texts[part.ids]
+        while self._most_bytes is not None and self.text_bytes > self._most_bytes and self._texts:
+            self._texts.popitem(last=False)
+        return base
+
+    def _alone(self, ids: Ids) -> Span:
         start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         header = [*start, *self.tokenizer(HEADER, add_special_tokens=False)["input_ids"]]
         cache = MethodCache(self.model, "full")
@@ -85,29 +90,6 @@ class Based(Dense):
 
     def _answer(self, said: Ids, start: int, cache: MethodCache) -> Segment:
         return Segment(said, self.spans.cut(cache, start, start + len(said)))
-
-    def _bases(self, agent: str, parts: tuple[Part, ...], given: Mapping[str, Segment]) -> list[Span]:
-        """Base KV of each part.
-
-        Raises:
-            ValueError: a segment without, or of another model.
-        """
-        bases = []
-        for part in parts:
-            base = self._fixed[agent][part.number] if part.name is None else given[part.name].base
-            if base is None:
-                raise ValueError(
-                    f"the text for {{{part.name}}} has no base KV; make it by segment(text) of this engine"
-                )
-            self.spans.check(base)
-            bases.append(base)
-        return bases
-
-    def _finish(self, whole: Span, parts: tuple[Part, ...], why: str) -> Reading:
-        """Puts a prompt's KV into a cache, all but the last token's, which the model reads to go on from."""
-        ids = ids_of(parts)
-        cache = self.spans.cache(whole.first(len(ids) - 1)) if len(ids) > 1 else MethodCache(self.model, "full")
-        return Reading(cache, self._forward(ids[-1:], cache), 1, True, why)
 
 
 class KVComm(Based):
@@ -119,9 +101,15 @@ class KVComm(Based):
         capacity: anchors of each placeholder; 0 = every prompt is read densely.
         oldest: of so many oldest anchors the least used one leaves.
         most_bytes: bytes of each placeholder's anchors, and of the base KV of texts; None = no bound.
+        fresh: last tokens of every prompt that the model reads, over what was put together before them. 1 is the
+            paper; more of them cost little, and a text that lies wholly in them (a question, short answers) is neither
+            estimated nor kept.
 
     Attributes:
         pools: anchors by the name of their placeholder.
+
+    Raises:
+        ValueError: a bound below its least, or a model that `Spans` refuses.
     """
 
     def __init__(
@@ -134,11 +122,17 @@ class KVComm(Based):
         capacity: int = 20,
         oldest: int = 5,
         most_bytes: int | None = None,
+        fresh: int = 1,
     ) -> None:
         super().__init__(model, tokenizer, max_new, most_bytes)
+        if fresh < 1:
+            raise ValueError(
+                f"fresh={fresh}: the model reads at least the last token, or there is nothing to go on from"
+            )
         self._pool = lambda: AnchorPool(criteria, capacity, oldest, most_bytes)
         self._pool()  # bounds that cannot be are refused now
         self.pools: dict[str, AnchorPool] = {}
+        self.fresh = fresh
 
     def add(self, agent: str, template: str) -> None:
         """Makes an agent known, and pools for placeholders that are new."""
@@ -152,35 +146,46 @@ class KVComm(Based):
         fixed = sum(span.nbytes for pieces in self._fixed.values() for span in pieces)
         return self.text_bytes + fixed + sum(pool.nbytes for pool in self.pools.values())
 
-    def judge(self, agent: str, given: Mapping[str, Segment]) -> dict[str, Verdict]:
-        """For each placeholder of an agent whether its text would be estimated."""
-        return {name: self.pools[name].judge(agent, given[name]) for name in self.templates[agent].names}
+    def _stored(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        """The parts that begin before the tokens that are always read."""
+        return tuple(part for part in parts if part.start < parts[-1].stop - self.fresh)
 
     def _read(self, agent: str, parts: tuple[Part, ...], given: Mapping[str, Segment]) -> Reading:
-        bases = self._bases(agent, parts, given)
-        verdicts = self.judge(agent, given)
-        against = [f"{{{name}}}: {verdict.why}" for name, verdict in verdicts.items() if not verdict.share]
-        if against:
-            reading = super()._read(agent, parts, given)
-            return Reading(reading.cache, reading.logits, reading.computed, False, "; ".join(against))
-        for number, part in enumerate(parts):
-            if part.name is not None:
-                pool, verdict = self.pools[part.name], verdicts[part.name]
-                pool.used(verdict)
-                bases[number : number + 2] = blended(
-                    *bases[number : number + 2], verdict.anchors, agent, pool.criteria, self.spans.turned
-                )
-        why = "; ".join(f"{{{name}}}: {verdict.why}" for name, verdict in verdicts.items())
-        return self._finish(self.spans.placed(bases), parts, why)
+        stored = self._stored(parts)
+        bases = [self._base(agent, part, given) for part in stored]
+        verdicts = {
+            number: self.pools[part.name].judge(agent, Segment(part.ids, bases[number]))
+            for number, part in enumerate(stored)
+            if part.name is not None
+        }
+        against = [number for number, verdict in verdicts.items() if not verdict.share]
+        why = "; ".join(f"{{{stored[n].name}}}: {verdicts[n].why}" for n in against or verdicts)
+        if against or not stored:
+            return replace(super()._read(agent, parts, given), why=why)
+        for number, verdict in verdicts.items():
+            pool = self.pools[stored[number].name]
+            pool.used(verdict)
+            # The fixed piece behind a text may be read anew: then there is nothing of it to estimate.
+            behind = bases[number + 1] if number + 1 < len(bases) else None
+            found = blended(bases[number], behind, verdict.anchors, agent, pool.criteria, self.spans.turned)
+            bases[number : number + 2] = [span for span in found if span is not None]
+        ids = ids_of(parts)
+        known = len(ids) - self.fresh
+        cache = self.spans.cache(self.spans.placed(bases).first(known))
+        return Reading(cache, self._forward(ids[known:], cache), self.fresh, True, why)
 
     def _after(self, agent: str, parts: tuple[Part, ...], given: Mapping[str, Segment], reading: Reading) -> None:
         """A prompt that was read densely teaches: each text that could not be estimated becomes an anchor."""
         if reading.reused:
             return
-        bases = self._bases(agent, parts, given)
-        real = [self.spans.cut(reading.cache, part.start, part.stop) for part in parts]
-        for number, part in enumerate(parts):
-            # Asked again: an anchor that was added just now may be of the same pool.
-            if part.name is not None and not self.pools[part.name].judge(agent, given[part.name]).share:
-                offset = Offset(real[number] - bases[number], real[number + 1] - bases[number + 1])
-                self.pools[part.name].add(agent, given[part.name], offset)
+        for number, part in enumerate(self._stored(parts)):
+            if part.name is None:
+                continue
+            text = Segment(part.ids, self._base(agent, part, given))
+            if self.pools[part.name].judge(agent, text).share:
+                continue
+            offsets = [
+                self.spans.cut(reading.cache, x.start, x.stop) - self._base(agent, x, given)
+                for x in parts[number : number + 2]
+            ]
+            self.pools[part.name].add(agent, text, Offset(*offsets))

@@ -28,7 +28,7 @@ class Segment:
 
     Attributes:
         ids: its tokens.
-        base: their keys and values as they were read first, wherever that was; None where nobody keeps them.
+        base: their keys and values as they were read first, wherever that was; None = not read yet.
     """
 
     ids: Ids
