@@ -13,7 +13,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
