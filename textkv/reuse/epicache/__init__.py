@@ -7,7 +7,8 @@ memory.ask("Where does Ann live?")
 
 from textkv.reuse.epicache.blocks import BlockPrefill
 from textkv.reuse.epicache.budgets import layer_entries, sensitivities
-from textkv.reuse.epicache.episodes import Answer, EpiCache, Settings
+from textkv.reuse.epicache.episodes import Answer, EpiCache
+from textkv.reuse.epicache.settings import Settings
 from textkv.reuse.epicache.text import Turn, own_vectors
 
 __all__ = ["Answer", "BlockPrefill", "EpiCache", "Settings", "Turn", "layer_entries", "own_vectors", "sensitivities"]

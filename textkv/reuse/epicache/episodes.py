@@ -20,59 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv.cache import MethodCache
 from textkv.reuse.chat import ends
-from textkv.reuse.epicache.blocks import BlockPrefill, Level
+from textkv.reuse.epicache.blocks import BlockPrefill
 from textkv.reuse.epicache.budgets import layer_entries
 from textkv.reuse.epicache.prompts import Prompts
+from textkv.reuse.epicache.settings import Settings
 from textkv.reuse.epicache.snapshots import FILE, Snapshots, read_header, shape_of, write_header
 from textkv.reuse.epicache.text import Embed, Encoder, Turn, cluster_of, clustered, windows
 
-SLACK = 9 / 8
-"""What a cache takes beyond its tokens at most: buffers grow by an eighth."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a conversation is kept.
-
-    Attributes:
-        budget: entries that a KV head keeps, mean over layers (M).
-        block: tokens read at a time (Mb).
-        episodes: topics (E), as far as there are as many different windows.
-        window: turns of a window (w).
-        medoids: windows that stand for an episode, as far as they fit into the probe.
-        probe: most tokens of the probe (p), at most a block.
-        sinks: first tokens that always stay, behind which the system's words do too.
-        alpha: how much more sensitive layers get (Eq. 10), with `sensitivity`.
-        floor: share of the budget that every layer has.
-        sensitivity: of each layer (`budgets.sensitivities`); None = all alike.
-        level: "pair", heads of a layer compete; "uniform", all alike.
-        tau: cosine to the nearest episode below which new turns open one of their own; the paper gives no value.
-        most_bytes: what one cache may weigh while it is read; None = no bound.
-
-    Raises:
-        ValueError: a number below its least.
-    """
-
-    budget: int = 4096
-    block: int = 1024
-    episodes: int = 4
-    window: int = 4
-    medoids: int = 8
-    probe: int = 512
-    sinks: int = 4
-    alpha: float = 1.0
-    floor: float = 0.25
-    sensitivity: tuple[float, ...] | None = None
-    level: Level = "pair"
-    tau: float = 0.3
-    most_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("budget", "block", "episodes", "window", "medoids", "probe"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
-        if self.probe > self.block:
-            raise ValueError(f"probe={self.probe} is longer than block={self.block}; the probe is read behind a block")
+SLACK, LEAST = 9 / 8, 8
+"""Buffers grow by an eighth, and by no fewer tokens than these: what a cache takes beyond its tokens at most."""
 
 
 @dataclass(eq=False)
@@ -151,8 +107,9 @@ class EpiCache:
     def _check_bytes(self, entries: Sequence[int]) -> None:
         config, s = self.model.config.get_text_config(), self.settings
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token = 2 * config.num_key_value_heads * size * self.model.dtype.itemsize
-        most = SLACK * token * sum(n + s.block + s.probe for n in entries)
+        # Keys, values, and the position that every head notes.
+        token = config.num_key_value_heads * (2 * size * self.model.dtype.itemsize + 4)
+        most = token * sum(SLACK * (n + s.block + s.probe) + LEAST for n in entries)
         if s.most_bytes is not None and most > s.most_bytes:
             raise ValueError(
                 f"budget={s.budget}, block={s.block} and probe={s.probe} may weigh {most / 1e6:.1f} MB, above "
