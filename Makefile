@@ -29,7 +29,7 @@ docs: .venv/ready-docs
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --upgrade pip
 	$(INSTALL) $$(grep '^torch==' constraints.txt)
-	$(INSTALL) --constraint constraints.txt --editable '.[dev,agents,eval,kernels,models,pipeline,retrieval]'
+	$(INSTALL) --constraint constraints.txt --editable '.[dev,agents,conversations,eval,kernels,models,pipeline,retrieval]'
 	$(INSTALL) --constraint constraints.txt --no-deps miniwob
 	$(BIN)/python -m envs.install
 	touch $@

@@ -1,0 +1,126 @@
+"""Named snapshots: the caches of a conversation's episodes in a folder, one of them in memory.
+
+A folder holds `conversation.json` (turns, settings, clusters: all that the caches are made of) and a cache for each
+episode (safetensors, with a checksum). Every file is written beside the one before it and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from textkv.cache import MethodCache
+
+FORMAT = 1
+FILE = "conversation.json"
+_FIELDS = {"model": dict, "settings": dict, "turns": list, "texts": list, "vectors": list, "episodes": list}
+
+
+class Snapshots:
+    """Caches by name. Without a folder all of them stay in memory, on the model's device.
+
+    Args:
+        folder: made if missing.
+
+    Attributes:
+        active: the name of the cache that was asked for last, or None.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: Path | None = None) -> None:
+        self.model, self.folder = model, folder
+        self.active: str | None = None
+        self._held: dict[str, MethodCache] = {}
+        self._changed: set[str] = set()
+
+    def put(self, name: str, cache: MethodCache) -> None:
+        """Takes a cache in; with a folder it is written, and leaves memory unless it is the active one."""
+        self._held[name] = cache
+        self._changed.add(name)
+        self._tidy()
+
+    def get(self, name: str) -> MethodCache:
+        """The cache of that name, which becomes the active one; the one before goes back to the folder.
+
+        Raises:
+            ValueError: there is none, or its file is damaged.
+        """
+        if name not in self._held:
+            if self.folder is None:
+                raise ValueError(f"there is no snapshot {name!r}")
+            # The one before leaves first: two at a time would double the memory.
+            self.active = None
+            self._tidy()
+            self._held[name] = MethodCache.load(self.folder / name, self.model)
+        self.active = name
+        self._tidy()
+        return self._held[name]
+
+    def drop(self, name: str) -> None:
+        """Empties the cache of that name if it is in memory; its file stays until another one takes its place."""
+        self._changed.discard(name)
+        if name in self._held:
+            self._held.pop(name).reset()
+
+    def changed(self, name: str) -> None:
+        """The cache of that name holds more than its file."""
+        self._changed.add(name)
+
+    def kv_bytes(self) -> int:
+        """Bytes of the caches in memory."""
+        return sum(cache.kv_bytes() for cache in self._held.values())
+
+    def write(self) -> None:
+        """Brings all files up to date."""
+        for name in sorted(self._changed):
+            self._held[name].save(self.folder / name)
+        self._changed.clear()
+
+    def _tidy(self) -> None:
+        """With a folder: whatever is not active is written if it has changed, and leaves memory."""
+        if self.folder is None:
+            return
+        for name in [name for name in self._held if name != self.active]:
+            if name in self._changed:
+                self._held[name].save(self.folder / name)
+                self._changed.discard(name)
+            self._held.pop(name).reset()
+
+
+def write_header(folder: Path, header: dict[str, Any]) -> None:
+    """Writes `conversation.json`; until that is done, the one before stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f".{FILE}.{os.getpid()}"
+    try:
+        beside.write_text(json.dumps({"format": FORMAT} | header, indent=1), encoding="utf-8")
+        os.replace(beside, folder / FILE)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """What `write_header` wrote.
+
+    Raises:
+        ValueError: nothing there, damaged, or of another format.
+    """
+    try:
+        header = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        if header["format"] != FORMAT:
+            raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
+        wrong = next((name for name, kind in _FIELDS.items() if not isinstance(header.get(name), kind)), None)
+        if wrong is not None:
+            raise ValueError(f"it has no {wrong}")
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} holds no whole conversation: {type(error).__name__}: {error}") from None
+    return header
+
+
+def shape_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What must be equal for a conversation to go on with a model."""
+    config = model.config.get_text_config()
+    names = ("model_type", "hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size")
+    return {name: getattr(config, name) for name in names} | {"dtype": str(model.dtype)}

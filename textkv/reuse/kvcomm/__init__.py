@@ -1,0 +1,20 @@
+"""KVCOMM: agents that run one model share the KV of texts that stand behind different roles (arXiv 2510.12872).
+
+    engine = KVComm(model, tokenizer)
+    team = Team.chain(engine, {"reader": "You read carefully.", "judge": "You decide."})
+    calls = team.run({"document": "..", "question": ".."})
+
+Experimental, as the paper is: estimated KV is not the KV that a model would have computed. A text without fitting
+anchors is read densely.
+"""
+
+from textkv.reuse.kvcomm.anchors import AnchorPool, Criteria
+from textkv.reuse.kvcomm.engine import Call, Dense, Prefix
+from textkv.reuse.kvcomm.recompute import Recompute
+from textkv.reuse.kvcomm.sharing import KVComm
+from textkv.reuse.kvcomm.team import Team
+from textkv.reuse.kvcomm.template import PromptTemplate, Segment
+
+__all__ = [
+    "AnchorPool", "Call", "Criteria", "Dense", "KVComm", "Prefix", "PromptTemplate", "Recompute", "Segment", "Team",
+]  # fmt: skip
