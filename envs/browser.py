@@ -265,7 +265,7 @@ class Browser:
         allow: AllowList,
         viewport: tuple[int, int],
         device_scale: float = 1.0,
-        manners: Manners = Manners(),
+        manners: Manners | None = None,
     ) -> Tab:
         """A fresh isolated tab: no cookies, no storage, nothing shared with another tab. Raises `BrowserCrashed`."""
         if self._chromium is None or not self.alive:

@@ -41,6 +41,4 @@ def meaning(keys: list[str]) -> tuple[str, str]:
     What it does: reload, back, forward, close, next, previous, "tab N".
     """
     chord = "+".join(keys)
-    return _DOES.get(chord, ""), (
-        f"{chord} did nothing: this browser cannot {_WHY[chord]}" if chord in _WHY else ""
-    )
+    return _DOES.get(chord, ""), (f"{chord} did nothing: this browser cannot {_WHY[chord]}" if chord in _WHY else "")

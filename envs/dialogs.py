@@ -8,12 +8,14 @@ from typing import Literal, get_args
 from playwright.sync_api import Dialog
 
 from .boundary import forgive
+from .patience import Patience
 from .record import URL_LENGTH, Record
 from .sheet import Sheet
 
 Policy = Literal["accept", "dismiss", "ask"]
 POLICIES: tuple[str, ...] = get_args(Policy)
-MOST = 20  # in one episode; more is a page that does not stop
+MOST_DIALOGS = 20  # in one episode; more is a page that does not stop
+DIALOG = "a dialog of the page waits for an answer"
 _BUTTONS = {"alert": ("OK",)}
 
 
@@ -22,13 +24,13 @@ class Dialogs:
     stands still so long. A page that asks whether to leave it is always left.
     """
 
-    def __init__(self, policy: Policy, record: Record, held: Callable[[], None], endless: Callable[[], None]) -> None:
+    def __init__(self, policy: Policy, record: Record, patience: Patience, endless: Callable[[], None]) -> None:
         if policy not in POLICIES:
             raise ValueError(f"dialogs={policy!r} is not a policy; use one of {', '.join(POLICIES)}")
         self.policy = policy
         self.record = record
         self.sheet: Sheet | None = None
-        self._held = held
+        self._patience = patience
         self._endless = endless
         self._open: Dialog | None = None
         self._count = 0
@@ -41,7 +43,7 @@ class Dialogs:
         if dialog.type == "beforeunload":
             self.record.tell("the page asked whether to leave it; it was left")
             forgive(dialog.accept)
-        elif self._count > MOST:
+        elif self._count > MOST_DIALOGS:
             forgive(dialog.dismiss)
             self._endless()
         elif self.policy == "ask":
@@ -50,7 +52,7 @@ class Dialogs:
             self._open = dialog
             keys = "Enter answers OK" + ("" if dialog.type == "alert" else ", Escape answers Cancel")
             self.record.tell(f"the page opened a dialog, {said!r}; it waits for an answer: {keys}, or click a button")
-            self._held()
+            self._patience.give_up(DIALOG)
         else:
             self._answer(dialog, said, self.policy == "accept", dialog.default_value)
 

@@ -44,7 +44,11 @@ class Record:
             self.tell(f"refused: {kind} {url[:URL_LENGTH]} ({reason})")
 
     def tell(self, sentence: str) -> None:
-        """A sentence for the agent, once per step; what a page repeats without end is cut."""
+        """A sentence for the agent, once per step; what a page repeats without end is cut.
+
+        Words of the page stand in it, and they must not look like the marks that divide a model's prompt.
+        """
+        sentence = " ".join(sentence.split()).replace("<", "\u2039").replace(">", "\u203a")
         if sentence not in self.told and len(self.told) < _MOST_TOLD:
             self.told.append(sentence)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from playwright.sync_api import CDPSession, Error, Frame, Page, Request
+from playwright.sync_api import Error, Frame, Page, Request
+
+from .patience import GivenUp, Patience
+from .record import URL_LENGTH
 
 _ENDLESS = ("eventsource", "websocket", "media", "ping")
 _TICK = 10  # milliseconds
@@ -41,16 +44,12 @@ async (cap) => {
 """
 
 
-class Restless(RuntimeError):
-    """The page replaces itself again and again, so no script can look at it."""
-
-
 class Rest:
     """Watches one page: what it loads, whether a document is on its way, and runs scripts when it can answer."""
 
-    def __init__(self, page: Page, session: CDPSession) -> None:
+    def __init__(self, page: Page, patience: Patience) -> None:
         self.page = page
-        self._session = session
+        self._patience = patience
         self._loading: set[Request] = set()
         self._document: Request | None = None
         self._commits = 0
@@ -59,11 +58,6 @@ class Rest:
         page.on("requestfinished", self._on_end)
         page.on("requestfailed", self._on_end)
         page.on("framenavigated", self._on_commit)
-
-    @property
-    def pending(self) -> str:
-        """The address of a document that is on its way, "" when there is none."""
-        return self._document.url if self._document is not None else ""
 
     def _on_start(self, request: Request) -> None:
         if request.resource_type not in _ENDLESS:
@@ -89,26 +83,28 @@ class Rest:
             self._document = None
             self._commits += 1
 
-    def _unblock(self, request: Request) -> None:
-        """Chromium lets a script wait while the page's next document is on its way, so one that never comes is
-        stopped; this runs beside the waiting script.
-        """
-        if not self._arrives(request) and self._asking:
-            self._session.send("Page.stopLoading")
+    def _late(self, request: Request) -> str:
+        return f"the page is still loading {request.url[:URL_LENGTH]}; the old page is shown"
 
-    def _arrives(self, request: Request | None) -> bool:
+    def _unblock(self, request: Request) -> None:
+        """Chromium lets a script wait while the page's next document is on its way; runs beside that script."""
+        if not self._arrives(request) and self._asking:
+            self._patience.give_up(self._late(request))
+
+    def _arrives(self, request: Request) -> bool:
         end = time.monotonic() + DOCUMENT
-        while self._document is not None and self._document == request and time.monotonic() < end:
+        while self._document == request and time.monotonic() < end:
             self.page.wait_for_timeout(_TICK)
-        return self._document is None or self._document != request
+        return self._document != request
 
     def evaluate(self, script: str, argument: Any = None) -> Any:
-        """Run our own script in the page and return its value; a document on its way is waited for, then given up.
+        """Run our own script in the page and return its value; a document on its way is waited for.
 
-        Raises `Restless` when every new try meets a new document.
+        Raises `GivenUp` when it does not come, and when every new try meets a new document.
         """
-        if not self._arrives(self._document):
-            self._session.send("Page.stopLoading")
+        request = self._document
+        if request is not None and not self._arrives(request):
+            raise GivenUp(self._late(request))
         end, commits = time.monotonic() + DOCUMENT, self._commits
         while True:
             self._asking += 1
@@ -118,25 +114,21 @@ class Rest:
                 if "context was destroyed" not in error.message:
                     raise
                 if time.monotonic() > end or self._commits - commits > _RELOADS:
-                    raise Restless("the page loads itself again and again") from error
+                    raise GivenUp("the page loads itself again and again") from error
                 self.page.wait_for_timeout(_TICK)
             finally:
                 self._asking -= 1
 
     def settle(self, cap: float) -> str:
-        """Wait for rest, at most `cap` seconds for each kind of movement; returns what is still going on, or ""."""
-        if not self._arrives(self._document):
-            self.forget()
-            return f"the page is still loading {self.pending}; the old page is shown"
-        try:
+        """Wait for rest, at most `cap` seconds for each kind of movement; returns what is still going on, or "". Raises
+        `GivenUp`.
+        """
+        moving = self.evaluate(_SETTLE, cap * 1000)
+        end, round_ = time.monotonic() + cap, 0
+        while self._loading and time.monotonic() < end and round_ < _ROUNDS:
+            self._wait_for_loads(end)
             moving = self.evaluate(_SETTLE, cap * 1000)
-            end, round_ = time.monotonic() + cap, 0
-            while self._loading and time.monotonic() < end and round_ < _ROUNDS:
-                self._wait_for_loads(end)
-                moving = self.evaluate(_SETTLE, cap * 1000)
-                round_ += 1
-        except Restless as restless:
-            return str(restless)
+            round_ += 1
         late = bool(self._loading)
         self.forget()
         return "the page is still loading parts of itself" if late else "the page is still moving" if moving else ""

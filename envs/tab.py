@@ -7,7 +7,6 @@ the clipboard. All of it is recorded; the agent is told what concerns it.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from greenlet import getcurrent, greenlet
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, CDPSession, Error, Page, TimeoutError
 
@@ -25,15 +23,16 @@ from . import chords, pickers
 from .actions import MODIFIER_KEYS, Action, CallUser, Finished
 from .allow import AllowList
 from .boundary import ERROR_PAGE, Boundary, forgive, proxy
-from .dialogs import MOST as MOST_DIALOGS
-from .dialogs import Dialogs, Policy
+from .dialogs import DIALOG, MOST_DIALOGS, Dialogs, Policy
 from .history import travel
+from .patience import GivenUp, Patience
 from .record import Blocked, Record
-from .rest import Rest, Restless
+from .rest import Rest
 from .sheet import Sheet
 from .transfers import Transfers
 
-_TRIES = 5
+_TRIES = 10
+_BETWEEN = ("Unable to capture", "Not attached")
 _MOST_PAGES = 10
 _PICTURE = {"format": "png", "optimizeForSpeed": True}
 
@@ -64,10 +63,6 @@ class BrowserCrashed(RuntimeError):
 
 class PageNotLoaded(RuntimeError):
     """An address could not be opened: it never answered, or it is not on the allow-list."""
-
-
-class Held(RuntimeError):
-    """A dialog of the page waits for the agent's answer; until then the page runs no script."""
 
 
 @dataclass(frozen=True)
@@ -102,19 +97,20 @@ class Tab:
         viewport: tuple[int, int],
         device_scale: float,
         script: str = "",
-        manners: Manners = Manners(),
+        manners: Manners | None = None,
     ) -> None:
+        manners = manners or Manners()
         self.allow = allow
         self.viewport = viewport
         self.device_scale = device_scale
         self.record = Record()
+        self.patience = Patience(lambda milliseconds: self.page.wait_for_timeout(milliseconds))
         self.boundary = Boundary(allow, self.record)
-        self.dialogs = Dialogs(manners.dialogs, self.record, self._on_held, self._on_endless)
+        self.dialogs = Dialogs(manners.dialogs, self.record, self.patience, self._on_endless)
         self.transfers = Transfers(manners.files, manners.downloads, self.record)
         self._browser = browser
         self._dead = ""
         self._pages: list[_Shown] = []  # the last one is shown
-        self._held_up: greenlet | None = None
         self._last: np.ndarray | None = None
         with self.guard():
             self.context = self._isolate(browser, script)
@@ -171,7 +167,7 @@ class Tab:
         self.boundary.guard_page(page, session)
         self.transfers.watch(page, session)
         pickers.install(session, self._hear)
-        self._pages.append(_Shown(page, session, Rest(page, session)))
+        self._pages.append(_Shown(page, session, Rest(page, self.patience)))
 
     def _on_page(self, page: Page) -> None:
         """A page opened another one."""
@@ -268,45 +264,14 @@ class Tab:
                 reason = self.boundary.why_not(url) or error.message.splitlines()[0]
                 raise PageNotLoaded(f"{url} could not be opened: {reason}") from error
 
-    def _on_held(self) -> None:
-        if self._held_up is not None:
-            asyncio.get_running_loop().call_soon(self._held_up.switch)
-
-    def _unless_held(self, call: Callable[[], Any]) -> Any:
-        """The value of `call`. A page that stands still in a dialog cannot end a gesture or a script: while the agent
-        is asked, `call` waits in a greenlet of its own and `Held` is raised.
-        """
-        ended: list[Callable[[], Any]] = []
-
-        def run() -> None:
-            try:
-                value = call()
-                ended.append(lambda: value)
-            except BaseException as error:
-                caught = error
-
-                def fail() -> None:
-                    raise caught
-
-                ended.append(fail)
-
-        if self.dialogs.policy != "ask":
-            return call()
-        self._held_up = getcurrent()
-        try:
-            greenlet(run).switch()
-            while not ended and self.dialogs.sheet is None:  # an earlier call came to its end meanwhile
-                self.page.wait_for_timeout(5)
-        finally:
-            self._held_up = None
-        if not ended:
-            raise Held("a dialog of the page waits for an answer")
-        return ended[0]()
-
     def evaluate(self, script: str, argument: Any = None) -> Any:
-        """Run our own script in the page that is shown and return its value. Raises `Held`, `Restless`."""
+        """Run our own script in the page that is shown and return its value. Raises `GivenUp` for a page that
+        cannot answer now.
+        """
         with self.guard():
-            return self._unless_held(lambda: self._pages[-1].rest.evaluate(script, argument))
+            if self.dialogs.sheet is not None:
+                raise GivenUp(DIALOG)
+            return self.patience.run(lambda: self._pages[-1].rest.evaluate(script, argument))
 
     def act(self, action: Action, perform: Callable[[Page], str]) -> str:
         """Let `perform` do `action` on the page, or the browser's own question take it; returns "" or what was wrong.
@@ -319,8 +284,8 @@ class Tab:
             self._drop_sheet()
             page = self.page
             try:
-                return self._unless_held(lambda: perform(page))
-            except Held:
+                return self.patience.run(lambda: perform(page))
+            except GivenUp:
                 return ""
             except Error:
                 if self._dead or not page.is_closed() or self.page.is_closed():
@@ -331,13 +296,13 @@ class Tab:
         problem = sheet.act(action)
         if not sheet.reply:
             return problem
-        with suppress(Held):
-            self._unless_held(self.dialogs.close)
+        with suppress(GivenUp):
+            self.patience.run(self.dialogs.close)
         return self.transfers.close()
 
     def _drop_sheet(self) -> None:
-        with suppress(Held):
-            self._unless_held(self.dialogs.close)
+        with suppress(GivenUp):
+            self.patience.run(self.dialogs.close)
         self.transfers.close()
 
     def settle(self, cap: float = 1.0) -> None:
@@ -346,8 +311,11 @@ class Tab:
         """
         with self.guard():
             if self.dialogs.sheet is None:
-                with suppress(Held):
-                    self._unless_held(lambda: self._rest(cap))
+                try:
+                    self.patience.run(lambda: self._rest(cap))
+                except GivenUp as why:
+                    if self.dialogs.sheet is None:  # a dialog has told of itself
+                        self.record.tell(str(why))
             self.boundary.enforce()
 
     def _rest(self, cap: float) -> None:
@@ -379,11 +347,15 @@ class Tab:
                 png = base64.b64decode(self._pages[-1].session.send("Page.captureScreenshot", _PICTURE)["data"])
                 return np.array(Image.open(io.BytesIO(png)).convert("RGB"))
             except Error as error:
-                between = "Unable to capture" in error.message or "Not attached" in error.message
-                if not between or not left or self.page.is_closed():
+                # between two documents there is nothing to see
+                if not any(text in error.message for text in _BETWEEN) or self.page.is_closed():
                     raise
-                self.page.wait_for_timeout(100)  # between two documents there is nothing to see
-        raise AssertionError("the last try returns or raises")
+                if not left:
+                    break
+                self.page.wait_for_timeout(100)
+        if self._last is None:
+            raise PageNotLoaded(f"{self.page.url} cannot be shown: the page loads itself again and again")
+        return self._last
 
     def renew(self) -> bool:
         """Forget what was recorded and where it has been, let go of mouse and keys; False when the page is dead."""

@@ -18,9 +18,9 @@ from playwright.sync_api import Page
 from .act import perform
 from .actions import Action, CallUser, Finished
 from .browser import Browser
+from .patience import GivenUp
 from .spaces import ActionSpace, GoalSpace
-from .rest import Restless
-from .tab import Held, Manners, PageNotLoaded, Tab
+from .tab import Manners, PageNotLoaded, Tab
 from .task import Task, Verdict
 
 SEED_LIMIT = 2**31
@@ -35,7 +35,7 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
     - step_timeout: seconds after which a page that hangs is killed with its browser
     - reuse_tab: each reset loads the page anew in the same tab; quicker, but what the page stored stays
     - manners: who answers dialogs, where uploads come from and downloads go; may be replaced between two episodes
-    - info: `raw_reward`, `success` (raw reward == 1), `error`, `reason`, `url`, `seed`, `steps`, and of this step alone:
+    - info: `raw_reward`, `success` (raw reward == 1), `error`, `reason`, `url`, `seed`, `steps`; of this step alone:
       `blocked` (list of dicts kind/url/reason), `dialogs` (texts), `files` (list of dicts kind/path/bytes) and `told`,
       sentences on all of it for whoever acts next
     """
@@ -51,7 +51,7 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
         load_timeout: float = 30.0,
         step_timeout: float = 30.0,
         reuse_tab: bool = False,
-        manners: Manners = Manners(),
+        manners: Manners | None = None,
     ) -> None:
         width, height = task.viewport
         size = (round(height * device_scale), round(width * device_scale))
@@ -66,7 +66,7 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
         self.load_timeout = load_timeout
         self.step_timeout = step_timeout
         self.reuse_tab = reuse_tab
-        self.manners = manners
+        self.manners = manners or Manners()
         self.render_mode = "rgb_array"
         self.observation_space = spaces.Dict(
             {"screenshot": spaces.Box(0, 255, shape=(*size, 3), dtype=np.uint8), "goal": GoalSpace()}
@@ -110,8 +110,8 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
             self.task.setup(tab, self._seed)
             tab.settle()
             self.goal = self.task.goal(tab)
-        except Restless as restless:
-            raise PageNotLoaded(f"{self.task.url} cannot be shown: {restless}") from restless
+        except GivenUp as why:
+            raise PageNotLoaded(f"{self.task.url} cannot be shown: {why}") from why
         return self._observe()
 
     def _fresh_tab(self) -> Tab:
@@ -145,7 +145,7 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
         answer = action.answer if isinstance(action, Finished) else None
         try:
             verdict = self.task.verdict(tab, answer)
-        except (Held, Restless) as unknown:
+        except GivenUp as unknown:
             verdict = Verdict(False, reason=str(unknown))
         if verdict.done:
             return verdict
