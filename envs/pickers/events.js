@@ -38,7 +38,8 @@ function onMouse(event) {
   if (!event.isTrusted) return;
   if (popup && window === outer && popup.inside(event.clientX, event.clientY)) {
     event.stopImmediatePropagation();
-    if (event.type !== "wheel") event.preventDefault();
+    // a pointer event that is prevented has no mouse events after it, and the wheel shall turn the popup's own rows
+    if (!event.type.startsWith("pointer") && event.type !== "wheel") event.preventDefault();
     const part = popup.partAt(event.clientX, event.clientY);
     if (event.type === "mousemove" && part) popup.hover?.(part);
     if (event.type === "mouseup" && event.button === 0 && part) popup.choose?.(part, event.clientX, event.clientY);
