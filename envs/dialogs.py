@@ -27,7 +27,8 @@ class Dialogs:
     def __init__(self, policy: Policy, record: Record, patience: Patience, endless: Callable[[], None]) -> None:
         if policy not in POLICIES:
             raise ValueError(f"dialogs={policy!r} is not a policy; use one of {', '.join(POLICIES)}")
-        self.policy = policy
+        self._policy = policy
+        self._asks = policy == "ask"
         self.record = record
         self.sheet: Sheet | None = None
         self._patience = patience
@@ -46,7 +47,7 @@ class Dialogs:
         elif self._count > MOST_DIALOGS:
             forgive(dialog.dismiss)
             self._endless()
-        elif self.policy == "ask":
+        elif self._asks:
             typed = dialog.default_value if dialog.type == "prompt" else None
             self.sheet = Sheet(dialog.message[:URL_LENGTH], _BUTTONS.get(dialog.type, ("OK", "Cancel")), typed=typed)
             self._open = dialog
@@ -54,7 +55,7 @@ class Dialogs:
             self.record.tell(f"the page opened a dialog, {said!r}; it waits for an answer: {keys}, or click a button")
             self._patience.give_up(DIALOG)
         else:
-            self._answer(dialog, said, self.policy == "accept", dialog.default_value)
+            self._answer(dialog, said, self._policy == "accept", dialog.default_value)
 
     def _answer(self, dialog: Dialog, said: str, yes: bool, text: str) -> None:
         told = "it was closed" if dialog.type == "alert" else f"the answer was {'OK' if yes else 'Cancel'}"
@@ -73,7 +74,13 @@ class Dialogs:
             said = f"{dialog.type}: {dialog.message[:URL_LENGTH]}"
             self._answer(dialog, said, sheet.reply == sheet.buttons[0], sheet.typed or "")
 
+    def stop_asking(self) -> None:
+        """The agent has finished: the open dialog and all that follow are answered with Cancel."""
+        self._asks = False
+        self.close()
+
     def forget(self) -> None:
         """A new episode: count from nothing."""
-        self.close()
+        self.stop_asking()
+        self._asks = self._policy == "ask"
         self._count = 0

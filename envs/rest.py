@@ -54,6 +54,7 @@ class Rest:
         self._document: Request | None = None
         self._commits = 0
         self._asking = 0
+        self._expected = 0  # commits that are to come before the page is at rest
         page.on("request", self._on_start)
         page.on("requestfinished", self._on_end)
         page.on("requestfailed", self._on_end)
@@ -119,10 +120,23 @@ class Rest:
             finally:
                 self._asking -= 1
 
+    @property
+    def expecting(self) -> bool:
+        """A document was asked for and is not shown yet."""
+        return self._commits < self._expected
+
+    def expect(self) -> None:
+        """The next document was asked for: wait for it, though Chromium has not announced it yet."""
+        self._expected = self._commits + 1
+
     def settle(self, cap: float) -> str:
         """Wait for rest, at most `cap` seconds for each kind of movement; returns what is still going on, or "". Raises
         `GivenUp`.
         """
+        end = time.monotonic() + cap
+        while self.expecting and self._document is None and time.monotonic() < end:
+            self.page.wait_for_timeout(_TICK)
+        self._expected = 0
         moving = self.evaluate(_SETTLE, cap * 1000)
         end, round_ = time.monotonic() + cap, 0
         while self._loading and time.monotonic() < end and round_ < _ROUNDS:

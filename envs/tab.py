@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from .transfers import Transfers
 _TRIES = 10
 _BETWEEN = ("Unable to capture", "Not attached")
 _MOST_PAGES = 10
+_ANNOUNCED = 3.0  # seconds
 _PICTURE = {"format": "png", "optimizeForSpeed": True}
 
 # a blinking caret would make two pictures of the same screen differ
@@ -111,6 +113,7 @@ class Tab:
         self._browser = browser
         self._dead = ""
         self._pages: list[_Shown] = []  # the last one is shown
+        self._coming: dict[str, float] = {}  # what Chromium announced: until when it is waited for
         self._last: np.ndarray | None = None
         with self.guard():
             self.context = self._isolate(browser, script)
@@ -164,6 +167,8 @@ class Tab:
         page.on("crash", lambda _: self._mark_dead("the page crashed"))
         page.on("dialog", self.dialogs.on_dialog)
         page.on("close", self._on_close)
+        page.on("filechooser", lambda _: self._coming.pop("file", None))
+        session.on("Page.windowOpen", lambda _: self._await("tab"))
         self.boundary.guard_page(page, session)
         self.transfers.watch(page, session)
         pickers.install(session, self._hear)
@@ -171,8 +176,11 @@ class Tab:
 
     def _on_page(self, page: Page) -> None:
         """A page opened another one."""
-        if any(shown.page == page for shown in self._pages):
-            return
+        if not any(shown.page == page for shown in self._pages):
+            self._admit(page)
+        self._coming.pop("tab", None)
+
+    def _admit(self, page: Page) -> None:
         reason = "" if page.url.startswith((ERROR_PAGE, ":")) else self.allow.refusal(page.url)
         if len(self._pages) >= _MOST_PAGES:
             reason = f"an episode may have {_MOST_PAGES} tabs"
@@ -202,20 +210,30 @@ class Tab:
         """Keys that the page left to the browser, a form that was not sent."""
         if "invalid" in message:
             self.record.tell(f"the form was not sent: {message['field']}: {message['invalid']}")
-            return
-        does, why_not = chords.meaning(message["keys"])
-        if why_not:
-            self.record.tell(why_not)
-        elif does:
-            forgive(lambda: self._do(does))
+        elif "file" in message:
+            self._await("file")
+        else:
+            does, why_not = chords.meaning(message["keys"])
+            self._await("keys")
+            if why_not:
+                self.record.tell(why_not)
+            elif does:
+                forgive(lambda: self._do(does))
+            self._coming.pop("keys", None)
+
+    def _await(self, what: str) -> None:
+        self._coming[what] = time.monotonic() + _ANNOUNCED
 
     def _do(self, what: str) -> None:
         if what == "reload":
+            self._pages[-1].rest.expect()
             self._pages[-1].session.send("Page.reload")
         elif what in ("back", "forward"):
             refused = travel(self.page, -1 if what == "back" else 1)
             if refused:
                 self.record.tell(refused)
+            elif not self.page.is_closed():
+                self._pages[-1].rest.expect()
         elif len(self._pages) == 1:
             self.record.tell("there is one tab only; nothing was done")
         elif what == "close":
@@ -279,9 +297,10 @@ class Tab:
         Raises `BrowserCrashed`.
         """
         with self.guard():
-            if self.sheet is not None and not isinstance(action, Finished | CallUser):
+            if isinstance(action, Finished | CallUser):
+                self._drop_sheet()
+            if self.sheet is not None:
                 return self._answer(self.sheet, action)
-            self._drop_sheet()
             page = self.page
             try:
                 return self.patience.run(lambda: perform(page))
@@ -302,7 +321,7 @@ class Tab:
 
     def _drop_sheet(self) -> None:
         with suppress(GivenUp):
-            self.patience.run(self.dialogs.close)
+            self.patience.run(self.dialogs.stop_asking)
         self.transfers.close()
 
     def settle(self, cap: float = 1.0) -> None:
@@ -319,17 +338,17 @@ class Tab:
             self.boundary.enforce()
 
     def _rest(self, cap: float) -> None:
-        shown = None
-        while shown is not self._pages[-1]:  # the page may open another one, or close
+        while True:
             shown = self._pages[-1]
             try:
                 going_on = shown.rest.settle(cap)
             except Error:
                 if not shown.page.is_closed() or self.page.is_closed():
                     raise
-                continue
-            while self.transfers.busy:
-                shown.page.wait_for_timeout(20)
+            while self.transfers.busy or any(end > time.monotonic() for end in self._coming.values()):
+                self.page.wait_for_timeout(10)
+            if shown is self._pages[-1] and not shown.rest.expecting:
+                break
         if going_on:
             self.record.tell(going_on)
 

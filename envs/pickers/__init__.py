@@ -30,7 +30,9 @@ def script() -> str:
 
 
 def install(session: CDPSession, hear: Callable[[dict[str, Any]], None]) -> None:
-    """Draw pickers in the page of `session`; `hear` gets {"keys": [...]} for keys that the page left to the browser and
+    """Draw pickers in the page of `session`.
+
+    `hear` gets {"keys": [...]} for keys that the page left to the browser, {"file": true} when a file is asked for,
     {"invalid": text, "field": name} for a form that was not sent.
     """
 

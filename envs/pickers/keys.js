@@ -10,6 +10,10 @@ function report(event) {
   }
 }
 
+addEventListener("click", (event) => {
+  if (event.composedPath()[0].type === "file") setTimeout(() => event.defaultPrevented || send({ file: true }));
+}, true);
+
 let complaint = null; // the first field of a form that was not sent
 addEventListener("invalid", (event) => {
   const field = event.composedPath()[0];
