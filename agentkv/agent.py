@@ -207,6 +207,9 @@ class Step:
     reason: str  # the task's own words on the reward
     url: str
     blocked: tuple[dict[str, str], ...]  # what the page tried and was refused
+    dialogs: tuple[str, ...]  # alert, confirm and prompt as the page opened them
+    files: tuple[dict[str, Any], ...]  # what was uploaded or downloaded: kind, path, bytes
+    told: tuple[str, ...]  # what the next prompt says of this step besides the error
     viewport: tuple[int, int]  # (width, height) in CSS pixels, in which actions are given
     seconds_browser: float
 
@@ -280,7 +283,8 @@ def run_episode(
         decision = policy.decide(goal, shown, screenshot, env.task.viewport)
         step, obs, terminated, truncated = _act(env, obs, decision, len(past))
         stop = watch.stop(step, terminated, truncated)
-        past.append((screenshot, f"{decision.text}\n[{step.error}]" if step.error else decision.text))
+        notes = (f"[{note}]" for note in (step.error, *step.told) if note)
+        past.append((screenshot, "\n".join((decision.text, *notes))))
         if on_step is not None:
             on_step(step)
     success, reward = (step.success, step.reward) if step else (False, 0.0)
@@ -300,6 +304,9 @@ def _act(env: Any, obs: dict[str, Any], decision: Decision, index: int) -> tuple
         reason="",
         url="",
         blocked=(),
+        dialogs=(),
+        files=(),
+        told=(),
         viewport=env.task.viewport,
         seconds_browser=0.0,
     )
@@ -315,6 +322,9 @@ def _act(env: Any, obs: dict[str, Any], decision: Decision, index: int) -> tuple
         reason=info["reason"],
         url=info["url"],
         blocked=tuple(info["blocked"]),
+        dialogs=tuple(info["dialogs"]),
+        files=tuple(info["files"]),
+        told=tuple(info["told"]),
         seconds_browser=perf_counter() - begin,
     )
     return step, obs, terminated, truncated

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from agentkv import envs
 from agentkv.agent import EpisodeResult, Limits, Policy, run_episode
 from agentkv.envs.browser import Browser, BrowserCrashed
+from agentkv.envs.dialogs import Policy as DialogPolicy
 from agentkv.envs.live import LiveTask, page_says
+from agentkv.envs.tab import Manners
 from agentkv.envs.task import Task
 from agentkv.envs.web import WebEnv
 from agentkv.errors import Interrupts
-from agentkv.trace import DONE, RUN, EpisodeTrace, episode_folder, write_json
+from agentkv.trace import DONE, DOWNLOADS, RUN, EpisodeTrace, episode_folder, write_json
 
 LIVE = "live"  # the name of the task that a --url is
 LOAD_TIMEOUT = 30.0  # seconds for a page to load
 TRIES = 2  # an episode whose browser dies is played once more
 # Two runs may share a folder when these agree: then their figures can stand in one table.
 SHARED = ("model", "agent", "budget", "history", "max_steps", "max_new_tokens", "device_scale", "url", "goal", "expect")
+SHARED += ("dialogs", "files")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Plan:
     """What is to be played; `history` counts screenshots in a prompt, the current one included.
 
     `allow`: further origins that the live page `url` may load from; `expect`: what its last page must show;
+    `dialogs`: who answers alert, confirm and prompt; `files`: the folder whose files may be uploaded, "" = none;
     `agent`: which prompt and grammar the model has (`agentkv.models.AGENTS`), None = find out. Raises
     ValueError for a number out of range.
     """
@@ -52,6 +56,8 @@ class Plan:
     allow: tuple[str, ...] = ()
     expect: str = ""
     agent: str | None = None
+    dialogs: DialogPolicy = "dismiss"
+    files: str = ""
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -62,6 +68,8 @@ class Plan:
             raise ValueError(f"max_steps={self.max_steps} plays nothing; use 1 or more")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} leaves no room for an answer; use 64")
+        if self.files and not Path(self.files).is_dir():
+            raise ValueError(f"files={self.files!r} is no folder; name one with the files that may be uploaded")
         if self.device_scale <= 0:
             raise ValueError(f"device_scale={self.device_scale} is no size; use 1, 2 or 4")
 
@@ -86,7 +94,7 @@ def open_folder(out: Path, plan: Plan, resume: bool, meta: Mapping[str, Any], no
 
 def _joined(old: dict[str, Any], new: dict[str, Any], out: Path) -> dict[str, Any]:
     for name in SHARED:
-        if old[name] != new[name]:
+        if old.get(name, new[name]) != new[name]:  # older runs lack what came later
             raise ValueError(
                 f"{out} was played with {name}={old[name]!r}, now it is {new[name]!r}: "
                 "--resume needs the same settings; choose another --out"
@@ -114,7 +122,8 @@ def task_of(name: str, plan: Plan) -> Task:
 
 def open_env(name: str, plan: Plan, browser: Browser) -> WebEnv:
     """The environment of a task."""
-    return WebEnv(task_of(name, plan), browser, plan.device_scale, load_timeout=LOAD_TIMEOUT)
+    manners = Manners(plan.dialogs, Path(plan.files).resolve() if plan.files else None)
+    return WebEnv(task_of(name, plan), browser, plan.device_scale, load_timeout=LOAD_TIMEOUT, manners=manners)
 
 
 class Play:
@@ -190,5 +199,6 @@ class Play:
         return result
 
     def _play(self, env: WebEnv, method: str, seed: int, trace: EpisodeTrace) -> EpisodeResult:
+        env.manners = replace(env.manners, downloads=trace.folder.resolve() / DOWNLOADS)
         limits, policy = Limits(max_steps=env.max_steps), self.policies[method]
         return run_episode(env, policy, seed, limits, self.plan.history, trace.step, lambda: self.interrupts.asked)

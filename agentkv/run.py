@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from agentkv.agent import Agent
 from agentkv.envs.browser import Browser
+from agentkv.envs.dialogs import POLICIES
 from agentkv.errors import EXPLAINED, Interrupts, user_errors
 from agentkv.models import AGENTS, ModelAdapter, load_adapter
 from agentkv.play import LIVE, Plan, Play, open_env, open_folder, task_of
@@ -82,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--goal", default="", help="what to do on --url, in words")
     p.add_argument("--expect", default="", help="words that the last page of --url shows when the goal was met")
     p.add_argument("--allow", default="", help="comma-separated further origins that the page of --url may load from")
+    p.add_argument("--dialogs", choices=POLICIES, default="dismiss", help="answer to alert, confirm, prompt (dismiss)")
+    p.add_argument("--files", default="", metavar="DIR", help="folder whose files the agent may upload (default: none)")
     p.add_argument("--headed", action="store_true", help="show the browser window")
     p.add_argument("--chromium", default=None, help="path of the browser to use")
     p.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
@@ -152,6 +155,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         allow=tuple(split_list(args.allow)),
         expect=args.expect,
         agent=args.agent,
+        dialogs=args.dialogs,
+        files=args.files,
     )
     for task in plan.tasks:
         task_of(task, plan)
@@ -252,7 +257,7 @@ def replay_command(args: argparse.Namespace) -> int:
     with user_errors():
         about = json.loads((find_run(args.replay) / RUN).read_text())
         recorded(args.replay)
-        plan = Plan(**{f.name: about[f.name] for f in fields(Plan)})
+        plan = Plan(**{f.name: about[f.name] for f in fields(Plan) if f.name in about})
     with open_browser(args, plan) as browser, user_errors():
         rows = list(replay(args.replay, cache(lambda task: open_env(task, plan, browser))))
     stdout_console().print(replay_table(rows))

@@ -3,6 +3,7 @@
     RUN/run.json                                     the settings, once
     RUN/episodes/<method>/<task>/<seed>/steps.jsonl  one line per step, flushed and synced as it goes
                                        /000.png ...  the screenshot that each step saw
+                                       /downloads/   files that the page gave, if any
                                        /episode.json written last and atomically: its presence means "finished"
 
 A killed run leaves complete lines up to its last step; the unfinished episode is played again on resume.
@@ -29,7 +30,7 @@ from agentkv.envs import actions
 from agentkv.grammars import ParseError
 
 ACTIONS = {cls.__name__: cls for cls in get_args(actions.Action)}
-STEPS, DONE, RUN = "steps.jsonl", "episode.json", "run.json"
+STEPS, DONE, RUN, DOWNLOADS = "steps.jsonl", "episode.json", "run.json", "downloads"
 
 
 class NoSpace(OSError):
@@ -104,6 +105,9 @@ def step_to_dict(step: Step) -> dict[str, Any]:
         "reason": step.reason,
         "url": step.url,
         "blocked": list(step.blocked),
+        "dialogs": list(step.dialogs),
+        "files": list(step.files),
+        "told": list(step.told),
         "viewport": list(step.viewport),
         "prefill_tokens": d.prompt_tokens,
         "decode_tokens": d.decode_tokens,

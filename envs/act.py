@@ -39,6 +39,7 @@ from .actions import (
     Type,
     Wait,
 )
+from .history import travel
 
 MAX_WAIT = 5.0
 MAX_TEXT = 5_000
@@ -170,20 +171,6 @@ def _scroll(page: Page, action: Scroll) -> None:
     page.mouse.wheel(across * action.pixels, down * action.pixels)
 
 
-def _back(page: Page) -> str:
-    session = page.context.new_cdp_session(page)
-    try:
-        history = session.send("Page.getNavigationHistory")
-    finally:
-        session.detach()
-    at, entries = history["currentIndex"], history["entries"]
-    # an address that was typed is where the episode began; what lies before it is not the agent's to see
-    if at == 0 or entries[at]["transitionType"] == "typed" or entries[at - 1]["url"] == "about:blank":
-        return "there is no page to go back to; nothing was done"
-    page.go_back(wait_until="commit")
-    return ""
-
-
 def perform(page: Page, action: Action, size: tuple[int, int]) -> str:
     """Do `action` on `page`; returns "" or what was wrong with it. `Finished` and `CallUser` do nothing to the page."""
     problem = check(action, size)
@@ -211,5 +198,5 @@ def perform(page: Page, action: Action, size: tuple[int, int]) -> str:
         case Wait(seconds):
             time.sleep(min(seconds, MAX_WAIT))
         case PressBack():
-            return _back(page)
+            return travel(page, -1)
     return ""

@@ -21,7 +21,7 @@ from playwright.sync_api import Error, Playwright, sync_playwright
 
 from . import fonts
 from .allow import AllowList
-from .tab import BrowserCrashed, Tab
+from .tab import BrowserCrashed, Manners, Tab
 
 CHROMIUM_VARIABLE = "AGENTKV_CHROMIUM"
 _MESSAGE = 300
@@ -42,6 +42,8 @@ _FLAGS = (
     "--disable-partial-raster",
     # a picture that is still being decoded would be left out of a screenshot
     "--disable-checker-imaging",
+    # a page that is scrolled by keys or wheel is there at once
+    "--disable-smooth-scrolling",
 )
 
 
@@ -258,8 +260,14 @@ class Browser:
         with suppress(ProcessLookupError):  # it ended in the same moment, which is what was wanted
             os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
 
-    def open(self, allow: AllowList, viewport: tuple[int, int], device_scale: float = 1.0) -> Tab:
+    def open(
+        self,
+        allow: AllowList,
+        viewport: tuple[int, int],
+        device_scale: float = 1.0,
+        manners: Manners | None = None,
+    ) -> Tab:
         """A fresh isolated tab: no cookies, no storage, nothing shared with another tab. Raises `BrowserCrashed`."""
         if self._chromium is None or not self.alive:
             raise BrowserCrashed("the browser is not running; call relaunch()")
-        return Tab(self._chromium, self.allow | allow, viewport, device_scale, self._faces)
+        return Tab(self._chromium, self.allow | allow, viewport, device_scale, self._faces, manners)

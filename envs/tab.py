@@ -1,9 +1,8 @@
-"""One isolated page of a browser: what it may load, what it tried to do, its picture.
+"""What one episode sees of a browser: its pages (one is shown), their picture, the browser's own windows over them.
 
-Every request is checked against the task's allow-list twice. A route handler aborts and records what the page asks
-for; below it the tab's own proxy setting sends every host that is not allowed to a closed port, which also catches
-what handlers never see (redirects, workers, prefetch). Dialogs are dismissed, popups closed, downloads refused,
-permissions denied; all of it is recorded, nothing of it reaches the agent.
+What a page may reach is boundary.py's, files transfers.py's, dialogs dialogs.py's, waiting rest.py's. Here they meet:
+the newest page is shown, keys that pages leave alone do what a browser does, permissions are denied but for writing
+the clipboard. All of it is recorded; the agent is told what concerns it.
 """
 
 from __future__ import annotations
@@ -14,38 +13,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import (
-    Browser,
-    BrowserContext,
-    CDPSession,
-    Dialog,
-    Download,
-    Error,
-    FileChooser,
-    Frame,
-    Page,
-    Request,
-    Route,
-    TimeoutError,
-    WebSocketRoute,
-)
+from playwright.sync_api import Browser, BrowserContext, CDPSession, Error, Page, TimeoutError
 
-from .actions import MODIFIER_KEYS
+from . import chords, pickers
+from .actions import MODIFIER_KEYS, Action, CallUser, Finished
 from .allow import AllowList
+from .boundary import ERROR_PAGE, Boundary, forgive, proxy
+from .dialogs import DIALOG, MOST_DIALOGS, Dialogs, Policy
+from .history import travel
+from .patience import GivenUp, Patience
+from .record import Blocked, Record
+from .rest import Rest
+from .sheet import Sheet
+from .transfers import Transfers
 
-# nothing listens there: the TCP port multiplexer is dead since decades and needs root to open
-_NOWHERE = "http://127.0.0.1:1"
-_MAX_DIALOGS = 20
-_URL_LENGTH = 300
-_TRIES = 5
-_ERROR_PAGE = "chrome-error:"
+_TRIES = 10
+_BETWEEN = ("Unable to capture", "Not attached")
+_MOST_PAGES = 10
+_ANNOUNCED = 3.0  # seconds
 _PICTURE = {"format": "png", "optimizeForSpeed": True}
-_ENDLESS = ("eventsource", "websocket", "media", "ping")
 
 # a blinking caret would make two pictures of the same screen differ
 _NO_CARET = """
@@ -58,24 +49,13 @@ new MutationObserver((_, watch) => {
 }).observe(document, {childList: true});
 """
 
-# two frames are drawn, so that what the new styles need is asked for;
-# pictures from files are waited for here, because a request may be reported only after this script has answered;
-# then CSS and jQuery animations that end by themselves may run out
-_SETTLE = """
-async (cap) => {
-  const end = performance.now() + cap;
-  const moving = (a) => a.playState === 'running' && isFinite(a.effect.getComputedTiming().endTime);
-  const busy = () => document.getAnimations().some(moving) || (window.jQuery && jQuery.timers && jQuery.timers.length);
-  await new Promise(requestAnimationFrame);
-  if (location.protocol === 'file:') {
-    const urls = [...document.querySelectorAll('*')].map((e) => getComputedStyle(e).backgroundImage.slice(5, -2));
-    const files = [...new Set(urls)].filter((url) => url.startsWith('file:'));
-    const pictures = files.map((url) => Object.assign(new Image(), {src: url}));
-    const shown = [...pictures, ...document.images].map((picture) => picture.decode().catch(() => 0));
-    await Promise.race([Promise.all(shown), new Promise((late) => setTimeout(late, cap))]);
-  }
-  do await new Promise(requestAnimationFrame); while (busy() && performance.now() < end);
-}
+# the clipboard belongs to the browser process: what an earlier episode copied must not be there
+_EMPTY_CLIPBOARD = """
+document.addEventListener('copy', (event) => {
+  event.clipboardData.setData('text/plain', '');
+  event.preventDefault();
+}, {once: true});
+document.execCommand('copy');
 """
 
 
@@ -88,164 +68,191 @@ class PageNotLoaded(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Blocked:
-    """What the page tried and was refused; kinds: request, redirect, navigation, websocket, popup, download, upload."""
+class Manners:
+    """What a tab does with what is not the page's: `dialogs` answers dialogs (accept, dismiss, or ask the agent),
+    `files` is the folder whose files may be uploaded, `downloads` where downloads go; None refuses them.
+    """
 
-    kind: str
-    url: str
-    reason: str
+    dialogs: Policy = "dismiss"
+    files: Path | None = None
+    downloads: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A page with what watches it."""
+
+    page: Page
+    session: CDPSession
+    rest: Rest
 
 
 class Tab:
-    """A context with one page. `blocked` and `dialogs` grow as the page tries things; `script` runs first in every
+    """A context with the pages of one episode; `record` grows as they try things, `script` runs first in every
     document.
     """
 
     def __init__(
-        self, browser: Browser, allow: AllowList, viewport: tuple[int, int], device_scale: float, script: str = ""
+        self,
+        browser: Browser,
+        allow: AllowList,
+        viewport: tuple[int, int],
+        device_scale: float,
+        script: str = "",
+        manners: Manners | None = None,
     ) -> None:
+        manners = manners or Manners()
         self.allow = allow
         self.viewport = viewport
-        self.blocked: list[Blocked] = []
-        self.dialogs: list[str] = []
+        self.device_scale = device_scale
+        self.record = Record()
+        self.patience = Patience(lambda milliseconds: self.page.wait_for_timeout(milliseconds))
+        self.boundary = Boundary(allow, self.record)
+        self.dialogs = Dialogs(manners.dialogs, self.record, self.patience, self._on_endless)
+        self.transfers = Transfers(manners.files, manners.downloads, self.record)
         self._browser = browser
         self._dead = ""
-        self._strays: list[Frame] = []
-        self._loading: set[Request] = set()
+        self._pages: list[_Shown] = []  # the last one is shown
+        self._coming: dict[str, float] = {}  # what Chromium announced: until when it is waited for
+        self._last: np.ndarray | None = None
         with self.guard():
-            self.context = self._isolate(browser, device_scale, script)
-            self.page = self.context.new_page()
-            self.context.on("page", self._on_popup)
-            self._watch(self.page)
-            self._cdp = self._own_session(device_scale)
+            self.context = self._isolate(browser, script)
+            self._add(self.context.new_page())
+            self.context.on("page", self._on_page)
+            clear = {"expression": _EMPTY_CLIPBOARD, "userGesture": True}
+            self._pages[0].session.send("Runtime.evaluate", clear)
 
-    def _isolate(self, browser: Browser, device_scale: float, script: str) -> BrowserContext:
+    @property
+    def page(self) -> Page:
+        """The page that is shown."""
+        return self._pages[-1].page
+
+    @property
+    def blocked(self) -> list[Blocked]:
+        """What was refused since the record was taken."""
+        return self.record.blocked
+
+    @property
+    def sheet(self) -> Sheet | None:
+        """What the browser asks at the moment, over the page."""
+        return self.dialogs.sheet or self.transfers.sheet
+
+    def _isolate(self, browser: Browser, script: str) -> BrowserContext:
         width, height = self.viewport
         context = browser.new_context(
             viewport={"width": width, "height": height},
-            device_scale_factor=device_scale,
-            accept_downloads=False,
+            device_scale_factor=self.device_scale,
+            accept_downloads=self.transfers.kept is not None,
             service_workers="block",
             locale="en-US",
             timezone_id="UTC",
             reduced_motion="reduce",
-            proxy={"server": _NOWHERE, "bypass": ",".join(urlsplit(entry).netloc for entry in self.allow.origins)},
+            proxy=proxy(self.allow),
         )
         context.grant_permissions([])
+        for place in self.allow.origins:
+            context.grant_permissions(["clipboard-write"], origin=place)
         context.add_init_script(_NO_CARET)
         if script:
             context.add_init_script(script)
-        context.route("**/*", self._on_request)
-        context.route_web_socket("**/*", self._on_websocket)
+        self.boundary.guard_context(context)
         return context
 
-    def _own_session(self, device_scale: float) -> CDPSession:
-        """For pictures and redirects; without metrics of its own a capture would reset the page's to scale 1."""
+    def _add(self, page: Page) -> None:
+        """Watch `page` and show it; without metrics of its own a capture would reset the page's to scale 1."""
         width, height = self.viewport
-        session = self.context.new_cdp_session(self.page)
-        metrics = {"width": width, "height": height, "deviceScaleFactor": device_scale, "mobile": False}
+        session = self.context.new_cdp_session(page)
+        metrics = {"width": width, "height": height, "deviceScaleFactor": self.device_scale, "mobile": False}
         session.send("Emulation.setDeviceMetricsOverride", metrics)
-        session.on("Network.requestWillBeSent", self._on_raw_redirect)
-        session.send("Network.enable")
-        return session
-
-    def _watch(self, page: Page) -> None:
         page.on("crash", lambda _: self._mark_dead("the page crashed"))
-        page.on("dialog", self._on_dialog)
-        page.on("download", self._on_download)
-        page.on("filechooser", self._on_upload)
-        page.on("framenavigated", self._on_navigated)
-        page.on("request", self._on_redirect)
-        page.on("request", self._on_start)
-        page.on("requestfinished", self._on_end)
-        page.on("requestfailed", self._on_end)
+        page.on("dialog", self.dialogs.on_dialog)
+        page.on("close", self._on_close)
+        page.on("filechooser", lambda _: self._coming.pop("file", None))
+        session.on("Page.windowOpen", lambda _: self._await("tab"))
+        self.boundary.guard_page(page, session)
+        self.transfers.watch(page, session)
+        pickers.install(session, self._hear)
+        self._pages.append(_Shown(page, session, Rest(page, self.patience)))
+
+    def _on_page(self, page: Page) -> None:
+        """A page opened another one."""
+        if not any(shown.page == page for shown in self._pages):
+            self._admit(page)
+        self._coming.pop("tab", None)
+
+    def _admit(self, page: Page) -> None:
+        reason = "" if page.url.startswith((ERROR_PAGE, ":")) else self.allow.refusal(page.url)
+        if len(self._pages) >= _MOST_PAGES:
+            reason = f"an episode may have {_MOST_PAGES} tabs"
+        if reason:
+            self.record.refuse("popup", page.url, reason)
+        if reason or page.url.startswith((ERROR_PAGE, ":")):
+            forgive(page.close)
+            return
+        forgive(lambda: self._add(page))
+        self.record.tell(f"a new tab was opened and is shown: {page.url} ({len(self._pages)} tabs are open)")
+
+    def _on_close(self, page: Page) -> None:
+        self._pages = [shown for shown in self._pages if shown.page != page or len(self._pages) == 1]
+        if not self._dead and self._browser.is_connected() and not self.page.is_closed():
+            self.record.tell(f"a tab was closed; {self.page.url} is shown")
+
+    def _on_endless(self) -> None:
+        if not self._dead:
+            self._mark_dead(f"the page opened more than {MOST_DIALOGS} dialogs")
+            for shown in list(self._pages):
+                forgive(shown.page.close)
 
     def _mark_dead(self, why: str) -> None:
         self._dead = self._dead or why
 
-    def _refuse(self, kind: str, url: str, reason: str) -> None:
-        self.blocked.append(Blocked(kind, url[:_URL_LENGTH], reason))
-
-    def _on_request(self, route: Route, request: Request) -> None:
-        navigation = request.is_navigation_request()
-        reason = self.allow.refusal(request.url, navigation)
-        if not reason:
-            self._forgive(route.continue_)
-        elif navigation and self._is_own(request):
-            # "no content" leaves the agent on the page where it is; an abort would show Chromium's error page
-            self._refuse("navigation", request.url, reason)
-            self._forgive(lambda: route.fulfill(status=204))
+    def _hear(self, message: dict[str, Any]) -> None:
+        """Keys that the page left to the browser, a form that was not sent."""
+        if "invalid" in message:
+            self.record.tell(f"the form was not sent: {message['field']}: {message['invalid']}")
+        elif "file" in message:
+            self._await("file")
         else:
-            self._refuse("navigation" if navigation else "request", request.url, reason)
-            self._forgive(lambda: route.abort("blockedbyclient"))
+            does, why_not = chords.meaning(message["keys"])
+            self._await("keys")
+            if why_not:
+                self.record.tell(why_not)
+            elif does:
+                forgive(lambda: self._do(does))
+            self._coming.pop("keys", None)
 
-    def _is_own(self, request: Request) -> bool:
-        try:
-            return request.frame.page == self.page
-        except Error:
-            return False  # a popup that is being opened has no frame yet
+    def _await(self, what: str) -> None:
+        self._coming[what] = time.monotonic() + _ANNOUNCED
 
-    def _on_start(self, request: Request) -> None:
-        if request.resource_type not in _ENDLESS:
-            self._loading.add(request)
-
-    def _on_end(self, request: Request) -> None:
-        self._loading.discard(request)
-
-    def _on_redirect(self, request: Request) -> None:
-        """Redirects of frames and workers in other processes; the page's own come surely through `_on_raw_redirect`."""
-        if request.redirected_from is not None:
-            self._refuse_redirect(request.url, request.is_navigation_request())
-
-    def _on_raw_redirect(self, event: dict[str, Any]) -> None:
-        """Playwright loses a redirect whose connection fails at once, so the protocol's own event is read."""
-        if "redirectResponse" in event:
-            self._refuse_redirect(event["request"]["url"], event.get("type") == "Document")
-
-    def _refuse_redirect(self, url: str, navigation: bool) -> None:
-        """Route handlers see only the first request of a chain; the proxy stops the rest, this notes each URL once."""
-        reason = self.allow.refusal(url, navigation)
-        if reason and not any(entry.kind == "redirect" and url.startswith(entry.url) for entry in self.blocked):
-            self._refuse("redirect", url, reason)
-
-    def _on_websocket(self, socket: WebSocketRoute) -> None:
-        reason = self.allow.refusal(socket.url, navigation=False)
-        if reason:
-            self._refuse("websocket", socket.url, reason)
-            socket.close(code=1008, reason="not on the allow-list")
+    def _do(self, what: str) -> None:
+        if what == "reload":
+            self._pages[-1].rest.expect()
+            self._pages[-1].session.send("Page.reload")
+        elif what in ("back", "forward"):
+            refused = travel(self.page, -1 if what == "back" else 1)
+            if refused:
+                self.record.tell(refused)
+            elif not self.page.is_closed():
+                self._pages[-1].rest.expect()
+        elif len(self._pages) == 1:
+            self.record.tell("there is one tab only; nothing was done")
+        elif what == "close":
+            self.page.close()
         else:
-            socket.connect_to_server()
+            self._switch(what)
 
-    def _on_popup(self, popup: Page) -> None:
-        self._refuse("popup", popup.url or "about:blank", "a task has one page")
-        self._forgive(popup.close)
-
-    def _on_download(self, download: Download) -> None:
-        self._refuse("download", download.url, "downloads are refused")
-        self._forgive(download.cancel)
-
-    def _on_upload(self, chooser: FileChooser) -> None:
-        """Having a listener keeps the system's own file dialog shut; nothing is chosen."""
-        self._refuse("upload", chooser.page.url, "uploads are refused")
-
-    def _on_dialog(self, dialog: Dialog) -> None:
-        self.dialogs.append(f"{dialog.type}: {dialog.message[:_URL_LENGTH]}")
-        self._forgive(dialog.dismiss)
-        if len(self.dialogs) > _MAX_DIALOGS and not self._dead:
-            self._mark_dead(f"the page opened more than {_MAX_DIALOGS} dialogs")
-            self._forgive(self.page.close)
-
-    def _on_navigated(self, frame: Frame) -> None:
-        """`data:` and `blob:` frames never pass a route handler, so they are found here and removed by `enforce`."""
-        reason = self.allow.refusal(frame.url)
-        if reason and frame.url and not frame.url.startswith(_ERROR_PAGE):
-            self._refuse("navigation", frame.url, reason)
-            self._strays.append(frame)
-
-    @staticmethod
-    def _forgive(call: Callable[[], object]) -> None:
-        with suppress(Error):  # the page was quicker and has gone by itself
-            call()
+    def _switch(self, what: str) -> None:
+        """The shown page is the last of the list, so switching turns it; numbers count from the oldest page."""
+        if what in ("next", "previous"):
+            turn = 1 if what == "next" else -1
+            self._pages = self._pages[turn:] + self._pages[:turn]
+        else:
+            ages = [page for page in self.context.pages if any(shown.page == page for shown in self._pages)]
+            number = min(int(what.split()[1]), len(ages))
+            wanted = ages[-1] if what == "tab 9" else ages[number - 1]
+            self._pages.sort(key=lambda shown: shown.page == wanted)
+        self.page.bring_to_front()
+        self.record.tell(f"another tab is shown: {self.page.url}")
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -253,8 +260,8 @@ class Tab:
         try:
             yield
         except Error as error:
-            page = getattr(self, "page", None)
-            gone = not self._browser.is_connected() or (page is not None and page.is_closed())
+            pages = getattr(self, "_pages", [])
+            gone = not self._browser.is_connected() or (bool(pages) and self.page.is_closed())
             if self._dead or gone or "crashed" in error.message:
                 why = self._dead or ("the page is closed" if self._browser.is_connected() else "the browser is gone")
                 raise BrowserCrashed(f"{why}; reset the environment to go on with a fresh one") from error
@@ -272,90 +279,124 @@ class Tab:
             except Error as error:
                 if self._dead or self.page.is_closed() or not self._browser.is_connected():
                     raise
-                reason = self._why_not(url) or error.message.splitlines()[0]
+                reason = self.boundary.why_not(url) or error.message.splitlines()[0]
                 raise PageNotLoaded(f"{url} could not be opened: {reason}") from error
 
-    def _why_not(self, url: str) -> str:
-        away = [entry for entry in self.blocked if entry.kind == "redirect"]
-        if away:
-            return f"it redirects to {away[-1].url}, and {away[-1].reason}"
-        return self.allow.refusal(url)
-
     def evaluate(self, script: str, argument: Any = None) -> Any:
-        """Run our own script in the page and return its value; while the page navigates it is tried again."""
+        """Run our own script in the page that is shown and return its value. Raises `GivenUp` for a page that
+        cannot answer now.
+        """
         with self.guard():
-            for _ in range(_TRIES):
-                try:
-                    return self.page.evaluate(script, argument)
-                except Error as error:
-                    if "context was destroyed" not in error.message:
-                        raise
-                    self._forgive(lambda: self.page.wait_for_load_state("load", timeout=5_000))
-            return self.page.evaluate(script, argument)
+            if self.dialogs.sheet is not None:
+                raise GivenUp(DIALOG)
+            return self.patience.run(lambda: self._pages[-1].rest.evaluate(script, argument))
+
+    def act(self, action: Action, perform: Callable[[Page], str]) -> str:
+        """Let `perform` do `action` on the page, or the browser's own question take it; returns "" or what was wrong.
+
+        Raises `BrowserCrashed`.
+        """
+        with self.guard():
+            if isinstance(action, Finished | CallUser):
+                self._drop_sheet()
+            if self.sheet is not None:
+                return self._answer(self.sheet, action)
+            page = self.page
+            try:
+                return self.patience.run(lambda: perform(page))
+            except GivenUp:
+                return ""
+            except Error:
+                if self._dead or not page.is_closed() or self.page.is_closed():
+                    raise
+                return "the tab was closed before all was done"
+
+    def _answer(self, sheet: Sheet, action: Action) -> str:
+        problem = sheet.act(action)
+        if not sheet.reply:
+            return problem
+        with suppress(GivenUp):
+            self.patience.run(self.dialogs.close)
+        return self.transfers.close()
+
+    def _drop_sheet(self) -> None:
+        with suppress(GivenUp):
+            self.patience.run(self.dialogs.stop_asking)
+        self.transfers.close()
 
     def settle(self, cap: float = 1.0) -> None:
-        """Wait for new frames, animations that end and what they load, at most `cap` seconds each; then `enforce`."""
-        self.evaluate(_SETTLE, cap * 1000)
-        if self._loading:
-            self._wait_for_loads(cap)
-            self.evaluate(_SETTLE, cap * 1000)
-        self.enforce()
-
-    def _wait_for_loads(self, cap: float) -> None:
-        """Pictures that an action brought up (the icon of a dialog) must be there before the screen is shown."""
-        end = time.monotonic() + cap
+        """Wait until the shown page is at rest, at most `cap` seconds for each kind of movement, and tell what is still
+        going on; then take away what may not be shown.
+        """
         with self.guard():
-            while self._loading and time.monotonic() < end:
-                self.page.wait_for_timeout(5)
+            if self.dialogs.sheet is None:
+                try:
+                    self.patience.run(lambda: self._rest(cap))
+                except GivenUp as why:
+                    if self.dialogs.sheet is None:  # a dialog has told of itself
+                        self.record.tell(str(why))
+            self.boundary.enforce()
 
-    def enforce(self) -> None:
-        """Close popups that are still open and take away frames that show an address which is not allowed."""
-        for popup in self.context.pages:
-            if popup != self.page:
-                self._forgive(popup.close)
-        strays, self._strays = self._strays, []
-        for frame in strays:
-            if frame.is_detached():
-                continue
-            with self.guard():
-                if frame.parent_frame is None:
-                    self.page.goto("about:blank")
-                else:
-                    frame.frame_element().evaluate("element => element.remove()")
+    def _rest(self, cap: float) -> None:
+        while True:
+            shown = self._pages[-1]
+            try:
+                going_on = shown.rest.settle(cap)
+            except Error:
+                if not shown.page.is_closed() or self.page.is_closed():
+                    raise
+            while self.transfers.busy or any(end > time.monotonic() for end in self._coming.values()):
+                self.page.wait_for_timeout(10)
+            if shown is self._pages[-1] and not shown.rest.expecting:
+                break
+        if going_on:
+            self.record.tell(going_on)
 
     def screenshot(self) -> np.ndarray:
         """The viewport as uint8 [height * scale, width * scale, 3]."""
-        with self.guard():
-            png = base64.b64decode(self._capture())
-        return np.array(Image.open(io.BytesIO(png)).convert("RGB"))
+        if self.dialogs.sheet is None or self._last is None:  # a page in a dialog stands still
+            with self.guard():
+                self._last = self._capture()
+        sheet = self.sheet
+        return self._last if sheet is None else sheet.draw(self._last, self.device_scale)
 
-    def _capture(self) -> str:
-        for _ in range(_TRIES):
+    def _capture(self) -> np.ndarray:
+        for left in reversed(range(_TRIES)):
             try:
-                return self._cdp.send("Page.captureScreenshot", _PICTURE)["data"]
+                png = base64.b64decode(self._pages[-1].session.send("Page.captureScreenshot", _PICTURE)["data"])
+                return np.array(Image.open(io.BytesIO(png)).convert("RGB"))
             except Error as error:
-                if "Unable to capture" not in error.message:
+                # between two documents there is nothing to see
+                if not any(text in error.message for text in _BETWEEN) or self.page.is_closed():
                     raise
-                self.page.wait_for_timeout(100)  # between two documents there is nothing to see
-        return self._cdp.send("Page.captureScreenshot", _PICTURE)["data"]
+                if not left:
+                    break
+                self.page.wait_for_timeout(100)
+        if self._last is None:
+            raise PageNotLoaded(f"{self.page.url} cannot be shown: the page loads itself again and again")
+        return self._last
 
     def renew(self) -> bool:
         """Forget what was recorded and where it has been, let go of mouse and keys; False when the page is dead."""
         if self._dead or self.page.is_closed() or not self._browser.is_connected():
             return False
-        self.blocked.clear()
-        self.dialogs.clear()
-        self._strays.clear()
-        self._loading.clear()
+        self.dialogs.forget()
+        self.transfers.forget()
+        self.boundary.forget()
         try:
+            for shown in self._pages[1:]:
+                shown.page.close()
             self.page.mouse.move(-1, -1)
             for key in MODIFIER_KEYS:
                 self.page.keyboard.up(key)
-            self._cdp.send("Page.resetNavigationHistory")
+            self._pages[-1].session.send("Page.resetNavigationHistory")
         except Error:
             return False
+        self._pages[-1].rest.forget()
+        self.record.clear()
+        self._last = None
         return True
 
     def close(self) -> None:
-        """Close the page and drop its context; safe when the browser is already gone."""
-        self._forgive(self.context.close)
+        """Close the pages and drop their context; safe when the browser is already gone."""
+        forgive(self.context.close)

@@ -18,8 +18,9 @@ from playwright.sync_api import Page
 from .act import perform
 from .actions import Action, CallUser, Finished
 from .browser import Browser
+from .patience import GivenUp
 from .spaces import ActionSpace, GoalSpace
-from .tab import Tab
+from .tab import Manners, PageNotLoaded, Tab
 from .task import Task, Verdict
 
 SEED_LIMIT = 2**31
@@ -33,8 +34,10 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
     - load_timeout: seconds for the page to load
     - step_timeout: seconds after which a page that hangs is killed with its browser
     - reuse_tab: each reset loads the page anew in the same tab; quicker, but what the page stored stays
-    - info: `raw_reward`, `success` (raw reward == 1), `error`, `reason`, `url`, `seed`, `steps`, and what this step
-      tried and was refused: `blocked` (list of dicts kind/url/reason) and `dialogs` (texts)
+    - manners: who answers dialogs, where uploads come from and downloads go; may be replaced between two episodes
+    - info: `raw_reward`, `success` (raw reward == 1), `error`, `reason`, `url`, `seed`, `steps`; of this step alone:
+      `blocked` (list of dicts kind/url/reason), `dialogs` (texts), `files` (list of dicts kind/path/bytes) and `told`,
+      sentences on all of it for whoever acts next
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
@@ -48,6 +51,7 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
         load_timeout: float = 30.0,
         step_timeout: float = 30.0,
         reuse_tab: bool = False,
+        manners: Manners | None = None,
     ) -> None:
         width, height = task.viewport
         size = (round(height * device_scale), round(width * device_scale))
@@ -62,6 +66,7 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
         self.load_timeout = load_timeout
         self.step_timeout = step_timeout
         self.reuse_tab = reuse_tab
+        self.manners = manners or Manners()
         self.render_mode = "rgb_array"
         self.observation_space = spaces.Dict(
             {"screenshot": spaces.Box(0, 255, shape=(*size, 3), dtype=np.uint8), "goal": GoalSpace()}
@@ -74,7 +79,6 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
         self._seed = 0
         self._steps = 0
         self._last: np.ndarray | None = None
-        self._seen = (0, 0)
 
     @property
     def page(self) -> Page:
@@ -92,17 +96,23 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
         """Load the page afresh and make it the episode of `seed` (None = the next of this environment's own stream)."""
         super().reset(seed=seed)
         self._seed = int(self.np_random.integers(SEED_LIMIT)) if seed is None else seed
-        self._steps, self._seen = 0, (0, 0)
+        self._steps = 0
         self.over = True
         self.tab = self._fresh_tab()
         with self.browser.deadline(self.load_timeout + self.step_timeout):
-            self.tab.goto(self.task.url, self.load_timeout)
-            self.task.setup(self.tab, self._seed)
-            self.tab.settle()
-            self.goal = self.task.goal(self.tab)
-            observation = self._observe()
+            observation = self._begin(self.tab)
         self.over = False
         return observation, self._info(Verdict(False), "")
+
+    def _begin(self, tab: Tab) -> dict[str, Any]:
+        tab.goto(self.task.url, self.load_timeout)
+        try:
+            self.task.setup(tab, self._seed)
+            tab.settle()
+            self.goal = self.task.goal(tab)
+        except GivenUp as why:
+            raise PageNotLoaded(f"{self.task.url} cannot be shown: {why}") from why
+        return self._observe()
 
     def _fresh_tab(self) -> Tab:
         if self.reuse_tab and self.tab is not None and self.tab.renew():
@@ -110,7 +120,7 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
         self._close_tab()
         if not self.browser.alive:
             self.browser.relaunch()
-        return self.browser.open(self.task.allow, self.task.viewport, self.device_scale)
+        return self.browser.open(self.task.allow, self.task.viewport, self.device_scale, self.manners)
 
     def step(self, action: Action) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Execute one action. Raises RuntimeError before `reset` and after the end, `BrowserCrashed` for a dead
@@ -121,7 +131,7 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
             raise RuntimeError("the episode is over; call reset() first")
         self._steps += 1
         with self.browser.deadline(self.step_timeout), tab.guard():
-            error = perform(tab.page, action, self.task.viewport)
+            error = tab.act(action, lambda page: perform(page, action, self.task.viewport))
             tab.settle()
             verdict = self._judge(tab, action)
             observation = self._observe()
@@ -133,7 +143,10 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
 
     def _judge(self, tab: Tab, action: Action) -> Verdict:
         answer = action.answer if isinstance(action, Finished) else None
-        verdict = self.task.verdict(tab, answer)
+        try:
+            verdict = self.task.verdict(tab, answer)
+        except GivenUp as unknown:
+            verdict = Verdict(False, reason=str(unknown))
         if verdict.done:
             return verdict
         if isinstance(action, Finished):
@@ -148,8 +161,7 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
 
     def _info(self, verdict: Verdict, error: str) -> dict[str, Any]:
         tab = self._open_tab()
-        blocked, dialogs = self._seen
-        self._seen = (len(tab.blocked), len(tab.dialogs))
+        blocked, dialogs, transfers, told = tab.record.take()
         return {
             "raw_reward": float(verdict.raw_reward),
             "success": verdict.done and verdict.raw_reward == 1,
@@ -158,8 +170,10 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
             "url": tab.page.url,
             "seed": self._seed,
             "steps": self._steps,
-            "blocked": [vars(entry) for entry in tab.blocked[blocked:]],
-            "dialogs": tab.dialogs[dialogs:],
+            "blocked": [vars(entry) for entry in blocked],
+            "dialogs": dialogs,
+            "files": [vars(entry) for entry in transfers],
+            "told": told,
         }
 
     def render(self) -> np.ndarray | None:

@@ -85,8 +85,9 @@ function card(method, play) {
     step.error ? h("p", { class: "wrong" }, step.error) : null,
     step.reason ? h("p", { class: "cell-note" }, step.reason) : null,
     step.blocked.length
-      ? h("p", { class: "wrong" }, `blocked: ${step.blocked.map((b) => `${b.kind} ${b.url}`).join(", ")}`)
+      ? h("p", { class: "wrong" }, `refused: ${step.blocked.map((b) => `${b.kind} ${b.url} (${b.reason})`).join(", ")}`)
       : null,
+    (step.told ?? []).length ? h("p", { class: "cell-note" }, `told: ${step.told.join("; ")}`) : null,
     figures(step),
   );
   const alt = `Screenshot before step ${state.step + 1}; ${describe(step.action)}`;

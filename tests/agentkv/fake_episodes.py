@@ -58,6 +58,9 @@ class FakeEnv:
             "reason": "",
             "url": "file:///a",
             "blocked": [],
+            "dialogs": [],
+            "files": [],
+            "told": [],
         }
         return self._observe(), float(done), done, self.acted >= self.max_steps, info
 

@@ -56,7 +56,7 @@ ATTEMPTS = {
         "location = URL.createObjectURL(new Blob(['<p>inline'], {type: 'text/html'}))",
     ],
     "redirect": ["location = '/away'", "fetch('/away').catch(() => 0)", FRAME.format("'/away'")],
-    "popup": ["window.open(B + '/x')", "window.open('/')"],
+    "popup": ["window.open(B + '/x')", "window.open(B + '/x', '', 'noopener')"],
     "websocket": ["new WebSocket(B.replace('http', 'ws') + '/x')"],
     "upload": ["document.body.innerHTML = '<input type=file>'; document.querySelector('input').click()"],
     "download": ["const a = document.createElement('a'); a.href = '/file.bin'; a.click()"],
