@@ -77,6 +77,8 @@ def episode_folder(run: Path, method: str, task: str, seed: int) -> Path:
 
 def action_to_dict(action: actions.Action | ParseError) -> dict[str, Any] | None:
     """The action as JSON, None for an answer that could not be read."""
+    if isinstance(action, actions.Several):
+        return {"type": "Several", "actions": [action_to_dict(part) for part in action.actions]}
     return None if isinstance(action, ParseError) else {"type": type(action).__name__, **asdict(action)}
 
 
@@ -85,6 +87,8 @@ def action_from_dict(value: dict[str, Any]) -> actions.Action:
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "type"}
     if value.get("type") not in ACTIONS:
         raise ValueError(f"action type {value.get('type')!r} is none of {', '.join(ACTIONS)}")
+    if value["type"] == "Several":
+        return actions.Several(tuple(action_from_dict(part) for part in value["actions"]))
     return ACTIONS[value["type"]](**fields)
 
 

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from playwright.sync_api import Page
 
 from .act import perform
-from .actions import Action, CallUser, Finished
+from .actions import Action, CallUser, Finished, ending
 from .browser import Browser
 from .spaces import ActionSpace, GoalSpace
 from .tab import Tab
@@ -123,7 +123,7 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
         with self.browser.deadline(self.step_timeout), tab.guard():
             error = perform(tab.page, action, self.task.viewport)
             tab.settle()
-            verdict = self._judge(tab, action)
+            verdict = self._judge(tab, None if error else ending(action))
             observation = self._observe()
         terminated = verdict.done
         truncated = not terminated and self._steps >= self.max_steps
@@ -131,14 +131,14 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
         reward = verdict.raw_reward if terminated else 0.0
         return observation, reward, terminated, truncated, self._info(verdict, error)
 
-    def _judge(self, tab: Tab, action: Action) -> Verdict:
-        answer = action.answer if isinstance(action, Finished) else None
+    def _judge(self, tab: Tab, end: Finished | CallUser | None) -> Verdict:
+        answer = end.answer if isinstance(end, Finished) else None
         verdict = self.task.verdict(tab, answer)
         if verdict.done:
             return verdict
-        if isinstance(action, Finished):
+        if isinstance(end, Finished):
             return Verdict(True, verdict.raw_reward, verdict.reason or "the agent finished before the task was done")
-        if isinstance(action, CallUser):
+        if isinstance(end, CallUser):
             return Verdict(True, 0.0, "the agent called the user")
         return verdict
 

@@ -78,18 +78,19 @@ class _Unreadable(Exception):
         self.reject = Reject(reason, position)
 
 
-def statements(code: str, offset: int, modules: tuple[str, ...]) -> tuple[list[Statement], bool]:
-    """The calls in `code`, which begins at `offset` of the reply, and whether a later part could not be read.
+def statements(code: str, offset: int, modules: tuple[str, ...]) -> tuple[list[Statement], str]:
+    """The calls in `code`, which begins at `offset` of the reply, and which later part could not be read and why, "" if
+    all could.
 
     Raises `Reject` for anything but such calls, and for code of which not even the first line can be read.
     """
     try:
-        return _calls(code, offset, modules), False
+        return _calls(code, offset, modules), ""
     except _Unreadable as unreadable:
         found = _leading_lines(code, offset, modules)
         if not found:
             raise unreadable.reject from None
-        return found, True
+        return found, f"what follows the first {len(found)} was left out: {unreadable.reject.error.reason}"
 
 
 def _leading_lines(code: str, offset: int, modules: tuple[str, ...]) -> list[Statement]:

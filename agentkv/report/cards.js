@@ -21,7 +21,11 @@ const ACTS = {
   OpenApp: (a) => `open the app ${a.name}`,
   Wait: (a) => `wait ${a.seconds} s`,
   Finished: (a) => (a.answer ? `finished: ${a.answer}` : "finished"),
-  CallUser: () => "asks the user",
+  CallUser: (a) => (a.question ? `asks the user: ${a.question}` : "asks the user"),
+  Goto: (a) => `open ${a.url}`,
+  Reload: () => "load the page again",
+  Note: (a) => `note “${a.text}”`,
+  Several: (a) => a.actions.map((part) => ACTS[part.type](rounded(part))).join(", then "),
 };
 const rounded = (action) =>
   Object.fromEntries(Object.entries(action).map(([k, v]) => [k, typeof v === "number" ? Math.round(v * 10) / 10 : v]));
@@ -76,7 +80,8 @@ function card(method, play) {
           : `ended after step ${play.steps.length}`,
       ),
     );
-  const point = step.action && typeof step.action.x === "number" ? marker(step.action, step.viewport, method) : null;
+  const pointed = (step.action?.actions ?? [step.action]).find((a) => a && typeof a.x === "number");
+  const point = pointed ? marker(pointed, step.viewport, method) : null;
   const said = h(
     "div",
     { class: "info" },
