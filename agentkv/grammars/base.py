@@ -238,6 +238,6 @@ def text_of(value: object, name: str, position: int) -> str:
     return value
 
 
-def unsayable(grammar: str, action: Action) -> ValueError:
+def unsayable(grammar: str, action: object) -> ValueError:
     """The error for an action that a grammar has no words for."""
     return ValueError(f"the {grammar} grammar cannot say {action!r}")

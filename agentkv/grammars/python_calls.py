@@ -13,6 +13,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 from agentkv.grammars.base import Reject
 
@@ -215,3 +216,34 @@ def _kind(node: ast.AST) -> str:
     if isinstance(node, ast.Constant):
         return f"a constant of type {type(node.value).__name__}"
     return _REFUSED.get(type(node), f"Python's {type(node).__name__}")
+
+
+def literal(code: str, offset: int) -> Any:
+    """A literal of Python's syntax as data: numbers, texts, None, True, False, and lists, tuples and dicts of them.
+
+    Raises `Reject` for anything else, and for what could cost the parser much.
+    """
+    try:
+        _bound(code, offset)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(code, mode="eval")
+    except _Unreadable as unreadable:
+        raise unreadable.reject from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise Reject(f"the code is not Python: {type(error).__name__}", offset) from None
+    return _data(tree.body, _Places(code, offset))
+
+
+def _data(node: ast.expr, place: _Places) -> Any:
+    match node:
+        case ast.Dict(keys=keys, values=values):
+            names = [_data(key, place) if key is not None else None for key in keys]
+            if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+                raise Reject("a key is no text, or is given twice", place(node))
+            return dict(zip(names, (_data(value, place) for value in values), strict=True))
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return [_data(item, place) for item in items]
+        case ast.Constant(value=bool() as value):
+            return value
+    return _literal(node, place)
