@@ -103,6 +103,7 @@ def step_to_dict(step: Step) -> dict[str, Any]:
         "action": action,
         "parse_error": step.error if action is None else "",
         "error": step.error,
+        "left_out": d.left_out,
         "reward": step.reward,
         "success": step.success,
         "reason": step.reason,

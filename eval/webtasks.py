@@ -29,7 +29,7 @@ from agentkv.envs.browser import Browser
 from agentkv.errors import EXPLAINED, Interrupts, user_errors
 from agentkv.models import AGENTS
 from agentkv.play import Plan, Play, open_folder, task_of
-from agentkv.run import DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load, split_methods
+from agentkv.run import ANSWER, DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load, split_methods
 from agentkv.stats import UNITS, summarise
 from agentkv.tables import stdout_console
 from agentkv.trace import DONE, episode_folder, read_run, write_json
@@ -220,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--episodes", type=int, default=4, help="per task, method, budget and history (default 4)")
     p.add_argument("--seed", type=int, default=EVALUATION_SEEDS, help="first seed")
     p.add_argument("--workers", type=int, default=2, help="processes, each with a browser and the model (default 2)")
-    p.add_argument("--max-new-tokens", type=int, default=64)
+    p.add_argument("--max-new-tokens", type=int, help=f"length limit of one answer (default 64 for mini, else {ANSWER})")
     p.add_argument("--chromium", default=None, help="path of the browser to use")
     p.add_argument("--out", type=Path, default=Path("runs/webtasks"), help="folder of the study; it is gone on with")
     p.add_argument("--json", type=Path, help="write the figures here too")
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tuple(split_list(args.tasks)) or DEFAULT_TASKS, split_methods(args.methods),
                 tuple(str(Budget.parse(b)) for b in split_list(args.budgets)),
                 tuple(int(h) for h in split_list(args.history)), args.episodes, args.seed, args.out, args.model,
-                args.agent, args.max_new_tokens,
+                args.agent, args.max_new_tokens or (64 if args.model == "mini" else ANSWER),
             )  # fmt: skip
             meta = run_meta("eval.webtasks", argv, args.seed, units=UNITS)
             finished = play(study, args.workers, args.chromium, meta)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -227,6 +227,12 @@ _UNTYPABLE = re.compile("[\0\ud800-\udfff]")
 def shown(value: object) -> str:
     """A value of a model for an error: a text in quotes and cut, anything else by its type only (it may be huge)."""
     return repr(value[:40]) if isinstance(value, str) else f"of type {type(value).__name__}"
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names of a list, for an error."""
+    known = list(names)
+    return ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
 
 
 def text_of(value: object, name: str, position: int) -> str:

@@ -55,6 +55,7 @@ from agentkv.grammars.base import (
     Reject,
     number_of,
     shown,
+    some,
     text_of,
     thought_end,
     unsayable,
@@ -122,7 +123,7 @@ class _Reader:
         if statement.name in _UNSUPPORTED or statement.module in ("browser", "mobile"):
             raise Reject(f"{statement.name[:40]!r} is known but unsupported", statement.at)
         if statement.name not in _TABLE:
-            raise Reject(f"{statement.name[:40]!r} is not an action; known are {', '.join(_TABLE)}", statement.at)
+            raise Reject(f"{statement.name[:40]!r} is not an action; known are {some(_TABLE)}", statement.at)
         parameters, build = _TABLE[statement.name]
         return build(self, statement, _bind(statement, parameters.split(), self.flags))
 

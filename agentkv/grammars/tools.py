@@ -43,7 +43,7 @@ from agentkv.envs.actions import (
     Type,
     Wait,
 )
-from agentkv.grammars.base import Frame, Reject, number_of, shown, text_of
+from agentkv.grammars.base import Frame, Reject, number_of, shown, some, text_of
 from agentkv.grammars.calls import Found
 from agentkv.grammars.keys import keys_of
 from agentkv.grammars.scanner import point_of
@@ -282,7 +282,7 @@ def actions_of(found: Found, tools: dict[str, Table], frame: Frame, flags: set[s
     table, said = tools[found.tool], found.arguments.get("action")
     name = re.sub(r"[\s-]+", "_", said.strip().lower()) if isinstance(said, str) and len(said) < 80 else said
     if not isinstance(name, str) or name not in table:
-        raise Reject(f"{shown(said)} is not an action; known are {', '.join(table)}", found.at)
+        raise Reject(f"{shown(said)} is not an action; known are {some(table)}", found.at)
     parameters, build = table[name]
     if any(key not in ("action", *parameters) for key in found.arguments):
         flags.add("ignored")

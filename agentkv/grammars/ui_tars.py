@@ -61,6 +61,7 @@ from agentkv.grammars.base import (
     Reading,
     Reject,
     number_of,
+    some,
     text_of,
     thought_end,
     unsayable,
@@ -127,7 +128,7 @@ def _action(scanner: Scanner, frame: Frame, flags: set[str], left: list[str]) ->
     scanner.spaces()
     begin, name = scanner.at, scanner.name()
     if name not in _BUILDERS:
-        known = ", ".join(_BUILDERS)
+        known = some(_BUILDERS)
         raise Reject(f"{name[:40]!r} is not an action; known are {known}" if name else "no action found", begin)
     arguments, build = _BUILDERS[name]
     call = Call(name, begin, scanner.arguments())
@@ -280,7 +281,8 @@ def _call(action: Single, frame: Frame) -> str:
         case Type(text):
             return f"type(content='{escape(text)}')"
         case Hotkey(keys) if 1 <= len(keys) <= MAX_KEYS:
-            return f"hotkey(key='{escape(' '.join(word_of(key) for key in keys))}')"
+            words = ["plus" if key == "+" and len(keys) > 1 else word_of(key) for key in keys]  # a + joins others
+            return f"hotkey(key='{escape(' '.join(words))}')"
         case KeyDown(key) | KeyUp(key):
             return f"{'press' if isinstance(action, KeyDown) else 'release'}(key='{escape(word_of(key))}')"
         case OpenApp(name):

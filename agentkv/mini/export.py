@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 from agentkv.mini.shape import MAX_PIXELS, MERGE, MIN_PIXELS, PATCH
 
 SYSTEM = "GUI agent"
-AGENT = {"agent": "ui-tars", "system": SYSTEM, "prompt": "{goal}", "history_frames": 9}
+AGENT = {"agent": "ui-tars", "system": SYSTEM, "prompt": "{goal}", "history_frames": 9, "answer_tokens": 64}
 
 
 def export(

@@ -88,6 +88,7 @@ function card(method, play) {
     h("p", { class: "did" }, describe(step.action)),
     h("pre", { class: "said", "aria-label": "what the model said" }, step.text),
     step.error ? h("p", { class: "wrong" }, step.error) : null,
+    step.left_out ? h("p", { class: "wrong" }, step.left_out) : null,
     step.reason ? h("p", { class: "cell-note" }, step.reason) : null,
     step.blocked.length
       ? h("p", { class: "wrong" }, `blocked: ${step.blocked.map((b) => `${b.kind} ${b.url}`).join(", ")}`)
