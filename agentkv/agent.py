@@ -140,7 +140,6 @@ class Agent:
             frames=kept_frames(cache.at_rest.kept, prompt.spans, [f.grid for f in prompt.frames]),
         )
 
-
     def _cut(self, answer: Sequence[int]) -> bool:
         """Whether the length limit ended the answer, not the model."""
         ends = self.adapter.model.generation_config.eos_token_id

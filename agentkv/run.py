@@ -80,7 +80,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--method", default="gui-kv", help="comma-separated methods or compositions: full,gui-kv,h2o+adakv")
     p.add_argument("--budget", default="0.4", help="share of the prompt's tokens to keep (0.4), or a number (512t)")
     p.add_argument(
-        "--history", type=int, help="screenshots in a prompt, the current one included (default: the family's, at most 5)"
+        "--history",
+        type=int,
+        help="screenshots in a prompt, the current one included (default: the family's, at most 5)",
     )
     p.add_argument("--url", default="", help="play this live page instead of tasks; needs --goal")
     p.add_argument("--goal", default="", help="what to do on --url, in words")

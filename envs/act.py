@@ -104,7 +104,11 @@ def _bad_scroll(action: Scroll, size: tuple[int, int]) -> str:
 
 
 def _bad_address(url: str) -> str:
-    if not isinstance(url, str) or len(url) > MAX_ADDRESS or not re.fullmatch(r"https?://[^\s\x00-\x1f]+|file:///[^\s]+", url):
+    if (
+        not isinstance(url, str)
+        or len(url) > MAX_ADDRESS
+        or not re.fullmatch(r"https?://[^\s\x00-\x1f]+|file:///[^\s]+", url)
+    ):
         return f"{str(url)[:60]!r} is not an address that can be opened; write https://..."
     return ""
 

@@ -220,7 +220,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--episodes", type=int, default=4, help="per task, method, budget and history (default 4)")
     p.add_argument("--seed", type=int, default=EVALUATION_SEEDS, help="first seed")
     p.add_argument("--workers", type=int, default=2, help="processes, each with a browser and the model (default 2)")
-    p.add_argument("--max-new-tokens", type=int, help=f"length limit of one answer (default 64 for mini, else {ANSWER})")
+    p.add_argument(
+        "--max-new-tokens", type=int, help=f"length limit of one answer (default 64 for mini, else {ANSWER})"
+    )
     p.add_argument("--chromium", default=None, help="path of the browser to use")
     p.add_argument("--out", type=Path, default=Path("runs/webtasks"), help="folder of the study; it is gone on with")
     p.add_argument("--json", type=Path, help="write the figures here too")

@@ -119,10 +119,10 @@ class ParseError:
 class Reading:
     """All that a reply says, in order (at least one action), and what was amiss without making it unreadable.
 
-    `left_out` says in words what of the reply is not in `actions`, and why; "" if nothing was left out. Flags: "clamped"
-    (a point was outside, by at most 1 %), "cut short" (what follows the actions could not be read), "share" (decimals
-    of 0 to 1 from a model that else counts pixels), "unclosed" (the end mark of a call is missing), "ignored" (an
-    argument that the call does not have was passed over).
+    `left_out` says in words what of the reply is not in `actions`, and why; "" if nothing was left out. Flags:
+    "clamped" (a point was outside, by at most 1 %), "cut short" (what follows the actions could not be read), "share"
+    (decimals of 0 to 1 from a model that else counts pixels), "unclosed" (the end mark of a call is missing), "ignored"
+    (an argument that the call does not have was passed over).
     """
 
     actions: tuple[Single, ...]
@@ -197,9 +197,9 @@ class Grammar:
 
 
 def thought_end(text: str, call: int) -> int:
-    """Where the thought `<think>...</think>` (or `thinking`) in front of the actions ends, 0 if there is none. `call`: where the first
-    thing that looks like an action begins; without an opening tag only an end in front of it counts, because typed text
-    may contain anything.
+    """Where the thought `<think>...</think>` (or `thinking`) in front of the actions ends, 0 if there is none. `call`:
+    where the first thing that looks like an action begins; without an opening tag only an end in front of it counts,
+    because typed text may contain anything.
     """
     opened = _THOUGHT.match(text)
     ends = [end for mark in ("</think>", "</thinking>") if (end := text.find(mark)) >= 0]

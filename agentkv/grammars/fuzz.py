@@ -42,8 +42,9 @@ _PIECES = r"""Action: Thought: click type hotkey key= content= start_box= ' " ( 
 </think> <|box_start|> <point> pyautogui.click pyautogui.write pyautogui.hotkey pyautogui.scroll computer.terminate
 time.sleep import lambda f' b" \"\"\" ``` ```python # ; . - + * ** // 0x 1e9 9999 -1 0.5 1 nan NaN inf True None x y
 <tool_call> </tool_call> {"name": "computer_use" "arguments": "action": "left_click" "coordinate": [1,2] null é ٣ １
-"action": "type" "text": "keys": ["keys=['enter']"] {'name': "mobile_use" "swipe" "note": "thought": <function=computer_use>
-<parameter=action> </parameter> </function> <thinking> </thinking> <answer> "x": 1 "url": "https://a.org" Action：
+"action": "type" "text": "keys": ["keys=['enter']"] {'name': "mobile_use" "swipe" "note": "thought":
+<function=computer_use> <parameter=action> </parameter> </function>
+<thinking> </thinking> <answer> "x": 1 "url": "https://a.org" Action：
 """.split()
 _PIECES += ["\n", "\n\n", " ", "\t", "\r", "\0", "\x0c", "\u2028", "\ud800", "'''", '"""']
 

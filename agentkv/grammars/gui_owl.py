@@ -1,8 +1,8 @@
 """GUI-Owl-1.5: a line `Action: ...` and a call of `computer_use` (or `mobile_use`) <-> typed actions; points 0 to 1000.
 
 The client reads calls with Python's syntax, so that single-quoted dicts occur (`calls` reads them). A call of
-`browser_use` names elements by numbers that its client draws into the screenshot; this runner draws none, so such a call
-is refused by name.
+`browser_use` names elements by numbers that its client draws into the screenshot; this runner draws none, so such a
+call is refused by name.
 """
 
 from __future__ import annotations

@@ -88,7 +88,9 @@ def _actions(said: dict[str, Any], at: int, frame: Frame, flags: set[str]) -> tu
 
 def _write(action: Action, frame: Frame) -> str:
     """One object; only a click and a line written there go together."""
-    return json.dumps({"note": "", "thought": "The next step.", "action": _say(parts(action), frame)}, ensure_ascii=False)
+    return json.dumps(
+        {"note": "", "thought": "The next step.", "action": _say(parts(action), frame)}, ensure_ascii=False
+    )
 
 
 def _say(actions: tuple[Single, ...], frame: Frame) -> dict[str, Any]:

@@ -25,7 +25,14 @@ _WORDS |= dict.fromkeys(("ctrl", "ctrlleft", "ctrlright", "ctrll", "ctrlr", "con
 _WORDS |= dict.fromkeys(("controll", "controlr"), "Control")
 _WORDS |= dict.fromkeys(("option", "altleft", "altright", "altl", "altr", "optionleft", "optionright"), "Alt")
 _WORDS |= dict.fromkeys(("shiftleft", "shiftright", "shiftl", "shiftr"), "Shift")
-_WORDS |= {"return": "Enter", "kpenter": "Enter", "esc": "Escape", "del": "Delete", "ins": "Insert", "spacebar": "Space"}
+_WORDS |= {
+    "return": "Enter",
+    "kpenter": "Enter",
+    "esc": "Escape",
+    "del": "Delete",
+    "ins": "Insert",
+    "spacebar": "Space",
+}
 _WORDS |= {"up": "ArrowUp", "down": "ArrowDown", "left": "ArrowLeft", "right": "ArrowRight"}
 _WORDS |= {"uparrow": "ArrowUp", "downarrow": "ArrowDown", "leftarrow": "ArrowLeft", "rightarrow": "ArrowRight"}
 _WORDS |= {"pgup": "PageUp", "pgdn": "PageDown", "pagedn": "PageDown", "prior": "PageUp", "next": "PageDown"}

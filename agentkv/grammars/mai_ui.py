@@ -1,7 +1,7 @@
 """MAI-UI: `<thinking>...</thinking>` and a `mobile_use` call <-> typed actions; points 0 to 999, a box its centre.
 
-A grounding answer, `<grounding_think>...` and `<answer>{"coordinate": [x, y]}</answer>`, is a click there. Calls of other
-tools (MCP) are refused by name.
+A grounding answer, `<grounding_think>...` and `<answer>{"coordinate": [x, y]}</answer>`, is a click there. Calls of
+other tools (MCP) are refused by name.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ Qwen2 write them; a frame in `CoordinateSpace.SHARE` says so outright.
 
 | slip | rule |
 |---|---|
-| further arguments: `click(1, 2, force=1)`, `_pause=False` | a named argument that the call does not have is passed over, \
-flag "ignored" |
+| further arguments: `click(1, 2, force=1)`, `_pause=False` | a named argument that the call does not have is passed \
+over, flag "ignored" |
 | other names: `write(text=..)`, `press(key=..)`, `typewrite`, `tripleClick`, `pyautogui.sleep` | synonyms |
 | counted presses: `press('down', presses=3)`, `press(['a', 'b'])` | every press is one |
 | keys: `hotkey('ctrl+a')`, `hotkey(keys=[..])`, `hotkey(key1=..)` | as in `keys` |

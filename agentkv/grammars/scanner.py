@@ -55,7 +55,9 @@ class Scanner:
         self.text, self.at = text, at
         # a line that may stand below a call: empty, the next call, the next thought, a token of a chat template
         marks = "|".join([*(rf"{name}\(" for name in calls), "Action", "Thought", "Reflection", "<"])
-        self._below = re.compile(rf"\s*+\)[ \t]*+\r?\n[ \t]*+(?:\r?\n|\Z|{marks})|\s*+\)[ \t]*+(?:\Z|[<;]|{ANOTHER})|\s*+,")
+        self._below = re.compile(
+            rf"\s*+\)[ \t]*+\r?\n[ \t]*+(?:\r?\n|\Z|{marks})|\s*+\)[ \t]*+(?:\Z|[<;]|{ANOTHER})|\s*+,"
+        )
 
     def _take(self, pattern: re.Pattern[str]) -> str:
         found = pattern.match(self.text, self.at)

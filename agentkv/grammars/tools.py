@@ -8,7 +8,7 @@ A table says for each action of a tool which arguments it has and what builds it
 | names of actions in other words or spelling: `click`, `right click`, `Left_Click`, `done` | case and blanks do not \
 count; synonyms stand in the tables |
 | a click without a point | happens where the pointer is |
-| points as text, in a box: `"(1, 2)"`, `["1", 2]`, `[1, 2, 3, 4]` | numbers are read from texts; a box gives its centre |
+| points as text, in a box: `"(1, 2)"`, `["1", 2]`, `[1, 2, 3, 4]` | numbers are read from texts; a box is its centre |
 | numbers as text: `"-300"` | are numbers |
 | keys in any form: `"ctrl+c"`, `["keys=['enter']"]`, `key=` for `keys=` | as in `keys` |
 | `wait` without a time, `terminate` without a status | the client's default: `Wait()`, success |

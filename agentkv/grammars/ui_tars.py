@@ -1,9 +1,9 @@
 """The UI-TARS action grammar, desktop and mobile: what a model says <-> typed actions in CSS pixels.
 
 A reply is an optional thought (`<think>` block, `Thought:`, `Reflection:`, `Action_Summary:`) and
-`Action: name(key='value', ...)`, perhaps with more calls below it, apart by line breaks or `;`; all are done in order, as one
-step. Points are spelled `(x,y)`, `<|box_start|>(x,y)<|box_end|>`, `<point>x y</point>` or `[x1, y1, x2, y2]` (a box
-stands for its centre). Calls are scanned, never executed.
+`Action: name(key='value', ...)`, perhaps with more calls below it, apart by line breaks or `;`; all are done in order,
+as one step. Points are spelled `(x,y)`, `<|box_start|>(x,y)<|box_end|>`, `<point>x y</point>` or `[x1, y1, x2, y2]` (a
+box stands for its centre). Calls are scanned, never executed.
 
 | slip | rule |
 |---|---|
@@ -19,8 +19,8 @@ another call; of several, none is guessed |
 | values without quotes: `amount=200`, `start_box=(1,2)` | numbers, words and points may stand bare |
 | `select` with one point | a click on it; a value for it is not typed, the step says so |
 | `hotkey=`, `keys=` for `key=`; `ctrl + a` | one argument with three names; keys as in `keys` |
-| other words: `left_click`, `double_click`, `right_click`, `mouse_move`, `navigate`, `navigate_back` | synonyms of the \
-makers' later kit |
+| other words: `left_click`, `double_click`, `right_click`, `mouse_move`, `navigate`, `navigate_back` | synonyms of \
+the makers' later kit |
 | `Action：` with a Chinese colon | as `Action:` |
 | a later call that cannot be read | those before it are done, the step says what was left out |
 """
@@ -227,8 +227,8 @@ def _bare(kind: type[PressHome] | type[PressBack]) -> _Build:
 
 
 _KEYS = ("key", "hotkey", "keys")
-# Name -> its arguments, what builds it. `press` holds a key until `release`, as in the authors' client; a short press is
-# a `hotkey` of one key.
+# Name -> its arguments, what builds it. `press` holds a key until `release`, as in the authors' client; a short press
+# is a `hotkey` of one key.
 _BUILDERS: dict[str, tuple[tuple[str, ...], _Build]] = {
     "click": (_START, _pointed(Click)),
     "left_single": (_START, _pointed(Click)),

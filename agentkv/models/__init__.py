@@ -84,7 +84,7 @@ def _agent_of(checkpoint: Checkpoint) -> str:
     for word, what in CLOSED.items():
         if word in called:
             raise ValueError(
-                f"{checkpoint.source}: {what} are not public, so it cannot be prompted as it was trained; "
+                f"{checkpoint.source}: {what} is not public, so it cannot be prompted as it was trained; "
                 f"say --agent {OWN_AGENT[checkpoint.model_type]} to try it as a plain {checkpoint.model_type} model"
             )
     fitting = [name for name, kind in AGENTS.items() if kind.model_type == checkpoint.model_type]

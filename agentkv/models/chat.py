@@ -1,9 +1,9 @@
 """What all our model families share: a chat of screenshots and answers becomes token ids, spans and frames.
 
 A family is a subclass that says which model class it loads, which words it was trained on, where in the chat they stand
-(`Layout`), which grammar it speaks, in which numbers it counts points, and how its chat marks turns and screenshots. The goal and the answers are data: chat
-markers in them are defused, so that a page cannot open a turn or claim a screenshot. Nothing here runs code that comes
-with a checkpoint.
+(`Layout`), which grammar it speaks, in which numbers it counts points, and how its chat marks turns and screenshots.
+The goal and the answers are data: chat markers in them are defused, so that a page cannot open a turn or claim a
+screenshot. Nothing here runs code that comes with a checkpoint.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ _WORDS = ("system", "prompt", "history_frames", "answer_tokens", "later")
 class Checkpoint:
     """A model folder or hub id. `config` is its config.json; `agent` its agent.json, None if it has none.
 
-    agent.json may name the agent ("agent") and change its words ("system", "prompt", "later") and lengths ("history_frames",
-    "answer_tokens"); other keys are notes.
+    agent.json may name the agent ("agent") and change its words ("system", "prompt", "later") and lengths
+    ("history_frames", "answer_tokens"); other keys are notes.
     """
 
     source: str

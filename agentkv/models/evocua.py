@@ -1,8 +1,8 @@
 """EvoCUA (Meituan, Qwen3-VL), points 0 to 999, in its two styles.
 
-S2: a line `Action: ...` and one `computer_use` call; the task stands in the turn of the earliest screenshot that is shown,
-behind it; four earlier steps are shown with their answers, older ones as lines. S1: pyautogui code as OpenCUA writes it;
-its chat is OpenCUA's too as far as it is published. Checkpoints do not say which style they speak: S2 is taken, S1 is
+S2: a line `Action: ...` and one `computer_use` call; the task stands in the turn of the earliest screenshot that is
+shown, behind it; four earlier steps are shown with their answers, older ones as lines. S1: pyautogui code as OpenCUA
+writes it; its chat is taken to be OpenCUA's too. Checkpoints do not say which style they speak: S2 is taken, S1 is
 chosen by name.
 """
 

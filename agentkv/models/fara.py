@@ -24,7 +24,10 @@ class FaraAdapter(QwenVLAdapter):
 
     known_by = ("fara7b",)
     words = AgentText(
-        system_text(tool(_ACTIONS, _TYPED)), "{image}{goal}", 3, later="This is the next screenshot. Say what comes next."
+        system_text(tool(_ACTIONS, _TYPED)),
+        "{image}{goal}",
+        3,
+        later="This is the next screenshot. Say what comes next.",
     )
     layout = Layout(words="start")
     grammar = fara.GRAMMAR

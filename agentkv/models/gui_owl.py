@@ -1,7 +1,7 @@
 """GUI-Owl-1.5 (mPLUG, Qwen3-VL): a line `Action: ...` and one `computer_use` call, points 0 to 1000.
 
 The task stands in the turn of the earliest screenshot that is shown, in front of it; four earlier steps are shown with
-their answers, older ones as the lines `Step i:` of the task's turn. The published client does the same (X-PLUG/MobileAgent,
+their answers, older ones as the lines `Step i:` of the task's turn, as in the published client (X-PLUG/MobileAgent,
 Mobile-Agent-v3.5). Its `browser_use`, which points at labels drawn on the screenshot, is not offered.
 """
 

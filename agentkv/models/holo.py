@@ -1,9 +1,9 @@
 """Holo1, Holo1.5 (H Company, Qwen2.5-VL) and Holo2 (Qwen3-VL): a JSON object with note, thought and action.
 
-A turn is `<task>` and `<observation step=n>` around one screenshot, as in the authors' cookbook. Points are pixels of the
-resized image (1, 1.5) or 0 to 1000 (2). How the authors' runtime shows earlier notes to the model is not published: here
-earlier answers stay as turns of their own. The tool schema of Holo3 and later is in a closed runtime and is not guessed;
-such a checkpoint is refused by name.
+A turn is `<task>` and `<observation step=n>` around one screenshot, as in the authors' cookbook. Points are pixels of
+the resized image (1, 1.5) or 0 to 1000 (2). How the authors' runtime shows earlier notes to the model is not published:
+here earlier answers stay as turns of their own. The tool schema of Holo3 and later is in a closed runtime and is not
+guessed; such a checkpoint is refused by name.
 """
 
 from __future__ import annotations
@@ -27,15 +27,13 @@ _ACTIONS = {
     "answer": {"content": "the answer that ends the task"},
 }
 _SYSTEM = f"""You operate a web browser to carry out a task. Each turn shows a screenshot. Answer with one JSON object:
-{{"note": <what of the last screenshot matters for the task, or empty>, "thought": <a few lines>, "action": <one action>}}
+{{"note": <what of the last screenshot matters, or empty>, "thought": <a few lines>, "action": <one action>}}
 
 An action is an object with its name as "action" and these keys:
 {chr(10).join(f"- {name}: {json.dumps(keys)}" for name, keys in _ACTIONS.items())}
 
 When the task is done, answer it; the answer holds all that was asked for."""
-_PROMPT = (
-    "<task>\n{goal}\n</task>\n<observation step={step}>\n<screenshot>\n{image}\n</screenshot>\n\n</observation>\n"
-)
+_PROMPT = "<task>\n{goal}\n</task>\n<observation step={step}>\n<screenshot>\n{image}\n</screenshot>\n\n</observation>\n"
 HOLO = AgentText(_SYSTEM, _PROMPT, history_frames=1)
 
 

@@ -51,7 +51,9 @@ What the screen shows and what comes next.
 <tool_call>
 {"name": "mobile_use", "arguments": <args-json-object>}
 </tool_call>"""
-_TOOL = signature("mobile_use", "Operates a touch screen; each action brings a new screenshot.", _PROPERTIES, ("action",))
+_TOOL = signature(
+    "mobile_use", "Operates a touch screen; each action brings a new screenshot.", _PROPERTIES, ("action",)
+)
 
 
 class MaiUiAdapter(Qwen3VLAdapter):

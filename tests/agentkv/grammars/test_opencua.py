@@ -191,7 +191,13 @@ def some_action(draw: st.DrawFn) -> object:
     pointed = [kind(x, y) for kind in (Click, DoubleClick, TripleClick, RightClick, MiddleClick, Move)]
     moved = [Drag(x, y, to_x, to_y), Drag(None, None, to_x, to_y)]
     scrolled = [Scroll(x, y, direction, pixels), Scroll(None, None, direction, pixels), Click(), KeyDown("Shift")]
-    spoken = [Type(draw(words)), KeyUp("a"), Hotkey(tuple(draw(keys)[:5]) or ("a",)), Wait(), Wait(draw(st.floats(0, 9)))]
+    spoken = [
+        Type(draw(words)),
+        KeyUp("a"),
+        Hotkey(tuple(draw(keys)[:5]) or ("a",)),
+        Wait(),
+        Wait(draw(st.floats(0, 9))),
+    ]
     return draw(st.sampled_from([*pointed, *moved, *scrolled, *spoken, Finished(), Finished(status="failure")]))
 
 

@@ -114,7 +114,7 @@ XML = "<function=computer_use>\n<parameter=action>\ntype\n</parameter>\n<paramet
         (f"<tool_call>{BARE[:-1]}</tool_call>", Wait()),
         (f"I wait.\n{BARE}", Wait()),
         (f"<tool_call>{BARE[:-1]}, 'id': 1}}</tool_call>".replace("'", '"'), Wait()),
-        ('<tool_call>{"name": "computer_use", "arguments": {"action": "type", "text": "a\nb"}}</tool_call>', Type("a\nb")),
+        (call(action="type", text="a b").replace("a b", "a\nb"), Type("a\nb")),
         (f"<tool_call>\n{XML}\n</tool_call>", Type(" a")),
         (XML, Type(" a")),
     ],

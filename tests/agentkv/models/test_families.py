@@ -8,6 +8,8 @@ model that speaks the grammar. One step at true width is in `test_true_width`, w
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ from agentkv.envs.actions import (
     Wait,
     ending,
 )
+from agentkv.envs.browser import Browser
 from agentkv.grammars import Frame, corpus, fuzz
 from agentkv.grammars.base import ParseError, Reading
 from agentkv.models import AGENTS
@@ -53,7 +56,9 @@ def chat(system: str, *turns: tuple[str, str]) -> str:
 
 # Of three steps the first is no longer shown. {s} is the system turn; the rest is written out.
 EARLIER = [("assistant", ACTION), ("user", PICTURE), ("assistant", ACTION), ("user", PICTURE), ("assistant", ACTION)]
-LAST = "The screenshot shows the page as it is now. Make the one call that brings the task forward; before a drag or a\n"
+LAST = (
+    "The screenshot shows the page as it is now. Make the one call that brings the task forward; before a drag or a\n"
+)
 LAST += "scroll, a mouse_move may come first. Terminate when the task is done or cannot be done.\n\n"
 STEPS = "Say the next move for the screenshot, the instruction and what was done before.\n\n"
 STEPS += f"Instruction: {SAID_GOAL}\n\nPrevious actions:\nStep 1: Press it."
@@ -120,7 +125,15 @@ PROMPTS = {
 }
 
 # the last number of each axis, and what the middle of a viewport is called
-NUMBERS = {"gui-owl": 500, "evocua": 500, "evocua-s1": 500, "mai-ui": 500, "holo2": 500, "qwen3-vl": 500, "qwen3.5": 500}
+NUMBERS = {
+    "gui-owl": 500,
+    "evocua": 500,
+    "evocua-s1": 500,
+    "mai-ui": 500,
+    "holo2": 500,
+    "qwen3-vl": 500,
+    "qwen3.5": 500,
+}
 
 
 @pytest.fixture(params=sorted(AGENTS))
@@ -156,7 +169,13 @@ def test_the_grammar_there_and_back(family: str, adapter: ChatAdapter) -> None:
         (x, y), (to_x, to_y) = frame.to_css(*_spot(frame, 0.25)), frame.to_css(*_spot(frame, 1))
         acts = [Click(x, y), DoubleClick(x, y), LongPress(x, y), Move(x, y), Drag(x, y, to_x, to_y), PressBack()]
         acts += [Click(to_x, to_y), Hotkey(("Enter",)), Hotkey(("Control", "a")), KeyDown("Shift"), Type("it's <a>\n")]
-        acts += [Several((Click(x, y), Type('say "lamp"\n'))), Wait(2.5), Finished(), Finished("in the end"), CallUser("?")]
+        acts += [
+            Several((Click(x, y), Type('say "lamp"\n'))),
+            Wait(2.5),
+            Finished(),
+            Finished("in the end"),
+            CallUser("?"),
+        ]
         acts += [Finished(status="failure"), Type("a\\nb\tc"), Scroll(None, None, "down", 500.0)]
         said = []
         for act in acts:
@@ -200,9 +219,15 @@ def test_points_are_counted_as_the_family_counts(family: str, adapter: ChatAdapt
     assert reading.action.x == pytest.approx(640, abs=7) and reading.action.y == pytest.approx(360, abs=7)
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser(machine_fonts=True) as browser:
+        yield browser
+
+
 @pytest.mark.browser
 def test_an_episode_on_a_real_page(
-    family: str, adapter: ChatAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, adapter: ChatAdapter, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end: object = Finished("Bought lamp")
     try:
@@ -211,6 +236,7 @@ def test_an_episode_on_a_real_page(
         end = Finished()
     speaker = Scripted(adapter, [Several((Click(200, 120), Type("lamp\n"))), Click(900, 500), end])
     monkeypatch.setattr(run, "load", lambda plan: speaker)
+    monkeypatch.setattr(run, "open_browser", lambda args, plan: nullcontext(browser))
     page = Path(__file__).parent / "page.html"
     out = tmp_path / "run"
     asked = ["--url", page.as_uri(), "--goal", "Buy a lamp.", "--expect", "Bought lamp", "--method", "gui-kv"]

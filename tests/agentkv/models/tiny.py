@@ -1,4 +1,4 @@
-"""Tiny models of every architecture that an agent is made on, with random weights; and one that says what a script says."""
+"""Tiny models of every architecture that an agent is made on, with random weights; and one that says a script."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from tests.agentkv.models.build import fill, opencua_tokenizer, processor, qwen_
 PIXELS = {14: (784, 784 * 60), 16: (1024, 1024 * 60)}
 _SEEN = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
 _TEXT = {
-    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None,
+    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "bos_token_id": None,
 }  # fmt: skip
 
 
@@ -143,5 +144,3 @@ class _Speaking:
     def generate(self, logits_processor: LogitsProcessorList, **kwargs: Any) -> torch.Tensor:
         forced = LogitsProcessorList([*logits_processor, _Forced(self._scripted.next_ids())])
         return self._model.generate(logits_processor=forced, **kwargs)
-
-
