@@ -20,9 +20,9 @@ from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import textkv
-from agentkv.envs.actions import Action, CallUser, Finished
+from agentkv.envs.actions import Action, Finished, Several, ending
 from agentkv.grammars import ParseError
-from agentkv.models import History, ModelAdapter
+from agentkv.models import Frame, History, ModelAdapter
 from textkv import Budget, MethodCache
 
 
@@ -39,11 +39,13 @@ class Decision:
 
     `kv_bytes`, `kv_bytes_full`, `tokens_stored` (mean per head) are taken right after the prompt was compressed;
     `kv_bytes_peak` is the most held at any moment. `frames` are the prompt's screenshots, oldest first, `spans` their
-    half-open [start, end) of prompt positions. Seconds are wall clock.
+    half-open [start, end) of prompt positions. Seconds are wall clock. `left_out`: what of the answer is not in
+    `action`, and why.
     """
 
     text: str
     action: Action | ParseError
+    left_out: str = ""
     prompt_tokens: int = 0
     decode_tokens: int = 0
     seconds_prefill: float = 0.0
@@ -83,12 +85,14 @@ class _PrefillClock(LogitsProcessor):
 class Agent:
     """A model behind its adapter, deciding with the cache that `method` and `budget` describe.
 
-    The model is switched to textkv's attention once, here. Raises ValueError for an unknown method or a bad budget.
+    `max_new_tokens` limits one answer; None = as long as the family's answers are. The model is switched to textkv's
+    attention once, here. Raises ValueError for an unknown method or a bad budget.
     """
 
     def __init__(
-        self, adapter: ModelAdapter, method: str, budget: Budget | float | str, max_new_tokens: int = 64
+        self, adapter: ModelAdapter, method: str, budget: Budget | float | str, max_new_tokens: int | None = None
     ) -> None:
+        max_new_tokens = adapter.answer_tokens if max_new_tokens is None else max_new_tokens
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for an answer; use 64")
         self.adapter, self.method = adapter, method
@@ -118,10 +122,12 @@ class Agent:
         )
         answer = out[0, prompt.inputs["input_ids"].shape[1] :].tolist()  # .tolist() waits for the device
         end = perf_counter()
-        text = adapter.tokenizer.decode(answer, skip_special_tokens=True).strip()
+        text = adapter.words_of(answer)
+        action, left_out = self._understood(text, self._cut(answer), prompt.frames[-1])
         return Decision(
             text=text,
-            action=adapter.parse(text, prompt.frames[-1]),
+            action=action,
+            left_out=left_out,
             prompt_tokens=prompt.inputs["input_ids"].shape[1],
             decode_tokens=len(answer),
             seconds_prefill=clock.time - begin,
@@ -133,6 +139,21 @@ class Agent:
             spans=tuple((int(s), int(e)) for s, e in prompt.spans),
             frames=kept_frames(cache.at_rest.kept, prompt.spans, [f.grid for f in prompt.frames]),
         )
+
+    def _cut(self, answer: Sequence[int]) -> bool:
+        """Whether the length limit ended the answer, not the model."""
+        ends = self.adapter.model.generation_config.eos_token_id
+        return len(answer) >= self.max_new_tokens and answer[-1] not in (ends if isinstance(ends, list) else [ends])
+
+    def _understood(self, text: str, cut: bool, frame: Frame) -> tuple[Action | ParseError, str]:
+        """What the answer says as one step, and what of it is left out. Of one that was cut, actions that stand there
+        whole are done.
+        """
+        reading = self.adapter.read(text, frame)
+        told = f"the answer was cut after {self.max_new_tokens} tokens" if cut else ""
+        if isinstance(reading, ParseError):
+            return (ParseError(told, len(text)) if cut else reading), ""
+        return reading.action, "; ".join(filter(None, (told, reading.left_out)))
 
 
 def kept_frames(
@@ -242,13 +263,18 @@ class _Watch:
         self.repeats = self.repeats + 1 if same else 1
         self.last = (action, step.screenshot)
         self.parse_failures += isinstance(action, ParseError)
-        if terminated or isinstance(action, Finished | CallUser):
+        if terminated or (not isinstance(action, ParseError) and ending(action) and not _stuck(step)):
             return "done"
         if self.parse_failures >= self.limits.parse_failures:
             return "parse failures"
         if self.repeats >= self.limits.repeats:
             return "repeated action"
         return "step limit" if truncated or step.index + 1 >= self.limits.max_steps else ""
+
+
+def _stuck(step: Step) -> bool:
+    """Whether an answer of several gestures did not come to its end."""
+    return isinstance(step.decision.action, Several) and bool(step.error)
 
 
 def run_episode(
@@ -283,7 +309,7 @@ def run_episode(
         decision = policy.decide(goal, shown, screenshot, env.task.viewport)
         step, obs, terminated, truncated = _act(env, obs, decision, len(past))
         stop = watch.stop(step, terminated, truncated)
-        notes = (f"[{note}]" for note in (step.error, *step.told) if note)
+        notes = (f"[{note}]" for note in (step.error, *step.told, decision.left_out) if note)
         past.append((screenshot, "\n".join((decision.text, *notes))))
         if on_step is not None:
             on_step(step)

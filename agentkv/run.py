@@ -53,6 +53,8 @@ DEFAULT_TASKS = (
     "memory-place",
 )
 EPISODES = 5
+HISTORY = 5  # screenshots in a prompt, as in the paper; fewer where the family was trained with fewer
+ANSWER = 1024  # until the family is known
 EVALUATION_SEEDS = 1_000_000  # training uses the seeds below
 REPORT_BYTES = 20_000_000
 STEPS_GUESSED = 10  # per episode, to guess the space that the screenshots take
@@ -78,7 +80,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=EVALUATION_SEEDS, help="first seed; training used those below 1000000")
     p.add_argument("--method", default="gui-kv", help="comma-separated methods or compositions: full,gui-kv,h2o+adakv")
     p.add_argument("--budget", default="0.4", help="share of the prompt's tokens to keep (0.4), or a number (512t)")
-    p.add_argument("--history", type=int, default=5, help="screenshots in a prompt, the current one included (5)")
+    p.add_argument(
+        "--history",
+        type=int,
+        help="screenshots in a prompt, the current one included (default: the family's, at most 5)",
+    )
     p.add_argument("--url", default="", help="play this live page instead of tasks; needs --goal")
     p.add_argument("--goal", default="", help="what to do on --url, in words")
     p.add_argument("--expect", default="", help="words that the last page of --url shows when the goal was met")
@@ -90,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument("--device-scale", type=float, default=None, help="device pixels per CSS pixel of a screenshot")
     p.add_argument("--max-steps", type=int, default=None, help="steps per episode (default: the task's own limit)")
-    p.add_argument("--max-new-tokens", type=int, default=64, help="length limit of one answer (default 64)")
+    p.add_argument("--max-new-tokens", type=int, help="length limit of one answer (default: the family's; 64 for mini)")
     p.add_argument("--out", type=Path, help="run folder (default runs/<time>); an earlier run there is moved aside")
     p.add_argument("--json", type=Path, help="write the figures here too")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out: finished episodes are kept")
@@ -121,7 +127,7 @@ def play_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
     with Interrupts() as interrupts, open_browser(args, plan) as browser:
         with user_errors():
             adapter = load(plan)
-            plan = replace(plan, device_scale=args.device_scale or fitting_scale(plan, adapter))
+            plan = fitted(plan, args, adapter)
             agents = {m: Agent(adapter, m, plan.budget, plan.max_new_tokens) for m in plan.methods}
             meta = run_meta("agentkv.run", argv, args.seed, chromium=browser.version, units=UNITS)
             open_folder(out, plan, args.resume, meta, notes(plan))
@@ -145,9 +151,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
         budget=str(budget),
         tasks=tasks_of(args),
         seeds=tuple(range(args.seed, args.seed + episodes)),
-        history=args.history,
+        history=HISTORY if args.history is None else args.history,
         max_steps=args.max_steps,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=ANSWER if args.max_new_tokens is None else args.max_new_tokens,
         device=device_of(args.device),
         device_scale=args.device_scale or (1.0 if args.model == "mini" or args.url else VLM_SCALE),
         url=args.url,
@@ -186,6 +192,16 @@ def load(plan: Plan) -> ModelAdapter:
         # A small model gains nothing from threads, and waits for them as soon as the browser wants a core.
         torch.set_num_threads(1)
     return adapter
+
+
+def fitted(plan: Plan, args: argparse.Namespace, adapter: ModelAdapter) -> Plan:
+    """The plan with what the command line left to the family: scale, screenshots in a prompt, length of an answer."""
+    return replace(
+        plan,
+        device_scale=args.device_scale or fitting_scale(plan, adapter),
+        history=args.history or min(HISTORY, adapter.history_frames),
+        max_new_tokens=args.max_new_tokens or adapter.answer_tokens,
+    )
 
 
 def fitting_scale(plan: Plan, adapter: ModelAdapter) -> float:

@@ -78,6 +78,8 @@ def episode_folder(run: Path, method: str, task: str, seed: int) -> Path:
 
 def action_to_dict(action: actions.Action | ParseError) -> dict[str, Any] | None:
     """The action as JSON, None for an answer that could not be read."""
+    if isinstance(action, actions.Several):
+        return {"type": "Several", "actions": [action_to_dict(part) for part in action.actions]}
     return None if isinstance(action, ParseError) else {"type": type(action).__name__, **asdict(action)}
 
 
@@ -86,6 +88,8 @@ def action_from_dict(value: dict[str, Any]) -> actions.Action:
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "type"}
     if value.get("type") not in ACTIONS:
         raise ValueError(f"action type {value.get('type')!r} is none of {', '.join(ACTIONS)}")
+    if value["type"] == "Several":
+        return actions.Several(tuple(action_from_dict(part) for part in value["actions"]))
     return ACTIONS[value["type"]](**fields)
 
 
@@ -100,6 +104,7 @@ def step_to_dict(step: Step) -> dict[str, Any]:
         "action": action,
         "parse_error": step.error if action is None else "",
         "error": step.error,
+        "left_out": d.left_out,
         "reward": step.reward,
         "success": step.success,
         "reason": step.reason,

@@ -23,18 +23,23 @@ from .actions import (
     DoubleClick,
     Drag,
     Finished,
+    Goto,
     Hotkey,
     KeyDown,
     KeyUp,
     LongPress,
     MiddleClick,
     Move,
+    Note,
     OpenApp,
     Pointing,
     PressBack,
     PressHome,
+    Reload,
     RightClick,
     Scroll,
+    Several,
+    Single,
     TripleClick,
     Type,
     Wait,
@@ -44,7 +49,10 @@ from .history import travel
 MAX_WAIT = 5.0
 MAX_TEXT = 5_000
 LONG_PRESS = 0.7
+MAX_ADDRESS = 2_000
+MAX_GESTURES = 50
 _DRAG_MOVES = 10
+_KEYS = {"\n": "Enter", "\r": "Enter", "\r\n": "Enter", "\t": "Tab"}
 _WHEEL = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
 
 
@@ -94,10 +102,27 @@ def _bad_scroll(action: Scroll, size: tuple[int, int]) -> str:
     return "" if action.x is None and action.y is None else _bad_point(action.x, action.y, size)
 
 
+def _bad_address(url: str) -> str:
+    if (
+        not isinstance(url, str)
+        or len(url) > MAX_ADDRESS
+        or not re.fullmatch(r"https?://[^\s\x00-\x1f]+|file:///[^\s]+", url)
+    ):
+        return f"{str(url)[:60]!r} is not an address that can be opened; write https://..."
+    return ""
+
+
+def _bad_gestures(actions: tuple[Single, ...]) -> str:
+    if not isinstance(actions, tuple) or not 1 <= len(actions) <= MAX_GESTURES:
+        return f"an answer has 1 to {MAX_GESTURES} gestures; nothing was done"
+    return "" if not any(isinstance(action, Several) for action in actions) else "gestures do not nest"
+
+
 def check(action: Action, size: tuple[int, int]) -> str:
     """What is wrong with `action` on a viewport of `size` = (width, height) CSS pixels, "" if nothing is."""
     if isinstance(action, Pointing):
-        return _bad_point(action.x, action.y, size)
+        here = isinstance(action, Clicking) and action.x is None and action.y is None
+        return "" if here else _bad_point(action.x, action.y, size)
     match action:
         case Drag(None, None, to_x, to_y):
             return _bad_point(to_x, to_y, size)
@@ -117,17 +142,21 @@ def check(action: Action, size: tuple[int, int]) -> str:
             return "a web page has no home button; nothing was done"
         case OpenApp(name):
             return f"a web page cannot open apps, {str(name)[:40]!r} neither; nothing was done"
-        case PressBack() | Finished() | CallUser():
+        case Goto(url):
+            return _bad_address(url)
+        case Several(actions):
+            return _bad_gestures(actions)
+        case PressBack() | Reload() | Note() | Finished() | CallUser():
             return ""
     return f"{type(action).__name__} is not an action; use one of envs.actions"
 
 
 def _type(page: Page, text: str) -> None:
-    for number, line in enumerate(text.split("\n")):
-        if number:
-            page.keyboard.press("Enter")
-        if line:
-            page.keyboard.type(line)
+    for piece in re.split("(\r\n|[\n\r\t])", text):
+        if piece in _KEYS:
+            page.keyboard.press(_KEYS[piece])
+        elif piece:
+            page.keyboard.type(piece)
 
 
 def _press(page: Page, keys: tuple[str, ...]) -> None:
@@ -146,7 +175,12 @@ def _click(page: Page, action: Clicking) -> None:
     if isinstance(action, RightClick | MiddleClick):
         button = "right" if isinstance(action, RightClick) else "middle"
     count = {DoubleClick: 2, TripleClick: 3}.get(type(action), 1)
-    page.mouse.click(action.x, action.y, button=button, click_count=count)
+    if action.x is not None and action.y is not None:
+        page.mouse.move(action.x, action.y)
+    # a double click is two clicks that count up, as a person's finger makes them
+    for click in range(1, count + 1):
+        page.mouse.down(button=button, click_count=click)
+        page.mouse.up(button=button, click_count=click)
 
 
 def _long_press(page: Page, action: LongPress) -> None:
@@ -171,8 +205,21 @@ def _scroll(page: Page, action: Scroll) -> None:
     page.mouse.wheel(across * action.pixels, down * action.pixels)
 
 
+def _goto(page: Page, url: str) -> str:
+    session = page.context.new_cdp_session(page)
+    try:
+        # As a link and not as a typed address, at which going back would end: see `travel`.
+        problem = session.send("Page.navigate", {"url": url, "transitionType": "link"}).get("errorText", "")
+    finally:
+        if not page.is_closed():
+            session.detach()
+    return f"{url[:100]} was not opened: {problem[:200]}" if problem else ""
+
+
 def perform(page: Page, action: Action, size: tuple[int, int]) -> str:
-    """Do `action` on `page`; returns "" or what was wrong with it. `Finished` and `CallUser` do nothing to the page."""
+    """Do `action` on `page`; returns "" or what was wrong with it. `Finished`, `CallUser` and `Note` do nothing to the
+    page.
+    """
     problem = check(action, size)
     if problem:
         return problem
@@ -199,4 +246,8 @@ def perform(page: Page, action: Action, size: tuple[int, int]) -> str:
             time.sleep(min(seconds, MAX_WAIT))
         case PressBack():
             return travel(page, -1)
+        case Goto(url):
+            return _goto(page, url)
+        case Reload():
+            page.reload(wait_until="commit")
     return ""

@@ -17,42 +17,42 @@ NAMED_KEYS += ("ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight", "CapsLock") + 
 
 @dataclass(frozen=True)
 class Click:
-    """One left click at (x, y)."""
+    """One left click at (x, y); here and for the other clicks x and y are both None for where the pointer is."""
 
-    x: float
-    y: float
+    x: float | None = None
+    y: float | None = None
 
 
 @dataclass(frozen=True)
 class DoubleClick:
     """Two left clicks at (x, y) within the double-click interval."""
 
-    x: float
-    y: float
+    x: float | None = None
+    y: float | None = None
 
 
 @dataclass(frozen=True)
 class RightClick:
     """One right click at (x, y)."""
 
-    x: float
-    y: float
+    x: float | None = None
+    y: float | None = None
 
 
 @dataclass(frozen=True)
 class MiddleClick:
     """One click of the middle button at (x, y)."""
 
-    x: float
-    y: float
+    x: float | None = None
+    y: float | None = None
 
 
 @dataclass(frozen=True)
 class TripleClick:
     """Three quick left clicks at (x, y): selects a line or a paragraph."""
 
-    x: float
-    y: float
+    x: float | None = None
+    y: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Scroll:
 
 @dataclass(frozen=True)
 class Type:
-    """Type `text` into whatever has the focus; a newline at the end presses Enter."""
+    """Type `text` into whatever has the focus, as on a keyboard: a newline presses Enter, a tab the Tab key."""
 
     text: str
 
@@ -132,6 +132,25 @@ class Wait:
 
 
 @dataclass(frozen=True)
+class Goto:
+    """Open the address `url` as if it were typed into the address bar; what the task does not allow is refused."""
+
+    url: str
+
+
+@dataclass(frozen=True)
+class Reload:
+    """Load the page once more, as the button beside the address bar does."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """The agent writes `text` down for itself; nothing happens to the page."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class PressBack:
     """One page back in the history, as the back button of a browser or a phone."""
 
@@ -158,10 +177,31 @@ class Finished:
 
 @dataclass(frozen=True)
 class CallUser:
-    """The agent asks a person for help: the episode ends without success."""
+    """The agent asks a person for help, perhaps with a `question`: the episode ends without success."""
+
+    question: str = ""
+
+
+@dataclass(frozen=True)
+class Several:
+    """Gestures of one answer, done one after the other as one step; the first that cannot be done ends it."""
+
+    actions: tuple[Single, ...]
 
 
 Clicking = Click | DoubleClick | RightClick | MiddleClick | TripleClick
 Pointing = Clicking | LongPress | Move
 Phone = PressBack | PressHome | OpenApp
-Action = Pointing | Drag | Scroll | Type | Hotkey | KeyDown | KeyUp | Wait | Phone | Finished | CallUser
+Browsing = Goto | Reload | Note
+Single = Pointing | Drag | Scroll | Type | Hotkey | KeyDown | KeyUp | Wait | Phone | Browsing | Finished | CallUser
+Action = Single | Several
+
+
+def parts(action: Action) -> tuple[Single, ...]:
+    """The gestures of an action, in order."""
+    return action.actions if isinstance(action, Several) else (action,)
+
+
+def ending(action: Action) -> Finished | CallUser | None:
+    """What in an action ends the episode, if anything does."""
+    return next((part for part in parts(action) if isinstance(part, Finished | CallUser)), None)

@@ -21,7 +21,7 @@ from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, CDPSession, Error, Page, TimeoutError
 
 from . import chords, pickers
-from .actions import MODIFIER_KEYS, Action, CallUser, Finished
+from .actions import MODIFIER_KEYS, Action, CallUser, Finished, parts
 from .allow import AllowList
 from .boundary import ERROR_PAGE, Boundary, forgive, proxy
 from .dialogs import DIALOG, MOST_DIALOGS, Dialogs, Policy
@@ -32,6 +32,7 @@ from .rest import Rest
 from .sheet import Sheet
 from .transfers import Transfers
 
+_PAUSE = 100  # milliseconds between two gestures of one answer, as pyautogui makes them
 _TRIES = 10
 _BETWEEN = ("Unable to capture", "Not attached")
 _MOST_PAGES = 10
@@ -291,11 +292,21 @@ class Tab:
                 raise GivenUp(DIALOG)
             return self.patience.run(lambda: self._pages[-1].rest.evaluate(script, argument))
 
-    def act(self, action: Action, perform: Callable[[Page], str]) -> str:
+    def act(self, action: Action, perform: Callable[[Page, Action], str]) -> str:
         """Let `perform` do `action` on the page, or the browser's own question take it; returns "" or what was wrong.
+        The first gesture of several that cannot be done ends them.
 
         Raises `BrowserCrashed`.
         """
+        gestures = parts(action)
+        for number, part in enumerate(gestures, 1):
+            if number > 1:
+                self.page.wait_for_timeout(_PAUSE)
+            if problem := self._gesture(part, perform):
+                return problem if number == 1 else f"gesture {number} of {len(gestures)}: {problem}"
+        return ""
+
+    def _gesture(self, action: Action, perform: Callable[[Page, Action], str]) -> str:
         with self.guard():
             if isinstance(action, Finished | CallUser):
                 self._drop_sheet()
@@ -303,7 +314,7 @@ class Tab:
                 return self._answer(self.sheet, action)
             page = self.page
             try:
-                return self.patience.run(lambda: perform(page))
+                return self.patience.run(lambda: perform(page, action))
             except GivenUp:
                 return ""
             except Error:

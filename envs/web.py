@@ -15,8 +15,8 @@ import numpy as np
 from gymnasium import spaces
 from playwright.sync_api import Page
 
-from .act import perform
-from .actions import Action, CallUser, Finished
+from .act import check, perform
+from .actions import Action, CallUser, Finished, ending
 from .browser import Browser
 from .patience import GivenUp
 from .spaces import ActionSpace, GoalSpace
@@ -131,9 +131,10 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
             raise RuntimeError("the episode is over; call reset() first")
         self._steps += 1
         with self.browser.deadline(self.step_timeout), tab.guard():
-            error = tab.act(action, lambda page: perform(page, action, self.task.viewport))
+            size = self.task.viewport
+            error = check(action, size) or tab.act(action, lambda page, part: perform(page, part, size))
             tab.settle()
-            verdict = self._judge(tab, action)
+            verdict = self._judge(tab, None if error else ending(action))
             observation = self._observe()
         terminated = verdict.done
         truncated = not terminated and self._steps >= self.max_steps
@@ -141,17 +142,17 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
         reward = verdict.raw_reward if terminated else 0.0
         return observation, reward, terminated, truncated, self._info(verdict, error)
 
-    def _judge(self, tab: Tab, action: Action) -> Verdict:
-        answer = action.answer if isinstance(action, Finished) else None
+    def _judge(self, tab: Tab, end: Finished | CallUser | None) -> Verdict:
+        answer = end.answer if isinstance(end, Finished) else None
         try:
             verdict = self.task.verdict(tab, answer)
         except GivenUp as unknown:
             verdict = Verdict(False, reason=str(unknown))
         if verdict.done:
             return verdict
-        if isinstance(action, Finished):
+        if isinstance(end, Finished):
             return Verdict(True, verdict.raw_reward, verdict.reason or "the agent finished before the task was done")
-        if isinstance(action, CallUser):
+        if isinstance(end, CallUser):
             return Verdict(True, 0.0, "the agent called the user")
         return verdict
 

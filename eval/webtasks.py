@@ -27,7 +27,7 @@ from agentkv.envs.browser import Browser
 from agentkv.errors import EXPLAINED, Interrupts
 from agentkv.models import AGENTS
 from agentkv.play import Plan, Play, open_folder, task_of
-from agentkv.run import DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load, split_methods
+from agentkv.run import ANSWER, DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load, split_methods
 from agentkv.stats import UNITS, summarise
 from agentkv.tables import stdout_console
 from agentkv.trace import DONE, episode_folder, read_run
@@ -204,16 +204,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tasks", type=names, help="comma-separated (default: those of agentkv.run)")
     p.add_argument("--methods", type=names, default=METHODS, help=f"methods or compositions (default {METHODS})")
     p.add_argument("--budgets", type=names, default=BUDGETS, help=f"shares or tokens (default {BUDGETS})")
-    p.add_argument(
-        "--history",
-        type=lengths,
-        default="1,5",
-        help="numbers of screenshots in a prompt (default 1,5)",
-    )
+    p.add_argument("--history", type=lengths, default="1,5", help="numbers of screenshots in a prompt (default 1,5)")
     p.add_argument("--episodes", type=count, default=4, help="per task, method, budget and history (default 4)")
     p.add_argument("--seed", type=seed, default=EVALUATION_SEEDS, help="first seed")
     p.add_argument("--workers", type=count, default=2, help="processes, each with a browser and the model (default 2)")
-    p.add_argument("--max-new-tokens", type=count, default=64)
+    p.add_argument(
+        "--max-new-tokens", type=count, help=f"length limit of one answer (default 64 for mini, else {ANSWER})"
+    )
     p.add_argument("--chromium", default=None, help="path of the browser to use")
     p.add_argument("--out", type=Path, default=Path("runs/webtasks"), help="folder of the study; it is gone on with")
     p.add_argument("--json", type=results_file("eval.webtasks"), help="write the figures here too")
@@ -230,7 +227,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     study = Study(
         tuple(args.tasks or DEFAULT_TASKS), split_methods(",".join(args.methods)),
         tuple(str(Budget.parse(b)) for b in args.budgets), tuple(args.history), args.episodes, args.seed, args.out,
-        args.model, args.agent, args.max_new_tokens,
+        args.model, args.agent, args.max_new_tokens or (64 if args.model == "mini" else ANSWER),
     )  # fmt: skip
     meta = run_meta("eval.webtasks", argv, args.seed, units=UNITS)
     try:

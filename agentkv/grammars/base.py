@@ -1,19 +1,20 @@
-"""What all action grammars share: the coordinates a model speaks in, the values of a reading, key names.
+"""What all action grammars share: the coordinates a model speaks in, the values of a reading, the grammar itself.
 
-A grammar is a module with `NAME` and four functions: `parse(text, frame) -> Action | ParseError` for a loop that takes
-one action a reply, `parse_all -> list[Action] | ParseError` and `read -> Reading | ParseError` for evaluations,
-`render(action, frame) -> str`. Replies are data: they are scanned, never executed.
+A grammar is a `Grammar`, one a module: it reads a reply of a model as typed actions and writes actions as the model
+would. Replies are data: they are scanned, never executed. What a reply means is decided by rules that stand in one
+table at the head of each module, one rule for each kind of slip that published clients forgive. The rule over all:
+no text is typed that the model did not mean as text.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from agentkv.envs.actions import MODIFIER_KEYS, NAMED_KEYS, Action, Clicking, Drag, Move, Scroll
+from agentkv.envs.actions import Action, Clicking, Drag, Move, Scroll, Several, Single
 
 MAX_REPLY = 65_536
 # No reply of a sane model holds more; the limit keeps the time of a reading short.
@@ -28,6 +29,7 @@ class CoordinateSpace(Enum):
 
     RESIZED = "whole pixels of the image that the processor made"
     PER_MILLE = "whole numbers, 0 to 1000 of each side"
+    TO_999 = "whole numbers, 0 to 999 of each side, 999 at the far edge"
     SHARE = "decimal numbers, 0 to 1 of each side"
 
 
@@ -52,14 +54,16 @@ class Frame:
     @property
     def extent(self) -> tuple[int, int]:
         """(width, height) of the screenshot in the model's numbers."""
-        if self.space is CoordinateSpace.RESIZED:
-            return self.resized
-        return (1000, 1000) if self.space is CoordinateSpace.PER_MILLE else (1, 1)
+        return self.resized if self.space is CoordinateSpace.RESIZED else _EXTENTS[self.space]
 
     def to_css(self, x: float, y: float) -> tuple[float, float]:
-        """A point in the model's numbers as CSS pixels."""
+        """A point in the model's numbers as CSS pixels, inside the viewport."""
         width, height = self.extent
-        return x * self.css[0] / width, y * self.css[1] / height
+        return self._onto(x / width, self.css[0]), self._onto(y / height, self.css[1])
+
+    @staticmethod
+    def _onto(share: float, size: int) -> float:
+        return min(share, 1 - 1e-9) * size
 
     def from_css(self, x: float, y: float) -> tuple[float, float]:
         """A CSS point in the model's numbers, inside the image: whole numbers (int), or 4 decimals for `SHARE`.
@@ -71,10 +75,16 @@ class Frame:
         width, height = self.extent
         return self._rounded(x * width / self.css[0], width), self._rounded(y * height / self.css[1], height)
 
+    def _last(self, size: int) -> float:
+        """The greatest number of an axis of that extent."""
+        if self.space is CoordinateSpace.SHARE:
+            return 0.9999
+        return size if self.space is CoordinateSpace.TO_999 else size - 1
+
     def _rounded(self, value: float, size: int) -> float:
         if self.space is CoordinateSpace.SHARE:
             return min(max(round(value, 4), 0.0), 0.9999)
-        return min(max(round(value), 0), size - 1)
+        return min(max(round(value), 0), int(self._last(size)))
 
     def clamped(self, x: float, y: float, position: int, flags: set[str]) -> tuple[float, float]:
         """A point of the model as CSS pixels; one that lies a little outside moves to the edge and sets the flag
@@ -91,7 +101,10 @@ class Frame:
         if not -slack <= value <= size + slack:
             unit = f"{size} pixels" if self.space is CoordinateSpace.RESIZED else f"extent {size}"
             raise Reject(f"{axis}={value:g} is outside the image of {unit}", position)
-        return min(max(value, 0), 0.9999 if self.space is CoordinateSpace.SHARE else size - 1)
+        return min(max(value, 0), self._last(size))
+
+
+_EXTENTS = {CoordinateSpace.PER_MILLE: (1000, 1000), CoordinateSpace.TO_999: (999, 999), CoordinateSpace.SHARE: (1, 1)}
 
 
 @dataclass(frozen=True)
@@ -106,12 +119,33 @@ class ParseError:
 class Reading:
     """All that a reply says, in order (at least one action), and what was amiss without making it unreadable.
 
-    Flags: "clamped" (a point was outside, by at most 1 %), "cut short" (what follows the actions could not be read),
-    "share" (decimals of 0 to 1 from a model that else counts pixels), "unclosed" (the end mark of a call is missing).
+    `left_out` says in words what of the reply is not in `actions`, and why; "" if nothing was left out. Flags:
+    "clamped" (a point was outside, by at most 1 %), "cut short" (what follows the actions could not be read), "share"
+    (decimals of 0 to 1 from a model that else counts pixels), "unclosed" (the end mark of a call is missing), "ignored"
+    (an argument that the call does not have was passed over).
     """
 
-    actions: tuple[Action, ...]
+    actions: tuple[Single, ...]
     flags: frozenset[str] = frozenset()
+    left_out: str = ""
+
+    @property
+    def action(self) -> Action:
+        """The actions as one step, a move that only brings the pointer to what follows taken into that."""
+        joined: list[Single] = []
+        for action in self.actions:
+            if joined and isinstance(joined[-1], Move) and (whole := _continued(joined[-1], action)):
+                joined[-1] = whole
+            else:
+                joined.append(action)
+        return joined[0] if len(joined) == 1 else Several(tuple(joined))
+
+
+def _continued(move: Move, then: Single) -> Single | None:
+    """`then` at the place of `move`, None if it happens elsewhere."""
+    if isinstance(then, Drag | Scroll | Clicking) and then.x is None and then.y is None:
+        return replace(then, x=move.x, y=move.y)
+    return then if isinstance(then, Clicking) and (then.x, then.y) == (move.x, move.y) else None
 
 
 class Reject(Exception):
@@ -122,37 +156,60 @@ class Reject(Exception):
         self.error = ParseError(reason, position)
 
 
-def attempt(reader: Callable[[str, Frame], Reading], text: str, frame: Frame) -> Reading | ParseError:
-    """`reader(text, frame)`, or why it was refused: too long, a NUL, or what the reader rejects."""
-    if len(text) > MAX_REPLY:
-        return ParseError(f"the reply has {len(text)} characters, more than {MAX_REPLY}", MAX_REPLY)
-    if "\0" in text:
-        return ParseError("the reply contains a NUL character", text.index("\0"))
-    try:
-        return reader(text, frame)
-    except Reject as reject:
-        return reject.error
+@dataclass(frozen=True)
+class Grammar:
+    """How a family of models writes actions: `reader(text, frame)` may raise `Reject`, `writer(action, frame)`
+    ValueError for an action that the grammar has no words for.
+    """
+
+    name: str
+    reader: Callable[[str, Frame], Reading]
+    writer: Callable[[Action, Frame], str]
+
+    def read(self, text: str, frame: Frame) -> Reading | ParseError:
+        """All actions of a reply, in CSS pixels of `frame`, with what was amiss; or why there is none. Never raises,
+        never executes anything.
+        """
+        if len(text) > MAX_REPLY:
+            return ParseError(f"the reply has {len(text)} characters, more than {MAX_REPLY}", MAX_REPLY)
+        if "\0" in text:
+            return ParseError("the reply contains a NUL character", text.index("\0"))
+        try:
+            return self.reader(text, frame)
+        except Reject as reject:
+            return reject.error
+
+    def parse(self, text: str, frame: Frame) -> Action | ParseError:
+        """What a reply says as one step, or why there is nothing to do."""
+        reading = self.read(text, frame)
+        return reading if isinstance(reading, ParseError) else reading.action
+
+    def parse_all(self, text: str, frame: Frame) -> list[Single] | ParseError:
+        """The actions of a reply one by one, for evaluations."""
+        reading = self.read(text, frame)
+        return reading if isinstance(reading, ParseError) else list(reading.actions)
+
+    def render(self, action: Action, frame: Frame) -> str:
+        """The reply that says `action`; points are rounded to the numbers of the frame. Raises ValueError for an
+        action or a key that the grammar does not know and for a point that is not finite.
+        """
+        return self.writer(action, frame)
 
 
 def thought_end(text: str, call: int) -> int:
-    """Where the thought `<think>...</think>` in front of the actions ends, 0 if there is none. `call`: where the first
-    thing that looks like an action begins; without an opening tag only an end in front of it counts, because typed text
-    may contain anything.
+    """Where the thought `<think>...</think>` (or `thinking`) in front of the actions ends, 0 if there is none. `call`:
+    where the first thing that looks like an action begins; without an opening tag only an end in front of it counts,
+    because typed text may contain anything.
     """
-    end, opened = text.find("</think>"), text.lstrip().startswith("<think>")
-    if opened and end < 0:
-        raise Reject("the <think> block does not end", 0)
-    return end + len("</think>") if end >= 0 and (opened or end < call) else 0
+    opened = _THOUGHT.match(text)
+    ends = [end for mark in ("</think>", "</thinking>") if (end := text.find(mark)) >= 0]
+    if opened and not ends:
+        raise Reject(f"the {opened[1]} block does not end", 0)
+    end = min(ends, default=-1)
+    return text.index(">", end) + 1 if end >= 0 and (opened or end < call) else 0
 
 
-def first_gesture(actions: tuple[Action, ...]) -> Action:
-    """The first action, with the move that only brings the pointer to where it happens taken into it."""
-    if len(actions) < 2 or not isinstance(actions[0], Move):
-        return actions[0]
-    move, then = actions[:2]
-    if isinstance(then, Drag | Scroll) and then.x is None:
-        return replace(then, x=move.x, y=move.y)
-    return then if isinstance(then, Clicking) and (then.x, then.y) == (move.x, move.y) else move
+_THOUGHT = re.compile(r"\s*+(<think(?:ing)?>)")
 
 
 def number_of(value: object, name: str, position: int) -> int | float:
@@ -172,6 +229,12 @@ def shown(value: object) -> str:
     return repr(value[:40]) if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
+def some(names: Iterable[str]) -> str:
+    """The first names of a list, for an error."""
+    known = list(names)
+    return ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
+
+
 def text_of(value: object, name: str, position: int) -> str:
     """A text that a model wrote; raises `Reject` for anything else, and for characters that no keyboard types."""
     if not isinstance(value, str):
@@ -181,43 +244,6 @@ def text_of(value: object, name: str, position: int) -> str:
     return value
 
 
-def unsayable(grammar: str, action: Action) -> ValueError:
+def unsayable(grammar: str, action: object) -> ValueError:
     """The error for an action that a grammar has no words for."""
     return ValueError(f"the {grammar} grammar cannot say {action!r}")
-
-
-# word of a model, lower case -> Playwright's name
-_WORDS = {name.lower(): name for name in (*MODIFIER_KEYS, *NAMED_KEYS)}
-_WORDS |= {"meta": "Meta"} | dict.fromkeys(("cmd", "command", "win", "winleft", "winright", "super"), "Meta")
-_WORDS |= {"ctrl": "Control", "ctrlleft": "Control", "ctrlright": "Control", "option": "Alt"}
-_WORDS |= {"altleft": "Alt", "altright": "Alt", "optionleft": "Alt", "optionright": "Alt"}
-_WORDS |= {"shiftleft": "Shift", "shiftright": "Shift", "return": "Enter", "esc": "Escape", "del": "Delete"}
-_WORDS |= {"up": "ArrowUp", "down": "ArrowDown", "left": "ArrowLeft", "right": "ArrowRight"}
-_WORDS |= {"pgup": "PageUp", "pgdn": "PageDown", "\n": "Enter", "\r": "Enter", "\t": "Tab", " ": "Space"}
-# what models were taught to say, where a key has several words
-_SAID = {
-    "Control": "ctrl",
-    "Meta": "win",
-    "ArrowUp": "up",
-    "ArrowDown": "down",
-    "ArrowLeft": "left",
-    "ArrowRight": "right",
-}
-
-
-def key_of(word: str, position: int) -> str:
-    """Playwright's name of a key that a model named; raises `Reject` for an unknown one."""
-    if len(word) == 1 and "!" <= word <= "~":
-        return word
-    if word.lower() not in _WORDS:
-        raise Reject(f"{word[:40]!r} is not a key", position)
-    return _WORDS[word.lower()]
-
-
-def word_of(key: str) -> str:
-    """The word for one of Playwright's keys. Raises ValueError for a key that no grammar knows."""
-    if len(key) == 1 and "!" <= key <= "~":
-        return key
-    if key not in _WORDS.values():
-        raise ValueError(f"{key!r} is not a key of this grammar; use a character or one of {', '.join(NAMED_KEYS)}")
-    return _SAID.get(key, key.lower())

@@ -17,21 +17,34 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 from agentkv.envs import actions as acts
-from agentkv.grammars import opencua, tool_call, ui_tars
-from agentkv.grammars.base import MAX_REPLY, CoordinateSpace, Frame, ParseError
+from agentkv.grammars import evocua, fara, gui_owl, holo, mai_ui, opencua, tool_call, ui_tars
+from agentkv.grammars.base import MAX_REPLY, CoordinateSpace, Frame, Grammar, ParseError
 from agentkv.grammars.corpus import REFUSED
 
-GRAMMARS: dict[str, ModuleType] = {"ui_tars": ui_tars, "opencua": opencua, "tool_call": tool_call}
+GRAMMARS: dict[str, Grammar] = {
+    "ui_tars": ui_tars.GRAMMAR,
+    "opencua": opencua.GRAMMAR,
+    "tool_call": tool_call.GRAMMAR,
+    "tool_call_xml": tool_call.XML,
+    "gui_owl": gui_owl.GRAMMAR,
+    "evocua_s1": evocua.S1,
+    "evocua_s2": evocua.S2,
+    "mai_ui": mai_ui.GRAMMAR,
+    "fara": fara.GRAMMAR,
+    "holo": holo.GRAMMAR,
+}
 LIMIT_MS = 50.0
 FRAMES = [Frame((1280, 720), (1288, 728), space=space) for space in CoordinateSpace]
 _PIECES = r"""Action: Thought: click type hotkey key= content= start_box= ' " ( ) [ ] { } , : = \ \n \u0041 <think>
 </think> <|box_start|> <point> pyautogui.click pyautogui.write pyautogui.hotkey pyautogui.scroll computer.terminate
 time.sleep import lambda f' b" \"\"\" ``` ```python # ; . - + * ** // 0x 1e9 9999 -1 0.5 1 nan NaN inf True None x y
 <tool_call> </tool_call> {"name": "computer_use" "arguments": "action": "left_click" "coordinate": [1,2] null é ٣ １
+"action": "type" "text": "keys": ["keys=['enter']"] {'name': "mobile_use" "swipe" "note": "thought":
+<function=computer_use> <parameter=action> </parameter> </function>
+<thinking> </thinking> <answer> "x": 1 "url": "https://a.org" Action：
 """.split()
 _PIECES += ["\n", "\n\n", " ", "\t", "\r", "\0", "\x0c", "\u2028", "\ud800", "'''", '"""']
 
@@ -51,13 +64,15 @@ def some_action(rng: random.Random) -> acts.Action:
             acts.Type(text),
             acts.Hotkey((key, "b")[: rng.randint(1, 2)]),
             rng.choice([acts.KeyDown, acts.KeyUp])(key),
-            rng.choice([acts.PressBack(), acts.PressHome(), acts.OpenApp(text), acts.CallUser(), acts.Wait(2.5)]),
+            rng.choice([acts.PressBack(), acts.PressHome(), acts.OpenApp(text), acts.CallUser(text), acts.Wait(2.5)]),
+            rng.choice([acts.Goto("https://a.org/" + key), acts.Reload(), acts.Note(text), acts.Click()]),
+            acts.Several((acts.Click(x, y), acts.Type(text + "\n"))),
             acts.Finished(text),
         ]
     )
 
 
-def _rendered(grammar: ModuleType, frame: Frame, rng: random.Random) -> str:
+def _rendered(grammar: Grammar, frame: Frame, rng: random.Random) -> str:
     while True:
         try:
             return grammar.render(some_action(rng), frame)
@@ -94,7 +109,7 @@ def reply(name: str, frame: Frame, rng: random.Random) -> str:
         opening = _rendered(GRAMMARS[name], frame, rng)
         opening = opening[: rng.randint(0, len(opening))]
         return (opening + unit * (MAX_REPLY // len(unit)))[:MAX_REPLY]
-    rows = REFUSED[name if rng.random() < 0.8 else rng.choice(list(REFUSED))]
+    rows = REFUSED[name if name in REFUSED and rng.random() < 0.8 else rng.choice(list(REFUSED))]
     text = rng.choice(rows)[0]
     return mutated(text if len(text) < 2000 or rng.random() < 0.02 else text[:300], rng)
 
@@ -105,7 +120,7 @@ def reason_class(reason: str) -> str:
     return re.sub(r"-?\b\d[\w.+-]*", "N", bare)
 
 
-def _timed(grammar: ModuleType, text: str, frame: Frame) -> tuple[float, Any]:
+def _timed(grammar: Grammar, text: str, frame: Frame) -> tuple[float, Any]:
     """The slower of `parse` and `parse_all` in milliseconds, and what `parse` found."""
     start = time.process_time()
     found = grammar.parse(text, frame)

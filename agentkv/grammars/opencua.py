@@ -2,19 +2,28 @@
 
 A reply is `## Thought:` and `## Action:` prose and `## Code:` with one fenced block, language python or code; the last
 block counts. Its statements are read as data (`python_calls`), never executed, and one that is not allowed rejects the
-whole reply; a block that is no Python keeps its leading good lines and is flagged "cut short". `parse_all` gives one
-action a statement (one a press of `press`); `parse` the first gesture: a moveTo is one with the drag, scroll or click
-that continues it, because that would never happen if only the first statement counted.
+whole reply. All are done in order, as one step.
 
 Numbers are pixels of the resized image. Two decimals of at most 1 are shares of the sides, as the family's models on
 Qwen2 write them; a frame in `CoordinateSpace.SHARE` says so outright.
+
+| slip | rule |
+|---|---|
+| further arguments: `click(1, 2, force=1)`, `_pause=False` | a named argument that the call does not have is passed \
+over, flag "ignored" |
+| other names: `write(text=..)`, `press(key=..)`, `typewrite`, `tripleClick`, `pyautogui.sleep` | synonyms |
+| counted presses: `press('down', presses=3)`, `press(['a', 'b'])` | every press is one |
+| keys: `hotkey('ctrl+a')`, `hotkey(keys=[..])`, `hotkey(key1=..)` | as in `keys` |
+| a tab or a line break in a text | the key is pressed (`envs.act`) |
+| a block without its closing fence, no fence at all | flag "unclosed"; the lines that look like calls |
+| a block that is no Python | its leading good lines are done, flag "cut short", the step says what was left out |
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from agentkv.envs.actions import (
     MAX_KEYS,
@@ -25,10 +34,14 @@ from agentkv.envs.actions import (
     Drag,
     Finished,
     Hotkey,
+    KeyDown,
+    KeyUp,
     MiddleClick,
     Move,
     RightClick,
     Scroll,
+    Several,
+    Single,
     TripleClick,
     Type,
     Wait,
@@ -37,19 +50,17 @@ from agentkv.grammars.base import (
     MAX_ACTIONS,
     CoordinateSpace,
     Frame,
-    ParseError,
+    Grammar,
     Reading,
     Reject,
-    attempt,
-    first_gesture,
-    key_of,
     number_of,
     shown,
+    some,
     text_of,
     thought_end,
     unsayable,
-    word_of,
 )
+from agentkv.grammars.keys import keys_of, word_of
 from agentkv.grammars.python_calls import Literal, Statement, statements
 
 NAME = "OpenCUA"
@@ -63,30 +74,11 @@ _LANGUAGE = re.compile(r"[ \t]{0,8}([A-Za-z0-9_+-]{0,20})[ \t]{0,8}(?:\r?\n|\Z)"
 _PROSE = re.compile(r"^(?![ \t]{0,64}(?:pyautogui|computer)\.).*", re.MULTILINE)
 
 
-def parse(text: str, frame: Frame) -> Action | ParseError:
-    """The first gesture of a reply, in CSS pixels of `frame`, or why there is none. Never raises, never executes
-    anything.
-    """
-    reading = read(text, frame)
-    return reading if isinstance(reading, ParseError) else first_gesture(reading.actions)
-
-
-def parse_all(text: str, frame: Frame) -> list[Action] | ParseError:
-    """All actions of a reply in order, one a statement, for evaluations."""
-    reading = read(text, frame)
-    return reading if isinstance(reading, ParseError) else list(reading.actions)
-
-
-def read(text: str, frame: Frame) -> Reading | ParseError:
-    """All actions of a reply with flags, or why it is refused."""
-    return attempt(_read, text, frame)
-
-
 def _read(text: str, frame: Frame) -> Reading:
     flags: set[str] = set()
     code, offset = _block(text, flags)
-    found, cut = statements(code, offset, _MODULES)
-    if cut:
+    found, rest = statements(code, offset, _MODULES)
+    if rest:
         flags.add("cut short")
     reader = _Reader(frame, flags)
     actions = [action for statement in found for action in reader.actions(statement)]
@@ -94,7 +86,7 @@ def _read(text: str, frame: Frame) -> Reading:
         raise Reject("the code does nothing", offset)
     if len(actions) > MAX_ACTIONS:
         raise Reject(f"the code has {len(actions)} actions, more than {MAX_ACTIONS}", offset)
-    return Reading(tuple(actions), frozenset(flags))
+    return Reading(tuple(actions), frozenset(flags), rest)
 
 
 def _block(text: str, flags: set[str]) -> tuple[str, int]:
@@ -124,16 +116,16 @@ class _Reader:
 
     frame: Frame
     flags: set[str]
-    pointer: tuple[float, float] | None = field(default=None)
+    pointer: tuple[float, float] | tuple[None, None] = (None, None)
 
-    def actions(self, statement: Statement) -> list[Action]:
+    def actions(self, statement: Statement) -> list[Single]:
         """The actions of one statement; raises `Reject` if it is none, or one that no browser can do."""
         if statement.name in _UNSUPPORTED or statement.module in ("browser", "mobile"):
             raise Reject(f"{statement.name[:40]!r} is known but unsupported", statement.at)
         if statement.name not in _TABLE:
-            raise Reject(f"{statement.name[:40]!r} is not an action; known are {', '.join(_TABLE)}", statement.at)
+            raise Reject(f"{statement.name[:40]!r} is not an action; known are {some(_TABLE)}", statement.at)
         parameters, build = _TABLE[statement.name]
-        return build(self, statement, _bind(statement, parameters.split()))
+        return build(self, statement, _bind(statement, parameters.split(), self.flags))
 
     def point(self, statement: Statement, values: dict[str, Literal]) -> tuple[float, float] | None:
         """x and y as CSS pixels; None if neither is given."""
@@ -149,8 +141,10 @@ class _Reader:
         return self.pointer
 
 
-def _bind(statement: Statement, names: list[str]) -> dict[str, Literal]:
-    """The arguments by name. `*name` takes all positional ones, `name|other` may be called either."""
+def _bind(statement: Statement, names: list[str], flags: set[str]) -> dict[str, Literal]:
+    """The arguments by name; unknown names are flagged. `*name` takes all positional ones, `name|other` may be called
+    either.
+    """
     aliases = {alias: name.lstrip("*").split("|")[0] for name in names for alias in name.lstrip("*").split("|")}
     order = list(dict.fromkeys(aliases.values()))
     values: dict[str, Literal] = {}
@@ -162,8 +156,8 @@ def _bind(statement: Statement, names: list[str]) -> dict[str, Literal]:
     values |= dict(zip(order, positional, strict=False))
     for key, value in statement.named.items():
         if key not in aliases:
-            allowed = ", ".join(aliases) or "no arguments"
-            raise Reject(f"{statement.name} has no argument {key[:40]!r}; it takes {allowed}", statement.at)
+            flags.add("ignored")
+            continue
         if aliases[key] in values:
             raise Reject(f"argument {aliases[key]!r} is given twice", statement.at)
         values[aliases[key]] = value
@@ -187,27 +181,24 @@ def _count(value: Literal, name: str, statement: Statement, least: int, most: in
     return number
 
 
-_Build = Callable[[_Reader, Statement, dict[str, Literal]], list[Action]]
+_Build = Callable[[_Reader, Statement, dict[str, Literal]], list[Single]]
 _CLICKS: dict[object, type[Clicking]] = {("left", 1): Click, ("left", 2): DoubleClick, ("left", 3): TripleClick}
 _CLICKS |= {("right", 1): RightClick, ("middle", 1): MiddleClick}
 
 
 def _clicked(button: str, clicks: int) -> _Build:
-    def build(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Action]:
+    def build(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Single]:
         """The click of one statement; its own words for button and clicks win."""
         times = _count(values.get("clicks", clicks), "clicks", statement, 1, 3)
         which = _text(values.get("button", button), statement).lower()
         if (which, times) not in _CLICKS:
             raise Reject(f"{times} clicks of the button {shown(which)} are not an action", statement.at)
-        place = reader.point(statement, values) or reader.pointer
-        if place is None:
-            raise Reject(f"{statement.name} needs x and y", statement.at)
-        return [_CLICKS[which, times](*place)]
+        return [_CLICKS[which, times](*(reader.point(statement, values) or reader.pointer))]
 
     return build
 
 
-def _moved(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Action]:
+def _moved(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Single]:
     place = reader.point(statement, values)
     if place is None:
         raise Reject(f"{statement.name} needs x and y", statement.at)
@@ -218,31 +209,32 @@ def _moved(reader: _Reader, statement: Statement, values: dict[str, Literal]) ->
     return [Drag(None, None, *place)]
 
 
-def _written(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Action]:
+def _written(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Single]:
     return [Type(_text(values.get("message"), statement))]
 
 
-def _key_list(value: Literal, statement: Statement) -> tuple[str, ...]:
-    words = value if isinstance(value, tuple) else (_text(value, statement),)
-    if not 1 <= len(words) <= MAX_KEYS:
-        raise Reject(f"{statement.name} names {len(words)} keys, not 1 to {MAX_KEYS}", statement.at)
-    return tuple(key_of(word, statement.at) for word in words)
-
-
-def _pressed(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Action]:
+def _pressed(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Single]:
     presses = _count(values.get("presses", 1), "presses", statement, 1, MAX_PRESSES)
-    return [Hotkey((key,)) for key in _key_list(values.get("keys"), statement)] * presses
+    keys = values.get("keys")
+    words = keys if isinstance(keys, tuple) else (keys,)
+    if not words:
+        raise Reject(f"{statement.name} names no key", statement.at)
+    return [Hotkey(keys_of(word, statement.at)) for word in words] * presses
 
 
-def _together(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Action]:
+def _held(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Single]:
+    kind = KeyDown if statement.function == "keyDown" else KeyUp
+    return [kind(key) for key in keys_of(values.get("key"), statement.at)]
+
+
+def _together(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Single]:
     numbered = [values[f"key{n}"] for n in range(1, MAX_KEYS + 1) if f"key{n}" in values]
     if numbered and "keys" in values:
         raise Reject(f"{statement.name} has keys and key1", statement.at)
-    keys = tuple(_text(key, statement) for key in numbered) if numbered else values.get("keys")
-    return [Hotkey(_key_list(keys, statement))]
+    return [Hotkey(keys_of(numbered or values.get("keys"), statement.at))]
 
 
-def _scrolled(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Action]:
+def _scrolled(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Single]:
     clicks = _count(values.get("clicks"), "clicks", statement, -MAX_WHEEL, MAX_WHEEL)
     x, y = reader.point(statement, values) or (None, None)
     sideways = statement.function == "hscroll"
@@ -251,8 +243,8 @@ def _scrolled(reader: _Reader, statement: Statement, values: dict[str, Literal])
     return [Scroll(x, y, "left" if sideways else "down", -clicks * WHEEL_CLICK)]
 
 
-def _waited(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Action]:
-    if statement.module == "computer":
+def _waited(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Single]:
+    if statement.module == "computer" and values.get("seconds") is None:
         return [Wait()]
     seconds = number_of(values.get("seconds"), "seconds", statement.at)
     if seconds < 0:
@@ -260,7 +252,7 @@ def _waited(reader: _Reader, statement: Statement, values: dict[str, Literal]) -
     return [Wait(float(seconds))]
 
 
-def _terminated(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Action]:
+def _terminated(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Single]:
     status = values.get("status")
     if status == "success":
         return [Finished()]
@@ -279,32 +271,38 @@ _TABLE: dict[str, tuple[str, _Build]] = {
     "pyautogui.moveTo": ("x y duration", _moved),
     "pyautogui.dragTo": ("x y duration button", _moved),
     "pyautogui.write": ("message|text|content interval", _written),
+    "pyautogui.typewrite": ("message|text|content interval", _written),
     "pyautogui.press": ("keys|key|button presses interval", _pressed),
+    "pyautogui.keyDown": ("key", _held),
+    "pyautogui.keyUp": ("key", _held),
     "pyautogui.hotkey": ("*keys key1 key2 key3 key4 key5 interval", _together),
     "pyautogui.scroll": ("clicks x y", _scrolled),
     "pyautogui.hscroll": ("clicks x y", _scrolled),
     "computer.triple_click": ("x y", _clicked("left", 3)),
     "computer.tripleClick": ("x y", _clicked("left", 3)),
-    "computer.wait": ("", _waited),
+    "computer.wait": ("seconds|time", _waited),
     "computer.terminate": ("status", _terminated),
-    "time.sleep": ("seconds", _waited),
+    "time.sleep": ("seconds|secs", _waited),
+    "pyautogui.sleep": ("seconds|secs", _waited),
 }
-_UNSUPPORTED = ("pyautogui.sleep", "pyautogui.keyDown", "pyautogui.keyUp")
+_UNSUPPORTED = ("pyautogui.mouseDown", "pyautogui.mouseUp")
 
 
-def render(action: Action, frame: Frame) -> str:
-    """`## Code:` with the call for `action` (two for a drag from a point); points are rounded to the frame's numbers.
+def _render(action: Action, frame: Frame) -> str:
+    """`## Code:` with a line for each call (two for a drag from a point).
 
-    A scroll is rounded to clicks of the wheel, at least one. Raises ValueError for an action or a key that the grammar
-    does not know and for a point that is not finite.
+    A scroll is rounded to clicks of the wheel, at least one.
     """
-    return f"## Code:\n```python\n{_code(action, frame)}\n```"
+    actions = action.actions if isinstance(action, Several) else (action,)
+    code = "\n".join(_code(part, frame) for part in actions)
+    return f"## Code:\n```python\n{code}\n```"
 
 
-def _code(action: Action, frame: Frame) -> str:
+def _code(action: Single, frame: Frame) -> str:
     match action:
         case Click() | DoubleClick() | RightClick() | MiddleClick() | TripleClick() | Move():
-            return f"{_CALLS[type(action)]}({_spell(action.x, action.y, frame)})"
+            where = "" if action.x is None or action.y is None else _spell(action.x, action.y, frame)
+            return f"{_CALLS[type(action)]}({where})"
         case Drag(x, y, to_x, to_y):
             start = f"pyautogui.moveTo({_spell(x, y, frame)})\n" if x is not None and y is not None else ""
             return f"{start}pyautogui.dragTo({_spell(to_x, to_y, frame)})"
@@ -319,6 +317,8 @@ def _code(action: Action, frame: Frame) -> str:
             return f"pyautogui.press({_quote(word_of(key))})"
         case Hotkey(keys) if 1 <= len(keys) <= MAX_KEYS:
             return f"pyautogui.hotkey({', '.join(_quote(word_of(key)) for key in keys)})"
+        case KeyDown(key) | KeyUp(key):
+            return f"pyautogui.{'keyDown' if isinstance(action, KeyDown) else 'keyUp'}({_quote(word_of(key))})"
         case Wait(seconds) if 0 <= seconds <= 1_000_000:
             return "computer.wait()" if action == Wait() else f"time.sleep({seconds!r})"
         case Finished("", status):
@@ -338,3 +338,7 @@ def _spell(x: float, y: float, frame: Frame) -> str:
 def _quote(text: str) -> str:
     # three backticks would end the block
     return repr(text).replace(_FENCE, "\\x60" * 3)
+
+
+GRAMMAR = Grammar(NAME, _read, _render)
+read, parse, parse_all, render = GRAMMAR.read, GRAMMAR.parse, GRAMMAR.parse_all, GRAMMAR.render

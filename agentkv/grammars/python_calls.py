@@ -13,6 +13,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 from agentkv.grammars.base import Reject
 
@@ -78,18 +79,19 @@ class _Unreadable(Exception):
         self.reject = Reject(reason, position)
 
 
-def statements(code: str, offset: int, modules: tuple[str, ...]) -> tuple[list[Statement], bool]:
-    """The calls in `code`, which begins at `offset` of the reply, and whether a later part could not be read.
+def statements(code: str, offset: int, modules: tuple[str, ...]) -> tuple[list[Statement], str]:
+    """The calls in `code`, which begins at `offset` of the reply, and which later part could not be read and why, "" if
+    all could.
 
     Raises `Reject` for anything but such calls, and for code of which not even the first line can be read.
     """
     try:
-        return _calls(code, offset, modules), False
+        return _calls(code, offset, modules), ""
     except _Unreadable as unreadable:
         found = _leading_lines(code, offset, modules)
         if not found:
             raise unreadable.reject from None
-        return found, True
+        return found, f"what follows the first {len(found)} was left out: {unreadable.reject.error.reason}"
 
 
 def _leading_lines(code: str, offset: int, modules: tuple[str, ...]) -> list[Statement]:
@@ -214,3 +216,34 @@ def _kind(node: ast.AST) -> str:
     if isinstance(node, ast.Constant):
         return f"a constant of type {type(node.value).__name__}"
     return _REFUSED.get(type(node), f"Python's {type(node).__name__}")
+
+
+def literal(code: str, offset: int) -> Any:
+    """A literal of Python's syntax as data: numbers, texts, None, True, False, and lists, tuples and dicts of them.
+
+    Raises `Reject` for anything else, and for what could cost the parser much.
+    """
+    try:
+        _bound(code, offset)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(code, mode="eval")
+    except _Unreadable as unreadable:
+        raise unreadable.reject from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise Reject(f"the code is not Python: {type(error).__name__}", offset) from None
+    return _data(tree.body, _Places(code, offset))
+
+
+def _data(node: ast.expr, place: _Places) -> Any:
+    match node:
+        case ast.Dict(keys=keys, values=values):
+            names = [_data(key, place) if key is not None else None for key in keys]
+            if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+                raise Reject("a key is no text, or is given twice", place(node))
+            return dict(zip(names, (_data(value, place) for value in values), strict=True))
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return [_data(item, place) for item in items]
+        case ast.Constant(value=bool() as value):
+            return value
+    return _literal(node, place)

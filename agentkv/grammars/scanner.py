@@ -7,33 +7,57 @@ scan is linear in the length of the reply.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from agentkv.grammars.base import Reject
 
-MAX_ARGUMENTS = 4
+MAX_ARGUMENTS = 12
 _SPACES = re.compile(r"\s*+")
 _NAME = re.compile(r"[A-Za-z0-9_]*+")
+# a number, a word, or a point without its quotes
+_BARE = re.compile(r"[(\[][0-9., \t+-]{1,80}[)\]]|[A-Za-z0-9_.+-]{1,80}|")
 # what may follow a call on its line: blanks, or the next token of a chat template
 LINE_ENDS = r"\)[ \t]{0,64}(?:$|[\r\n<;])"
+_NEXT = r",\s*+[A-Za-z0-9_]{1,40}+\s*+=\s*+['\"0-9(\[]"
+# Arguments that calls have: behind one of these a text is over, whatever quotes it holds.
+KNOWN = (
+    "content|start_box|end_box|start_point|end_point|point|direction|key|keys|hotkey|app_name|amount|time|seconds|url"
+)
+_KNOWN_NEXT = rf",\s*+(?:{KNOWN})\s*+=\s*+['\"0-9(\[]"
 
 
-def _string_pattern(quote: str, closing: str) -> re.Pattern[str]:
+def _until(quote: str, closing: str) -> re.Pattern[str]:
     """The inside of a string: everything up to a quote that `closing` follows."""
     return re.compile(rf"(?:[^{quote}\\]++|\\.|\\|{quote}(?!\s*+(?:{closing})))*+", re.DOTALL)
 
 
-# A quote inside a value that does not close it is text: models forget to escape. One that ends the call closes, and
-# where the call has several arguments so does one in front of `, key=`.
-_ANY = {quote: _string_pattern(quote, LINE_ENDS + r"|,\s*+[A-Za-z0-9_]++\s*+=") for quote in "'\""}
-_LAST = {quote: _string_pattern(quote, LINE_ENDS) for quote in "'\""}
+def _plain(quote: str) -> re.Pattern[str]:
+    """A string without a quote in it, behind which the next argument stands."""
+    return re.compile(rf"((?:[^{quote}\\]++|\\.)*+){quote}(?=\s*+{_NEXT})", re.DOTALL)
+
+
+# another call on the same line
+ANOTHER = rf"[^'\"\r\n]{{0,40}}?\b[a-z_]{{1,20}}\((?:{KNOWN})="
+# A quote inside a value that does not close it is text: models forget to escape.
+_CLOSING = {quote: _until(quote, rf"{LINE_ENDS}|{_KNOWN_NEXT}|\){ANOTHER}") for quote in "'\""}
+_PLAIN = {quote: _plain(quote) for quote in "'\""}
+# a text that ends in a backslash: the quote before the bracket closes it all the same
+_BACKSLASH = {quote: re.compile(rf"([^{quote}\r\n]*+){quote}(?=\s*+{LINE_ENDS})") for quote in "'\""}
+_CALL_END = {quote: re.compile(quote + r"\s*+" + LINE_ENDS) for quote in "'\""}
+_BEFORE_BRACKET = {quote: re.compile(rf"{quote}[ \t]{{0,64}}\)") for quote in "'\""}
 
 
 class Scanner:
     """A cursor at `at` in `text`; every method moves it forward."""
 
-    def __init__(self, text: str, at: int) -> None:
+    def __init__(self, text: str, at: int, calls: Iterable[str] = ()) -> None:
         self.text, self.at = text, at
+        # a line that may stand below a call: empty, the next call, the next thought, a token of a chat template
+        marks = "|".join([*(rf"{name}\(" for name in calls), "Action", "Thought", "Reflection", "<"])
+        self._below = re.compile(
+            rf"\s*+\)[ \t]*+\r?\n[ \t]*+(?:\r?\n|\Z|{marks})|\s*+\)[ \t]*+(?:\Z|[<;]|{ANOTHER})|\s*+,"
+        )
 
     def _take(self, pattern: re.Pattern[str]) -> str:
         found = pattern.match(self.text, self.at)
@@ -61,21 +85,51 @@ class Scanner:
             raise Reject(f"expected {char!r}, found {found}", self.at)
         self.at += 1
 
-    def string(self, last: bool) -> tuple[str, int]:
-        """A quoted value and where it starts; `last`: nothing but the end of the call may follow it."""
+    def value(self) -> tuple[str, int]:
+        """A quoted value, or a number, word or point without quotes, and where it starts."""
         self.spaces()
         quote, start = self.peek(), self.at
-        if quote not in ("'", '"'):
+        if quote in ("'", '"'):
+            return self.string(quote), start
+        bare = self._take(_BARE)
+        if not bare:
             raise Reject("expected a quoted value", start)
-        self.at += 1
-        inside = self._take((_LAST if last else _ANY)[quote])
-        if self.peek() != quote:
-            raise Reject("the quoted value does not end", start)
-        self.at += 1
-        return unescape(inside), start
+        return bare, start
 
-    def arguments(self, single: bool) -> dict[str, tuple[str, int]]:
-        """`(key='value', ...)` as key -> (value, position); `single`: the call has one argument, of free text."""
+    def string(self, quote: str) -> str:
+        """A quoted value: up to the next argument if no quote stands before that, else up to the quote that ends the
+        call or stands before an argument that calls have.
+        """
+        start = self.at
+        self.at += 1
+        plain = _PLAIN[quote].match(self.text, self.at)
+        inside = plain[1] if plain else self._take(_CLOSING[quote])
+        if plain:
+            self.at += len(plain[1])
+        if self.peek() != quote:
+            self.at = start + 1
+            inside = self._forgiven(quote, start)
+        elif not self._below.match(self.text, self.at + 1) and _CALL_END[quote].search(self.text, self.at + 1):
+            raise Reject("the quoted value may end on this line or on a later one", start)
+        self.at += 1
+        return unescape(inside)
+
+    def _forgiven(self, quote: str, start: int) -> str:
+        """A string whose end no rule found: a backslash stands before the last quote, or prose follows the call."""
+        backslash = _BACKSLASH[quote].match(self.text, self.at)
+        if backslash:
+            self.at += len(backslash[1])
+            return backslash[1]
+        line = self.text.find("\n", self.at)
+        line = len(self.text) if line < 0 else line
+        ends = [found.start() for found in _BEFORE_BRACKET[quote].finditer(self.text, self.at, line)]
+        if len(ends) != 1:  # with several, which one the model meant would be a guess
+            raise Reject("the quoted value does not end", start)
+        inside, self.at = self.text[self.at : ends[0]], ends[0]
+        return inside
+
+    def arguments(self) -> dict[str, tuple[str, int]]:
+        """`(key='value', ...)` as key -> (value, position)."""
         self.expect("(")
         found: dict[str, tuple[str, int]] = {}
         self.spaces()
@@ -91,7 +145,7 @@ class Scanner:
             if len(found) == MAX_ARGUMENTS:
                 raise Reject(f"the call has more than {MAX_ARGUMENTS} arguments", begin)
             self.expect("=")
-            found[key] = self.string(single)
+            found[key] = self.value()
             self.spaces()
         self.at += 1
         return found
@@ -139,12 +193,9 @@ class Call:
     at: int
     arguments: dict[str, tuple[str, int]]
 
-    def only(self, *keys: str) -> None:
-        """Rejects arguments that the call does not have."""
-        for key, (_, position) in self.arguments.items():
-            if key not in keys:
-                allowed = ", ".join(keys) or "no arguments"
-                raise Reject(f"{self.name} has no argument {key[:40]!r}; it takes {allowed}", position)
+    def first(self, *keys: str) -> str | None:
+        """The name under which an argument with several names is given, None if it is not."""
+        return next((key for key in keys if key in self.arguments), None)
 
     def text(self, key: str, default: str | None = None) -> tuple[str, int]:
         """The value of `key` and its position."""

@@ -1,17 +1,34 @@
 """The UI-TARS action grammar, desktop and mobile: what a model says <-> typed actions in CSS pixels.
 
 A reply is an optional thought (`<think>` block, `Thought:`, `Reflection:`, `Action_Summary:`) and
-`Action: name(key='value', ...)`, perhaps with more calls below it, apart by blank lines. Points are spelled `(x,y)`,
-`<|box_start|>(x,y)<|box_end|>`, `<point>x y</point>` or `[x1, y1, x2, y2]` (a box stands for its centre). For an agent
-only the first action counts: it may change the page, so what was said to follow it was decided without seeing the
-result; `parse` ignores everything after it. Calls are scanned, never executed.
+`Action: name(key='value', ...)`, perhaps with more calls below it, apart by line breaks or `;`; all are done in order,
+as one step. Points are spelled `(x,y)`, `<|box_start|>(x,y)<|box_end|>`, `<point>x y</point>` or `[x1, y1, x2, y2]` (a
+box stands for its centre). Calls are scanned, never executed.
+
+| slip | rule |
+|---|---|
+| further arguments: `click(start_box=.., force='1')` | an argument that the call does not have is passed over, flag \
+"ignored"; `scroll(.., amount=200)` and `wait(time=3)` say how much |
+| arguments behind a text: `type(content='x', start_box='..')` | the text ends before `, name=` if no quote stands \
+before that, or if calls have an argument of that name |
+| quotes inside a text: `type(content='it's')` | a quote is text unless the end of the call's line follows `')` |
+| a text over several lines: `'f('a')\\ng('b')')` with bare quotes | refused where it may end on more than one line |
+| prose or a call behind a call: `type(content='x') now` | the only `')` of the line ends the text, or the one before \
+another call; of several, none is guessed |
+| a text that ends in a backslash: `type(content='C:\\')` | the quote before the bracket ends it |
+| values without quotes: `amount=200`, `start_box=(1,2)` | numbers, words and points may stand bare |
+| `select` with one point | a click on it; a value for it is not typed, the step says so |
+| `hotkey=`, `keys=` for `key=`; `ctrl + a` | one argument with three names; keys as in `keys` |
+| other words: `left_click`, `double_click`, `right_click`, `mouse_move`, `navigate`, `navigate_back` | synonyms of \
+the makers' later kit |
+| `Action：` with a Chinese colon | as `Action:` |
+| a later call that cannot be read | those before it are done, the step says what was left out |
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Literal, cast
 
 from agentkv.envs.actions import (
@@ -21,6 +38,7 @@ from agentkv.envs.actions import (
     DoubleClick,
     Drag,
     Finished,
+    Goto,
     Hotkey,
     KeyDown,
     KeyUp,
@@ -31,71 +49,68 @@ from agentkv.envs.actions import (
     PressHome,
     RightClick,
     Scroll,
+    Several,
+    Single,
     Type,
     Wait,
 )
 from agentkv.grammars.base import (
     MAX_ACTIONS,
     Frame,
-    ParseError,
+    Grammar,
     Reading,
     Reject,
-    attempt,
-    key_of,
+    number_of,
+    some,
+    text_of,
     thought_end,
     unsayable,
-    word_of,
 )
-from agentkv.grammars.scanner import Call, Scanner, escape, point_of
+from agentkv.grammars.keys import keys_in, word_of
+from agentkv.grammars.scanner import ANOTHER, Call, Scanner, escape, point_of
 
 NAME = "UI-TARS"
 MAX_KEYS = 3
+# the makers' own clients turn the wheel that far, in CSS pixels, and wait that long, in seconds
+SCROLL = 500.0
+WAIT = 5.0
 _DIRECTIONS = ("up", "down", "left", "right")
 _START = ("start_box", "point", "start_point")
 _END = ("end_box", "end_point")
 # The whole text of `finished` that means "I gave up"; anything longer is an answer, whatever words it contains.
 _FAILURES = ("failure", "fail", "failed", "infeasible", "unsuccessful")
-_MARK = re.compile(r"^[ \t]{0,64}Action:", re.MULTILINE)
+_MARK = re.compile(r"^[ \t]{0,64}Action[:：]", re.MULTILINE)
+_INLINE = re.compile(r"Action(?:: |：)")
+_LATER = re.compile(rf"Action[:：]|{ANOTHER}")
+_BETWEEN = re.compile(r"[\s;,]*+")
+_AGAIN = re.compile(r"Action[:：]\s*+")
 
 
-def parse(text: str, frame: Frame) -> Action | ParseError:
-    """The first action of a reply, in CSS pixels of `frame`, or why there is none. Never raises, never executes
-    anything.
-    """
-    reading = attempt(partial(_read, limit=1), text, frame)
-    return reading if isinstance(reading, ParseError) else reading.actions[0]
-
-
-def read(text: str, frame: Frame) -> Reading | ParseError:
-    """All calls of a reply with flags, or why they cannot be read."""
-    return attempt(_read, text, frame)
-
-
-def parse_all(text: str, frame: Frame) -> list[Action] | ParseError:
-    """All actions of a reply in order, for evaluations; an agent takes only the first (`parse`)."""
-    reading = read(text, frame)
-    return reading if isinstance(reading, ParseError) else list(reading.actions)
-
-
-def _read(text: str, frame: Frame, limit: int = MAX_ACTIONS) -> Reading:
-    scanner = Scanner(text, _start(text))
+def _read(text: str, frame: Frame) -> Reading:
+    scanner = Scanner(text, _start(text), _BUILDERS)
     flags: set[str] = set()
-    actions = [_action(scanner, frame, flags)]
-    while len(actions) < limit:
-        if "\n" not in scanner.spaces():
-            break
-        if text.startswith("Action:", scanner.at):
-            scanner.at += len("Action:")
-            scanner.spaces()
-        begin, name = scanner.at, scanner.name()
+    left: list[str] = []
+    actions = [_action(scanner, frame, flags, left)]
+    while len(actions) < MAX_ACTIONS:
+        begin = scanner.at = _BETWEEN.match(text, scanner.at).end()  # type: ignore[union-attr]
+        again = _AGAIN.match(text, begin)
+        scanner.at = again.end() if again else begin
+        name = scanner.name()
         if name not in _BUILDERS or scanner.peek() != "(":
             scanner.at = begin
             break
-        scanner.at = begin
-        actions.append(_action(scanner, frame, flags))
-    if limit > 1 and scanner.at < len(text) and scanner.peek() not in "<;":
+        scanner.at -= len(name)
+        try:
+            actions.append(_action(scanner, frame, flags, left))
+        except Reject as reject:
+            left.append(f"{text[begin : begin + 60]!r} was left out: {reject.error.reason}")
+            scanner.at = begin
+            break
+    if scanner.at < len(text) and scanner.peek() not in "<;":
         flags.add("cut short")
-    return Reading(tuple(actions), frozenset(flags))
+        if not left and _LATER.search(text, scanner.at):
+            left.append("a later action of the same answer was left out, since words stand before it")
+    return Reading(tuple(actions), frozenset(flags), "; ".join(left))
 
 
 def _start(text: str) -> int:
@@ -105,18 +120,24 @@ def _start(text: str) -> int:
     mark = _MARK.search(text)
     begin = thought_end(text, mark.start() if mark else len(text))
     mark = _MARK.search(text, begin)
-    inline = text.rfind("Action: ", begin)
-    return mark.end() if mark else inline + len("Action: ") if inline >= 0 else begin
+    inline = [found.end() for found in _INLINE.finditer(text, begin)]
+    return mark.end() if mark else inline[-1] if inline else begin
 
 
-def _action(scanner: Scanner, frame: Frame, flags: set[str]) -> Action:
+def _action(scanner: Scanner, frame: Frame, flags: set[str], left: list[str]) -> Single:
     scanner.spaces()
     begin, name = scanner.at, scanner.name()
     if name not in _BUILDERS:
-        known = ", ".join(_BUILDERS)
+        known = some(_BUILDERS)
         raise Reject(f"{name[:40]!r} is not an action; known are {known}" if name else "no action found", begin)
-    call = Call(name, begin, scanner.arguments(single=name in ("type", "finished", "open_app")))
-    return _BUILDERS[name](call, frame, flags)
+    arguments, build = _BUILDERS[name]
+    call = Call(name, begin, scanner.arguments())
+    for key, (value, _) in call.arguments.items():
+        if key not in arguments:
+            flags.add("ignored")
+            if (name, key) == ("select", "content"):
+                left.append(f"select's content {value[:40]!r} was left out")
+    return build(call, frame, flags)
 
 
 def _point(call: Call, keys: tuple[str, ...], frame: Frame, flags: set[str]) -> tuple[float, float]:
@@ -127,58 +148,64 @@ def _point(call: Call, keys: tuple[str, ...], frame: Frame, flags: set[str]) -> 
     return frame.clamped(*point_of(text, position), position, flags)
 
 
-_Build = Callable[[Call, Frame, set[str]], Action]
+_Build = Callable[[Call, Frame, set[str]], Single]
 
 
 def _pointed(kind: type[Click] | type[DoubleClick] | type[RightClick] | type[Move] | type[LongPress]) -> _Build:
-    def build(call: Call, frame: Frame, flags: set[str]) -> Action:
-        call.only(*_START)
-        return kind(*_point(call, _START, frame, flags))
+    return lambda call, frame, flags: kind(*_point(call, _START, frame, flags))
+
+
+def _drag(call: Call, frame: Frame, flags: set[str]) -> Single:
+    return Drag(*_point(call, _START, frame, flags), *_point(call, _END, frame, flags))
+
+
+def _select(call: Call, frame: Frame, flags: set[str]) -> Single:
+    return _drag(call, frame, flags) if call.first(*_END) else Click(*_point(call, _START, frame, flags))
+
+
+def _amount(call: Call, names: tuple[str, ...], default: float) -> float:
+    name = call.first(*names)
+    if name is None:
+        return default
+    text, position = call.arguments[name]
+    if not re.fullmatch(r"-?[0-9]{1,7}(?:\.[0-9]{1,4})?(?: ?px| ?s)?", text.strip()):
+        raise Reject(f"{name} {text[:40]!r} is not a number", position)
+    return abs(float(number_of(float(text.strip().rstrip("pxs ")), name, position)))
+
+
+def _scroll(call: Call, frame: Frame, flags: set[str]) -> Single:
+    where = _point(call, _START, frame, flags) if call.first(*_START) else (None, None)
+    direction, position = call.text("direction")
+    if direction.lower() not in _DIRECTIONS:
+        raise Reject(f"direction {direction[:40]!r} is not one of {', '.join(_DIRECTIONS)}", position)
+    pixels = _amount(call, ("amount",), SCROLL)
+    return Scroll(*where, cast(Literal["up", "down", "left", "right"], direction.lower()), pixels)
+
+
+def _keys(call: Call) -> tuple[str, ...]:
+    text, position = call.text(call.first(*_KEYS) or "key")
+    return keys_in(text, position)
+
+
+def _hotkey(call: Call, frame: Frame, flags: set[str]) -> Single:
+    return Hotkey(_keys(call))
+
+
+def _held(kind: type[KeyDown] | type[KeyUp]) -> _Build:
+    def build(call: Call, frame: Frame, flags: set[str]) -> Single:
+        keys = _keys(call)
+        if len(keys) != 1:
+            raise Reject(f"{call.name} names {len(keys)} keys, not one", call.at)
+        return kind(*keys)
 
     return build
 
 
-def _drag(call: Call, frame: Frame, flags: set[str]) -> Action:
-    call.only(*_START, *_END)
-    return Drag(*_point(call, _START, frame, flags), *_point(call, _END, frame, flags))
+def _type(call: Call, frame: Frame, flags: set[str]) -> Single:
+    return Type(text_of(call.text("content")[0], "content", call.at))
 
 
-def _scroll(call: Call, frame: Frame, flags: set[str]) -> Action:
-    call.only(*_START, "direction")
-    where = _point(call, _START, frame, flags) if call.arguments.keys() & set(_START) else (None, None)
-    direction, position = call.text("direction")
-    if direction.lower() not in _DIRECTIONS:
-        raise Reject(f"direction {direction[:40]!r} is not one of {', '.join(_DIRECTIONS)}", position)
-    return Scroll(*where, cast(Literal["up", "down", "left", "right"], direction.lower()))
-
-
-def _keys(call: Call, most: int) -> tuple[str, ...]:
-    call.only("key")
-    text, position = call.text("key")
-    words = text.split() if len(text) <= 100 else []
-    if len(words) == 1 and len(words[0]) > 1:
-        words = [word for word in words[0].split("+") if word]
-    if not 1 <= len(words) <= most:
-        wanted = "one key" if most == 1 else f"1 to {most} keys"
-        raise Reject(f"{text[:40]!r} does not name {wanted}", position)
-    return tuple(key_of(word, position) for word in words)
-
-
-def _hotkey(call: Call, frame: Frame, flags: set[str]) -> Action:
-    return Hotkey(_keys(call, MAX_KEYS))
-
-
-def _held(kind: type[KeyDown] | type[KeyUp]) -> _Build:
-    return lambda call, frame, flags: kind(*_keys(call, 1))
-
-
-def _type(call: Call, frame: Frame, flags: set[str]) -> Action:
-    call.only("content")
-    return Type(call.text("content")[0])
-
-
-def _finished(call: Call, frame: Frame, flags: set[str]) -> Action:
-    call.only("content")
+def _finished(call: Call, frame: Frame, flags: set[str]) -> Single:
     content = call.text("content", "")[0]
     return Finished(status="failure") if _means_failure(content) else Finished(content)
 
@@ -187,56 +214,63 @@ def _means_failure(content: str) -> bool:
     return len(content) < 40 and content.strip(" .!\n").lower() in _FAILURES
 
 
-def _open_app(call: Call, frame: Frame, flags: set[str]) -> Action:
-    call.only("app_name")
-    return OpenApp(call.text("app_name")[0])
+def _navigate(call: Call, frame: Frame, flags: set[str]) -> Single:
+    return Goto(call.text(call.first("url", "content") or "url")[0].strip())
 
 
-def _bare(kind: type[Wait] | type[CallUser] | type[PressHome] | type[PressBack]) -> _Build:
-    def build(call: Call, frame: Frame, flags: set[str]) -> Action:
-        call.only()
-        return kind()
-
-    return build
+def _wait(call: Call, frame: Frame, flags: set[str]) -> Single:
+    return Wait(_amount(call, ("time", "seconds"), WAIT))
 
 
-# `press` holds a key until `release`, as in the authors' client; a short press is a `hotkey` of one key
-_BUILDERS: dict[str, _Build] = {
-    "click": _pointed(Click),
-    "left_single": _pointed(Click),
-    "left_double": _pointed(DoubleClick),
-    "right_single": _pointed(RightClick),
-    "hover": _pointed(Move),
-    "long_press": _pointed(LongPress),
-    "drag": _drag,
-    "select": _drag,
-    "hotkey": _hotkey,
-    "press": _held(KeyDown),
-    "keydown": _held(KeyDown),
-    "release": _held(KeyUp),
-    "keyup": _held(KeyUp),
-    "type": _type,
-    "scroll": _scroll,
-    "wait": _bare(Wait),
-    "finished": _finished,
-    "call_user": _bare(CallUser),
-    "open_app": _open_app,
-    "press_home": _bare(PressHome),
-    "press_back": _bare(PressBack),
+def _bare(kind: type[PressHome] | type[PressBack]) -> _Build:
+    return lambda call, frame, flags: kind()
+
+
+_KEYS = ("key", "hotkey", "keys")
+# Name -> its arguments, what builds it. `press` holds a key until `release`, as in the authors' client; a short press
+# is a `hotkey` of one key.
+_BUILDERS: dict[str, tuple[tuple[str, ...], _Build]] = {
+    "click": (_START, _pointed(Click)),
+    "left_single": (_START, _pointed(Click)),
+    "left_click": (_START, _pointed(Click)),
+    "left_double": (_START, _pointed(DoubleClick)),
+    "double_click": (_START, _pointed(DoubleClick)),
+    "right_single": (_START, _pointed(RightClick)),
+    "right_click": (_START, _pointed(RightClick)),
+    "hover": (_START, _pointed(Move)),
+    "mouse_move": (_START, _pointed(Move)),
+    "long_press": (_START, _pointed(LongPress)),
+    "drag": ((*_START, *_END), _drag),
+    "select": ((*_START, *_END), _select),
+    "hotkey": (_KEYS, _hotkey),
+    "press": (_KEYS, _held(KeyDown)),
+    "keydown": (_KEYS, _held(KeyDown)),
+    "release": (_KEYS, _held(KeyUp)),
+    "keyup": (_KEYS, _held(KeyUp)),
+    "type": (("content",), _type),
+    "scroll": ((*_START, "direction", "amount"), _scroll),
+    "wait": (("time", "seconds"), _wait),
+    "finished": (("content",), _finished),
+    "call_user": (("content",), lambda call, frame, flags: CallUser(call.text("content", "")[0])),
+    "open_app": (("app_name",), lambda call, frame, flags: OpenApp(call.text("app_name")[0])),
+    "navigate": (("url", "content"), _navigate),
+    "navigate_back": ((), _bare(PressBack)),
+    "press_home": ((), _bare(PressHome)),
+    "press_back": ((), _bare(PressBack)),
 }
 
 
-def render(action: Action, frame: Frame) -> str:
-    """`Action: ...` for `action`; points are rounded to the numbers of the frame.
+def _render(action: Action, frame: Frame) -> str:
+    """`Action: ...` for `action`, one call a line for several.
 
-    The grammar has no words for the length of a wait or of a scroll: parsing gives the defaults of `envs.actions` back.
-    Raises ValueError for an action or a key that the grammar does not know, for a point that is not finite, and for an
-    answer that it would read as giving up.
+    The grammar has no words for the length of a wait or of a scroll: parsing gives `WAIT` and `SCROLL` back. An answer
+    that it would read as giving up is refused.
     """
-    return f"Action: {_call(action, frame)}"
+    actions = action.actions if isinstance(action, Several) else (action,)
+    return "Action: " + "\n\n".join(_call(part, frame) for part in actions)
 
 
-def _call(action: Action, frame: Frame) -> str:
+def _call(action: Single, frame: Frame) -> str:
     match action:
         case Drag(x, y, to_x, to_y) if x is not None and y is not None:
             return f"drag(start_box='{_spell(x, y, frame)}', end_box='{_spell(to_x, to_y, frame)}')"
@@ -247,7 +281,8 @@ def _call(action: Action, frame: Frame) -> str:
         case Type(text):
             return f"type(content='{escape(text)}')"
         case Hotkey(keys) if 1 <= len(keys) <= MAX_KEYS:
-            return f"hotkey(key='{escape(' '.join(word_of(key) for key in keys))}')"
+            words = ["plus" if key == "+" and len(keys) > 1 else word_of(key) for key in keys]  # a + joins others
+            return f"hotkey(key='{escape(' '.join(words))}')"
         case KeyDown(key) | KeyUp(key):
             return f"{'press' if isinstance(action, KeyDown) else 'release'}(key='{escape(word_of(key))}')"
         case OpenApp(name):
@@ -256,8 +291,12 @@ def _call(action: Action, frame: Frame) -> str:
             return f"finished(content='{escape(answer)}')"
         case Finished("", "failure"):
             return "finished(content='failure')"
-        case Click() | DoubleClick() | RightClick() | Move() | LongPress():
+        case Click() | DoubleClick() | RightClick() | Move() | LongPress() if action.x is not None:
             return f"{_WORDS[type(action)]}(start_box='{_spell(action.x, action.y, frame)}')"
+        case Goto(url):
+            return f"navigate(content='{escape(url)}')"
+        case CallUser(question) if question:
+            return f"call_user(content='{escape(question)}')"
         case Wait() | CallUser() | PressHome() | PressBack():
             return f"{_WORDS[type(action)]}()"
     raise unsayable(NAME, action)
@@ -271,3 +310,7 @@ _WORDS |= {PressHome: "press_home", PressBack: "press_back"}
 def _spell(x: float, y: float, frame: Frame) -> str:
     column, row = frame.from_css(x, y)
     return f"({column},{row})"
+
+
+GRAMMAR = Grammar(NAME, _read, _render)
+read, parse, parse_all, render = GRAMMAR.read, GRAMMAR.parse, GRAMMAR.parse_all, GRAMMAR.render

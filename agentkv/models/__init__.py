@@ -2,8 +2,8 @@
 agent.
 
 Which agent a checkpoint is, in this order: the argument `agent`; the key "agent" of the agent.json beside the weights;
-an agent.json without that key is UI-TARS, as the mini model's is; a name (folder, hub id, config) with "ui-tars" in it
-is UI-TARS; else the architecture's own: "qwen2.5-vl", "qwen3-vl", "opencua".
+an agent.json without that key is UI-TARS, as the mini model's is; a name (folder, hub id, config) that an agent of this
+architecture is known by; else the architecture's own: "qwen2.5-vl", "qwen3-vl", "qwen3.5", "opencua".
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ import torch
 
 from agentkv.models.base import AgentText, Frame, History, ModelAdapter, ParseError, Prompt
 from agentkv.models.checkpoint import Checkpoint
+from agentkv.models.evocua import EvoCuaAdapter, EvoCuaS1Adapter
+from agentkv.models.fara import FaraAdapter
+from agentkv.models.gui_owl import GuiOwlAdapter
+from agentkv.models.holo import Holo2Adapter, HoloAdapter
+from agentkv.models.mai_ui import MaiUiAdapter
 from agentkv.models.opencua import OpenCuaAdapter
+from agentkv.models.qwen3_5 import Qwen35Adapter
 from agentkv.models.qwen3_vl import Qwen3VLAdapter
 from agentkv.models.qwen_vl import QwenVLAdapter
 from agentkv.models.ui_tars import UiTarsAdapter
@@ -28,9 +34,19 @@ AGENTS |= {
     "ui-tars": UiTarsAdapter,
     "qwen2.5-vl": QwenVLAdapter,
     "qwen3-vl": Qwen3VLAdapter,
+    "qwen3.5": Qwen35Adapter,
     "opencua": OpenCuaAdapter,
+    "gui-owl": GuiOwlAdapter,
+    "evocua-s1": EvoCuaS1Adapter,
+    "evocua": EvoCuaAdapter,
+    "mai-ui": MaiUiAdapter,
+    "fara": FaraAdapter,
+    "holo": HoloAdapter,
+    "holo2": Holo2Adapter,
 }
-OWN_AGENT = {AGENTS[name].model_type: name for name in ("qwen2.5-vl", "qwen3-vl", "opencua")}
+OWN_AGENT = {kind.model_type: name for name, kind in AGENTS.items() if not kind.known_by}
+# what is known by name, but whose words nobody outside its makers knows
+CLOSED = {"holo3": "Holo3's tool schema", "holo4": "Holo4's tool schema"}
 MINI = Path(__file__).parent.parent / "mini" / "weights"
 
 
@@ -62,10 +78,18 @@ def load_adapter(
 def _agent_of(checkpoint: Checkpoint) -> str:
     if checkpoint.agent and "agent" in checkpoint.agent:
         return str(checkpoint.agent["agent"])
-    of_tars = checkpoint.agent is not None or any("uitars" in name for name in checkpoint.names)
-    if of_tars and checkpoint.model_type == UiTarsAdapter.model_type:
+    if checkpoint.agent is not None and checkpoint.model_type == UiTarsAdapter.model_type:
         return "ui-tars"
-    return OWN_AGENT[checkpoint.model_type]
+    called = "/".join(checkpoint.names)
+    for word, what in CLOSED.items():
+        if word in called:
+            raise ValueError(
+                f"{checkpoint.source}: {what} is not public, so it cannot be prompted as it was trained; "
+                f"say --agent {OWN_AGENT[checkpoint.model_type]} to try it as a plain {checkpoint.model_type} model"
+            )
+    fitting = [name for name, kind in AGENTS.items() if kind.model_type == checkpoint.model_type]
+    known = [name for name in fitting if any(word in called for word in AGENTS[name].known_by)]
+    return known[0] if known else OWN_AGENT[checkpoint.model_type]
 
 
 def _checked(agent: str, checkpoint: Checkpoint) -> str:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentkv.envs.actions import Action
 from agentkv.grammars import Frame, ParseError
+from agentkv.grammars.base import Grammar, Reading
 from agentkv.spans import Span
 
 __all__ = ["AgentText", "Frame", "Grammar", "History", "ModelAdapter", "ParseError", "Prompt"]
@@ -24,20 +25,28 @@ History = Sequence[tuple[Image.Image | None, str]]
 
 @dataclass(frozen=True)
 class AgentText:
-    """The fixed words of a prompt. `prompt` holds `{goal}`; both may hold `{width}` and `{height}`, the current
-    screenshot's size in the numbers in which the model names points. `history_frames` counts screenshots, the current
-    one included.
+    """The fixed words of a prompt, and its lengths.
+
+    `prompt` holds `{goal}`; it may hold `{image}`, where the screenshot of its turn stands (else in front), `{step}`,
+    the number of the current step from 1, and `{steps}`, the earlier steps whose screenshot is no longer shown, as
+    lines. `later` stands beside every other screenshot. All may hold `{width}` and `{height}`, the current screenshot's
+    size in the numbers in which the model names points. `history_frames` counts screenshots, the current one included;
+    `answer_tokens` is the length limit of one answer.
     """
 
     system: str
     prompt: str
     history_frames: int = 5
+    answer_tokens: int = 1024
+    later: str = ""
 
     def __post_init__(self) -> None:
         if "{goal}" not in self.prompt:
             raise ValueError("the prompt of agent.json has no {goal}; put it where the task's words belong")
         if self.history_frames < 1:
             raise ValueError(f"history_frames={self.history_frames} shows nothing; use at least 1")
+        if self.answer_tokens < 1:
+            raise ValueError(f"answer_tokens={self.answer_tokens} leaves no room for an answer; use 1024")
 
 
 @dataclass(frozen=True)
@@ -50,25 +59,16 @@ class Prompt:
     frames: list[Frame]
 
 
-class Grammar(Protocol):
-    """A module of `agentkv.grammars`."""
-
-    def parse(self, text: str, frame: Frame) -> Action | ParseError:
-        """The action that a reply says, its points in the frame's own screen; or what is wrong with the reply."""
-
-    def render(self, action: Action, frame: Frame) -> str:
-        """The reply that says this action; raises ValueError if the grammar has no words for it."""
-
-
 class ModelAdapter(Protocol):
     """One model with its tokenizer and image processor; `history_frames` = screenshots per prompt that it was
-    trained for.
+    trained for, `answer_tokens` = the longest answer that it is given room for.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     processor: Any
     history_frames: int
+    answer_tokens: int
 
     def prompt(
         self, goal: str, history: History, screenshot: Image.Image, css_size: tuple[int, int] | None = None
@@ -78,8 +78,16 @@ class ModelAdapter(Protocol):
         """
         ...
 
+    def words_of(self, answer: Sequence[int]) -> str:
+        """The text of an answer's token ids, without the tokens that end a turn."""
+        ...
+
+    def read(self, text: str, frame: Frame) -> Reading | ParseError:
+        """What `text` says, in CSS pixels, or why there is nothing to do; never raises."""
+        ...
+
     def parse(self, text: str, frame: Frame) -> Action | ParseError:
-        """The first action that `text` states, in CSS pixels, or why there is none; never raises."""
+        """The same as one step."""
         ...
 
     def render(self, action: Action, frame: Frame) -> str:

@@ -1,15 +1,17 @@
 """What all our model families share: a chat of screenshots and answers becomes token ids, spans and frames.
 
-A family is a subclass that says which model class it loads, which words it was trained on, which grammar it speaks, in
-which numbers it counts points, and how its chat marks turns and screenshots. The goal and the answers are data: chat
-markers in them are defused, so that a page cannot open a turn or claim a screenshot. Nothing here runs code that comes
-with a checkpoint.
+A family is a subclass that says which model class it loads, which words it was trained on, where in the chat they stand
+(`Layout`), which grammar it speaks, in which numbers it counts points, and how its chat marks turns and screenshots.
+The goal and the answers are data: chat markers in them are defused, so that a page cannot open a turn or claim a
+screenshot. Nothing here runs code that comes with a checkpoint.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar, Self
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from PIL import Image
@@ -17,17 +19,37 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from agentkv.envs.actions import Action
 from agentkv.grammars import CoordinateSpace, Frame, ParseError
-from agentkv.models.base import AgentText, Grammar, History, Prompt
+from agentkv.grammars.base import Grammar, Reading
+from agentkv.models.base import AgentText, History, Prompt
 from agentkv.spans import find_spans
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things stand in a chat of several steps.
+
+    words: the turn that carries the task: of the current screenshot ("last"), of the earliest one that is shown
+    ("first"), of the very first step, whose words stay when its screenshot goes ("start"), or a turn of its own before
+    all screenshots ("own"). older: steps whose screenshot is no longer shown stay as assistant turns ("turns"), or as
+    lines in `{steps}` of the prompt ("lines").
+    """
+
+    words: Literal["last", "first", "start", "own"] = "last"
+    older: Literal["turns", "lines"] = "turns"
 
 
 class ChatAdapter:
     """One model as an agent (`agentkv.models.ModelAdapter`); see the module docstring for what a subclass says.
 
-    Raises ValueError if the image processor cuts other patches than the model reads.
+    `known_by`: parts of checkpoints' names, lower case without separators, that tell the agent from others of the same
+    architecture; an agent without any is the architecture's own. Raises ValueError if the image processor cuts other
+    patches than the model reads.
     """
 
     model_type: ClassVar[str]
+    known_by: ClassVar[tuple[str, ...]] = ()
+    layout: ClassVar[Layout] = Layout()
+    image_processor: ClassVar[Any] = Qwen2VLImageProcessorPil
     architecture: ClassVar[type[PreTrainedModel]]
     words: ClassVar[AgentText]
     grammar: ClassVar[Grammar]
@@ -39,7 +61,10 @@ class ChatAdapter:
     def __init__(self, model: Any, tokenizer: Any, processor: Any, text: AgentText | None = None) -> None:
         self.model, self.tokenizer, self.processor = model, tokenizer, processor
         self.text = text or self.words
-        self.history_frames = self.text.history_frames
+        self.history_frames, self.answer_tokens = self.text.history_frames, self.text.answer_tokens
+        ends = [model.generation_config.eos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+        marks = [*tokenizer.convert_tokens_to_ids(list(self.markers)), *ends]
+        self._silent = {i for mark in marks for i in (mark if isinstance(mark, list) else [mark])}
         vision = model.config.vision_config
         cut, read = (processor.patch_size, processor.merge_size), (vision.patch_size, vision.spatial_merge_size)
         if cut != read:
@@ -58,11 +83,11 @@ class ChatAdapter:
     ) -> Self:
         """Load from a folder or hub id; dtype None = as saved.
 
-        All our families cut screenshots with Qwen2-VL's image processor. It is read on its own, because the joint
-        processor wants torchvision for videos, and as the PIL one, so that pixels are the same on every machine.
+        The image processor is read on its own, because the joint processor wants torchvision for videos, and as the
+        PIL one, so that pixels are the same on every machine.
         """
         tokenizer = cls._tokenizer(source)
-        processor = Qwen2VLImageProcessorPil.from_pretrained(source)
+        processor = cls.image_processor.from_pretrained(source)
         model = cls.architecture.from_pretrained(
             source, dtype=dtype or "auto", attn_implementation="sdpa", use_safetensors=True
         )
@@ -77,7 +102,7 @@ class ChatAdapter:
     ) -> Prompt:
         """The prompt for one decision; see `ModelAdapter.prompt`. Tensors are on the model's device."""
         images = [image for image, _ in history if image is not None] + [screenshot]
-        seen = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        seen = self.processor(images=[_on_white(image) for image in images], return_tensors="pt")
         grids, merge = seen["image_grid_thw"], self.processor.merge_size
         frames = [self._frame(image, grid.tolist(), css_size) for image, grid in zip(images, grids, strict=True)]
         ids = self._ids(self._messages(goal, history, frames[-1]), [int(g.prod()) // merge**2 for g in grids])
@@ -109,18 +134,43 @@ class ChatAdapter:
 
     def _messages(self, goal: str, history: History, frame: Frame) -> list[dict[str, Any]]:
         """The chat: one system turn; per step a user turn with its screenshot (if it is shown) and an assistant turn
-        with its answer; last the current screenshot and the goal.
+        with its answer; the current screenshot; the task's words where the layout puts them.
         """
-        picture = {"type": "image"}
+        shown = [step for step, (image, _) in enumerate(history) if image is not None] + [len(history)]
+        at = {"last": len(history), "first": shown[0], "start": 0, "own": -1}[self.layout.words]
+        words = self._words(goal, history[: shown[0]], len(history) + 1, frame)
+        later = [{"type": "image"}, {"type": "text", "text": _sized(self.text.later, frame)}]
         messages: list[dict[str, Any]] = [{"role": "system", "content": _sized(self.text.system, frame)}]
-        for step, (image, answer) in enumerate(history):
-            if image is not None:
-                messages.append({"role": "user", "content": [picture]})
-            said = self._answer(self._defuse(answer), len(history) - step, step + 1)
-            if said is not None:
-                messages.append({"role": "assistant", "content": said})
-        words = _sized(self.text.prompt, frame).replace("{goal}", self._defuse(goal))
-        return [*messages, {"role": "user", "content": [picture, {"type": "text", "text": words}]}]
+        if at < 0:
+            messages.append({"role": "user", "content": [part for part in words if part["type"] == "text"]})
+        for step in range(len(history) + 1):
+            content = words if step == at else later if self.text.later else later[:1]
+            if step in shown or step == at:
+                seen = [part for part in content if step in shown or part["type"] == "text"]
+                messages.append({"role": "user", "content": seen})
+            if step < len(history) and (self.layout.older == "turns" or step >= shown[0]):
+                said = self._answer(self._defuse(history[step][1]), len(history) - step, step + 1)
+                messages += [] if said is None else [{"role": "assistant", "content": said}]
+        return messages
+
+    def _words(self, goal: str, older: History, step: int, frame: Frame) -> list[dict[str, Any]]:
+        """The task's words and the screenshot of their turn, as parts of a message."""
+        lines = [f"Step {n}: {self._line(self._defuse(answer))}" for n, (_, answer) in enumerate(older, 1)]
+        prompt = _sized(self.text.prompt, frame)
+        prompt = prompt if "{image}" in prompt or self.layout.words == "own" else "{image}" + prompt
+        values = {"{step}": str(step), "{steps}": "\n".join(lines) or "None", "{goal}": self._defuse(goal)}
+        said = "|".join(map(re.escape, values))
+        words: list[dict[str, Any]] = []
+        for piece in re.split("({image})", prompt):
+            if piece:
+                text = re.sub(said, lambda found: values[found[0]], piece)
+                words.append({"type": "image"} if piece == "{image}" else {"type": "text", "text": text})
+        return words
+
+    def _line(self, answer: str) -> str:
+        """An older answer as one of the lines of `{steps}`: the sentence between `Action:` and the call."""
+        said = re.search(r"Action:(.*?)<tool_call>", answer, re.DOTALL)
+        return (said[1] if said else answer).strip()
 
     def _answer(self, answer: str, age: int, number: int) -> str | None:
         """How an answer of step `number` (from 1), `age` steps ago, stands in the chat; None = not at all."""
@@ -137,13 +187,34 @@ class ChatAdapter:
         size, tokens = (columns * patch, rows * patch), (rows // merge, columns // merge)
         return Frame(css_size or image.size, size, tokens, self.space)
 
+    def words_of(self, answer: Sequence[int]) -> str:
+        """The text of an answer without the tokens that end a turn; the family's own marks, such as those around a box,
+        stay, because the chat shows them to the model again.
+        """
+        kept = [token for token in answer if token not in self._silent]
+        return self.tokenizer.decode(kept, skip_special_tokens=False).strip()
+
+    def read(self, text: str, frame: Frame) -> Reading | ParseError:
+        """What a reply says, in CSS pixels, or why there is nothing to do; never raises."""
+        return self.grammar.read(text, frame)
+
     def parse(self, text: str, frame: Frame) -> Action | ParseError:
-        """The first action of a reply, in CSS pixels, or why there is none; never raises."""
+        """The same as one step."""
         return self.grammar.parse(text, frame)
 
     def render(self, action: Action, frame: Frame) -> str:
         """`action` as this family says it. Raises ValueError for an action that its grammar does not have."""
         return self.grammar.render(action, frame)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB, with white behind what is transparent, as the families' own readers of images have it."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    page = Image.new("RGB", image.size, "white")
+    page.paste(layer, mask=layer.getchannel("A"))
+    return page
 
 
 def _sized(text: str, frame: Frame) -> str:

@@ -13,15 +13,15 @@ from transformers.utils import cached_file
 
 from agentkv.models.base import AgentText
 
-_WORDS = ("system", "prompt", "history_frames")
+_WORDS = ("system", "prompt", "history_frames", "answer_tokens", "later")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A model folder or hub id. `config` is its config.json; `agent` its agent.json, None if it has none.
 
-    agent.json may name the agent ("agent") and change its words ("system", "prompt", "history_frames"); other keys are
-    notes.
+    agent.json may name the agent ("agent") and change its words ("system", "prompt", "later") and lengths
+    ("history_frames", "answer_tokens"); other keys are notes.
     """
 
     source: str

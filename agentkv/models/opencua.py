@@ -85,7 +85,7 @@ class OpenCuaAdapter(ChatAdapter):
     model_type = "opencua"
     architecture = OpenCuaForConditionalGeneration
     words = OPENCUA
-    grammar = opencua
+    grammar = opencua.GRAMMAR
     placeholder = "<|media_placeholder|>"
     markers = (
         placeholder,
@@ -122,8 +122,12 @@ class OpenCuaAdapter(ChatAdapter):
         return PreTrainedTokenizerFast.from_pretrained(source)
 
     def _answer(self, answer: str, age: int, number: int) -> str | None:
-        """The step's thought and action under its number; the code stays out, as in training."""
-        if age > TEXT_HISTORY:
-            return None
-        said = _CODE.sub("\n", answer).strip()
-        return f"# Step {number}:\n{said or answer}\n"
+        return step_answer(answer, age, number)
+
+
+def step_answer(answer: str, age: int, number: int) -> str | None:
+    """A step's thought and action under its number; the code stays out, as in training, and old steps altogether."""
+    if age > TEXT_HISTORY:
+        return None
+    said = _CODE.sub("\n", answer).strip()
+    return f"# Step {number}:\n{said or answer}\n"

@@ -12,7 +12,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from agentkv.grammars import CoordinateSpace
 from agentkv.models.base import AgentText
-from agentkv.models.computer_use import USER, system_text
+from agentkv.models.computer_use import QWEN3, USER, system_text, tool
 from agentkv.models.qwen_vl import QwenVLAdapter
 
 
@@ -21,5 +21,5 @@ class Qwen3VLAdapter(QwenVLAdapter):
 
     model_type = "qwen3_vl"
     architecture = Qwen3VLForConditionalGeneration
-    words = AgentText(system_text(), USER)
+    words = AgentText(system_text(tool(QWEN3)), USER)
     space = CoordinateSpace.PER_MILLE

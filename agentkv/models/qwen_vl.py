@@ -11,7 +11,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from agentkv.grammars import tool_call
 from agentkv.models.base import AgentText
 from agentkv.models.chat import ChatAdapter
-from agentkv.models.computer_use import NEW_IN_QWEN3, USER, system_text
+from agentkv.models.computer_use import BASIC, USER, system_text, tool
 
 __all__ = ["AgentText", "QwenVLAdapter"]
 
@@ -21,8 +21,8 @@ class QwenVLAdapter(ChatAdapter):
 
     model_type = "qwen2_5_vl"
     architecture = Qwen2_5_VLForConditionalGeneration
-    words = AgentText(system_text(without=NEW_IN_QWEN3), USER)
-    grammar = tool_call
+    words = AgentText(system_text(tool(BASIC)), USER)
+    grammar = tool_call.GRAMMAR
     placeholder = "<|image_pad|>"
     markers = (
         placeholder,

@@ -6,6 +6,8 @@ points are pixels of the resized image.
 
 from __future__ import annotations
 
+import re
+
 from agentkv.grammars import ui_tars
 from agentkv.models.base import AgentText
 from agentkv.models.qwen_vl import QwenVLAdapter
@@ -42,5 +44,18 @@ call_user()  # ask for help when the task cannot be done
 class UiTarsAdapter(QwenVLAdapter):
     """One UI-TARS-1.5 model as an agent (`agentkv.models.ModelAdapter`)."""
 
+    known_by = ("uitars",)
     words = UI_TARS
-    grammar = ui_tars
+    grammar = ui_tars.GRAMMAR
+
+    def _answer(self, answer: str, age: int, number: int) -> str | None:
+        """Points between box tokens, as the authors' client shows them to the model again, where the prompt asks for
+        them.
+        """
+        if _BOX[0] not in self.text.prompt:
+            return answer
+        return _POINT.sub(lambda point: f"{point[1]}{_BOX[0]}{point[2]}{_BOX[1]}{point[3]}", answer)
+
+
+_BOX = ("<|box_start|>", "<|box_end|>")
+_POINT = re.compile(r"((?:start_box|end_box|start_point|end_point|point)=')(\([0-9., ]{1,40}\))(')")

@@ -21,7 +21,11 @@ const ACTS = {
   OpenApp: (a) => `open the app ${a.name}`,
   Wait: (a) => `wait ${a.seconds} s`,
   Finished: (a) => (a.answer ? `finished: ${a.answer}` : "finished"),
-  CallUser: () => "asks the user",
+  CallUser: (a) => (a.question ? `asks the user: ${a.question}` : "asks the user"),
+  Goto: (a) => `open ${a.url}`,
+  Reload: () => "load the page again",
+  Note: (a) => `note “${a.text}”`,
+  Several: (a) => a.actions.map((part) => ACTS[part.type](rounded(part))).join(", then "),
 };
 const rounded = (action) =>
   Object.fromEntries(Object.entries(action).map(([k, v]) => [k, typeof v === "number" ? Math.round(v * 10) / 10 : v]));
@@ -76,13 +80,15 @@ function card(method, play) {
           : `ended after step ${play.steps.length}`,
       ),
     );
-  const point = step.action && typeof step.action.x === "number" ? marker(step.action, step.viewport, method) : null;
+  const pointed = (step.action?.actions ?? [step.action]).find((a) => a && typeof a.x === "number");
+  const point = pointed ? marker(pointed, step.viewport, method) : null;
   const said = h(
     "div",
     { class: "info" },
     h("p", { class: "did" }, describe(step.action)),
     h("pre", { class: "said", "aria-label": "what the model said" }, step.text),
     step.error ? h("p", { class: "wrong" }, step.error) : null,
+    step.left_out ? h("p", { class: "wrong" }, step.left_out) : null,
     step.reason ? h("p", { class: "cell-note" }, step.reason) : null,
     step.blocked.length
       ? h("p", { class: "wrong" }, `refused: ${step.blocked.map((b) => `${b.kind} ${b.url} (${b.reason})`).join(", ")}`)

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from agentkv.agent import Decision, FrameKept, Limits, run_episode
 from agentkv.envs.actions import Action, Click
 from agentkv.grammars import ParseError
+from agentkv.grammars.base import Reading
 from agentkv.play import Plan, open_folder
 from agentkv.stats import UNITS
 from agentkv.trace import EpisodeTrace, episode_folder
@@ -119,6 +120,8 @@ class TinyAdapter:
     """A text model dressed as a vision model: 12 of its prompt's 40 tokens play the screenshot; it always clicks."""
 
     model: LlamaForCausalLM
+    history_frames: int = 5
+    answer_tokens: int = 64
 
     def __post_init__(self) -> None:
         self.tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
@@ -129,8 +132,11 @@ class TinyAdapter:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return SimpleNamespace(inputs=inputs, spans=[(5, 17)], frames=[SimpleNamespace(grid=(1, 6, 8))])
 
-    def parse(self, text: str, frame: Any) -> Action | ParseError:
-        return Click(1.0, 2.0)
+    def words_of(self, answer: list[int]) -> str:
+        return " ".join(map(str, answer))
+
+    def read(self, text: str, frame: Any) -> Reading | ParseError:
+        return Reading((Click(1.0, 2.0),))
 
 
 def tiny_adapter() -> TinyAdapter:

@@ -1,5 +1,7 @@
 """The loop: what stops it, what the model is told, what a decision measures. No browser, a tiny random model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from agentkv.agent import Agent, Limits, ScriptPolicy, kept_frames, run_episode
-from agentkv.envs.actions import CallUser, Click, Finished, Type
+from agentkv.envs.actions import CallUser, Click, Finished, Several, Type
 from agentkv.grammars import ParseError
+from agentkv.grammars.base import Reading
 from tests.agentkv.fake_episodes import FakeEnv, FakePolicy, tiny_adapter
 
 BAD = ParseError("no action was found")
@@ -146,3 +149,50 @@ def test_a_decision_with_a_method_holds_less(adapter):
 def test_an_agent_checks_its_settings(adapter):
     with pytest.raises(ValueError, match="max_new_tokens=0 leaves no room for an answer; use 64"):
         Agent(adapter, "full", 1.0, max_new_tokens=0)
+
+
+class Cut:
+    """The tiny adapter with a reader that finds nothing until it is told otherwise."""
+
+    def __init__(self, adapter, found):
+        self.adapter, self.found = adapter, found
+
+    def __getattr__(self, name):
+        return getattr(self.adapter, name)
+
+    def read(self, text, frame):
+        return self.found
+
+
+def test_an_answer_that_was_cut_says_so(adapter):
+    image, whole = Image.new("RGB", (4, 3)), Reading((Click(1.0, 2.0),), left_out="a later call was left out")
+    cut = Agent(Cut(adapter, ParseError("no call")), "full", 1.0, max_new_tokens=3).decide("goal", [], image, (4, 3))
+    assert cut.action == ParseError("the answer was cut after 3 tokens", len(cut.text))
+    begun = Agent(Cut(adapter, whole), "full", 1.0, max_new_tokens=3).decide("goal", [], image, (4, 3))
+    assert begun.action == Click(1.0, 2.0)
+    assert begun.left_out == "the answer was cut after 3 tokens; a later call was left out"
+
+
+def test_answers_are_as_long_as_the_familys(adapter):
+    assert Agent(adapter, "full", 1.0).max_new_tokens == adapter.answer_tokens == 64
+
+
+class Leaving(FakePolicy):
+    """A policy whose answers say more than is done."""
+
+    def decide(self, *given):
+        return replace(super().decide(*given), left_out="the second was left out")
+
+
+def test_what_was_left_out_stands_in_the_next_prompt():
+    policy = Leaving()
+    play(FakeEnv(needed=1), policy)
+    assert policy.prompts[1][1][0][1] == "Action: click\n[the second was left out]"
+
+
+def test_an_end_that_was_not_reached_is_none():
+    stuck = Several((Click(900.0, 1.0), Finished()))
+    _, steps = play(FakeEnv(needed=2, error="gesture 1 of 2: outside"), FakePolicy([stuck]))
+    assert len(steps) == 3
+    result, steps = play(FakeEnv(needed=9), FakePolicy([Several((Click(1.0, 1.0), Finished()))]))
+    assert result.stop == "done" and len(steps) == 1

@@ -15,8 +15,11 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from agentkv.envs.actions import Click
 from agentkv.grammars import CoordinateSpace, ParseError
-from agentkv.models import AgentText, load_adapter
+from agentkv.models import AgentText, _agent_of, load_adapter
 from agentkv.models.chat import ChatAdapter
+from agentkv.models.checkpoint import Checkpoint
+from agentkv.models.fara import FaraAdapter
+from agentkv.models.holo import HoloAdapter
 from agentkv.models.qwen3_vl import Qwen3VLAdapter
 from agentkv.models.qwen_vl import QwenVLAdapter
 from agentkv.models.ui_tars import UI_TARS, UiTarsAdapter
@@ -137,12 +140,35 @@ def words_of(adapter: ChatAdapter) -> str:
         ("UI-TARS-1.5-7B", {"agent": "qwen2.5-vl"}, None, QwenVLAdapter),
         ("UI-TARS-1.5-7B", {"agent": "ui-tars"}, "qwen2.5-vl", QwenVLAdapter),
         ("mine", None, "ui-tars", UiTarsAdapter),
+        ("Fara-7B", None, None, FaraAdapter),
+        ("Holo1.5-7B", None, None, HoloAdapter),
     ],
 )
 def test_which_agent_a_checkpoint_is(
     folder: Path, tmp_path: Path, name: str, agent: dict | None, asked: str | None, expected: type[ChatAdapter]
 ) -> None:
     assert type(load_adapter(linked(folder, tmp_path / name, agent), agent=asked)) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("EvoCUA-8B-20260105", "evocua"),
+        ("EvoCUA-S1-8B", "evocua-s1"),
+        ("GUI-Owl-1.5-8B-Instruct", "gui-owl"),
+        ("MAI-UI-8B", "mai-ui"),
+        ("Holo2-4B", "holo2"),
+        ("Qwen3-VL-4B-Instruct", "qwen3-vl"),
+    ],
+)
+def test_families_of_qwen3_vl_are_known_by_name(name: str, expected: str) -> None:
+    assert _agent_of(Checkpoint(f"models/{name}", {"model_type": "qwen3_vl"}, None)) == expected
+
+
+def test_what_is_not_public_is_refused() -> None:
+    told = "Holo3's tool schema is not public, .* say --agent qwen3.5 to try it as a plain qwen3_5 model"
+    with pytest.raises(ValueError, match=told):
+        _agent_of(Checkpoint("models/Holo3.1-4B", {"model_type": "qwen3_5"}, None))
 
 
 def test_agent_json_changes_single_words(folder: Path, tmp_path: Path) -> None:
@@ -161,9 +187,9 @@ def test_the_mini_model_is_ui_tars_with_its_own_words() -> None:
 
 
 def test_agents_that_do_not_fit_are_told(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown agent 'gpt'; known: opencua, qwen2.5-vl, qwen3-vl, ui-tars"):
+    with pytest.raises(ValueError, match="unknown agent 'gpt'; known: evocua, evocua-s1, fara, gui-owl, .*ui-tars"):
         load_adapter(folder, agent="gpt")
-    told = "agent 'opencua' is for opencua models, .* is a qwen2_5_vl model; use ui-tars, qwen2.5-vl"
+    told = "agent 'opencua' is for opencua models, .* is a qwen2_5_vl model; use ui-tars, qwen2.5-vl, fara, holo"
     with pytest.raises(ValueError, match=told):
         load_adapter(linked(folder, tmp_path / "a", {"agent": "opencua"}))
 
@@ -257,7 +283,9 @@ def test_missing_folder_config_and_weights(tmp_path: Path, monkeypatch: pytest.M
 def test_other_families_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="is a 'llava' model; supported families: qwen2_5_vl, qwen3_vl, opencua"):
+    with pytest.raises(
+        ValueError, match="is a 'llava' model; supported families: qwen2_5_vl, qwen3_vl, qwen3_5, opencua"
+    ):
         load_adapter(tmp_path)
 
 

@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from dataclasses import MISSING, fields
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -22,7 +22,9 @@ from tests.agentkv.fake_episodes import META, FakeEnv, FakePolicy, fake_run
 ABOUT = {"method": "gui-kv", "budget": 0.4, "task": "click-tab", "seed": 3}
 
 numbers = st.floats(-1e4, 1e4)
+parts = st.tuples(st.builds(Click, numbers, numbers), st.builds(Hotkey, st.tuples(st.text())))
 VALUES = {"str": st.text(), "float": numbers, "tuple[str, ...]": st.tuples(st.text(), st.text())}
+VALUES |= {"float | None": numbers | st.none(), "tuple[Single, ...]": parts}
 
 
 @st.composite
@@ -39,8 +41,10 @@ def test_every_action_survives_json(action):
 
 
 def test_actions_are_those_of_the_environment():
-    assert len(ACTIONS) == 19
-    assert all(f.default is MISSING or f.default is not None for cls in ACTIONS.values() for f in fields(cls))
+    assert len(ACTIONS) == 23
+    here = {"Click", "DoubleClick", "TripleClick", "RightClick", "MiddleClick"}  # without a point: at the pointer
+    told = [f.default for name, cls in ACTIONS.items() for f in fields(cls) if name not in here]
+    assert None not in told
     assert action_to_dict(Hotkey(("Control", "a"))) == {"type": "Hotkey", "keys": ("Control", "a")}
     assert action_to_dict(ParseError("no")) is None
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dlm.mini.tokenizer import build_tokenizer
 
 from dlm import stream
 from dlm.decode import decode
-from dlm.mini.tokenizer import build_tokenizer
 from tests.dlm.test_decode import Script
 from tests.dlm.toys import END, MASK, Rule, llada, prompts
 

@@ -41,7 +41,7 @@ def answer(
     history = [(image if number >= first else None, text) for number, (image, text) in enumerate(past)]
     prompt = adapter.prompt(goal, history, shot)
     out = adapter.model.generate(**prompt.inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-    text = adapter.tokenizer.decode(out[0, prompt.inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    text = adapter.words_of(out[0, prompt.inputs["input_ids"].shape[1] :].tolist())
     return text, adapter.parse(text, prompt.frames[-1])
 
 

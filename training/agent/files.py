@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from training.agent.shape import MAX_PIXELS, MERGE, MIN_PIXELS, PATCH
 
 SYSTEM = "GUI agent"
-AGENT = {"agent": "ui-tars", "system": SYSTEM, "prompt": "{goal}", "history_frames": 9}
+AGENT = {"agent": "ui-tars", "system": SYSTEM, "prompt": "{goal}", "history_frames": 9, "answer_tokens": 64}
 
 
 def folder_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:

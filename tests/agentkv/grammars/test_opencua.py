@@ -15,10 +15,13 @@ from agentkv.envs.actions import (
     Drag,
     Finished,
     Hotkey,
+    KeyDown,
+    KeyUp,
     MiddleClick,
     Move,
     RightClick,
     Scroll,
+    Several,
     TripleClick,
     Type,
     Wait,
@@ -71,6 +74,12 @@ def fenced(code: str, language: str = "python") -> str:
         ("pyautogui.hotkey(['ctrlleft', 'c'])", [Hotkey(("Control", "c"))]),
         ("pyautogui.hotkey(keys=['control', 'c'])", [Hotkey(("Control", "c"))]),
         ("pyautogui.hotkey(key1='command', key2='c')", [Hotkey(("Meta", "c"))]),
+        ("pyautogui.click()", [Click()]),
+        ("pyautogui.hotkey('ctrl + a')", [Hotkey(("Control", "a"))]),
+        ("pyautogui.hotkey(keys='ctrl+a')", [Hotkey(("Control", "a"))]),
+        ("pyautogui.keyDown('shift')\npyautogui.keyUp('shift')", [KeyDown("Shift"), KeyUp("Shift")]),
+        ("pyautogui.typewrite('a\\tb')", [Type("a\tb")]),
+        ("pyautogui.sleep(2)\ncomputer.wait(3)", [Wait(2), Wait(3)]),
         ("pyautogui.scroll(-5)", [Scroll(None, None, "down", 500)]),
         ("pyautogui.scroll(3, 10, 20)", [Scroll(10, 20, "up", 300)]),
         ("pyautogui.scroll(clicks=-54, x=10, y=20)", [Scroll(10, 20, "down", 5400)]),
@@ -97,13 +106,14 @@ def test_statements(code: str, actions: list[object]) -> None:
         ("pyautogui.moveTo(10, 20)\npyautogui.dragTo(30, 40)", Drag(10, 20, 30, 40)),
         ("pyautogui.moveTo(10, 20)\npyautogui.scroll(-1)", Scroll(10, 20, "down")),
         ("pyautogui.moveTo(10, 20)\npyautogui.doubleClick()", DoubleClick(10, 20)),
-        ("pyautogui.moveTo(10, 20)\npyautogui.click(30, 40)", Move(10, 20)),
-        ("pyautogui.moveTo(10, 20)\npyautogui.scroll(-1, 30, 40)", Move(10, 20)),
-        ("pyautogui.click(10, 20)\npyautogui.dragTo(30, 40)", Click(10, 20)),
-        ("pyautogui.write('a')\npyautogui.press('enter')", Type("a")),
+        ("pyautogui.moveTo(10, 20)\npyautogui.click(30, 40)", Several((Move(10, 20), Click(30, 40)))),
+        ("pyautogui.moveTo(10, 20)\npyautogui.scroll(-1, 30, 40)", Several((Move(10, 20), Scroll(30, 40, "down")))),
+        ("pyautogui.click(10, 20)\npyautogui.dragTo(30, 40)", Several((Click(10, 20), Drag(None, None, 30, 40)))),
+        ("pyautogui.write('a')\npyautogui.press('enter')", Several((Type("a"), Hotkey(("Enter",))))),
+        ("pyautogui.press('down', presses=3)", Several((Hotkey(("ArrowDown",)),) * 3)),
     ],
 )
-def test_the_first_gesture(code: str, action: object) -> None:
+def test_all_are_one_step(code: str, action: object) -> None:
     assert parse(fenced(code), SAME) == action
 
 
@@ -117,14 +127,35 @@ def test_the_first_gesture(code: str, action: object) -> None:
         ("I wait's:\ncomputer.wait()\nor (not", Reading((Wait(),))),
         ("<think>```python\ncomputer.wait()\n```</think>" + fenced("pyautogui.press('a')"), Reading((Hotkey(("a",)),))),
         (fenced("pyautogui.write('</think>')"), Reading((Type("</think>"),))),
-        (fenced("computer.wait()\npyautogui.click(1,"), Reading((Wait(),), frozenset({"cut short"}))),
+        (
+            fenced("computer.wait()\npyautogui.click(1,"),
+            Reading(
+                (Wait(),),
+                frozenset({"cut short"}),
+                "what follows the first 1 was left out: the code is not Python: '(' was never closed",
+            ),
+        ),
         (fenced("computer.wait()\r\npyautogui.press('a')"), Reading((Wait(), Hotkey(("a",))))),
-        (fenced("  computer.wait()\n  # so\n  it is"), Reading((Wait(),), frozenset({"cut short"}))),
+        (
+            fenced("  computer.wait()\n  # so\n  it is"),
+            Reading(
+                (Wait(),),
+                frozenset({"cut short"}),
+                "what follows the first 1 was left out: the code is not Python: unexpected indent",
+            ),
+        ),
         (fenced("pyautogui.click(281, 2)"), Reading((Click(279, 2),), frozenset({"clamped"}))),
     ],
 )
 def test_blocks(text: str, reading: Reading) -> None:
     assert read(text, SAME) == reading
+
+
+def test_further_arguments_are_passed_over() -> None:
+    text = fenced("pyautogui.write('x', start_box='(1,2)')\npyautogui.click(1, 2, tween=None, _pause=False)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(text, SAME) == Reading((Type("x"), Click(1, 2)), frozenset({"ignored"}))
 
 
 def test_a_bad_statement_rejects_the_lines_before_it() -> None:
@@ -159,8 +190,14 @@ def some_action(draw: st.DrawFn) -> object:
     direction, pixels = draw(st.sampled_from(["up", "down", "left", "right"])), 100.0 * draw(st.integers(1, 100))
     pointed = [kind(x, y) for kind in (Click, DoubleClick, TripleClick, RightClick, MiddleClick, Move)]
     moved = [Drag(x, y, to_x, to_y), Drag(None, None, to_x, to_y)]
-    scrolled = [Scroll(x, y, direction, pixels), Scroll(None, None, direction, pixels)]
-    spoken = [Type(draw(words)), Hotkey(tuple(draw(keys)[:5]) or ("a",)), Wait(), Wait(draw(st.floats(0, 9)))]
+    scrolled = [Scroll(x, y, direction, pixels), Scroll(None, None, direction, pixels), Click(), KeyDown("Shift")]
+    spoken = [
+        Type(draw(words)),
+        KeyUp("a"),
+        Hotkey(tuple(draw(keys)[:5]) or ("a",)),
+        Wait(),
+        Wait(draw(st.floats(0, 9))),
+    ]
     return draw(st.sampled_from([*pointed, *moved, *scrolled, *spoken, Finished(), Finished(status="failure")]))
 
 
@@ -172,7 +209,7 @@ def test_round_trip(action: object) -> None:
 
 @pytest.mark.parametrize(
     "action",
-    [acts.LongPress(1, 2), acts.KeyDown("a"), acts.KeyUp("a"), acts.OpenApp("x"), acts.PressHome(), acts.PressBack()]
+    [acts.LongPress(1, 2), acts.Note("a"), acts.OpenApp("x"), acts.PressHome(), acts.PressBack()]
     + [acts.CallUser(), Finished("42"), Wait(float("nan")), Scroll(1, 2, "up", float("inf")), Hotkey(())],
 )
 def test_render_refuses_what_it_cannot_say(action: acts.Action) -> None:

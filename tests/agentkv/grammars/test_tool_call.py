@@ -19,6 +19,7 @@ from agentkv.envs.actions import (
     Move,
     RightClick,
     Scroll,
+    Several,
     TripleClick,
     Type,
     Wait,
@@ -68,14 +69,65 @@ def test_calls(text: str, action: object) -> None:
     assert parse(text, SAME) == action
 
 
-def test_all_calls_and_the_first_gesture() -> None:
+def test_all_calls_are_one_step() -> None:
     move, drag = call(action="mouse_move", coordinate=[1, 2]), call(action="left_click_drag", coordinate=[3, 4])
     assert parse_all(f"{move}\n{drag}", SAME) == [Move(1, 2), Drag(None, None, 3, 4)]
     assert parse(f"{move}\n{drag}", SAME) == Drag(1, 2, 3, 4)
-    assert parse(f"{move}\n{WAIT}", SAME) == parse(f"{move}\n<tool_call>broken", SAME) == Move(1, 2)
+    assert parse(f"{move}\n{WAIT}", SAME) == Several((Move(1, 2), Wait()))
     assert parse(f"{move}{call(action='scroll', pixels=-5)}", SAME) == Scroll(1, 2, "down", 5)
-    refused = parse_all(f"{WAIT}\n<tool_call>broken", SAME)
-    assert isinstance(refused, ParseError) and refused.position == len(WAIT) + len("\n<tool_call>")
+    assert parse(f"{move}\n{call(action='left_click')}", SAME) == Click(1, 2)
+    broken = read(f"{WAIT}\n<tool_call>broken", SAME)
+    assert isinstance(broken, Reading) and broken.actions == (Wait(),)
+    assert broken.left_out == "a later call was left out: the call is not JSON: Expecting value"
+
+
+PYTHON = str({"name": "computer_use", "arguments": {"action": "type", "text": 'say "x"'}})
+BARE = '{"name": "computer_use", "arguments": {"action": "wait", "time": 1}}'
+XML = "<function=computer_use>\n<parameter=action>\ntype\n</parameter>\n<parameter=text>\n a\n</parameter>\n</function>"
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [
+        (call(action="left_click"), Click()),
+        (call(action="Left Click", coordinate=["10", 20]), Click(10, 20)),
+        (call(action="click", coordinate="(10, 20)"), Click(10, 20)),
+        (call(action="left_click", coordinate=[10, 20, 30, 40]), Click(20, 30)),
+        (call(action="left_click", coordinate=[1, 2], text="x", force=1), Click(1, 2)),
+        (call(action="left_click_drag", start_coordinate=[1, 2], coordinate=[3, 4]), Drag(1, 2, 3, 4)),
+        (call(action="key", keys=["Page_Down"]), Hotkey(("PageDown",))),
+        (call(action="key", keys=["keys=['enter']"]), Hotkey(("Enter",))),
+        (call(action="key", keys="ctrl + a"), Hotkey(("Control", "a"))),
+        (call(action="key", text="ctrl+a"), Hotkey(("Control", "a"))),
+        (call(action="key_down", keys=["shift"]), acts.KeyDown("Shift")),
+        (call(action="type", text=5), Type("5")),
+        (call(action="type", text="x", keys=["enter"]), Type("x")),
+        (call(action="scroll", pixels="-300"), Scroll(None, None, "down", 300)),
+        (call(action="wait"), Wait()),
+        (call(action="terminate"), Finished()),
+        (call(action="interact", text="which?"), acts.CallUser("which?")),
+        (WAIT.replace('"arguments": {', '"arguments": "{').replace("}}", '}"}').replace('"{"action"', '"{\\"action\\"')
+         .replace(': "wait", "time": 1}"', ': \\"wait\\", \\"time\\": 1}"'), Wait()),
+        (f"<tool_call>\n{PYTHON}\n</tool_call>", Type('say "x"')),
+        (f"<tool_call>{BARE}}}</tool", Wait()),
+        (f"<tool_call>{BARE} or so", Wait()),
+        (f"<tool_call>{BARE[:-1]}</tool_call>", Wait()),
+        (f"I wait.\n{BARE}", Wait()),
+        (f"<tool_call>{BARE[:-1]}, 'id': 1}}</tool_call>".replace("'", '"'), Wait()),
+        (call(action="type", text="a b").replace("a b", "a\nb"), Type("a\nb")),
+        (f"<tool_call>\n{XML}\n</tool_call>", Type(" a")),
+        (XML, Type(" a")),
+    ],
+)  # fmt: skip
+def test_slips_that_published_clients_forgive(text: str, action: object) -> None:
+    assert parse(text, SAME) == action
+
+
+def test_half_a_call_types_nothing() -> None:
+    whole = call(action="type", text="a secret")
+    for cut in range(len(whole) - len("}}\n</tool_call>")):
+        assert isinstance(parse(whole[:cut], SAME), ParseError)
+    assert isinstance(parse(XML[: XML.index("\n</parameter>\n</function>")], SAME), ParseError)
 
 
 def test_flags() -> None:
@@ -104,7 +156,7 @@ def some_action(draw: st.DrawFn) -> object:
     moved = [Drag(x, y, to_x, to_y), Drag(None, None, to_x, to_y)]
     scrolled = [Scroll(x, y, direction, pixels), Scroll(None, None, direction, pixels)]
     spoken = [Type(draw(words)), Hotkey(tuple(draw(keys)[:5]) or ("a",)), Wait(draw(st.floats(0, 9)))]
-    done = [Finished(draw(words)), Finished(status="failure")]
+    done = [Finished(draw(words)), Finished(status="failure"), Click()]
     return draw(st.sampled_from([*pointed, *moved, *scrolled, *spoken, *done]))
 
 

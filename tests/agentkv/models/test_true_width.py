@@ -15,15 +15,28 @@ from dataclasses import dataclass
 import pytest
 import torch
 from PIL import Image
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen3_5Config,
+    Qwen3VLConfig,
+)
 from transformers.initialization import no_init_weights
 
 from agentkv.agent import Agent
 from agentkv.envs.actions import Click
 from agentkv.grammars import CoordinateSpace, Frame, ParseError
 from agentkv.models.chat import ChatAdapter
+from agentkv.models.evocua import EvoCuaAdapter, EvoCuaS1Adapter
+from agentkv.models.fara import FaraAdapter
+from agentkv.models.gui_owl import GuiOwlAdapter
+from agentkv.models.holo import Holo2Adapter, HoloAdapter
+from agentkv.models.mai_ui import MaiUiAdapter
 from agentkv.models.opencua import OpenCuaAdapter
 from agentkv.models.opencua_model import OpenCuaConfig
+from agentkv.models.qwen3_5 import Qwen35Adapter
 from agentkv.models.qwen3_vl import Qwen3VLAdapter
 from agentkv.models.qwen_vl import QwenVLAdapter
 from agentkv.models.ui_tars import UiTarsAdapter
@@ -85,6 +98,16 @@ def opencua_7b(tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
     return OpenCuaConfig(**opencua_checkpoint.config(opencua_checkpoint.Shape.true_width(), tokenizer))
 
 
+def qwen3_5(tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    """Qwen3.5-9B, as transformers' own defaults have it: one linear layer and one with full attention."""
+    text = {"vocab_size": vocabulary(tokenizer), "num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": None,
+            "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
+    vision = {"depth": 2}
+    made = Qwen3_5Config(text_config=text, vision_config=vision, **qwen_ids(tokenizer))
+    made.vision_config.out_hidden_size = made.text_config.hidden_size
+    return made
+
+
 @dataclass(frozen=True)
 class Family:
     """One adapter, its sizes, and what 1280x720 becomes: at the checkpoint's own pixel limits, and at small ones."""
@@ -98,10 +121,21 @@ class Family:
 
 
 FEW = (28 * 28 * 4, 28 * 28 * 30)
+TWO_AND_A_HALF = (qwen2_5_vl, (3136, 12845056), (1288, 728), FEW, (196, 112))
+THREE = (qwen3_vl, (65536, 16777216), (1280, 704), (1024, 1024 * 30), (224, 128))
+# by network, so that each is made once
 FAMILIES = {
     "ui-tars": Family(UiTarsAdapter, qwen2_5_vl, (100 * 784, 16384 * 784), (1288, 728), FEW, (196, 112)),
-    "qwen2.5-vl": Family(QwenVLAdapter, qwen2_5_vl, (3136, 12845056), (1288, 728), FEW, (196, 112)),
-    "qwen3-vl": Family(Qwen3VLAdapter, qwen3_vl, (65536, 16777216), (1280, 704), (1024, 1024 * 30), (224, 128)),
+    "qwen2.5-vl": Family(QwenVLAdapter, *TWO_AND_A_HALF),
+    "fara": Family(FaraAdapter, *TWO_AND_A_HALF),
+    "holo": Family(HoloAdapter, *TWO_AND_A_HALF),
+    "qwen3-vl": Family(Qwen3VLAdapter, *THREE),
+    "gui-owl": Family(GuiOwlAdapter, *THREE),
+    "evocua": Family(EvoCuaAdapter, *THREE),
+    "evocua-s1": Family(EvoCuaS1Adapter, *THREE),
+    "mai-ui": Family(MaiUiAdapter, *THREE),
+    "holo2": Family(Holo2Adapter, *THREE),
+    "qwen3.5": Family(Qwen35Adapter, qwen3_5, *THREE[1:]),
     "opencua": Family(OpenCuaAdapter, opencua_7b, (3136, 12845056), (1288, 728), FEW, (196, 112)),
 }
 
@@ -119,20 +153,35 @@ class Bench:
         return self.family.adapter(self.model, self.tokenizer, processor(patch, pixels))
 
 
+class Made:
+    """The network that was made last: families of one architecture share it, and one at a time is in memory."""
+
+    config: object = None
+    parts: tuple[PreTrainedModel, PreTrainedTokenizerFast] | None = None
+
+    @classmethod
+    def of(cls, family: Family) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        if cls.config is not family.config:
+            cls.parts = None
+            gc.collect()
+            texts = [text for f in FAMILIES.values() for text in (f.adapter.words.system, f.adapter.words.prompt)]
+            tokenizer = (opencua_tokenizer if family.adapter is OpenCuaAdapter else qwen_tokenizer)(*texts)
+            with no_init_weights():
+                model = family.adapter.architecture._from_config(
+                    family.config(tokenizer), dtype=torch.float32
+                )  # faster than bf16 on a CPU
+            cls.config, cls.parts = family.config, (fill(model), tokenizer)
+        assert cls.parts is not None
+        return cls.parts
+
+
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    """One family at a time, so that one network is in memory."""
     family = FAMILIES[request.param]
-    words = family.adapter.words
-    made = opencua_tokenizer if family.adapter is OpenCuaAdapter else qwen_tokenizer
-    tokenizer = made(words.system, words.prompt)
-    with no_init_weights():
-        model = family.adapter.architecture._from_config(
-            family.config(tokenizer), dtype=torch.float32
-        )  # faster than bf16 on a CPU
-    yield Bench(family, fill(model), tokenizer)
-    del model
-    gc.collect()
+    yield Bench(family, *Made.of(family))
+    if request.param == list(FAMILIES)[-1]:
+        Made.config = Made.parts = None
+        gc.collect()
 
 
 def past(adapter: ChatAdapter) -> list[tuple[Image.Image | None, str]]:
@@ -154,7 +203,7 @@ def test_spans_cover_the_placeholders_of_six_full_screenshots(bench: Bench) -> N
         assert end - start == width * height // unit**2 <= 1200
         assert (frame.css, frame.resized) == (VIEWPORT, (width, height))
         assert frame.grid == (height // unit, width // unit)
-        assert frame.space is (CoordinateSpace.PER_MILLE if "qwen3" in adapter.model_type else CoordinateSpace.RESIZED)
+        assert frame.space is adapter.space
     assert torch.equal(covered, ids == adapter.model.config.image_token_id)
     assert torch.equal(covered.int(), prompt.inputs["mm_token_type_ids"][0])
     assert len(prompt.inputs["pixel_values"]) == 4 * int(covered.sum())
@@ -164,8 +213,9 @@ def test_points_come_back(bench: Bench) -> None:
     adapter = bench.adapter(bench.family.pixels)
     frame = adapter.prompt(GOAL, [], screenshot(), VIEWPORT).frames[0]
     said = adapter.render(Click(320, 360), frame)
-    assert adapter.parse(said, frame) == Click(320, 360)
-    expected = (250, 500) if adapter.space is CoordinateSpace.PER_MILLE else (322, 364)
+    found = adapter.parse(said, frame)
+    assert isinstance(found, Click) and (found.x, found.y) == pytest.approx((320, 360), abs=1)
+    expected = (322, 364) if adapter.space is CoordinateSpace.RESIZED else (250, 500)
     assert all(str(number) in said for number in expected)
     assert isinstance(adapter.parse("I do not know.", frame), ParseError)
 
@@ -181,7 +231,10 @@ def test_one_agent_step(bench: Bench, method: str, budget: float) -> None:
     assert [frame.share.shape for frame in decision.frames] == [(height // unit, width // unit)] * 6
     assert 1 <= decision.decode_tokens <= 4
     config = adapter.model.config.text_config
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * 128 * adapter.model.dtype.itemsize
+    kinds = getattr(config, "layer_types", None) or []
+    layers = config.num_hidden_layers - kinds.count("linear_attention")  # those have no KV cache
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * layers * config.num_key_value_heads * size * adapter.model.dtype.itemsize
     assert decision.kv_bytes_full == decision.prompt_tokens * per_token
     assert decision.tokens_stored == int(budget * decision.prompt_tokens)
     assert decision.kv_bytes < 1.1 * budget * decision.kv_bytes_full
