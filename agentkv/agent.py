@@ -21,7 +21,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import textkv
 from agentkv.envs.actions import Action, CallUser, Finished
-from agentkv.grammars import ParseError
+from agentkv.grammars import Frame, ParseError
 from agentkv.models import History, ModelAdapter
 from textkv import Budget, MethodCache
 
@@ -39,7 +39,8 @@ class Decision:
 
     `kv_bytes`, `kv_bytes_full`, `tokens_stored` (mean per head) are taken right after the prompt was compressed;
     `kv_bytes_peak` is the most held at any moment. `frames` are the prompt's screenshots, oldest first, `spans` their
-    half-open [start, end) of prompt positions. Seconds are wall clock.
+    half-open [start, end) of prompt positions. Seconds are wall clock. `frame` is the current screenshot as the model
+    saw it.
     """
 
     text: str
@@ -54,6 +55,7 @@ class Decision:
     tokens_stored: float = 0.0
     spans: tuple[tuple[int, int], ...] = ()
     frames: tuple[FrameKept, ...] = ()
+    frame: Frame | None = None
 
 
 class Policy(Protocol):
@@ -132,6 +134,7 @@ class Agent:
             tokens_stored=float(cache.at_rest.tokens_stored),
             spans=tuple((int(s), int(e)) for s, e in prompt.spans),
             frames=kept_frames(cache.at_rest.kept, prompt.spans, [f.grid for f in prompt.frames]),
+            frame=prompt.frames[-1],
         )
 
 

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from agentkv.envs.actions import Action
 from agentkv.grammars import CoordinateSpace, Frame, ParseError
+from agentkv.grammars.base import Reading
 from agentkv.models.base import AgentText, Grammar, History, Prompt
 from agentkv.spans import find_spans
 
@@ -141,9 +142,19 @@ class ChatAdapter:
         """The first action of a reply, in CSS pixels, or why there is none; never raises."""
         return self.grammar.parse(text, frame)
 
+    def read(self, text: str, frame: Frame) -> Reading | ParseError:
+        """All that a reply says, in order, or why it cannot be read; never raises."""
+        return self.grammar.read(text, frame)
+
     def render(self, action: Action, frame: Frame) -> str:
         """`action` as this family says it. Raises ValueError for an action that its grammar does not have."""
         return self.grammar.render(action, frame)
+
+    def reply(self, thought: str, summary: str, call: str) -> str:
+        """A whole reply around `call`, what `render` wrote; `thought` and `summary` (the action in a sentence) may be
+        "". For answers that a recording tells of.
+        """
+        return f"Thought: {thought}\n{call}" if thought else call
 
 
 def _sized(text: str, frame: Frame) -> str:
