@@ -100,21 +100,21 @@ def _line(kind: str, params: dict[str, Any]) -> str:
     return f"pyautogui.{kind}(x={params['position']['x']}, y={params['position']['y']})"
 
 
-def words(action: Action, element: Element | None) -> dict[str, str]:
-    """`inner_monologue`: what the action is for, in a word and in a sentence."""
+def words(action: Action, element: Element | None, thoughtful: bool) -> dict[str, str]:
+    """`inner_monologue`: the action in a sentence and, where the task takes thinking (`thoughtful`), what it is for."""
     name = str(element["text"]).strip() if element else ""
-    if isinstance(action, Type):
-        return _monologue(action.text, f"Type '{action.text}'.")
-    if isinstance(action, Finished):
-        return _monologue("", "Say that the task is done.")
     kind = str(element["kind"]) if element else "screen"
     thought = "field" if kind in FIELDS else name
-    sentence = f"Click on the {kind} '{name}'." if name else f"Click on the {kind}."
-    return _monologue(thought, sentence if isinstance(action, Click) else f"{type(action).__name__} on the {kind}.")
-
-
-def _monologue(thought: str, instruction: str) -> dict[str, str]:
-    return {"observation": "", "thought": thought, "low_level_instruction": instruction}
+    match action:
+        case Click():
+            sentence = f"Click on the {kind} '{name}'." if name else f"Click on the {kind}."
+        case Type(text):
+            thought, sentence = text, f"Type '{text}'."
+        case Finished():
+            sentence = "Say that the task is done."
+        case _:
+            sentence = f"{type(action).__name__} on the {kind}."
+    return {"observation": "", "thought": thought if thoughtful else "", "low_level_instruction": sentence}
 
 
 def record(env: WebEnv, seed: int, folder: Path) -> int:
@@ -123,11 +123,11 @@ def record(env: WebEnv, seed: int, folder: Path) -> int:
     observation, info = env.reset(seed=seed)
     goal, steps, shots = observation["goal"], [], []
     for action in oracle.solve(env):
-        elements = oracle.describe(env) if isinstance(action, Click | Drag | Scroll) else []
-        element = element_at(elements, action.x, action.y) if elements else None
+        pointed = isinstance(action, Click | Drag | Scroll) and action.x is not None
+        element = element_at(oracle.describe(env), action.x, action.y) if pointed else None
         atoms, image = recorded(action, element, size, scale), f"{name}_{len(steps)}.png"
         about = {"step_num": len(steps), "image": image, "action": code(atoms), "milestone": False}
-        steps.append(about | {"inner_monologue": words(action, element), "ground_truth_actions": atoms})
+        steps.append(about | {"inner_monologue": words(action, element, env.task.id in PAGES), "ground_truth_actions": atoms})
         shots.append(observation["screenshot"])
         observation, *_, info = env.step(action)
     if not info["success"]:

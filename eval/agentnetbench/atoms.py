@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from agentkv.envs.actions import (
     Action,
@@ -178,7 +179,7 @@ def as_released(atoms: Sequence[Atom]) -> list[Atom]:
     """
     kept = [
         atom
-        for atom, after in zip(atoms, (*atoms[1:], None), strict=True)
+        for atom, after in zip_longest(atoms, atoms[1:])
         if not (atom.type == "moveto" and after is not None and after.type in ("scroll", "hscroll", "dragto"))
     ]
     return [replace(atom, keys=tuple("control" if key == "ctrl" else key for key in atom.keys)) for atom in kept]
