@@ -126,8 +126,9 @@ def record(env: WebEnv, seed: int, folder: Path) -> int:
         pointed = isinstance(action, Click | Drag | Scroll) and action.x is not None
         element = element_at(oracle.describe(env), action.x, action.y) if pointed else None
         atoms, image = recorded(action, element, size, scale), f"{name}_{len(steps)}.png"
+        told = words(action, element, env.task.id in PAGES)
         about = {"step_num": len(steps), "image": image, "action": code(atoms), "milestone": False}
-        steps.append(about | {"inner_monologue": words(action, element, env.task.id in PAGES), "ground_truth_actions": atoms})
+        steps.append(about | {"inner_monologue": told, "ground_truth_actions": atoms})
         shots.append(observation["screenshot"])
         observation, *_, info = env.step(action)
     if not info["success"]:

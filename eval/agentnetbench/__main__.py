@@ -27,7 +27,7 @@ from textkv.provenance import run_meta
 
 from ..leaderboard import cells_of
 from .bench import OWN, TEACHER, Answers, Bench, Cell
-from .figures import UNITS, draw, parts_table, replay_rows, rows_of, table
+from .figures import UNITS, draw, replay_rows, rows_of, table, type_table
 from .records import Trajectory, read
 from .scoring import PROTOCOLS
 
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--screenshots", default="5", help="in a prompt, the current one included: 5, or 1,3,5, or 1..5")
     p.add_argument("--protocol", default="v1", help=f"comma-separated, of {', '.join(PROTOCOLS)} (default v1)")
     p.add_argument(
-        "--history", choices=(TEACHER, OWN), default=TEACHER, help="earlier answers in a prompt: recorded, or the model's"
+        "--history", choices=(TEACHER, OWN), default=TEACHER, help="earlier answers in a prompt: recorded, or its own"
     )
     p.add_argument("--max-new-tokens", type=int, default=256, help="length limit of one answer (default 256)")
     p.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
@@ -148,8 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_json(args.json, {"meta": meta, "rows": found})
     console = stdout_console()
     console.print(table(found))
-    for by in ("type", "task"):
-        console.print(parts_table(found, by))
+    console.print(type_table(found))
     print(*(str(path) for path in (args.json, *draw(found, args.json))), sep="\n")
     return 0
 

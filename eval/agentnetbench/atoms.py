@@ -183,5 +183,3 @@ def as_released(atoms: Sequence[Atom]) -> list[Atom]:
         if not (atom.type == "moveto" and after is not None and after.type in ("scroll", "hscroll", "dragto"))
     ]
     return [replace(atom, keys=tuple("control" if key == "ctrl" else key for key in atom.keys)) for atom in kept]
-
-

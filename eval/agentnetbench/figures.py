@@ -24,17 +24,20 @@ from .records import Step, Trajectory
 from .scoring import Score, scorable, score
 
 REPLAY = "replay"
+COSTS = ("tokens in", "KV at rest", "of full", "prefill s", "decode s")
 UNITS = {
-    "accuracy": "mean step score over n steps, 0..1; replies that cannot be read count 0; low, high: 95 % by bootstrap over "
-    "tasks (rows of one task: over its steps)",
+    "accuracy": "mean step score over n steps, 0..1; replies that cannot be read count 0",
+    "low, high": "95 % by bootstrap over tasks; in a row of one task over its steps",
     "accuracy_scorable": "the same over the steps that can earn 1; unscorable counts the others (hscroll, wait ...)",
     "type": "mean of that action type over the n steps that ask for it",
     "screenshots": "in a prompt, the current one included; 0 where there was no prompt (replay)",
-    "prefill_tokens, decode_tokens, visual_tokens, tokens_stored": "mean per step; tokens_stored also over layers, heads",
-    "kv_bytes": "held right after the prompt was compressed, mean per step; kv_bytes_full: by the full cache at that moment",
+    "prefill_tokens, decode_tokens, visual_tokens": "mean per step",
+    "tokens_stored": "mean per step, over layers and heads",
+    "kv_bytes": "held right after the prompt was compressed, mean per step; kv_share: of kv_bytes_full",
+    "kv_bytes_full": "held by the full cache at that moment",
     "kv_bytes_peak": "most bytes held at any moment of any step",
     "seconds_prefill, seconds_decode": "mean per step; seconds: their sum",
-    "decode_flops_attention, decode_flops": "of the first decoded token, attention modules and whole decoder, by formula",
+    "decode_flops_attention, decode_flops": "of the first decoded token by formula: attention modules, whole decoder",
     "unreadable, refused": "steps whose reply could not be read; whose prompt the method could not take",
 }
 
@@ -139,7 +142,7 @@ def _costs(scored: Sequence[Scored]) -> dict[str, Any]:
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """One line per cell over all tasks: accuracy with its interval, then what a step cost."""
     made = Table("protocol", "method", title="step accuracy", box=SIMPLE_HEAD, title_justify="left")
-    for name in ("budget", "screens", "accuracy (95 %)", "n", "tokens in", "KV at rest", "of full", "prefill s", "decode s"):
+    for name in ("budget", "screens", "accuracy (95 %)", "n", *COSTS):
         made.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         if row["type"] == row["task"] == ALL:
@@ -153,26 +156,25 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['accuracy']:.3f} ({row['low']:.2f}-{row['high']:.2f})", str(row["n"]),
     ]  # fmt: skip
     if "kv_bytes" not in row:
-        return [*told, *["-"] * 5]
+        return [*told, *["-" for _ in COSTS]]
     return [
         *told, f"{row['prefill_tokens']:.0f}", format_bytes(row["kv_bytes"]), f"{row['kv_share']:.1%}",
         f"{row['seconds_prefill']:.3f}", f"{row['seconds_decode']:.3f}",
     ]  # fmt: skip
 
 
-def parts_table(rows: Sequence[dict[str, Any]], by: str) -> Table:
-    """Accuracy per "type" or "task" (down) and cell (across), with the number of steps."""
-    made = Table(by, title=f"accuracy per {by} (steps)", box=SIMPLE_HEAD, title_justify="left")
-    found: dict[str, dict[tuple, str]] = defaultdict(dict)
+def type_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Accuracy per cell (down) and action type (across), with the number of steps that ask for it."""
+    cells: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
     for row in rows:
-        if row[by] != ALL:
+        if row["type"] != ALL:
             cell = row["protocol"], row["method"], str(row["budget"]), str(row["screenshots"] or "-")
-            found[row[by]][cell] = f"{row['accuracy']:.2f} ({row['n']})"
-    heads = list(dict.fromkeys(cell for line in found.values() for cell in line))
-    for cell in heads:
-        made.add_column("\n".join(cell), justify="right")
-    for name, line in found.items():
-        made.add_row(name, *(line.get(cell, "-") for cell in heads))
+            cells[cell][row["type"]] = f"{row['accuracy']:.2f} ({row['n']})"
+    kinds = dict.fromkeys(kind for found in cells.values() for kind in found)
+    made = Table("protocol", "method", "budget", "screens", *kinds, title="accuracy per action type (steps)")
+    made.box, made.title_justify = SIMPLE_HEAD, "left"
+    for cell, found in cells.items():
+        made.add_row(*cell, *(found.get(kind, "-") for kind in kinds))
     return made
 
 

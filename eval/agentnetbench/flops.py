@@ -75,9 +75,9 @@ QWEN_7B = Shape(28, 3584, 28, 4, 128, 18944, 152064)
 def built(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """A decoder of that shape with weights of no meaning: FLOPs do not depend on them."""
     config = Qwen2Config(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.mlp, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
-        max_position_embeddings=32768, use_cache=True,
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim, max_position_embeddings=32768, use_cache=True,
     )  # fmt: skip
     with no_init_weights():
         model = Qwen2ForCausalLM._from_config(config, dtype=dtype)
@@ -110,8 +110,8 @@ def counted(
     with FlopCounterMode(display=False, custom_mapping=_CPU) as counter:
         model(ids[:, -1:], past_key_values=cache)
     counts = {name: sum(of.values()) for name, of in counter.get_flop_counts().items()}
-    modules = [n for n in counts if n.endswith(".self_attn")]
-    return {"attention": sum(counts[n] for n in modules), "model": counts["Global"], "tokens": cache.at_rest.tokens_stored}
+    attention = sum(count for name, count in counts.items() if name.endswith(".self_attn"))
+    return {"attention": attention, "model": counts["Global"], "tokens": cache.at_rest.tokens_stored}
 
 
 def _attended(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
@@ -124,8 +124,9 @@ _CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attended}
 
 
 def rows_of(shape: Shape, methods: Sequence[str], budget: str, tokens: int, layers: int) -> list[dict[str, Any]]:
-    """One row per method and way: `how` = formula, at the shape's own layers; counted, at `layers` of them. FLOPs are of
-    the first token after the prompt, which attends to itself too; cuts are shares of the full cache's FLOPs.
+    """One row per method and way: `how` = formula, at the shape's own layers; counted, at `layers` of them.
+
+    FLOPs are of the first token after the prompt, which attends to itself too; cuts are shares of the full cache's.
     """
     spans = spans_of(tokens, SCREENSHOTS, SCREENSHOT)
     cut = replace(shape, layers=layers)

@@ -20,13 +20,15 @@ def test_a_folder_of_tasks(tmp_path: Path) -> None:
     assert [s.number for s in form.steps] == [0, 2, 3, 4], "numbers have gaps"
     first = form.steps[0]
     assert len(first.options) == 2 and first.options[0][0].boxes == ((0.2, 0.2, 0.1, 0.1),)
-    assert (first.thought, first.instruction) == ("Thought 0", "Do 0.") and first.image == folder / "images" / "form_0.png"
+    assert (first.thought, first.instruction) == ("Thought 0", "Do 0.")
+    assert first.image == folder / "images" / "form_0.png"
     assert form.steps[2].options[0][1].amount == -3 and len(form.steps[1].options) == 1
 
 
 def test_steps_with_little_are_read(tmp_path: Path) -> None:
-    bare = {"image": "a_0.png", "ground_truth_actions": [{"type": "triple_click", "params": action("click", 1, 0)["params"]}]}
-    folder = write(tmp_path, trajectory("a", [bare | {"step_num": 0}], high_level_task_description=None))
+    truth = [{"type": "triple_click", "params": {"position": {"x": 1, "y": 0}}}]
+    bare = {"image": "a_0.png", "ground_truth_actions": truth, "step_num": 0}
+    folder = write(tmp_path, trajectory("a", [bare], high_level_task_description=None))
     (one,), problems = read(folder)
     assert problems == [] and one.goal == "a" and one.steps[0].options[0][0].type == "tripleclick"
     assert one.steps[0].thought == "" and one.steps[0].options[0][0].boxes == ()

@@ -6,10 +6,10 @@ from math import exp, sqrt
 
 import pytest
 
+from agentkv.envs.actions import Click, Drag, Hotkey, Move, Scroll, Type, Wait
 from agentkv.eval.agentnetbench.atoms import Atom, as_released, atoms_of, typed
 from agentkv.eval.agentnetbench.records import option_of
 from agentkv.eval.agentnetbench.scoring import PROTOCOLS, edit_distance, scorable, score, text_score
-from agentkv.envs.actions import Click, Drag, Hotkey, Move, Scroll, Type, Wait
 from agentkv.grammars import Frame, ParseError, opencua, tool_call, ui_tars
 from agentkv.models.opencua import OpenCuaAdapter
 from tests.eval.agentnetbench.sample import FORM, SHELL, action
@@ -56,8 +56,9 @@ def test_edit_distance() -> None:
 
 def test_a_write_takes_the_enter_after_it_on_either_side_and_nothing_changes() -> None:
     write, enter = Atom("write", text="a"), Atom("press", keys=("enter",))
+    line = Atom("write", text="a\n")
     for protocol in ("v1", "v2"):
-        for truth, said in (([write, enter], [Atom("write", text="a\n")]), ([Atom("write", text="a\n")], [write, enter])):
+        for truth, said in (([write, enter], [line]), ([line], [write, enter])):
             assert [value(truth, said, protocol) for _ in range(3)] == [1.0] * 3
     assert value([write, Atom("hotkey", keys=("enter",))], [Atom("write", text="a")], "v2") == 1.0
     assert value([write], [write, Atom("hotkey", keys=("enter",))], "v2") == 0.5, "only a press, on the side predicted"
