@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentkv.envs.actions import Action
 from agentkv.grammars import Frame, ParseError
-from agentkv.grammars.base import Reading
 from agentkv.spans import Span
 
 __all__ = ["AgentText", "Frame", "Grammar", "History", "ModelAdapter", "ParseError", "Prompt"]
@@ -54,13 +53,8 @@ class Prompt:
 class Grammar(Protocol):
     """A module of `agentkv.grammars`."""
 
-    NAME: str
-
     def parse(self, text: str, frame: Frame) -> Action | ParseError:
         """The action that a reply says, its points in the frame's own screen; or what is wrong with the reply."""
-
-    def read(self, text: str, frame: Frame) -> Reading | ParseError:
-        """All actions that a reply says, for evaluations; or what is wrong with the reply."""
 
     def render(self, action: Action, frame: Frame) -> str:
         """The reply that says this action; raises ValueError if the grammar has no words for it."""
@@ -90,12 +84,4 @@ class ModelAdapter(Protocol):
 
     def render(self, action: Action, frame: Frame) -> str:
         """`action` in the model's words."""
-        ...
-
-    def read(self, text: str, frame: Frame) -> Reading | ParseError:
-        """All that `text` states, in CSS pixels, or why there is nothing; never raises."""
-        ...
-
-    def reply(self, thought: str, summary: str, call: str) -> str:
-        """A whole reply around `call`, what `render` wrote, as a recorded answer is told in the model's words."""
         ...

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from agentkv.envs.actions import Action
 from agentkv.grammars import CoordinateSpace, Frame, ParseError
-from agentkv.grammars.base import Reading
 from agentkv.models.base import AgentText, Grammar, History, Prompt
 from agentkv.spans import find_spans
 
@@ -141,10 +140,6 @@ class ChatAdapter:
     def parse(self, text: str, frame: Frame) -> Action | ParseError:
         """The first action of a reply, in CSS pixels, or why there is none; never raises."""
         return self.grammar.parse(text, frame)
-
-    def read(self, text: str, frame: Frame) -> Reading | ParseError:
-        """All that a reply says, in order, or why it cannot be read; never raises."""
-        return self.grammar.read(text, frame)
 
     def render(self, action: Action, frame: Frame) -> str:
         """`action` as this family says it. Raises ValueError for an action that its grammar does not have."""

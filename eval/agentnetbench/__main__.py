@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from textkv.devices import device_of
 from textkv.provenance import run_meta
 
 from ..leaderboard import cells_of
-from .bench import OWN, TEACHER, Answers, Bench, Cell
+from .bench import MAX_NEW_TOKENS, OWN, TEACHER, Answers, Bench, Cell
 from .figures import UNITS, draw, replay_rows, rows_of, table, type_table
 from .records import Trajectory, read
 from .scoring import PROTOCOLS
@@ -48,9 +49,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--history", choices=(TEACHER, OWN), default=TEACHER, help="earlier answers in a prompt: recorded, or its own"
     )
-    p.add_argument("--max-new-tokens", type=int, default=256, help="length limit of one answer (default 256)")
+    p.add_argument(
+        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help=f"limit of one answer (default {MAX_NEW_TOKENS})"
+    )
     p.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    p.add_argument("--json", type=Path, default=Path("runs/agentnetbench.json"), help="rows; gone on with if it exists")
+    p.add_argument("--json", type=Path, help="rows (default runs/agentnetbench.json); the answers lie beside it")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--replay", action="store_true", help="score the ground truth itself; no model, no pictures")
     how.add_argument("--rescore", action="store_true", help="score the saved answers again, without the model")
@@ -91,44 +94,58 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     return [Cell(*cell, number) for number in numbers_of(args.screenshots) for cell in asked]
 
 
-def measure(args: argparse.Namespace, trajectories: Sequence[Trajectory], path: Path) -> Answers:
-    """Answers to every step by every cell, those of an earlier start included."""
-    grid = cells(args)
+@dataclass
+class Request:
+    """A request that can be carried out: what is scored, the answers so far, and who gives those that are missing."""
+
+    path: Path
+    protocols: tuple[str, ...]
+    trajectories: list[Trajectory]
+    problems: list[str]
+    answers: Answers | None = None
+    bench: Bench | None = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The ground truth's rows, then those of all answers."""
+        rows = replay_rows(self.trajectories, self.protocols)
+        if self.answers is not None:
+            history = {"history": self.answers.board.get("history")}
+            found = rows_of(self.trajectories, self.answers.done.values(), self.protocols)
+            rows += [row | history for row in found]
+        return rows
+
+
+def check(args: argparse.Namespace) -> Request:
+    """Everything that can be wrong with a request, before any work.
+
+    Raises:
+        ValueError, FileNotFoundError: what cannot be carried out.
+    """
+    protocols, asks = protocols_of(args.protocol), not (args.replay or args.rescore)
+    path = args.json or Path("runs") / ("agentnetbench-replay.json" if args.replay else "agentnetbench.json")
+    grid = cells(args) if asks else []
     if args.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={args.max_new_tokens} leaves no room for an answer; use 256")
-    board = {"data": str(args.data), "model": args.model, "agent": args.agent, "history": args.history}
-    answers = Answers(path, board | {"max_new_tokens": args.max_new_tokens})
-    adapter = load(Plan(args.model, (), "1", (), (0,), device=device_of(args.device), agent=args.agent))
-    bench = Bench(trajectories, adapter, grid, args.history, args.max_new_tokens)
+        raise ValueError(f"max_new_tokens={args.max_new_tokens} leaves no room for an answer; use {MAX_NEW_TOKENS}")
+    request = Request(path, protocols, *read(args.data, args.images, look=asks))
+    lines = path.with_suffix(".jsonl")
+    if args.rescore:
+        request.answers = Answers.saved(lines)
+    elif asks:
+        board = {"data": str(args.data), "model": args.model, "agent": args.agent, "history": args.history}
+        request.answers = Answers(lines, board | {"max_new_tokens": args.max_new_tokens})
+        adapter = load(Plan(args.model, (), "1", (), (0,), device=device_of(args.device), agent=args.agent))
+        request.bench = Bench(request.trajectories, adapter, grid, args.history, args.max_new_tokens)
+    return request
+
+
+def measure(bench: Bench, answers: Answers) -> None:
+    """Ask for everything that is missing, with a bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         bar = progress.add_task("steps", total=bench.left(answers))
         for one in bench.run(answers):
             said = f"{one.method} {one.budget} · {one.screenshots} · {one.task}"
             progress.update(bar, advance=1, description=said)
-    return answers
-
-
-def rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """What the request asks for, and a line for all that was left out of the data. Raises ValueError and
-    FileNotFoundError for what cannot be carried out.
-    """
-    protocols = protocols_of(args.protocol)
-    needs_model = not (args.replay or args.rescore)
-    if needs_model:
-        cells(args)
-    trajectories, problems = read(args.data, args.images, look=needs_model)
-    for line in problems:
-        print(line, file=sys.stderr)
-    truth = replay_rows(trajectories, protocols)
-    if args.replay:
-        return truth, problems
-    path = args.json.with_suffix(".jsonl")
-    answers = Answers.saved(path) if args.rescore else measure(args, trajectories, path)
-    found = rows_of(trajectories, answers.done.values(), protocols)
-    if not found:
-        raise ValueError(f"{path} holds no answer to a step of {args.data}")
-    return [*truth, *(row | {"history": answers.board["history"]} for row in found)], problems
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,19 +154,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         with user_errors():
-            found, problems = rows(args)
+            request = check(args)
+        print(*request.problems, sep="\n", end="\n" * bool(request.problems), file=sys.stderr)
+        if request.bench and request.answers:
+            measure(request.bench, request.answers)
     except EXPLAINED as error:
         print(f"eval.agentnetbench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("eval.agentnetbench: stopped; the same command goes on", file=sys.stderr)
         return 130
-    meta = run_meta("eval.agentnetbench", argv, 0, units=UNITS, left_out=problems)
-    write_json(args.json, {"meta": meta, "rows": found})
+    rows = request.rows()
+    meta = run_meta("eval.agentnetbench", argv, 0, units=UNITS, left_out=request.problems)
+    write_json(request.path, {"meta": meta, "rows": rows})
     console = stdout_console()
-    console.print(table(found))
-    console.print(type_table(found))
-    print(*(str(path) for path in (args.json, *draw(found, args.json))), sep="\n")
+    console.print(table(rows))
+    console.print(type_table(rows))
+    print(*(str(path) for path in (request.path, *draw(rows, request.path))), sep="\n")
     return 0
 
 

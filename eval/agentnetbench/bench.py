@@ -26,6 +26,7 @@ from .atoms import Atom, atoms_of, typed
 from .flops import Shape
 from .records import Step, Trajectory
 
+MAX_NEW_TOKENS = 1000  # as in the published evaluations; a model that ends its answers stops long before
 TEACHER, OWN = "teacher", "own"
 REFUSED = "refused: "  # how the error of a method that could not begins
 UNSEEN = (1000, 1000)  # pixels in which a step without a picture is told
@@ -79,6 +80,10 @@ class Answers(Store):
 
     kind = Answer
 
+    def at(self, cell: Cell, trajectory: Trajectory, step: Step) -> Answer | None:
+        """The answer of a cell to a step, if there is one."""
+        return self.done.get((cell.method, cell.budget, cell.screenshots, trajectory.task, step.number))
+
 
 class Bench:
     """Recorded tasks for one model.
@@ -95,9 +100,11 @@ class Bench:
         adapter: ChatAdapter,
         cells: Sequence[Cell],
         history: str = TEACHER,
-        max_new_tokens: int = 256,
+        max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> None:
         self.trajectories, self.adapter, self.cells, self.history = trajectories, adapter, cells, history
+        # A grammar is a module or an object.
+        self.grammar: str = getattr(adapter.grammar, "NAME", None) or adapter.grammar.name
         self.shape = Shape.of(adapter.model.config)
         kinds = {(cell.method, cell.budget) for cell in cells}
         self._frames: dict[tuple[int, int], Frame] = {}
@@ -106,7 +113,7 @@ class Bench:
     def left(self, answers: Answers) -> int:
         """Steps times cells that `answers` lacks."""
         return sum(
-            (cell.method, cell.budget, cell.screenshots, one.task, step.number) not in answers.done
+            answers.at(cell, one, step) is None
             for one in self.trajectories
             for step in one.steps
             if step.image is not None
@@ -122,7 +129,7 @@ class Bench:
                 for index, step in enumerate(trajectory.steps):
                     if step.image is None:
                         continue
-                    known = answers.done.get((cell.method, cell.budget, cell.screenshots, trajectory.task, step.number))
+                    known = answers.at(cell, trajectory, step)
                     if known is None:
                         past = _past(trajectory.steps[:index], said, cell.screenshots)
                         known = self._answer(trajectory, step, cell, past)
@@ -132,14 +139,14 @@ class Bench:
                         said[index] = known.text
 
     def _answer(self, trajectory: Trajectory, step: Step, cell: Cell, past: History) -> Answer:
-        picture, grammar = _picture(step.image), self.adapter.grammar.NAME
+        picture, grammar = _picture(step.image), self.grammar
         about = (*asdict(cell).values(), trajectory.task, step.number)
         try:
             decision = self.agents[cell.method, cell.budget].decide(trajectory.goal, past, picture, picture.size)
         except ValueError as error:  # a budget that leaves a method no slot, a head size that it cannot pack
             print(f"{trajectory.task} step {step.number}, {cell.method} at {cell.budget}: {error}", file=sys.stderr)
             return Answer(*about, "", [], grammar, f"{REFUSED}{error}")
-        reading = self.adapter.read(decision.text, decision.frame)
+        reading = self.adapter.grammar.read(decision.text, decision.frame)
         if isinstance(reading, ParseError):
             return Answer(*about, decision.text, [], grammar, reading.reason, self._figures(decision))
         atoms = atoms_of(reading.actions, picture.size, grammar, trajectory.mac)
@@ -163,7 +170,7 @@ class Bench:
         """
         size = UNSEEN if step.image is None else _picture(step.image).size
         try:
-            actions = typed(step.options[0], size, self.adapter.grammar.NAME)
+            actions = typed(step.options[0], size, self.grammar)
             call = "\n\n".join(self.adapter.render(action, self._frame(size)) for action in actions)
         except ValueError:
             call = step.code
