@@ -19,7 +19,20 @@ from typing import Any
 from PIL import Image
 
 from . import oracle
-from .actions import Action, Click, Drag, Finished, Hotkey, Scroll, Type
+from .actions import (
+    Action,
+    Click,
+    DoubleClick,
+    Drag,
+    Finished,
+    Hotkey,
+    MiddleClick,
+    Move,
+    RightClick,
+    Scroll,
+    TripleClick,
+    Type,
+)
 from .browser import Browser
 from .catalogue import make
 from .memory import PAGES
@@ -28,6 +41,14 @@ from .web import WebEnv
 FORMATS = ("agentnetbench",)
 FIRST_SEED = 1_000_000  # the embedded models are trained on seeds below
 FIELDS = ("field", "password", "textarea")
+POINTED: dict[type, str] = {
+    Click: "click",
+    DoubleClick: "doubleClick",
+    RightClick: "rightClick",
+    MiddleClick: "middleClick",
+    TripleClick: "tripleClick",
+    Move: "moveTo",
+}
 Element = dict[str, Any]
 
 
@@ -60,8 +81,8 @@ def recorded(action: Action, element: Element | None, size: tuple[int, int], sca
     """An action as a list of atomic ones. Raises ValueError for one that the layout has no words for."""
     about = boxes(element, size, scale)
     match action:
-        case Click(x, y):
-            return [_atom("click", {"position": shares(x, y, size)}, about)]
+        case _ if type(action) in POINTED:
+            return [_atom(POINTED[type(action)], {"position": shares(action.x, action.y, size)}, about)]
         case Drag(x, y, to_x, to_y) if x is not None and y is not None:
             start = _atom("moveTo", {"position": shares(x, y, size)}, about)
             return [start, _atom("dragTo", {"position": shares(to_x, to_y, size)})]
@@ -71,11 +92,16 @@ def recorded(action: Action, element: Element | None, size: tuple[int, int], sca
             return [_atom("moveTo", place, about), _atom("scroll", place | {"amount": clicks})]
         case Type(text):
             return [_atom("write", {"text": text})]
-        case Hotkey((key,)):
-            return [_atom("press", {"keys": [key.lower()]})]
+        case Hotkey(keys):
+            return [_atom("press" if len(keys) == 1 else "hotkey", {"keys": [_key(key) for key in keys]})]
         case Finished(_, status):
             return [_atom("terminate", {"status": status})]
     raise ValueError(f"a recording has no words for {action!r}")
+
+
+def _key(name: str) -> str:
+    """pyautogui's name of one of Playwright's keys."""
+    return {"Control": "ctrl"}.get(name, name.removeprefix("Arrow").lower())
 
 
 def _atom(kind: str, params: dict[str, Any], metadata: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -93,6 +119,8 @@ def _line(kind: str, params: dict[str, Any]) -> str:
             return f"pyautogui.write(message={params['text']!r})"
         case "press":
             return f"pyautogui.press(keys={params['keys']!r})"
+        case "hotkey":
+            return f"pyautogui.hotkey({', '.join(map(repr, params['keys']))})"
         case "scroll":
             return f"pyautogui.scroll({params['amount']})"
         case "terminate":
@@ -123,7 +151,7 @@ def record(env: WebEnv, seed: int, folder: Path) -> int:
     observation, info = env.reset(seed=seed)
     goal, steps, shots = observation["goal"], [], []
     for action in oracle.solve(env):
-        pointed = isinstance(action, Click | Drag | Scroll) and action.x is not None
+        pointed = getattr(action, "x", None) is not None
         element = element_at(oracle.describe(env), action.x, action.y) if pointed else None
         atoms, image = recorded(action, element, size, scale), f"{name}_{len(steps)}.png"
         told = words(action, element, env.task.id in PAGES)
@@ -144,6 +172,17 @@ def record(env: WebEnv, seed: int, folder: Path) -> int:
     part.write_text(json.dumps(told | {"meta_info": about, "steps": steps}, indent=1), encoding="utf-8")
     part.replace(folder / f"{name}.json")
     return len(steps)
+
+
+def _told(env: WebEnv, seed: int, folder: Path) -> int:
+    """`record`, with a line for an episode that is left out."""
+    try:
+        steps, why = record(env, seed, folder), "the script did not solve it"
+    except ValueError as error:
+        steps, why = 0, str(error)
+    if not steps:
+        print(f"{env.task.id} seed {seed}: {why}; left out", file=sys.stderr)
+    return steps
 
 
 def parser() -> argparse.ArgumentParser:
@@ -175,9 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for seed in range(args.seed, args.seed + args.episodes):
                 if (args.out / f"{task}-{seed}.json").exists():
                     continue
-                counts.append(record(env, seed, args.out))
-                if not counts[-1]:
-                    print(f"{task} seed {seed}: the script did not solve it; left out", file=sys.stderr)
+                counts.append(_told(env, seed, args.out))
             env.close()
     print(f"{args.out}: {sum(map(bool, counts))} tasks recorded, {sum(counts)} steps")
     return int(0 in counts)

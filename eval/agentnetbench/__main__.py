@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"eval.agentnetbench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("eval.agentnetbench: stopped; the same command goes on", file=sys.stderr)
+        print("eval.agentnetbench: stopped; the same command goes on, --rescore tells what is there", file=sys.stderr)
         return 130
     rows = request.rows()
     meta = run_meta("eval.agentnetbench", argv, 0, units=UNITS, left_out=request.problems)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from agentkv.envs.actions import Click, Drag, Finished, Hotkey, Scroll, Type, Wait
+from agentkv.envs.actions import Click, Drag, Finished, Hotkey, RightClick, Scroll, Type, Wait
 from agentkv.envs.record import boxes, code, element_at, main, recorded, words
 from agentkv.eval.agentnetbench.figures import replay_rows
 from agentkv.eval.agentnetbench.records import read
@@ -30,7 +30,9 @@ def test_the_smallest_element_is_what_was_meant() -> None:
     [(Click(50, 25), "pyautogui.click(x=0.25, y=0.25)"), (Type("it's"), 'pyautogui.write(message="it\'s")'),
      (Drag(0, 0, 100, 50), "pyautogui.moveTo(x=0.0, y=0.0)\npyautogui.dragTo(x=0.5, y=0.5)"),
      (Scroll(100, 50, "down", 300), "pyautogui.moveTo(x=0.5, y=0.5)\npyautogui.scroll(-3)"),
-     (Hotkey(("Enter",)), "pyautogui.press(keys=['enter'])"), (Finished(), "computer.terminate(status='success')")],
+     (Hotkey(("Enter",)), "pyautogui.press(keys=['enter'])"), (RightClick(0, 0), "pyautogui.rightClick(x=0.0, y=0.0)"),
+     (Hotkey(("Control", "ArrowUp")), "pyautogui.hotkey('ctrl', 'up')"),
+     (Finished(), "computer.terminate(status='success')")],
 )  # fmt: skip
 def test_actions_have_words(action, line: str) -> None:
     assert code(recorded(action, BUTTON, SIZE, 1.0)) == line
