@@ -21,8 +21,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import textkv
 from agentkv.envs.actions import Action, Finished, Several, ending
-from agentkv.grammars import ParseError
-from agentkv.models import Frame, History, ModelAdapter
+from agentkv.grammars import Frame, ParseError
+from agentkv.models import History, ModelAdapter
 from textkv import Budget, MethodCache
 
 
@@ -40,7 +40,7 @@ class Decision:
     `kv_bytes`, `kv_bytes_full`, `tokens_stored` (mean per head) are taken right after the prompt was compressed;
     `kv_bytes_peak` is the most held at any moment. `frames` are the prompt's screenshots, oldest first, `spans` their
     half-open [start, end) of prompt positions. Seconds are wall clock. `left_out`: what of the answer is not in
-    `action`, and why.
+    `action`, and why. `frame` is the current screenshot as the model saw it.
     """
 
     text: str
@@ -56,6 +56,7 @@ class Decision:
     tokens_stored: float = 0.0
     spans: tuple[tuple[int, int], ...] = ()
     frames: tuple[FrameKept, ...] = ()
+    frame: Frame | None = None
 
 
 class Policy(Protocol):
@@ -138,6 +139,7 @@ class Agent:
             tokens_stored=float(cache.at_rest.tokens_stored),
             spans=tuple((int(s), int(e)) for s, e in prompt.spans),
             frames=kept_frames(cache.at_rest.kept, prompt.spans, [f.grid for f in prompt.frames]),
+            frame=prompt.frames[-1],
         )
 
     def _cut(self, answer: Sequence[int]) -> bool:

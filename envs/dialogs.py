@@ -8,8 +8,8 @@ from typing import Literal, get_args
 from playwright.sync_api import Dialog
 
 from .boundary import forgive
+from .happenings import URL_LENGTH, Record
 from .patience import Patience
-from .record import URL_LENGTH, Record
 from .sheet import Sheet
 
 Policy = Literal["accept", "dismiss", "ask"]

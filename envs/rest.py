@@ -7,8 +7,8 @@ from typing import Any
 
 from playwright.sync_api import Error, Frame, Page, Request
 
+from .happenings import URL_LENGTH
 from .patience import GivenUp, Patience
-from .record import URL_LENGTH
 
 _ENDLESS = ("eventsource", "websocket", "media", "ping")
 _TICK = 10  # milliseconds

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from textkv.intervals import wilson
 
@@ -46,22 +46,46 @@ class Outcome:
         return self.method, self.budget, self.task, self.asked, self.first
 
 
-class Outcomes:
-    """The outcomes in a file, those of an earlier start included.
+class Store:
+    """Lines in a file, those of an earlier start included; a subclass says of which `kind`: a dataclass of plain values
+    with a `key` that tells its lines apart.
 
     Args:
-        path: the file; made, with its folder, when the first outcome is added.
+        path: the file; made, with its folder, when the first line is added.
         board: what is measured, as plain JSON values.
 
+    Attributes:
+        board: as given.
+        done: the lines by their keys, in the order in which they came.
+
     Raises:
-        ValueError: the file holds outcomes of another board, or is none of ours.
+        ValueError: the file holds lines of another board, or is none of ours.
     """
 
+    kind: ClassVar[type]
+
     def __init__(self, path: Path, board: dict[str, Any]) -> None:
-        self._path, self._board = path, board
-        self.done: dict[tuple, Outcome] = {}
+        self._path, self.board = path, board
+        self.done: dict[tuple, Any] = {}
         if path.exists():
             self._read()
+
+    @classmethod
+    def saved(cls, path: Path) -> Self:
+        """What a file holds, whatever its board.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is none of ours.
+        """
+        try:
+            with path.open(encoding="utf-8") as file:
+                board = json.loads(file.readline())["board"]
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: there are no saved outcomes; run without --rescore first") from None
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path} is no file of outcomes; give another --json") from None
+        return cls(path, board)
 
     def _read(self) -> None:
         whole = self._path.read_bytes()
@@ -70,28 +94,33 @@ class Outcomes:
         try:
             head, *lines = [json.loads(line) for line in kept.splitlines()] or [{}]
             before = head.get("board")
-        except (ValueError, AttributeError):
+            found = [self.kind(**line) for line in lines] if before == self.board else []
+        except (ValueError, AttributeError, TypeError):
             raise ValueError(f"{self._path} is no file of outcomes; give another --json") from None
         if not kept:
             self._path.unlink()
             return
-        if before != self._board:
+        if before != self.board:
             raise ValueError(f"{self._path} holds another board ({before}); give another --json")
         if len(kept) < len(whole):
             self._path.write_bytes(kept)
-        for line in lines:
-            outcome = Outcome(**line)
-            self.done[outcome.key] = outcome
+        self.done = {line.key: line for line in found}
 
-    def add(self, outcome: Outcome) -> None:
-        """Appends an outcome."""
-        self.done[outcome.key] = outcome
+    def add(self, line: Any) -> None:
+        """Appends a line."""
+        self.done[line.key] = line
         fresh = not self._path.exists()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             if fresh:
-                file.write(json.dumps({"board": self._board}) + "\n")
-            file.write(json.dumps(vars(outcome)) + "\n")
+                file.write(json.dumps({"board": self.board}) + "\n")
+            file.write(json.dumps(vars(line)) + "\n")
+
+
+class Outcomes(Store):
+    """The outcomes of a board of questions."""
+
+    kind = Outcome
 
     def has(self, cell: tuple[str, str], task: str, asked: str, first: int, count: int) -> bool:
         """Whether a cell has answered the `count` questions from `first` on, or was refused them."""

@@ -206,6 +206,12 @@ class ChatAdapter:
         """`action` as this family says it. Raises ValueError for an action that its grammar does not have."""
         return self.grammar.render(action, frame)
 
+    def reply(self, thought: str, summary: str, call: str) -> str:
+        """A whole reply around `call`, what `render` wrote; `thought` and `summary` (the action in a sentence) may be
+        "". For answers that a recording tells of.
+        """
+        return f"Thought: {thought}\n{call}" if thought else call
+
 
 def _on_white(image: Image.Image) -> Image.Image:
     """RGB, with white behind what is transparent, as the families' own readers of images have it."""

@@ -121,6 +121,11 @@ class OpenCuaAdapter(ChatAdapter):
             )
         return PreTrainedTokenizerFast.from_pretrained(source)
 
+    def reply(self, thought: str, summary: str, call: str) -> str:
+        """Thought, action and code under their headings; one that is "" has none."""
+        parts = [f"## {name}:\n{text}" for name, text in (("Thought", thought), ("Action", summary)) if text]
+        return "\n\n".join([*parts, call])
+
     def _answer(self, answer: str, age: int, number: int) -> str | None:
         return step_answer(answer, age, number)
 

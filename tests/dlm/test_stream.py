@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dlm.mini.tokenizer import build_tokenizer
 
 from dlm import stream
 from dlm.decode import decode
 from tests.dlm.test_decode import Script
 from tests.dlm.toys import END, MASK, Rule, llada, prompts
+from training.dlm.tokenizer import build_tokenizer
 
 
 class Letters:

@@ -1,0 +1,178 @@
+"""`python -m eval.agentnetbench --data DIR`: step accuracy of a GUI agent with compressed caches on recorded tasks.
+
+The data is the user's: nothing is fetched. Answers are kept in FILE.jsonl beside `--json FILE.json` as they come; the
+same command goes on, `--rescore` scores them again without the model, and `--replay` scores the recorded truth itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from agentkv.errors import EXPLAINED, user_errors
+from agentkv.models import AGENTS
+from agentkv.play import Plan
+from agentkv.run import load, split_methods
+from agentkv.tables import stdout_console
+from agentkv.trace import write_json
+from textkv import Budget, resolve_method, split_list
+from textkv.devices import device_of
+from textkv.provenance import run_meta
+
+from ..leaderboard import cells_of
+from .bench import MAX_NEW_TOKENS, OWN, TEACHER, Answers, Bench, Cell
+from .figures import UNITS, draw, replay_rows, rows_of, table, type_table
+from .records import Trajectory, read
+from .scoring import PROTOCOLS
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m eval.agentnetbench", description=__doc__.split("\n\n")[0])
+    p.add_argument("--data", type=Path, required=True, help="folder of <task>.json files in AgentNetBench's layout")
+    p.add_argument("--images", type=Path, help="folder of their pictures (default: images in --data)")
+    p.add_argument("--model", default="mini", help="mini (embedded), a folder, or a hub id of a supported family")
+    p.add_argument(
+        "--agent", help=f"prompt and grammar: {', '.join(AGENTS)}, or module:Class; default: the checkpoint's"
+    )
+    p.add_argument("--method", default="full,gui-kv", help="comma-separated methods or compositions")
+    p.add_argument("--budget", default="0.4", help="comma-separated shares of the prompt to keep, or tokens as 512t")
+    p.add_argument("--screenshots", default="5", help="in a prompt, the current one included: 5, or 1,3,5, or 1..5")
+    p.add_argument("--protocol", default="v1", help=f"comma-separated, of {', '.join(PROTOCOLS)} (default v1)")
+    p.add_argument(
+        "--history", choices=(TEACHER, OWN), default=TEACHER, help="earlier answers in a prompt: recorded, or its own"
+    )
+    p.add_argument(
+        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help=f"limit of one answer (default {MAX_NEW_TOKENS})"
+    )
+    p.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    p.add_argument("--json", type=Path, help="rows (default runs/agentnetbench.json); the answers lie beside it")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--replay", action="store_true", help="score the ground truth itself; no model, no pictures")
+    how.add_argument("--rescore", action="store_true", help="score the saved answers again, without the model")
+    return p
+
+
+def numbers_of(text: str) -> tuple[int, ...]:
+    """ "1..3,5" -> (1, 2, 3, 5). Raises ValueError for anything that is not numbers of screenshots."""
+    found: list[int] = []
+    for part in split_list(text):
+        first, _, last = part.partition("..")
+        if not (first.isdigit() and (last or first).isdigit()):
+            raise ValueError(f"screenshots={part!r} is no number; write 5, or 1,3,5, or 1..5")
+        found += range(int(first), int(last or first) + 1)
+    if not found or min(found) < 1:
+        raise ValueError(f"screenshots={text!r} shows nothing; use at least 1")
+    return tuple(dict.fromkeys(found))
+
+
+def protocols_of(text: str) -> tuple[str, ...]:
+    """The protocols that were named. Raises ValueError for an unknown one, or none."""
+    named = tuple(dict.fromkeys(split_list(text)))
+    if wrong := [name for name in named if name not in PROTOCOLS] or ([] if named else [text]):
+        raise ValueError(f"protocol {wrong[0]!r} is unknown; use {', '.join(PROTOCOLS)}")
+    return named
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """The grid. Raises ValueError for a method, budget or number that cannot be."""
+    methods = split_methods(args.method)
+    budgets = [str(Budget.parse(b)) for b in split_list(args.budget)]
+    if not budgets:
+        raise ValueError("no budget was named; use --budget 0.4, or several: --budget 0.2,0.4")
+    for method in methods:
+        for budget in budgets:
+            resolve_method(method, budget)
+    asked = [cell for cell in cells_of(methods, budgets) if cell[0] in methods]
+    return [Cell(*cell, number) for number in numbers_of(args.screenshots) for cell in asked]
+
+
+@dataclass
+class Request:
+    """A request that can be carried out: what is scored, the answers so far, and who gives those that are missing."""
+
+    path: Path
+    protocols: tuple[str, ...]
+    trajectories: list[Trajectory]
+    problems: list[str]
+    answers: Answers | None = None
+    bench: Bench | None = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The ground truth's rows, then those of all answers."""
+        rows = replay_rows(self.trajectories, self.protocols)
+        if self.answers is not None:
+            history = {"history": self.answers.board.get("history")}
+            found = rows_of(self.trajectories, self.answers.done.values(), self.protocols)
+            rows += [row | history for row in found]
+        return rows
+
+
+def check(args: argparse.Namespace) -> Request:
+    """Everything that can be wrong with a request, before any work.
+
+    Raises:
+        ValueError, FileNotFoundError: what cannot be carried out.
+    """
+    protocols, asks = protocols_of(args.protocol), not (args.replay or args.rescore)
+    path = args.json or Path("runs") / ("agentnetbench-replay.json" if args.replay else "agentnetbench.json")
+    grid = cells(args) if asks else []
+    if args.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={args.max_new_tokens} leaves no room for an answer; use {MAX_NEW_TOKENS}")
+    request = Request(path, protocols, *read(args.data, args.images, look=asks))
+    lines = path.with_suffix(".jsonl")
+    if args.rescore:
+        request.answers = Answers.saved(lines)
+    elif asks:
+        board = {"data": str(args.data), "model": args.model, "agent": args.agent, "history": args.history}
+        request.answers = Answers(lines, board | {"max_new_tokens": args.max_new_tokens})
+        adapter = load(Plan(args.model, (), "1", (), (0,), device=device_of(args.device), agent=args.agent))
+        request.bench = Bench(request.trajectories, adapter, grid, args.history, args.max_new_tokens)
+    return request
+
+
+def measure(bench: Bench, answers: Answers) -> None:
+    """Ask for everything that is missing, with a bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        bar = progress.add_task("steps", total=bench.left(answers))
+        for one in bench.run(answers):
+            said = f"{one.method} {one.budget} · {one.screenshots} · {one.task}"
+            progress.update(bar, advance=1, description=said)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 done, 2 for a request that cannot be carried out, 130 after Ctrl-C (what was answered is kept)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(argv)
+    try:
+        with user_errors():
+            request = check(args)
+        print(*request.problems, sep="\n", end="\n" * bool(request.problems), file=sys.stderr)
+        if request.bench and request.answers:
+            measure(request.bench, request.answers)
+    except EXPLAINED as error:
+        print(f"eval.agentnetbench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("eval.agentnetbench: stopped; the same command goes on, --rescore tells what is there", file=sys.stderr)
+        return 130
+    rows = request.rows()
+    meta = run_meta("eval.agentnetbench", argv, 0, units=UNITS, left_out=request.problems)
+    write_json(request.path, {"meta": meta, "rows": rows})
+    console = stdout_console()
+    console.print(table(rows))
+    console.print(type_table(rows))
+    print(*(str(path) for path in (request.path, *draw(rows, request.path))), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
