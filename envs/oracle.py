@@ -18,15 +18,15 @@ from rich.table import Table
 from . import catalogue
 from .actions import Action
 from .browser import Browser
-from .scripted import memory, miniwob
+from .scripted import memory, miniwob, sites
 from .scripted.look import LOOK, Look
 from .web import WebEnv
 
-SCRIPTS = {**memory.SCRIPTS, **miniwob.SCRIPTS}
+SCRIPTS = {**memory.SCRIPTS, **miniwob.SCRIPTS, **sites.SCRIPTS}
 
 
 def task_ids() -> list[str]:
-    """The tasks that have a script."""
+    """The tasks of `envs.task_ids()` and `envs.site_ids()` that have a script."""
     return list(SCRIPTS)
 
 
