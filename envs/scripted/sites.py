@@ -193,10 +193,11 @@ def user_menu(name: str, entry: str) -> tuple[Step, ...]:
 
 USERS: dict[str, tuple[Step, ...]] = {
     "site-users-role": (
+        *go("User management"),
         click("[data-role-edit]", row=("#users-rows tr", "{name}")),
         click(".menu-item", "{role}"),
     ),
-    "site-users-status": user_menu("{name}", "{do}"),
+    "site-users-status": (*go("User management"), *user_menu("{name}", "{do}")),
     "site-users-invite": (
         click("#invite-btn"),
         fill("#iv-email", "{address}"),

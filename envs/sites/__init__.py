@@ -4,10 +4,10 @@ The pages are packages of npm under licences of their own (`packages.py`); nothi
 `python -m envs.sites install`. `SITES` names the tasks; those called memory-... need on one page what another showed.
 """
 
+from . import across, office
 from .packages import SitesMissing
 from .task import Site, SiteTask
-from .office import TASKS
 
-SITES: dict[str, Site] = dict(TASKS)
+SITES: dict[str, Site] = office.TASKS | across.TASKS
 
 __all__ = ["SITES", "Site", "SiteTask", "SitesMissing"]

@@ -321,15 +321,15 @@ def _invite(data: World, v: Values) -> None:
 
 USERS = {
     "site-users-role": Site(
-        "user_management.html",
-        "Make {name} a workspace {role}.",
+        "inbox.html",
+        "In User management, change the role of {name} to {role}.",
         a_user,
         lambda d, v: find(d["users"], name=v["name"]).update(role=v["role"]),
         3,
     ),
     "site-users-status": Site(
-        "user_management.html",
-        "{do} the account of {name}.",
+        "inbox.html",
+        "{do} the account of {name} in User management.",
         a_user,
         lambda d, v: find(d["users"], name=v["name"]).update(
             status="suspended" if v["do"] == "Suspend" else "active"

@@ -24,6 +24,8 @@ from .packages import GENTELELLA, SB_ADMIN, Package, files_of
 FOLDER = Path(str(files("agentkv.envs"))) / "sites" / "pages"
 START = "start.html"  # an empty page of the origin, on which an episode is prepared
 _FOREIGN = re.compile(rb'<link\b[^>]*href="https://[^"]*"[^>]*>')
+_FOREIGN_PICTURE = re.compile(rb'(src=)"https://[^"]*"')
+_FOREIGN_URL = re.compile(rb"url\(\"?https://[^)]*\)")
 _MAIN = re.compile(rb'(<div class="(?:page-wrapper|container-fluid)">).*?(\s*<footer|\s*<!-- /.container-fluid -->)', re.S)
 
 
@@ -32,7 +34,8 @@ class Template:
     """How the pages of a package are served.
 
     folder: where its pages are. glue: our script for them. patches: (file, text in it, text instead). added: pages of
-    ours, (name, the template's page whose frame they have); what is in the frame lies in `pages/`.
+    ours, (name, the template's page whose frame they have); what is in the frame lies in `pages/`. picture: of the
+    template's own, where a page shows one of another host.
     """
 
     package: Package
@@ -40,6 +43,7 @@ class Template:
     glue: str
     patches: tuple[tuple[str, str, str], ...]
     added: tuple[tuple[str, str], ...]
+    picture: str
 
 
 OFFICE = Template(
@@ -63,13 +67,18 @@ OFFICE = Template(
         ("js/product_detail-Dv3v6cuq.js", "${a.value} × AdminLTE Pro", "${a.value} × ${site.product()}"),
         ("js/product_detail-Dv3v6cuq.js", "Redirecting to checkout…", "Added to cart"),
         ("js/chat-B3GLNMHd.js", "i(),o(),document.getElementById", 'site.chat(n,e),i(),o(),document.getElementById'),
+        # two slips of theirs: the dialog of a new event closes at once, a file's menu lies outside of its file
+        ("js/calendar-Bp3TgRiS.js", "action:()=>(f(l,c),!0)", "action:()=>(f(l,c),!1)"),
+        ("js/file-manager-CWvXo8UM.js", '<button type="button" class="fm-item-menu"', '<span role="button" class="fm-item-menu"'),
+        ("js/file-manager-CWvXo8UM.js", "</svg>\\n        </button>\\n      </button>", "</svg>\\n        </span>\\n      </button>"),
         # an answer that comes by itself, later
-        ("js/chat-B3GLNMHd.js", 'n[a].push({from:"them",text:"Thanks — got it 👍",time:s}),o()', ""),
+        ("js/chat-B3GLNMHd.js", 'n[a].push({from:"them",text:"Thanks — got it 👍",time:s}),o()', "0"),
         # a message stays until the next action, however slow the agent is
         ("js/toast-CBtjS_PZ.js", "duration:o=2600", "duration:o=864e5"),
         ("js/vendor-echarts--adq3UMa.js", 'animation:"auto",animationDuration:1e3', "animation:!1,animationDuration:0"),
     ),
     (("cart.html", "plain_page.html"),),
+    "/images/user.png",
 )
 DASHBOARD = Template(
     SB_ADMIN,
@@ -77,6 +86,7 @@ DASHBOARD = Template(
     "sb-admin.js",
     (("vendor/chart.js/Chart.min.js", 'animation:{duration:1e3,easing:"easeOutQuart"', 'animation:{duration:0,easing:"linear"'),),
     (("ticket.html", "blank.html"),),
+    "/img/undraw_profile_1.svg",
 )
 
 
@@ -95,17 +105,19 @@ def content_of(template: Template) -> dict[str, bytes]:
     found[START] = b"<!doctype html><html><head></head><body></body></html>"
     for name, page in found.items():
         if name.endswith(".html"):
-            found[name] = _with_scripts(page, template.glue)
+            found[name] = _with_scripts(page, template)
+        elif name.endswith(".css"):
+            found[name] = _FOREIGN_URL.sub(b"none", page)
     for name in ("site.js", template.glue):
         found[f"agentkv/{name}"] = (FOLDER / name).read_bytes()
     return found
 
 
-def _with_scripts(page: bytes, glue: str) -> bytes:
-    page = _FOREIGN.sub(b"", page)
+def _with_scripts(page: bytes, template: Template) -> bytes:
+    page = _FOREIGN_PICTURE.sub(b'\\1"' + template.picture.encode() + b'"', _FOREIGN.sub(b"", page))
     page = page.replace(b"<head>", b'<head><script src="/agentkv/site.js"></script>', 1)
     head, body, tail = page.rpartition(b"</body>")
-    return head + f'<script src="/agentkv/{glue}"></script>'.encode() + body + tail
+    return head + f'<script src="/agentkv/{template.glue}"></script>'.encode() + body + tail
 
 
 class SiteServer(ThreadingHTTPServer):

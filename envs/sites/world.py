@@ -52,6 +52,7 @@ WORDS += ("lagoon", "maple", "nectar", "onyx", "pepper", "quartz", "raven", "saf
 FIRST = ("Ada", "Bruno", "Clara", "Denis", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Katja", "Leon")
 LAST = ("Berger", "Costa", "Dietz", "Eklund", "Fontaine", "Grover", "Hansen", "Ivanov", "Jansen", "Keller", "Lopez")
 OFFICES = ("London", "Tokyo", "Sydney", "Edinburgh", "New York", "Singapore")
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 POSITIONS = ("Accountant", "Software Engineer", "Sales Assistant", "Office Manager", "Designer", "Support Lead")
 
 
@@ -167,7 +168,7 @@ def _users(rng: Random) -> list[dict[str, Any]]:
         users.append(
             who
             | {"role": rng.choice(("Admin", "Editor", "Viewer")), "status": rng.choice(("active", "active", "suspended"))}
-            | {"lastActive": f"{rng.randint(2, 9)} hours ago", "joined": f"{rng.choice(('May', 'Jun', 'Jul'))} 2024"}
+            | {"lastActive": f"{rng.randint(2, 9)} hours ago", "joined": f"{rng.choice(MONTHS)} {rng.randint(2019, 2025)}"}
         )
     return users
 

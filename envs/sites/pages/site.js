@@ -28,6 +28,15 @@ const site = (() => {
   // what follows an action soon, follows it at once: the next screenshot shows it however fast the machine is
   const later = window.setTimeout;
   window.setTimeout = (act, ms, ...given) => later(act, ms <= 500 ? 0 : ms, ...given);
+  for (const owner of [Element.prototype, window]) {
+    for (const name of ['scrollIntoView', 'scrollTo', 'scrollBy', 'scroll']) {
+      const scroll = owner[name];
+      if (!scroll) continue;
+      owner[name] = function (how, ...given) {
+        return scroll.call(this, how && how.behavior ? {...how, behavior: 'instant'} : how, ...given);
+      };
+    }
+  }
   const style = document.createElement('style');
   style.textContent = '*, *::before, *::after { transition-duration: .001s !important; transition-delay: 0s !important;'
     + ' animation-duration: .001s !important; animation-iteration-count: 1 !important; scroll-behavior: auto !important; }'
