@@ -3,7 +3,8 @@ are.
 
 Screenshots and a goal go out, typed actions (`envs.actions`) come in. MiniWoB++ pages carry their bare names, our
 own pages that need memory over several screens are called `memory-...`, the tasks on pages that look like the web
-(`envs.sites`) `site-...` and `memory-site-...`; `envs.live` opens any address, `envs.oracle` solves the tasks by script.
+(`envs.sites`) `site-...` and `memory-site-...`. `envs.live` opens any address, `envs.oracle` solves the tasks by
+script.
 
 This folder is imported as `agentkv.envs`.
 """

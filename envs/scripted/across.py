@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..sites import SITES
-from .sites import button, card, event, file_menu, go, in_folder, letter, open_mail, tell
-from .steps import Step, click, fill, play, read, work
+from .sites import button, card, event, file_menu, go, in_folder, letter, tell
+from .steps import Step, click, fill, play, read
 
 BODY = ".inbox-reader-body"
 

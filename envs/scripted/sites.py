@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..sites import SITES
-from .steps import Step, click, corner, drag, fill, play, press, read, work, write
+from .steps import Step, click, corner, drag, fill, play, press, work, write
 
 MODAL = ".modal-backdrop.show"
 
@@ -218,7 +218,11 @@ SETTINGS: dict[str, tuple[Step, ...]] = {
         fill("#full-name", "{name}"),
         click("#role"),
         press("Tab"),
-        work(lambda known: {"typed": {"London": "(UTC+00", "New York": "(UTC-05", "Los Angeles": "(UTC-08"}[known["zone"]]}),
+        work(
+            lambda known: {
+                "typed": {"London": "(UTC+00", "New York": "(UTC-05", "Los Angeles": "(UTC-08"}[known["zone"]]
+            }
+        ),
         write("{typed}"),
         click("#account button[type=submit]"),
     ),

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from .packages import PACKAGES, SitesMissing, install
-from .server import DASHBOARD, OFFICE, SiteServer
+from .server import SiteServer
+from .templates import DASHBOARD, OFFICE, Template
 
 TEMPLATES = {template.package.name: template for template in (OFFICE, DASHBOARD)}
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _serve(template, port: int) -> int:
+def _serve(template: Template, port: int) -> int:
     with SiteServer(template, port) as server:
         print(f"{template.package.name} is at {server.address('index.html')} (Ctrl-C closes it)", flush=True)
         try:

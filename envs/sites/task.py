@@ -19,7 +19,8 @@ from ..allow import AllowList
 from ..tab import Tab
 from ..task import Task, Verdict
 from . import world
-from .server import DASHBOARD, OFFICE, START, SiteServer, Template, serving
+from .server import START, SiteServer, serving
+from .templates import DASHBOARD, OFFICE, Template
 from .world import World
 
 SCREEN = (1280, 720)
@@ -66,6 +67,11 @@ class Site:
         if found is None:
             raise ValueError(f"{goal!r} is no goal like {self.goal!r}")
         return found.groupdict()
+
+
+def find(entries: list[dict[str, Any]], **wanted: object) -> dict[str, Any]:
+    """The first entry with these values."""
+    return next(entry for entry in entries if all(entry[name] == value for name, value in wanted.items()))
 
 
 def draw(site: Site, seed: int, name: str) -> tuple[World, Values, World]:

@@ -28,7 +28,16 @@ SENDERS = ("Nina Volkov", "Oliver Kane", "Priya Verma", "Jamie Morales", "Rachel
 SENDERS += ("Fiona Reilly", "Ahmed Bashir", "Chris Hill", "Sarah Lee", "Robert Jones")
 SUBJECTS = ("Travel plans", "Office keys", "New printer", "Budget review", "Team lunch", "Press photos", "Site visit")
 SUBJECTS += ("Spring fair", "Parking space", "Annual survey", "Workshop notes", "Delivery times", "Garden party")
-TITLES = ("Dentist", "Budget talk", "Team lunch", "Press call", "Site visit", "Piano lesson", "Board meeting", "Training")
+TITLES = (
+    "Dentist",
+    "Budget talk",
+    "Team lunch",
+    "Press call",
+    "Site visit",
+    "Piano lesson",
+    "Board meeting",
+    "Training",
+)
 TITLES += ("Product demo", "Tax deadline", "Interview", "Farewell party", "Photo shoot", "Audit")
 CARDS = ("Order new chairs", "Translate the manual", "Fix the login page", "Plan the summer party", "Update price list")
 CARDS += ("Clean up backups", "Write release notes", "Call the landlord", "Test the mobile app", "Renew certificates")
@@ -167,8 +176,14 @@ def _users(rng: Random) -> list[dict[str, Any]]:
         who = {"name": name, "email": f"{name.split()[0].lower()}@example.com", "ini": initials, "col": colour}
         users.append(
             who
-            | {"role": rng.choice(("Admin", "Editor", "Viewer")), "status": rng.choice(("active", "active", "suspended"))}
-            | {"lastActive": f"{rng.randint(2, 9)} hours ago", "joined": f"{rng.choice(MONTHS)} {rng.randint(2019, 2025)}"}
+            | {
+                "role": rng.choice(("Admin", "Editor", "Viewer")),
+                "status": rng.choice(("active", "active", "suspended")),
+            }
+            | {
+                "lastActive": f"{rng.randint(2, 9)} hours ago",
+                "joined": f"{rng.choice(MONTHS)} {rng.randint(2019, 2025)}",
+            }
         )
     return users
 
@@ -181,7 +196,9 @@ def _settings(rng: Random) -> dict[str, Any]:
     settings: dict[str, Any] = {
         f"toggle:{section}:{label}": rng.random() < 0.5 for section, labels in toggles.items() for label in labels
     }
-    settings |= {f"integration:{name}": rng.random() < 0.5 for name in ("GitHub", "Slack", "Vercel", "Linear", "Notion")}
+    settings |= {
+        f"integration:{name}": rng.random() < 0.5 for name in ("GitHub", "Slack", "Vercel", "Linear", "Notion")
+    }
     settings |= {"field:full-name": "Aigars Silkalns", "field:email": "aigars@example.com"}
     return settings | {"field:role": "Administrator", "field:timezone": "(UTC+02:00) Riga"}
 
@@ -229,7 +246,9 @@ def _projects(rng: Random) -> list[list[Any]]:
         client = rng.choice(("Acme Corp", "Globex Inc", "Initech", "Umbrella Co"))
         due = f"May {rng.randint(10, 30)}"
         members = rng.sample(tuple(PEOPLE), 2)
-        found.append([title, client, status, colour, "Planned and built by the team.", rng.randint(5, 95), due, members])
+        found.append(
+            [title, client, status, colour, "Planned and built by the team.", rng.randint(5, 95), due, members]
+        )
     return found
 
 
