@@ -8,6 +8,7 @@ are pinned by checksum, so a text that is not there once is an error of ours and
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections.abc import Mapping
 from functools import cache, partial
@@ -92,6 +93,11 @@ class SiteServer(ThreadingHTTPServer):
     def wait(self) -> None:
         """Until it is closed."""
         self._thread.join()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A browser that leaves a page drops its connections; anything else is printed."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
     def __enter__(self) -> SiteServer:
         return self.start()

@@ -89,6 +89,7 @@
       });
     },
     cart() {
+      document.title = find('.breadcrumb .current').textContent = 'Cart';
       const show = () => {
         const lines = data().cart || [];
         find('#lines').replaceChildren(...lines.map((line, at) => {
