@@ -9,28 +9,32 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator, Iterator
 
-from ..actions import Action, Click, Drag, Hotkey, Scroll, TripleClick, Type
+from ..actions import Action, Click, Drag, Hotkey, Scroll, TripleClick, Type, Wait
 from .look import Element, Look, ScriptLost
 
 Known = dict[str, str]
 Step = Callable[[Look, Known], Iterator[Action]]
 Row = tuple[str, str]  # a CSS selector and a text: the part of the page to look in
-_MAX_TURNS = 12  # of the wheel
+_MAX_TURNS = 8  # of the wheel, for one element
+_PATIENCE = 0.5  # seconds
 
-# where to turn the wheel, and how far, so that the element comes into sight; null when it is there
+# where to turn the wheel, and how far across and down, so that the element comes into sight
 _REACH = """
 ([selector, at]) => {
-  const e = document.querySelectorAll(selector)[at];
-  const r = e.getBoundingClientRect();
-  const middle = r.top + r.height / 2;
-  for (let box = e.parentElement; box && box !== document.body; box = box.parentElement) {
+  const r = document.querySelectorAll(selector)[at].getBoundingClientRect();
+  const [x, y] = [r.left + r.width / 2, r.top + r.height / 2];
+  for (let box = document.querySelectorAll(selector)[at].parentElement; box; box = box.parentElement) {
+    const style = getComputedStyle(box);
     const b = box.getBoundingClientRect();
-    if (!/auto|scroll/.test(getComputedStyle(box).overflowY) || box.scrollHeight <= box.clientHeight + 1) continue;
-    if (middle > Math.max(b.top, 0) && middle < Math.min(b.bottom, innerHeight)) continue;
+    const [left, right] = [Math.max(b.left, 0), Math.min(b.right, innerWidth)];
     const [top, bottom] = [Math.max(b.top, 0), Math.min(b.bottom, innerHeight)];
-    return [b.left + b.width / 2, (top + bottom) / 2, middle - (top + bottom) / 2];
+    const across = /auto|scroll/.test(style.overflowX) && box.scrollWidth > box.clientWidth + 1;
+    const down = /auto|scroll/.test(style.overflowY) && box.scrollHeight > box.clientHeight + 1;
+    const at = [(left + right) / 2, (top + bottom) / 2];
+    if (down && (y < top || y > bottom)) return [...at, 0, y - at[1]];
+    if (across && (x < left || x > right)) return [...at, x - at[0], 0];
   }
-  return [innerWidth * 0.9, innerHeight / 2, middle - innerHeight / 2];
+  return [innerWidth * 0.9, innerHeight / 2, 0, y - innerHeight / 2];
 }
 """
 
@@ -71,9 +75,11 @@ def _seek(look: Look, known: Known, selector: str, text: str, row: Row | None) -
         if seen:
             return seen[0]
         if not found:
-            break
-        x, y, far = look.evaluate(_REACH, [selector.format(**known), found[0][0]])
-        yield Scroll(round(x), round(y), "down" if far > 0 else "up", min(max(abs(round(far)), 40), 500))
+            yield Wait(_PATIENCE)  # a page that still draws itself
+            continue
+        x, y, across, down = look.evaluate(_REACH, [selector.format(**known), found[0][0]])
+        way = ("right" if across > 0 else "left") if across else ("down" if down > 0 else "up")
+        yield Scroll(round(x), round(y), way, min(max(abs(round(across or down)), 40), 500))
     raise ScriptLost(f"no visible {selector!r} with {text.format(**known)!r} for the goal {look.goal!r}")
 
 

@@ -130,7 +130,7 @@ TASKS: dict[str, Site] = {
         "Look up the total of order {order} and write it, like $245, to {one} in the chat.",
         _order,
         lambda d, v: say(d, v["one"], v["total"]),
-        6,
+        7,
     ),
     "memory-site-order-mail": Site(
         "orders.html",
@@ -182,7 +182,7 @@ TASKS: dict[str, Site] = {
         "Look up what the product '{product}' costs and write the price, like $49, to {one} in the chat.",
         _price,
         lambda d, v: say(d, v["one"], v["price"]),
-        6,
+        7,
     ),
     "memory-site-chat-settings": Site(
         "chat.html",
@@ -190,7 +190,7 @@ TASKS: dict[str, Site] = {
         "and save.",
         _word,
         lambda d, v: d["settings"].update({"field:full-name": v["word"]}),
-        8,
+        7,
     ),
     "memory-site-chat-folder": Site(
         "chat.html",

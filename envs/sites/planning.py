@@ -39,14 +39,14 @@ CALENDAR = {
         "Add an event called '{new}' on April {free}, 2026.",
         an_event,
         lambda d, v: add_event(d, date_of(v["free"]), v["new"]),
-        4,
+        5,
     ),
     "site-calendar-colour": Site(
         "index.html",
         "Add an event called '{new}' on May {free}, 2026 to the calendar, in {color}.",
         an_event,
         lambda d, v: add_event(d, date_of(v["free"], 5), v["new"], v["color"].lower()),
-        7,
+        8,
     ),
     "site-calendar-rename": Site(
         "calendar.html",
@@ -131,7 +131,7 @@ BOARD = {
         "Set the priority of the card '{one}' to {priority}.",
         a_card,
         lambda d, v: find(d["cards"], title=v["one"]).update(priority=v["priority"].lower()),
-        4,
+        5,
     ),
 }
 

@@ -38,14 +38,14 @@ TASKS: dict[str, Site] = {
         "Put {count} pieces of the product '{one}' into the cart, size {size}, colour {colour}.",
         a_product,
         lambda d, v: d["cart"].append(line(v["one"], v["size"], v["colour"], v["count"])),
-        6,
+        7,
     ),
     "site-shop-two": Site(
         "index.html",
         "In the storefront, put one '{one}' and one '{other}' into the cart, both in {colour}, size Small.",
         a_product,
         lambda d, v: d["cart"].extend(line(v[name], colour=v["colour"]) for name in ("one", "other")),
-        8,
+        9,
     ),
     "site-shop-order": Site(
         "e_commerce.html",
@@ -53,6 +53,6 @@ TASKS: dict[str, Site] = {
         "with {shipping} shipping.",
         a_product,
         _order,
-        11,
+        10,
     ),
 }

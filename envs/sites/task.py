@@ -138,6 +138,8 @@ class SiteTask(Task):
         self._goal, self._solved = self.site.goal.format(**values), facts(solved)
         tab.evaluate("([seed, data]) => site.start(seed, data)", [seed, first])
         tab.goto(self.server.address(self.site.start), LOAD)
+        with tab.guard():  # the parts of a page that its scripts load later
+            tab.page.wait_for_load_state("networkidle", timeout=LOAD * 1000)
 
     def goal(self, tab: Tab) -> str:
         """The goal with this episode's values."""

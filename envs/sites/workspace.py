@@ -70,14 +70,14 @@ USERS = {
         "In User management, change the role of {name} to {role}.",
         a_user,
         lambda d, v: find(d["users"], name=v["name"]).update(role=v["role"]),
-        3,
+        5,
     ),
     "site-users-status": Site(
         "inbox.html",
         "{do} the account of {name} in User management.",
         a_user,
         lambda d, v: find(d["users"], name=v["name"]).update(status="suspended" if v["do"] == "Suspend" else "active"),
-        3,
+        5,
     ),
     "site-users-invite": Site(
         "user_management.html",
@@ -91,7 +91,7 @@ USERS = {
         "In User management, remove {name} from the workspace.",
         a_user,
         lambda d, v: d["users"].remove(find(d["users"], name=v["name"])),
-        4,
+        5,
     ),
 }
 
@@ -142,7 +142,7 @@ SETTINGS = {
         "In the settings, {do} the integration {service}.",
         _integration,
         lambda d, v: d["settings"].update({f"integration:{v['service']}": v["do"] == "Connect"}),
-        4,
+        8,
     ),
 }
 
