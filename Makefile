@@ -24,7 +24,8 @@ lint: .venv/ready
 docs: .venv/ready-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# torch comes first and pinned: asked for as a range it would pull the newest build.
+# torch comes first and pinned: asked for as a range it would pull the newest build. Without npm's registry all but the
+# tasks on sites works, so that line may fail.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --upgrade pip
@@ -32,6 +33,7 @@ docs: .venv/ready-docs
 	$(INSTALL) --constraint constraints.txt --editable '.[dev,agents,conversations,eval,kernels,models,pipeline,retrieval]'
 	$(INSTALL) --constraint constraints.txt --no-deps miniwob
 	$(BIN)/python -m envs.install
+	-$(BIN)/python -m envs.sites install
 	touch $@
 
 .venv/ready-docs: .venv/ready

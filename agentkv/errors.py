@@ -11,6 +11,7 @@ from types import FrameType
 
 from agentkv.envs.browser import BrowserCrashed, ChromiumMissing
 from agentkv.envs.miniwob import MiniwobMissing
+from agentkv.envs.sites import SitesMissing
 from agentkv.envs.tab import PageNotLoaded
 from agentkv.trace import NoSpace
 
@@ -20,7 +21,7 @@ class UserError(Exception):
 
 
 # Errors that explain themselves wherever they come from.
-EXPLAINED = (UserError, NoSpace, ChromiumMissing, MiniwobMissing, PageNotLoaded, BrowserCrashed)
+EXPLAINED = (UserError, NoSpace, ChromiumMissing, MiniwobMissing, SitesMissing, PageNotLoaded, BrowserCrashed)
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 are.
 
 Screenshots and a goal go out, typed actions (`envs.actions`) come in. MiniWoB++ pages carry their bare names, our
-own pages that need memory over several screens are called `memory-...`; `envs.live` opens any address, `envs.oracle`
-solves the tasks by script.
+own pages that need memory over several screens are called `memory-...`, the tasks on pages that look like the web
+(`envs.sites`) `site-...` and `memory-site-...`. `envs.live` opens any address, `envs.oracle` solves the tasks by
+script.
 
 This folder is imported as `agentkv.envs`.
 """
@@ -19,7 +20,7 @@ if __name__ == "envs":
     import_module("textkv.kernels._bare").alias("envs", "agentkv.envs")
 else:
     from .browser import Browser
-    from .catalogue import CURATED, make, task, task_ids
+    from .catalogue import CURATED, make, site_ids, task, task_ids
     from .web import WebEnv
 
-    __all__ = ["CURATED", "Browser", "WebEnv", "make", "task", "task_ids"]
+    __all__ = ["CURATED", "Browser", "WebEnv", "make", "site_ids", "task", "task_ids"]

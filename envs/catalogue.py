@@ -7,6 +7,7 @@ from typing import Any
 
 from . import memory, miniwob
 from .browser import Browser
+from .sites import SITES, SiteTask
 from .task import Task
 from .web import WebEnv
 
@@ -44,19 +45,28 @@ CURATED = (
 
 def task_ids(everything: bool = False) -> list[str]:
     """Names for `make`: our memory pages and the curated MiniWoB tasks; `everything` adds all pages of the miniwob
-    package.
+    package and the tasks on sites.
     """
     first = [*memory.PAGES, *CURATED]
-    return first + [name for name in miniwob.page_ids() if name not in CURATED] if everything else first
+    if not everything:
+        return first
+    return first + [name for name in miniwob.page_ids() if name not in CURATED] + site_ids()
+
+
+def site_ids() -> list[str]:
+    """Names for `make` of the tasks on pages that look like the web (`python -m envs.sites install` fetches these)."""
+    return list(SITES)
 
 
 def task(task_id: str, max_steps: int | None = None) -> Task:
-    """The task of that name. Raises ValueError with near matches for an unknown one, `MiniwobMissing` without the
-    package.
+    """The task of that name. Raises ValueError with near matches for an unknown one, `MiniwobMissing` or
+    `SitesMissing` without its pages.
     """
     if task_id in memory.PAGES:
         return memory.MemoryTask(task_id, max_steps)
-    known = [*memory.PAGES, *miniwob.page_ids()]
+    if task_id in SITES:
+        return SiteTask(task_id, SITES[task_id], max_steps)
+    known = [*memory.PAGES, *SITES, *miniwob.page_ids()]
     if task_id not in known:
         near = difflib.get_close_matches(task_id, known, n=3, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "see envs.task_ids(everything=True)"

@@ -2,32 +2,39 @@
 
 `solve(env)` looks at the live page before each action and yields one action at a time; the caller steps the
 environment. `describe(env)` lists what is on the screen and where, for grounding data. `python -m envs.oracle
---seeds 50` checks every script and prints a table; it exits with 1 when a single seed fails.
+--seeds 50` checks every script and prints a table; `--sites` does so for the tasks on sites, beside a policy of random
+actions. It exits with 1 when a single seed of a script fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from . import catalogue
 from .actions import Action
-from .browser import Browser
-from .scripted import memory, miniwob
+from .browser import Browser, ChromiumMissing
+from .miniwob import MiniwobMissing
+from .scripted import across, memory, miniwob, sites
 from .scripted.look import LOOK, Look
+from .sites import SITES, SitesMissing
 from .web import WebEnv
 
-SCRIPTS = {**memory.SCRIPTS, **miniwob.SCRIPTS}
+SCRIPTS = {**memory.SCRIPTS, **miniwob.SCRIPTS, **sites.SCRIPTS, **across.SCRIPTS}
 
 
 def task_ids() -> list[str]:
-    """The tasks that have a script."""
-    return list(SCRIPTS)
+    """The tasks that have a script, but those of sites: these need pages that are fetched (`catalogue.site_ids`)."""
+    return [name for name in SCRIPTS if name not in SITES]
 
 
 def solve(env: WebEnv, rng: random.Random | None = None) -> Iterator[Action]:
@@ -120,10 +127,22 @@ def run(env: WebEnv, seed: int, rng: random.Random | None = None) -> tuple[float
     return info["raw_reward"], info["steps"]
 
 
-def check(ids: Sequence[str], seeds: int, first: int = 0, jitter: bool = False) -> list[dict[str, object]]:
-    """Solve every task on `seeds` seeds from `first`; rows with task, seeds, solved, steps (mean) and the failed seeds.
+def by_chance(env: WebEnv, seed: int) -> tuple[float, int]:
+    """One episode of random actions (`ActionSpace.sample`): (raw reward, steps)."""
+    env.action_space.seed(seed)
+    _, info = env.reset(seed=seed)
+    while not env.over:
+        *_, info = env.step(env.action_space.sample())
+    return info["raw_reward"], info["steps"]
 
-    Each finished task is reported on stderr, because a full check takes minutes.
+
+def check(
+    ids: Sequence[str], seeds: int, first: int = 0, jitter: bool = False, policy: str = "script"
+) -> list[dict[str, object]]:
+    """Play every task on `seeds` seeds from `first`, by its script or at random (`policy`).
+
+    Rows: policy, task, n, solved, success with its 95 % interval (low, high), steps (mean), failed (the seeds). Each
+    finished task is reported on stderr, because a full check takes minutes.
     """
     rows: list[dict[str, object]] = []
     with Browser() as browser:
@@ -133,34 +152,86 @@ def check(ids: Sequence[str], seeds: int, first: int = 0, jitter: bool = False) 
             for seed in range(first, first + seeds):
                 rng = random.Random(seed) if jitter else None
                 try:
-                    runs[seed] = run(env, seed, rng)
+                    runs[seed] = by_chance(env, seed) if policy == "random" else run(env, seed, rng)
                 except Exception as error:  # a script that is lost is a failed seed; the table must go on
                     runs[seed] = (0.0, 0)
                     print(f"{task_id} seed {seed}: {error}", file=sys.stderr)
             env.close()
-            failed = [seed for seed, (reward, _) in runs.items() if reward != 1]
-            steps = sum(count for _, count in runs.values()) / max(len(runs), 1)
-            solved = seeds - len(failed)
-            rows.append({"task": task_id, "seeds": seeds, "solved": solved, "steps": steps, "failed": failed})
-            print(f"{task_id}: {solved} of {seeds}", file=sys.stderr)
+            rows.append(_row(policy, task_id, runs))
+            print(f"{policy} {task_id}: {rows[-1]['solved']} of {seeds}", file=sys.stderr)
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: prints the table, returns 1 when a seed fails."""
-    parser = argparse.ArgumentParser(prog="python -m envs.oracle", description="Check the scripted solutions.")
-    parser.add_argument("--seeds", type=int, default=50, help="seeds per task (default 50)")
-    parser.add_argument("--first", type=int, default=0, help="first seed (default 0)")
-    parser.add_argument("--task", action="append", choices=task_ids(), help="only this task; may be repeated")
-    parser.add_argument("--jitter", action="store_true", help="spread the click points inside their elements")
-    options = parser.parse_args(argv)
-    rows = check(options.task or task_ids(), options.seeds, options.first, options.jitter)
-    table = Table("task", "seeds", "solved", "steps", "failed seeds")
+def _row(policy: str, task: str, runs: Mapping[Any, tuple[float, int]]) -> dict[str, object]:
+    failed = [seed for seed, (reward, _) in runs.items() if reward != 1]
+    solved = len(runs) - len(failed)
+    low, high = _interval(solved, len(runs))
+    steps = sum(count for _, count in runs.values()) / max(len(runs), 1)
+    row = {"policy": policy, "task": task, "n": len(runs), "solved": solved, "success": solved / max(len(runs), 1)}
+    return row | {"low": low, "high": high, "steps": steps, "failed": failed}
+
+
+def _interval(solved: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval; this folder imports no other of ours, so not the one of `textkv`."""
+    if n == 0:
+        return 0.0, 1.0
+    middle, half = solved + z * z / 2, z * math.sqrt(solved * (n - solved) / n + z * z / 4)
+    return max((middle - half) / (n + z * z), 0.0), min((middle + half) / (n + z * z), 1.0)
+
+
+def total(rows: Sequence[Mapping[str, Any]]) -> dict[str, object]:
+    """One row over the tasks of `rows`; `failed` holds task and seed."""
+    n, solved = sum(row["n"] for row in rows), sum(row["solved"] for row in rows)
+    low, high = _interval(solved, n)
+    steps = sum(row["steps"] * row["n"] for row in rows) / max(n, 1)
+    row = {"policy": rows[0]["policy"], "task": "all", "n": n, "solved": solved, "success": solved / max(n, 1)}
+    failed = [[row["task"], seed] for row in rows for seed in row["failed"]]
+    return row | {"low": low, "high": high, "steps": steps, "failed": failed}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Tasks, what was solved, the mean number of steps; failures of the scripts by seed."""
+    made = Table("policy", "task", "solved", "success", "95 % interval", "steps", "failed seeds")
     for row in rows:
-        table.add_row(
-            str(row["task"]), str(row["seeds"]), str(row["solved"]), f"{row['steps']:.1f}", str(row["failed"] or "")
-        )
-    Console(width=100).print(table)
+        failed = str(row["failed"]) if row["failed"] and row["policy"] == "script" and row["task"] != "all" else ""
+        share = f"{row['low']:.1%} .. {row['high']:.1%}"
+        cells = (f"{row['solved']} of {row['n']}", f"{row['success']:.1%}", share, f"{row['steps']:.1f}", failed)
+        made.add_row(str(row["policy"]), str(row["task"]), *cells)
+    return made
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m envs.oracle", description="Check the scripted solutions.")
+    p.add_argument("--sites", action="store_true", help="the tasks of envs.sites, by script and at random")
+    p.add_argument("--seeds", type=int, help="seeds per task (default 50, with --sites 3)")
+    p.add_argument("--random", type=int, help="episodes of random actions per task (default 0, with --sites 4)")
+    p.add_argument("--first", type=int, default=0, help="first seed (default 0)")
+    p.add_argument("--task", action="append", choices=list(SCRIPTS), help="only this task; may be repeated")
+    p.add_argument("--jitter", action="store_true", help="spread the click points inside their elements")
+    p.add_argument("--json", type=Path, help="write the figures here too")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: prints the table, returns 1 when a script fails on a seed, 2 when nothing can be played."""
+    options = parser().parse_args(argv)
+    ids = options.task or (catalogue.site_ids() if options.sites else task_ids())
+    seeds = (3 if options.sites else 50) if options.seeds is None else options.seeds
+    chances = (4 if options.sites else 0) if options.random is None else options.random
+    try:
+        rows = check(ids, seeds, options.first, options.jitter) if seeds else []
+        guessed = check(ids, chances, options.first, policy="random") if chances else []
+    except (ChromiumMissing, MiniwobMissing, SitesMissing) as error:
+        print(error, file=sys.stderr)
+        return 2
+    totals = [total(part) for part in (rows, guessed) if part]
+    Console(width=None if sys.stdout.isatty() else 140).print(table([*rows, *guessed, *totals]))
+    if options.json:
+        command = " ".join(["python -m envs.oracle", *(sys.argv[1:] if argv is None else argv)])
+        meta = {"command": command, "seeds": seeds, "random": chances, "first": options.first}
+        figures = json.dumps({"meta": meta, "rows": [*rows, *guessed, *totals]}, indent=2) + "\n"
+        options.json.write_text(figures, encoding="utf-8")
     return int(any(row["failed"] for row in rows))
 
 

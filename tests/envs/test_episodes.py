@@ -14,6 +14,7 @@ from agentkv.envs import miniwob, oracle
 from agentkv.envs.actions import CallUser, Click, Finished, Hotkey, Type, Wait
 from agentkv.envs.browser import Browser
 from agentkv.envs.scripted.look import Look
+from agentkv.envs.sites import SITES
 from agentkv.envs.spaces import MAX_GOAL, ActionSpace, GoalSpace
 from agentkv.envs.web import WebEnv
 from tests.envs.conftest import SEEDS
@@ -208,7 +209,7 @@ def test_unknown_tasks_get_near_matches() -> None:
 def test_every_page_has_a_name() -> None:
     assert len(miniwob.page_ids()) >= 130
     everything = envs.task_ids(everything=True)
-    assert len(everything) == len(set(everything)) == len(miniwob.page_ids()) + len(envs.memory.PAGES)
+    assert len(everything) == len(set(everything)) == len(miniwob.page_ids()) + len(envs.memory.PAGES) + len(SITES)
     assert everything[: len(envs.task_ids())] == envs.task_ids()
     assert set(envs.task_ids()) == set(oracle.task_ids())
 

@@ -1,0 +1,1 @@
+"""Scripts and fragments that the served pages of `envs.sites` get."""
