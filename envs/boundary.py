@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from playwright.sync_api import BrowserContext, CDPSession, Error, Frame, Page, Request, Route, WebSocketRoute
 
 from .allow import AllowList
-from .happenings import Record
+from .events import Record
 
 # nothing listens there: the TCP port multiplexer is dead since decades and needs root to open
 _NOWHERE = "http://127.0.0.1:1"

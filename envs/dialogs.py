@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from playwright.sync_api import Dialog
 
 from .boundary import forgive
-from .happenings import URL_LENGTH, Record
+from .events import URL_LENGTH, Record
 from .patience import Patience
 from .sheet import Sheet
 

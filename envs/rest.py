@@ -7,7 +7,7 @@ from typing import Any
 
 from playwright.sync_api import Error, Frame, Page, Request
 
-from .happenings import URL_LENGTH
+from .events import URL_LENGTH
 from .patience import GivenUp, Patience
 
 _ENDLESS = ("eventsource", "websocket", "media", "ping")

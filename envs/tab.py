@@ -25,7 +25,7 @@ from .actions import MODIFIER_KEYS, Action, CallUser, Finished, parts
 from .allow import AllowList
 from .boundary import ERROR_PAGE, Boundary, forgive, proxy
 from .dialogs import DIALOG, MOST_DIALOGS, Dialogs, Policy
-from .happenings import Blocked, Record
+from .events import Blocked, Record
 from .history import travel
 from .patience import GivenUp, Patience
 from .rest import Rest

@@ -10,7 +10,7 @@ from typing import Any
 from playwright.sync_api import CDPSession, Download, FileChooser, Page
 
 from .boundary import forgive
-from .happenings import Record, Transfer
+from .events import Record, Transfer
 from .sheet import Sheet
 
 LIMIT = 50_000_000  # bytes of one download

@@ -14,7 +14,7 @@ from agentkv.envs import live
 from agentkv.envs.actions import Action, Click, Finished, Hotkey, PressBack, Type, Wait
 from agentkv.envs.browser import Browser
 from agentkv.envs.dialogs import Dialogs
-from agentkv.envs.happenings import Record
+from agentkv.envs.events import Record
 from agentkv.envs.tab import Manners, PageNotLoaded
 from agentkv.envs.web import WebEnv
 from tests.envs.conftest import Site
