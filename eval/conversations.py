@@ -13,7 +13,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
@@ -23,14 +22,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from agentkv.trace import write_json
-from textkv import Budget, MethodCache, resolve_method, split_list
+from textkv import Budget, MethodCache, resolve_method
+from textkv.command import count, lengths, names, readable, run, write_rows
 from textkv.models.embedder import Embedder
 from textkv.provenance import run_meta
 from textkv.reuse.chat import ends
 from textkv.reuse.epicache import EpiCache, Settings, own_vectors
 from textkv.reuse.epicache.prompts import Prompts
 
+from .arguments import add_outputs
 from .dialogues import DIGITS, SEED, Question, Talk, generate, graded, read_talks
 from .outcomes import Outcome, Outcomes
 from .textbench import MODEL_HELP, check_model, load_text_model
@@ -177,68 +177,68 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.conversations", description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="smollm2", help=MODEL_HELP)
-    p.add_argument("--methods", default="full,window,snapkv,epicache", help="comma-separated: epicache, any method")
+    p.add_argument("--methods", type=names, default="full,window,snapkv,epicache", help="epicache, any method")
     p.add_argument(
-        "--budgets", default="0.25,0.1667", help="comma-separated shares, or tokens as 256t (default 4x, 6x)"
+        "--budgets",
+        type=names,
+        default="0.25,0.1667",
+        help="shares, or tokens as 256t (default 4x, 6x)",
     )
-    p.add_argument("--tokens", default="2048", help="comma-separated lengths of generated conversations (default 2048)")
-    p.add_argument("--conversations", type=int, default=4, help="of each length (default 4)")
-    p.add_argument("--questions", type=int, default=8, help="about each generated one (default 8)")
-    p.add_argument("--data", type=Path, help="LoCoMo or LongMemEval JSON in place of generated conversations")
-    p.add_argument("--block", type=int, default=256, help="tokens read at a time (default 256)")
-    p.add_argument("--probe", type=int, default=128, help="epicache: most tokens of a probe (default 128)")
-    p.add_argument("--episodes", type=int, default=4, help="epicache: topics (default 4)")
+    p.add_argument(
+        "--tokens",
+        type=lengths,
+        default="2048",
+        help="lengths of generated conversations (default 2048)",
+    )
+    p.add_argument("--conversations", type=count, default=4, help="of each length (default 4)")
+    p.add_argument("--questions", type=count, default=8, help="about each generated one (default 8)")
+    p.add_argument("--data", type=readable, help="LoCoMo or LongMemEval JSON in place of generated conversations")
+    p.add_argument("--block", type=count, default=256, help="tokens read at a time (default 256)")
+    p.add_argument("--probe", type=count, default=128, help="epicache: most tokens of a probe (default 128)")
+    p.add_argument("--episodes", type=count, default=4, help="epicache: topics (default 4)")
     p.add_argument("--level", choices=("pair", "uniform"), default="pair", help="epicache: do heads compete?")
     p.add_argument("--embedder", default=OWN, help="own: the model's token embeddings; minilm, a folder, or a hub id")
-    p.add_argument("--max-new", type=int, default=DIGITS + 4, help=f"tokens of an answer (default {DIGITS + 4})")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--json", type=Path, default=Path("runs/conversations.json"), help="rows; gone on with if it exists")
+    p.add_argument("--max-new", type=count, default=DIGITS + 4, help=f"tokens of an answer (default {DIGITS + 4})")
+    add_outputs(p, when="; gone on with if it exists", default="runs/conversations.json")
     return p
 
 
-def checked(args: argparse.Namespace) -> tuple[Board, list[tuple[str, str]], list[int]]:
-    """What is measured, its cells, and the lengths.
+def checked(args: argparse.Namespace) -> tuple[Board, list[tuple[str, str]]]:
+    """What is measured, and its cells.
 
     Raises:
         ValueError, FileNotFoundError: a value that cannot be.
     """
-    budgets = [str(Budget.parse(x)) for x in split_list(args.budgets)]
-    methods = split_list(args.methods)
-    cells = [(m, b) for m in methods for b in (["1"] if m == FULL else budgets)]
+    budgets = [str(Budget.parse(x)) for x in args.budgets]
+    cells = [(m, b) for m in args.methods for b in (["1"] if m == FULL else budgets)]
     for method, _ in cells:
         # Built once before anything is measured: a share stands for a number that only a conversation tells.
         resolve_method("full" if method == EPICACHE else method, "256t")
-    if args.conversations < 1:
-        raise ValueError(f"conversations={args.conversations}: at least 1")
     Settings(block=args.block, probe=min(args.probe, args.block), episodes=args.episodes, level=args.level)
     check_model(args.model)
     data = str(args.data) if args.data else None
-    if args.data and not args.data.is_file():
-        raise FileNotFoundError(f"data {args.data}: no such file")
-    names = ("model", "block", "probe", "episodes", "embedder", "questions", "level")
-    board = Board(**{name: getattr(args, name) for name in names}, data=data)
-    return board, cells, [int(x) for x in split_list(args.tokens)]
+    fields = ("model", "block", "probe", "episodes", "embedder", "questions", "level")
+    board = Board(**{name: getattr(args, name) for name in fields}, data=data)
+    return board, cells
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 for a request that cannot be carried out."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
-    try:
-        board, cells, lengths = checked(args)
-        outcomes = Outcomes(args.json.with_suffix(".jsonl"), asdict(board))
-        meta = run_meta("eval.conversations", argv, SEED, board=asdict(board))
-        reader = Reader(args)
-        n = max(sum(len(talk.questions) for talk in reader.talks(tokens)) for tokens in lengths)
-        for _ in measure(reader, cells, lengths, outcomes):
-            write_json(args.json, {"meta": meta, "rows": rows_of(cells, lengths, outcomes, n)})
-        rows = rows_of(cells, lengths, outcomes, n)
-        write_json(args.json, {"meta": meta, "rows": rows})
-    except (ValueError, OSError) as error:
-        print(f"eval.conversations: {error}", file=sys.stderr)
-        return 2
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("eval.conversations", parser(), work, argv, kept="the same command goes on")
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measure what is missing and print."""
+    board, cells = checked(args)
+    outcomes = Outcomes(args.json.with_suffix(".jsonl"), asdict(board))
+    meta = run_meta("eval.conversations", argv, SEED, board=asdict(board))
+    reader = Reader(args)
+    n = max(sum(len(talk.questions) for talk in reader.talks(tokens)) for tokens in args.tokens)
+    for _ in measure(reader, cells, args.tokens, outcomes):
+        write_rows(args.json, meta, rows_of(cells, args.tokens, outcomes, n))
+    rows = rows_of(cells, args.tokens, outcomes, n)
+    write_rows(args.json, meta, rows)
     Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
-    return 0
 
 
 if __name__ == "__main__":

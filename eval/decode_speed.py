@@ -22,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from agentkv.trace import write_json
-from textkv import MethodCache, release, split_list, use
+from textkv import MethodCache, release, use
+from textkv.command import count, lengths, run, write_rows
 from textkv.provenance import run_meta
 
 from .arguments import add_methods, add_outputs, checked_budget
@@ -139,33 +139,27 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.speed decode", description=__doc__.split("\n\n")[0])
     add_methods(p, METHODS, "0.5")
-    p.add_argument("--lengths", default="1024,8192,32768", help="tokens of the prompts")
-    p.add_argument("--layers", type=int, default=4)
-    p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--steps", type=int, default=16, help="decoded tokens per round")
-    add_outputs(p, ", after every method")
+    p.add_argument("--lengths", type=lengths, default="1024,8192,32768", help="tokens of the prompts")
+    p.add_argument("--layers", type=count, default=4)
+    p.add_argument("--rounds", type=count, default=3)
+    p.add_argument("--steps", type=count, default=16, help="decoded tokens per round")
+    add_outputs(p, when=", after every method")
     return p
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command: 0 done, 2 for a request that cannot be carried out."""
-    args, rows = parser().parse_args(list(argv)), []
-    try:
-        lengths = [int(part) for part in args.lengths.split(",") if part.strip()]
-        if not lengths or min(*lengths, args.layers, args.rounds, args.steps) < 1:
-            raise ValueError(f"lengths={args.lengths}, layers={args.layers}, rounds={args.rounds}: at least 1 each")
-        methods = split_list(args.methods)
-        budget = checked_budget(methods, args.budget)
-        meta = run_meta("eval.speed", ["decode", *argv], 0)
-        model = shaped(args.layers, args.device)
-        for length in lengths:
-            for row in measure(model, methods, budget, length, args.rounds, args.steps):
-                rows.append(row)
-                Console(stderr=True).print(f"{row['method']} at {length:,}: decode x {row['decode_ratio']:.2f}")
-                if args.json:
-                    write_json(args.json, {"meta": meta, "rows": rows})
-    except ValueError as error:
-        print(f"eval.speed decode: {error}", file=sys.stderr)
-        return 2
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("eval.speed decode", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measure and print."""
+    rows, budget = [], checked_budget(args.methods, args.budget)
+    meta = run_meta("eval.speed", ["decode", *argv], 0)
+    model = shaped(args.layers, args.device)
+    for length in args.lengths:
+        for row in measure(model, args.methods, budget, length, args.rounds, args.steps):
+            rows.append(row)
+            Console(stderr=True).print(f"{row['method']} at {length:,}: decode x {row['decode_ratio']:.2f}")
+            write_rows(args.json, meta, rows)
     Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
-    return 0

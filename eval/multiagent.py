@@ -24,15 +24,14 @@ from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agentkv.trace import write_json
-from textkv import split_list
+from textkv.command import count, fraction, lengths, natural, run, write_rows
 from textkv.intervals import wilson
 from textkv.mini.filler import sentences
 from textkv.mini.words import KEYS
 from textkv.provenance import run_meta
 from textkv.reuse.kvcomm import Call, Criteria, Dense, KVComm, Prefix, Recompute, Team
 
-from .arguments import add_outputs
+from .arguments import add_choice, add_outputs
 from .ruler import DIGITS, SEED
 from .textbench import MODEL_HELP, check_model, load_text_model
 
@@ -205,63 +204,49 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.multiagent", description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="smollm2", help=MODEL_HELP)
-    p.add_argument("--methods", default=",".join(METHODS), help=f"comma-separated, of {', '.join(METHODS)}")
-    p.add_argument("--agents", default="4", help="comma-separated sizes of the team, 2 to 5 (default 4)")
+    add_choice(p, "methods", METHODS)
+    p.add_argument("--agents", type=lengths, default="4", help="comma-separated sizes of the team, 2 to 5 (default 4)")
     p.add_argument("--topology", choices=TOPOLOGIES, default="chain", help="who reads whose answer (default chain)")
-    p.add_argument("--shared", default="1024", help="comma-separated tokens of a document (default 1024)")
-    p.add_argument("--documents", type=int, default=4, help="documents (default 4)")
-    p.add_argument("--requests", type=int, default=24, help=f"questions, at most {FACTS} per document (default 24)")
+    p.add_argument("--shared", type=lengths, default="1024", help="comma-separated tokens of a document (default 1024)")
+    p.add_argument("--documents", type=count, default=4, help="documents (default 4)")
+    p.add_argument("--requests", type=count, default=24, help=f"questions, at most {FACTS} per document (default 24)")
     p.add_argument("--gamma", type=float, default=0.3, help="kvcomm: entropy up to which a text is estimated")
     p.add_argument("--distance", choices=("rms", "paper"), default="rms", help="kvcomm: how texts are compared")
     p.add_argument("--temperature", type=float, help="kvcomm: of the weights; default: the distance's own")
-    p.add_argument("--pool-bytes", type=int, default=3_000_000_000, help="kvcomm: bytes of each pool (default 3e9)")
-    p.add_argument("--share", type=float, default=0.15, help="recompute: tokens read again (default 0.15)")
-    p.add_argument("--fresh", type=int, default=96, help="kvcomm-fresh: last tokens that are read (default 96)")
-    add_outputs(p, " after every request")
+    p.add_argument("--pool-bytes", type=natural, default=3_000_000_000, help="kvcomm: bytes of each pool (default 3e9)")
+    p.add_argument("--share", type=fraction, default=0.15, help="recompute: tokens read again (default 0.15)")
+    p.add_argument("--fresh", type=count, default=96, help="kvcomm-fresh: last tokens that are read (default 96)")
+    add_outputs(p, when=" after every request")
     return p
 
 
-def checked(args: argparse.Namespace) -> list[str]:
-    """The methods, with lists of numbers read in place.
-
-    Raises:
-        ValueError, FileNotFoundError: a value that cannot be.
-    """
-    args.agents, args.shared = ([int(x) for x in split_list(getattr(args, name))] for name in ("agents", "shared"))
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError or FileNotFoundError for a value that cannot be."""
     if wrong := [n for n in args.agents if not 2 <= n <= len(ROLES)]:
         raise ValueError(f"agents={wrong[0]}: a team has 2 to {len(ROLES)}")
-    methods = split_list(args.methods)
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise ValueError(f"method {unknown[0]!r} is none of {', '.join(METHODS)}")
-    if args.fresh < 1:
-        raise ValueError(f"fresh={args.fresh}: at least the last token is read")
     for length in args.shared:
         Workload(length, args.documents, args.requests)
     Criteria(args.gamma, args.distance, args.temperature)
     check_model(args.model)
-    return methods
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 for a request that cannot be carried out."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("eval.multiagent", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measure and print."""
+    check(args)
+    meta = run_meta("eval.multiagent", argv, SEED)
     rows: list[dict[str, Any]] = []
-    try:
-        methods = checked(args)
-        meta = run_meta("eval.multiagent", argv, SEED)
-        for rows in measure(args, methods):
-            if args.json:
-                write_json(args.json, {"meta": meta, "rows": rows})
-    except (ValueError, OSError) as error:
-        print(f"eval.multiagent: {error}", file=sys.stderr)
-        return 2
+    for rows in measure(args, args.methods):
+        write_rows(args.json, meta, rows)
     Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
-    for method in methods:
+    for method in args.methods:
         at = crossover(rows, method) if len(args.shared) > 1 else None
         if at is not None:
             print(f"{method}: its reused calls are faster than dense ones from about {at:.0f} shared tokens on")
-    return 0
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from agentkv.trace import write_json
 from textkv import MethodCache, Needs, models, use
+from textkv.command import count, natural, naturals, readable, run, write_rows
 from textkv.provenance import run_meta
 from textkv.reading import NAME, Recorder
 from textkv.retrievers.vectors import Vectors
@@ -172,36 +172,31 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.retrieval", description=__doc__.split("\n\n")[0])
     p.add_argument("--model", default="mini", help=MODEL_HELP)
-    p.add_argument("--tokens", default="2048", help="comma-separated lengths of the text; 0 = only drawn keys")
-    p.add_argument("--layers", default="0", help="comma-separated layers whose heads are measured (default 0)")
-    p.add_argument("--drawn", type=int, default=20_000, help="keys of the drawn head (default 20,000; 0 = none)")
-    p.add_argument("--asked", type=int, default=32, help="positions that ask (default 32)")
-    p.add_argument("--degree", type=int, default=16, help="edges of a node (default 16)")
-    p.add_argument("--text", type=Path, help="the text (its last tenth is read); default: held-out plain sentences")
+    p.add_argument("--tokens", type=naturals, default="2048", help="lengths of the text; 0 = only drawn keys")
+    p.add_argument("--layers", type=naturals, default="0", help="layers whose heads are measured (default 0)")
+    p.add_argument("--drawn", type=natural, default=20_000, help="keys of the drawn head (default 20,000; 0 = none)")
+    p.add_argument("--asked", type=count, default=32, help="positions that ask (default 32)")
+    p.add_argument("--degree", type=count, default=16, help="edges of a node (default 16)")
+    p.add_argument("--text", type=readable, help="the text (its last tenth is read); default: held-out plain sentences")
     add_outputs(p, when=", after every length")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 for a request that cannot be carried out."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("eval.retrieval", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measure and print."""
     rows: list[dict[str, Any]] = []
-    try:
-        lengths = [int(x) for x in args.tokens.split(",") if int(x)]
-        layers = [int(x) for x in args.layers.split(",")]
-        models.resolve(args.model)
-        sources = [of_draw(args.drawn, args.asked)] if args.drawn else []
-        sources += [of_text(args.model, args.text, n, layers, args.asked, args.device) for n in lengths]
-        for source in sources:
-            rows += rows_of(list(source), args.degree)
-            if args.json:
-                write_json(args.json, {"meta": run_meta("eval.retrieval", argv, SEED), "rows": rows})
-    except (ValueError, FileNotFoundError) as error:
-        print(f"eval.retrieval: {error}", file=sys.stderr)
-        return 2
+    models.resolve(args.model)
+    sources = [of_draw(args.drawn, args.asked)] if args.drawn else []
+    sources += [of_text(args.model, args.text, n, args.layers, args.asked, args.device) for n in args.tokens if n]
+    for source in sources:
+        rows += rows_of(list(source), args.degree)
+        write_rows(args.json, run_meta("eval.retrieval", argv, SEED), rows)
     Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
-    return 0
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from rich.progress import track
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from agentkv.trace import write_json
-from textkv import MethodCache, list_methods, split_list
+from textkv import MethodCache, list_methods
+from textkv.command import count, run, write_rows
 from textkv.provenance import run_meta
 
 from . import decode_speed
@@ -159,40 +159,36 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__.split("\n\n")[0])
     add_methods(p, "all", "0.2", all_known=True)
-    p.add_argument("--length", type=int, help="tokens of the prompt (default 512 on a CPU, 16384 on a GPU)")
-    p.add_argument("--layers", type=int, default=2, help="layers of the model (default 2: 1.8 GB in fp32)")
-    p.add_argument("--rounds", type=int, default=3, help="rounds that count (default 3)")
-    add_outputs(p, ", after every round")
+    p.add_argument("--length", type=count, help="tokens of the prompt (default 512 on a CPU, 16384 on a GPU)")
+    p.add_argument("--layers", type=count, default=2, help="layers of the model (default 2: 1.8 GB in fp32)")
+    p.add_argument("--rounds", type=count, default=3, help="rounds that count (default 3)")
+    add_outputs(p, when=", after every round")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 for a request that cannot be carried out."""
+    """The command, see `textkv.command.run` for what it returns."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["decode"]:
         return decode_speed.main(argv[1:])
-    args = parser().parse_args(argv)
+    return run("eval.speed", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measure and print."""
     cuda = args.device.startswith("cuda")
     if cuda:
         # Hooks are timed on the host: with this, a kernel is done when its call returns.
         os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")
-    try:
-        length = args.length or (16384 if cuda else 512)
-        if min(length, args.layers, args.rounds) < 1:
-            raise ValueError(f"length={length}, layers={args.layers}, rounds={args.rounds}: each must be at least 1")
-        methods = list_methods() if args.methods == "all" else split_list(args.methods)
-        budget = checked_budget(methods, args.budget)
-        methods = [method for method in methods if can_run(method, budget, length, args.layers)]
-        meta = run_meta("eval.speed", argv, 0) | ({} if cuda else {"needs_gpu": TIMES})
-        model = shaped(args.layers, args.device)
-        for rows in measure(model, methods, budget, length, args.rounds, args.device):
-            if args.json:
-                write_json(args.json, {"meta": meta, "rows": rows})
-    except ValueError as error:
-        print(f"eval.speed: {error}", file=sys.stderr)
-        return 2
+    length = args.length or (16384 if cuda else 512)
+    methods = [x for name in args.methods for x in (list_methods() if name == "all" else [name])]
+    budget = checked_budget(methods, args.budget)
+    methods = [method for method in methods if can_run(method, budget, length, args.layers)]
+    meta = run_meta("eval.speed", argv, 0) | ({} if cuda else {"needs_gpu": TIMES})
+    model = shaped(args.layers, args.device)
+    for rows in measure(model, methods, budget, length, args.rounds, args.device):
+        write_rows(args.json, meta, rows)
     Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
-    return 0
 
 
 if __name__ == "__main__":

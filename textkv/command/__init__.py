@@ -2,7 +2,7 @@
 that end with it, and one line for an error.
 """
 
-from textkv.command.arguments import count, device, fraction, lengths, names, numbers, readable, seed
+from textkv.command.arguments import count, device, fraction, lengths, names, natural, naturals, numbers, readable, seed
 from textkv.command.ending import run
 from textkv.command.results import results_file, write_rows, write_text
 from textkv.command.workers import Workers
@@ -12,6 +12,8 @@ __all__ = [
     "count",
     "device",
     "fraction",
+    "natural",
+    "naturals",
     "lengths",
     "names",
     "numbers",

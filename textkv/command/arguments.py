@@ -17,6 +17,16 @@ def count(text: str) -> int:
     return _whole(text, 1, "a count")
 
 
+def natural(text: str) -> int:
+    """A number from 0 on."""
+    return _whole(text, 0, "a number from 0 on")
+
+
+def naturals(text: str) -> list[int]:
+    """Comma-separated numbers from 0 on, at least one."""
+    return [natural(part) for part in names(text)]
+
+
 def seed(text: str) -> int:
     """A seed, at least 0."""
     return _whole(text, 0, "a seed")
