@@ -16,14 +16,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from agentkv.errors import EXPLAINED, user_errors
+from agentkv.errors import EXPLAINED
 from agentkv.models import AGENTS
 from agentkv.play import Plan
 from agentkv.run import load, split_methods
 from agentkv.tables import stdout_console
-from agentkv.trace import write_json
 from textkv import Budget, resolve_method, split_list
-from textkv.devices import device_of
+from textkv.command import count, device, run, write_rows
 from textkv.provenance import run_meta
 
 from ..leaderboard import cells_of
@@ -50,9 +49,9 @@ def parser() -> argparse.ArgumentParser:
         "--history", choices=(TEACHER, OWN), default=TEACHER, help="earlier answers in a prompt: recorded, or its own"
     )
     p.add_argument(
-        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help=f"limit of one answer (default {MAX_NEW_TOKENS})"
+        "--max-new-tokens", type=count, default=MAX_NEW_TOKENS, help=f"limit of one answer (default {MAX_NEW_TOKENS})"
     )
-    p.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    p.add_argument("--device", type=device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument("--json", type=Path, help="rows (default runs/agentnetbench.json); the answers lie beside it")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--replay", action="store_true", help="score the ground truth itself; no model, no pictures")
@@ -133,7 +132,7 @@ def check(args: argparse.Namespace) -> Request:
     elif asks:
         board = {"data": str(args.data), "model": args.model, "agent": args.agent, "history": args.history}
         request.answers = Answers(lines, board | {"max_new_tokens": args.max_new_tokens})
-        adapter = load(Plan(args.model, (), "1", (), (0,), device=device_of(args.device), agent=args.agent))
+        adapter = load(Plan(args.model, (), "1", (), (0,), device=args.device, agent=args.agent))
         request.bench = Bench(request.trajectories, adapter, grid, args.history, args.max_new_tokens)
     return request
 
@@ -149,29 +148,24 @@ def measure(bench: Bench, answers: Answers) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 for a request that cannot be carried out, 130 after Ctrl-C (what was answered is kept)."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
-    try:
-        with user_errors():
-            request = check(args)
-        print(*request.problems, sep="\n", end="\n" * bool(request.problems), file=sys.stderr)
-        if request.bench and request.answers:
-            measure(request.bench, request.answers)
-    except EXPLAINED as error:
-        print(f"eval.agentnetbench: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("eval.agentnetbench: stopped; the same command goes on, --rescore tells what is there", file=sys.stderr)
-        return 130
+    """The command, see `textkv.command.run` for what it returns."""
+    kept = "the same command goes on, --rescore tells what is there"
+    return run("eval.agentnetbench", parser(), work, argv, explained=EXPLAINED, kept=kept)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measure what is missing and print."""
+    request = check(args)
+    print(*request.problems, sep="\n", end="\n" * bool(request.problems), file=sys.stderr)
+    if request.bench and request.answers:
+        measure(request.bench, request.answers)
     rows = request.rows()
     meta = run_meta("eval.agentnetbench", argv, 0, units=UNITS, left_out=request.problems)
-    write_json(request.path, {"meta": meta, "rows": rows})
+    write_rows(request.path, meta, rows)
     console = stdout_console()
     console.print(table(rows))
     console.print(type_table(rows))
     print(*(str(path) for path in (request.path, *draw(rows, request.path))), sep="\n")
-    return 0
 
 
 if __name__ == "__main__":

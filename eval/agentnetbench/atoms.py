@@ -27,7 +27,8 @@ from agentkv.envs.actions import (
     Type,
     Wait,
 )
-from agentkv.grammars.base import Reject, key_of, word_of
+from agentkv.grammars.base import Reject
+from agentkv.grammars.keys import key_of, word_of
 from agentkv.grammars.opencua import WHEEL_CLICK
 
 Point = tuple[float, float]

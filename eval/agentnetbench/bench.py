@@ -49,7 +49,7 @@ class Answer:
         method, budget, screenshots, task, step: the cell, and the step by its number in the recording.
         text: the reply.
         actions: its atoms as plain values, empty where nothing could be read.
-        grammar: the grammar's NAME.
+        grammar: its name.
         error: why nothing could be read, or why the method could not; "" else.
         figures: tokens, bytes, seconds and FLOPs of this step.
     """
@@ -103,8 +103,7 @@ class Bench:
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> None:
         self.trajectories, self.adapter, self.cells, self.history = trajectories, adapter, cells, history
-        # A grammar is a module or an object.
-        self.grammar: str = getattr(adapter.grammar, "NAME", None) or adapter.grammar.name
+        self.grammar: str = adapter.grammar.name
         self.shape = Shape.of(adapter.model.config)
         kinds = {(cell.method, cell.budget) for cell in cells}
         self._frames: dict[tuple[int, int], Frame] = {}
@@ -146,7 +145,7 @@ class Bench:
         except ValueError as error:  # a budget that leaves a method no slot, a head size that it cannot pack
             print(f"{trajectory.task} step {step.number}, {cell.method} at {cell.budget}: {error}", file=sys.stderr)
             return Answer(*about, "", [], grammar, f"{REFUSED}{error}")
-        reading = self.adapter.grammar.read(decision.text, decision.frame)
+        reading = self.adapter.read(decision.text, decision.frame)
         if isinstance(reading, ParseError):
             return Answer(*about, decision.text, [], grammar, reading.reason, self._figures(decision))
         atoms = atoms_of(reading.actions, picture.size, grammar, trajectory.mac)

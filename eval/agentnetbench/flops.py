@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +21,11 @@ from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen2Fo
 from transformers.initialization import no_init_weights
 
 from agentkv.tables import stdout_console
-from agentkv.trace import write_json
-from textkv import Budget, MethodCache, resolve_method, split_list, use
+from textkv import MethodCache, use
+from textkv.command import count, names, results_file, run, write_rows
 from textkv.provenance import run_meta
+
+from ..arguments import checked_budget
 
 SCREENSHOT, SCREENSHOTS, TOKENS = 1196, 5, 7550  # a screen of 1280x720 px; five of them, and 1570 tokens of text
 
@@ -166,33 +167,26 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.agentnetbench.flops", description=__doc__.split("\n\n")[0])
-    p.add_argument("--method", default="gui-kv", help="comma-separated methods (default gui-kv)")
+    p.add_argument("--method", type=names, default="gui-kv", help="comma-separated methods (default gui-kv)")
     p.add_argument("--budget", default="0.4", help="share of the prompt to keep, or a number of tokens as 64t")
-    p.add_argument("--tokens", type=int, default=TOKENS, help=f"tokens of the prompt, five screenshots ({TOKENS})")
-    p.add_argument("--layers", type=int, default=1, help="layers that are counted (default 1: full width takes time)")
-    p.add_argument("--json", type=Path, help="write the rows here")
+    p.add_argument("--tokens", type=count, default=TOKENS, help=f"tokens of the prompt, five screenshots ({TOKENS})")
+    p.add_argument("--layers", type=count, default=1, help="layers that are counted (default 1: full width takes time)")
+    p.add_argument("--json", type=results_file("eval.agentnetbench.flops"), help="write the rows here")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 for a request that cannot be carried out."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
-    try:
-        methods, budget = split_list(args.method), str(Budget.parse(args.budget))
-        for method in methods:
-            resolve_method(method, budget)
-        if args.layers < 1:
-            raise ValueError(f"layers={args.layers} has no attention to count; use 1 or more")
-        spans_of(args.tokens, SCREENSHOTS, SCREENSHOT)
-    except ValueError as error:
-        print(f"eval.agentnetbench.flops: {error}", file=sys.stderr)
-        return 2
-    rows = rows_of(QWEN_7B, methods, budget, args.tokens, args.layers)
-    if args.json:
-        write_json(args.json, {"meta": run_meta("eval.agentnetbench.flops", argv, 0), "rows": rows})
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("eval.agentnetbench.flops", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Count and print."""
+    budget = checked_budget(args.method, args.budget)
+    spans_of(args.tokens, SCREENSHOTS, SCREENSHOT)
+    rows = rows_of(QWEN_7B, args.method, budget, args.tokens, args.layers)
+    write_rows(args.json, run_meta("eval.agentnetbench.flops", argv, 0), rows)
     stdout_console().print(table(rows))
-    return 0
 
 
 if __name__ == "__main__":
