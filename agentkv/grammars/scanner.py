@@ -37,8 +37,9 @@ def _plain(quote: str) -> re.Pattern[str]:
     return re.compile(rf"((?:[^{quote}\\]++|\\.)*+){quote}(?=\s*+{_NEXT})", re.DOTALL)
 
 
-# another call on the same line
-ANOTHER = rf"[^'\"\r\n]{{0,40}}?\b[a-z_]{{1,20}}\((?:{KNOWN})="
+# the bracket of another call with its first argument, and such a call on the same line
+BRACKET = rf"(?<=[a-z_])\((?:{KNOWN})="
+ANOTHER = rf"[^'\"\r\n(]{{0,60}}+{BRACKET}"
 # A quote inside a value that does not close it is text: models forget to escape.
 _CLOSING = {quote: _until(quote, rf"{LINE_ENDS}|{_KNOWN_NEXT}|\){ANOTHER}") for quote in "'\""}
 _PLAIN = {quote: _plain(quote) for quote in "'\""}

@@ -73,8 +73,9 @@ class Dialect:
         try:
             for found in calls(text, begin, flags):
                 actions += actions_of(found, self.tools, frame, flags)
-                if len(actions) >= MAX_ACTIONS:
-                    left = f"what follows the first {len(actions)} actions was left out"
+                if len(actions) > MAX_ACTIONS:
+                    del actions[MAX_ACTIONS:]
+                    left = f"what follows the first {MAX_ACTIONS} actions was left out"
                     break
         except Reject as reject:
             if not actions:

@@ -67,7 +67,7 @@ from agentkv.grammars.base import (
     unsayable,
 )
 from agentkv.grammars.keys import keys_in, word_of
-from agentkv.grammars.scanner import ANOTHER, Call, Scanner, escape, point_of
+from agentkv.grammars.scanner import BRACKET, Call, Scanner, escape, point_of
 
 NAME = "UI-TARS"
 MAX_KEYS = 3
@@ -81,7 +81,7 @@ _END = ("end_box", "end_point")
 _FAILURES = ("failure", "fail", "failed", "infeasible", "unsuccessful")
 _MARK = re.compile(r"^[ \t]{0,64}Action[:：]", re.MULTILINE)
 _INLINE = re.compile(r"Action(?:: |：)")
-_LATER = re.compile(rf"Action[:：]|{ANOTHER}")
+_LATER = re.compile(rf"Action[:：]|{BRACKET}")
 _BETWEEN = re.compile(r"[\s;,]*+")
 _AGAIN = re.compile(r"Action[:：]\s*+")
 

@@ -156,7 +156,7 @@ def test_typing_and_keys(env: WebEnv) -> None:
         (Scroll(10, 10, "down", math.nan), "pixels=nan"),
         (Type("x" * 6000), "6000 characters"),
         (Type(5), "text=5 is not text"),  # type: ignore[arg-type]
-        (Click(None, None), "is not a point"),  # type: ignore[arg-type]
+        (Move(None, None), "is not a point"),  # type: ignore[arg-type]
         (Move(10, 200), "(10, 200) is outside"),
         (TripleClick(-1, 10), "(-1, 10) is outside"),
         (LongPress(10, math.nan), "is not a point"),
