@@ -52,7 +52,11 @@ def parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=count, default=MAX_NEW_TOKENS, help=f"limit of one answer (default {MAX_NEW_TOKENS})"
     )
     p.add_argument("--device", type=device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    p.add_argument("--json", type=Path, help="rows (default runs/agentnetbench.json); the answers lie beside it")
+    p.add_argument(
+        "--json",
+        type=results_file("eval.agentnetbench"),
+        help="rows (default runs/agentnetbench.json); the answers lie beside it",
+    )
     how = p.add_mutually_exclusive_group()
     how.add_argument("--replay", action="store_true", help="score the ground truth itself; no model, no pictures")
     how.add_argument("--rescore", action="store_true", help="score the saved answers again, without the model")
