@@ -167,6 +167,9 @@ class MethodCache(Rollback):
     ) -> None:
         """Announces the prompt block that comes next. Optional for a text prompt that arrives in one forward.
 
+        Assisted decoding sends its first drafts in the prompt's own forward: only what is announced here tells the two
+        apart, so that drafts see no more than the method keeps of the prompt, as decoded tokens do.
+
         Args:
             input_ids: [batch, columns] ids of the whole conversation, as `generate` takes them.
             tokens: instead of input_ids: columns seen at the end of the block. A block may arrive in chunks.

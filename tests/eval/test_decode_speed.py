@@ -25,7 +25,7 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
-    return torch.randint(0, 512, (1, 160), generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, 512, (1, 1024), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")

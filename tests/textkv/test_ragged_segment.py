@@ -123,7 +123,7 @@ def test_rows_are_chosen_and_tokens_dropped_behind_tails():
     model.next = [103] * 3
     model.check()
     model.append(1)
-    index = torch.tensor([0, 2, -1, 3]).expand(3, HEADS, 4)
+    index = torch.tensor([0, 2, -1, 3, 500]).expand(3, HEADS, 5)  # no region has so many
     model.segment.keep(index)
     model.regions = [[region[i] for i in (0, 2, 3)] for region in model.regions]
     model.check()

@@ -67,13 +67,15 @@ class RaggedSegment(Segment):
         return parts[0] if len(parts) == 1 else merge(*zip(*parts, strict=True))
 
     def keep(self, index: torch.Tensor) -> None:
-        """Copies what stays to new tight regions; a hole of the index takes no slot."""
+        """Copies what stays to new tight regions; a hole of the index, or a hole that it names, takes no slot."""
         batch, heads = self._lengths.shape
         index = index.expand(batch, heads, -1).reshape(batch * heads, -1)
         region = torch.arange(batch * heads, device=index.device)[:, None]
+        # A slot of `stored` behind a region's end is a hole too.
+        real = (index >= 0) & (index < self.length[:, None] + self._used)
         # Region by region, in order: what stays lies tight again.
-        flat = self._slots(region, index)[index >= 0]
-        self._lengths = (index >= 0).sum(-1).view(batch, heads).cpu()
+        flat = self._slots(region, index)[real]
+        self._lengths = real.sum(-1).view(batch, heads).cpu()
         self._size = self._used = 0
         self.k, self.v, self.positions = self.k[flat], self.v[flat], self.positions[flat]
         self._place()
