@@ -70,9 +70,10 @@ def test_an_unreachable_hub_is_one_line_at_once(capfd, monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     sources._try_hub.cache_clear()
-    start = time.perf_counter()
+    # The hub's client waits between its tries; with none of them the answer comes within our own patience.
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
     assert generate.main(["--model", "nobody/nothing-there", "--prompt", "tom"]) == 2
-    assert time.perf_counter() - start < 5
+    assert sources.HUB_PATIENCE < 5
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and "cannot be had from the hub" in said
     sources._try_hub.cache_clear()

@@ -228,6 +228,8 @@ def guide():
 @pytest.mark.parametrize("make", [llada, dream])
 def test_every_rule_with_every_cache(make, rule, cache, guide):
     model, (ids, mask) = make(), prompts(3, 5)
+    if rule == "ssd" and not resolve_cache(cache).still:
+        return  # refused, see test_ssd
     got = decode(
         model, ids, mask, gen_length=8, block_length=4, cache=cache, unmask=rule,
         guide=guide if rule == "guided" else None, generator=torch.Generator().manual_seed(0),
