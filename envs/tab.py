@@ -37,7 +37,6 @@ _TRIES = 10
 _BETWEEN = ("Unable to capture", "Not attached")
 _MOST_PAGES = 10
 _ANNOUNCED = 3.0  # seconds
-_DOWNLOAD = 1.0  # seconds
 _PICTURE = {"format": "png", "optimizeForSpeed": True}
 
 
@@ -129,7 +128,8 @@ class Tab:
         page.on("dialog", self.dialogs.on_dialog)
         page.on("close", self._on_close)
         page.on("requestfailed", self._on_failed)
-        page.on("download", lambda _: self._coming.pop("download", None))
+        for end in ("download", "framenavigated"):
+            page.on(end, lambda _: self._coming.pop("download", None))
         page.on("filechooser", lambda _: self._coming.pop("file", None))
         session.on("Page.windowOpen", lambda _: self._await("tab"))
         self.boundary.guard_page(page, session)
@@ -163,7 +163,7 @@ class Tab:
     def _on_failed(self, request: Request) -> None:
         """A document that turns out to be a download is broken off before the download is announced."""
         if request.is_navigation_request() and request.failure == "net::ERR_ABORTED":
-            self._coming["download"] = time.monotonic() + _DOWNLOAD
+            self._await("download")
 
     def _on_endless(self) -> None:
         if not self._dead:
