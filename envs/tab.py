@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, CDPSession, Error, Page, TimeoutError
+from playwright.sync_api import Browser, CDPSession, Error, Page, Request, TimeoutError
 
 from . import chords, pickers
 from .actions import MODIFIER_KEYS, Action, CallUser, Finished, parts
 from .allow import AllowList
-from .boundary import ERROR_PAGE, Boundary, forgive, proxy
+from .boundary import ERROR_PAGE, Boundary, forgive
+from .context import empty_clipboard, isolated
 from .dialogs import DIALOG, MOST_DIALOGS, Dialogs, Policy
 from .events import Blocked, Record
 from .history import travel
@@ -38,26 +39,6 @@ _BETWEEN = ("Unable to capture", "Not attached")
 _MOST_PAGES = 10
 _ANNOUNCED = 3.0  # seconds
 _PICTURE = {"format": "png", "optimizeForSpeed": True}
-
-# a blinking caret would make two pictures of the same screen differ
-_NO_CARET = """
-new MutationObserver((_, watch) => {
-  if (!document.documentElement) return;
-  watch.disconnect();
-  const style = document.createElement('style');
-  style.textContent = '* { caret-color: transparent !important; }';
-  document.documentElement.append(style);
-}).observe(document, {childList: true});
-"""
-
-# the clipboard belongs to the browser process: what an earlier episode copied must not be there
-_EMPTY_CLIPBOARD = """
-document.addEventListener('copy', (event) => {
-  event.clipboardData.setData('text/plain', '');
-  event.preventDefault();
-}, {once: true});
-document.execCommand('copy');
-"""
 
 
 class BrowserCrashed(RuntimeError):
@@ -117,11 +98,11 @@ class Tab:
         self._coming: dict[str, float] = {}  # what Chromium announced: until when it is waited for
         self._last: np.ndarray | None = None
         with self.guard():
-            self.context = self._isolate(browser, script)
+            self.context = isolated(browser, allow, viewport, device_scale, self.transfers.kept is not None, script)
+            self.boundary.guard_context(self.context)
             self._add(self.context.new_page())
             self.context.on("page", self._on_page)
-            clear = {"expression": _EMPTY_CLIPBOARD, "userGesture": True}
-            self._pages[0].session.send("Runtime.evaluate", clear)
+            empty_clipboard(self._pages[0].session)
 
     @property
     def page(self) -> Page:
@@ -138,27 +119,6 @@ class Tab:
         """What the browser asks at the moment, over the page."""
         return self.dialogs.sheet or self.transfers.sheet
 
-    def _isolate(self, browser: Browser, script: str) -> BrowserContext:
-        width, height = self.viewport
-        context = browser.new_context(
-            viewport={"width": width, "height": height},
-            device_scale_factor=self.device_scale,
-            accept_downloads=self.transfers.kept is not None,
-            service_workers="block",
-            locale="en-US",
-            timezone_id="UTC",
-            reduced_motion="reduce",
-            proxy=proxy(self.allow),
-        )
-        context.grant_permissions([])
-        for place in self.allow.origins:
-            context.grant_permissions(["clipboard-write"], origin=place)
-        context.add_init_script(_NO_CARET)
-        if script:
-            context.add_init_script(script)
-        self.boundary.guard_context(context)
-        return context
-
     def _add(self, page: Page) -> None:
         """Watch `page` and show it; without metrics of its own a capture would reset the page's to scale 1."""
         width, height = self.viewport
@@ -168,6 +128,9 @@ class Tab:
         page.on("crash", lambda _: self._mark_dead("the page crashed"))
         page.on("dialog", self.dialogs.on_dialog)
         page.on("close", self._on_close)
+        page.on("requestfailed", self._on_failed)
+        for end in ("download", "framenavigated"):
+            page.on(end, lambda _: self._coming.pop("download", None))
         page.on("filechooser", lambda _: self._coming.pop("file", None))
         session.on("Page.windowOpen", lambda _: self._await("tab"))
         self.boundary.guard_page(page, session)
@@ -197,6 +160,11 @@ class Tab:
         self._pages = [shown for shown in self._pages if shown.page != page or len(self._pages) == 1]
         if not self._dead and self._browser.is_connected() and not self.page.is_closed():
             self.record.tell(f"a tab was closed; {self.page.url} is shown")
+
+    def _on_failed(self, request: Request) -> None:
+        """A document that turns out to be a download is broken off before the download is announced."""
+        if request.is_navigation_request() and request.failure == "net::ERR_ABORTED":
+            self._await("download")
 
     def _on_endless(self) -> None:
         if not self._dead:

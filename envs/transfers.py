@@ -97,6 +97,7 @@ class Transfers:
             self.busy += 1
             reason = self._wait(download)
             self.busy -= 1
+            self._progress.pop(download.url, None)
         if reason:
             self.record.refuse("download", download.url, reason)
             forgive(download.cancel)
