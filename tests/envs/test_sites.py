@@ -30,7 +30,7 @@ needs_pages = pytest.mark.skipif(
     not all(package.installed for package in PACKAGES),
     reason="the pages of the site tasks are not installed: python -m envs.sites install",
 )
-# one per way of working: a dialog, dragging, a value carried across pages in the other look
+# one per way of working: a dialog, lists by keyboard, a value carried across pages in the other look
 SOME = ("site-mail-reply", "site-board-move", "memory-site-sb-alert")
 
 
