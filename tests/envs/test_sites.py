@@ -98,6 +98,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Packag
     monkeypatch.setattr(packages.shutil, "which", lambda name: None)
     monkeypatch.setenv("NPM_CONFIG_REGISTRY", address + "/")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files_of.cache_clear()
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield Package("pages", "1.0.0", integrity_of(archive.getvalue()), "package/dist", 0.1)
     server.shutdown()
