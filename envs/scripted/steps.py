@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator, Iterator
 
-from ..actions import Action, Click, Drag, Hotkey, Scroll, TripleClick, Type, Wait
+from ..actions import Action, Click, Hotkey, Scroll, TripleClick, Type, Wait
 from .look import Element, Look, ScriptLost
 
 Known = dict[str, str]
@@ -34,7 +34,8 @@ _REACH = """
     if (down && (y < top || y > bottom)) return [...at, 0, y - at[1]];
     if (across && (x < left || x > right)) return [...at, x - at[0], 0];
   }
-  return [innerWidth * 0.9, innerHeight / 2, 0, y - innerHeight / 2];
+  const at = [innerWidth * 0.9, innerHeight / 2];
+  return x < 0 || x > innerWidth ? [...at, x - innerWidth / 2, 0] : [...at, 0, y - innerHeight / 2];
 }
 """
 
@@ -128,17 +129,6 @@ def press(*keys: str) -> Step:
 
     def step(look: Look, known: Known) -> Iterator[Action]:
         yield Hotkey(keys)
-
-    return step
-
-
-def drag(selector: str, text: str, target: str) -> Step:
-    """Drags an element onto another."""
-
-    def step(look: Look, known: Known) -> Iterator[Action]:
-        element = yield from _seek(look, known, selector, text, None)
-        onto = look.one(target.format(**known))
-        yield Drag(*look.point(element), *look.point(onto))
 
     return step
 

@@ -1,7 +1,9 @@
 """The two packages of npm whose built pages the site tasks run on: which ones, where they lie, what is in them.
 
-- gentelella 4.2.0 (MIT, (c) Colorlib): an office with mail, calendar, board, files, chat, people, settings and a shop
-- startbootstrap-sb-admin-2 4.1.4 (MIT, (c) Start Bootstrap): a dashboard of another look, never trained on
+- gentelella 4.2.0 (MIT, Colorlib; with ECharts, Apache-2.0): an office with mail, calendar, board, files, chat, people,
+  settings and a shop
+- startbootstrap-sb-admin-2 4.1.4 (MIT, Start Bootstrap; with Font Awesome Free, CC BY 4.0, OFL 1.1 and MIT): a
+  dashboard of another look, never trained on
 
 Neither is shipped here. `install` fetches a package as the archive that npm's registry has, and it stays one file in
 the user's cache: it is read in memory, never unpacked, and no code of it runs outside the browser. Its SHA-512 is

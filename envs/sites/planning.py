@@ -96,7 +96,11 @@ def _move_cards(data: World, v: Values) -> None:
 
 BOARD = {
     "site-board-move": Site(
-        "inbox.html", "On the kanban board, move the cards '{one}' and '{other}' to {column}.", a_card, _move_cards, 3
+        "inbox.html",
+        "On the kanban board, move the cards '{one}' and '{other}' to {column}.",
+        a_card,
+        _move_cards,
+        13,
     ),
     "site-board-add": Site(
         "kanban.html",

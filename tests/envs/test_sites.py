@@ -30,7 +30,7 @@ needs_pages = pytest.mark.skipif(
     not all(package.installed for package in PACKAGES),
     reason="the pages of the site tasks are not installed: python -m envs.sites install",
 )
-# one per way of working: a dialog, dragging, a value carried across pages in the other look
+# one per way of working: a dialog, lists by keyboard, a value carried across pages in the other look
 SOME = ("site-mail-reply", "site-board-move", "memory-site-sb-alert")
 
 
@@ -98,6 +98,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Packag
     monkeypatch.setattr(packages.shutil, "which", lambda name: None)
     monkeypatch.setenv("NPM_CONFIG_REGISTRY", address + "/")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files_of.cache_clear()
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield Package("pages", "1.0.0", integrity_of(archive.getvalue()), "package/dist", 0.1)
     server.shutdown()
