@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from . import fonts
-from .actions import Action, Click, DoubleClick, Hotkey, Type
+from .actions import Action, Click, DoubleClick, Hotkey, Type, parts
 
 _SIZE = 13  # CSS pixels of a letter
 _LINE = 18
@@ -39,7 +39,7 @@ class Sheet:
 
     def act(self, action: Action) -> str:
         """Let `action` answer; returns "" or why it could not."""
-        for part in getattr(action, "actions", (action,)):
+        for part in parts(action):
             if not self.reply and not self._take(part):
                 return f"{type(part).__name__} did nothing: the browser asks first: {self.text}"
         return ""

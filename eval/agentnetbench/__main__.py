@@ -22,7 +22,7 @@ from agentkv.play import Plan
 from agentkv.run import load, split_methods
 from agentkv.tables import stdout_console
 from textkv import Budget, resolve_method, split_list
-from textkv.command import count, device, run, write_rows
+from textkv.command import count, device, results_file, run, write_rows
 from textkv.provenance import run_meta
 
 from ..leaderboard import cells_of
