@@ -30,12 +30,12 @@ _REACH = """
     const [top, bottom] = [Math.max(b.top, 0), Math.min(b.bottom, innerHeight)];
     const across = /auto|scroll/.test(style.overflowX) && box.scrollWidth > box.clientWidth + 1;
     const down = /auto|scroll/.test(style.overflowY) && box.scrollHeight > box.clientHeight + 1;
-    const at = [(left + right) / 2, (top + bottom) / 2];
-    if (down && (y < top || y > bottom)) return [...at, 0, y - at[1]];
-    if (across && (x < left || x > right)) return [...at, x - at[0], 0];
+    const middle = [(left + right) / 2, (top + bottom) / 2];
+    if (down && (y < top || y > bottom)) return [...middle, 0, y - middle[1]];
+    if (across && (x < left || x > right)) return [...middle, x - middle[0], 0];
   }
-  const at = [innerWidth * 0.9, innerHeight / 2];
-  return x < 0 || x > innerWidth ? [...at, x - innerWidth / 2, 0] : [...at, 0, y - innerHeight / 2];
+  const edge = [innerWidth * 0.9, innerHeight / 2];
+  return x < 0 || x > innerWidth ? [...edge, x - innerWidth / 2, 0] : [...edge, 0, y - innerHeight / 2];
 }
 """
 
