@@ -122,7 +122,7 @@ def test_words_that_the_model_does_not_know_are_counted(capsys: pytest.CaptureFi
 
 WRONG = {
     "steps": (["--steps", "1"], "steps=1 do not reach gen_length=6"),
-    "length": (["--gen-length", "0"], "gen_length=0 is no number of tokens"),
+    "length": (["--gen-length", "0"], "has no gap; write <mask:8>"),
     "block": (["--block-length", "9"], "block_length=9 is longer than gen_length=6"),
     "cache": (["--cache", "freecash"], "did you mean freecache"),
     "cache method": (["--cache", "dual+kivi(4)"], "only freecache freezes slots for good"),
