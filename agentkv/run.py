@@ -33,6 +33,7 @@ from agentkv.stats import UNITS, summarise
 from agentkv.tables import method_table, stdout_console, task_table
 from agentkv.trace import RUN, need_space, read_run, write_json
 from textkv import Budget, resolve_method, split_list
+from textkv.command import count, results_file, seed, terminable
 from textkv.devices import device_of
 from textkv.provenance import run_meta
 
@@ -76,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
         "--agent", help=f"prompt and grammar: {', '.join(AGENTS)}, or module:Class; default: the checkpoint's"
     )
     p.add_argument("--tasks", default="", help="comma-separated task names (default: those the mini model learned)")
-    p.add_argument("--episodes", type=int, help="episodes per task and method (default 5; 1 with --url)")
-    p.add_argument("--seed", type=int, default=EVALUATION_SEEDS, help="first seed; training used those below 1000000")
+    p.add_argument("--episodes", type=count, help="episodes per task and method (default 5; 1 with --url)")
+    p.add_argument("--seed", type=seed, default=EVALUATION_SEEDS, help="first seed; training used those below 1000000")
     p.add_argument("--method", default="gui-kv", help="comma-separated methods or compositions: full,gui-kv,h2o+adakv")
     p.add_argument("--budget", default="0.4", help="share of the prompt's tokens to keep (0.4), or a number (512t)")
     p.add_argument(
@@ -95,10 +96,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--chromium", default=None, help="path of the browser to use")
     p.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument("--device-scale", type=float, default=None, help="device pixels per CSS pixel of a screenshot")
-    p.add_argument("--max-steps", type=int, default=None, help="steps per episode (default: the task's own limit)")
-    p.add_argument("--max-new-tokens", type=int, help="length limit of one answer (default: the family's; 64 for mini)")
+    p.add_argument("--max-steps", type=count, default=None, help="steps per episode (default: the task's own limit)")
+    p.add_argument(
+        "--max-new-tokens", type=count, help="length limit of one answer (default: the family's; 64 for mini)"
+    )
     p.add_argument("--out", type=Path, help="run folder (default runs/<time>); an earlier run there is moved aside")
-    p.add_argument("--json", type=Path, help="write the figures here too")
+    p.add_argument("--json", type=results_file("agentkv.run"), help="write the figures here too")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out: finished episodes are kept")
     p.add_argument("--replay", type=Path, metavar="DIR", help="act a recorded run again, without the model")
     return p
@@ -109,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(argv)
     try:
-        return replay_command(args) if args.replay else play_command(args, argv)
+        with terminable():
+            return replay_command(args) if args.replay else play_command(args, argv)
     except EXPLAINED as error:
         print(f"agentkv: {error}", file=sys.stderr)
         return 2

@@ -26,6 +26,7 @@ from dlm.models import answer_text
 from dlm.show import Painter
 from dlm.sources import DTYPES, ModelInfo, dtype_of, model_info, open_guide, open_model
 from dlm.unmask import Guider
+from textkv.command import count, results_file, run, seed, write_rows
 from textkv.devices import device_of
 from textkv.provenance import run_meta
 
@@ -43,15 +44,15 @@ def parser() -> argparse.ArgumentParser:
     prompt.add_argument("--infill", metavar="TEXT", help="fill its gaps: <mask:8> stands for eight tokens")
     p.add_argument("--out", type=Path, metavar="OUT.jsonl", help="answers of --batch; gone on with if it exists")
     p.add_argument("--strict", action="store_true", help="refuse a --batch file with a line that cannot be answered")
-    p.add_argument("--batch-size", type=int, default=8, help="prompts of --batch that are written together (8)")
+    p.add_argument("--batch-size", type=count, default=8, help="prompts of --batch that are written together (8)")
     p.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     p.add_argument("--model", default="mini", help="mini (a small LLaDA), mini-dream, a folder, or a hub id")
     p.add_argument("--guide", default=NO_GUIDE, help="none, mini, a folder, or a hub id of a causal model")
     add_arguments(p)
-    p.add_argument("--seed", type=int, default=0, help="of the random numbers (0)")
+    p.add_argument("--seed", type=seed, default=0, help="of the random numbers (0)")
     p.add_argument("--show", action="store_true", help="draw the canvas while it is unmasked")
     p.add_argument("--stats", action="store_true", help="say what it cost")
-    p.add_argument("--json", type=Path, nargs="?", const=STDOUT, metavar="FILE", help="figures and text as JSON")
+    p.add_argument("--json", type=_json, nargs="?", const=STDOUT, metavar="FILE", help="figures and text as JSON")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     return p
@@ -80,23 +81,23 @@ class Writer:
         return decode_prompts(self.model, prompts, self.config, self.guide, seed, on_step, self.tokenizer)
 
 
+def _json(text: str) -> Path:
+    return STDOUT if text == str(STDOUT) else results_file("dlm.generate")(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 1 when the rule got stuck, 2 for a request that cannot work, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
+    """The command: 1 when the rule got stuck, else as `textkv.command.run` says."""
+    return run("dlm.generate", parser(), work, argv, kept="what --batch has written is kept, the same command goes on")
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> int:
+    """Answer a prompt, or those of a file."""
     try:
         return batch_command(args) if args.batch else prompt_command(args, argv)
-    except (ValueError, OSError) as error:
-        print(f"dlm.generate: {error}", file=sys.stderr)
-        return 2
     # Not the request's fault but the rule's, hence another exit code.
     except StuckError as error:
         print(f"dlm.generate: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        kept = "; what is written is kept, the same command goes on" if args.batch else ""
-        print(f"dlm.generate: stopped{kept}", file=sys.stderr)
-        return 130
 
 
 def prompt_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -119,12 +120,11 @@ def prompt_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
     row = about(args, writer) | {"prompt": prompt, "text": text, "tokens": done.stats.text_tokens[0]}
     row |= done.stats.columns()
     if args.json is not None:
-        whole = json.dumps({"meta": run_meta("dlm.generate", argv, args.seed), "rows": [row]}, indent=2)
+        meta = run_meta("dlm.generate", argv, args.seed)
         if args.json == STDOUT:
-            print(whole)
+            print(json.dumps({"meta": meta, "rows": [row]}, indent=1))
         else:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(whole + "\n", encoding="utf-8")
+            write_rows(args.json, meta, [row])
     if args.json != STDOUT:
         print(text)
         if args.stats:
@@ -139,8 +139,6 @@ def batch_command(args: argparse.Namespace) -> int:
         raise ValueError("--batch needs --out OUT.jsonl: the file that the answers go to")
     if args.show or args.json is not None:
         raise ValueError("--show and --json are for one prompt; the answers of --batch are in --out")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size} writes nothing; use at least 1")
     if args.out.resolve() == args.batch.resolve():
         raise ValueError(f"--out {args.out} is the file of --batch itself; give another one")
     # Files first: they cost nothing to read, and a finished run needs no model at all.

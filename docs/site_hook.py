@@ -19,7 +19,10 @@ from textkv.kernels import OPERATIONS
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Files at the root, and the pages that they become."""
-REFERENCE = ("textkv", "textkv.method", "textkv.segments.base", "textkv.conformance", "agentkv", "dlm")
+REFERENCE = (
+    "textkv", "textkv.method", "textkv.segments.base", "textkv.retrievers.base", "textkv.conformance", "textkv.command",
+    "textkv.reuse.kvcomm", "textkv.reuse.epicache", "agentkv", "dlm",
+)  # fmt: skip
 KERNELS = "textkv.kernels"
 TITLE = "    options:\n      heading_level: 1\n      show_root_full_path: true\n"
 """The module heads its page."""

@@ -24,7 +24,6 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentkv.tables import format_bytes
-from agentkv.trace import write_json
 from dlm.cache import list_caches, resolve_cache
 from dlm.config import DecodingConfig, add_arguments, from_arguments
 from dlm.decode import decode_prompts
@@ -32,7 +31,7 @@ from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
 from dlm.models import DecodingSpec, answer_text
 from dlm.sources import DTYPES, MINI_GUIDES, MINI_MODELS, dtype_of, model_info, open_guide, open_model
 from dlm.unmask import Guider, is_rule, list_rules, parse_rule
-from textkv import split_list
+from textkv import command, split_list
 from textkv.devices import device_of
 from textkv.expression import parse_call, split_parts
 from textkv.intervals import wilson
@@ -244,11 +243,9 @@ def measure(
         turn = first // bench.size % len(arms)  # nobody is always first
         for i in (*range(turn, len(arms)), *range(turn)):
             bench.answer(arms[i], first, tallies[i])
-        if path is not None:
-            write_json(path, {"meta": meta, "rows": rows()})
+        command.write_rows(path, meta, rows())
     finished = compared(rows())
-    if path is not None:
-        write_json(path, {"meta": meta, "rows": finished})
+    command.write_rows(path, meta, finished)
     return finished
 
 
@@ -302,37 +299,31 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default="mini", help="mini (a small LLaDA), mini-dream, a folder, or a hub id")
     p.add_argument("--guide", help="none, mini, a folder, or a hub id (default: mini with the mini models, else none)")
     p.add_argument("--grid", default="freecache,freecache+threshold(0.9)", help="cache+rule, ... or all")
-    p.add_argument("--n", type=int, default=20, help="problems (20)")
-    p.add_argument("--batch-size", type=int, default=1, help="problems that are answered together (1)")
+    p.add_argument("--n", type=command.count, default=20, help="problems (20)")
+    p.add_argument("--batch-size", type=command.count, default=1, help="problems that are answered together (1)")
     lengths = ", ".join(f"{tokens} for {task}" for task, tokens in GEN_LENGTH.items())
     add_arguments(p, OPTIONS, gen_length=f"tokens to generate ({lengths})", eos="what an end of text does, in all arms")
-    p.add_argument("--seed", type=int, default=0, help="of the random numbers (0)")
+    p.add_argument("--seed", type=command.seed, default=0, help="of the random numbers (0)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
-    p.add_argument("--json", type=Path, help="write the rows here; gone on with if it exists")
+    p.add_argument(
+        "--json", type=command.results_file("eval.decoding"), help="write the rows here; gone on with if it exists"
+    )
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 for a request that cannot be carried out, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
-    try:
-        rows = run(args, argv)
-    except (ValueError, OSError) as error:
-        print(f"eval.decoding: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("eval.decoding: stopped; the same command with --json goes on", file=sys.stderr)
-        return 130
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(table(rows))
-    return 0
+    """The command, see `textkv.command.run` for what it returns."""
+    return command.run("eval.decoding", parser(), work, argv, kept="the same command with --json goes on")
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measure and print."""
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table(run(args, argv)))
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, Any]]:
     """Checks everything, loads the models, measures; the rows."""
-    if min(args.n, args.batch_size) < 1:
-        raise ValueError(f"n={args.n}, batch_size={args.batch_size}: both must be at least 1")
     if args.shots and args.task != "gsm8k":
         raise ValueError("--shots is for --task gsm8k; the arithmetic models need no example")
     guide = args.guide or (next(iter(MINI_GUIDES)) if args.model in MINI_MODELS else "none")

@@ -3,7 +3,7 @@ that end with it, and one line for an error.
 """
 
 from textkv.command.arguments import count, device, fraction, lengths, names, natural, naturals, numbers, readable, seed
-from textkv.command.ending import run
+from textkv.command.ending import run, terminable
 from textkv.command.results import results_file, write_rows, write_text
 from textkv.command.workers import Workers
 
@@ -21,6 +21,7 @@ __all__ = [
     "results_file",
     "run",
     "seed",
+    "terminable",
     "write_rows",
     "write_text",
 ]
