@@ -328,6 +328,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, Any]]:
         raise ValueError("--shots is for --task gsm8k; the arithmetic models need no example")
     guide = args.guide or (next(iter(MINI_GUIDES)) if args.model in MINI_MODELS else "none")
     plain = from_arguments(args, gen_length=GEN_LENGTH[args.task])
+    if not plain.gen_length:
+        raise ValueError("gen_length=0 is no number of tokens to generate; these problems have no gaps, use at least 1")
     arms = arms_of(args.grid, plain, guide != "none")
     asks = any(arm.config.guided for arm in arms)
     device = device_of(args.device)

@@ -322,7 +322,7 @@ def test_batch_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for more, message in (
         ([], "--batch needs --out"),
         ([*out, "--show"], "are for one prompt"),
-        ([*out, "--batch-size", "0"], "use at least 1"),
+        ([*out, "--batch-size", "0"], "0 is not a count; use 1"),
         (["--out", str(tmp_path / "in.jsonl")], "is the file of --batch itself"),
     ):
         assert generate.main([*batch, *more]) == 2

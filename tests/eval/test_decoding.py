@@ -160,7 +160,7 @@ def test_arms_take_turns_and_a_stopped_run_goes_on(
         (["--grid", "freecash"], "did you mean freecache"),
         (["--grid", "dual+snapkv(0.3)"], "only freecache freezes slots for good"),
         (["--grid", ""], "the grid is empty"),
-        (["--n", "0"], "both must be at least 1"),
+        (["--n", "0"], "0 is not a count; use 1"),
         (["--gen-length", "0"], "gen_length=0 is no number of tokens"),
         (["--steps", "1"], "steps=1 do not reach"),
         (["--task", "gsm8k"], "needs --data FILE"),

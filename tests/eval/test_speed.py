@@ -21,7 +21,11 @@ def test_rows_hold_times_and_bytes_of_every_method() -> None:
 
 @pytest.mark.parametrize(
     ("argv", "message"),
-    [(["--methods", "snapkw"], "did you mean snapkv"), (["--layers", "0"], "at least 1"), (["--budget", "40"], "0.4")],
+    [
+        (["--methods", "snapkw"], "did you mean snapkv"),
+        (["--layers", "0"], "0 is not a count; use 1"),
+        (["--budget", "40"], "0.4"),
+    ],
 )
 def test_bad_requests_are_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert speed.main([*argv, "--device", "cpu"]) == 2

@@ -132,7 +132,7 @@ def test_intervals_resample_tasks() -> None:
     ("options", "said"),
     [(["--method", "gui-kw"], "did you mean gui-kv"), (["--budget", "40"], "use 0.4"), (["--budget", ""], "no budget"),
      (["--screenshots", "0"], "at least"), (["--screenshots", "many"], "1..5"), (["--protocol", "v3"], "v1, v2"),
-     (["--max-new-tokens", "0"], "no room"), (["--model", "/nowhere/at/all"], "nowhere"),
+     (["--max-new-tokens", "0"], "not a count"), (["--model", "/nowhere/at/all"], "nowhere"),
      (["--rescore"], "without --rescore")],
 )  # fmt: skip
 def test_bad_requests_are_one_line(tmp_path: Path, options: list[str], said: str, capsys) -> None:
