@@ -65,6 +65,11 @@ class Pages:
             self.asked[rows, dim] = owner, index, index[:, None].expand(-1, dim), absent.flatten(0, 1)[:, None]
         return self.asked[rows, dim]
 
+    @property
+    def joined(self) -> list[list[int]]:
+        """The arguments for which `joins` was asked."""
+        return [list(asked) for asked in self.asked]
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is held, by name."""
         made = {f"{i}.{rows}": x for (rows, _), parts in self.asked.items() for i, x in enumerate(parts)}

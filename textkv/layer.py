@@ -211,6 +211,7 @@ class Layer(Moments, CacheLayerMixin):
         self.check_crop(count)
         if not count or not self.is_initialized:
             return
+        self._thaw()
         # Padding among the columns that go: rows lose different numbers of tokens.
         real = self.context.real_in_last(count) if real is None else real
         self.segments[-1].crop(count, real)

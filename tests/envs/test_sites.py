@@ -157,7 +157,7 @@ def test_solved_by_its_script(browser: Browser, name: str) -> None:
     env = envs.make(name, browser)
     reward, steps = oracle.run(env, 0)
     assert reward == 1 and SITES[name].steps <= steps <= env.max_steps
-    assert env.tab is not None and env.tab.blocked == [] and env.tab.dialogs == []
+    assert env.tab is not None and env.tab.blocked == [] and env.tab.record.dialogs == []
     env.close()
 
 

@@ -103,9 +103,9 @@ def test_rows_of_all_methods_and_going_on(tmp_path, monkeypatch) -> None:
     [
         (["--methods", "snapvk"], "did you mean snapkv"),
         (["--budgets", "40"], "budget=40"),
-        (["--conversations", "0"], "conversations=0"),
-        (["--data", "none.json"], "none.json: no such file"),
-        (["--episodes", "0"], "episodes=0"),
+        (["--conversations", "0"], "--conversations: 0 is not a count"),
+        (["--data", "none.json"], "there is no file 'none.json'"),
+        (["--episodes", "0"], "--episodes: 0 is not a count"),
         (["--embedder", "no-such"], "no-such"),
     ],
 )

@@ -52,10 +52,10 @@ def test_the_crossover_lies_between_the_lengths_measured() -> None:
     ("argv", "said"),
     [
         (["--agents", "9"], "agents=9: a team has 2 to 5"),
-        (["--methods", "kvcom"], "'kvcom' is none of"),
+        (["--methods", "kvcom"], "did you mean kvcomm"),
         (["--requests", "50"], "50 requests about"),
         (["--gamma", "-1"], "gamma=-1"),
-        (["--fresh", "0"], "fresh=0"),
+        (["--fresh", "0"], "--fresh: 0 is not a count"),
         (["--model", "no-such-model"], "no-such-model"),
     ],
 )

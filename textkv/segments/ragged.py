@@ -107,9 +107,10 @@ class RaggedSegment(Segment):
         return own if self._pages is None else own | self._pages.tensors()
 
     def state(self) -> dict:
-        """The slots, the regions' lengths, and how far their tails are filled, from which the rest follows."""
+        """The slots, the regions' lengths, and how far their tails are filled, from which the rest follows; for which
+        queries pages were joined, so that what is held is the same again."""
         names = ("k", "v", "positions", "_lengths", "_size", "_used")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"joined": self._pages.joined if self._pages else []}
 
     @classmethod
     def from_state(cls, state: dict) -> RaggedSegment:
@@ -122,9 +123,13 @@ class RaggedSegment(Segment):
     __getstate__ = state
 
     def __setstate__(self, state: dict) -> None:
+        state = dict(state)
+        joined = state.pop("joined", [])
         self.__dict__.update(state)
         self._lengths = self._lengths.cpu()
         self._place()
+        for rows, dim in joined if self._pages else ():
+            self._pages.joins(rows, dim)
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Copies the rows' regions; their tails begin anew."""

@@ -235,6 +235,7 @@ def test_one_agent_step(bench: Bench, method: str, budget: float) -> None:
     layers = config.num_hidden_layers - kinds.count("linear_attention")  # those have no KV cache
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * layers * config.num_key_value_heads * size * adapter.model.dtype.itemsize
-    assert decision.kv_bytes_full == decision.prompt_tokens * per_token
+    states = decision.kv_bytes_full - decision.prompt_tokens * per_token
+    assert states > 0 if "linear_attention" in kinds else states == 0
     assert decision.tokens_stored == int(budget * decision.prompt_tokens)
-    assert decision.kv_bytes < 1.1 * budget * decision.kv_bytes_full
+    assert decision.kv_bytes - states < 1.1 * budget * decision.prompt_tokens * per_token
