@@ -99,6 +99,7 @@ class RotarySpec:
         f = torch.arange(self.inv_freq.numel(), device=self.first.device)
         halves = torch.equal(self.first, f) and torch.equal(self.second, f + len(f))
         object.__setattr__(self, "_order", None if halves else self._halves_order())
+        object.__setattr__(self, "_radians", self.inv_freq.double())
 
     @classmethod
     def halves(
@@ -135,12 +136,12 @@ class RotarySpec:
             return self.turn(q, delta)
         # In double: at positions beyond a few thousand, fp32 angles of fast pairs are off by more than keys are
         # rounded.
-        angle = delta[:, None, :, None] * self.inv_freq.double()
+        angle = delta[:, None, :, None] * self._radians
         cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
-        first, second, still = q.split(
-            (len(self.inv_freq), len(self.inv_freq), q.shape[-1] - 2 * len(self.inv_freq)), -1
-        )
-        return torch.cat([first * cos - second * sin, second * cos + first * sin, still], -1)
+        pairs, still = len(self.inv_freq), q.shape[-1] - 2 * len(self.inv_freq)
+        first, second, *rest = q.split((pairs, pairs, still) if still else (pairs, pairs), -1)
+        turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+        return torch.cat([*turned, *rest], -1)
 
     def lengths(self, x: torch.Tensor) -> torch.Tensor:
         """Length of each pair of channels that turns together, which turning leaves as it is: [.., head_dim] -> fp32
