@@ -68,7 +68,8 @@ class Retriever(ABC):
         Args:
             q: [batch, heads, 1, head_dim] on the model's device.
             room: int64 [batch] on the CPU, at most so many tokens for each head of a row.
-            keys, positions: what is stored, as in `build`.
+            keys: what is stored, as in `build`.
+            positions: its, as in `build`.
 
         Returns:
             int64 [batch, kv_heads or heads, c] on the CPU: slots, each at most once, -1 = none.
