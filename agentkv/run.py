@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +25,7 @@ from transformers.utils import logging
 from agentkv.agent import Agent
 from agentkv.envs.browser import Browser
 from agentkv.envs.dialogs import POLICIES
-from agentkv.errors import EXPLAINED, Interrupts, user_errors
+from agentkv.errors import EXPLAINED, Interrupts, UserError, user_errors
 from agentkv.models import AGENTS, ModelAdapter, load_adapter
 from agentkv.play import LIVE, Plan, Play, open_env, open_folder, task_of
 from agentkv.replay import find_run, recorded, replay, replay_table
@@ -109,9 +110,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 done, 1 when a replay differs, 2 for a request that cannot be carried out, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
+    argv, p = sys.argv[1:] if argv is None else list(argv), parser()
+    p.error = _refuse  # one line, as for any other error of the request
     try:
+        args = p.parse_args(argv)
         with terminable():
             return replay_command(args) if args.replay else play_command(args, argv)
     except EXPLAINED as error:
@@ -120,6 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("agentkv: stopped; what was recorded is kept, --resume goes on", file=sys.stderr)
         return 130
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(message)
 
 
 def play_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
