@@ -80,6 +80,19 @@ function onKey(event) {
   setTimeout(replaceNative, 0, ...roots);
 }
 
+// After the page's own listeners: a list that Chromium never opens cannot be in the way of a picture, as one can that
+// is just being closed.
+function onListPressed(event) {
+  const owner = event.composedPath()[0];
+  const list = owner.localName === "select" && !owner.multiple && owner.size <= 1 && !owner.disabled;
+  if (!list || !event.isTrusted || event.button !== 0 || event.defaultPrevented) return;
+  if (getComputedStyle(owner).appearance === "base-select") return;
+  event.preventDefault();
+  owner.focus();
+  openFor(owner);
+}
+
+addEventListener("mousedown", onListPressed);
 for (const type of MOUSE) addEventListener(type, onMouse, { capture: true, passive: type === "wheel" });
 addEventListener("keydown", onKey, true);
 addEventListener("input", (event) => {
