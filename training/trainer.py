@@ -9,6 +9,7 @@ with fp32 weights.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ def left(progress: float, share: float) -> float:
     return min(1.0, max(0.0, 1.0 - progress) / share) if share else 1.0
 
 
-class Trainer:
+class Trainer(ABC):
     """Model, averaged weights, optimizers and the clock; `runs / "state.safetensors"` is where they live on disk.
 
     A model's own trainer says what a step is (`step_once`), what is told of it (`line`, `check`) and what else its
@@ -157,13 +158,13 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             parameter.data, self.average[name] = self.average[name], parameter.data
 
+    @abstractmethod
     def step_once(self) -> None:
         """Take the next batch and learn from it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def line(self) -> str:
         """What is reported of the steps since the last line."""
-        raise NotImplementedError
 
     def check(self) -> str:
         """What the averaged weights can do with what they have not seen; "" where that is measured elsewhere."""

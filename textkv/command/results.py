@@ -28,6 +28,7 @@ def results_file(module: str) -> Callable[[str], Path]:
     """
 
     def check(text: str) -> Path:
+        """The path; ArgumentTypeError for what is refused."""
         path = Path(text)
         if not text:
             raise ArgumentTypeError("an empty name is no file")

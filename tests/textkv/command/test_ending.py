@@ -124,6 +124,7 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path):
     parent.kill()
     parent.wait()
     _wait(tmp_path / "closed")
+    assert {path.name for path in tmp_path.iterdir()} >= {"begun", "closed"}
 
 
 def _wait(path, seconds=240):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -67,9 +68,8 @@ class Recompute(Based):
         look = min(LOOK, len(modules) - 1)
         cache, hook = DynamicCache(), modules[look].register_forward_hook(stop)
         try:
-            self.model(ids, past_key_values=cache, logits_to_keep=1)
-        except _Enough:
-            pass
+            with suppress(_Enough):
+                self.model(ids, past_key_values=cache, logits_to_keep=1)
         finally:
             hook.remove()
         apart = torch.zeros(ids.shape[1], device=ids.device)
