@@ -11,6 +11,7 @@ the whole dialogue. Both are handled here: positions are always explicit, and on
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Literal
@@ -54,8 +55,11 @@ class _Image:
 
 
 @dataclass(frozen=True)
-class _Dialogue:
-    """Columns as a cache reads them: ids int64 and mask bool [batch, columns] on the CPU, images row after row."""
+class Dialogue:
+    """Columns as a cache reads them: ids int64 and mask bool [batch, columns] on the CPU, images row after row.
+
+    Made by `Conversation.dialogue`.
+    """
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -66,12 +70,12 @@ class _Dialogue:
         """Columns that the rows have together, padding included."""
         return self.ids.shape[1]
 
-    def first(self, columns: int) -> _Dialogue:
+    def first(self, columns: int) -> Dialogue:
         """The first columns alone, with the images that begin there."""
         images = tuple(x for x in self.images if x.start < columns)
-        return _Dialogue(self.ids[:, :columns], self.mask[:, :columns], images)
+        return Dialogue(self.ids[:, :columns], self.mask[:, :columns], images)
 
-    def common(self, other: _Dialogue) -> tuple[int, str]:
+    def common(self, other: Dialogue) -> tuple[int, str]:
         """How many columns lead both dialogues in all rows, and what comes then. Both have as many rows."""
         n = min(self.columns, other.columns)
         # A mask counts as much as an id: the same tokens read with other padding have other positions.
@@ -111,7 +115,7 @@ class Conversation:
         self.model = model
         self.cache = MethodCache(model, method, budget)
         self.last: Reuse | None = None
-        self._seen: _Dialogue | None = None
+        self._seen: Dialogue | None = None
         self._lost = ""
 
     def generate(
@@ -148,24 +152,68 @@ class Conversation:
             ValueError: a mask of another shape, or images without their grid, their token types, or their pixels.
         """
         mask = self._mask(input_ids, attention_mask, options)
-        inputs, images = {"input_ids": input_ids, "attention_mask": mask}, ()
-        visual = hasattr(self.model, "model") and hasattr(self.model.model, "get_rope_index")
-        if visual:
-            images = _images(input_ids, pixel_values, image_grid_thw, mm_token_type_ids)
-        elif pixel_values is not None:
-            raise ValueError(f"{type(self.model).__name__} takes no images here")
-        # On the CPU: comparing a dialogue must not hold device memory from turn to turn.
-        told = _Dialogue(input_ids.cpu(), mask.bool().cpu(), images)
+        inputs = {"input_ids": input_ids, "attention_mask": mask}
+        told = self.dialogue(input_ids, mask, pixel_values, image_grid_thw, mm_token_type_ids)
         self.last = self._return_to(told, self._drafts(options))
-        if visual:
+        if self._visual:
             inputs |= self._positions(input_ids, mask, image_grid_thw, mm_token_type_ids)
-            inputs |= _unseen(images, self.last.reused, pixel_values, image_grid_thw)
+            inputs |= _unseen(told.images, self.last.reused, pixel_values, image_grid_thw)
         self.cache.begin(input_ids, spans=spans, attention_mask=mask)
         # Until it is over, nobody knows how far it came.
         self._seen, self._lost = None, "the turn before did not finish"
         out = self.model.generate(**inputs, past_key_values=self.cache, **options)
         self._remember(told, out if isinstance(out, torch.Tensor) else out.sequences)
         return out
+
+    @property
+    def _visual(self) -> bool:
+        return hasattr(self.model, "model") and hasattr(self.model.model, "get_rope_index")
+
+    def dialogue(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+    ) -> Dialogue:
+        """A dialogue in the form in which it is compared, for `foresee`; arguments and errors as for `generate`."""
+        images = ()
+        if self._visual:
+            images = _images(input_ids, pixel_values, image_grid_thw, mm_token_type_ids)
+        elif pixel_values is not None:
+            raise ValueError(f"{type(self.model).__name__} takes no images here")
+        # On the CPU: comparing a dialogue must not hold device memory from turn to turn.
+        return Dialogue(input_ids.cpu(), attention_mask.bool().cpu(), images)
+
+    def foresee(self, told: Dialogue, drafts: bool = False) -> Reuse:
+        """What `generate` would find of a dialogue in the cache. Changes nothing.
+
+        Args:
+            drafts: whether the turn decodes with drafts.
+        """
+        held, columns = self.cache.tokens_seen, told.columns
+        if not held and not self._lost:
+            return Reuse(0, columns, "new", "the cache was empty")
+        # With drafts, transformers feeds the whole prompt whatever the cache has read: it would be there twice.
+        keep, why = (0, "decoding with drafts reads whole prompts") if drafts else self._known(told, held)
+        # Nothing to take back: the common case, and the only one open to every method.
+        if keep == held > 0:
+            return Reuse(keep, columns - keep, "continued", f"the dialogue goes on from all {keep} columns read")
+        if keep:
+            try:
+                self.cache.check_crop(held - keep)
+            except ValueError as error:
+                why = f"{why}, and what follows cannot be taken back: {error}"
+            else:
+                return Reuse(keep, columns - keep, "cropped", f"{why}: {held - keep} columns were taken back")
+        return Reuse(0, columns, "read again", why)
+
+    def fork(self) -> Conversation:
+        """An independent copy, cache and all: both may go on in different directions."""
+        other = copy.copy(self)
+        other.cache = self.cache.fork()
+        return other
 
     def _mask(self, ids: torch.Tensor, given: torch.Tensor | None, options: dict) -> torch.Tensor:
         """The attention mask [batch, tokens]. Where none is given, `model.generate` alone would also hide a pad token
@@ -192,30 +240,19 @@ class Conversation:
 
     # ---- what the cache has read -------------------------------------------------------------------------------
 
-    def _return_to(self, told: _Dialogue, drafts: bool) -> Reuse:
+    def _return_to(self, told: Dialogue, drafts: bool) -> Reuse:
         """Leaves in the cache what the dialogue begins with, at least one column less than it has, or nothing."""
-        held, columns = self.cache.tokens_seen, told.columns
-        if not held and not self._lost:
-            return Reuse(0, columns, "new", "the cache was empty")
-        # With drafts, transformers feeds the whole prompt whatever the cache has read: it would be there twice.
-        keep, why = (0, "decoding with drafts reads whole prompts") if drafts else self._known(told, held)
-        # Nothing to take back: the common case, and the only one open to every method.
-        if keep == held > 0:
-            return Reuse(keep, columns - keep, "continued", f"the dialogue goes on from all {keep} columns read")
-        if keep:
-            try:
-                self.cache.crop(keep - held)
-            except ValueError as error:
-                why = f"{why}, and what follows cannot be taken back: {error}"
-            else:
-                self._seen = self._seen.first(keep)
-                self._forget_spans()
-                return Reuse(keep, columns - keep, "cropped", f"{why}: {held - keep} columns were taken back")
-        self.cache.reset()
-        self._seen, self._lost = None, ""
-        return Reuse(0, columns, "read again", why)
+        found, held = self.foresee(told, drafts), self.cache.tokens_seen
+        if found.how == "cropped":
+            self.cache.crop(found.reused - held)
+            self._seen = self._seen.first(found.reused)
+            self._forget_spans()
+        elif found.how == "read again":
+            self.cache.reset()
+            self._seen, self._lost = None, ""
+        return found
 
-    def _known(self, told: _Dialogue, held: int) -> tuple[int, str]:
+    def _known(self, told: Dialogue, held: int) -> tuple[int, str]:
         """How many columns of the dialogue can stay in the cache, which has read `held`, and why no more."""
         seen = self._seen
         if seen is None or held > seen.columns:
@@ -234,7 +271,7 @@ class Conversation:
         real, rows = self._seen.mask.sum(1).tolist(), self.cache.spans
         self.cache.context.spans = [[x for x in row if x[1] <= n] for row, n in zip(rows, real, strict=bool(rows))]
 
-    def _remember(self, told: _Dialogue, sequences: torch.Tensor) -> None:
+    def _remember(self, told: Dialogue, sequences: torch.Tensor) -> None:
         """Writes down what the cache has read: the last tokens generated are not among it.
 
         Args:
@@ -245,7 +282,7 @@ class Conversation:
             self._lost = f"the turn before had {self.cache.rows} beams or sequences for {rows} rows"
             return
         mask = F.pad(told.mask, (0, sequences.shape[1] - told.columns), value=True)
-        self._seen, self._lost = _Dialogue(sequences.cpu(), mask, told.images).first(held), ""
+        self._seen, self._lost = Dialogue(sequences.cpu(), mask, told.images).first(held), ""
 
     # ---- images ------------------------------------------------------------------------------------------------
 

@@ -188,6 +188,12 @@ class Rollback(Cache):
         own = [x for x in self.layers if not (isinstance(x, LinearAttentionCacheLayerMixin) and self.context.hold)]
         return all(getattr(layer, "is_croppable", True) for layer in own)
 
+    def check_crop(self, count: int) -> None:
+        """Raises ValueError if the last `count` tokens cannot be taken back; changes nothing."""
+        for layer in self._own():
+            layer.check_crop(count)
+        self._check_states(count)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last -tokens_to_remove tokens; while drafts are expected, says that all others stay.
 
@@ -195,9 +201,7 @@ class Rollback(Cache):
             ValueError: see `Layer.crop`; no layer has changed then.
         """
         count = -tokens_to_remove
-        for layer in self._own():
-            layer.check_crop(count)
-        self._check_states(count)
+        self.check_crop(count)
         super().crop(tokens_to_remove)
         if count and self.context.real is not None:
             self.context.real = self.context.real[:, :-count]
