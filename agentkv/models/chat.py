@@ -102,10 +102,27 @@ class ChatAdapter:
     ) -> Prompt:
         """The prompt for one decision; see `ModelAdapter.prompt`. Tensors are on the model's device."""
         images = [image for image, _ in history if image is not None] + [screenshot]
+        seen, frames = self._seen(images, css_size)
+        return self._encoded(self._messages(goal, history, frames[-1]), seen, frames)
+
+    def chat(self, messages: list[dict[str, Any]], images: Sequence[Image.Image]) -> Prompt:
+        """The prompt for any chat: messages as its template takes them, `{"type": "image"}` where a picture stands."""
+        if images:
+            return self._encoded(messages, *self._seen(images, None))
+        ids = self._ids(messages, []).to(self.model.device)
+        return Prompt({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, [], [])
+
+    def _seen(
+        self, images: Sequence[Image.Image], css_size: tuple[int, int] | None
+    ) -> tuple[dict[str, torch.Tensor], list[Frame]]:
+        """Pictures as the image processor gives them, and their frames."""
         seen = self.processor(images=[_on_white(image) for image in images], return_tensors="pt")
+        grids = seen["image_grid_thw"]
+        return seen, [self._frame(image, grid.tolist(), css_size) for image, grid in zip(images, grids, strict=True)]
+
+    def _encoded(self, messages: list[dict[str, Any]], seen: dict[str, torch.Tensor], frames: list[Frame]) -> Prompt:
         grids, merge = seen["image_grid_thw"], self.processor.merge_size
-        frames = [self._frame(image, grid.tolist(), css_size) for image, grid in zip(images, grids, strict=True)]
-        ids = self._ids(self._messages(goal, history, frames[-1]), [int(g.prod()) // merge**2 for g in grids])
+        ids = self._ids(messages, [int(g.prod()) // merge**2 for g in grids])
         token = self.model.config.image_token_id
         inputs = {
             "input_ids": ids,
@@ -149,16 +166,16 @@ class ChatAdapter:
                 seen = [part for part in content if step in shown or part["type"] == "text"]
                 messages.append({"role": "user", "content": seen})
             if step < len(history) and (self.layout.older == "turns" or step >= shown[0]):
-                said = self._answer(self._defuse(history[step][1]), len(history) - step, step + 1)
+                said = self._answer(self.defuse(history[step][1]), len(history) - step, step + 1)
                 messages += [] if said is None else [{"role": "assistant", "content": said}]
         return messages
 
     def _words(self, goal: str, older: History, step: int, frame: Frame) -> list[dict[str, Any]]:
         """The task's words and the screenshot of their turn, as parts of a message."""
-        lines = [f"Step {n}: {self._line(self._defuse(answer))}" for n, (_, answer) in enumerate(older, 1)]
+        lines = [f"Step {n}: {self._line(self.defuse(answer))}" for n, (_, answer) in enumerate(older, 1)]
         prompt = _sized(self.text.prompt, frame)
         prompt = prompt if "{image}" in prompt or self.layout.words == "own" else "{image}" + prompt
-        values = {"{step}": str(step), "{steps}": "\n".join(lines) or "None", "{goal}": self._defuse(goal)}
+        values = {"{step}": str(step), "{steps}": "\n".join(lines) or "None", "{goal}": self.defuse(goal)}
         said = "|".join(map(re.escape, values))
         words: list[dict[str, Any]] = []
         for piece in re.split("({image})", prompt):
@@ -176,7 +193,8 @@ class ChatAdapter:
         """How an answer of step `number` (from 1), `age` steps ago, stands in the chat; None = not at all."""
         return answer
 
-    def _defuse(self, text: str) -> str:
+    def defuse(self, text: str) -> str:
+        """A text in which no marker of the chat is one any more."""
         for marker in self.markers:
             text = text.replace(marker, re.sub(r"[|\[\]]", " ", marker))
         return text

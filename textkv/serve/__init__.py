@@ -7,6 +7,6 @@ or `python -m agentkv.serve`. Needs the extra `serve`.
 """
 
 from textkv.serve.app import Limits, build_app
-from textkv.serve.engine import Cancelled, ChatEngine, Engine, Outcome
+from textkv.serve.engine import ENGINES, Cancelled, ChatEngine, Engine, Opening, Outcome
 
-__all__ = ["Cancelled", "ChatEngine", "Engine", "Limits", "Outcome", "build_app"]
+__all__ = ["ENGINES", "Cancelled", "ChatEngine", "Engine", "Limits", "Opening", "Outcome", "build_app"]

@@ -17,6 +17,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from jinja2 import TemplateError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
@@ -112,7 +113,8 @@ def build_app(engine: Engine, name: str, limits: Limits | None = None, keys: Seq
         _check_name(asked.model, name)
         try:
             prepared = await asyncio.to_thread(engine.prepare, asked)
-        except ValueError as error:
+        except (ValueError, TemplateError) as error:
+            # A template refuses turns that its model was not trained on, two of the same role for example.
             raise Refused(400, _line(error)) from None
         job = Job(_client(request), prepared, asyncio.get_running_loop())
         try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
@@ -12,9 +12,13 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from textkv.budgets import Budget
 from textkv.conversation import Conversation
 from textkv.method import resolve_method
+from textkv.models.loading import load
+from textkv.registry import Registry
 from textkv.serve.answers import Answer
-from textkv.serve.protocol import ChatRequest
+from textkv.serve.protocol import ChatRequest, Message
 from textkv.serve.shelf import Shelf
+
+LONGEST = 2**31  # columns, where a model names no limit
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,36 @@ class Cancelled(Exception):
     """Nobody waits for this answer any more."""
 
 
+@dataclass(frozen=True)
+class Opening:
+    """What a server is asked to serve.
+
+    Attributes:
+        model: a name, folder or hub id.
+        method, budget: of the cache; None = the engine's own.
+        memory: bytes that conversations may hold between their turns; None = no limit.
+    """
+
+    model: str
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    method: str | None = None
+    budget: str | None = None
+    memory: int | None = None
+
+
 class Engine(Protocol):
-    """One model that answers. `prepare` may be called from any thread, `answer` from one at a time."""
+    """One model that answers. `prepare` may be called from any thread, `answer` from one at a time.
+
+    Attributes:
+        reads: the `model_type`s of config.json that are this engine's; none = it is taken for all others.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def open(cls, opening: Opening) -> Engine:
+        """Loads a model. Raises ValueError or FileNotFoundError, in one line, for what cannot be served."""
 
     def prepare(self, request: ChatRequest) -> Any:
         """What `answer` needs of a request. Raises ValueError for one that this model cannot carry out."""
@@ -52,7 +84,7 @@ class Engine(Protocol):
         `cancelled` says so.
         """
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> Mapping[str, float]:
         """What it holds now, by name of a metric: `kv_bytes`, `conversations`, ..."""
 
 
@@ -66,7 +98,7 @@ class Prepared:
     seed: int | None = None
 
 
-class ChatEngine:
+class ChatEngine(Engine):
     """A causal model with a chat template, text only.
 
     Args:
@@ -75,6 +107,7 @@ class ChatEngine:
         method, budget: as for `MethodCache`.
         memory: bytes that the conversations may hold between their turns; None = no limit.
         answer_tokens: the longest answer where a request names no limit.
+        chat_template: for a tokenizer that comes without one.
 
     Raises:
         ValueError: no chat template, or a method or budget that cannot be.
@@ -88,18 +121,31 @@ class ChatEngine:
         budget: Budget | float | str | None = None,
         memory: int | None = None,
         answer_tokens: int = 1024,
+        chat_template: str | None = None,
     ) -> None:
-        if not getattr(tokenizer, "chat_template", None):
+        self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
+        if not self.chat_template:
             raise ValueError("the tokenizer has no chat template, so messages cannot be told; take a chat model")
         resolve_method(method, budget)
         self.model, self.tokenizer, self.answer_tokens = model, tokenizer, answer_tokens
         self.shelf = Shelf(lambda: Conversation(model, method, budget), memory)
         self._blank = self.shelf.new()
 
+    @classmethod
+    def open(cls, opening: Opening) -> ChatEngine:
+        """See `Engine`."""
+        method = opening.method or "full"
+        resolve_method(method, opening.budget)
+        model, tokenizer = load(opening.model, opening.dtype, opening.device)
+        return cls(model, tokenizer, method, opening.budget, opening.memory)
+
     def prepare(self, request: ChatRequest) -> Prepared:
         """See `Engine`."""
         text = self.tokenizer.apply_chat_template(
-            [self._message(m) for m in request.messages], tokenize=False, add_generation_prompt=True
+            [_text_message(m) for m in request.messages],
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
         )
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         return self.prepared(request, {"input_ids": ids.to(self.model.device)})
@@ -107,13 +153,11 @@ class ChatEngine:
     def prepared(self, request: ChatRequest, inputs: dict[str, Any]) -> Prepared:
         """Adds to a prompt's tensors what a request says of its decoding."""
         columns = inputs["input_ids"].shape[1]
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and columns >= limit:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
+        if columns >= limit:
             raise ValueError(f"the messages are {columns} tokens, the model reads up to {limit}; send fewer")
-        room = self.answer_tokens if limit is None else min(self.answer_tokens, limit - columns)
-        options = {"max_new_tokens": min(request.max_tokens or room, limit - columns if limit else 2**31)} | sampling(
-            request
-        )
+        options = sampling(request)
+        options["max_new_tokens"] = min(request.max_tokens or self.answer_tokens, limit - columns)
         penalties = request.frequency_penalty or 0.0, request.presence_penalty or 0.0
         if any(penalties):
             options["logits_processor"] = LogitsProcessorList([_Penalties(*penalties, columns)])
@@ -143,19 +187,11 @@ class ChatEngine:
         ended = growing.answer.stopped or (bool(new) and new[-1] in self._ends())
         return Outcome(growing.text, "stop" if ended else "length", ids.shape[1], talk.last.reused, len(new))
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> Mapping[str, float]:
         """See `Engine`."""
         return {"kv_bytes": self.shelf.kv_bytes(), "conversations": len(self.shelf)} | {
             f"conversations_{name}_total": value for name, value in vars(self.shelf.stats).items()
         }
-
-    def _message(self, message: Any) -> dict[str, str]:
-        parts = list(message.parts())
-        if any(isinstance(part, bytes) for part in parts):
-            raise ValueError("this model reads text only; send no pictures, or serve a vision-language model")
-        # Newer clients call the system's turn the developer's; templates know the old name.
-        role = "system" if message.role == "developer" else message.role
-        return {"role": role, "content": "".join(parts)}
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -163,6 +199,20 @@ class ChatEngine:
     def _ends(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id
         return ends if isinstance(ends, list) else [ends]
+
+
+ENGINES = Registry("engine", "agentkv.engines", "Engine")
+"""Engines by name. Wings add theirs by entry points, so that a server serves what is installed."""
+ENGINES["text"] = ChatEngine
+
+
+def _text_message(message: Message) -> dict[str, str]:
+    parts = list(message.parts())
+    if any(isinstance(part, bytes) for part in parts):
+        raise ValueError("this model reads text only; send no pictures, or serve a vision-language model")
+    # Newer clients call the system's turn the developer's; templates know the old name.
+    role = "system" if message.role == "developer" else message.role
+    return {"role": role, "content": "".join(parts)}
 
 
 def sampling(request: ChatRequest) -> dict[str, Any]:
