@@ -11,7 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from textkv.serve import protocol
 from textkv.serve.engine import Engine, Outcome
@@ -72,12 +73,8 @@ def build_app(engine: Engine, name: str, limits: Limits | None = None, keys: Seq
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     app.state.turns = turns
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Any) -> Response:
-        if keys and request.url.path not in OPEN and not _known(request, keys):
-            refused = Refused(401, "no valid API key; send it as Authorization: Bearer KEY", "authentication_error")
-            return JSONResponse(refused.body, refused.status)
-        return await call_next(request)
+    if keys:
+        app.add_middleware(_Door, keys=tuple(key.encode() for key in keys))
 
     @app.exception_handler(Refused)
     async def refuse(request: Request, error: Refused) -> Response:
@@ -127,6 +124,25 @@ def build_app(engine: Engine, name: str, limits: Limits | None = None, keys: Seq
     return app
 
 
+class _Door:
+    """Lets requests in that bring a key. Plain ASGI: FastAPI's own middleware hides that a client has gone."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[bytes, ...]) -> None:
+        self.app, self.keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN and not self._known(scope):
+            line = "no valid API key; send it as Authorization: Bearer KEY"
+            await JSONResponse(protocol.error_body(line, "authentication_error"), 401)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _known(self, scope: Scope) -> bool:
+        told = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
+        # All are compared, each in constant time: how long it takes says nothing about a key.
+        return any([hmac.compare_digest(told, key) for key in self.keys])
+
+
 class _Reply:
     """The way of one answer to its client."""
 
@@ -135,6 +151,7 @@ class _Reply:
     ) -> None:
         self.request, self.job, self.asked, self.metrics = request, job, asked, metrics
         self.began, self.seconds = time.monotonic(), seconds
+        self.look = self.began + LOOK_AGAIN
         self.head = (f"chatcmpl-{uuid.uuid4().hex}", asked.model, int(time.time()))
 
     async def whole(self) -> Response:
@@ -191,13 +208,17 @@ class _Reply:
 
     async def _next(self) -> str | Outcome | Exception | None:
         """The next piece; None if the client has gone before it came."""
-        while time.monotonic() - self.began < self.seconds:
-            try:
-                return await asyncio.wait_for(self.job.pieces.get(), LOOK_AGAIN)
-            except TimeoutError:
+        while True:
+            now = time.monotonic()
+            if now - self.began >= self.seconds:
+                raise Refused(504, f"no whole answer within {self.seconds:g} seconds", "timeout_error")
+            # By the clock, not only when nothing comes: whoever waits for a whole answer sees no piece of it.
+            if now >= self.look:
+                self.look = now + LOOK_AGAIN
                 if await self.request.is_disconnected():
                     return None
-        raise Refused(504, f"no whole answer within {self.seconds:g} seconds", "timeout_error")
+            with suppress(TimeoutError):
+                return await asyncio.wait_for(self.job.pieces.get(), LOOK_AGAIN)
 
 
 async def _read(request: Request, limit: int) -> protocol.ChatRequest:
@@ -225,12 +246,6 @@ def _told(error: Exception) -> Refused:
 def _check_name(asked: str, name: str) -> None:
     if asked != name:
         raise Refused(404, f"no model {asked!r} here; this server has {name!r}", code="model_not_found")
-
-
-def _known(request: Request, keys: Sequence[str]) -> bool:
-    told = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-    # All are compared, each in constant time: how long it takes says nothing about a key.
-    return any([hmac.compare_digest(told, key.encode()) for key in keys])
 
 
 def _client(request: Request) -> str:
