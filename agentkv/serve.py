@@ -11,6 +11,7 @@ import argparse
 import ipaddress
 import json
 import sys
+import tempfile
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--method", help="of the caches (default: gui-kv with pictures, full for text, freecache)")
     p.add_argument("--budget", help="share of the tokens to keep (0.2), or a number (512t)")
     p.add_argument("--memory", type=size, help="what conversations may hold between turns, as 8GB (default: no limit)")
+    p.add_argument("--disk", type=folder, metavar="DIR", help="where those that do not fit lie meanwhile (dropped)")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (this machine only)")
     p.add_argument("--port", type=port, default=8000, help="port to listen on (8000)")
     p.add_argument("--api-key-file", type=keys, default=(), metavar="FILE", help="a key a line; one must come along")
@@ -67,7 +69,7 @@ def serve(args: argparse.Namespace, argv: list[str]) -> None:
     limits = Limits(args.max_request, args.queue, args.timeout)
     dtype = torch.bfloat16 if "cuda" in args.device else torch.float32
     name = OWN_NAME.get(args.model, args.model)
-    opened = engine.open(Opening(name, args.device or "cpu", dtype, args.method, budget, args.memory))
+    opened = engine.open(Opening(name, args.device or "cpu", dtype, args.method, budget, args.memory, args.disk))
     app = build_app(opened, args.name or args.model, limits, args.api_key_file)
     print(f"http://{args.host}:{args.port}/v1 serves {args.name or args.model}", flush=True)
     # No access log: addresses of clients and paths are nobody's business, and prompts never were in it.
@@ -99,6 +101,16 @@ def port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65_535:
         raise ArgumentTypeError(f"{text!r} is no port; use 1 to 65535")
     return int(text)
+
+
+def folder(text: str) -> Path:
+    """A folder that can be written to; made if missing."""
+    try:
+        Path(text or "\0").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=text):
+            return Path(text)
+    except (OSError, ValueError) as error:
+        raise ArgumentTypeError(f"nothing can be written to {text!r}: {error}") from None
 
 
 def keys(text: str) -> tuple[str, ...]:

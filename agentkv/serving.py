@@ -7,6 +7,7 @@ text goes back. Whoever drives UI-TARS or OpenCUA from a harness of their own ha
 from __future__ import annotations
 
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
@@ -25,7 +26,7 @@ class VisionEngine(ChatEngine):
 
     Args:
         adapter: what `agentkv.models.load_adapter` gives.
-        method, budget, memory: as for `ChatEngine`.
+        method, budget, memory, disk: as for `ChatEngine`.
     """
 
     reads = tuple(OWN_AGENT)
@@ -36,6 +37,7 @@ class VisionEngine(ChatEngine):
         method: str = "full",
         budget: Budget | float | str | None = None,
         memory: int | None = None,
+        disk: Path | None = None,
     ) -> None:
         super().__init__(
             adapter.model,
@@ -43,6 +45,7 @@ class VisionEngine(ChatEngine):
             method,
             budget,
             memory,
+            disk,
             adapter.answer_tokens,
             chat_template=adapter.tokenizer.chat_template or adapter.chat_template,
         )
@@ -54,7 +57,7 @@ class VisionEngine(ChatEngine):
         method = opening.method or "gui-kv"
         resolve_method(method, opening.budget)
         adapter = load_adapter(opening.model, opening.device, opening.dtype)
-        return cls(adapter, method, opening.budget, opening.memory)
+        return cls(adapter, method, opening.budget, opening.memory, opening.disk)
 
     def prepare(self, request: ChatRequest) -> Prepared:
         """See `textkv.serve.Engine`; screenshots are told to methods that ask for them."""

@@ -14,12 +14,14 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from textkv import store
 from textkv.budgets import Budget
 from textkv.cache import MethodCache
 from textkv.evidence import Spans
@@ -208,6 +210,45 @@ class Conversation:
             else:
                 return Reuse(keep, columns - keep, "cropped", f"{why}: {held - keep} columns were taken back")
         return Reuse(0, columns, "read again", why)
+
+    @property
+    def seen(self) -> Dialogue | None:
+        """What the cache has read; None when nobody knows, as after an error or before the first turn."""
+        return None if self._seen is None or self._lost else self._seen.first(self.cache.tokens_seen)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the conversation as `MethodCache.save` does its cache, with what was read beside it.
+
+        Raises:
+            ValueError: nothing was read yet, or nobody knows what; or a segment without a name to be saved under.
+        """
+        seen = self.seen
+        if seen is None:
+            raise ValueError(f"there is no dialogue to save: {self._lost or 'nothing was read yet'}")
+        images = [[image.row, image.start, image.end, image.digest.hex()] for image in seen.images]
+        store.save(self.cache.context, Path(folder), self.model, {"ids": seen.ids, "mask": seen.mask, "images": images})
+
+    @classmethod
+    def load(cls, folder: str | Path, model: PreTrainedModel) -> Conversation:
+        """Reads what `save` wrote, for the same model: the next turn goes on without reading anything again.
+
+        Raises:
+            ValueError: as for `MethodCache.load`, or a cache that was saved without its dialogue.
+        """
+        header = store.read_header(Path(folder))
+        told = header["beside"]
+        if not {"ids", "mask", "images"} <= told.keys():
+            raise ValueError(f"{folder} holds a cache and not what it has read: use MethodCache.load")
+        talk = cls(model, header["method"], header["budget"])
+        store.fill(talk.cache.context, Path(folder), header, model)
+        try:
+            images = tuple(_Image(row, start, end, bytes.fromhex(x)) for row, start, end, x in told["images"])
+            talk._seen = Dialogue(told["ids"], told["mask"], images)
+            if talk._seen.ids.shape != (talk.cache.rows, talk.cache.tokens_seen):
+                raise ValueError(f"its dialogue has {tuple(talk._seen.ids.shape)} tokens")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder} is no whole conversation: {error}") from None
+        return talk
 
     def fork(self) -> Conversation:
         """An independent copy, cache and all: both may go on in different directions."""

@@ -68,6 +68,7 @@ def build_app(engine: Engine, name: str, limits: Limits | None = None, keys: Seq
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(turns.close)
+        engine.close()
 
     # Without /docs and /openapi.json: the pages load scripts from elsewhere.
     app = FastAPI(lifespan=lifespan, openapi_url=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -53,6 +54,7 @@ class Opening:
         model: a name, folder or hub id.
         method, budget: of the cache; None = the engine's own.
         memory: bytes that conversations may hold between their turns; None = no limit.
+        disk: folder for those that do not fit; None = they are dropped.
     """
 
     model: str
@@ -61,6 +63,7 @@ class Opening:
     method: str | None = None
     budget: str | None = None
     memory: int | None = None
+    disk: Path | None = None
 
 
 class Engine(Protocol):
@@ -87,6 +90,9 @@ class Engine(Protocol):
     def figures(self) -> Mapping[str, float]:
         """What it holds now, by name of a metric: `kv_bytes`, `conversations`, ..."""
 
+    def close(self) -> None:
+        """Lets go of what it holds, memory and disk."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -106,6 +112,7 @@ class ChatEngine(Engine):
         tokenizer: its own, with a chat template.
         method, budget: as for `MethodCache`.
         memory: bytes that the conversations may hold between their turns; None = no limit.
+        disk: folder for conversations that do not fit; None = they are dropped.
         answer_tokens: the longest answer where a request names no limit.
         chat_template: for a tokenizer that comes without one.
 
@@ -120,6 +127,7 @@ class ChatEngine(Engine):
         method: str = "full",
         budget: Budget | float | str | None = None,
         memory: int | None = None,
+        disk: Path | None = None,
         answer_tokens: int = 1024,
         chat_template: str | None = None,
     ) -> None:
@@ -128,7 +136,9 @@ class ChatEngine(Engine):
             raise ValueError("the tokenizer has no chat template, so messages cannot be told; take a chat model")
         resolve_method(method, budget)
         self.model, self.tokenizer, self.answer_tokens = model, tokenizer, answer_tokens
-        self.shelf = Shelf(lambda: Conversation(model, method, budget), memory)
+        self.shelf = Shelf(
+            lambda: Conversation(model, method, budget), lambda folder: Conversation.load(folder, model), memory, disk
+        )
         self._blank = self.shelf.new()
 
     @classmethod
@@ -137,7 +147,7 @@ class ChatEngine(Engine):
         method = opening.method or "full"
         resolve_method(method, opening.budget)
         model, tokenizer = load(opening.model, opening.dtype, opening.device)
-        return cls(model, tokenizer, method, opening.budget, opening.memory)
+        return cls(model, tokenizer, method, opening.budget, opening.memory, opening.disk)
 
     def prepare(self, request: ChatRequest) -> Prepared:
         """See `Engine`."""
@@ -170,7 +180,7 @@ class ChatEngine(Engine):
         ids = prepared.inputs["input_ids"]
         compared = {k: v for k, v in prepared.inputs.items() if k != "spans"}
         told = self._blank.dialogue(**({"attention_mask": torch.ones_like(ids)} | compared))
-        talk = self.shelf.take(lambda kept: kept.foresee(told))
+        talk = self.shelf.take(told)
         growing = _Growing(Answer(self._text, prepared.stop), give, cancelled, ids.shape[1])
         with torch.random.fork_rng(enabled=prepared.seed is not None):
             if prepared.seed is not None:
@@ -189,9 +199,16 @@ class ChatEngine(Engine):
 
     def figures(self) -> Mapping[str, float]:
         """See `Engine`."""
-        return {"kv_bytes": self.shelf.kv_bytes(), "conversations": len(self.shelf)} | {
-            f"conversations_{name}_total": value for name, value in vars(self.shelf.stats).items()
-        }
+        held = {"kv_bytes": self.shelf.kv_bytes(), "disk_bytes": self.shelf.disk_bytes()}
+        return (
+            held
+            | {"conversations": len(self.shelf)}
+            | {f"conversations_{name}_total": value for name, value in vars(self.shelf.stats).items()}
+        )
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self.shelf.close()
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,5 +1,6 @@
 """Which conversation a request goes on from, and who makes room."""
 
+import pytest
 import torch
 
 from tests.textkv import tiny
@@ -12,7 +13,7 @@ GREEDY = dict(do_sample=False, max_new_tokens=4)
 def turn(shelf, ids):
     """One turn by way of the shelf: (its ids with the answer, the conversation)."""
     told = shelf.new().dialogue(ids, torch.ones_like(ids))
-    talk = shelf.take(lambda kept: kept.foresee(told))
+    talk = shelf.take(told)
     out = talk.generate(ids, **GREEDY)
     shelf.put(talk)
     return out, talk
@@ -20,7 +21,8 @@ def turn(shelf, ids):
 
 def shelf_of(method="full", **options):
     model = tiny.build("llama")
-    return Shelf(lambda: Conversation(model, method, None if method == "full" else 0.5), **options)
+    budget = None if method == "full" else 0.5
+    return Shelf(lambda: Conversation(model, method, budget), lambda x: Conversation.load(x, model), **options)
 
 
 def more(ids, seed):
@@ -35,7 +37,7 @@ def test_a_request_goes_on_from_the_conversation_that_it_extends():
     assert again is a and a is not b
     # all but the last generated token, which the model has not read
     assert again.last.how == "continued" and again.last.reused == first.shape[1] - 1
-    assert vars(shelf.stats) == {"new": 2, "continued": 1, "branched": 0, "dropped": 0}
+    assert (shelf.stats.new, shelf.stats.continued, shelf.stats.dropped) == (2, 1, 0)
     assert len(shelf) == 2
 
 
@@ -73,8 +75,8 @@ def test_a_request_in_work_is_found_by_nobody_else():
     shelf = shelf_of()
     first, a = turn(shelf, tiny.text_ids(20, seed=1))
     told = shelf.new().dialogue(more(first, 2), torch.ones_like(more(first, 2)))
-    assert shelf.take(lambda kept: kept.foresee(told)) is a
-    assert shelf.take(lambda kept: kept.foresee(told)) is not a
+    assert shelf.take(told) is a
+    assert shelf.take(told) is not a
 
 
 def test_the_limit_is_kept_and_the_oldest_goes_first():
@@ -95,3 +97,52 @@ def test_one_that_alone_is_too_large_is_not_kept():
     shelf = shelf_of(limit=1)
     turn(shelf, tiny.text_ids(20, seed=1))
     assert len(shelf) == 0 and shelf.kv_bytes() == 0
+
+
+@pytest.mark.parametrize("method", ["full", "snapkv", "adakv", "streaming_llm", "kivi(4,group=16,residual=16)"])
+def test_one_that_went_to_disk_comes_back_as_it_was(method, tmp_path):
+    shelf = shelf_of(method, disk=tmp_path)
+    first, _ = turn(shelf, tiny.text_ids(20, seed=1))
+    stays = shelf._kept[0].fork()
+    shelf.limit = 1
+    turn(shelf, tiny.text_ids(20, seed=2))
+    assert shelf.kv_bytes() == 0 and shelf.disk_bytes() > 0 and len(shelf) == 2
+    out, again = turn(shelf, more(first, 3))
+    assert again.last.how == "continued" and again.last.reused == first.shape[1] - 1
+    assert torch.equal(out, stays.generate(more(first, 3), **GREEDY))
+    assert (shelf.stats.to_disk, shelf.stats.from_disk, shelf.stats.dropped) == (3, 1, 0)
+    shelf.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_file_costs_its_conversation_alone(tmp_path):
+    shelf = shelf_of(disk=tmp_path, limit=1)
+    first, _ = turn(shelf, tiny.text_ids(20, seed=1))
+    other, _ = turn(shelf, tiny.text_ids(20, seed=2))
+    file = shelf._stored[0].folder / "cache.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    _, again = turn(shelf, more(first, 3))
+    assert again.last.how == "new" and shelf.stats.dropped == 1
+    _, again = turn(shelf, more(other, 3))
+    assert again.last.how == "continued"
+
+
+def test_a_full_disk_drops_what_does_not_fit(tmp_path, monkeypatch):
+    shelf = shelf_of(disk=tmp_path, limit=1)
+
+    def full(self, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Conversation, "save", full)
+    first, _ = turn(shelf, tiny.text_ids(20, seed=1))
+    assert len(shelf) == 0 and shelf.stats.dropped == 1
+    _, again = turn(shelf, more(first, 3))
+    assert again.last.how == "new"
+
+
+def test_the_disk_has_a_limit_too(tmp_path):
+    shelf = shelf_of(disk=tmp_path, limit=1)
+    turn(shelf, tiny.text_ids(20, seed=1))
+    shelf.disk_limit = int(1.5 * shelf.disk_bytes())
+    turn(shelf, tiny.text_ids(20, seed=2))
+    assert len(shelf) == 1 and shelf.disk_bytes() <= shelf.disk_limit and shelf.stats.dropped == 1
