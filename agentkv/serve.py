@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import json
+import socket
 import sys
 import tempfile
 from argparse import ArgumentTypeError
@@ -65,15 +66,28 @@ def serve(args: argparse.Namespace, argv: list[str]) -> None:
     if not args.api_key_file and not _only_here(args.host):
         raise ValueError(f"--host {args.host} lets other machines in; give --api-key-file FILE, or use 127.0.0.1")
     budget = None if args.budget is None else str(Budget.parse(args.budget))
-    engine = ENGINES.find(args.engine or engine_of(args.model))
     limits = Limits(args.max_request, args.queue, args.timeout)
-    dtype = torch.bfloat16 if "cuda" in args.device else torch.float32
-    name = OWN_NAME.get(args.model, args.model)
-    opened = engine.open(Opening(name, args.device or "cpu", dtype, args.method, budget, args.memory, args.disk))
-    app = build_app(opened, args.name or args.model, limits, args.api_key_file)
-    print(f"http://{args.host}:{args.port}/v1 serves {args.name or args.model}", flush=True)
-    # No access log: addresses of clients and paths are nobody's business, and prompts never were in it.
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+    name, dtype = args.name or args.model, torch.bfloat16 if "cuda" in args.device else torch.float32
+    model = OWN_NAME.get(args.model, args.model)
+    opening = Opening(model, args.device or "cpu", dtype, args.method, budget, args.memory, args.disk)
+    # Before the weights: a port that is taken is known at once.
+    with _listening(args.host, args.port) as door:
+        app = build_app(
+            ENGINES.find(args.engine or engine_of(args.model)).open(opening), name, limits, args.api_key_file
+        )
+        print(f"http://{args.host}:{args.port}/v1 serves {name}", flush=True)
+        # No access log: addresses of clients and paths are nobody's business, and prompts never were in it.
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[door])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ValueError(
+            f"port {port} of {host} cannot be listened on ({error.strerror}); use another --port"
+        ) from None
 
 
 def engine_of(model: str) -> str:
