@@ -129,6 +129,7 @@ class Conversation:
         image_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         spans: Spans | None = None,
+        known_images: int = 0,
         **options: Any,
     ) -> torch.Tensor:
         """Continues the conversation; every argument describes the WHOLE dialogue so far, as a processor gives it.
@@ -145,6 +146,8 @@ class Conversation:
             image_grid_thw: int64 [images, 3], all images, oldest first.
             mm_token_type_ids: int64 [batch, tokens], 1 at image tokens.
             spans: columns of every screenshot per row, for methods that ask for them.
+            known_images: so many of the first images were given in earlier turns and are the same: `pixel_values` has
+                the others'. For one row.
             options: for `model.generate`.
 
         Returns:
@@ -155,11 +158,19 @@ class Conversation:
         """
         mask = self._mask(input_ids, attention_mask, options)
         inputs = {"input_ids": input_ids, "attention_mask": mask}
-        told = self.dialogue(input_ids, mask, pixel_values, image_grid_thw, mm_token_type_ids)
+        told = self.dialogue(input_ids, mask, pixel_values, image_grid_thw, mm_token_type_ids, known_images)
+        reused = self.foresee(told, self._drafts(options)).reused
+        lost = next((image for image in told.images[:known_images] if image.start >= reused), None)
+        if lost is not None:
+            raise ValueError(
+                f"the image at column {lost.start} must be read again ({self.foresee(told).why}), and its pixels were "
+                "not given: give those of all images"
+            )
         self.last = self._return_to(told, self._drafts(options))
         if self._visual:
             inputs |= self._positions(input_ids, mask, image_grid_thw, mm_token_type_ids)
-            inputs |= _unseen(told.images, self.last.reused, pixel_values, image_grid_thw)
+            new = None if image_grid_thw is None else image_grid_thw[known_images:]
+            inputs |= _unseen(told.images[known_images:], self.last.reused, pixel_values, new)
         self.cache.begin(input_ids, spans=spans, attention_mask=mask)
         # Until it is over, nobody knows how far it came.
         self._seen, self._lost = None, "the turn before did not finish"
@@ -169,6 +180,11 @@ class Conversation:
 
     @property
     def _visual(self) -> bool:
+        return self._turns_by_place or getattr(self.model.config, "image_token_id", None) is not None
+
+    @property
+    def _turns_by_place(self) -> bool:
+        """Whether a token's rotary position tells where in its image it lies (M-RoPE)."""
         return hasattr(self.model, "model") and hasattr(self.model.model, "get_rope_index")
 
     def dialogue(
@@ -178,11 +194,15 @@ class Conversation:
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        known_images: int = 0,
     ) -> Dialogue:
         """A dialogue in the form in which it is compared, for `foresee`; arguments and errors as for `generate`."""
         images = ()
         if self._visual:
-            images = _images(input_ids, pixel_values, image_grid_thw, mm_token_type_ids)
+            known = () if self._seen is None else self._seen.images[:known_images]
+            if len(known) < known_images:
+                raise ValueError(f"known_images={known_images}: {len(known)} images were given in earlier turns")
+            images = _images(input_ids, pixel_values, image_grid_thw, mm_token_type_ids, known)
         elif pixel_values is not None:
             raise ValueError(f"{type(self.model).__name__} takes no images here")
         # On the CPU: comparing a dialogue must not hold device memory from turn to turn.
@@ -332,6 +352,8 @@ class Conversation:
     ) -> dict[str, torch.Tensor]:
         """Rotary positions int64 [4, batch, tokens] of the whole dialogue; the model's own offset is set right."""
         kinds = torch.zeros_like(ids) if kinds is None else kinds
+        if not self._turns_by_place:
+            return {"mm_token_type_ids": kinds}
         rope, delta = self.model.model.get_rope_index(
             ids, image_grid_thw=grids, mm_token_type_ids=kinds, attention_mask=mask
         )
@@ -342,9 +364,11 @@ class Conversation:
 
 
 def _images(
-    ids: torch.Tensor, pixels: torch.Tensor | None, grids: torch.Tensor | None, kinds: torch.Tensor | None
-) -> tuple[_Image, ...]:
-    """Where the images of a batch lie and what they are, row after row as the processor gives them."""
+    ids: torch.Tensor, pixels: torch.Tensor | None, grids: torch.Tensor | None, kinds: torch.Tensor | None,
+    known: tuple[_Image, ...] = (),
+) -> tuple[_Image, ...]:  # fmt: skip
+    """Where the images of a batch lie and what they are, row after row as the processor gives them; `known` come
+    first, and `pixels` are those of the others."""
     if pixels is None and grids is None and kinds is None:
         return ()
     if pixels is not None and (grids is None or kinds is None):
@@ -354,15 +378,18 @@ def _images(
     starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero()[:, 1].tolist()
     patches = [] if grids is None else grids.prod(1).tolist()
     have = 0 if pixels is None else len(pixels)
-    if len(starts) != len(patches) or sum(patches) != have:
+    if len(starts) != len(patches) or sum(patches[len(known) :]) != have:
         raise ValueError(
             f"mm_token_type_ids marks {len(starts)} images, image_grid_thw has {len(patches)} of {sum(patches)} "
-            f"patches, pixel_values {have} patches: give all three for every image of the whole dialogue, seen or not"
+            f"patches, pixel_values {have} patches: give all three for every image of the whole dialogue, seen or "
+            "not, but the pixels of known_images"
         )
     if not patches:
         return ()
-    parts = zip(starts, ends, pixels.detach().cpu().contiguous().split(patches), grids.tolist(), strict=True)
-    return tuple(_Image(*start, end, _digest(part, grid)) for start, end, part, grid in parts)
+    told = pixels.detach().cpu().contiguous().split(patches[len(known) :]) if have else ()
+    digests = [image.digest for image in known]
+    digests += [_digest(part, grid) for part, grid in zip(told, grids[len(known) :].tolist(), strict=True)]
+    return tuple(_Image(*start, end, x) for start, end, x in zip(starts, ends, digests, strict=True))
 
 
 def _digest(patches: torch.Tensor, grid: list[int]) -> bytes:

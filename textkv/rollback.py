@@ -105,7 +105,7 @@ class Rollback(Cache):
         context.table = None if context.table is None else PositionTable()
         for number, spec in context.rotary.items():
             context.rotary[number] = spec.on(context.table)
-        context.real, context.forwards = None, 0
+        context.real, context.forgotten, context.forwards = None, None, 0
         self._start, self._through = None, set()
 
     def _forward_begins(self, tokens: int) -> None:
@@ -205,6 +205,9 @@ class Rollback(Cache):
         super().crop(tokens_to_remove)
         if count and self.context.real is not None:
             self.context.real = self.context.real[:, :-count]
+        own = next(iter(self._own()), None)
+        if count and own is not None and own.is_initialized:
+            self.context.remember(own.real_seen)
         if self.context.hold:
             self._commit()
 

@@ -47,8 +47,9 @@ def save(
     }  # fmt: skip
     if context.table is not None and context.table.table is not None:
         tensors["table"] = context.table.table
-    if context.real is not None:
-        tensors["real"] = context.real
+    for name in ("real", "forgotten"):
+        if (told := getattr(context, name)) is not None:
+            tensors[name] = told
     # safetensors writes no views: two names may share a storage here, or begin in the middle of one.
     tensors = {name: x.detach().contiguous().clone() for name, x in tensors.items()}
     text = json.dumps(header, sort_keys=True)
@@ -113,6 +114,7 @@ def _fill(context: Context, header: dict[str, Any], model: PreTrainedModel) -> N
     # JSON knows no tuples.
     context.spans = [[tuple(span) for span in row] for row in header["spans"]]
     context.block_end, context.real = header["block_end"], tensors.get("real")
+    context.forgotten = header["tensors"].get("forgotten")
     if context.table is not None:
         context.table.table = tensors.get("table")
     for number, (layer, saved) in enumerate(zip(context.everything, header["layers"], strict=True)):

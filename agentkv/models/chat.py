@@ -105,6 +105,51 @@ class ChatAdapter:
         seen, frames = self._seen(images, css_size)
         return self._encoded(self._messages(goal, history, frames[-1]), seen, frames)
 
+    def growing(
+        self,
+        goal: str,
+        answers: Sequence[str],
+        images: Sequence[Image.Image],
+        grids: Sequence[torch.Tensor],
+        frames: Sequence[Frame],
+        css_size: tuple[int, int] | None = None,
+        number: int = 1,
+    ) -> Prompt:
+        """The prompt of a step in a chat that only grows: each one begins with the one before and its answer.
+
+        The task's words stand with the first screenshot, the goal once more beside every other.
+
+        Args:
+            answers: to all screenshots but the last, oldest first.
+            images: the newest screenshots, the current one last: those that were not told before.
+            grids, frames: of the screenshots before these, as an earlier prompt had them.
+            number: of the first step in this chat, from 1.
+
+        Returns:
+            `inputs` with the pixels of `images` alone; spans, frames and grids of all.
+        """
+        seen, new = self._seen(images, css_size)
+        frames = [*frames, *new]
+        seen = dict(seen) | {"image_grid_thw": torch.cat([*(grid[None] for grid in grids), seen["image_grid_thw"]])}
+        # Sizes in words are those of the first screenshot: a chat that only grows cannot change them.
+        return self._encoded(self._growing_messages(goal, answers, frames[0], number), seen, frames)
+
+    def _growing_messages(self, goal: str, answers: Sequence[str], frame: Frame, number: int) -> list[dict[str, Any]]:
+        again = "\n".join(filter(None, (_sized(self.text.later, frame), self.defuse(goal))))
+        messages: list[dict[str, Any]] = [{"role": "system", "content": _sized(self.text.system, frame)}]
+        for step in range(len(answers) + 1):
+            words = [{"type": "image"}, {"type": "text", "text": again}]
+            if step == 0:
+                words = self._words(goal, [], number, frame)
+                if not any(part["type"] == "image" for part in words):
+                    words = [{"type": "image"}, *words]
+            messages.append({"role": "user", "content": words})
+            if step < len(answers):
+                # Always as an answer that was just given: how old it is changes, and the chat must not.
+                said = self._answer(self.defuse(answers[step]), 1, number + step)
+                messages += [] if said is None else [{"role": "assistant", "content": said}]
+        return messages
+
     def chat(self, messages: list[dict[str, Any]], images: Sequence[Image.Image]) -> Prompt:
         """The prompt for any chat: messages as its template takes them, `{"type": "image"}` where a picture stands."""
         if images:

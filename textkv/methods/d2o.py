@@ -114,7 +114,7 @@ class D2O(Method):
         """Add the block's column sums to those known and note their variance, until all layers are through."""
         if not self.budget.is_full:
             mass = _added(layer, evidence.columns)
-            layer.notes["d2o"] = spread(mass, layer.stored().positions >= 0).cpu(), evidence.tokens, evidence.idle
+            layer.notes["d2o"] = spread(mass, layer.stored().positions >= 0).cpu(), evidence.remaining, evidence.idle
 
     def on_finish(self, context: Context) -> None:
         """All layers have seen the prompt: share out the budget, cut and merge."""
