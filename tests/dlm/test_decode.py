@@ -227,8 +227,6 @@ CACHES = [*list_caches(False), "freecache(0)", "dual('commit_first')", "freecach
 
 
 @pytest.mark.parametrize("cache", CACHES)
-    "cache", [*list_caches(False), "freecache(0)", "dual('commit_first')", "freecache+snapkv(0.5)"]
-)
 @pytest.mark.parametrize("rule", list_rules())
 @pytest.mark.parametrize("make", [llada, dream])
 def test_every_rule_with_every_cache(make, rule, cache, guide):
