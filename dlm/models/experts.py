@@ -39,7 +39,7 @@ class SoftmaxRouter(nn.Linear):
         return chosen, weights / weights.sum(-1, keepdim=True) if self.renormalise else weights
 
 
-class GroupRouter(nn.Module):
+class GroupRouter(nn.Linear):
     """The `top` experts with the best biased sigmoid scores out of the `top_groups` best of `groups`.
 
     A group is as good as the sum of its two best biased scores. The bias only chooses.
@@ -48,8 +48,7 @@ class GroupRouter(nn.Module):
     def __init__(
         self, width: int, experts: int, top: int, groups: int = 1, top_groups: int = 1, scale: float = 1.0
     ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, width))
+        super().__init__(width, experts, bias=False)
         self.register_buffer("expert_bias", torch.zeros(experts))
         self.top, self.groups, self.top_groups, self.scale = top, groups, top_groups, scale
 
