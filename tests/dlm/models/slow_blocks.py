@@ -25,7 +25,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "fast_dllm": SDAR | {
         "model_type": "Fast_dLLM_Qwen", "architectures": ["Fast_dLLM_QwenForCausalLM"], "attention_bias": True,
-        "bd_size": 8, "block_size": None, "head_dim": None, "num_attention_heads": 3, "num_key_value_heads": 1,
+        "bd_size": 16, "block_size": None, "head_dim": None, "num_attention_heads": 3, "num_key_value_heads": 1,
     },
     "llada_moe": SDAR | {
         "model_type": "llada", "architectures": ["LLaDAMoEModelLM"], "num_experts": 6, "num_experts_per_tok": 2,
@@ -46,7 +46,7 @@ CONFIGS = {name: {k: v for k, v in c.items() if v is not None or k == "rope_scal
 
 
 def block_of(family: str) -> int | None:
-    return {"sdar": 4, "sdar_moe": 4, "fast_dllm": 8, "llada2": 32, "llada_moe": None}[family]
+    return {"sdar": 4, "sdar_moe": 4, "fast_dllm": 16, "llada2": 32, "llada_moe": None}[family]
 
 
 def head_dim(config: dict[str, Any]) -> int:

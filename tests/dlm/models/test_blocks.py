@@ -86,7 +86,7 @@ def test_sdar_moe_is_qwen3_moe_with_another_mask(models):
 
 
 @BLOCKS
-@pytest.mark.parametrize("prompt", [8, 11])
+@pytest.mark.parametrize("prompt", [16, 11, 30])
 def test_decoding_is_the_sampler_that_computes_everything_anew(models, family, prompt):
     model, shift = models[family], models[family].decoding_spec.shift
     tau = 0.3
