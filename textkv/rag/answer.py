@@ -62,9 +62,13 @@ class Reader:
         """One retrieval, one prefill, at most `most` tokens.
 
         Raises:
-            ValueError: a question without a word.
+            ValueError: a question without a word, or nothing found for it: no answer could be shown to rest on anything.
         """
         passages = tuple(index.search(question, k))
+        if not passages:
+            raise ValueError(
+                f"nothing in the index shares a word with {question!r}; ask otherwise, or index with vectors"
+            )
         ids = self.encode(prompt_of(question, passages))
         made = self.decode(self.empty(), ids, most)
         text = self.tokenizer.decode(made, skip_special_tokens=True).strip()

@@ -73,6 +73,7 @@ def test_refusals_are_one_line(folder, tmp_path, capsys):
         (["index", str(folder), "--out", index, "--embedder", "nowhere:X"], "No module named"),
         (["ask", " ?", "--index", index], "has no word"),
         (["ask", "Who?", "--index", str(other)], "no index in"),
+        (["ask", "Xyzzy", "--index", index, "--model", "mini"], "shares a word with"),
         (["ask", "Who?", "--index", index, "--embedder", "minilm"], "was built with embedder bm25"),
     ):
         assert main(given) == 2
