@@ -62,7 +62,7 @@ class Reader:
         """One retrieval, one prefill, at most `most` tokens.
 
         Raises:
-            ValueError: a question without a word, or nothing found for it: no answer could be shown to rest on anything.
+            ValueError: a question without a word, or nothing found that an answer could rest on.
         """
         passages = tuple(index.search(question, k))
         if not passages:
