@@ -189,10 +189,11 @@ class ChatEngine(Engine):
             out = talk.generate(
                 **prepared.inputs, **prepared.options, stopping_criteria=StoppingCriteriaList([growing])
             )
+        # Also when the client has gone: it may ask again, and the prompt was read.
+        self.shelf.put(talk)
         if growing.left:
             raise Cancelled
         growing.finish()
-        self.shelf.put(talk)
         new = out[0, ids.shape[1] :].tolist()
         ended = growing.answer.stopped or (bool(new) and new[-1] in self._ends())
         return Outcome(growing.text, "stop" if ended else "length", ids.shape[1], talk.last.reused, len(new))
