@@ -40,13 +40,15 @@ class Decision:
     `kv_bytes`, `kv_bytes_full`, `tokens_stored` (mean per head) are taken right after the prompt was compressed;
     `kv_bytes_peak` is the most held at any moment. `frames` are the prompt's screenshots, oldest first, `spans` their
     half-open [start, end) of prompt positions. Seconds are wall clock. `left_out`: what of the answer is not in
-    `action`, and why. `frame` is the current screenshot as the model saw it.
+    `action`, and why. `frame` is the current screenshot as the model saw it. `reused_tokens` of the prompt were in the
+    cache already.
     """
 
     text: str
     action: Action | ParseError
     left_out: str = ""
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     decode_tokens: int = 0
     seconds_prefill: float = 0.0
     seconds_decode: float = 0.0
@@ -69,7 +71,7 @@ class Policy(Protocol):
         """The next action for what is on the screen now; `viewport` is (width, height) in CSS pixels."""
 
 
-class _PrefillClock(LogitsProcessor):
+class PrefillClock(LogitsProcessor):
     """Notes when the first logits exist: the prompt is read and compressed, decoding begins."""
 
     def __init__(self) -> None:
@@ -112,7 +114,7 @@ class Agent:
         cache = MethodCache(adapter.model, method=self.method, budget=self.budget)
         known = ("input_ids", "attention_mask", "mm_token_type_ids")
         cache.begin(spans=[prompt.spans], **{k: prompt.inputs[k] for k in known if k in prompt.inputs})
-        clock = _PrefillClock()
+        clock = PrefillClock()
         begin = perf_counter()
         out = adapter.model.generate(
             **prompt.inputs,

@@ -95,7 +95,7 @@ class GuiKV(Eviction):
             if self.alpha:
                 scores[row] += self.alpha * self._bonus(evidence, row, spans[-1], positions[row])
             if self.gate and len(spans) > 1:
-                dropped = self._gated(held, row, spans, keep / int(evidence.tokens[row]))
+                dropped = self._gated(held, row, spans, keep / int(evidence.remaining[row]))
                 scores[row].masked_fill_(dropped.repeat_interleave(group, 0) & (scores[row] != PROTECTED), NEVER)
         return scores
 

@@ -28,7 +28,7 @@ LOAD_TIMEOUT = 30.0  # seconds for a page to load
 TRIES = 2  # an episode whose browser dies is played once more
 # Two runs may share a folder when these agree: then their figures can stand in one table.
 SHARED = ("model", "agent", "budget", "history", "max_steps", "max_new_tokens", "device_scale", "url", "goal", "expect")
-SHARED += ("dialogs", "files")
+SHARED += ("dialogs", "files", "cache")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Plan:
     agent: str | None = None
     dialogs: DialogPolicy = "dismiss"
     files: str = ""
+    cache: str = "fresh"
 
     def __post_init__(self) -> None:
         if not self.seeds:

@@ -27,6 +27,7 @@ from agentkv.envs.browser import Browser
 from agentkv.envs.dialogs import POLICIES
 from agentkv.errors import EXPLAINED, Interrupts, UserError, user_errors
 from agentkv.models import AGENTS, ModelAdapter, load_adapter
+from agentkv.persistent import PersistentAgent
 from agentkv.play import LIVE, Plan, Play, open_env, open_folder, task_of
 from agentkv.replay import find_run, recorded, replay, replay_table
 from agentkv.report import write_report
@@ -54,6 +55,7 @@ DEFAULT_TASKS = (
     "memory-order",
     "memory-place",
 )
+AGENTS_BY_CACHE = {"fresh": Agent, "persistent": PersistentAgent}
 EPISODES = 5
 HISTORY = 5  # screenshots in a prompt, as in the paper; fewer where the family was trained with fewer
 ANSWER = 1024  # until the family is known
@@ -86,6 +88,12 @@ def parser() -> argparse.ArgumentParser:
         "--history",
         type=int,
         help="screenshots in a prompt, the current one included (default: the family's, at most 5)",
+    )
+    p.add_argument(
+        "--cache",
+        choices=tuple(AGENTS_BY_CACHE),
+        default="fresh",
+        help="fresh reads the whole prompt at every step, in the authors' layout; persistent only what is new (fresh)",
     )
     p.add_argument("--url", default="", help="play this live page instead of tasks; needs --goal")
     p.add_argument("--goal", default="", help="what to do on --url, in words")
@@ -138,7 +146,8 @@ def play_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
         with user_errors():
             adapter = load(plan)
             plan = fitted(plan, args, adapter)
-            agents = {m: Agent(adapter, m, plan.budget, plan.max_new_tokens) for m in plan.methods}
+            kind = AGENTS_BY_CACHE[plan.cache]
+            agents = {m: kind(adapter, m, plan.budget, plan.max_new_tokens) for m in plan.methods}
             meta = run_meta("agentkv.run", argv, args.seed, chromium=browser.version, units=UNITS)
             open_folder(out, plan, args.resume, meta, notes(plan))
         finished = Play(plan, agents, browser, out, interrupts, {m: budget_of(m, plan) for m in plan.methods}).run()
@@ -173,6 +182,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         agent=args.agent,
         dialogs=args.dialogs,
         files=args.files,
+        cache=args.cache,
     )
     for task in plan.tasks:
         task_of(task, plan)

@@ -114,7 +114,7 @@ def step_to_dict(step: Step) -> dict[str, Any]:
         "files": list(step.files),
         "told": list(step.told),
         "viewport": list(step.viewport),
-        "prefill_tokens": d.prompt_tokens,
+        "prefill_tokens": d.prompt_tokens - d.reused_tokens,
         "decode_tokens": d.decode_tokens,
         "tokens_seen": d.prompt_tokens,
         "tokens_stored": round(d.tokens_stored, 2),

@@ -23,8 +23,12 @@ class Canvas:
         shift: 1 if row j of the model's logits predicts slot j + 1, 0 if it predicts slot j.
         prompt: P, where the first block begins; None = behind the input. Masks of the input from there on are written
             too, and its text stays.
+        grid: attention blocks of a block-causal model, a multiple of `block_length`, counted from slot 0; such a canvas
+            has no padding. None = blocks are counted from the end of the prompt.
 
     Attributes:
+        stop: the first slot behind the answer; with a grid masks may follow, to the end of the last block.
+        begin: the first slot of block 0, which is before P where a prompt ends within a block of a grid.
         ids: int64 [batch, L], L = tokens of the input + G.
         prompt: P.
         length: L.
@@ -46,9 +50,16 @@ class Canvas:
         mask_id: int,
         shift: int,
         prompt: int | None = None,
+        grid: int | None = None,
     ) -> None:
         batch, tokens = input_ids.shape
         self.prompt = tokens if prompt is None else prompt
+        self.stop = tokens + gen_length
+        self.grid, self.begin = grid, self.prompt
+        if grid is not None:
+            # Blocks of positions, whatever the prompt: its end lies in the first, and the last is whole as in training.
+            self.begin -= self.prompt % block_length
+            gen_length += -self.stop % grid
         self.length = tokens + gen_length
         self.block_length, self.mask_id, self.shift = block_length, mask_id, shift
         self.ids = torch.cat([input_ids, input_ids.new_full((batch, gen_length), mask_id)], 1)
@@ -82,7 +93,7 @@ class Canvas:
     @property
     def blocks(self) -> int:
         """N, blocks of the generated part."""
-        return -(-(self.length - self.prompt) // self.block_length)
+        return -(-(self.length - self.begin) // self.block_length)
 
     def block_range(self, block: int) -> tuple[int, int]:
         """Slots [start, end) of a block.
@@ -92,12 +103,21 @@ class Canvas:
         """
         if not 0 <= block < self.blocks:
             raise ValueError(f"block={block}: this canvas has blocks 0..{self.blocks - 1}")
-        start = self.prompt + block * self.block_length
-        return start, min(start + self.block_length, self.length)
+        start = self.begin + block * self.block_length
+        return max(start, self.prompt), min(start + self.block_length, self.length)
 
     def block_start(self, block: torch.Tensor) -> torch.Tensor:
         """First slot of each block of int64 [..]; L for block N, which is where a finished row stands."""
-        return (self.prompt + block * self.block_length).clamp(max=self.length)
+        return (self.begin + block * self.block_length).clamp(max=self.length)
+
+    def span(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots [start, stop) that see each other around blocks int64 [batch]: the blocks, or the grid's that hold
+        them."""
+        start = self.block_start(block)
+        if self.grid is None:
+            return start, self.block_start(block + 1)
+        start = start // self.grid * self.grid
+        return start, (start + self.grid).clamp(max=self.length)
 
     def masked(self) -> torch.Tensor:
         """bool [batch, L], slots that still hold the mask."""
@@ -109,7 +129,7 @@ class Canvas:
         if self._active is None:
             masked = self.generated == self.mask_id
             # argmax of 0 and 1 is the first mask; where there is none it is 0, and N is put in its place.
-            first = masked.int().argmax(1) // self.block_length
+            first = (masked.int().argmax(1) + self.prompt - self.begin) // self.block_length
             self._active = torch.where(masked.any(1), first, self.blocks)
         return self._active
 

@@ -20,6 +20,10 @@ EndOfText = Literal["stop", "fill", "none"]
 BLOCK_LENGTH = 32  # of "auto", in an answer that is at least as long; as in Fast-dLLM's evaluations
 
 
+class AutoLength(int):
+    """A block length that nobody asked for: a model with blocks of its own replaces it."""
+
+
 def _option(
     default: Any, help: str, *, kind: type = str, flag: str | None = None, choices: Sequence[str] = (),
     repeated: bool = False,
@@ -38,7 +42,7 @@ class DecodingConfig:
         block_length: B, slots that are finished before the next ones are begun (semi-autoregressive decoding); None =
             all of them at once (pure diffusion); "auto" = 32, or the whole answer where that is shorter.
         steps: forwards that a rule with a schedule spreads the tokens over; None = G, one token each.
-        cache: composition string or `Policy`, see `dlm.cache`.
+        cache: composition string or `Policy`, see `dlm.cache`; None = "freecache", or "block" for a block-causal model.
         unmask: rule of what to commit, see `dlm.unmask`; None = the model's own, or "guided" where there is a guide.
         guided: whether there will be a guide; `decode` knows it from its argument.
         temperature, top_p, top_k: how tokens are drawn; temperature 0 takes the most probable one.
@@ -62,7 +66,7 @@ class DecodingConfig:
         "auto", f"tokens finished before the next are begun ({BLOCK_LENGTH}, or all if fewer)", kind=int
     )
     steps: int | None = _option(None, "forwards of a rule with a schedule (default: one for each token)", kind=int)
-    cache: str | Policy = _option("freecache", "{caches}; freecache+snapkv(0.3)")
+    cache: str | Policy | None = _option(None, "{caches}; freecache+snapkv(0.3) (default: freecache, or block)")
     unmask: str | Rule | None = _option(None, "{rules} (default: the model's own, or guided with a guide)")
     guided: bool = _option(False, "")
     temperature: float = _option(0.0, "0 (default) takes the most probable token", kind=float)
@@ -82,7 +86,8 @@ class DecodingConfig:
         self._check_stop()
         # "auto" before None: what is left of None below means one block of the whole answer.
         if self.block_length == "auto":
-            object.__setattr__(self, "block_length", min(BLOCK_LENGTH, self.gen_length or BLOCK_LENGTH))
+            chosen = AutoLength(min(BLOCK_LENGTH, self.gen_length or BLOCK_LENGTH))
+            object.__setattr__(self, "block_length", chosen)
         for name, unit in (("block_length", "tokens"), ("steps", "forwards")):
             if getattr(self, name) is None and not self.infill:
                 object.__setattr__(self, name, self.gen_length)
@@ -98,7 +103,8 @@ class DecodingConfig:
             raise ValueError(f"cfg_scale={scale!r} is no strength of guidance; use 0 (none) or more")
         # Built to be checked: wrong sampling, caches and rules are refused here, before weights are read.
         _ = self.sampling
-        resolve_cache(self.cache)
+        if self.cache is not None:
+            resolve_cache(self.cache)
         if isinstance(self.unmask, str):
             parse_rule(self.unmask)
 
@@ -137,10 +143,30 @@ class DecodingConfig:
         """The unmasking rule that a model with this spec decodes by."""
         return self.unmask or ("guided" if self.guided else spec.unmask)
 
+    def policy(self, spec: DecodingSpec) -> str | Policy:
+        """The cache that a model with this spec decodes with."""
+        return self.cache or ("freecache" if spec.block is None else "block")
+
+    def block_of(self, spec: DecodingSpec) -> int:
+        """The block length with a model of this spec: its own one unless another was asked for.
+
+        Raises:
+            ValueError: a length that does not divide the blocks of a block-causal model.
+        """
+        if spec.block is None:
+            return self.block_length
+        if isinstance(self.block_length, AutoLength):
+            return spec.sub_block or spec.block
+        if spec.block % self.block_length:
+            raise ValueError(
+                f"block_length={self.block_length} does not divide this model's blocks of {spec.block}; leave it out"
+            )
+        return self.block_length
+
     def columns(self, spec: DecodingSpec) -> dict[str, Any]:
         """The options as columns of a table, by their names; `unmask` is the rule that the model decodes by."""
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["help"]}
-        return shown | {"unmask": self.rule(spec)}
+        return shown | {"unmask": self.rule(spec), "cache": self.policy(spec)}
 
     def check_guide(self) -> None:
         """Raises ValueError if the rule asks a guide and there is none, or the other way round."""

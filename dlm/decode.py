@@ -123,7 +123,7 @@ def stream(
         canvas = loop.canvas
         if not rows:
             rows = [_Outlet(row, model.decoding_spec, config.stop, tokenizer) for row in range(canvas.batch)]
-        for row, ids in zip(canvas.rows.tolist(), canvas.generated.tolist(), strict=True):
+        for row, ids in zip(canvas.rows.tolist(), canvas.ids[:, canvas.prompt : canvas.stop].tolist(), strict=True):
             if (piece := rows[row].take(ids, canvas.mask_id)) is not None:
                 yield piece
 
@@ -194,12 +194,14 @@ def _run(
     spec = model.decoding_spec
     canvas = make_canvas(config, spec, input_ids, attention_mask)
     stops = StopStrings(config.stop, tokenizer, next(iter(spec.eos_ids), None)) if config.stop else None
-    rule, policy = _resolve_rule(config, spec, guide), resolve_cache(config.cache)
+    rule, policy = _resolve_rule(config, spec, guide), resolve_cache(config.policy(spec))
     rule.check(config, policy, hook is not None)
     # Cache before rule: a model that the cache refuses shall not cost a guider the translation of its prompts.
     run = policy.begin(canvas, model)
     # With gaps in the input the length of the answer is known only now.
     steps = config.steps or canvas.length - canvas.prompt
+    if canvas.grid is not None and steps == config.gen_length:
+        steps = canvas.length - canvas.prompt  # one for each token, also for those behind the answer
     loop = Loop(model, config, canvas, rule.begin(canvas, spec, generator, steps), run, stops, hook)
     if config.infill:
         # The whole rows, without what was padded in front of the first block.

@@ -156,9 +156,14 @@ class Loop:
         stats.forwards += 1
         stats.query_tokens += fed.numel() if plan.tokens is None else plan.tokens
         stats.value_tokens += plan.value_tokens
+        visible = plan.visible
+        if cache is None:
+            visible = None if visible is None else plan.pick(visible)
+        elif self.canvas.grid is not None and plan.stop is None:
+            visible = plan.causal(positions // self.canvas.grid)
         logits = self.model(
             fed, position_ids=plan.pick(positions), past_key_values=cache, logits_rows=plan.rows(rows, ids.shape[1]),
-            attention_mask=plan.visible if cache is not None or plan.visible is None else plan.pick(plan.visible),
+            attention_mask=visible,
         ).logits  # fmt: skip
         stats.cache_bytes = 0 if cache is None else cache.kv_bytes()
         stats.cache_bytes_peak = max(stats.cache_bytes_peak, stats.cache_bytes)
@@ -167,15 +172,16 @@ class Loop:
     def report(self) -> Stats:
         """The statistics up to now."""
         rule, ids = dict(self.unmasker.stats), self.whole()
+        ids, given = ids[:, : self.canvas.stop], self.given[:, : self.canvas.stop]
         slots = torch.arange(ids.shape[1], device=ids.device)[None]
         # True from a row's first end on: a running maximum needs no loop and no wait for the device.
         ended = (torch.isin(ids, self.ends) & (slots >= self.tail[:, None])).int().cummax(1).values.bool()
         return replace(
             self.stats, seconds=perf_counter() - self.start, committed=self.committed.tolist(),
-            text_tokens=(~ended & ~self.given & (ids != self.canvas.mask_id)).sum(1).tolist(),
+            text_tokens=(~ended & ~given & (ids != self.canvas.mask_id)).sum(1).tolist(),
             guider_forwards=rule.pop("guider_forwards", 0), extra=rule,
         )  # fmt: skip
 
     def decoded(self) -> Decoded:
         """What the generation gave so far; masks where nothing is written yet."""
-        return Decoded(self.whole()[:, self.first :].clone(), self.report())
+        return Decoded(self.whole()[:, self.first : self.canvas.stop].clone(), self.report())

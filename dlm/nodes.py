@@ -51,4 +51,4 @@ class Nodes:
         batch = len(self.present)
         wanted = plan.wanted(batch, canvas.length, canvas.ids.device)[:, None] & self.present[..., None]
         visible = None if plan.visible is None else plan.visible.repeat_interleave(self.count, 0)
-        return Plan(Packing.of(wanted.flatten(0, 1)), visible, nodes=self.count)
+        return Plan(Packing.of(wanted.flatten(0, 1)), visible, nodes=self.count, stop=plan.stop)

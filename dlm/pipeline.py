@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlm.cache import Policy, resolve_cache
 from dlm.canvas import Canvas
-from dlm.config import BLOCK_LENGTH, DecodingConfig, EndOfText
+from dlm.config import BLOCK_LENGTH, AutoLength, DecodingConfig, EndOfText
 from dlm.decode import Decoded, Stats, decode
 from dlm.models import DreamModel, LLaDAModelLM, answer_text
 from dlm.models.text import FAMILIES, end_ids
@@ -105,7 +105,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         temperature: float,
         top_p: float | None,
         top_k: int | None,
-        cache: str | Policy,
+        cache: str | Policy | None,
         cfg_scale: float,
         eos: EndOfText,
         output_type: str,
@@ -163,7 +163,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         input_ids: torch.LongTensor | None = None, attention_mask: torch.LongTensor | None = None,
         use_chat_template: bool = True, gen_length: int = 128, block_length: int | None = None,
         num_inference_steps: int | None = None, temperature: float = 0.0, top_p: float | None = None,
-        top_k: int | None = None, cache: str | Policy = "freecache", cfg_scale: float = 0.0, eos: EndOfText = "stop",
+        top_k: int | None = None, cache: str | Policy | None = None, cfg_scale: float = 0.0, eos: EndOfText = "stop",
         generator: torch.Generator | None = None, output_type: str = "text", return_dict: bool = True,
         callback_on_step_end: Callable[..., dict | None] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
@@ -181,7 +181,8 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*): steps per block; None = one for each token. A short last block
                 leaves some of its steps to the others; a rule without a schedule takes as many as it needs.
             temperature, top_p, top_k: how tokens are drawn.
-            cache (`str`): which positions are computed anew in each step, see `dlm.cache`.
+            cache (`str`, *optional*): which positions are computed anew in each step, see `dlm.cache`; None = the
+                model's own.
             cfg_scale (`float`): classifier-free guidance by the prompt; 0 = none.
             eos (`str`): "stop", "fill" or "none", see `dlm.decode.decode`.
             generator (`torch.Generator`, *optional*): of the random numbers.
@@ -196,7 +197,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         names = ["sequences"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
         if block_length is None and isinstance(gen_length, int):
-            block_length = max(1, min(self.scheduler.config.get("block_length", BLOCK_LENGTH), gen_length))
+            block_length = AutoLength(max(1, min(self.scheduler.config.get("block_length", BLOCK_LENGTH), gen_length)))
         self.check_inputs(
             prompt, messages, input_ids, gen_length, block_length, num_inference_steps, temperature, top_p, top_k,
             cache, cfg_scale, eos, output_type, names,
@@ -211,8 +212,9 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         _named(source, lambda: make_canvas(config, self.model.decoding_spec, ids, mask))
         self.scheduler.set_timesteps(steps, device=ids.device, block_length=block_length)
         rule = ScheduledRule(self.scheduler, self._guide(), sampling=Sampling(temperature, top_p, top_k))
+        policy = resolve_cache(config.policy(self.model.decoding_spec))
         with self.progress_bar(total=gen_length) as bar:
-            after = _AfterStep(self, rule, bar, callback_on_step_end, names, resolve_cache(cache).name == "none")
+            after = _AfterStep(self, rule, bar, callback_on_step_end, names, policy.name == "none")
             # The rule draws, so its sampling is what was asked for; the configuration's own stays at its defaults.
             done = decode(self.model, ids, mask, config, unmask=rule, generator=generator, on_step=after)
         # diffusers' offloading moves a model off the GPU here; without it nothing happens.

@@ -93,6 +93,15 @@ def make_canvas(
             raise ValueError("the prompts are padded on the right or inside; pad on the left")
     _check_prompts(spec, input_ids, real, config)
     options = {"gen_length": config.gen_length, "mask_id": spec.mask_id, "shift": spec.shift}
+    if spec.block is not None:
+        if config.infill:
+            raise ValueError("infill: a block-causal model does not see the text behind a gap; generate from the left")
+        if not bool(real.all()):
+            raise ValueError(
+                "the prompts differ in length, and a block-causal model counts its blocks from the first token; decode "
+                "prompts of one length together"
+            )
+        return Canvas(input_ids, block_length=config.block_of(spec), grid=spec.block, **options)
     if not config.infill:
         return Canvas(input_ids, attention_mask, block_length=config.block_length, **options)
     # What pads a row may be anything, the mask too; it must not be taken for a gap.

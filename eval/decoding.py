@@ -117,7 +117,8 @@ def arms_of(grid: str, plain: DecodingConfig, guided: bool) -> list[Arm]:
     entries = split_list(grid)
     if entries == ["all"]:
         rules = [rule for rule in list_rules() if guided or rule != "guided"]
-        entries = [f"{cache}+{rule}" for cache in list_caches() for rule in rules if _go_together(plain, cache, rule)]
+        caches = list_caches(block_causal=False)
+        entries = [f"{cache}+{rule}" for cache in caches for rule in rules if _go_together(plain, cache, rule)]
     if not entries:
         raise ValueError("the grid is empty; use for example --grid freecache,freecache+threshold(0.9), or all")
     arms = [Arm(BASE, replace(plain, cache=BASE))]

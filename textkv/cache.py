@@ -199,7 +199,8 @@ class MethodCache(Rollback):
     def forget(self, spans: Spans) -> None:
         """Drops the tokens of given logical positions from every layer, whatever holds them.
 
-        Later tokens keep their positions. Linear and convolution states remember what they have read.
+        Later tokens keep their positions, and a budget is a share of what remains. Linear and convolution states
+        remember what they have read.
 
         Args:
             spans: per row, half-open [start, end) logical positions (columns, where nothing is padded).
@@ -224,6 +225,7 @@ class MethodCache(Rollback):
         for layer in layers:
             layer.forget(gone.to(layer.device))
             self.context.note_bytes(layer)
+        self.context.forget(gone)
 
     # ---- counting ----------------------------------------------------------------------------------------------
 
@@ -314,6 +316,8 @@ class MethodCache(Rollback):
             context.table.take_rows(rows)
         if context.real is not None:
             context.real = context.real.index_select(0, rows.to(context.real.device))
+        if context.forgotten is not None:
+            context.forgotten = context.forgotten.index_select(0, rows.cpu())
         if context.spans:
             context.spans = [context.spans[row] for row in rows.tolist()]
 

@@ -148,8 +148,18 @@ class Contents:
         if bool((stays == stays[:, :1]).all()):
             # One index for all heads, where they agree: segments that share positions can keep them shared.
             stays = stays[:, :1]
-        order = (~stays).sort(dim=-1, stable=True).indices[..., : int(stays.sum(-1).max())]
+        # Holes come first: then the newest tokens of all heads stand in the last columns, where `crop` takes them.
+        count = int(stays.sum(-1).max())
+        order = stays.sort(dim=-1, stable=True).indices[..., stays.shape[-1] - count :]
+        croppable = min(self.since_eviction, self._behind(gone))
         self.keep(order.masked_fill(~stays.gather(-1, order), -1))
+        # What came after all that is gone lies where it lay, and can still be taken back.
+        self.since_eviction = croppable
+
+    def _behind(self, gone: torch.Tensor) -> int:
+        """The least number of tokens that any row has behind its last position in bool [batch, p]."""
+        places = torch.arange(1, gone.shape[1] + 1, device=gone.device)
+        return int((self.real_seen - (gone * places).amax(1).cpu()).min())
 
     def _changed(self) -> None:
         self.since_eviction = 0
@@ -189,11 +199,13 @@ class Contents:
         return storage_bytes([x for x in self.tensors().values() if id(x) not in host])
 
     def full_bytes(self) -> int:
-        """Bytes of K and V that the model's own cache holds after the same tokens."""
+        """Bytes of K and V that the model's own cache holds after the same tokens, those forgotten on demand left
+        out."""
         if not self.is_initialized:
             return 0
         seen = self.seen if self.kind.window is None else min(self.seen, self.kind.window - 1)
-        return 2 * len(self.real_seen) * self.kv_heads * seen * self.head_dim * self.dtype.itemsize
+        gone = 0 if self.context.gone is None or self.kind.window is not None else int(self.context.gone.sum())
+        return 2 * (len(self.real_seen) * seen - gone) * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     def lengths(self) -> torch.Tensor:
         """Tokens stored, int64 [batch, stored heads], on the CPU."""

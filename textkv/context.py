@@ -87,6 +87,7 @@ class Context:
         spans: screenshots of the conversation, logical positions per row.
         block_end: columns seen at the end of the prompt block being read.
         table: the position table, if the method asks for one and a token has more than one rotary position.
+        forgotten: bool [batch, positions] on the CPU, the logical positions that `MethodCache.forget` dropped, or None.
         real: bool [batch, columns], which columns so far were tokens and not padding; None = all.
         hold: what a forward brings may be taken back (speculative decoding): nothing is let go of before `crop`.
         forwards: forwards since `hold` began. The first one reads a prompt, the others verify drafts.
@@ -109,6 +110,7 @@ class Context:
     spans: Spans = field(default_factory=list)
     block_end: int = 0
     table: PositionTable | None = None
+    forgotten: torch.Tensor | None = None
     real: torch.Tensor | None = None
     hold: bool = False
     forwards: int = 0
@@ -144,6 +146,26 @@ class Context:
         ahead; what comes next still follows those before."""
         # transformers' own layers count tokens in their own way, and states not at all.
         return min((layer.seen for layer in self.everything if hasattr(layer, "segments")), default=0)
+
+    def forget(self, gone: torch.Tensor) -> None:
+        """Writes down which logical positions were dropped on demand: bool [batch, p]."""
+        before = torch.zeros_like(gone[:, :0]) if self.forgotten is None else self.forgotten
+        width = max(before.shape[1], gone.shape[1])
+        padded = (torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in (before, gone))
+        self.forgotten = torch.logical_or(*padded)
+        # Of a screenshot that is gone nothing may be expected, and none is the current one.
+        rows = zip(self.spans, self.forgotten, strict=False)
+        self.spans = [[x for x in spans if not bool(row[x[0] : x[1]].all())] for spans, row in rows]
+
+    @property
+    def gone(self) -> torch.Tensor | None:
+        """How many of each row's tokens were forgotten on demand, int64 [batch]; None = none of any row."""
+        return None if self.forgotten is None else self.forgotten.sum(1)
+
+    def remember(self, real_seen: torch.Tensor) -> None:
+        """Tokens from position real_seen, int64 [batch], on were taken back: others may stand there now."""
+        if self.forgotten is not None:
+            self.forgotten &= torch.arange(self.forgotten.shape[1]) < real_seen[:, None]
 
     def check_attention(self) -> None:
         """Raises ValueError if the model was switched away from our attention implementation."""

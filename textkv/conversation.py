@@ -11,14 +11,17 @@ the whole dialogue. Both are handled here: positions are always explicit, and on
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from textkv import store
 from textkv.budgets import Budget
 from textkv.cache import MethodCache
 from textkv.evidence import Spans
@@ -54,8 +57,11 @@ class _Image:
 
 
 @dataclass(frozen=True)
-class _Dialogue:
-    """Columns as a cache reads them: ids int64 and mask bool [batch, columns] on the CPU, images row after row."""
+class Dialogue:
+    """Columns as a cache reads them: ids int64 and mask bool [batch, columns] on the CPU, images row after row.
+
+    Made by `Conversation.dialogue`.
+    """
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -66,12 +72,12 @@ class _Dialogue:
         """Columns that the rows have together, padding included."""
         return self.ids.shape[1]
 
-    def first(self, columns: int) -> _Dialogue:
+    def first(self, columns: int) -> Dialogue:
         """The first columns alone, with the images that begin there."""
         images = tuple(x for x in self.images if x.start < columns)
-        return _Dialogue(self.ids[:, :columns], self.mask[:, :columns], images)
+        return Dialogue(self.ids[:, :columns], self.mask[:, :columns], images)
 
-    def common(self, other: _Dialogue) -> tuple[int, str]:
+    def common(self, other: Dialogue) -> tuple[int, str]:
         """How many columns lead both dialogues in all rows, and what comes then. Both have as many rows."""
         n = min(self.columns, other.columns)
         # A mask counts as much as an id: the same tokens read with other padding have other positions.
@@ -111,7 +117,7 @@ class Conversation:
         self.model = model
         self.cache = MethodCache(model, method, budget)
         self.last: Reuse | None = None
-        self._seen: _Dialogue | None = None
+        self._seen: Dialogue | None = None
         self._lost = ""
 
     def generate(
@@ -123,6 +129,7 @@ class Conversation:
         image_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         spans: Spans | None = None,
+        known_images: int = 0,
         **options: Any,
     ) -> torch.Tensor:
         """Continues the conversation; every argument describes the WHOLE dialogue so far, as a processor gives it.
@@ -139,6 +146,8 @@ class Conversation:
             image_grid_thw: int64 [images, 3], all images, oldest first.
             mm_token_type_ids: int64 [batch, tokens], 1 at image tokens.
             spans: columns of every screenshot per row, for methods that ask for them.
+            known_images: so many of the first images were given in earlier turns and are the same: `pixel_values` has
+                the others'. For one row.
             options: for `model.generate`.
 
         Returns:
@@ -148,24 +157,124 @@ class Conversation:
             ValueError: a mask of another shape, or images without their grid, their token types, or their pixels.
         """
         mask = self._mask(input_ids, attention_mask, options)
-        inputs, images = {"input_ids": input_ids, "attention_mask": mask}, ()
-        visual = hasattr(self.model, "model") and hasattr(self.model.model, "get_rope_index")
-        if visual:
-            images = _images(input_ids, pixel_values, image_grid_thw, mm_token_type_ids)
-        elif pixel_values is not None:
-            raise ValueError(f"{type(self.model).__name__} takes no images here")
-        # On the CPU: comparing a dialogue must not hold device memory from turn to turn.
-        told = _Dialogue(input_ids.cpu(), mask.bool().cpu(), images)
+        inputs = {"input_ids": input_ids, "attention_mask": mask}
+        told = self.dialogue(input_ids, mask, pixel_values, image_grid_thw, mm_token_type_ids, known_images)
+        reused = self.foresee(told, self._drafts(options)).reused
+        lost = next((image for image in told.images[:known_images] if image.start >= reused), None)
+        if lost is not None:
+            raise ValueError(
+                f"the image at column {lost.start} must be read again ({self.foresee(told).why}), and its pixels were "
+                "not given: give those of all images"
+            )
         self.last = self._return_to(told, self._drafts(options))
-        if visual:
+        if self._visual:
             inputs |= self._positions(input_ids, mask, image_grid_thw, mm_token_type_ids)
-            inputs |= _unseen(images, self.last.reused, pixel_values, image_grid_thw)
+            new = None if image_grid_thw is None else image_grid_thw[known_images:]
+            inputs |= _unseen(told.images[known_images:], self.last.reused, pixel_values, new)
         self.cache.begin(input_ids, spans=spans, attention_mask=mask)
         # Until it is over, nobody knows how far it came.
         self._seen, self._lost = None, "the turn before did not finish"
         out = self.model.generate(**inputs, past_key_values=self.cache, **options)
         self._remember(told, out if isinstance(out, torch.Tensor) else out.sequences)
         return out
+
+    @property
+    def _visual(self) -> bool:
+        return self._turns_by_place or getattr(self.model.config, "image_token_id", None) is not None
+
+    @property
+    def _turns_by_place(self) -> bool:
+        """Whether a token's rotary position tells where in its image it lies (M-RoPE)."""
+        return hasattr(self.model, "model") and hasattr(self.model.model, "get_rope_index")
+
+    def dialogue(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        known_images: int = 0,
+    ) -> Dialogue:
+        """A dialogue in the form in which it is compared, for `foresee`; arguments and errors as for `generate`."""
+        images = ()
+        if self._visual:
+            known = () if self._seen is None else self._seen.images[:known_images]
+            if len(known) < known_images:
+                raise ValueError(f"known_images={known_images}: {len(known)} images were given in earlier turns")
+            images = _images(input_ids, pixel_values, image_grid_thw, mm_token_type_ids, known)
+        elif pixel_values is not None:
+            raise ValueError(f"{type(self.model).__name__} takes no images here")
+        # On the CPU: comparing a dialogue must not hold device memory from turn to turn.
+        return Dialogue(input_ids.cpu(), attention_mask.bool().cpu(), images)
+
+    def foresee(self, told: Dialogue, drafts: bool = False) -> Reuse:
+        """What `generate` would find of a dialogue in the cache. Changes nothing.
+
+        Args:
+            drafts: whether the turn decodes with drafts.
+        """
+        held, columns = self.cache.tokens_seen, told.columns
+        if not held and not self._lost:
+            return Reuse(0, columns, "new", "the cache was empty")
+        # With drafts, transformers feeds the whole prompt whatever the cache has read: it would be there twice.
+        keep, why = (0, "decoding with drafts reads whole prompts") if drafts else self._known(told, held)
+        # Nothing to take back: the common case, and the only one open to every method.
+        if keep == held > 0:
+            return Reuse(keep, columns - keep, "continued", f"the dialogue goes on from all {keep} columns read")
+        if keep:
+            try:
+                self.cache.check_crop(held - keep)
+            except ValueError as error:
+                why = f"{why}, and what follows cannot be taken back: {error}"
+            else:
+                return Reuse(keep, columns - keep, "cropped", f"{why}: {held - keep} columns were taken back")
+        return Reuse(0, columns, "read again", why)
+
+    @property
+    def seen(self) -> Dialogue | None:
+        """What the cache has read; None when nobody knows, as after an error or before the first turn."""
+        return None if self._seen is None or self._lost else self._seen.first(self.cache.tokens_seen)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the conversation as `MethodCache.save` does its cache, with what was read beside it.
+
+        Raises:
+            ValueError: nothing was read yet, or nobody knows what; or a segment without a name to be saved under.
+        """
+        seen = self.seen
+        if seen is None:
+            raise ValueError(f"there is no dialogue to save: {self._lost or 'nothing was read yet'}")
+        images = [[image.row, image.start, image.end, image.digest.hex()] for image in seen.images]
+        store.save(self.cache.context, Path(folder), self.model, {"ids": seen.ids, "mask": seen.mask, "images": images})
+
+    @classmethod
+    def load(cls, folder: str | Path, model: PreTrainedModel) -> Conversation:
+        """Reads what `save` wrote, for the same model: the next turn goes on without reading anything again.
+
+        Raises:
+            ValueError: as for `MethodCache.load`, or a cache that was saved without its dialogue.
+        """
+        header = store.read_header(Path(folder))
+        told = header["beside"]
+        if not {"ids", "mask", "images"} <= told.keys():
+            raise ValueError(f"{folder} holds a cache and not what it has read: use MethodCache.load")
+        talk = cls(model, header["method"], header["budget"])
+        store.fill(talk.cache.context, Path(folder), header, model)
+        try:
+            images = tuple(_Image(row, start, end, bytes.fromhex(x)) for row, start, end, x in told["images"])
+            talk._seen = Dialogue(told["ids"], told["mask"], images)
+            if talk._seen.ids.shape != (talk.cache.rows, talk.cache.tokens_seen):
+                raise ValueError(f"its dialogue has {tuple(talk._seen.ids.shape)} tokens")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder} is no whole conversation: {error}") from None
+        return talk
+
+    def fork(self) -> Conversation:
+        """An independent copy, cache and all: both may go on in different directions."""
+        other = copy.copy(self)
+        other.cache = self.cache.fork()
+        return other
 
     def _mask(self, ids: torch.Tensor, given: torch.Tensor | None, options: dict) -> torch.Tensor:
         """The attention mask [batch, tokens]. Where none is given, `model.generate` alone would also hide a pad token
@@ -192,30 +301,19 @@ class Conversation:
 
     # ---- what the cache has read -------------------------------------------------------------------------------
 
-    def _return_to(self, told: _Dialogue, drafts: bool) -> Reuse:
+    def _return_to(self, told: Dialogue, drafts: bool) -> Reuse:
         """Leaves in the cache what the dialogue begins with, at least one column less than it has, or nothing."""
-        held, columns = self.cache.tokens_seen, told.columns
-        if not held and not self._lost:
-            return Reuse(0, columns, "new", "the cache was empty")
-        # With drafts, transformers feeds the whole prompt whatever the cache has read: it would be there twice.
-        keep, why = (0, "decoding with drafts reads whole prompts") if drafts else self._known(told, held)
-        # Nothing to take back: the common case, and the only one open to every method.
-        if keep == held > 0:
-            return Reuse(keep, columns - keep, "continued", f"the dialogue goes on from all {keep} columns read")
-        if keep:
-            try:
-                self.cache.crop(keep - held)
-            except ValueError as error:
-                why = f"{why}, and what follows cannot be taken back: {error}"
-            else:
-                self._seen = self._seen.first(keep)
-                self._forget_spans()
-                return Reuse(keep, columns - keep, "cropped", f"{why}: {held - keep} columns were taken back")
-        self.cache.reset()
-        self._seen, self._lost = None, ""
-        return Reuse(0, columns, "read again", why)
+        found, held = self.foresee(told, drafts), self.cache.tokens_seen
+        if found.how == "cropped":
+            self.cache.crop(found.reused - held)
+            self._seen = self._seen.first(found.reused)
+            self._forget_spans()
+        elif found.how == "read again":
+            self.cache.reset()
+            self._seen, self._lost = None, ""
+        return found
 
-    def _known(self, told: _Dialogue, held: int) -> tuple[int, str]:
+    def _known(self, told: Dialogue, held: int) -> tuple[int, str]:
         """How many columns of the dialogue can stay in the cache, which has read `held`, and why no more."""
         seen = self._seen
         if seen is None or held > seen.columns:
@@ -234,7 +332,7 @@ class Conversation:
         real, rows = self._seen.mask.sum(1).tolist(), self.cache.spans
         self.cache.context.spans = [[x for x in row if x[1] <= n] for row, n in zip(rows, real, strict=bool(rows))]
 
-    def _remember(self, told: _Dialogue, sequences: torch.Tensor) -> None:
+    def _remember(self, told: Dialogue, sequences: torch.Tensor) -> None:
         """Writes down what the cache has read: the last tokens generated are not among it.
 
         Args:
@@ -245,7 +343,7 @@ class Conversation:
             self._lost = f"the turn before had {self.cache.rows} beams or sequences for {rows} rows"
             return
         mask = F.pad(told.mask, (0, sequences.shape[1] - told.columns), value=True)
-        self._seen, self._lost = _Dialogue(sequences.cpu(), mask, told.images).first(held), ""
+        self._seen, self._lost = Dialogue(sequences.cpu(), mask, told.images).first(held), ""
 
     # ---- images ------------------------------------------------------------------------------------------------
 
@@ -254,6 +352,8 @@ class Conversation:
     ) -> dict[str, torch.Tensor]:
         """Rotary positions int64 [4, batch, tokens] of the whole dialogue; the model's own offset is set right."""
         kinds = torch.zeros_like(ids) if kinds is None else kinds
+        if not self._turns_by_place:
+            return {"mm_token_type_ids": kinds}
         rope, delta = self.model.model.get_rope_index(
             ids, image_grid_thw=grids, mm_token_type_ids=kinds, attention_mask=mask
         )
@@ -264,9 +364,11 @@ class Conversation:
 
 
 def _images(
-    ids: torch.Tensor, pixels: torch.Tensor | None, grids: torch.Tensor | None, kinds: torch.Tensor | None
-) -> tuple[_Image, ...]:
-    """Where the images of a batch lie and what they are, row after row as the processor gives them."""
+    ids: torch.Tensor, pixels: torch.Tensor | None, grids: torch.Tensor | None, kinds: torch.Tensor | None,
+    known: tuple[_Image, ...] = (),
+) -> tuple[_Image, ...]:  # fmt: skip
+    """Where the images of a batch lie and what they are, row after row as the processor gives them; `known` come
+    first, and `pixels` are those of the others."""
     if pixels is None and grids is None and kinds is None:
         return ()
     if pixels is not None and (grids is None or kinds is None):
@@ -276,15 +378,18 @@ def _images(
     starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero()[:, 1].tolist()
     patches = [] if grids is None else grids.prod(1).tolist()
     have = 0 if pixels is None else len(pixels)
-    if len(starts) != len(patches) or sum(patches) != have:
+    if len(starts) != len(patches) or sum(patches[len(known) :]) != have:
         raise ValueError(
             f"mm_token_type_ids marks {len(starts)} images, image_grid_thw has {len(patches)} of {sum(patches)} "
-            f"patches, pixel_values {have} patches: give all three for every image of the whole dialogue, seen or not"
+            f"patches, pixel_values {have} patches: give all three for every image of the whole dialogue, seen or "
+            "not, but the pixels of known_images"
         )
     if not patches:
         return ()
-    parts = zip(starts, ends, pixels.detach().cpu().contiguous().split(patches), grids.tolist(), strict=True)
-    return tuple(_Image(*start, end, _digest(part, grid)) for start, end, part, grid in parts)
+    told = pixels.detach().cpu().contiguous().split(patches[len(known) :]) if have else ()
+    digests = [image.digest for image in known]
+    digests += [_digest(part, grid) for part, grid in zip(told, grids[len(known) :].tolist(), strict=True)]
+    return tuple(_Image(*start, end, x) for start, end, x in zip(starts, ends, digests, strict=True))
 
 
 def _digest(patches: torch.Tensor, grid: list[int]) -> bytes:

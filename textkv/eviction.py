@@ -44,7 +44,7 @@ class Eviction(Method):
 
     def counts(self, layer: Layer, scores: torch.Tensor, evidence: Evidence) -> torch.Tensor:
         """Tokens to keep, int64 [batch, 1 or kv_heads] on the CPU. Default: the budget, the same in every head."""
-        return torch.tensor([[self.budget.count(int(seen))] for seen in evidence.tokens])
+        return torch.tensor([[self.budget.count(int(seen))] for seen in evidence.remaining])
 
     def scores(self, layer: Layer, evidence: Evidence, keep: list[int] | None = None) -> torch.Tensor:
         """`score` over a whole layer, fp32 [batch, kv_heads, n of layer.stored()], NEVER at holes.
@@ -53,7 +53,7 @@ class Eviction(Method):
             keep: how many tokens each row's heads keep in this layer, where that is known before the scores are, so
                 that a window is fitted to the layer's own number; None = the budget.
         """
-        held, tokens = layer.stored(), evidence.tokens.tolist()
+        held, tokens = layer.stored(), evidence.remaining.tolist()
         keep = [self.budget.count(seen) for seen in tokens] if keep is None else keep
         if bool((held.positions >= 0).all()) and len(set(zip(tokens, keep, strict=True))) == 1:
             return self.score(layer, held, evidence, keep[0])
@@ -73,7 +73,7 @@ class Eviction(Method):
         return bool((layer.lengths().amax(1) <= self._least(evidence)).all())
 
     def _least(self, evidence: Evidence) -> torch.Tensor:
-        return torch.tensor([self.budget.count(int(seen)) for seen in evidence.tokens])
+        return torch.tensor([self.budget.count(int(seen)) for seen in evidence.remaining])
 
 
 def keep_best(layer: Layer, scores: torch.Tensor, counts: torch.Tensor) -> None:

@@ -115,6 +115,7 @@ class Evidence:
         sampled: [batch, heads, s, head_dim] post-RoPE queries of the block's sampled positions, or None.
         sampled_positions: int32 [batch, s], theirs, -1 where a row has no token in this column, or None.
         ids: int64 [batch, m], the block's token ids, or None; their positions are `norm_positions`.
+        gone: int64 [batch] on the CPU, how many of `tokens` were forgotten on demand; None = none.
     """
 
     queries: torch.Tensor
@@ -135,6 +136,15 @@ class Evidence:
     sampled: torch.Tensor | None = None
     sampled_positions: torch.Tensor | None = None
     ids: torch.Tensor | None = None
+    gone: torch.Tensor | None = None
+
+    @property
+    def remaining(self) -> torch.Tensor:
+        """Tokens of each row that the conversation still has, int64 [batch]: what a budget is a share of.
+
+        Not what a layer has stored: a token that the method dropped is still one of the conversation's.
+        """
+        return self.tokens if self.gone is None else self.tokens - self.gone
 
     def part(self, row: int, head: int | None, kv_heads: int, slots: torch.Tensor) -> Evidence:
         """The evidence of one row, and of one KV head's query heads if `head` is given; `slots` int64 [k] are the
@@ -147,6 +157,7 @@ class Evidence:
             queries=self.queries_of(row)[:, ours],
             scale=self.scale,
             tokens=self.tokens[one],
+            gone=None if self.gone is None else self.gone[one],
             norms=None if self.norms is None else self.norms[one],
             norm_positions=None if self.norm_positions is None else self.norm_positions[one],
             rope_positions=None if self.rope_positions is None else self.rope_positions[one],
@@ -342,8 +353,9 @@ class EvidenceCollector:
         self._came = max(0, came) if isinstance(came, int) else came.clamp(min=0)
 
     def finish(
-        self, q: torch.Tensor, scale: float, tokens: torch.Tensor, spans: Spans, softcap: float | None = None
-    ) -> Evidence:
+        self, q: torch.Tensor, scale: float, tokens: torch.Tensor, spans: Spans, softcap: float | None = None,
+        gone: torch.Tensor | None = None,
+    ) -> Evidence:  # fmt: skip
         """The evidence of the whole block; the collector is empty afterwards."""
         queries = self._queries if self._queries is not None else q[:, :, :0]
         queries = queries[:, :, max(0, queries.shape[2] - self.needs.window) :] if self.needs.window else queries
@@ -359,5 +371,5 @@ class EvidenceCollector:
         came = came if isinstance(came, torch.Tensor) else None
         return Evidence(
             queries, scale, tokens, norms, positions, rope, spans, columns, moments, peaks, came, softcap, centres,
-            sampled=sampled, sampled_positions=at, ids=ids,
+            sampled=sampled, sampled_positions=at, ids=ids, gone=gone,
         )  # fmt: skip

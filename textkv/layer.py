@@ -21,11 +21,11 @@ from textkv.evidence import EvidenceCollector
 from textkv.kernels import merge
 from textkv.kinds import LayerKind
 from textkv.modes import Undifferentiable, exactly
-from textkv.moments import Moments
 from textkv.positions import RotarySpec
 from textkv.segments.base import Segment, Step
 from textkv.segments.dense import DenseSegment
 from textkv.segments.window import WindowSegment
+from textkv.takeback import Takeback
 
 
 class View:
@@ -58,7 +58,7 @@ class View:
         return self.k.device
 
 
-class Layer(Moments, CacheLayerMixin):
+class Layer(Takeback, CacheLayerMixin):
     """One layer's store, driven by the method of its cache.
 
     Attributes:
@@ -165,82 +165,9 @@ class Layer(Moments, CacheLayerMixin):
         """-1 = no limit: a method bounds what is stored, not what may come."""
         return -1
 
-    @property
-    def is_croppable(self) -> bool:
-        """Whether `crop` may work: a governed layer asks its method; with a window it depends on the tokens."""
-        return not self.kind.governed or self.context.method.capabilities.crop
-
     def reset(self) -> None:
         """Forgets tokens, statistics and notes; the next keys begin anew, with any batch size and dtype."""
         self._clear()
-
-    def check_crop(self, count: int) -> None:
-        """Raises ValueError unless the last `count` tokens can be taken back."""
-        name = self.context.method.expression
-        if count < 0:
-            raise ValueError(f"crop({-count}): give the number of tokens to remove as a negative number")
-        if count and not self.is_croppable:
-            raise ValueError(f"crop({-count}): {name} evicts while decoding and cannot restore tokens")
-        if count > self.since_eviction:
-            name = name if self.kind.governed else f"layer {self.kind.number} with its window of {self.kind.window}"
-            raise ValueError(
-                f"crop({-count}): {name} can take back only the {self.since_eviction} tokens since it last "
-                "evicted; fork the cache before the prompt instead"
-            )
-        if count and not self.collector.can_drop(count):
-            raise ValueError(
-                f"crop({-count}): {name} has counted in what these tokens attend to; take back whole forwards, or fork "
-                "the cache before the prompt instead"
-            )
-        if count and self.is_initialized and not self.segments[-1].can_crop(count):
-            raise ValueError(
-                f"crop({-count}): layer {self.kind.number} sees {self.kind.window} tokens and has let go of older ones "
-                "that it would see again; fork the cache before the tokens instead"
-            )
-
-    def crop(self, tokens_to_remove: int, real: torch.Tensor | None = None) -> None:
-        """Takes back the last -tokens_to_remove tokens (the number is negative, as in transformers).
-
-        Args:
-            real: int64 [batch] on the CPU, how many of them were tokens of each row; None = as the cache noted.
-
-        Raises:
-            ValueError: a positive number, a method that cannot, or more tokens than came since the last eviction.
-        """
-        count = -tokens_to_remove
-        self.check_crop(count)
-        if not count or not self.is_initialized:
-            return
-        self._thaw()
-        # Padding among the columns that go: rows lose different numbers of tokens.
-        real = self.context.real_in_last(count) if real is None else real
-        self.segments[-1].crop(count, real)
-        # Cut to the tokens that are left.
-        self.statistics |= {name: self.statistic(name) for name in self._of_tokens()}
-        self.seen -= count
-        self.real_seen = self.real_seen - (count if real is None else real)
-        self.since_eviction -= count
-        self.collector.drop_last(count)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Takes rows `beam_idx` int64 [new batch] of segments, statistics and counts, a row as often as named."""
-        if not self.is_initialized:
-            return
-        for segment in self.segments:
-            segment.take_rows(beam_idx)
-        self.statistics = {name: x.index_select(0, beam_idx.to(x.device)) for name, x in self.statistics.items()}
-        self.real_seen = self.real_seen[beam_idx.cpu()]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Makes each row `repeats` rows that follow one another."""
-        if self.is_initialized:
-            self.reorder_cache(torch.arange(len(self.real_seen)).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps rows by number, int64 in any order, or where bool [batch] is True."""
-        if self.is_initialized and indices.dtype == torch.bool:
-            indices = indices.nonzero()[:, 0]
-        self.reorder_cache(indices)
 
     def offload(self) -> None:
         """Raises ValueError, as does `prefetch`: segments are not the two tensors that transformers moves."""
@@ -412,13 +339,6 @@ class Layer(Moments, CacheLayerMixin):
             # One more entry of the softmax, which has no value: its share is what the output lacks.
             out = out * (lse - sinks.float()[:, None]).sigmoid()[..., None].to(out.dtype)
         return out, lse
-
-    def _thaw(self) -> None:
-        """Tensors made under inference_mode cannot be written to outside of it: they are copied once."""
-        if torch.is_inference_mode_enabled():
-            self.context.frosted = True
-        elif self.context.frosted:
-            self.context.thaw()
 
     def bind(self, module: torch.nn.Module | None) -> None:
         """Ties the layer to the module whose keys it holds."""

@@ -68,7 +68,8 @@ class Moments(Contents):
         self.collector.take(step, self.stored, norms=norms, rotary=self.rotary, lse=lse, spare=spare)
 
     def _prompt_end(self, q: torch.Tensor) -> None:
-        evidence = self.collector.finish(q, self.scale, self.real_seen, self.context.spans, self.softcap)
+        gone = self.context.gone
+        evidence = self.collector.finish(q, self.scale, self.real_seen, self.context.spans, self.softcap, gone)
         with self.context.timed("on_prefill_end"):
             self.context.method.on_prefill_end(self, evidence)
 

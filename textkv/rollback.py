@@ -105,7 +105,7 @@ class Rollback(Cache):
         context.table = None if context.table is None else PositionTable()
         for number, spec in context.rotary.items():
             context.rotary[number] = spec.on(context.table)
-        context.real, context.forwards = None, 0
+        context.real, context.forgotten, context.forwards = None, None, 0
         self._start, self._through = None, set()
 
     def _forward_begins(self, tokens: int) -> None:
@@ -188,6 +188,12 @@ class Rollback(Cache):
         own = [x for x in self.layers if not (isinstance(x, LinearAttentionCacheLayerMixin) and self.context.hold)]
         return all(getattr(layer, "is_croppable", True) for layer in own)
 
+    def check_crop(self, count: int) -> None:
+        """Raises ValueError if the last `count` tokens cannot be taken back; changes nothing."""
+        for layer in self._own():
+            layer.check_crop(count)
+        self._check_states(count)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last -tokens_to_remove tokens; while drafts are expected, says that all others stay.
 
@@ -195,12 +201,13 @@ class Rollback(Cache):
             ValueError: see `Layer.crop`; no layer has changed then.
         """
         count = -tokens_to_remove
-        for layer in self._own():
-            layer.check_crop(count)
-        self._check_states(count)
+        self.check_crop(count)
         super().crop(tokens_to_remove)
         if count and self.context.real is not None:
             self.context.real = self.context.real[:, :-count]
+        own = next(iter(self._own()), None)
+        if count and own is not None and own.is_initialized:
+            self.context.remember(own.real_seen)
         if self.context.hold:
             self._commit()
 

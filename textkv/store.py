@@ -28,29 +28,38 @@ _OWN = ("conv_states", "recurrent_states")
 _FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
 
 
-def save(context: Context, folder: Path, model: PreTrainedModel | None = None) -> None:
-    """Writes the file into `folder`, which is made if missing. The model, if it is still there, tells its dtype."""
+def save(
+    context: Context, folder: Path, model: PreTrainedModel | None = None, beside: dict[str, Any] | None = None
+) -> None:
+    """Writes the file into `folder`, which is made if missing. The model, if it is still there, tells its dtype.
+
+    Args:
+        beside: what else belongs to it, under names that `read_header` gives back: tensors, and what JSON can say.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, torch.Tensor] = {}
+    more = beside or {}
+    tensors = {f"beside.{name}": x for name, x in more.items() if isinstance(x, torch.Tensor)}
     header = {
         "format": FORMAT, "method": context.method.expression, "budget": str(context.method.budget),
         "model": _shape_of(context, model), "spans": context.spans, "block_end": context.block_end,
         "layers": [_pack_layer(layer, number, tensors) for number, layer in enumerate(context.everything)],
+        "beside": {name: x for name, x in more.items() if not isinstance(x, torch.Tensor)},
     }  # fmt: skip
     if context.table is not None and context.table.table is not None:
         tensors["table"] = context.table.table
-    if context.real is not None:
-        tensors["real"] = context.real
+    for name in ("real", "forgotten"):
+        if (told := getattr(context, name)) is not None:
+            tensors[name] = told
     # safetensors writes no views: two names may share a storage here, or begin in the middle of one.
     tensors = {name: x.detach().contiguous().clone() for name, x in tensors.items()}
     text = json.dumps(header, sort_keys=True)
     # Renamed when whole: a save that is interrupted leaves the one before it untouched.
-    beside = folder / f".{FILE}.{os.getpid()}"
+    part = folder / f".{FILE}.{os.getpid()}"
     try:
-        save_file(tensors, beside, metadata={"header": text, "checksum": _checksum(text, tensors)})
-        os.replace(beside, folder / FILE)
+        save_file(tensors, part, metadata={"header": text, "checksum": _checksum(text, tensors)})
+        os.replace(part, folder / FILE)
     finally:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -77,7 +86,8 @@ def read_header(folder: Path) -> dict[str, Any]:
             raise ValueError("its checksum does not fit: it was changed after it was written")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged or no saved cache: {_line(error)}") from None
-    return header | {"tensors": tensors}
+    told = {name.removeprefix("beside."): x for name, x in tensors.items() if name.startswith("beside.")}
+    return header | {"tensors": tensors, "beside": header.get("beside", {}) | told}
 
 
 def fill(context: Context, folder: Path, header: dict[str, Any], model: PreTrainedModel) -> None:
@@ -104,6 +114,7 @@ def _fill(context: Context, header: dict[str, Any], model: PreTrainedModel) -> N
     # JSON knows no tuples.
     context.spans = [[tuple(span) for span in row] for row in header["spans"]]
     context.block_end, context.real = header["block_end"], tensors.get("real")
+    context.forgotten = header["tensors"].get("forgotten")
     if context.table is not None:
         context.table.table = tensors.get("table")
     for number, (layer, saved) in enumerate(zip(context.everything, header["layers"], strict=True)):

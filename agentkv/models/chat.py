@@ -102,10 +102,72 @@ class ChatAdapter:
     ) -> Prompt:
         """The prompt for one decision; see `ModelAdapter.prompt`. Tensors are on the model's device."""
         images = [image for image, _ in history if image is not None] + [screenshot]
+        seen, frames = self._seen(images, css_size)
+        return self._encoded(self._messages(goal, history, frames[-1]), seen, frames)
+
+    def growing(
+        self,
+        goal: str,
+        answers: Sequence[str],
+        images: Sequence[Image.Image],
+        grids: Sequence[torch.Tensor],
+        frames: Sequence[Frame],
+        css_size: tuple[int, int] | None = None,
+        number: int = 1,
+    ) -> Prompt:
+        """The prompt of a step in a chat that only grows: each one begins with the one before and its answer.
+
+        The task's words stand with the first screenshot, the goal once more beside every other.
+
+        Args:
+            answers: to all screenshots but the last, oldest first.
+            images: the newest screenshots, the current one last: those that were not told before.
+            grids, frames: of the screenshots before these, as an earlier prompt had them.
+            number: of the first step in this chat, from 1.
+
+        Returns:
+            `inputs` with the pixels of `images` alone; spans, frames and grids of all.
+        """
+        seen, new = self._seen(images, css_size)
+        frames = [*frames, *new]
+        seen = dict(seen) | {"image_grid_thw": torch.cat([*(grid[None] for grid in grids), seen["image_grid_thw"]])}
+        # Sizes in words are those of the first screenshot: a chat that only grows cannot change them.
+        return self._encoded(self._growing_messages(goal, answers, frames[0], number), seen, frames)
+
+    def _growing_messages(self, goal: str, answers: Sequence[str], frame: Frame, number: int) -> list[dict[str, Any]]:
+        again = "\n".join(filter(None, (_sized(self.text.later, frame), self.defuse(goal))))
+        messages: list[dict[str, Any]] = [{"role": "system", "content": _sized(self.text.system, frame)}]
+        for step in range(len(answers) + 1):
+            words = [{"type": "image"}, {"type": "text", "text": again}]
+            if step == 0:
+                words = self._words(goal, [], number, frame)
+                if not any(part["type"] == "image" for part in words):
+                    words = [{"type": "image"}, *words]
+            messages.append({"role": "user", "content": words})
+            if step < len(answers):
+                # Always as an answer that was just given: how old it is changes, and the chat must not.
+                said = self._answer(self.defuse(answers[step]), 1, number + step)
+                messages += [] if said is None else [{"role": "assistant", "content": said}]
+        return messages
+
+    def chat(self, messages: list[dict[str, Any]], images: Sequence[Image.Image]) -> Prompt:
+        """The prompt for any chat: messages as its template takes them, `{"type": "image"}` where a picture stands."""
+        if images:
+            return self._encoded(messages, *self._seen(images, None))
+        ids = self._ids(messages, []).to(self.model.device)
+        return Prompt({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, [], [])
+
+    def _seen(
+        self, images: Sequence[Image.Image], css_size: tuple[int, int] | None
+    ) -> tuple[dict[str, torch.Tensor], list[Frame]]:
+        """Pictures as the image processor gives them, and their frames."""
         seen = self.processor(images=[_on_white(image) for image in images], return_tensors="pt")
+        grids = seen["image_grid_thw"]
+        return seen, [self._frame(image, grid.tolist(), css_size) for image, grid in zip(images, grids, strict=True)]
+
+    def _encoded(self, messages: list[dict[str, Any]], seen: dict[str, torch.Tensor], frames: list[Frame]) -> Prompt:
         grids, merge = seen["image_grid_thw"], self.processor.merge_size
-        frames = [self._frame(image, grid.tolist(), css_size) for image, grid in zip(images, grids, strict=True)]
-        ids = self._ids(self._messages(goal, history, frames[-1]), [int(g.prod()) // merge**2 for g in grids])
+        ids = self._ids(messages, [int(g.prod()) // merge**2 for g in grids])
         token = self.model.config.image_token_id
         inputs = {
             "input_ids": ids,
@@ -149,16 +211,16 @@ class ChatAdapter:
                 seen = [part for part in content if step in shown or part["type"] == "text"]
                 messages.append({"role": "user", "content": seen})
             if step < len(history) and (self.layout.older == "turns" or step >= shown[0]):
-                said = self._answer(self._defuse(history[step][1]), len(history) - step, step + 1)
+                said = self._answer(self.defuse(history[step][1]), len(history) - step, step + 1)
                 messages += [] if said is None else [{"role": "assistant", "content": said}]
         return messages
 
     def _words(self, goal: str, older: History, step: int, frame: Frame) -> list[dict[str, Any]]:
         """The task's words and the screenshot of their turn, as parts of a message."""
-        lines = [f"Step {n}: {self._line(self._defuse(answer))}" for n, (_, answer) in enumerate(older, 1)]
+        lines = [f"Step {n}: {self._line(self.defuse(answer))}" for n, (_, answer) in enumerate(older, 1)]
         prompt = _sized(self.text.prompt, frame)
         prompt = prompt if "{image}" in prompt or self.layout.words == "own" else "{image}" + prompt
-        values = {"{step}": str(step), "{steps}": "\n".join(lines) or "None", "{goal}": self._defuse(goal)}
+        values = {"{step}": str(step), "{steps}": "\n".join(lines) or "None", "{goal}": self.defuse(goal)}
         said = "|".join(map(re.escape, values))
         words: list[dict[str, Any]] = []
         for piece in re.split("({image})", prompt):
@@ -176,7 +238,8 @@ class ChatAdapter:
         """How an answer of step `number` (from 1), `age` steps ago, stands in the chat; None = not at all."""
         return answer
 
-    def _defuse(self, text: str) -> str:
+    def defuse(self, text: str) -> str:
+        """A text in which no marker of the chat is one any more."""
         for marker in self.markers:
             text = text.replace(marker, re.sub(r"[|\[\]]", " ", marker))
         return text

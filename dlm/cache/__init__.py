@@ -1,8 +1,9 @@
 """Cache policies for diffusion language models: which slots of the canvas are computed anew in each forward.
 
-"none", "freecache(delay=0)", "prefix", "dual", "dkv(4)", "dllm-cache(ratio=0.5)"; and FreeCache with a method of textkv
-for its frozen slots, "freecache+snapkv(0.3)": a share or "512t" in front of a method's arguments is its budget. Behind
-every policy of windows "+suffix(32)" leaves out the masks far behind the active block.
+"none", "freecache(delay=0)", "prefix", "dual", "dkv(4)", "dllm-cache(ratio=0.5)"; "block" for block-causal models; and
+FreeCache with a method of textkv for its frozen slots, "freecache+snapkv(0.3)": a share or "512t" in front of a
+method's arguments is its budget. Behind every policy of windows "+suffix(32)" leaves out the masks far behind the
+active block.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import fields
 
 import textkv
 from dlm.cache.base import REGISTRY, Policy, Run, find, register
+from dlm.cache.block import BlockCache
 from dlm.cache.dkv import DKVCache
 from dlm.cache.dllm_cache import DLLMCache
 from dlm.cache.fast_dllm import DualCache, PrefixCache
@@ -24,6 +26,7 @@ from textkv.expression import parse_call, split_parts
 from textkv.method import Method
 
 __all__ = [
+    "BlockCache",
     "DKVCache",
     "DLLMCache",
     "DualCache",
@@ -41,9 +44,9 @@ __all__ = [
 ]
 
 
-def list_caches() -> list[str]:
-    """Names of all registered policies, sorted."""
-    return REGISTRY.names()
+def list_caches(block_causal: bool = True) -> list[str]:
+    """Names of all registered policies, sorted; without those that only a block-causal model can have if False."""
+    return [name for name in REGISTRY.names() if block_causal or not find(name).block_causal]
 
 
 def resolve_cache(expression: str | Policy) -> Policy:

@@ -41,7 +41,7 @@ class Run(ABC):
         if self.suffix is None:
             return None
         slots = torch.arange(self.canvas.length)[None]
-        near = slots < (self.canvas.block_start(self.canvas.active_cpu + 1) + self.suffix)[:, None]
+        near = slots < (self.canvas.span(self.canvas.active_cpu)[1] + self.suffix)[:, None]
         kept = near | (slots == self.canvas.length - 1) | self.canvas.given.cpu()
         return None if bool(kept.all()) else kept
 
@@ -49,7 +49,7 @@ class Run(ABC):
         """`high` int64 [batch], the end of a logit window, cut where slots are pruned behind it."""
         if self.suffix is None:
             return high
-        end = self.canvas.block_start(self.canvas.active_cpu + 1) + self.suffix
+        end = self.canvas.span(self.canvas.active_cpu)[1] + self.suffix
         return torch.minimum(high, end.to(high.device))
 
     @abstractmethod
@@ -61,8 +61,17 @@ class Run(ABC):
         """The next forward, which must give the logits of slots `wanted` int64 [batch, r] (-1 = none)."""
 
     def forced(self) -> torch.Tensor | None:
-        """int64 [batch], the one slot of a row that the next forward may commit, and must; -1 = none in this row."""
-        return None
+        """int64 [batch], the one slot of a row that the next forward may commit, and must; -1 = none in this row.
+
+        In a shifted block-causal model a block's first token is the last block's business: it comes from the row
+        before, in the forward that sees the finished block, and the block is begun with it (Fast-dLLM v2).
+        """
+        canvas = self.canvas
+        if canvas.grid is None or not canvas.shift:
+            return None
+        first = canvas.span(canvas.active)[0]
+        held = canvas.ids.gather(1, first.clamp(max=canvas.length - 1)[:, None])[:, 0]
+        return first.masked_fill(held != canvas.mask_id, -1)
 
     def after(self, committed: torch.Tensor) -> None:  # noqa: B027 - most policies read progress from the canvas
         """The forward is done and slots `committed` bool [batch, L] hold a token since."""
@@ -108,6 +117,8 @@ class Policy(ABC):
     """Base of every policy's configuration."""
 
     name: ClassVar[str] = ""
+    block_causal: ClassVar[bool] = False
+    """Whether it serves models whose tokens see no later block, and no others."""
 
     @property
     def still(self) -> bool:

@@ -50,7 +50,11 @@ class DLLMCache(Policy):
             raise ValueError(f"ratio={self.ratio} is no share of the response; use 0 to 1, for example 0.25")
 
     def begin(self, canvas: Canvas, model: Any) -> Run:
-        """A run with every row before its first refresh."""
+        """A run with every row before its first refresh. Raises ValueError for a block-causal model."""
+        if canvas.grid is not None:
+            raise ValueError(
+                "cache dllm-cache computes all rows of a layer alike; a block-causal model has cache block"
+            )
         return _Run(canvas, self)
 
 
@@ -99,7 +103,7 @@ class BranchLayer(SlotLayer):
             return hidden + self.a + self.f
         normed = layer.input_norm(hidden if rows is None else rows.take(hidden))
         if rows is not None:
-            rope = tuple(rows.take(table.expand(len(hidden), -1, -1)) for table in rope)
+            rope = tuple(rows.take(table.flatten(0, -3).expand(len(hidden), -1, -1)).unsqueeze(1) for table in rope)
         query, key = layer.qk(normed, rope)
         # Before attention: the chosen queries must see their own new keys.
         self._put(rows, key, layer.v(normed), hidden)

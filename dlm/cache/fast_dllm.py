@@ -86,11 +86,12 @@ class _Run(WindowRun):
         if self.policy.refresh is not None and self.forwards % self.policy.refresh == 0:
             whole = torch.ones_like(whole)
         # One slot early on a shifted model: that slot's row predicts the first of the block.
-        low = (self.canvas.block_start(active) - self.early).masked_fill(whole, 0)
+        start, stop = self.canvas.span(active)
+        low = (start - self.early).clamp(min=0).masked_fill(whole, 0)
         high = torch.full_like(low, end)
         # dual: what lies behind the block is read as it was at the block's start, too.
         if self.policy.suffix_frozen:
-            high = self.canvas.block_start(active + 1).masked_fill(whole, end)
+            high = stop.masked_fill(whole, end)
         return low, high
 
     def plan(self, wanted: torch.Tensor) -> Plan:
@@ -102,8 +103,8 @@ class _Run(WindowRun):
     def forced(self) -> torch.Tensor | None:
         """The first slot of a block that begins, in a shifted model with shift_mode="commit_first"; -1 = none."""
         # Only commit_first on a shifted model: its later windows cannot give the first slot's logits.
-        if not self.canvas.shift or self.early:
-            return None
+        if not self.canvas.shift or self.early or self.canvas.grid is not None:
+            return super().forced()
         active = self.canvas.active_cpu
         starting = self.primed != active
         first = self.canvas.block_start(active).masked_fill(~starting, -1).to(self.canvas.ids.device)

@@ -65,7 +65,13 @@ class FreeCache(Policy):
         return self.refresh is None and self.method is None
 
     def begin(self, canvas: Canvas, model: Any) -> Run:
-        """A run in which nothing is frozen; `model` tells a method its layers."""
+        """A run in which nothing is frozen; `model` tells a method its layers.
+
+        Raises:
+            ValueError: a method on a block-causal model.
+        """
+        if canvas.grid is not None and self.method is not None:
+            raise ValueError(f"cache {self.expression}: a block-causal model keeps its blocks as they are; use block")
         return _Run(canvas, self, model)
 
 
@@ -86,7 +92,7 @@ class _Run(WindowRun):
         if self.forwards and not refresh:
             # With a delay the window starts where the last forward worked: what it committed is computed as tokens.
             block = self.before if self.policy.delay else self.canvas.active_cpu
-            low = self.canvas.block_start(block) - self.canvas.shift
+            low = (self.canvas.span(block)[0] - self.canvas.shift).clamp(min=0)
         return low, high
 
     def plan(self, wanted: torch.Tensor) -> Plan:

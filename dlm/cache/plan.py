@@ -103,6 +103,7 @@ class Plan:
         tokens: rows that the layers compute, where they are not the queries (only dLLM-Cache); else None.
         value_tokens: rows whose values are projected besides (only dLLM-Cache).
         nodes: canvases of each row that this forward verifies, one behind the other; see `dlm.nodes`.
+        stop: slots from here on are not read; None = all are. Whoever sets it has left out later blocks already.
     """
 
     def __init__(
@@ -112,9 +113,20 @@ class Plan:
         tokens: int | None = None,
         value_tokens: int = 0,
         nodes: int = 1,
+        stop: int | None = None,
     ) -> None:
         self.queries, self.visible, self.tokens, self.value_tokens = queries, visible, tokens, value_tokens
-        self.nodes = nodes
+        self.nodes, self.stop = nodes, stop
+
+    def causal(self, blocks: torch.Tensor) -> torch.Tensor:
+        """bool [batch, q, L], slots that each query may attend where later blocks are hidden; `blocks` int64 [batch, L]
+        are the numbers of the slots' blocks. Of packed queries q is the most that a row has."""
+        if isinstance(self.queries, slice):
+            own = blocks[:, self.queries]
+        else:
+            own = blocks[self.queries.rows, self.queries.slots][self.queries.grid]
+        seen = blocks[:, None] <= own[..., None]
+        return seen if self.visible is None else seen & self.visible[:, None]
 
     @property
     def packing(self) -> Packing | None:
@@ -147,7 +159,8 @@ class Plan:
         """The same plan for `times` batches, one behind the other (classifier-free guidance)."""
         queries = self.queries if self.packing is None else self.packing.repeated(times)
         visible = None if self.visible is None else self.visible.repeat(times, 1)
-        return Plan(queries, visible, None if self.tokens is None else times * self.tokens, times * self.value_tokens)
+        return Plan(queries, visible, None if self.tokens is None else times * self.tokens, times * self.value_tokens,
+                    stop=self.stop)  # fmt: skip
 
 
 def window_plan(canvas: Canvas, low: torch.Tensor, high: torch.Tensor, kept: torch.Tensor | None = None) -> Plan:

@@ -41,13 +41,17 @@ class SlotLayer:
 
         Args:
             k, v: [batch, kv_heads, q, head_dim] of the plan's queries; [1, .., T, ..] like q where they are packed.
-            mask: bool or int [batch, L], slots that may be seen; None = all.
+            mask: bool or int [batch, L], slots that may be seen, or [batch, q, L] by query; None = all.
         """
         if self.cache.plan.nodes > 1:
             return self.verify(q, k, v, scale, mask)
         # Written before they are attended: a query sees the other queries of this forward, as without a cache.
         self.write(k, v, self.cache.plan)
-        return by_rows(self.cache.plan.packing, q, lambda q: full_attention(q, self.k, self.v, scale, mask))
+        stop = slice(self.cache.plan.stop)
+        mask = None if mask is None else mask[..., stop]
+        return by_rows(
+            self.cache.plan.packing, q, lambda q: full_attention(q, self.k[:, :, stop], self.v[:, :, stop], scale, mask)
+        )
 
     def write(self, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> None:
         """Puts k, v [batch, kv_heads, q, head_dim] (or packed) into the plan's slots."""

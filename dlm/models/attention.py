@@ -29,17 +29,18 @@ def attention(
     """Attention of [batch, heads, q, head_dim] queries; returns ([batch, q, heads, head_dim], None).
 
     `key` is a tensor [batch, kv_heads, n, head_dim], or a view whose `layer.step(query, k, v, scale, mask)` attends and
-    gives [batch, heads, q, head_dim]. `attention_mask` is the key mask [batch, n], true where a key may be seen.
+    gives [batch, heads, q, head_dim]. `attention_mask` is true where a key may be seen: [batch, n] for all queries
+    alike, or [batch, q, n].
 
     Raises:
-        ValueError: a mask that is not two-dimensional.
+        ValueError: a mask of another shape.
     """
     # transformers passes its own scaling; without one it is the usual 1 / sqrt(head_dim).
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_mask is not None and attention_mask.dim() != 2:
+    if attention_mask is not None and attention_mask.dim() not in (2, 3):
         raise ValueError(
-            f"attention mask of shape {tuple(attention_mask.shape)}: give the key mask [batch, keys]; "
-            "every query sees the same keys"
+            f"attention mask of shape {tuple(attention_mask.shape)}: give the key mask [batch, keys], or "
+            "[batch, queries, keys]"
         )
     if isinstance(key, torch.Tensor):
         out = full_attention(query, key, value, scale, attention_mask)
@@ -53,16 +54,18 @@ def full_attention(
 ) -> torch.Tensor:
     """Every query [batch, heads, q, head_dim] over every visible key [batch, kv_heads, n, head_dim].
 
-    `visible` is [batch, n] or None. A batch row without a visible key gives zeros.
+    `visible` is [batch, n], [batch, q, n] or None. A query without a visible key gives zeros.
     """
     kv_heads, heads, q = key.shape[1], query.shape[1], query.shape[2]
-    # all queries see the same keys, so the heads that share a key head are just more queries: no copy of the keys,
-    # and masked attention stays on the fused kernels, which know no grouped heads together with a mask
+    # the heads that share a key head are just more queries (their mask, if it is per query, repeats): no copy of the
+    # keys, and masked attention stays on the fused kernels, which know no grouped heads together with a mask
     folded = query if heads == kv_heads else query.reshape(query.shape[0], kv_heads, heads // kv_heads * q, -1)
     if visible is None:
         out = F.scaled_dot_product_attention(folded, key, value, scale=scale)
     else:
-        mask = visible.bool()[:, None, None, :]
+        mask = visible.bool()[:, None, None, :] if visible.dim() == 2 else visible.bool()[:, None]
+        if mask.shape[2] > 1 and folded.shape[2] != q:
+            mask = mask.repeat(1, 1, heads // kv_heads, 1)
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
         # the CPU's kernel gives zeros there by itself, which torch does not promise for every fused kernel
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)

@@ -7,6 +7,7 @@ file where they are. The layer is made of four small steps so that a cache polic
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,6 +26,14 @@ from dlm.models.decoding_spec import DecodingSpec
 Rope = tuple[torch.Tensor, torch.Tensor]
 
 
+@cache
+def constant(value: float) -> torch.Tensor:
+    """A number as an fp32 tensor without dimensions, on the CPU; works with tensors of every device."""
+    # Made outside of inference mode: what is made inside of it no backward pass may keep.
+    with torch.inference_mode(False), torch.device("cpu"):
+        return torch.tensor(float(value), dtype=torch.float32)
+
+
 class RMSNorm(nn.Module):
     """Divides by the root mean square in fp32, goes back to the dtype of the model, then scales."""
 
@@ -37,7 +46,9 @@ class RMSNorm(nn.Module):
         """`hidden` [.., size] by its root mean square, times the weights; in the dtype of `hidden`."""
         # fp32 as in Llama: the mean of squares of thousands of bf16 numbers loses its small terms.
         exact = hidden.float()
-        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps)
+        # Tensors without dimensions, not numbers: each number would be made into one and copied, at every norm.
+        mean = (exact * exact).sum(-1, keepdim=True) / constant(hidden.shape[-1])
+        exact = exact * torch.rsqrt(mean + constant(self.eps))
         # Rounded before it is scaled, in the order of the published code: the other order differs in the last bit.
         return self.weight * exact.to(hidden.dtype)
 
@@ -54,12 +65,25 @@ def rope_frequencies(head_dim: int, theta: float, device: torch.device | None = 
     return 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
 
 
+def full_tables(rope: Rope) -> Rope:
+    """Cosines and signed sines [batch, 1, q, rotated] for `rotate`, of tables half as wide; once per forward."""
+    cos, sin = rope
+    return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
+
+
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """RoPE of x [batch, heads, q, head_dim], first half against second half, in the precision of the tables."""
-    cos, sin = (table.unsqueeze(1) for table in rope)
+    """RoPE of x [batch, heads, q, head_dim], first half against second half, in the precision of the tables.
+
+    `rope` is what `full_tables` gives; where it is narrower than the heads, the dimensions behind pass as they are.
+    """
+    cos, sin = rope
+    width, dtype = cos.shape[-1], x.dtype
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], rope), x[..., width:]), dim=-1)
+    x = x if dtype == cos.dtype else x.to(cos.dtype)
     # Half against half, as Llama and Qwen2 store their weights; interleaved pairs would need permuted projections.
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    out = x * cos + x.roll(width // 2, -1) * sin
+    return out if dtype == cos.dtype else out.to(dtype)
 
 
 def refuse(config: PreTrainedConfig, given: dict[str, Any], fixed: dict[str, tuple]) -> None:
@@ -76,29 +100,41 @@ def refuse(config: PreTrainedConfig, given: dict[str, Any], fixed: dict[str, tup
 class Layer(GradientCheckpointingLayer):
     """One transformer layer over hidden states [batch, q, width].
 
-    A subclass gives the modules `input_norm`, `to_q`, `to_k`, `to_v`, `to_out`, `ffn_norm`, `gate`, `up`, `down`.
+    A subclass gives the modules `input_norm`, `to_q`, `to_k`, `to_v`, `to_out`, `ffn_norm`, `gate`, `up`, `down`; or
+    other ways to the same: `project` for queries, keys and values, `mix` for the feed-forward. `q_norm` and `k_norm`
+    scale every head before the rotation where a model has them.
     """
 
     is_causal = False
+    q_norm: nn.Module | None = None
+    k_norm: nn.Module | None = None
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        # Not always width / heads: SDAR-4B has 32 heads of 128 in a width of 2,560.
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def project(self, normed: torch.Tensor, part: Literal["q", "k", "v"]) -> torch.Tensor:
+        """Queries, keys or values [batch, q, heads * head_dim] of normed states, before norms and rotation."""
+        return {"q": self.to_q, "k": self.to_k, "v": self.to_v}[part](normed)
+
     def qk(self, normed: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated queries [batch, heads, q, head_dim] and keys [batch, kv_heads, q, head_dim] of normed states."""
-        return rotate(self._heads(self.to_q(normed)), rope), rotate(self._heads(self.to_k(normed)), rope)
+        query, key = self._heads(self.project(normed, "q")), self._heads(self.project(normed, "k"))
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return rotate(query, rope), rotate(key, rope)
 
     def v(self, normed: torch.Tensor) -> torch.Tensor:
         """Values [batch, kv_heads, q, head_dim] of normed states."""
-        return self._heads(self.to_v(normed))
+        return self._heads(self.project(normed, "v"))
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor | Any, value: torch.Tensor | Any, mask: torch.Tensor | None = None
@@ -110,7 +146,10 @@ class Layer(GradientCheckpointingLayer):
 
     def ffn(self, hidden: torch.Tensor) -> torch.Tensor:
         """The feed-forward branch [batch, q, width], its norm included."""
-        normed = self.ffn_norm(hidden)
+        return self.mix(self.ffn_norm(hidden))
+
+    def mix(self, normed: torch.Tensor) -> torch.Tensor:
+        """The feed-forward of normed states [batch, q, width]."""
         return self.down(F.silu(self.gate(normed)) * self.up(normed))
 
     def forward(
@@ -123,7 +162,7 @@ class Layer(GradientCheckpointingLayer):
         """One layer's output [batch, q, width] in the dtype of `hidden`, which has the same shape.
 
         Args:
-            rope: cosines and sines of the queries' positions, see `rope_tables`.
+            rope: cosines and signed sines of the queries' positions [batch, 1, q, rotated], see `full_tables`.
             attention_mask: broadcastable to [batch, heads, q, keys], or None: all see all.
             past_key_values: takes the new keys and values in and returns what is attended; one that `drives_layers`
                 computes the layer itself (dLLM-Cache). None = nothing is stored.
@@ -159,6 +198,7 @@ class MaskedDiffusionModel(PreTrainedModel):
     unmask: ClassVar[str]
     rope_dtype: ClassVar[torch.dtype | None]
     context_advised: ClassVar[int | None] = None
+    sub_block: ClassVar[int | None] = None
 
     def __init__(self, config: PreTrainedConfig) -> None:
         if config._attn_implementation is None:
@@ -175,7 +215,19 @@ class MaskedDiffusionModel(PreTrainedModel):
     @classmethod
     def decoding_spec_of(cls, config: PreTrainedConfig, end_ids: tuple[int, ...] = ()) -> DecodingSpec:
         """The spec of a model of this class with this config; errors as `DecodingSpec.of`."""
-        return DecodingSpec.of(config, cls.shift, cls.unmask, end_ids, cls.context_advised)
+        return DecodingSpec.of(
+            config, cls.shift, cls.unmask, end_ids, cls.context_advised, cls.block_of(config), cls.sub_block
+        )
+
+    @classmethod
+    def block_of(cls, config: PreTrainedConfig) -> int | None:
+        """B where a token sees its own block of B positions and those before; None = everything sees everything."""
+        return None
+
+    @property
+    def decoding_block(self) -> int | None:
+        """`block_of` this model's config."""
+        return self.block_of(self.config)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embeddings."""
@@ -215,10 +267,10 @@ class MaskedDiffusionModel(PreTrainedModel):
         hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = self._positions(hidden, attention_mask, past_key_values)
-        mask = self._mask(hidden, attention_mask, past_key_values)
-        rope = rope_tables(position_ids, self.layers[0].head_dim, self.config.rope_theta)
-        # LLaDA rotates in fp32, Dream in the model's dtype; following each keeps their logits to the bit.
-        rope = tuple(table.to(self.rope_dtype or hidden.dtype) for table in rope)
+        mask = self._mask(hidden, attention_mask, position_ids, past_key_values)
+        rope = rope_tables(position_ids, self.rotated, self.config.rope_theta)
+        # LLaDA rotates in fp32, the others in the model's dtype; following each keeps their logits to the bit.
+        rope = full_tables(tuple(table.to(self.rope_dtype or hidden.dtype) for table in rope))
         for layer in self.layers:
             hidden = layer(hidden, rope, attention_mask=mask, past_key_values=past_key_values)
         # Before the norm and the head: with 126,464 words the head costs more than a layer, and few rows are read.
@@ -236,8 +288,17 @@ class MaskedDiffusionModel(PreTrainedModel):
         # Padding in front counts -1, which is no position; it is never seen, so any will do.
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
+    @property
+    def rotated(self) -> int:
+        """Dimensions of a head that the rotary embedding turns, from the first on."""
+        return int(self.layers[0].head_dim * getattr(self.config, "partial_rotary_factor", 1.0))
+
     def _mask(
-        self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, cache: Any | None
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: Any | None,
     ) -> torch.Tensor | None:
         implementation = self.config._attn_implementation
         if cache is not None and implementation != ATTENTION:
@@ -245,14 +306,25 @@ class MaskedDiffusionModel(PreTrainedModel):
                 f"attention {implementation!r} cannot read a cache of slots; "
                 f"call model.set_attn_implementation({ATTENTION!r})"
             )
-        # Our own attention function reads the key mask as it is; only transformers' need it in four dimensions.
-        if cache is not None or attention_mask is None:
+        # Our own attention function reads the mask as it is; only transformers' need it in four dimensions. Which
+        # blocks are seen beside a cache says who owns the cache: it alone knows where the keys stand.
+        block = self.decoding_block
+        if cache is not None or (attention_mask is None and block is None):
             return attention_mask
-        if attention_mask.shape != hidden.shape[:2]:
+        if attention_mask is not None and attention_mask.shape != hidden.shape[:2]:
             raise ValueError(
                 f"attention_mask is {list(attention_mask.shape)}, the input has [batch, tokens] = "
                 f"{list(hidden.shape[:2])}; give one value per token"
             )
+        if block is not None:
+            number = (position_ids // block).expand(len(hidden), -1)
+            seen = number[:, None] <= number[..., None]
+            if attention_mask is not None:
+                seen = seen & attention_mask.bool()[:, None]
+            if implementation == ATTENTION:
+                return seen
+            hidden_keys = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device)
+            return hidden_keys.masked_fill(~seen, torch.finfo(hidden.dtype).min)[:, None]
         return create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden, attention_mask=attention_mask.to(hidden.device)
         )

@@ -21,6 +21,9 @@ class DecodingSpec:
         unmask: the model's own rule of which tokens to write first, as an expression.
         context_advised: positions up to which its authors vouch for it, where that is less than `context_limit`.
         vocabulary: logits of a row; None = unknown.
+        block: B of a block-causal model: a token sees its own block and those before, blocks being counted in B
+            positions from 0 on; None = every token sees every other.
+        sub_block: positions of a block that are finished before the next are begun; None = the block.
 
     Raises:
         ValueError: an id below 0, a mask that is also an end or padding, a shift other than 0 and 1, a limit below 1.
@@ -34,6 +37,8 @@ class DecodingSpec:
     unmask: str
     context_advised: int | None = None
     vocabulary: int | None = None
+    block: int | None = None
+    sub_block: int | None = None
 
     def __post_init__(self) -> None:
         for name, ids in (("mask_id", (self.mask_id,)), ("pad_id", (self.pad_id,)), ("eos_ids", self.eos_ids)):
@@ -47,7 +52,7 @@ class DecodingSpec:
             )
         if self.shift not in (0, 1):
             raise ValueError(f"shift={self.shift} is neither 0 (row j predicts position j) nor 1 (position j + 1)")
-        for name in ("context_limit", "context_advised"):
+        for name in ("context_limit", "context_advised", "block"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is below 1; use None for no limit")
@@ -60,6 +65,8 @@ class DecodingSpec:
         unmask: str,
         more_ends: tuple[int, ...] = (),
         context_advised: int | None = None,
+        block: int | None = None,
+        sub_block: int | None = None,
     ) -> DecodingSpec:
         """The spec of a model by its config; `more_ends` are end tokens that only its tokenizer knows.
 
@@ -92,4 +99,7 @@ class DecodingSpec:
             context_advised=None if context_advised is None else min(context_advised, limit),
             # LLaDA may pad its embedding: the logits of a row are then wider than the vocabulary.
             vocabulary=getattr(config, "embedding_size", config.vocab_size),
+            block=block,
+            # A checkpoint of smaller blocks has no smaller ones inside.
+            sub_block=sub_block if block and sub_block and block % sub_block == 0 else None,
         )

@@ -24,9 +24,25 @@ from dlm.models.backbone import MaskedDiffusionModel
 from dlm.models.decoding_spec import DecodingSpec
 from dlm.models.dream import DreamModel
 from dlm.models.llada import LLaDAModelLM
+from dlm.models.llada2 import LLaDA2MoeModelLM
+from dlm.models.qwen import FastDLLMForCausalLM, LLaDAMoEModelLM, SDARForCausalLM, SDARMoeForCausalLM
 from dlm.models.text import end_ids, load_tokenizer
 
-MODELS: dict[str, type[MaskedDiffusionModel]] = {"llada": LLaDAModelLM, "Dream": DreamModel}
+MODELS: dict[str, type[MaskedDiffusionModel]] = {
+    "llada": LLaDAModelLM,
+    "Dream": DreamModel,
+    "llada2_moe": LLaDA2MoeModelLM,
+    "sdar": SDARForCausalLM,
+    "sdar_moe": SDARMoeForCausalLM,
+    "Fast_dLLM_Qwen": FastDLLMForCausalLM,
+}
+# Models that one looks for here in vain, and what is missing.
+MISSING = {
+    "diffusion_gemma": "it has no mask token and a sampler of its own: use transformers' "
+    "DiffusionGemmaForBlockDiffusion and its generate()",
+    "nemotron_dllm": "its layout and its masks are not documented; vLLM serves it",
+    "llada21_moe": "that is a renamed LLaDA2.1: set model_type to 'llada2_moe' in config.json",
+}
 FAULTS = {"missing_keys": "missing", "unexpected_keys": "unknown", "mismatched_keys": "of another shape"}
 
 
@@ -88,7 +104,18 @@ def _read(
     kind = _kind(source)
     config = kind.config_class.from_pretrained(source)
     tokenizer = load_tokenizer(source, config.model_type, kind.decoding_spec_of(config))
-    return kind, config, tokenizer, () if tokenizer is None else end_ids(tokenizer, config.model_type)
+    ends = generation_ends(source) + (() if tokenizer is None else end_ids(tokenizer, config.model_type))
+    return kind, config, tokenizer, tuple(dict.fromkeys(ends))
+
+
+def generation_ends(source: str) -> tuple[int, ...]:
+    """End tokens of generation_config.json: SDAR's config names one of its two."""
+    try:
+        path = cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):
+        return ()
+    given = None if path is None else json.loads(Path(path).read_text(encoding="utf-8")).get("eos_token_id")
+    return () if given is None else (given,) if isinstance(given, int) else tuple(given)
 
 
 def _kind(source: str) -> type[MaskedDiffusionModel]:
@@ -106,12 +133,18 @@ def _kind(source: str) -> type[MaskedDiffusionModel]:
         raise FileNotFoundError(
             f"{source!r} is no folder here and cannot be had from the hub; give the folder of a downloaded model"
         ) from error
-    model_type = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    model_type = config.get("model_type")
+    if model_type in MISSING:
+        raise ValueError(f"{source} is a {model_type!r} model, which is not read here: {MISSING[model_type]}")
     if model_type not in MODELS:
         raise ValueError(
-            f"{source} is a {model_type!r} model; supported are 'llada' (LLaDA-8B, LLaDA-1.5) and 'Dream' (Dream-v0, "
-            "Dream-Coder, DiffuCoder)"
+            f"{source} is a {model_type!r} model; supported are 'llada' (LLaDA-8B, LLaDA-1.5, LLaDA-MoE), 'Dream' "
+            "(Dream-v0, Dream-Coder, DiffuCoder), 'llada2_moe', 'sdar', 'sdar_moe' and 'Fast_dLLM_Qwen'"
         )
+    # Two graphs go by the name of llada; only the published class tells them apart for certain.
+    if model_type == "llada" and any(name.startswith("LLaDAMoE") for name in config.get("architectures") or ()):
+        return LLaDAMoEModelLM
     return MODELS[model_type]
 
 

@@ -34,13 +34,13 @@ class Family:
     """The words of a model family.
 
     Attributes:
-        template: its chat template.
+        template: its chat template; None = only the one that the folder declares.
         marks: the special tokens that the template needs; a base model's tokenizer lacks them and gets no template.
         ends: tokens that end an answer, where the vocabulary has them.
         added: special tokens that follow the vocabulary of the files, in the order of their ids.
     """
 
-    template: str
+    template: str | None
     marks: tuple[str, ...]
     ends: tuple[str, ...]
     added: tuple[str, ...] = ()
@@ -48,11 +48,17 @@ class Family:
 
 FAMILIES = {
     "llada": Family(
-        LLADA_CHAT, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), ("<|endoftext|>", "<|eot_id|>")
+        LLADA_CHAT,
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        ("<|endoftext|>", "<|eot_id|>", "<|role_end|>"),
     ),
     "Dream": Family(
         DREAM_CHAT, ("<|im_start|>", "<|im_end|>"), ("<|endoftext|>", "<|im_end|>"), ("<|beginoftext|>", "<|mask|>")
     ),
+    "llada2_moe": Family(None, (), ("<|endoftext|>", "<|role_end|>")),
+    "sdar": Family(None, (), ("<|endoftext|>", "<|im_end|>")),
+    "sdar_moe": Family(None, (), ("<|endoftext|>", "<|im_end|>")),
+    "Fast_dLLM_Qwen": Family(None, (), ("<|endoftext|>", "<|im_end|>")),
 }
 
 
@@ -83,7 +89,11 @@ def load_tokenizer(source: str, model_type: str, spec: DecodingSpec) -> PreTrain
     if tokenizer.pad_token_id is None and spec.pad_id < len(tokenizer):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spec.pad_id)
     # A base model's tokenizer lacks the marks; with the template it would spell them out in letters.
-    if tokenizer.chat_template is None and set(family.marks) <= set(tokenizer.get_added_vocab()):
+    if (
+        tokenizer.chat_template is None
+        and family.template is not None
+        and set(family.marks) <= set(tokenizer.get_added_vocab())
+    ):
         tokenizer.chat_template = family.template
     return tokenizer
 

@@ -223,7 +223,10 @@ def guide():
     return Qwen2ForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("cache", [*list_caches(), "freecache(0)", "dual('commit_first')", "freecache+snapkv(0.5)"])
+CACHES = [*list_caches(False), "freecache(0)", "dual('commit_first')", "freecache+snapkv(0.5)"]
+
+
+@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("rule", list_rules())
 @pytest.mark.parametrize("make", [llada, dream])
 def test_every_rule_with_every_cache(make, rule, cache, guide):

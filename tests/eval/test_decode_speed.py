@@ -10,11 +10,12 @@ from agentkv.eval import decode_speed
 from textkv import MethodCache, release
 
 # Of DynamicCache's calls, and how often the host asks a tensor, per token and layer. What evicts only at the end of a
-# prompt costs next to nothing; a window moves a ring; the others score every token. `d2o` and packed caches are slower
-# by their arithmetic.
+# prompt costs next to nothing; a window moves a ring; the others score every token. `d2o` looks for the token to merge
+# with; packed and coded caches read codes beside what is exact, and join the two.
 LIMITS = {
     "full": (1.15, 0), "snapkv": (1.15, 0), "pyramidkv": (1.15, 0), "adakv": (1.15, 0), "vatp": (1.15, 0),
     "window": (1.5, 0), "streaming_llm": (1.5, 0), "h2o": (2.5, 0), "tova": (2.5, 0), "cake": (2.5, 0),
+    "d2o": (2.9, 0), "kivi(4)": (2.5, 0), "turboquant(4)": (3.8, 0),
 }  # fmt: skip
 
 

@@ -2,7 +2,20 @@
 that end with it, and one line for an error.
 """
 
-from textkv.command.arguments import count, device, fraction, lengths, names, natural, naturals, numbers, readable, seed
+from textkv.command.arguments import (
+    count,
+    device,
+    fraction,
+    lengths,
+    names,
+    natural,
+    naturals,
+    numbers,
+    readable,
+    seconds,
+    seed,
+    size,
+)
 from textkv.command.ending import run, terminable
 from textkv.command.results import results_file, write_rows, write_text
 from textkv.command.workers import Workers
@@ -20,7 +33,9 @@ __all__ = [
     "readable",
     "results_file",
     "run",
+    "seconds",
     "seed",
+    "size",
     "terminable",
     "write_rows",
     "write_text",

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from argparse import ArgumentTypeError
 from pathlib import Path
 
 from textkv.devices import device_of
 from textkv.expression import split_list
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b)", re.IGNORECASE)
+_UNITS = {"b": 1, "ib": 1} | {
+    f"{letter}{middle}b": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for middle, base in (("", 1000), ("i", 1024))
+}
 LARGEST = 2**31 - 1  # of a count or a seed: what numpy, torch and Chromium all take
 
 
@@ -38,6 +45,25 @@ def fraction(text: str) -> float:
     if not 0.0 <= value <= 1.0:
         hint = f"; a percentage {text} is {value / 100:g}" if 1.0 < value <= 100.0 else ""
         raise ArgumentTypeError(f"{text} lies outside 0 to 1{hint}")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A time of more than 0 seconds."""
+    value = _number(text)
+    if value <= 0:
+        raise ArgumentTypeError(f"{text} seconds is no time; use more than 0")
+    return value
+
+
+def size(text: str) -> int:
+    """A number of bytes, as 512MB, 8GB or 1GiB; at least 1."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ArgumentTypeError(f"{text!r} is no size; write 512MB or 8GB")
+    value = int(float(found[1]) * _UNITS[found[2].lower()])
+    if value < 1:
+        raise ArgumentTypeError(f"{text} is no room at all; write 512MB or 8GB")
     return value
 
 

@@ -169,7 +169,7 @@ class Cake(Eviction):
         held = layer.stored()
         scores = torch.zeros(held.positions.shape, device=held.keys.device)
         claims = []
-        for row, seen in enumerate(evidence.tokens.tolist()):
+        for row, seen in enumerate(evidence.remaining.tolist()):
             real = held.positions[row, 0] >= 0
             slots = slice(None) if bool(real.all()) else real  # a mask would copy the keys even if it hides none
             keys = held.keys[row : row + 1, :, slots]

@@ -114,7 +114,7 @@ class D2O(Method):
         """Add the block's column sums to those known and note their variance, until all layers are through."""
         if not self.budget.is_full:
             mass = _added(layer, evidence.columns)
-            layer.notes["d2o"] = spread(mass, layer.stored().positions >= 0).cpu(), evidence.tokens, evidence.idle
+            layer.notes["d2o"] = spread(mass, layer.stored().positions >= 0).cpu(), evidence.remaining, evidence.idle
 
     def on_finish(self, context: Context) -> None:
         """All layers have seen the prompt: share out the budget, cut and merge."""
@@ -134,7 +134,7 @@ class D2O(Method):
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:
         """Add the decoded token's attention; where the layer is full, one token leaves and is merged."""
-        if self.budget.is_full:
+        if self.budget.is_full or self._drop_one(layer, query):
             return
         _added(layer, group_mean(attention_row(layer, query), layer.kv_heads))
         if layer.index in self._protected(layer.context.governed):
@@ -146,6 +146,55 @@ class D2O(Method):
         if layer.came is not None:  # padding needs no room
             full &= layer.came[:, None] > 0
         self._compress(layer, lengths - full.long())
+
+    def _drop_one(self, layer: Layer, query: torch.Tensor) -> bool:
+        """The common case, in which the host knows all lengths and that the layer is full: nothing is asked of the
+        device, and only the rows that change are moved. Returns whether it is that."""
+        n = layer.whole
+        # Under a budget in tokens a row may be full at its layer's share or still grow: the bars tell, on the device.
+        if n is None or n < 2 or layer.came is not None or self.budget.tokens is not None:
+            return False
+        mass = accumulate(layer, MASS, group_mean(attention_row(layer, query), layer.kv_heads))
+        if layer.index in self._protected(layer.context.governed):
+            return True
+        recent = part_of(n - 1, self.recent)
+        scores = protect(mass, None, min(n - 1 - recent, self.sinks), recent)
+        victim = n - 1 - scores.flip(-1).argmin(-1, keepdim=True)  # of equal ones the newest, as `drop_lowest`
+        held = layer.stored()
+        target, keys, values, threshold = self._merged_one(layer, held, victim)
+        layer.drop_lowest(scores)
+        layer.statistics[THRESHOLD] = threshold
+        # Slots behind the victim have moved up by one.
+        slot, now = _columns(target - (target > victim).long(), held.keys), layer.stored()
+        now.values.scatter_(2, slot, values.to(now.values.dtype))
+        if self.merge_keys != "none":
+            now.keys.scatter_(2, slot, keys.to(now.keys.dtype))
+        return True
+
+    def _merged_one(
+        self, layer: Layer, held: Stored, victim: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The slot nearest to each head's `victim` int64 [batch, kv_heads, 1], its key and value with the victim's
+        merged in if they are alike, fp32 [batch, kv_heads, 1, head_dim], and the new bar."""
+        at = _columns(victim, held.keys)
+        key, value = held.keys.gather(2, at).float(), held.values.gather(2, at).float()
+        cosines = torch.cosine_similarity(key, held.keys.float(), dim=-1)
+        closeness, target = cosines.scatter_(-1, victim, -torch.inf).max(-1, keepdim=True)
+        before = layer.statistics.get(THRESHOLD)
+        threshold = self._moved(before, closeness, torch.ones_like(closeness, dtype=torch.bool))
+        weight, share, own = self._weights(closeness)
+        joins = closeness >= threshold - _ROUNDING
+        to = _columns(target, held.keys)
+
+        def mixed(kept: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
+            # A token that takes nobody in stays bit for bit.
+            sums = (own * kept + weight[..., None] * gone) / (own + share)[..., None]
+            return torch.where((joins & (share > 0))[..., None], sums, kept)
+
+        values = mixed(held.values.gather(2, to).float(), value)
+        if self.merge_keys == "pre":
+            key = _rotated(key, held.positions.gather(-1, target) - held.positions.gather(-1, victim), layer.rotary)
+        return target, mixed(held.keys.gather(2, to).float(), key), values, threshold
 
     def _protected(self, layers: int) -> set[int]:
         return {i % layers for i in self.protected_layers}
@@ -294,6 +343,11 @@ def split(scores: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor) -> 
 def rows(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """x [batch, kv_heads, n, head_dim] at `slots` [batch, kv_heads, c] (-1 gives any row): fp32."""
     return x.gather(2, slots.clamp(min=0)[..., None].expand(-1, -1, -1, x.shape[-1])).float()
+
+
+def _columns(slots: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Slots [batch, kv_heads, c] as an index into rows like [batch, kv_heads, n, head_dim]."""
+    return slots[..., None].expand(*slots.shape, like.shape[-1])
 
 
 def nearest(victims: torch.Tensor, kept: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

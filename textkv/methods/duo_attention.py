@@ -10,12 +10,14 @@ the authors' code does, so a prompt in one forward is exact. The authors permute
 together and split at a quantile of noisy gates; we pick heads by index and take an exact number of them, ties by seed.
 
 Without a pattern the prompt itself decides, by our own stand-in for the training-free head score of NVIDIA's kvpress:
-heads rank by how much attention the prompt's last queries pay to tokens that a streaming head would have dropped.
+heads rank by how much attention the prompt's last queries pay to tokens that a streaming head would have dropped. Heads
+that only the answer needs are missed so: a warning says it, and names the command above.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -121,6 +123,14 @@ class DuoAttention(Method):
             ValueError: the pattern is of another shape than the model.
         """
         if self._gates is None:
+            if layer.index == 0 and self._ranks:
+                # Heads that fetch what an answer needs may look at nothing far while the prompt ends.
+                warnings.warn(
+                    "duo_attention has no pattern and ranks heads by one prompt's end, which misses heads that the "
+                    "answer needs; run python -m textkv.methods.duo_attention identify --model FOLDER and give "
+                    "pattern='FOLDER'",
+                    stacklevel=2,
+                )
             return
         shape = (layer.context.governed, layer.kv_heads)
         if tuple(self._gates.shape) != shape:
@@ -157,6 +167,11 @@ class DuoAttention(Method):
         full = torch.stack([full_heads(row, n.full, self.seed) for row, n in zip(mass, sizes, strict=True)])
         for layer in context.layers:
             layer.replace([_split(layer, full[:, layer.index], sizes)])
+
+    @property
+    def _ranks(self) -> bool:
+        """Whether it matters which heads stream: neither all of them do nor none."""
+        return not self.budget.is_full if self.sparsity is None else 0 < self.sparsity < 1
 
     def _by_pattern(self, layer: Layer, sizes: list[Sizes]) -> torch.Tensor:
         return torch.stack([full_heads(self._gates, row.full, self.seed)[layer.index] for row in sizes])

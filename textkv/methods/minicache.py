@@ -13,11 +13,13 @@ not follow from merging half of the layers (4 : 3.1 at best); what is held is in
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
+from textkv.contents import OF_HEAD
 from textkv.eviction import PROTECTED, Eviction, keep_best
 from textkv.evidence import Evidence, Needs
 from textkv.kernels.pack import Bits, check_block
@@ -28,6 +30,8 @@ from textkv.segments.paired import Merging, Pair, PairedSegment
 from textkv.slerp import Retention, Rule
 
 NAME = "minicache"
+LIKENESS = OF_HEAD + "minicache.likeness"
+_ALIKE = 0.8  # mean cosine from which the specification calls layers fit to be merged
 
 
 @register("minicache")
@@ -47,6 +51,10 @@ class MiniCache(Method):
         window: at least this many newest tokens are exact in both layers.
         block: tokens that wait beyond the window until they are merged together.
         start: first layer of the first pair; None = the middle, as in the paper.
+        alike: a pair merges only the rows of the batch in which its layers' keys, and its values, have at least this
+            mean cosine at the first merge, sinks left out; in others both layers keep all they have, for good. 0.8
+            spares models whose layers point apart. None = all pairs merge, as in the paper, and a warning names those
+            below 0.8 at a prompt's end.
         group: tokens of a packed group; prompts are packed in whole groups, the rest waits with the window.
 
     Raises:
@@ -62,6 +70,7 @@ class MiniCache(Method):
     block: int = 32
     start: int | None = None
     group: int = 32
+    alike: float | None = None
 
     wraps: ClassVar = "scorer"
     capabilities: ClassVar[Capabilities] = Capabilities(lossy=True)
@@ -76,6 +85,8 @@ class MiniCache(Method):
                 f"sinks={self.sinks}, window={self.window}, block={self.block}, start={self.start}: window and block "
                 "need at least 1 token, sinks and start may not be negative"
             )
+        if self.alike is not None and not -1 <= self.alike <= 1:
+            raise ValueError(f"alike={self.alike}: a mean cosine lies in [-1, 1]; use e.g. 0.8")
         if self.bits != 16:
             check_block(self.bits, self.group, self.group)
             if self.block % self.group:
@@ -202,6 +213,7 @@ class MiniCache(Method):
         exact = buffers[0].lengths()[:, 0]
         unit = self.merging.unit
         take = ((exact - self.window).clamp(min=0) // unit * unit).masked_fill(exact < self.window + waiting, 0)
+        take = self._of_alike(first, second, take, prompt=not waiting)
         if not bool(take.any()):
             return
         old, new = _divided(buffers[0], take)
@@ -215,6 +227,46 @@ class MiniCache(Method):
             layer.since_eviction = min(layer.since_eviction, int((exact - take).min()))
             layer.changes += 1
             layer.context.note_bytes(layer)
+
+    def _of_alike(self, first: Layer, second: Layer, take: torch.Tensor, prompt: bool) -> torch.Tensor:
+        """`take` int64 [batch], 0 in rows whose two layers point apart; see `alike`."""
+        merged = isinstance(first.segments[0], PairedSegment)
+        if not bool(take.any()) or (self.alike is None and (merged or not prompt)):
+            return take
+        known = first.statistics.get(LIKENESS)
+        if known is None:
+            known = torch.full((len(take), 1, 1), torch.nan, device=first.device)
+        fresh = (take > 0).to(known.device)[:, None, None] & known.isnan()
+        if bool(fresh.any()):
+            known = torch.where(fresh, likeness(first, second, take, self.sinks)[:, None, None], known)
+        if self.alike is None:
+            low = float(known.nan_to_num(1.0).min())
+            if low < _ALIKE:
+                warnings.warn(
+                    f"minicache merges layers {first.index} and {second.index}, whose mean cosine is {low:.2f} (limit "
+                    f"{_ALIKE}): answers will suffer; use alike={_ALIKE}, which keeps such pairs apart",
+                    stacklevel=2,
+                )
+            return take
+        # One number per row: it moves, is saved and is counted with its row, and is found only once.
+        first.statistics[LIKENESS] = known
+        return take.masked_fill((known < self.alike).cpu()[:, 0, 0], 0)
+
+
+def likeness(first: Layer, second: Layer, take: torch.Tensor, sinks: int) -> torch.Tensor:
+    """Mean cosine of two layers' oldest exact tokens, `take` int64 [batch] of each row, in keys or in values, whichever
+    is less alike: fp32 [batch], 1 where there is no token but sinks."""
+    old, _ = _divided(first.segments[-1], take)
+    one, other = (layer.segments[-1].stored() for layer in (first, second))
+    slots = old.clamp(min=0).expand(-1, one.keys.shape[1], -1)
+    at = one.positions.gather(-1, slots).masked_fill(old < 0, -1)
+    counts, pick = at >= sinks, slots[..., None].expand(*slots.shape, one.keys.shape[-1])
+    found = []
+    for name in ("keys", "values"):
+        x, y = (getattr(held, name).gather(2, pick).float() for held in (one, other))
+        cosine = torch.cosine_similarity(x, y, dim=-1).masked_fill(~counts, 0).sum((1, 2))
+        found.append(cosine / counts.sum((1, 2)).clamp(min=1))
+    return torch.minimum(*found).masked_fill(~counts.any(-1).any(-1), 1.0)
 
 
 def _divided(buffer: DenseSegment, take: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

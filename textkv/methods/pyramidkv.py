@@ -44,7 +44,7 @@ class PyramidKV(SnapKV):
         """The layer's point on the line, for each row: int64 [batch, 1]."""
         layers = layer.context.governed
         rows = []
-        for seen in evidence.tokens.tolist():
+        for seen in evidence.remaining.tolist():
             keep = self.budget.count(seen)
             window = min(self.window, keep - 1, seen - 1)
             rows.append([self.line(keep, window, seen, layers)[layer.index]])

@@ -22,6 +22,8 @@ from textkv.segments.base import Stored
 class SnapKV(Eviction):
     """Compresses at the end of each prompt block; decoded tokens are all kept.
 
+    Defaults differ elsewhere: kvpress observes 64 tokens, and Ada-KV's code pools with kernel=7, pooling="max".
+
     Attributes:
         window: observation window in tokens. The paper uses 16 to 64; 32 is the authors' default from model configs.
         kernel: pooling width in tokens, odd; 1 = no pooling.

@@ -53,6 +53,11 @@ class TurboQuant(Method):
     then on, what comes is coded after the forward that brought it (the chunks of a later prompt read one another's
     codes). No newest tokens stay exact.
 
+    A prompt announced with `begin` and read in chunks equals one forward but for single codes: chunks round keys and
+    values differently in the last fp32 digit, and a coordinate that lies so close to a boundary gets the neighbouring
+    code. Each such step moves a token by up to a centroid's distance, the further the fewer the bits, so outputs of 2
+    bits may differ by more than rounding; most prompts have no such coordinate.
+
     Attributes:
         bits: of a key's codes, 1 to 8.
         value_bits: of a value's codes; None = as many.

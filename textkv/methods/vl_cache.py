@@ -122,7 +122,7 @@ class VLCache(Eviction):
         if None in notes:
             return
         densities = torch.stack([density for _, density in notes])
-        tokens = notes[0][0].tokens.tolist()
+        tokens = notes[0][0].remaining.tolist()
         counts = torch.tensor([self.shares(densities[:, row], seen) for row, seen in enumerate(tokens)])
         for layer, (evidence, _) in zip(context.layers, notes, strict=True):
             of_layer = counts[:, layer.index : layer.index + 1]

@@ -23,6 +23,7 @@ class BlockPool:
         start: int64 [runs].
         length: int32 [runs], tokens of each run.
         counts: the same, int64 [batch, heads] on the CPU.
+        longest: tokens of the longest run; follows `counts`.
         room: blocks that a run may fill; None = exactly those it has.
         positions: int32 [batch, heads or 1, n], a run's token j in column j, -1 = none.
         rope: int32 [3, batch, heads or 1, n], the rotary positions of the same tokens, if their centre turned by
@@ -43,10 +44,11 @@ class BlockPool:
     entries: tuple[int, int] = (0, 0)
     holes: bool = False
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest run."""
-        return int(self.counts.max())
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        # Asked for at every decoded token, while counts change once per `residual` of them.
+        if name == "counts":
+            super().__setattr__("longest", int(value.max()))
 
     @property
     def turned_by(self) -> torch.Tensor:

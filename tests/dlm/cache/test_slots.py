@@ -11,7 +11,7 @@ from dlm.cache.plan import Packing, Plan
 from dlm.cache.slots import SlotCache
 from dlm.decode import decode
 from dlm.loop import Loop
-from dlm.models.backbone import rope_tables, rotate
+from dlm.models.backbone import full_tables, rope_tables, rotate
 from tests.dlm.toys import Counter, Rule, llada, prompts, traced
 
 
@@ -98,8 +98,8 @@ def test_freecache_against_a_slow_one_that_stores_keys_before_rotation(delay):
                     held[slot] = (layer.to_k(normed)[0, row], layer.to_v(normed)[0, row])
                 k, v = (torch.stack([x[i] for x in held]).view(17, 4, 8).transpose(0, 1)[None] for i in (0, 1))
                 q = layer.to_q(normed).view(1, -1, 4, 8).transpose(1, 2)
-                q = rotate(q, rope_tables(torch.arange(frozen, 17)[None], 8, 100.0))
-                k = rotate(k, rope_tables(torch.arange(17)[None], 8, 100.0))
+                q = rotate(q, full_tables(rope_tables(torch.arange(frozen, 17)[None], 8, 100.0)))
+                k = rotate(k, full_tables(rope_tables(torch.arange(17)[None], 8, 100.0)))
                 out = (q @ k.mT * 8**-0.5).softmax(-1) @ v
                 hidden = hidden + layer.to_out(out.transpose(1, 2).flatten(2))
                 hidden = hidden + layer.ffn(hidden)

@@ -118,7 +118,7 @@ class Driver:
         normed = layer.input_norm(hidden)
         v = layer.v(normed)
         _, k = layer.qk(normed, rope)
-        q, _ = layer.qk(normed[:, self.rows], tuple(table[:, self.rows] for table in rope))
+        q, _ = layer.qk(normed[:, self.rows], tuple(table[:, :, self.rows] for table in rope))
         out = hidden.clone()
         out[:, self.rows] += layer.attend(q, k, v, mask)
         out[:, self.rows] += layer.ffn(out[:, self.rows])

@@ -197,8 +197,8 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
 def test_places_without_a_model_of_ours(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="has no config.json; give the folder"):
         load_model(tmp_path)
-    write(tmp_path / "a", LLADA | {"model_type": "llada2_moe"}, {"x": torch.zeros(1)})
-    with pytest.raises(ValueError, match="is a 'llada2_moe' model; supported are 'llada' .* and 'Dream'"):
+    write(tmp_path / "a", LLADA | {"model_type": "llada9"}, {"x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="is a 'llada9' model; supported are 'llada' .* 'Dream'"):
         load_model(tmp_path / "a")
     published(tmp_path / "b", "llada").joinpath("model.safetensors").rename(tmp_path / "b" / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"has no \*.safetensors; other weight files can run code"):

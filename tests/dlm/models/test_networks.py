@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
 
-from dlm.models.backbone import MaskedDiffusionModel, RMSNorm, rope_tables, rotate
+from dlm.models.backbone import MaskedDiffusionModel, RMSNorm, full_tables, rope_tables, rotate
 from dlm.models.loading import MODELS
 from tests.compare import mismatch
 from tests.dlm.models import slow
@@ -110,7 +110,7 @@ def test_llada_is_llama_without_its_causal_mask() -> None:
 def test_llada_rotates_in_fp32_and_dream_in_the_dtype_of_the_model() -> None:
     x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     positions = torch.arange(100, 105)[None].expand(2, -1)
-    fine = rope_tables(positions, 8, 1e6)
+    fine = full_tables(rope_tables(positions, 8, 1e6))
     coarse = tuple(table.bfloat16() for table in fine)
     assert torch.equal(rotate(x, fine), rotate(x.float(), fine).bfloat16())
     rope = Qwen2RotaryEmbedding(Qwen2Config(

@@ -232,3 +232,17 @@ def test_the_method_file_is_a_quiet_command(tmp_path, monkeypatch, capsys):
         warnings.simplefilter("error")
         runpy.run_module("textkv.methods.duo_attention", run_name="__main__")
     assert "steps=0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("method", "budget"), [("duo_attention(sparsity=0.5)", 1.0), ("duo_attention", 0.3)])
+def test_without_a_pattern_a_warning_names_the_mend(model_of, method, budget):
+    model = model_of("llama")
+    with pytest.warns(UserWarning, match=r"no pattern.*duo_attention identify --model FOLDER"):
+        feed(model, MethodCache(model, method, budget), tiny.text_ids(12), 12)
+
+
+def test_nothing_is_warned_of_where_no_head_is_chosen(model_of, pattern, recwarn):
+    model = model_of("llama")
+    for method in ("duo_attention", duo(sparsity=1.0), duo(sparsity=0.0), duo(pattern, sparsity=0.5)):
+        feed(model, MethodCache(model, method), tiny.text_ids(12), 12)
+    assert not [w for w in recwarn if "no pattern" in str(w.message)]

@@ -285,3 +285,24 @@ def test_a_fork_shares_nothing_but_keeps_its_pair_together(model_of):
     first, second = (layer.segments[0] for layer in other.layers[1:])
     assert isinstance(first, PairedSegment) and first.pair is second.pair
     assert first.pair is not cache.layers[1].segments[0].pair
+
+
+@pytest.mark.parametrize("alike", [0.8, -1.0])
+def test_a_pair_whose_layers_point_apart_keeps_both(alike):
+    model, ids = model_of_layers(4), tiny.text_ids(48, batch=2)
+    cache = MethodCache(model, f"minicache(window=4,block=4,sinks=1,alike={alike})")
+    found = run(model, cache, ids[:, :40])
+    for token in ids[:, 40:].split(1, 1):
+        found = run(model, cache, token)
+    apart = not any(isinstance(layer.segments[0], PairedSegment) for layer in cache.layers)
+    assert apart == (alike == 0.8)  # random weights: nothing is alike
+    if apart:
+        torch.testing.assert_close(found, run(model, DynamicCache(config=model.config), ids)[:, -1:], atol=1e-5, rtol=0)
+
+
+def test_merging_what_points_apart_is_warned_of():
+    model = model_of_layers(4)
+    with pytest.warns(UserWarning, match=r"layers 2 and 3, whose mean cosine is .*use alike=0.8"):
+        run(model, MethodCache(model, "minicache(window=4)"), tiny.text_ids(40))
+    with pytest.raises(ValueError, match=r"alike=2.*use e.g. 0.8"):
+        resolve_method("minicache(alike=2.0)")

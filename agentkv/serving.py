@@ -1,0 +1,96 @@
+"""The engine of vision-language models behind a server: chats with pictures, in the form of the agent's own family.
+
+Unlike the runner it knows no task and no grammar: what the client says stands in the chat as it is, and the answer's
+text goes back. Whoever drives UI-TARS or OpenCUA from a harness of their own has its prompts already.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from agentkv.models import OWN_AGENT, ModelAdapter, load_adapter
+from textkv import Budget, resolve_method
+from textkv.serve import ChatEngine, Opening
+from textkv.serve.engine import Prepared
+from textkv.serve.protocol import ChatRequest, Message
+
+PIXELS = 40_000_000  # of one picture: beyond it a small file can fill the memory
+
+
+class VisionEngine(ChatEngine):
+    """A model behind its adapter, conversations with pictures keeping their caches.
+
+    Args:
+        adapter: what `agentkv.models.load_adapter` gives.
+        method, budget, memory, disk: as for `ChatEngine`.
+    """
+
+    reads = tuple(OWN_AGENT)
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        method: str = "full",
+        budget: Budget | float | str | None = None,
+        memory: int | None = None,
+        disk: Path | None = None,
+    ) -> None:
+        super().__init__(
+            adapter.model,
+            adapter.tokenizer,
+            method,
+            budget,
+            memory,
+            disk,
+            adapter.answer_tokens,
+            chat_template=adapter.tokenizer.chat_template or adapter.chat_template,
+        )
+        self.adapter = adapter
+
+    @classmethod
+    def open(cls, opening: Opening) -> VisionEngine:
+        """See `textkv.serve.Engine`."""
+        method = opening.method or "gui-kv"
+        resolve_method(method, opening.budget)
+        adapter = load_adapter(opening.model, opening.device, opening.dtype)
+        return cls(adapter, method, opening.budget, opening.memory, opening.disk)
+
+    def prepare(self, request: ChatRequest) -> Prepared:
+        """See `textkv.serve.Engine`; screenshots are told to methods that ask for them."""
+        images: list[Image.Image] = []
+        messages = [self._message(message, images) for message in request.messages]
+        prompt = self.adapter.chat(messages, images)
+        return self.prepared(request, prompt.inputs | {"spans": [prompt.spans]})
+
+    def _message(self, message: Message, images: list[Image.Image]) -> dict[str, Any]:
+        content: list[dict[str, str]] = []
+        for part in message.parts():
+            if isinstance(part, str):
+                content.append({"type": "text", "text": self.adapter.defuse(part)})
+            else:
+                images.append(_picture(part))
+                content.append({"type": "image"})
+        role = "system" if message.role == "developer" else message.role
+        # Templates want a text, not a list, where a turn has no picture.
+        plain = all(part["type"] == "text" for part in content)
+        return {"role": role, "content": "".join(part["text"] for part in content) if plain else content}
+
+    def _text(self, ids: Any) -> str:
+        return self.adapter.words_of(ids)
+
+
+def _picture(data: bytes) -> Image.Image:
+    try:
+        image = Image.open(BytesIO(data), formats=("PNG", "JPEG", "WEBP", "GIF", "BMP"))
+        if image.width * image.height > PIXELS:
+            raise ValueError(
+                f"a picture of {image.width} x {image.height} is larger than {PIXELS:,} pixels; send it smaller"
+            )
+        image.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"a picture cannot be read: {' '.join(str(error).split())}") from None
+    return image

@@ -1,0 +1,90 @@
+"""The cache of block-causal models: finished blocks are stored once and for all, exactly.
+
+No token sees a later block, so keys and values of a finished block never change, and the masks behind the active block
+need not be computed at all. A block's last tokens were written after its last forward, so it is computed once more as
+text: `fold=True` does that together with the first forward of the next block (a mask for each query keeps the finished
+block from seeing the new one), `fold=False` in a forward of its own, as the published samplers do. Tokens are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from dlm.cache.base import Policy, Run, WindowRun, register
+from dlm.cache.plan import Plan
+from dlm.cache.slots import SlotCache
+from dlm.canvas import Canvas
+
+
+@register("block")
+@dataclass(frozen=True)
+class BlockCache(Policy):
+    """Query tokens with f forwards per block: P + f B a block, and B more to finish it.
+
+    Attributes:
+        fold: finish a block in the first forward of the next one.
+
+    Raises:
+        ValueError: fold that is no bool.
+    """
+
+    fold: bool = True
+
+    block_causal: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.fold, bool):
+            raise ValueError(f"fold={self.fold!r}: use True or False")
+
+    @property
+    def still(self) -> bool:
+        """Only a block's first forward writes what later ones read."""
+        return True
+
+    def begin(self, canvas: Canvas, model: Any) -> Run:
+        """A run in which nothing is stored.
+
+        Raises:
+            ValueError: a model whose tokens see what comes later.
+        """
+        if canvas.grid is None:
+            raise ValueError("cache block is for block-causal models; in this one every token sees all; use freecache")
+        return _Run(canvas, self)
+
+
+class _Run(WindowRun):
+    per_row = ("settled",)
+
+    def __init__(self, canvas: Canvas, policy: BlockCache) -> None:
+        super().__init__(canvas, SlotCache(canvas.length))
+        self.policy = policy
+        # The first slot of each row whose keys and values are not final.
+        self.settled = torch.zeros(canvas.batch, dtype=torch.int64)
+
+    def window(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the first block that is not stored to the end of the active one; without it if it has to wait."""
+        start, stop = self.canvas.span(self.canvas.active_cpu)
+        forced = self.forced()
+        # The first token of a shifted model's block comes from the block before: until then the block is no use.
+        waits = torch.full_like(start, not self.policy.fold, dtype=torch.bool)
+        if forced is not None:
+            waits = waits | (forced >= 0).cpu()
+        return self.settled, torch.where(waits & (self.settled < start), start, stop)
+
+    def logit_window(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slots that the window's rows predict."""
+        low, high = (x.to(self.canvas.ids.device) + self.canvas.shift for x in self.window())
+        return low, high.clamp(max=self.canvas.length)
+
+    def plan(self, wanted: torch.Tensor) -> Plan:
+        """The window. One block alone sees everything that is stored, and needs no mask."""
+        start = self.canvas.span(self.canvas.active_cpu)[0]
+        low, high = self.window()
+        plan = super().plan(wanted)
+        if plan.packing is None and bool((low == start).all() & (high > start).all()):
+            plan.stop = int(high[0])
+        self.settled = start.clone()
+        return plan

@@ -1,0 +1,102 @@
+"""The command: what it refuses before a model is loaded, and that it starts, answers and ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from agentkv import serve
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--port", "0"], "no port"),
+        (["--port", "70000"], "no port"),
+        (["--port", "http"], "no port"),
+        (["--memory", "8"], "no size"),
+        (["--memory=-1GB"], "no size"),
+        (["--memory", "0GB"], "no room"),
+        (["--memory", "nanGB"], "no size"),
+        (["--budget", "40"], "budget"),
+        (["--budget", "nan"], "budget"),
+        (["--method", "gui-vk"], "gui-kv"),
+        (["--engine", "video"], "video"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--model", "mini-dlm", "--budget", "0.4"], "cache policy"),
+        (["--queue", "0"], "count"),
+        (["--timeout", "0"], "no time"),
+        (["--timeout", "inf"], "finite"),
+        (["--max-request", "much"], "no size"),
+        (["--device", "cuda:99"], "cuda"),
+        (["--api-key-file", "/nowhere"], "no keys"),
+        (["--disk", ""], "written"),
+        (["--host", "0.0.0.0"], "--api-key-file"),
+        (["--colour", "red"], "--colour"),
+    ],
+)
+def test_a_wrong_request_is_one_line(arguments, says, capsys, monkeypatch):
+    monkeypatch.setattr("uvicorn.Server.run", lambda *a, **k: pytest.fail("it was served"))
+    assert serve.main(["--port", str(free_port()), *arguments]) == 2
+    told = capsys.readouterr().err
+    assert says in told and told.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_said_before_a_model_is_read(capsys, monkeypatch):
+    monkeypatch.setattr("uvicorn.Server.run", lambda *a, **k: pytest.fail("it was served"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert serve.main(["--model", "nowhere", "--port", str(taken.getsockname()[1])]) == 2
+    assert "port" in capsys.readouterr().err
+
+
+def test_an_empty_file_of_keys_is_refused(tmp_path, capsys):
+    (tmp_path / "keys").write_text("\n \n")
+    assert serve.main(["--api-key-file", str(tmp_path / "keys")]) == 2
+    assert "holds no key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("model", "engine"), [("mini", "vision"), ("mini-text", "text"), ("mini-dream", "diffusion")])
+def test_the_engine_follows_from_the_model(model, engine, tmp_path):
+    assert serve.engine_of(model) == engine
+
+
+@pytest.mark.parametrize(("kind", "engine"), [("qwen2_5_vl", "vision"), ("llama", "text"), ("llada", "diffusion")])
+def test_a_folder_says_by_its_config_what_it_is(kind, engine, tmp_path):
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    assert serve.engine_of(str(tmp_path)) == engine
+
+
+def test_it_starts_answers_and_ends(tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "agentkv.serve", "--port", str(port), "--disk", str(tmp_path), "--memory", "1MB"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert f"http://127.0.0.1:{port}/v1 serves mini" in process.stdout.readline()
+        for _ in range(200):
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/health")
+                break
+            except httpx.ConnectError:
+                time.sleep(0.05)
+        asked = {"model": "mini", "messages": [{"role": "user", "content": "secret words"}], "max_tokens": 4}
+        assert httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=asked, timeout=60).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        out, error = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode in (0, 143) and "Traceback" not in error
+    assert "secret" not in out + error and not list(tmp_path.iterdir())

@@ -1,0 +1,123 @@
+"""Vision-language models behind the server: pictures in turns, caches that go on, what is refused."""
+
+from __future__ import annotations
+
+import base64
+from contextlib import contextmanager
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from agentkv.serving import PIXELS, VisionEngine
+from textkv.serve import Opening, build_app
+
+
+def url_of(image: Image.Image, form: str = "PNG") -> str:
+    file = BytesIO()
+    image.save(file, form)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def noise(seed: int) -> str:
+    pixels = np.random.default_rng(seed).integers(0, 255, (210, 160, 3), dtype=np.uint8)
+    return url_of(Image.fromarray(pixels))
+
+
+def shown(url: str, text: str = "Click on the button."):
+    picture = {"type": "image_url", "image_url": {"url": url}}
+    return {"role": "user", "content": [picture, {"type": "text", "text": text}]}
+
+
+@contextmanager
+def served(**options):
+    engine = VisionEngine.open(Opening("mini", **options))
+    with TestClient(build_app(engine, "mini")) as client:
+        yield client
+
+
+def ask(client, messages):
+    answer = client.post("/v1/chat/completions", json={"model": "mini", "temperature": 0, "messages": messages})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["message"]["content"], answer.json()["usage"]
+
+
+def talk(client, pictures=3):
+    """Turns with a picture each: answers, and tokens of the prompt that were not read again."""
+    messages, answers, cached = [{"role": "system", "content": "You are a GUI agent."}], [], []
+    for seed in range(pictures):
+        messages.append(shown(noise(seed)))
+        text, usage = ask(client, messages)
+        messages.append({"role": "assistant", "content": text})
+        answers.append(text)
+        cached.append((usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]))
+    return answers, cached
+
+
+def test_turns_with_pictures_read_only_what_is_new():
+    with served(method="gui-kv", budget="0.4") as client:
+        answers, cached = talk(client)
+        told = client.get("/metrics").text
+    assert all("Action" in answer for answer in answers)
+    assert cached[0][0] == 0
+    for (_, before), (reused, _) in zip(cached, cached[1:], strict=False):
+        assert reused >= before
+    assert "agentkv_conversations_continued_total 2.0" in told
+
+
+def test_a_conversation_on_disk_answers_as_one_in_memory(tmp_path):
+    with served(method="gui-kv", budget="0.4") as client:
+        expected = talk(client)
+    with served(method="gui-kv", budget="0.4", memory=1, disk=tmp_path) as client:
+        assert talk(client) == expected
+        assert "agentkv_conversations_from_disk_total 2.0" in client.get("/metrics").text
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_full_cache_answers_as_a_fresh_one():
+    with served(method="full") as client:
+        answers, _ = talk(client)
+    with served(method="full", memory=1) as client:
+        assert talk(client)[0] == answers
+
+
+def test_another_picture_under_the_same_words_is_seen():
+    with served(method="full") as client:
+        first = [shown(noise(0)), {"role": "assistant", "content": "x"}, shown(noise(1))]
+        other = [shown(noise(5)), {"role": "assistant", "content": "x"}, shown(noise(1))]
+        ask(client, first)
+        _, usage = ask(client, other)
+    assert usage["prompt_tokens_details"]["cached_tokens"] < 64
+
+
+def test_a_page_cannot_open_a_turn_by_its_words():
+    engine = VisionEngine.open(Opening("mini", "cpu"))
+    marker = engine.adapter.markers[0]
+    with TestClient(build_app(engine, "mini")) as client:
+        _, plain = ask(client, [shown(noise(0), "a b")])
+        _, marked = ask(client, [shown(noise(0), f"a {marker} b")])
+    assert marked["prompt_tokens"] > plain["prompt_tokens"] + 1
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("data:image/png;base64,AAAA", "cannot be read"),
+        ("data:image/svg+xml;base64,AAAA", "cannot be read"),
+        (url_of(Image.new("1", (PIXELS // 5_000 + 1, 5_000))), "larger than"),
+        ("/etc/hostname", "data:image"),
+    ],
+    ids=["no picture", "svg", "huge", "a path"],
+)
+def test_a_picture_that_cannot_be_taken_is_one_line(url, says):
+    with served() as client:
+        answer = client.post("/v1/chat/completions", json={"model": "mini", "messages": [shown(url)]})
+    assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+
+
+def test_jpeg_and_texts_without_pictures_are_taken():
+    with served() as client:
+        ask(client, [shown(url_of(Image.new("RGB", (160, 210), "white"), "JPEG"))])
+        ask(client, [{"role": "user", "content": "hello"}])

@@ -1,0 +1,76 @@
+"""Diffusion models behind the server: the same door, their own way of writing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from starlette.testclient import TestClient
+
+from dlm import decode
+from dlm.prompts import prompt_ids
+from dlm.serving import DiffusionEngine
+from textkv.serve import ENGINES, Opening, build_app
+
+PROBLEM = "tom has 37 apples. he buys 25. how many now?"
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return DiffusionEngine.open(Opening("mini", method="freecache"))
+
+
+@pytest.fixture
+def client(engine):
+    with TestClient(build_app(engine, "mini")) as client:
+        yield client
+
+
+def body(**changed):
+    messages = [{"role": "user", "content": PROBLEM}]
+    return {"model": "mini", "messages": messages, "temperature": 0, "max_tokens": 64} | changed
+
+
+def test_an_answer_is_that_of_the_library(client, engine):
+    ids = prompt_ids(engine.tokenizer, PROBLEM, engine.tokenizer.chat_template is not None)
+    done = decode(engine.model, torch.tensor([ids]), gen_length=64, cache="freecache")
+    expected = engine.tokenizer.decode(done.ids[0], skip_special_tokens=True)
+    told = client.post("/v1/chat/completions", json=body()).json()
+    assert "62" in expected and told["choices"][0]["message"]["content"].strip() == expected.strip()
+    assert told["choices"][0]["finish_reason"] == "stop" and told["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_a_stream_is_the_whole_answer_in_pieces(client):
+    whole = client.post("/v1/chat/completions", json=body()).json()["choices"][0]["message"]["content"]
+    lines = client.post("/v1/chat/completions", json=body(stream=True)).text.split("\n\n")
+    assert lines[-2] == "data: [DONE]"
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    texts = [event["choices"][0]["delta"].get("content", "") for event in events]
+    assert "".join(texts) == whole and sum(map(bool, texts)) > 1
+
+
+def test_a_stop_string_ends_the_answer(client):
+    whole = client.post("/v1/chat/completions", json=body()).json()["choices"][0]["message"]["content"]
+    word = whole.split()[-1]
+    told = client.post("/v1/chat/completions", json=body(stop=[word])).json()["choices"][0]
+    assert told["message"]["content"] == whole[: whole.index(word)] and told["finish_reason"] == "stop"
+
+
+def test_what_a_diffusion_model_cannot_do_is_refused(client):
+    told = client.post("/v1/chat/completions", json=body(frequency_penalty=1))
+    assert told.status_code == 400 and "frequency_penalty" in told.json()["error"]["message"]
+    picture = [{"type": "image_url", "image_url": "data:image/png;base64,AAAA"}]
+    told = client.post("/v1/chat/completions", json=body(messages=[{"role": "user", "content": picture}]))
+    assert told.status_code == 400 and "text only" in told.json()["error"]["message"]
+
+
+def test_a_budget_and_an_unknown_cache_are_refused_before_weights_are_read():
+    with pytest.raises(ValueError, match="cache policy"):
+        DiffusionEngine.open(Opening("nowhere", budget="0.4"))
+    with pytest.raises(ValueError, match="frecache"):
+        DiffusionEngine.open(Opening("nowhere", method="frecache"))
+
+
+def test_the_wings_engines_are_found_by_name():
+    assert ENGINES.find("dlm.serving:DiffusionEngine") is DiffusionEngine

@@ -1,0 +1,97 @@
+"""Requests that are carried out, and one line for those that are not."""
+
+import base64
+
+import pytest
+
+from textkv.serve.protocol import read_request
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def body(**changed):
+    return {"model": "m", "messages": HELLO} | changed
+
+
+def picture(url):
+    return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+        ({"messages": [{"role": "user"}]}, "content"),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "url": "x"}]}]}, "content"),
+        ({"n": 2}, "n:"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logit_bias": {"5": 100}}, "logit_bias"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"frequency_penalty": 3}, "frequency_penalty"),
+        ({"max_tokens": 0}, "max_"),
+        ({"max_completion_tokens": -5}, "max_"),
+        ({"max_tokens": 1.5}, "max_"),
+        ({"seed": 2**70}, "seed"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"modalities": ["audio"]}, "modalities"),
+        ({"temperatur": 0}, "temperatur is no field"),
+    ],
+)
+def test_what_cannot_be_carried_out_is_refused_by_name(changed, named):
+    with pytest.raises(ValueError, match=named) as caught:
+        read_request(body(**changed))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("wrong", [None, [], "x", 5, {}, {"model": "m"}, {"messages": HELLO}])
+def test_a_body_that_is_no_request_is_one_line(wrong):
+    with pytest.raises(ValueError, match="^[^\n]+$"):
+        read_request(wrong)
+
+
+def test_labels_and_the_forms_that_change_nothing_are_accepted():
+    request = read_request(
+        body(n=1, logprobs=False, tools=[], tool_choice="none", response_format={"type": "text"}, user="u",
+             metadata={"a": "b"}, prompt_cache_key="k", store=False, service_tier="auto", parallel_tool_calls=True)
+    )  # fmt: skip
+    assert request.max_tokens is None and request.stop == [] and not request.tells_usage
+
+
+def test_both_names_of_the_length_and_both_forms_of_stop():
+    assert read_request(body(max_tokens=5)).max_tokens == 5
+    assert read_request(body(max_completion_tokens=6)).max_tokens == 6
+    assert read_request(body(stop="x")).stop == ["x"]
+    assert read_request(body(stop=None)).stop == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://example.org/x.png", "https://example.org/x.png", "file:///etc/passwd", "/etc/passwd", "x.png", "",
+     "data:text/html;base64,AAAA", "data:image/png,raw", "data:image/png;base64,a"],
+)  # fmt: skip
+def test_only_pictures_inside_the_request_are_read(url):
+    request = read_request(body(messages=picture(url)))
+    with pytest.raises(ValueError, match="picture"):
+        list(request.messages[0].parts())
+
+
+def test_texts_and_pictures_keep_their_order():
+    data = base64.b64encode(b"file").decode()
+    content = [
+        {"type": "text", "text": "a"},
+        {"type": "image_url", "image_url": f"data:image/png;base64,{data}"},
+        {"type": "text", "text": "b"},
+    ]
+    message = read_request(body(messages=[{"role": "user", "content": content}])).messages[0]
+    assert list(message.parts()) == ["a", b"file", "b"]

@@ -1,0 +1,148 @@
+"""Which conversation a request goes on from, and who makes room."""
+
+import pytest
+import torch
+
+from tests.textkv import tiny
+from textkv import Conversation
+from textkv.serve.shelf import Shelf
+
+GREEDY = dict(do_sample=False, max_new_tokens=4)
+
+
+def turn(shelf, ids):
+    """One turn by way of the shelf: (its ids with the answer, the conversation)."""
+    told = shelf.new().dialogue(ids, torch.ones_like(ids))
+    talk = shelf.take(told)
+    out = talk.generate(ids, **GREEDY)
+    shelf.put(talk)
+    return out, talk
+
+
+def shelf_of(method="full", **options):
+    model = tiny.build("llama")
+    budget = None if method == "full" else 0.5
+    return Shelf(lambda: Conversation(model, method, budget), lambda x: Conversation.load(x, model), **options)
+
+
+def more(ids, seed):
+    return torch.cat([ids, tiny.text_ids(5, seed=seed)], 1)
+
+
+def test_a_request_goes_on_from_the_conversation_that_it_extends():
+    shelf = shelf_of("snapkv")
+    first, a = turn(shelf, tiny.text_ids(20, seed=1))
+    other, b = turn(shelf, tiny.text_ids(20, seed=2))
+    _, again = turn(shelf, more(first, 3))
+    assert again is a and a is not b
+    # all but the last generated token, which the model has not read
+    assert again.last.how == "continued" and again.last.reused == first.shape[1] - 1
+    assert (shelf.stats.new, shelf.stats.continued, shelf.stats.dropped) == (2, 1, 0)
+    assert len(shelf) == 2
+
+
+def test_the_longest_of_several_is_taken():
+    shelf = shelf_of()
+    ids = tiny.text_ids(20, seed=1)
+    short, a = turn(shelf, ids)
+    shelf._kept = [a.fork(), *shelf._kept]  # the same beginning twice, of which one goes on
+    long, b = turn(shelf, more(short, 3))
+    _, c = turn(shelf, more(long, 4))
+    assert c is b and c.last.reused == long.shape[1] - 1
+
+
+def test_another_that_begins_alike_gets_a_copy_and_both_go_on():
+    shelf = shelf_of(share=8)
+    ids = tiny.text_ids(20, seed=1)
+    first, a = turn(shelf, more(ids, 5))
+    second, b = turn(shelf, more(ids, 6))
+    assert a is not b and b.last.reused >= 20 and shelf.stats.branched == 1
+    _, again = turn(shelf, more(first, 7))
+    assert again is a and again.last.how == "continued"
+
+
+def test_what_cannot_be_taken_back_is_read_anew_and_the_other_stays():
+    shelf = shelf_of("streaming_llm", share=8)
+    ids = tiny.text_ids(20, seed=1)
+    first, a = turn(shelf, more(ids, 5))
+    _, b = turn(shelf, more(ids, 6))
+    assert b is not a and b.last.how == "new"
+    _, again = turn(shelf, more(first, 7))
+    assert again is a and again.last.how == "continued"
+
+
+def test_a_request_in_work_is_found_by_nobody_else():
+    shelf = shelf_of()
+    first, a = turn(shelf, tiny.text_ids(20, seed=1))
+    told = shelf.new().dialogue(more(first, 2), torch.ones_like(more(first, 2)))
+    assert shelf.take(told) is a
+    assert shelf.take(told) is not a
+
+
+def test_the_limit_is_kept_and_the_oldest_goes_first():
+    shelf = shelf_of()
+    first, a = turn(shelf, tiny.text_ids(20, seed=1))
+    shelf.limit = int(2.5 * shelf.kv_bytes())
+    second, b = turn(shelf, tiny.text_ids(20, seed=2))
+    turn(shelf, tiny.text_ids(20, seed=3))
+    assert shelf.kv_bytes() <= shelf.limit and shelf.stats.dropped == 1 and len(shelf) == 2
+    out, again = turn(shelf, more(first, 4))
+    assert again is not a and again.last.how == "new"
+    # answered all the same
+    alone = shelf.new().generate(more(first, 4), **GREEDY)
+    assert torch.equal(out, alone)
+
+
+def test_one_that_alone_is_too_large_is_not_kept():
+    shelf = shelf_of(limit=1)
+    turn(shelf, tiny.text_ids(20, seed=1))
+    assert len(shelf) == 0 and shelf.kv_bytes() == 0
+
+
+@pytest.mark.parametrize("method", ["full", "snapkv", "adakv", "streaming_llm", "kivi(4,group=16,residual=16)"])
+def test_one_that_went_to_disk_comes_back_as_it_was(method, tmp_path):
+    shelf = shelf_of(method, disk=tmp_path)
+    first, _ = turn(shelf, tiny.text_ids(20, seed=1))
+    stays = shelf._kept[0].fork()
+    shelf.limit = 1
+    turn(shelf, tiny.text_ids(20, seed=2))
+    assert shelf.kv_bytes() == 0 and shelf.disk_bytes() > 0 and len(shelf) == 2
+    out, again = turn(shelf, more(first, 3))
+    assert again.last.how == "continued" and again.last.reused == first.shape[1] - 1
+    assert torch.equal(out, stays.generate(more(first, 3), **GREEDY))
+    assert (shelf.stats.to_disk, shelf.stats.from_disk, shelf.stats.dropped) == (3, 1, 0)
+    shelf.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_file_costs_its_conversation_alone(tmp_path):
+    shelf = shelf_of(disk=tmp_path, limit=1)
+    first, _ = turn(shelf, tiny.text_ids(20, seed=1))
+    other, _ = turn(shelf, tiny.text_ids(20, seed=2))
+    file = shelf._stored[0].folder / "cache.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    _, again = turn(shelf, more(first, 3))
+    assert again.last.how == "new" and shelf.stats.dropped == 1
+    _, again = turn(shelf, more(other, 3))
+    assert again.last.how == "continued"
+
+
+def test_a_full_disk_drops_what_does_not_fit(tmp_path, monkeypatch):
+    shelf = shelf_of(disk=tmp_path, limit=1)
+
+    def full(self, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Conversation, "save", full)
+    first, _ = turn(shelf, tiny.text_ids(20, seed=1))
+    assert len(shelf) == 0 and shelf.stats.dropped == 1
+    _, again = turn(shelf, more(first, 3))
+    assert again.last.how == "new"
+
+
+def test_the_disk_has_a_limit_too(tmp_path):
+    shelf = shelf_of(disk=tmp_path, limit=1)
+    turn(shelf, tiny.text_ids(20, seed=1))
+    shelf.disk_limit = int(1.5 * shelf.disk_bytes())
+    turn(shelf, tiny.text_ids(20, seed=2))
+    assert len(shelf) == 1 and shelf.disk_bytes() <= shelf.disk_limit and shelf.stats.dropped == 1

@@ -1,0 +1,266 @@
+"""The HTTP side: OpenAI's chat completions, models, health and Prometheus metrics, as a FastAPI app.
+
+Prompts and pictures stand in no log and no metric. Errors have OpenAI's form, one line each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from jinja2 import TemplateError
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from textkv.serve import protocol
+from textkv.serve.engine import Engine, Outcome
+from textkv.serve.metrics import Metrics
+from textkv.serve.queue import Full, Job, Turns
+
+LOOK_AGAIN = 0.25  # seconds between two looks whether a client is still there
+OPEN = ("/health",)  # paths that need no key
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes. bytes: of one request's body. waiting: requests in the queue. seconds: for one answer, the
+    time in the queue included.
+    """
+
+    bytes: int = 32_000_000
+    waiting: int = 64
+    seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ValueError(f"limit of {name} is {value}, which lets nothing through; use more than 0")
+
+
+class Refused(Exception):
+    """A request that gets an error instead of an answer: its HTTP status and one line."""
+
+    def __init__(self, status: int, line: str, kind: str = "invalid_request_error", code: str | None = None) -> None:
+        super().__init__(line)
+        self.status, self.body = status, protocol.error_body(line, kind, code)
+
+
+def build_app(engine: Engine, name: str, limits: Limits | None = None, keys: Sequence[str] = ()) -> FastAPI:
+    """The app that serves `engine` as the model `name`.
+
+    Args:
+        keys: one of them must come as a bearer token with every request; none = no key is asked for.
+    """
+    limits = limits or Limits()
+    turns, metrics, started = Turns(engine, limits.waiting), Metrics(), int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(turns.close)
+        engine.close()
+
+    # Without /docs and /openapi.json: the pages load scripts from elsewhere.
+    app = FastAPI(lifespan=lifespan, openapi_url=None)
+    app.state.turns = turns
+
+    if keys:
+        app.add_middleware(_Door, keys=tuple(key.encode() for key in keys))
+
+    @app.exception_handler(Refused)
+    async def refuse(request: Request, error: Refused) -> Response:
+        metrics.refused(error.status)
+        return JSONResponse(error.body, error.status)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        line = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse(protocol.error_body(line), error.status_code, error.headers)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "model": name, "waiting": len(turns)}
+
+    @app.get("/metrics")
+    async def show() -> Response:
+        figures = engine.figures() | {"requests_waiting": len(turns)}
+        return Response(generate_latest(metrics.with_figures(figures)), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(name, started)]}
+
+    @app.get("/v1/models/{asked:path}")
+    async def model(asked: str) -> dict[str, Any]:
+        _check_name(asked, name)
+        return _model(name, started)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        asked = await _read(request, limits.bytes)
+        _check_name(asked.model, name)
+        try:
+            prepared = await asyncio.to_thread(engine.prepare, asked)
+        except (ValueError, TemplateError) as error:
+            # A template refuses turns that its model was not trained on, two of the same role for example.
+            raise Refused(400, _line(error)) from None
+        job = Job(_client(request), prepared, asyncio.get_running_loop())
+        try:
+            turns.add(job)
+        except Full as error:
+            raise Refused(429, str(error), "rate_limit_error") from None
+        answer = _Reply(request, job, asked, metrics, limits.seconds)
+        return await (answer.stream() if asked.stream else answer.whole())
+
+    return app
+
+
+class _Door:
+    """Lets requests in that bring a key. Plain ASGI: FastAPI's own middleware hides that a client has gone."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[bytes, ...]) -> None:
+        self.app, self.keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN and not self._known(scope):
+            line = "no valid API key; send it as Authorization: Bearer KEY"
+            await JSONResponse(protocol.error_body(line, "authentication_error"), 401)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _known(self, scope: Scope) -> bool:
+        told = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
+        # All are compared, each in constant time: how long it takes says nothing about a key.
+        return any([hmac.compare_digest(told, key) for key in self.keys])
+
+
+class _Reply:
+    """The way of one answer to its client."""
+
+    def __init__(
+        self, request: Request, job: Job, asked: protocol.ChatRequest, metrics: Metrics, seconds: float
+    ) -> None:
+        self.request, self.job, self.asked, self.metrics = request, job, asked, metrics
+        self.began, self.seconds = time.monotonic(), seconds
+        self.look = self.began + LOOK_AGAIN
+        self.head = (f"chatcmpl-{uuid.uuid4().hex}", asked.model, int(time.time()))
+
+    async def whole(self) -> Response:
+        """The answer as one JSON body."""
+        async for piece in self._pieces():
+            if isinstance(piece, Outcome):
+                return JSONResponse(protocol.completion(*self.head, piece.text, piece.reason, piece.usage()))
+        # Whoever asked is not there to read it.
+        return Response(status_code=499)
+
+    async def stream(self) -> Response:
+        """The answer as server-sent events. What goes wrong before the first piece is an ordinary error."""
+        pieces = self._pieces()
+        first = await anext(pieces, None)
+        return StreamingResponse(self._events(first, pieces), media_type="text/event-stream")
+
+    async def _events(self, first: str | Outcome | None, pieces: AsyncIterator[str | Outcome]) -> AsyncIterator[str]:
+        yield _event(protocol.chunk(*self.head, {"role": "assistant", "content": ""}))
+        piece = first
+        try:
+            while isinstance(piece, str):
+                yield _event(protocol.chunk(*self.head, {"content": piece}))
+                piece = await anext(pieces, None)
+        except Refused as error:
+            yield _event(error.body)
+        if isinstance(piece, Outcome):
+            yield _event(protocol.chunk(*self.head, {}, piece.reason))
+            if self.asked.tells_usage:
+                yield _event(protocol.usage_chunk(*self.head, piece.usage()))
+        yield "data: [DONE]\n\n"
+
+    async def _pieces(self) -> AsyncIterator[str | Outcome]:
+        """Texts, then the outcome; ends early when the client has gone.
+
+        Raises:
+            Refused: the answer failed, or took too long.
+        """
+        try:
+            while True:
+                piece = await self._next()
+                if piece is None:
+                    self.metrics.gone()
+                    return
+                if isinstance(piece, Exception):
+                    raise _told(piece)
+                if isinstance(piece, Outcome):
+                    self.metrics.answered(piece, time.monotonic() - self.began)
+                yield piece
+                if isinstance(piece, Outcome):
+                    return
+        finally:
+            # Frees the model within one step, however this ended.
+            self.job.gone.set()
+
+    async def _next(self) -> str | Outcome | Exception | None:
+        """The next piece; None if the client has gone before it came."""
+        while True:
+            now = time.monotonic()
+            if now - self.began >= self.seconds:
+                raise Refused(504, f"no whole answer within {self.seconds:g} seconds", "timeout_error")
+            # By the clock, not only when nothing comes: whoever waits for a whole answer sees no piece of it.
+            if now >= self.look:
+                self.look = now + LOOK_AGAIN
+                if await self.request.is_disconnected():
+                    return None
+            with suppress(TimeoutError):
+                return await asyncio.wait_for(self.job.pieces.get(), LOOK_AGAIN)
+
+
+async def _read(request: Request, limit: int) -> protocol.ChatRequest:
+    """The request in the body, of at most `limit` bytes."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise Refused(413, f"the request is larger than {limit:,} bytes; send fewer or smaller pictures")
+    try:
+        return protocol.read_request(json.loads(body))
+    except RecursionError:
+        raise Refused(400, "the body is nested too deeply") from None
+    except ValueError as error:
+        raise Refused(400, f"the body is no request: {_line(error)}") from None
+
+
+def _told(error: Exception) -> Refused:
+    if isinstance(error, ValueError):
+        return Refused(400, _line(error))
+    # What it was in full is for whoever runs the server; a message of torch may hold tensors of the prompt.
+    return Refused(500, f"the answer failed: {type(error).__name__}", "server_error")
+
+
+def _check_name(asked: str, name: str) -> None:
+    if asked != name:
+        raise Refused(404, f"no model {asked!r} here; this server has {name!r}", code="model_not_found")
+
+
+def _client(request: Request) -> str:
+    """Who shares a turn: the key where there is one, else the address."""
+    return request.headers.get("authorization") or (request.client.host if request.client else "")
+
+
+def _model(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "local"}
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,284 @@
+"""What answers a request: the interface, and the engine of language models whose conversations keep their caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from textkv.budgets import Budget
+from textkv.conversation import Conversation
+from textkv.method import resolve_method
+from textkv.models.loading import load
+from textkv.registry import Registry
+from textkv.serve.answers import Answer
+from textkv.serve.protocol import ChatRequest, Message
+from textkv.serve.shelf import Shelf
+
+LONGEST = 2**31  # columns, where a model names no limit
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An answer that is over. `cached_tokens` of the prompt were not read again."""
+
+    text: str
+    reason: Literal["stop", "length"]
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+    def usage(self) -> dict[str, Any]:
+        """The figures as clients know them."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class Cancelled(Exception):
+    """Nobody waits for this answer any more."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a server is asked to serve.
+
+    Attributes:
+        model: a name, folder or hub id.
+        method, budget: of the cache; None = the engine's own.
+        memory: bytes that conversations may hold between their turns; None = no limit.
+        disk: folder for those that do not fit; None = they are dropped.
+    """
+
+    model: str
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    method: str | None = None
+    budget: str | None = None
+    memory: int | None = None
+    disk: Path | None = None
+
+
+class Engine(Protocol):
+    """One model that answers. `prepare` may be called from any thread, `answer` from one at a time.
+
+    Attributes:
+        reads: the `model_type`s of config.json that are this engine's; none = it is taken for all others.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def open(cls, opening: Opening) -> Engine:
+        """Loads a model. Raises ValueError or FileNotFoundError, in one line, for what cannot be served."""
+
+    def prepare(self, request: ChatRequest) -> Any:
+        """What `answer` needs of a request. Raises ValueError for one that this model cannot carry out."""
+
+    def answer(self, prepared: Any, give: Callable[[str], None], cancelled: Callable[[], bool]) -> Outcome:
+        """Answers, handing each text that has become final to `give`. Raises Cancelled within one step after
+        `cancelled` says so.
+        """
+
+    def figures(self) -> Mapping[str, float]:
+        """What it holds now, by name of a metric: `kv_bytes`, `conversations`, ..."""
+
+    def close(self) -> None:
+        """Lets go of what it holds, memory and disk."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request as tensors: `inputs` for `Conversation.generate`, the options of its decoding, and its stop strings."""
+
+    inputs: dict[str, Any]
+    options: dict[str, Any]
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+class ChatEngine(Engine):
+    """A causal model with a chat template, text only.
+
+    Args:
+        model: in eval mode.
+        tokenizer: its own, with a chat template.
+        method, budget: as for `MethodCache`.
+        memory: bytes that the conversations may hold between their turns; None = no limit.
+        disk: folder for conversations that do not fit; None = they are dropped.
+        answer_tokens: the longest answer where a request names no limit.
+        chat_template: for a tokenizer that comes without one.
+
+    Raises:
+        ValueError: no chat template, or a method or budget that cannot be.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        method: str = "full",
+        budget: Budget | float | str | None = None,
+        memory: int | None = None,
+        disk: Path | None = None,
+        answer_tokens: int = 1024,
+        chat_template: str | None = None,
+    ) -> None:
+        self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
+        if not self.chat_template:
+            raise ValueError("the tokenizer has no chat template, so messages cannot be told; take a chat model")
+        resolve_method(method, budget)
+        self.model, self.tokenizer, self.answer_tokens = model, tokenizer, answer_tokens
+        self.shelf = Shelf(
+            lambda: Conversation(model, method, budget), lambda folder: Conversation.load(folder, model), memory, disk
+        )
+        self._blank = self.shelf.new()
+
+    @classmethod
+    def open(cls, opening: Opening) -> ChatEngine:
+        """See `Engine`."""
+        method = opening.method or "full"
+        resolve_method(method, opening.budget)
+        model, tokenizer = load(opening.model, opening.dtype, opening.device)
+        return cls(model, tokenizer, method, opening.budget, opening.memory, opening.disk)
+
+    def prepare(self, request: ChatRequest) -> Prepared:
+        """See `Engine`."""
+        text = self.tokenizer.apply_chat_template(
+            [_text_message(m) for m in request.messages],
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return self.prepared(request, {"input_ids": ids.to(self.model.device)})
+
+    def prepared(self, request: ChatRequest, inputs: dict[str, Any]) -> Prepared:
+        """Adds to a prompt's tensors what a request says of its decoding."""
+        columns = inputs["input_ids"].shape[1]
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
+        if columns >= limit:
+            raise ValueError(f"the messages are {columns} tokens, the model reads up to {limit}; send fewer")
+        options = sampling(request)
+        options["max_new_tokens"] = min(request.max_tokens or self.answer_tokens, limit - columns)
+        penalties = request.frequency_penalty or 0.0, request.presence_penalty or 0.0
+        if any(penalties):
+            options["logits_processor"] = LogitsProcessorList([_Penalties(*penalties, columns)])
+        return Prepared(inputs, options, tuple(request.stop), request.seed)
+
+    def answer(self, prepared: Prepared, give: Callable[[str], None], cancelled: Callable[[], bool]) -> Outcome:
+        """See `Engine`."""
+        if cancelled():
+            raise Cancelled
+        ids = prepared.inputs["input_ids"]
+        compared = {k: v for k, v in prepared.inputs.items() if k != "spans"}
+        told = self._blank.dialogue(**({"attention_mask": torch.ones_like(ids)} | compared))
+        talk = self.shelf.take(told)
+        growing = _Growing(Answer(self._text, prepared.stop), give, cancelled, ids.shape[1])
+        with torch.random.fork_rng(enabled=prepared.seed is not None):
+            if prepared.seed is not None:
+                torch.manual_seed(prepared.seed)
+            # An error leaves the conversation half-way: it is not put back, and its next turn reads it anew.
+            out = talk.generate(
+                **prepared.inputs, **prepared.options, stopping_criteria=StoppingCriteriaList([growing])
+            )
+        if growing.left:
+            raise Cancelled
+        growing.finish()
+        self.shelf.put(talk)
+        new = out[0, ids.shape[1] :].tolist()
+        ended = growing.answer.stopped or (bool(new) and new[-1] in self._ends())
+        return Outcome(growing.text, "stop" if ended else "length", ids.shape[1], talk.last.reused, len(new))
+
+    def figures(self) -> Mapping[str, float]:
+        """See `Engine`."""
+        held = {"kv_bytes": self.shelf.kv_bytes(), "disk_bytes": self.shelf.disk_bytes()}
+        return (
+            held
+            | {"conversations": len(self.shelf)}
+            | {f"conversations_{name}_total": value for name, value in vars(self.shelf.stats).items()}
+        )
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self.shelf.close()
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _ends(self) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        return ends if isinstance(ends, list) else [ends]
+
+
+ENGINES = Registry("engine", "agentkv.engines", "Engine")
+"""Engines by name. Wings add theirs by entry points, so that a server serves what is installed."""
+ENGINES["text"] = ChatEngine
+
+
+def _text_message(message: Message) -> dict[str, str]:
+    parts = list(message.parts())
+    if any(isinstance(part, bytes) for part in parts):
+        raise ValueError("this model reads text only; send no pictures, or serve a vision-language model")
+    # Newer clients call the system's turn the developer's; templates know the old name.
+    role = "system" if message.role == "developer" else message.role
+    return {"role": role, "content": "".join(parts)}
+
+
+def sampling(request: ChatRequest) -> dict[str, Any]:
+    """`model.generate`'s options for a request's temperature and top_p; what is None stays the model's own."""
+    if request.temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    told = {"temperature": request.temperature, "top_p": request.top_p}
+    told = {name: value for name, value in told.items() if value is not None}
+    return {"do_sample": True, **told} if told else {}
+
+
+@dataclass
+class _Growing(StoppingCriteria):
+    """Hears every token of a generation, and ends it for a stop string or a client that has gone."""
+
+    answer: Answer
+    give: Callable[[str], None]
+    cancelled: Callable[[], bool]
+    seen: int  # columns that were heard of
+    text: str = ""
+    left: bool = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **ignored: Any) -> torch.Tensor:
+        for token in input_ids[0, self.seen :].tolist():
+            self._give(self.answer.add(token))
+        self.seen = input_ids.shape[1]
+        self.left = self.cancelled()
+        return torch.tensor([self.left or self.answer.stopped], device=input_ids.device)
+
+    def finish(self) -> None:
+        """Gives what was held back."""
+        self._give(self.answer.end())
+
+    def _give(self, text: str) -> None:
+        if text:
+            self.text += text
+            self.give(text)
+
+
+@dataclass
+class _Penalties(LogitsProcessor):
+    """OpenAI's penalties: for every token of the answer so far, `often` times its count and `once` off its logit."""
+
+    often: float
+    once: float
+    prompt: int  # columns of the prompt, which do not count
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        counts = torch.zeros_like(scores)
+        said = input_ids[:, self.prompt :]
+        counts.scatter_add_(1, said, torch.ones_like(said, dtype=scores.dtype))
+        return scores - self.often * counts - self.once * (counts > 0)

@@ -1,0 +1,192 @@
+"""A chat completion as clients ask for it: the body of a request, checked, and what goes back.
+
+The form is OpenAI's. A field that would change the answer and is not carried out is refused by name; what only labels a
+request (`user`, `metadata`, ...) is accepted and unused.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+LARGEST_SEED = 2**63 - 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Text(_Strict):
+    type: Literal["text", "input_text"]
+    text: str
+
+
+class _Address(_Strict):
+    url: str
+    detail: Literal["auto", "low", "high", "original"] | None = None
+
+
+class _Picture(_Strict):
+    type: Literal["image_url"]
+    image_url: _Address | str
+
+    @property
+    def url(self) -> str:
+        """Its address, a data URL."""
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
+
+
+class Message(_Strict):
+    """One message. `content` is a text, or texts and pictures in order."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Annotated[_Text | _Picture, Field(discriminator="type")]]
+    name: str | None = None
+
+    def parts(self) -> Iterator[str | bytes]:
+        """Texts as they are, and pictures as the bytes of their files.
+
+        Raises:
+            ValueError: a picture that is no data URL. Nothing is fetched, and no file of this machine is opened.
+        """
+        if isinstance(self.content, str):
+            yield self.content
+            return
+        for part in self.content:
+            yield part.text if isinstance(part, _Text) else _bytes_of(part.url)
+
+
+class _Format(BaseModel):
+    type: Literal["text"]
+
+
+class _StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ChatRequest(BaseModel):
+    """The body of POST /v1/chat/completions.
+
+    `temperature` 0 takes the likeliest token; None leaves it, as `top_p`, to the model's own generation_config.json.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
+    stop: list[str] = Field(default_factory=list, max_length=16)
+    stream: bool = False
+    stream_options: _StreamOptions | None = None
+
+    # Carried out only in the form in which they change nothing.
+    n: Literal[1] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    response_format: _Format | None = None
+    tools: Annotated[list, Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    logit_bias: Annotated[dict, Field(max_length=0)] | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    # Labels, and hints for another machine room.
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+    parallel_tool_calls: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _several(cls, given: Any) -> Any:
+        return [] if given is None else [given] if isinstance(given, str) else given
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, given: list[str]) -> list[str]:
+        if "" in given:
+            raise ValueError("an empty stop string would end every answer at once")
+        return given
+
+    @property
+    def tells_usage(self) -> bool:
+        """Whether a stream ends with its usage figures."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def read_request(body: Any) -> ChatRequest:
+    """The request in a decoded JSON body.
+
+    Raises:
+        ValueError: one line that names the first field that is wrong, and what it may be.
+    """
+    try:
+        return ChatRequest.model_validate(body)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(str(x) for x in wrong["loc"]) or "the body"
+        if wrong["type"] == "extra_forbidden":
+            raise ValueError(f"{place} is no field that this server knows; leave it out") from None
+        given = repr(wrong["input"])
+        given = given if len(given) <= 80 else f"{given[:77]}..."
+        raise ValueError(f"{place}: {wrong['msg'].removeprefix('Value error, ')}; given was {given}") from None
+
+
+def _bytes_of(url: str) -> bytes:
+    head, comma, data = url.partition(",")
+    if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
+        raise ValueError(
+            f"a picture must come inside the request, as data:image/png;base64,...; {url[:40]!r} is not fetched"
+        )
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"a picture's base64 is damaged: {error}") from None
+
+
+def completion(identity: str, model: str, created: int, text: str, reason: str, usage: dict) -> dict[str, Any]:
+    """The whole answer."""
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text, "refusal": None},
+        "logprobs": None,
+        "finish_reason": reason,
+    }
+    return _head(identity, "chat.completion", model, created) | {"choices": [choice], "usage": usage}
+
+
+def chunk(identity: str, model: str, created: int, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
+    """A piece of a stream: `delta` has the role first, then texts; the last one is empty and has the reason."""
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    return _head(identity, "chat.completion.chunk", model, created) | {"choices": [choice]}
+
+
+def usage_chunk(identity: str, model: str, created: int, usage: dict) -> dict[str, Any]:
+    """What ends a stream whose client asked for its usage figures."""
+    return _head(identity, "chat.completion.chunk", model, created) | {"choices": [], "usage": usage}
+
+
+def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict[str, Any]:
+    """What goes back instead of an answer."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def _head(identity: str, what: str, model: str, created: int) -> dict[str, Any]:
+    return {"id": identity, "object": what, "created": created, "model": model}

@@ -1,0 +1,98 @@
+"""One model, many clients: requests wait in turn, are answered on a thread of their own, and may be given up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import Condition, Event, Thread
+from typing import Any
+
+from textkv.serve.engine import Cancelled, Engine, Outcome
+
+
+class Full(Exception):
+    """More requests wait than may."""
+
+
+@dataclass
+class Job:
+    """A request on its way. Its pieces arrive in `pieces`: texts, then an Outcome or an exception."""
+
+    client: str
+    prepared: Any
+    loop: asyncio.AbstractEventLoop
+    pieces: asyncio.Queue[str | Outcome | Exception] = field(default_factory=asyncio.Queue)
+    gone: Event = field(default_factory=Event)
+
+    def tell(self, piece: str | Outcome | Exception) -> None:
+        """Hands a piece over to the event loop that waits for it; a loop that is closed waits for nothing."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
+
+
+class Turns:
+    """Jobs of several clients, one at a time: clients take turns, the jobs of each in the order they came.
+
+    Args:
+        engine: what answers.
+        limit: jobs that may wait.
+    """
+
+    def __init__(self, engine: Engine, limit: int = 64) -> None:
+        self.engine, self.limit = engine, limit
+        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
+        self._ready, self._open = Condition(), True
+        self._thread = Thread(target=self._work, name="model", daemon=True)
+        self._thread.start()
+
+    def __len__(self) -> int:
+        return sum(len(jobs) for jobs in self._waiting.values())
+
+    def add(self, job: Job) -> None:
+        """Puts a job at the end of its client's row.
+
+        Raises:
+            Full: as many as may wait do so already.
+        """
+        with self._ready:
+            if len(self) >= self.limit:
+                raise Full(f"{self.limit} requests wait already; try again later")
+            self._waiting.setdefault(job.client, deque()).append(job)
+            self._ready.notify()
+
+    def close(self, patience: float = 5.0) -> None:
+        """Ends the thread; what waits is given up, and what is being answered ends at its next step."""
+        with self._ready:
+            self._open = False
+            for job in (job for jobs in self._waiting.values() for job in jobs):
+                job.gone.set()
+            self._ready.notify()
+        self._thread.join(patience)
+
+    def _next(self) -> Job | None:
+        with self._ready:
+            self._ready.wait_for(lambda: self._waiting or not self._open)
+            if not self._open:
+                return None
+            client, jobs = self._waiting.popitem(last=False)
+            job = jobs.popleft()
+            if jobs:
+                # Behind all others: one client with many requests does not hold up the rest.
+                self._waiting[client] = jobs
+            return job
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            if not job.gone.is_set():
+                job.tell(self._answer(job.prepared, job.tell, lambda job=job: job.gone.is_set() or not self._open))
+
+    def _answer(self, prepared: Any, give: Callable[[str], None], cancelled: Callable[[], bool]) -> Outcome | Exception:
+        try:
+            return self.engine.answer(prepared, give, cancelled)
+        except Cancelled as gone:
+            return gone
+        # Whatever goes wrong belongs to this request: the thread must live for the next one.
+        except Exception as error:
+            return error
