@@ -35,7 +35,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def rows_of(tokenizer: PreTrainedTokenizerBase, text: str | None, texts: int, length: int) -> Tensor:
-    """int64 [texts, length]: evenly spaced pieces of the first nine tenths of a text, or of a small grammar's sentences.
+    """Rows to calibrate on, int64 [texts, length]: evenly spaced pieces of the first nine tenths of a text, or of a
+    small grammar's sentences.
 
     Raises:
         ValueError: the text is too short.
@@ -69,8 +70,8 @@ def converted(args: argparse.Namespace) -> None:
     attention = sum(group.plain_parameters for group in made.groups)
     plain = (others + attention) * getattr(torch, args.dtype).itemsize
     Console().print(
-        f"{file}: {file.stat().st_size:,} bytes, with plain weights {plain:,}; {made.parameters:,} attention parameters "
-        f"of {made.plain_parameters:,}, {made.reduction:.1%} fewer; groups {made.cuts}",
+        f"{file}: {file.stat().st_size:,} bytes, with plain weights {plain:,}; {made.parameters:,} attention "
+        f"parameters of {made.plain_parameters:,}, {made.reduction:.1%} fewer; groups {made.cuts}",
         soft_wrap=True,
         markup=False,
     )
