@@ -37,6 +37,7 @@ class Settings:
     """
 
     minutes: float = option(60.0, "time budget of the whole training")
+    steps: int = option(0, "length of the whole training in steps; 0: by its minutes")
     rate: float = option(2e-3, "highest learning rate")
     warmup: int = option(100, "steps until it is reached")
     fall: float = option(0.3, "share of the time at the end in which it falls")
@@ -50,6 +51,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.minutes <= 0:
             raise ValueError(f"minutes={self.minutes} must be positive; use e.g. 120")
+        if self.steps < 0:
+            raise ValueError(f"steps={self.steps} must not be negative; use 0 to train by minutes")
         if not 0.0 <= self.fall <= 1.0:
             raise ValueError(f"fall={self.fall} is not a share of the time; use e.g. 0.25")
         if not 0.0 <= self.average < 1.0:
@@ -119,7 +122,9 @@ class Trainer(ABC):
 
     @property
     def progress(self) -> float:
-        """Share of the time budget that is used up."""
+        """Share of the time budget that is used up, or of the steps where these are counted."""
+        if self.settings.steps:
+            return self.step / self.settings.steps
         return self.seconds / 60 / self.settings.minutes
 
     def autocast(self) -> AbstractContextManager:
@@ -177,7 +182,10 @@ class Trainer(ABC):
     def save(self) -> None:
         """Write the state and export the averaged weights to `runs / "latest"`."""
         save_state(self.state, self.model, self.average, self.optimizers, self.counters())
-        trained = self.counters() | {"seed": self.settings.seed}
+        self.write(self.counters() | {"seed": self.settings.seed})
+
+    def write(self, trained: dict[str, Any]) -> None:
+        """Export the averaged weights to `runs / "latest"`; `trained` says how they came about."""
         export(self.model, self.average, self.tokenizer, self.runs / "latest", trained, **self.files())
 
     def run(self, report: int = 100) -> None:

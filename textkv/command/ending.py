@@ -32,10 +32,12 @@ def run(
         kept: what is added to the line after a Ctrl-C, e.g. "the same command goes on".
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser.error = _refuse  # as any other error of the request: one line, without the usage
+    _short(parser)
     with terminable():
         try:
-            return work(parser.parse_args(argv), argv) or 0
+            args = parser.parse_args(argv)
+            _quiet()
+            return work(args, argv) or 0
         except BrokenPipeError:
             # The reader has seen enough; what is still buffered has nowhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,6 +48,22 @@ def run(
         except KeyboardInterrupt:
             print(f"{name}: stopped{'; ' if kept else ''}{kept}", file=sys.stderr)
             return STOPPED
+
+
+def _quiet() -> None:
+    """transformers draws a bar for every file that it loads; what a command says is its answer."""
+    from transformers.utils import logging  # seconds that --help and a wrong request need not wait
+
+    logging.disable_progress_bar()
+
+
+def _short(parser: argparse.ArgumentParser) -> None:
+    """Errors of a parser and of those below it become one line without the usage, as any other of the request."""
+    parser.error = _refuse
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                _short(below)
 
 
 def _refuse(message: str) -> NoReturn:

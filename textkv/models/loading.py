@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv.mini import WEIGHTS, load_mini
+from textkv.models.atoms import is_atoms, load_atoms
 from textkv.models.catalogue import CATALOGUE
 from textkv.models.place import folder_of, record_of
 
@@ -64,7 +65,10 @@ def load(
     try:
         # A folder is read as it is; only a hub id may ask the network.
         here = {"local_files_only": Path(place).is_dir()}
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True, **here)
+        if is_atoms(place):
+            model = load_atoms(place, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True, **here)
         tokenizer = AutoTokenizer.from_pretrained(place, **here)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"model {name} cannot be loaded: {first_line(error)}") from None

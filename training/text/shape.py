@@ -32,14 +32,19 @@ def mini_config(tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
     )
 
 
-@torch.no_grad()
 def fresh_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """An untrained model of the embedded one's size."""
+    return started(mini_config(tokenizer))
+
+
+@torch.no_grad()
+def started(config: LlamaConfig) -> LlamaForCausalLM:
     """An untrained model, started for its small width.
 
     The library's spread of 0.02 suits thousands of channels; here weights get 1 / sqrt(inputs). What is added to the
     residual stream starts smaller still, so that a token's own embedding is not drowned before anything is learned.
     """
-    model = LlamaForCausalLM(mini_config(tokenizer))
+    model = LlamaForCausalLM(config)
     model.set_attn_implementation("sdpa")
     added = (2 * model.config.num_hidden_layers) ** -0.5
     for name, parameter in model.named_parameters():

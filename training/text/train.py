@@ -7,7 +7,7 @@ rows that grow from 128 to 3,072 tokens. The averaged weights are exported to `R
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,7 +66,7 @@ class TextTrainer(Trainer):
         tokenizer = kept_tokenizer(runs, _tokenizer(start, text))
         torch.manual_seed(settings.seed)
         model = fresh_model(tokenizer).to(settings.device)
-        super().__init__(settings, runs, model, tokenizer, [_optimizer(model, settings.rate)], start)
+        super().__init__(settings, runs, model, tokenizer, [adamw(model, settings.rate)], start)
         self.feed = Feed(tokenizer, settings.tokens, settings.seed, self.step, text)
         self.feed.progress.fill_(self.progress)
         self.held_out = Check(tokenizer, settings.check_examples, self.device)
@@ -162,11 +162,12 @@ class Meter:
         return f"{speed} loss {loss:.3f} | {tasks}"
 
 
-def _optimizer(model: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
-    """AdamW; neither the embedding nor the norms decay."""
+def adamw(model: torch.nn.Module, rate: float, spared: Callable[[str], bool] = lambda name: False) -> torch.optim.AdamW:
+    """AdamW; neither the embedding nor the norms decay, nor do parameters whose name is `spared`."""
     embedding = model.get_input_embeddings().weight
-    decay = [p for p in model.parameters() if p.ndim > 1 and p is not embedding]
-    rest = [p for p in model.parameters() if p.ndim <= 1 or p is embedding]
+    named = dict(model.named_parameters())
+    decay = [p for name, p in named.items() if p.ndim > 1 and p is not embedding and not spared(name)]
+    rest = [p for name, p in named.items() if p.ndim <= 1 or p is embedding or spared(name)]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
 
