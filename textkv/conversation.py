@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 from textkv import store
 from textkv.budgets import Budget
 from textkv.cache import MethodCache
+from textkv.dialogue import Dialogue, SeenImage, find_images, unseen
 from textkv.evidence import Spans
 from textkv.method import Method
 
@@ -44,58 +44,6 @@ class Reuse:
     read: int
     how: Literal["new", "continued", "cropped", "read again"]
     why: str
-
-
-@dataclass(frozen=True)
-class _Image:
-    """The columns [start, end) of an image in its row, and a digest of its patches and grid."""
-
-    row: int
-    start: int
-    end: int
-    digest: bytes
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """Columns as a cache reads them: ids int64 and mask bool [batch, columns] on the CPU, images row after row.
-
-    Made by `Conversation.dialogue`.
-    """
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-    images: tuple[_Image, ...] = ()
-
-    @property
-    def columns(self) -> int:
-        """Columns that the rows have together, padding included."""
-        return self.ids.shape[1]
-
-    def first(self, columns: int) -> Dialogue:
-        """The first columns alone, with the images that begin there."""
-        images = tuple(x for x in self.images if x.start < columns)
-        return Dialogue(self.ids[:, :columns], self.mask[:, :columns], images)
-
-    def common(self, other: Dialogue) -> tuple[int, str]:
-        """How many columns lead both dialogues in all rows, and what comes then. Both have as many rows."""
-        n = min(self.columns, other.columns)
-        # A mask counts as much as an id: the same tokens read with other padding have other positions.
-        same = (self.ids[:, :n] == other.ids[:, :n]) & (self.mask[:, :n] == other.mask[:, :n])
-        apart = (~same.all(0)).nonzero()
-        n, why = (int(apart[0]), f"column {int(apart[0])} is another") if len(apart) else (n, "")
-        # An image is as good as its columns, size and pixels: one that the other lacks begins the difference.
-        for image in sorted(set(self.images) ^ set(other.images), key=lambda x: x.start):
-            if image.start < n:
-                return image.start, f"the image at column {image.start} of row {image.row} is another"
-        return n, why
-
-    def outside_images(self, columns: int) -> int:
-        """`columns`, or fewer, so that no image of any row is cut in two: a model reads an image at once."""
-        for image in sorted(self.images, key=lambda x: -x.end):
-            if image.start < columns < image.end:
-                columns = image.start
-        return columns
 
 
 class Conversation:
@@ -170,7 +118,7 @@ class Conversation:
         if self._visual:
             inputs |= self._positions(input_ids, mask, image_grid_thw, mm_token_type_ids)
             new = None if image_grid_thw is None else image_grid_thw[known_images:]
-            inputs |= _unseen(told.images[known_images:], self.last.reused, pixel_values, new)
+            inputs |= unseen(told.images[known_images:], self.last.reused, pixel_values, new)
         self.cache.begin(input_ids, spans=spans, attention_mask=mask)
         # Until it is over, nobody knows how far it came.
         self._seen, self._lost = None, "the turn before did not finish"
@@ -202,7 +150,7 @@ class Conversation:
             known = () if self._seen is None else self._seen.images[:known_images]
             if len(known) < known_images:
                 raise ValueError(f"known_images={known_images}: {len(known)} images were given in earlier turns")
-            images = _images(input_ids, pixel_values, image_grid_thw, mm_token_type_ids, known)
+            images = find_images(input_ids, pixel_values, image_grid_thw, mm_token_type_ids, known)
         elif pixel_values is not None:
             raise ValueError(f"{type(self.model).__name__} takes no images here")
         # On the CPU: comparing a dialogue must not hold device memory from turn to turn.
@@ -262,7 +210,7 @@ class Conversation:
         talk = cls(model, header["method"], header["budget"])
         store.fill(talk.cache.context, Path(folder), header, model)
         try:
-            images = tuple(_Image(row, start, end, bytes.fromhex(x)) for row, start, end, x in told["images"])
+            images = tuple(SeenImage(row, start, end, bytes.fromhex(x)) for row, start, end, x in told["images"])
             talk._seen = Dialogue(told["ids"], told["mask"], images)
             if talk._seen.ids.shape != (talk.cache.rows, talk.cache.tokens_seen):
                 raise ValueError(f"its dialogue has {tuple(talk._seen.ids.shape)} tokens")
@@ -361,52 +309,3 @@ class Conversation:
         self.model.model.rope_deltas = delta
         text = (mask.long().cumsum(1) - 1).clamp(min=0)
         return {"position_ids": torch.cat([text[None], rope.to(text)]), "mm_token_type_ids": kinds}
-
-
-def _images(
-    ids: torch.Tensor, pixels: torch.Tensor | None, grids: torch.Tensor | None, kinds: torch.Tensor | None,
-    known: tuple[_Image, ...] = (),
-) -> tuple[_Image, ...]:  # fmt: skip
-    """Where the images of a batch lie and what they are, row after row as the processor gives them; `known` come
-    first, and `pixels` are those of the others."""
-    if pixels is None and grids is None and kinds is None:
-        return ()
-    if pixels is not None and (grids is None or kinds is None):
-        raise ValueError("images need image_grid_thw and mm_token_type_ids, as the processor gives them")
-    # Where a run of image tokens begins and ends.
-    edges = F.pad((torch.zeros_like(ids) if kinds is None else kinds).cpu() == 1, (1, 1)).int().diff()
-    starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero()[:, 1].tolist()
-    patches = [] if grids is None else grids.prod(1).tolist()
-    have = 0 if pixels is None else len(pixels)
-    if len(starts) != len(patches) or sum(patches[len(known) :]) != have:
-        raise ValueError(
-            f"mm_token_type_ids marks {len(starts)} images, image_grid_thw has {len(patches)} of {sum(patches)} "
-            f"patches, pixel_values {have} patches: give all three for every image of the whole dialogue, seen or "
-            "not, but the pixels of known_images"
-        )
-    if not patches:
-        return ()
-    told = pixels.detach().cpu().contiguous().split(patches[len(known) :]) if have else ()
-    digests = [image.digest for image in known]
-    digests += [_digest(part, grid) for part, grid in zip(told, grids[len(known) :].tolist(), strict=True)]
-    return tuple(_Image(*start, end, x) for start, end, x in zip(starts, ends, digests, strict=True))
-
-
-def _digest(patches: torch.Tensor, grid: list[int]) -> bytes:
-    """Tells images apart: patches [n, features] on the CPU, and the grid in which they lie."""
-    told = sha256(f"{grid} {patches.dtype}".encode())
-    told.update(patches.view(torch.uint8).numpy())
-    return told.digest()
-
-
-def _unseen(
-    images: tuple[_Image, ...], columns: int, pixels: torch.Tensor | None, grids: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
-    """Pixels and grids of the images that do not lie in the first columns, for the model."""
-    new = torch.tensor([image.start >= columns for image in images], dtype=torch.bool)
-    if not new.any():
-        return {}
-    if new.all():
-        return {"pixel_values": pixels, "image_grid_thw": grids}
-    of_patch = new.repeat_interleave(grids.prod(1).cpu())
-    return {"pixel_values": pixels[of_patch.to(pixels.device)], "image_grid_thw": grids[new.to(grids.device)]}

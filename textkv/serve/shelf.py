@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
-from textkv.conversation import Conversation, Dialogue, Reuse
+from textkv.conversation import Conversation, Reuse
+from textkv.dialogue import Dialogue
 
 
 @dataclass
