@@ -108,7 +108,8 @@ def test_a_decoded_token_costs_a_handful_of_operators():
     assert len(window) <= 12
 
 
-def test_joining_two_parts_costs_a_handful_of_operators():
+def test_joining_two_parts_costs_few_operators_and_asks_nothing_of_the_host():
     outs, lses = [randn(1, 4, 1, 16) for _ in range(2)], [randn(1, 4, 1) for _ in range(2)]
-    assert len(calls(lambda: merge(outs, lses))) <= 8
+    made = calls(lambda: merge(outs, lses))
+    assert len(made) <= 14 and "aten::item" not in made
     assert not mismatch(merge(outs, lses), merge(outs, lses, _backend="reference"))
