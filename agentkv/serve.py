@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default="mini", help=f"{', '.join(MINI)}, smollm2, a folder, or a hub id")
     p.add_argument("--engine", help="vision, text, diffusion, or module:Class (default: by the model's config.json)")
     p.add_argument("--name", help="what clients call the model (default: --model)")
-    p.add_argument("--method", help="of the caches (default: gui-kv with pictures, full for text, freecache)")
+    p.add_argument(
+        "--method", help="of the caches (default: gui-kv with pictures, full for text, a diffusion model's own)"
+    )
     p.add_argument("--budget", help="share of the tokens to keep (0.2), or a number (512t)")
     p.add_argument("--memory", type=size, help="what conversations may hold between turns, as 8GB (default: no limit)")
     p.add_argument("--disk", type=folder, metavar="DIR", help="where those that do not fit lie meanwhile (dropped)")

@@ -181,8 +181,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*): steps per block; None = one for each token. A short last block
                 leaves some of its steps to the others; a rule without a schedule takes as many as it needs.
             temperature, top_p, top_k: how tokens are drawn.
-            cache (`str`, *optional*): which positions are computed anew in each step, see `dlm.cache`; None = the
-                model's own.
+            cache (`str`, *optional*): which positions each step computes anew, see `dlm.cache`; None = the model's own.
             cfg_scale (`float`): classifier-free guidance by the prompt; 0 = none.
             eos (`str`): "stop", "fill" or "none", see `dlm.decode.decode`.
             generator (`torch.Generator`, *optional*): of the random numbers.
@@ -196,8 +195,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         names = ["sequences"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
-        if block_length is None and isinstance(gen_length, int):
-            block_length = AutoLength(max(1, min(self.scheduler.config.get("block_length", BLOCK_LENGTH), gen_length)))
+        block_length = self._block_length(gen_length) if block_length is None else block_length
         self.check_inputs(
             prompt, messages, input_ids, gen_length, block_length, num_inference_steps, temperature, top_p, top_k,
             cache, cfg_scale, eos, output_type, names,
@@ -212,14 +210,21 @@ class MaskedDiffusionPipeline(DiffusionPipeline):
         _named(source, lambda: make_canvas(config, self.model.decoding_spec, ids, mask))
         self.scheduler.set_timesteps(steps, device=ids.device, block_length=block_length)
         rule = ScheduledRule(self.scheduler, self._guide(), sampling=Sampling(temperature, top_p, top_k))
-        policy = resolve_cache(config.policy(self.model.decoding_spec))
+        plain = resolve_cache(config.policy(self.model.decoding_spec)).name == "none"
         with self.progress_bar(total=gen_length) as bar:
-            after = _AfterStep(self, rule, bar, callback_on_step_end, names, policy.name == "none")
+            after = _AfterStep(self, rule, bar, callback_on_step_end, names, plain)
             # The rule draws, so its sampling is what was asked for; the configuration's own stays at its defaults.
             done = decode(self.model, ids, mask, config, unmask=rule, generator=generator, on_step=after)
         # diffusers' offloading moves a model off the GPU here; without it nothing happens.
         self.maybe_free_model_hooks()
         return self._output(done, output_type, return_dict)
+
+    def _block_length(self, gen_length: Any) -> AutoLength | None:
+        """The scheduler's, or 32, in an answer that is as long; None where `gen_length` is no number, for
+        `check_inputs` to refuse."""
+        if not isinstance(gen_length, int):
+            return None
+        return AutoLength(max(1, min(self.scheduler.config.get("block_length", BLOCK_LENGTH), gen_length)))
 
     def _guide(self) -> Guider | None:
         """The causal model that a `GuidedScheduler` asks."""

@@ -14,6 +14,7 @@ import torch
 from dlm.cache import resolve_cache
 from dlm.config import DecodingConfig
 from dlm.decode import stream
+from dlm.models.loading import MODELS
 from dlm.prompts import check_prompt, prompt_ids
 from dlm.sources import open_model
 from textkv.serve import Cancelled, Engine, Opening, Outcome
@@ -35,13 +36,13 @@ class DiffusionEngine(Engine):
     """A model of `dlm.models` behind the server.
 
     Args:
-        cache: a cache policy, see `dlm.cache`.
+        cache: a cache policy, see `dlm.cache`; None = the model's own.
     """
 
-    reads = ("llada", "Dream")
+    reads = tuple(MODELS)
 
-    def __init__(self, model: Any, tokenizer: Any, cache: str = "freecache") -> None:
-        resolve_cache(cache)
+    def __init__(self, model: Any, tokenizer: Any, cache: str | None = None) -> None:
+        _check(cache)
         self.model, self.tokenizer, self.cache = model, tokenizer, cache
 
     @classmethod
@@ -49,9 +50,13 @@ class DiffusionEngine(Engine):
         """See `Engine`; `method` is a cache policy of this wing."""
         if opening.budget is not None:
             raise ValueError("a budget belongs into a diffusion model's cache policy: --method 'freecache+snapkv(0.4)'")
-        cache = opening.method or "freecache"
-        resolve_cache(cache)
-        return cls(*open_model(opening.model, opening.device, opening.dtype), cache)
+        _check(opening.method)
+        model, tokenizer = open_model(opening.model, opening.device, opening.dtype)
+        if tokenizer is None:
+            raise ValueError(
+                f"model {opening.model} has no tokenizer beside it; put its tokenizer.json into the folder"
+            )
+        return cls(model, tokenizer, opening.method)
 
     def prepare(self, request: ChatRequest) -> Asked:
         """See `Engine`."""
@@ -87,6 +92,11 @@ class DiffusionEngine(Engine):
     def figures(self) -> Mapping[str, float]:
         """See `Engine`: nothing lies between requests."""
         return {"kv_bytes": 0, "conversations": 0}
+
+
+def _check(cache: str | None) -> None:
+    if cache is not None:
+        resolve_cache(cache)
 
 
 def _role(role: str) -> str:

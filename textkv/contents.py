@@ -207,6 +207,11 @@ class Contents:
         gone = 0 if self.context.gone is None or self.kind.window is not None else int(self.context.gone.sum())
         return 2 * (len(self.real_seen) * seen - gone) * self.kv_heads * self.head_dim * self.dtype.itemsize
 
+    @property
+    def remaining(self) -> torch.Tensor:
+        """Tokens seen and not forgotten on demand, int64 [batch] on the CPU: what a budget is a share of."""
+        return self.real_seen if self.context.gone is None else self.real_seen - self.context.gone
+
     def lengths(self) -> torch.Tensor:
         """Tokens stored, int64 [batch, stored heads], on the CPU."""
         return sum(segment.lengths() for segment in self._known())

@@ -107,14 +107,15 @@ class Conversation:
         mask = self._mask(input_ids, attention_mask, options)
         inputs = {"input_ids": input_ids, "attention_mask": mask}
         told = self.dialogue(input_ids, mask, pixel_values, image_grid_thw, mm_token_type_ids, known_images)
-        reused = self.foresee(told, self._drafts(options)).reused
-        lost = next((image for image in told.images[:known_images] if image.start >= reused), None)
+        found = self.foresee(told, self._drafts(options))
+        lost = next((image for image in told.images[:known_images] if image.start >= found.reused), None)
         if lost is not None:
             raise ValueError(
-                f"the image at column {lost.start} must be read again ({self.foresee(told).why}), and its pixels were "
-                "not given: give those of all images"
+                f"the image at column {lost.start} must be read again ({found.why}), and its pixels were not given: "
+                "give those of all images"
             )
-        self.last = self._return_to(told, self._drafts(options))
+        self._return_to(found)
+        self.last = found
         if self._visual:
             inputs |= self._positions(input_ids, mask, image_grid_thw, mm_token_type_ids)
             new = None if image_grid_thw is None else image_grid_thw[known_images:]
@@ -249,17 +250,15 @@ class Conversation:
 
     # ---- what the cache has read -------------------------------------------------------------------------------
 
-    def _return_to(self, told: Dialogue, drafts: bool) -> Reuse:
-        """Leaves in the cache what the dialogue begins with, at least one column less than it has, or nothing."""
-        found, held = self.foresee(told, drafts), self.cache.tokens_seen
+    def _return_to(self, found: Reuse) -> None:
+        """Leaves in the cache what was found, or nothing."""
         if found.how == "cropped":
-            self.cache.crop(found.reused - held)
+            self.cache.crop(found.reused - self.cache.tokens_seen)
             self._seen = self._seen.first(found.reused)
             self._forget_spans()
         elif found.how == "read again":
             self.cache.reset()
             self._seen, self._lost = None, ""
-        return found
 
     def _known(self, told: Dialogue, held: int) -> tuple[int, str]:
         """How many columns of the dialogue can stay in the cache, which has read `held`, and why no more."""

@@ -72,7 +72,7 @@ class Retrieval(Method):
         """Moves the first block's tokens; those of later blocks move as they grow old. The budget counts anew."""
         if layer.index < self.dense:
             return
-        plan = self.plan(evidence.tokens)
+        plan = self.plan(evidence.remaining)
         held = layer.segments[0]
         if isinstance(held, TieredSegment):
             held.plan.seen = plan.seen

@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedConfig
 
-from dlm.models.backbone import Layer, MaskedDiffusionModel, RMSNorm, refuse
+from dlm.models.backbone import Layer, RMSNorm, refuse
+from dlm.models.qwen import QwenModel
 
 # fields of the published config.json that select another graph, and the values that select this one
 FIXED = {
@@ -110,33 +111,16 @@ class DreamLayer(Layer):
     down = property(lambda self: self.mlp.down_proj)
 
 
-class DreamModel(MaskedDiffusionModel):
+class DreamModel(QwenModel):
     """Dream with its language-model head; the name is the published checkpoints' `architectures` entry."""
 
     config_class = DreamConfig
     config: DreamConfig
     _no_split_modules = ["DreamLayer"]
+    layer_class = DreamLayer
 
     # Dream was made from Qwen2.5 and kept its head: the row of a token predicts the next one.
     shift = 1
     unmask = "entropy"
-    rope_dtype = None
     # The context of its training; the config's 131,072 is Qwen2.5's.
     context_advised = 2048
-
-    def __init__(self, config: DreamConfig) -> None:
-        super().__init__(config)
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(DreamLayer(config, i) for i in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    embed = property(lambda self: self.model.embed_tokens)
-    layers = property(lambda self: self.model.layers)
-    final_norm = property(lambda self: self.model.norm)
-    head = property(lambda self: self.lm_head)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 
-from dlm.models.backbone import Layer, MaskedDiffusionModel, RMSNorm, refuse
+from dlm.models.backbone import Layer, RMSNorm, refuse
 from dlm.models.experts import Experts, GroupRouter, SwiGLU
+from dlm.models.qwen import QwenModel
 
 BLOCK = 32  # the config names none: all published weights were trained with this
 FIXED = {
@@ -140,36 +141,17 @@ class LLaDA2MoeLayer(Layer):
     ffn_norm = property(lambda self: self.post_attention_layernorm)
 
 
-class LLaDA2MoeModelLM(MaskedDiffusionModel):
+class LLaDA2MoeModelLM(QwenModel):
     """LLaDA2 with its language-model head; the name is the published checkpoints' `architectures` entry."""
 
     config_class = LLaDA2MoeConfig
     config: LLaDA2MoeConfig
     _no_split_modules = ["LLaDA2MoeLayer"]
 
-    shift = 0
+    layer_class, embedding = LLaDA2MoeLayer, "word_embeddings"
     unmask = "threshold(0.95)"
-    rope_dtype = None
-
-    def __init__(self, config: LLaDA2MoeConfig) -> None:
-        super().__init__(config)
-        layers = (LLaDA2MoeLayer(config, i) for i in range(config.num_hidden_layers))
-        self.model = nn.ModuleDict(
-            {
-                "word_embeddings": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(layers),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     @classmethod
     def block_of(cls, config: PreTrainedConfig) -> int | None:
         """32 positions."""
         return BLOCK
-
-    embed = property(lambda self: self.model.word_embeddings)
-    layers = property(lambda self: self.model.layers)
-    final_norm = property(lambda self: self.model.norm)
-    head = property(lambda self: self.lm_head)

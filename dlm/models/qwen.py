@@ -194,9 +194,10 @@ class LLaDAMoELayer(QwenLayer):
 
 
 class QwenModel(MaskedDiffusionModel):
-    """What these models have in common; `layer_class` is a layer's."""
+    """What models named like Qwen's have in common; `layer_class` is a layer's, `embedding` the embedding's name."""
 
-    layer_class: ClassVar[type[QwenLayer]] = QwenLayer
+    layer_class: ClassVar[type[Layer]] = QwenLayer
+    embedding: ClassVar[str] = "embed_tokens"
     rope_dtype = None
     shift = 0
 
@@ -205,7 +206,7 @@ class QwenModel(MaskedDiffusionModel):
         layers = (self.layer_class(config, i) for i in range(config.num_hidden_layers))
         self.model = nn.ModuleDict(
             {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                self.embedding: nn.Embedding(config.vocab_size, config.hidden_size),
                 "layers": nn.ModuleList(layers),
                 "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
@@ -213,7 +214,7 @@ class QwenModel(MaskedDiffusionModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    embed = property(lambda self: self.model.embed_tokens)
+    embed = property(lambda self: self.model[self.embedding])
     layers = property(lambda self: self.model.layers)
     final_norm = property(lambda self: self.model.norm)
     head = property(lambda self: self.lm_head)

@@ -73,7 +73,9 @@ def test_the_engine_follows_from_the_model(model, engine, tmp_path):
     assert serve.engine_of(model) == engine
 
 
-@pytest.mark.parametrize(("kind", "engine"), [("qwen2_5_vl", "vision"), ("llama", "text"), ("llada", "diffusion")])
+@pytest.mark.parametrize(
+    ("kind", "engine"), [("qwen2_5_vl", "vision"), ("llama", "text"), ("llada", "diffusion"), ("sdar", "diffusion")]
+)
 def test_a_folder_says_by_its_config_what_it_is(kind, engine, tmp_path):
     (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
     assert serve.engine_of(str(tmp_path)) == engine

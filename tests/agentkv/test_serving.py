@@ -119,5 +119,6 @@ def test_a_picture_that_cannot_be_taken_is_one_line(url, says):
 
 def test_jpeg_and_texts_without_pictures_are_taken():
     with served() as client:
-        ask(client, [shown(url_of(Image.new("RGB", (160, 210), "white"), "JPEG"))])
-        ask(client, [{"role": "user", "content": "hello"}])
+        _, picture = ask(client, [shown(url_of(Image.new("RGB", (160, 210), "white"), "JPEG"))])
+        text, words = ask(client, [{"role": "user", "content": "hello"}])
+    assert picture["prompt_tokens"] > 100 > words["prompt_tokens"] > 0 and isinstance(text, str)

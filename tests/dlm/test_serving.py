@@ -12,6 +12,7 @@ from dlm import decode
 from dlm.prompts import prompt_ids
 from dlm.serving import DiffusionEngine
 from textkv.serve import ENGINES, Opening, build_app
+from textkv.serve.protocol import read_request
 
 PROBLEM = "tom has 37 apples. he buys 25. how many now?"
 
@@ -70,6 +71,33 @@ def test_a_budget_and_an_unknown_cache_are_refused_before_weights_are_read():
         DiffusionEngine.open(Opening("nowhere", budget="0.4"))
     with pytest.raises(ValueError, match="frecache"):
         DiffusionEngine.open(Opening("nowhere", method="frecache"))
+
+
+def test_every_class_of_the_wing_is_served_with_its_own_cache(tmp_path):
+    from dlm.check_models import SMALL, TOKENS
+    from dlm.models.loading import MODELS
+
+    assert set(DiffusionEngine.reads) == set(MODELS)
+    kind = MODELS["sdar"]
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**SMALL["sdar"], **TOKENS)).eval()
+    engine = DiffusionEngine(model, Bytes())
+    given = []
+    outcome = engine.answer(engine.prepare(read_request(body(max_tokens=8))), given.append, lambda: False)
+    assert outcome.completion_tokens <= 8 and "".join(given) == outcome.text
+
+
+class Bytes:
+    """A tokenizer of letters for a vocabulary of 64."""
+
+    chat_template = None
+    bos_token_id = None
+
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(c) % 58 for c in text]}
+
+    def decode(self, ids, **options):
+        return "".join(chr(65 + int(i) % 26) for i in ids)
 
 
 def test_the_wings_engines_are_found_by_name():

@@ -9,7 +9,7 @@ have one coefficient of 1 a layer that is not trained, low rank has no atoms and
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -129,8 +129,3 @@ def parameters_of(sharing: Sharing, layers: int, shapes: dict[str, tuple[int, in
         shared = sharing.atoms * (d * h + layers) + layers * sharing.rank * (d + h)
         total += shared if letter in sharing.projections else layers * d * h
     return total
-
-
-def settings_of(sharing: Sharing) -> dict[str, object]:
-    """The settings as JSON values."""
-    return {entry.name: getattr(sharing, entry.name) for entry in fields(sharing)}

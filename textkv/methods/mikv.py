@@ -152,7 +152,7 @@ class MiKV(Method):
         if budget.tokens is not None:
             return lengths.clamp(max=budget.tokens)
         if self.grow:
-            allowed = torch.tensor([[budget.count(int(seen))] for seen in layer.real_seen])
+            allowed = torch.tensor([[budget.count(int(seen))] for seen in layer.remaining])
             return torch.minimum(lengths, torch.maximum(allowed, lengths - 1))
         return lengths - 1
 

@@ -132,9 +132,9 @@ class SentenceKV(Retrieval):
         return (plan.seen // 4).clamp(min=1, max=self.longest)
 
     def _fill(self, layer: Layer, evidence: Evidence) -> None:
-        plan = self.plan(evidence.tokens)
+        plan = self.plan(evidence.remaining)
         wanted = (plan.seen * self.factor).ceil().long()
-        room = torch.minimum(wanted, evidence.tokens).tolist()
+        room = torch.minimum(wanted, evidence.remaining).tolist()
         if bool((layer.lengths().amax(1) <= torch.tensor(room)).all()):
             return
         scores, at = self.scorer.scores(layer, evidence, keep=room), layer.held_positions()

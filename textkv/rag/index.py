@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
+from textkv.command import write_text
 from textkv.rag.documents import Chunk
 from textkv.rag.embedders import BM25, Embeds, load_embedder
 
@@ -51,8 +52,7 @@ class Index:
         if (vectors is None) != (embedder == BM25) or (vectors is not None and len(vectors) != len(chunks)):
             raise ValueError(f"embedder {embedder}: one vector for each of {len(chunks)} chunks, none for bm25")
         self.chunks, self.embedder, self.vectors, self._embeds = list(chunks), embedder, vectors, embeds
-        self._words = [Counter(words_of(chunk.text)) for chunk in self.chunks] if vectors is None else []
-        self._holding = Counter(word for words in self._words for word in words)
+        self._ranking = _ranking([words_of(chunk.text) for chunk in self.chunks]) if vectors is None else None
 
     @classmethod
     def build(cls, chunks: Sequence[Chunk], embedder: str = BM25) -> Index:
@@ -81,15 +81,8 @@ class Index:
         return (self.vectors @ self._embeds.embed([query])[0].float()).tolist()
 
     def _by_words(self, query: str) -> list[float]:
-        count = len(self._words)
-        mean = sum(words.total() for words in self._words) / count or 1.0
-        scores = [0.0] * count
-        for word in set(words_of(query)):
-            rarity = math.log(1 + (count - self._holding[word] + 0.5) / (self._holding[word] + 0.5))
-            for number, words in enumerate(self._words):
-                often = words[word]
-                scores[number] += rarity * often * (K1 + 1) / (often + K1 * (1 - B + B * words.total() / mean))
-        return scores
+        # A word that comes twice in a question is not asked for twice.
+        return self._ranking.get_scores(sorted(set(words_of(query)))).tolist()
 
     def save(self, folder: str | Path) -> None:
         """Writes the folder; an index of ours that lies there is replaced.
@@ -101,11 +94,14 @@ class Index:
         if place.exists() and not (place.is_dir() and (not any(place.iterdir()) or _record(place))):
             raise FileExistsError(f"{folder} is there and is no index; choose another --out")
         place.mkdir(parents=True, exist_ok=True)
-        (place / VECTORS).unlink(missing_ok=True)
-        if self.vectors is not None:
-            save_file({"vectors": self.vectors}, place / VECTORS)
         record = {"format": FORMAT, "embedder": self.embedder, "chunks": [asdict(chunk) for chunk in self.chunks]}
-        (place / RECORD).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        if self.vectors is None:
+            (place / VECTORS).unlink(missing_ok=True)
+        else:
+            part = place / f"{VECTORS}.part"
+            part.write_bytes(save({"vectors": self.vectors}))
+            part.replace(place / VECTORS)
+        write_text(place / RECORD, json.dumps(record, ensure_ascii=False))
 
     @classmethod
     def load(cls, folder: str | Path, embedder: str | None = None) -> Index:
@@ -113,20 +109,38 @@ class Index:
 
         Raises:
             FileNotFoundError: no index there.
-            ValueError: built with another embedder.
+            ValueError: built with another embedder, or damaged.
         """
         place = Path(folder)
         record = _record(place)
         if record is None:
             raise FileNotFoundError(f"no index in {folder}; run `python -m textkv.rag index DIR --out {folder}`")
-        built = record["embedder"]
+        built = record.get("embedder")
+        if not isinstance(built, str):
+            raise ValueError(f"index {folder} is damaged (it names no embedder); build it again")
         # Vectors of two embedders have nothing in common: the search would give anything.
         if embedder is not None and embedder != built:
             raise ValueError(
                 f"index {folder} was built with embedder {built}, not {embedder}; build it again or use it"
             )
-        vectors = None if built == BM25 else load_file(place / VECTORS)["vectors"]
-        return cls([Chunk(**chunk) for chunk in record["chunks"]], built, vectors)
+        try:
+            vectors = None if built == BM25 else load_file(place / VECTORS)["vectors"]
+            return cls([Chunk(**chunk) for chunk in record["chunks"]], built, vectors)
+        except (KeyError, TypeError, AttributeError, OSError, SafetensorError, ValueError) as error:
+            told = " ".join(str(error).split())
+            raise ValueError(f"index {folder} is damaged ({told}); build it again") from None
+
+
+def _ranking(words: list[list[str]]) -> Any:
+    """BM25 over the words of every chunk."""
+    try:
+        import bm25s
+    except ImportError:
+        raise ValueError("bm25s is not installed: pip install 'agentkv[rag]', or use another --embedder") from None
+    # Lucene's form: a word that most chunks have is worth little, and never less than nothing.
+    ranking = bm25s.BM25(method="lucene", k1=K1, b=B, backend="numpy")
+    ranking.index(words, show_progress=False)
+    return ranking
 
 
 def words_of(text: str) -> list[str]:

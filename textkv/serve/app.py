@@ -61,68 +61,84 @@ def build_app(engine: Engine, name: str, limits: Limits | None = None, keys: Seq
     Args:
         keys: one of them must come as a bearer token with every request; none = no key is asked for.
     """
-    limits = limits or Limits()
-    turns, metrics, started = Turns(engine, limits.waiting), Metrics(), int(time.time())
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(turns.close)
-        engine.close()
-
+    routes = _Routes(engine, name, limits or Limits())
     # Without /docs and /openapi.json: the pages load scripts from elsewhere.
-    app = FastAPI(lifespan=lifespan, openapi_url=None)
-    app.state.turns = turns
-
+    app = FastAPI(lifespan=routes.lifespan, openapi_url=None)
+    app.state.turns = routes.turns
     if keys:
         app.add_middleware(_Door, keys=tuple(key.encode() for key in keys))
+    app.add_exception_handler(Refused, routes.refuse)
+    app.add_exception_handler(HTTPException, routes.unknown)
+    for path, answer in (("/health", routes.health), ("/metrics", routes.show), ("/v1/models", routes.models)):
+        app.add_api_route(path, answer, response_model=None)
+    app.add_api_route("/v1/models/{asked:path}", routes.model, response_model=None)
+    app.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"], response_model=None)
+    return app
 
-    @app.exception_handler(Refused)
-    async def refuse(request: Request, error: Refused) -> Response:
-        metrics.refused(error.status)
+
+class _Routes:
+    """What is answered under which path, for one engine."""
+
+    def __init__(self, engine: Engine, name: str, limits: Limits) -> None:
+        self.engine, self.name, self.limits = engine, name, limits
+        self.turns, self.metrics, self.started = Turns(engine, limits.waiting), Metrics(), int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """Ends the model's thread and lets go of its conversations when the server stops."""
+        yield
+        await asyncio.to_thread(self.turns.close)
+        self.engine.close()
+
+    async def refuse(self, request: Request, error: Refused) -> Response:
+        """An error instead of an answer."""
+        self.metrics.refused(error.status)
         return JSONResponse(error.body, error.status)
 
-    @app.exception_handler(HTTPException)
-    async def unknown(request: Request, error: HTTPException) -> Response:
+    async def unknown(self, request: Request, error: HTTPException) -> Response:
+        """A path or a verb that is not served."""
         line = f"{request.method} {request.url.path}: {error.detail}"
         return JSONResponse(protocol.error_body(line), error.status_code, error.headers)
 
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {"status": "ok", "model": name, "waiting": len(turns)}
+    async def health(self) -> dict[str, Any]:
+        """That the server lives, and how many wait."""
+        return {"status": "ok", "model": self.name, "waiting": len(self.turns)}
 
-    @app.get("/metrics")
-    async def show() -> Response:
-        figures = engine.figures() | {"requests_waiting": len(turns)}
-        return Response(generate_latest(metrics.with_figures(figures)), media_type=CONTENT_TYPE_LATEST)
+    async def show(self) -> Response:
+        """Counters and what is held now, as Prometheus reads them."""
+        figures = self.engine.figures() | {"requests_waiting": len(self.turns)}
+        return Response(generate_latest(self.metrics.with_figures(figures)), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(name, started)]}
+    async def models(self) -> dict[str, Any]:
+        """The one model."""
+        return {"object": "list", "data": [_model(self.name, self.started)]}
 
-    @app.get("/v1/models/{asked:path}")
-    async def model(asked: str) -> dict[str, Any]:
-        _check_name(asked, name)
-        return _model(name, started)
+    async def model(self, asked: str) -> dict[str, Any]:
+        """The same by name. Raises Refused for another."""
+        _check_name(asked, self.name)
+        return _model(self.name, self.started)
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        asked = await _read(request, limits.bytes)
-        _check_name(asked.model, name)
+    async def chat(self, request: Request) -> Response:
+        """A chat completion, whole or as a stream.
+
+        Raises:
+            Refused: 400 for what cannot be carried out, 404 for another model, 413 for too large a body, 429 for a full
+                queue, 500 for a failure of the model, 504 after the time limit.
+        """
+        asked = await _read(request, self.limits.bytes)
+        _check_name(asked.model, self.name)
         try:
-            prepared = await asyncio.to_thread(engine.prepare, asked)
+            prepared = await asyncio.to_thread(self.engine.prepare, asked)
         except (ValueError, TemplateError) as error:
             # A template refuses turns that its model was not trained on, two of the same role for example.
             raise Refused(400, _line(error)) from None
         job = Job(_client(request), prepared, asyncio.get_running_loop())
         try:
-            turns.add(job)
+            self.turns.add(job)
         except Full as error:
             raise Refused(429, str(error), "rate_limit_error") from None
-        answer = _Reply(request, job, asked, metrics, limits.seconds)
+        answer = _Reply(request, job, asked, self.metrics, self.limits.seconds)
         return await (answer.stream() if asked.stream else answer.whole())
-
-    return app
 
 
 class _Door:

@@ -1,5 +1,7 @@
 """Documents, the index on disk, and answers from it with the mini model."""
 
+import json
+
 import pytest
 import torch
 
@@ -46,6 +48,29 @@ def test_an_index_comes_back_from_disk(folder, tmp_path, embedder):
     assert again.search(question, 1)[0].chunk.source == "a.txt"
     with pytest.raises(ValueError, match="was built with embedder"):
         Index.load(tmp_path / "index", "minilm")
+
+
+def test_rare_words_count_more_and_long_chunks_less():
+    index = Index([Chunk("a", 0, "the cat the dog"), Chunk("b", 0, "the owl"), Chunk("c", 0, "the the the cat x y z")])
+    assert [p.chunk.source for p in index.search("the owl", 3)][0] == "b"
+    assert [p.chunk.source for p in index.search("cat", 3)] == ["a", "c"]
+    assert index.search("cat cat", 1) == index.search("cat", 1)
+
+
+@pytest.mark.parametrize("embedder", ["bm25", "tests.textkv.rag.test_index:Letters"])
+def test_a_damaged_index_is_one_line(folder, tmp_path, embedder):
+    place = tmp_path / "index"
+    Index.build(read_folder(folder), embedder).save(place)
+    record = json.loads((place / "index.json").read_text())
+    for changed in ({"chunks": None}, {"chunks": [1]}, {"chunks": [{"x": 1}]}, {"chunks": []}, {"embedder": [1]}):
+        (place / "index.json").write_text(json.dumps(record | changed))
+        with pytest.raises(ValueError, match="^[^\n]*damaged[^\n]*$"):
+            Index.load(place)
+    (place / "index.json").write_text(json.dumps(record))
+    if embedder != "bm25":
+        (place / "vectors.safetensors").write_bytes(b"x" * 20)
+        with pytest.raises(ValueError, match="damaged"):
+            Index.load(place)
 
 
 def test_no_shared_word_is_no_passage():
