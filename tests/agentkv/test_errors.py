@@ -30,7 +30,7 @@ BAD_REQUESTS = [
         ["--chromium", "/not/there"],
         "there is no executable at '/not/there'; install one with `apt-get install chromium`",
     ),
-    (["--replay", "nowhere"], "nowhere is neither a run nor an episode of one"),
+    (["--replay", "nowhere"], "there is no file or folder 'nowhere'"),
 ]
 
 
@@ -39,7 +39,7 @@ def refusal(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run.main(argv) == 2
     told = capsys.readouterr()
-    assert told.err.startswith("agentkv: ")
+    assert told.err.startswith("agentkv.run: ")
     assert "Traceback" not in told.err and len(told.err.strip().splitlines()) == 1 and told.out == ""
     assert not list(tmp_path.rglob("run.json")), "nothing was begun"
     return told.err
@@ -101,4 +101,4 @@ def test_ctrl_c_before_the_first_step(capsys, monkeypatch):
 
     monkeypatch.setattr(run, "play_command", stop)
     assert run.main([]) == 130
-    assert capsys.readouterr().err == "agentkv: stopped; what was recorded is kept, --resume goes on\n"
+    assert capsys.readouterr().err == "agentkv.run: stopped; what was recorded is kept, --resume goes on\n"

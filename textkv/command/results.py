@@ -82,6 +82,16 @@ def output_folder(own: Callable[[Path], bool], whose: str) -> Callable[[str], Pa
     return check
 
 
+def writable_folder(text: str) -> Path:
+    """A folder for files that only this process needs; made if missing."""
+    try:
+        Path(text or "\0").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=text):
+            return Path(text)
+    except (OSError, ValueError) as error:
+        raise ArgumentTypeError(f"nothing can be written to {text!r}: {error}") from None
+
+
 def check_file(path: Path, text: str, own: Callable[[Path], bool], whose: str) -> None:
     """Raises ArgumentTypeError if a command must not, or cannot, write `path`, which the user called `text`."""
     if not text:

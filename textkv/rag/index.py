@@ -143,6 +143,11 @@ def _ranking(words: list[list[str]]) -> Any:
     return ranking
 
 
+def is_index(folder: Path) -> bool:
+    """Whether an index of ours lies there."""
+    return _record(folder) is not None
+
+
 def words_of(text: str) -> list[str]:
     """Its words, in lower case."""
     return re.findall(r"\w+", text.lower())

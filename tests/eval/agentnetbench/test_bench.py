@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from agentkv.agent import Decision
-from agentkv.eval.agentnetbench.__main__ import main, numbers_of, parser, protocols_of
+from agentkv.eval.agentnetbench.__main__ import main, numbers_of, parser
 from agentkv.eval.agentnetbench.bench import OWN, Answer, Answers, Bench, Cell
 from agentkv.eval.agentnetbench.figures import replay_rows, rows_of
 from agentkv.eval.agentnetbench.records import read
@@ -143,5 +143,5 @@ def test_bad_requests_are_one_line(tmp_path: Path, options: list[str], said: str
 
 
 def test_numbers_and_protocols() -> None:
-    assert numbers_of("1..3,5,2") == (1, 2, 3, 5) and protocols_of("v2,v1,v2") == ("v2", "v1")
+    assert numbers_of("1..3,5,2") == (1, 2, 3, 5)
     assert parser().parse_args(["--data", "x"]).protocol == "v1"
