@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import json
 import socket
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import cached_file, logging
 
+from textkv.checkpoints import read_object
 from textkv.command import budget, checked, count, device, port, run, seconds, size, some_text, writable_folder
 from textkv.models.loading import resolve
 
@@ -112,7 +112,7 @@ def engine_of(model: str) -> str:
     )  # fmt: skip
     if path is None:
         raise FileNotFoundError(f"model {model} has no config.json that can be had; give the folder of a model")
-    kind = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
+    kind = read_object(path).get("model_type")
     return next((name for name in ENGINES.names() if kind in ENGINES.find(name).reads), "text")
 
 

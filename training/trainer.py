@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from textkv import command
+from textkv import checkpoints, command
 from training.export import export
 from training.state import load_state, read_counters, save_state
 
@@ -74,6 +74,16 @@ def left(progress: float, share: float) -> float:
     return min(1.0, max(0.0, 1.0 - progress) / share) if share else 1.0
 
 
+def _begin_with(model: PreTrainedModel, start: Path) -> None:
+    """Give a model the weights in `start`. Raises ValueError unless they are all there, finite, and no others."""
+    with checkpoints.readable_files(start):
+        weights = load_file(start / "model.safetensors", device=str(model.device))
+        others = model.load_state_dict(weights, strict=False).unexpected_keys
+    missing = [name for name, _ in model.named_parameters() if name not in weights]
+    checkpoints.check_names(start, {"missing_keys": missing, "unexpected_keys": others})
+    checkpoints.check_tensors(start, weights.items())
+
+
 class Trainer(ABC):
     """Model, averaged weights, optimizers and the clock; `runs / "state.safetensors"` is where they live on disk.
 
@@ -102,7 +112,7 @@ class Trainer(ABC):
         self.state = runs / "state.safetensors"
         self.step, self.seconds = 0, 0.0
         if start and not self.state.exists():
-            model.load_state_dict(load_file(start / "model.safetensors", device=settings.device), strict=False)
+            _begin_with(model, start)
         self.average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         if self.state.exists():
             counters = read_counters(self.state)

@@ -10,13 +10,13 @@ from agentkv.trace import NoSpace
 
 BAD_REQUESTS = [
     (["--method", "gui-kw"], "unknown method 'gui-kw'; did you mean gui-kv"),
-    (["--method", ","], "no method was named; use --method gui-kv"),
+    (["--method", ","], "',' names nothing; give one or more"),
     (["--tasks", "click-tap"], "there is no task 'click-tap'; did you mean click-tab"),
     (["--budget", "40"], 'budget=40 is not a fraction; use 0.4 for 40 %, or "40t" for 40 tokens'),
     (["--budget", "0"], "budget=0 is not a fraction; use a share in (0, 1]"),
     (["--budget", "40%"], "budget='40%' is neither a share like 0.4 nor tokens like 512t"),
-    (["--episodes", "0"], "argument --episodes: 0 is not a count; use 1"),
-    (["--history", "0"], "history=0 would hide the current screenshot too"),
+    (["--episodes", "0"], "argument --episodes: 0 is not a number of episodes; use 1"),
+    (["--history", "0"], "argument --history: 0 is not a count; use 1"),
     (["--max-steps", "0"], "argument --max-steps: 0 is not a count; use 1"),
     (["--resume"], "--resume needs --out DIR: the folder of the run to go on with"),
     (["--url", "https://example.com"], "--url and --goal belong together"),

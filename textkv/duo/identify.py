@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from textkv import models
+from textkv import checkpoints, models
 from textkv.command import (
     count,
     device,
@@ -69,11 +69,13 @@ OUT = output_file(_is_pattern, "python -m textkv.methods.duo_attention")
 def load_model(model: str, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model in eval mode, tokenizer) of a name that `textkv.models.resolve` knows; text or vision-language."""
     place = models.resolve(model)
-    config = AutoConfig.from_pretrained(place)
+    with checkpoints.readable_files(place):
+        config = AutoConfig.from_pretrained(place)
     if not hasattr(config, "vision_config"):
         return models.load(model, dtype=dtype, device=device)
-    loaded = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, use_safetensors=True).to(device).eval()
-    return loaded, AutoTokenizer.from_pretrained(place)
+    loaded = checkpoints.load_model(AutoModelForImageTextToText.from_pretrained, place, dtype=dtype)
+    tokenizer = checkpoints.load_tokenizer(AutoTokenizer.from_pretrained, place)
+    return loaded.to(device).eval(), tokenizer
 
 
 def identify(

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from textkv.checkpoints import check_tensors
 from textkv.command import write_text
 from textkv.rag.documents import Chunk
 from textkv.rag.embedders import BM25, Embeds, load_embedder
@@ -125,6 +126,8 @@ class Index:
             )
         try:
             vectors = None if built == BM25 else load_file(place / VECTORS)["vectors"]
+            if vectors is not None:
+                check_tensors(place / VECTORS, [("vectors", vectors)])
             return cls([Chunk(**chunk) for chunk in record["chunks"]], built, vectors)
         except (KeyError, TypeError, AttributeError, OSError, SafetensorError, ValueError) as error:
             told = " ".join(str(error).split())
