@@ -32,7 +32,7 @@ from agentkv.replay import find_run, recorded, replay, replay_table
 from agentkv.report import write_report
 from agentkv.stats import UNITS, summarise
 from agentkv.tables import method_table, stdout_console, task_table
-from agentkv.trace import RUN, need_space, read_run, write_json
+from agentkv.trace import RUN, need_space, read_run
 from textkv import resolve_method
 from textkv.command import (
     budget,
@@ -49,6 +49,7 @@ from textkv.command import (
     scale,
     seed,
     some_text,
+    write_rows,
 )
 from textkv.provenance import run_meta
 
@@ -291,9 +292,8 @@ def finish(out: Path, extra: Path | None) -> None:
     """Draw the table, summary.json and report.html from the traces in `out`, and say where they are."""
     about, episodes = read_run(out)
     rows = summarise(episodes)
-    summary = {"meta": about["meta"], "rows": rows}
-    for path in filter(None, (out / "summary.json", extra)):
-        write_json(path, summary)
+    for path in (out / "summary.json", extra):
+        write_rows(path, about["meta"], rows)
     page = write_report(out)
     console = stdout_console()
     console.print(method_table(rows))

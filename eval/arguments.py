@@ -24,18 +24,22 @@ def add_methods(p: argparse.ArgumentParser, methods: str, budget: str, *, all_kn
     )
 
 
-def add_outputs(p: argparse.ArgumentParser, *names: str, when: str = "", default: str | None = None) -> None:
+def add_outputs(
+    p: argparse.ArgumentParser, *names: str, when: str = "", default: str | None = None, beside: Sequence[str] = ()
+) -> None:
     """`--device`, a GPU where there is one, `--json`, and the further files `names`: "markdown", "plot".
 
     Args:
         when: the rows are written, if not once at the end.
         default: the file of `--json` that is written if none is named.
+        beside: suffixes of files that are written beside that of `--json`.
     """
-    written = command.results_file(p.prog.removeprefix("python -m ").partition(" ")[0])
+    module = p.prog.removeprefix("python -m ").partition(" ")[0]
+    written, rows = command.results_file(module), command.results_file(module, beside)
     p.add_argument(
         "--device", type=command.device, default="", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)"
     )
-    p.add_argument("--json", type=written, default=default, help=f"write the rows here{when}")
+    p.add_argument("--json", type=rows, default=default, help=f"write the rows here{when}")
     told = {"markdown": "write the table here too", "plot": "write a picture here, as PNG"}
     for name in names:
         p.add_argument(f"--{name}", type=written, help=told[name])

@@ -257,7 +257,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--n", type=count, default=48, help="prompts per task (default 48)")
     p.add_argument("--text", type=readable, help="text whose lines stand between the facts; default: plain sentences")
     add_dtype(p)
-    add_outputs(p, "markdown", when="; gone on with if it exists", default="runs/board.json")
+    add_outputs(p, "markdown", when="; gone on with if it exists", default="runs/board.json", beside=(".jsonl",))
     return p
 
 

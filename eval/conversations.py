@@ -206,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
         help="own: the model's token embeddings; minilm, a folder, or a hub id",
     )
     p.add_argument("--max-new", type=count, default=DIGITS + 4, help=f"tokens of an answer (default {DIGITS + 4})")
-    add_outputs(p, when="; gone on with if it exists", default="runs/conversations.json")
+    add_outputs(p, when="; gone on with if it exists", default="runs/conversations.json", beside=(".jsonl",))
     return p
 
 

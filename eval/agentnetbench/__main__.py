@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", type=device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument(
         "--json",
-        type=results_file("eval.agentnetbench"),
+        type=results_file("eval.agentnetbench", beside=(".jsonl",)),
         help="rows (default runs/agentnetbench.json); the answers lie beside it",
     )
     how = p.add_mutually_exclusive_group()

@@ -329,7 +329,7 @@ def test_batch_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert message in capsys.readouterr().err
     (tmp_path / "o.jsonl").write_text('{"text": "mine"}\n')
     assert generate.main([*batch, *out]) == 2
-    assert "o.jsonl:1 is no answer of this command" in capsys.readouterr().err
+    assert "o.jsonl is there and not of python -m dlm.generate" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_what_is_kept(

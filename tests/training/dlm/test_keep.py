@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from dlm.mini import load_mini
 from training.dlm import keep
 
