@@ -98,6 +98,9 @@ class Store:
         except (ValueError, AttributeError, TypeError):
             raise ValueError(f"{self._path} is no file of outcomes; give another --json") from None
         if not kept:
+            # Only what can be the beginning of our first line goes: a stranger's file may lack a line end too.
+            if not self._head().startswith(whole):
+                raise ValueError(f"{self._path} is no file of outcomes; give another --json")
             self._path.unlink()
             return
         if before != self.board:
@@ -106,6 +109,9 @@ class Store:
             self._path.write_bytes(kept)
         self.done = {line.key: line for line in found}
 
+    def _head(self) -> bytes:
+        return (json.dumps({"board": self.board}) + "\n").encode("utf-8")
+
     def add(self, line: Any) -> None:
         """Appends a line."""
         self.done[line.key] = line
@@ -113,7 +119,7 @@ class Store:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             if fresh:
-                file.write(json.dumps({"board": self.board}) + "\n")
+                file.write(self._head().decode("utf-8"))
             file.write(json.dumps(vars(line)) + "\n")
 
 

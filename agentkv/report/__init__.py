@@ -22,6 +22,7 @@ from PIL import Image
 
 from agentkv.stats import summarise
 from agentkv.trace import read_run
+from textkv.command import write_text
 
 STYLES = ("page.css", "episode.css")
 SCRIPTS = ("base.js", "summary.js", "pictures.js", "cards.js", "panels.js", "page.js")  # one script, in this order
@@ -87,7 +88,7 @@ def write_report(run: Path, notes: Sequence[str] = (), max_bytes: int = MAX_BYTE
         DATA=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     )
     path = run / "report.html"
-    path.write_text(html)
+    write_text(path, html)
     return path
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from textkv.checkpoints import check_tensors
-from textkv.command import write_text
+from textkv.command import write_bytes, write_text
 from textkv.rag.documents import Chunk
 from textkv.rag.embedders import BM25, Embeds, load_embedder
 
@@ -99,9 +99,7 @@ class Index:
         if self.vectors is None:
             (place / VECTORS).unlink(missing_ok=True)
         else:
-            part = place / f"{VECTORS}.part"
-            part.write_bytes(save({"vectors": self.vectors}))
-            part.replace(place / VECTORS)
+            write_bytes(place / VECTORS, save({"vectors": self.vectors}))
         write_text(place / RECORD, json.dumps(record, ensure_ascii=False))
 
     @classmethod
