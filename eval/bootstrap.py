@@ -20,7 +20,7 @@ def interval(values: np.ndarray, weights: np.ndarray, floor: float, ceiling: flo
 
 
 def resampled(values: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float, float]:
-    """(mean, low, high), 95 %, of `values` [n] that are no shares, such as losses in nats; `weights` None = all alike."""
+    """(mean, low, high), 95 %, of `values` [n] that are no shares, as losses in nats; `weights` None = all alike."""
     n = len(values)
     weights = np.ones(n) if weights is None else weights
     picked = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))

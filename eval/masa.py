@@ -143,8 +143,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.masa", description=__doc__.split("\n\n")[0])
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--model", default="mini", help="a pretrained model to convert: mini, smollm2, a folder, a hub id")
-    what.add_argument("--trained", type=names, help="comma-separated folders of training.masa.train, in place of --model")
+    what.add_argument("--model", default="mini", help="a pretrained model: mini, smollm2, a folder, a hub id")
+    what.add_argument("--trained", type=names, help="comma-separated folders of training.masa.train, not --model")
     p.add_argument("--reductions", type=_reductions, default="0.1,0.2,0.33", help="shares of the weights that go")
     p.add_argument("--atoms", type=count, default=1, help="matrices of each group and projection (default 1)")
     p.add_argument("--groups", type=count, default=1, help="groups of consecutive layers (default 1)")
