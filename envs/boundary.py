@@ -39,6 +39,7 @@ class Boundary:
         self.allow = allow
         self.record = record
         self._strays: list[Frame] = []
+        self._shut = False
 
     def guard_context(self, context: BrowserContext) -> None:
         """Requests and sockets of every page."""
@@ -55,7 +56,9 @@ class Boundary:
     def _on_request(self, route: Route, request: Request) -> None:
         navigation = request.is_navigation_request()
         reason = self.allow.refusal(request.url, navigation)
-        if not reason:
+        if self._shut:
+            forgive(route.abort)
+        elif not reason:
             forgive(route.continue_)
         elif navigation and self._has_page(request):
             # "no content" leaves the agent on the page where it is; an abort would show Chromium's error page
@@ -127,3 +130,7 @@ class Boundary:
     def forget(self) -> None:
         """Nothing is to be removed any more: the pages are gone."""
         self._strays.clear()
+
+    def shut(self) -> None:
+        """Load nothing any more: a page that loads itself for ever comes to an end, and can be closed."""
+        self._shut = True
