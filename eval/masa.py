@@ -28,7 +28,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from textkv import models
-from textkv.command import count, fraction, names, readable, run, write_rows
+from textkv.command import count, fractions, names, readable, run, some_text, write_rows
 from textkv.masa import Conversion, convert
 from textkv.masa.command import rows_of
 from textkv.masa.projections import find_projections
@@ -143,9 +143,11 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.masa", description=__doc__.split("\n\n")[0])
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--model", default="mini", help="a pretrained model: mini, smollm2, a folder, a hub id")
+    what.add_argument(
+        "--model", type=some_text, default="mini", help="a pretrained model: mini, smollm2, a folder, a hub id"
+    )
     what.add_argument("--trained", type=names, help="comma-separated folders of training.masa.train, not --model")
-    p.add_argument("--reductions", type=_reductions, default="0.1,0.2,0.33", help="shares of the weights that go")
+    p.add_argument("--reductions", type=fractions, default="0.1,0.2,0.33", help="shares of the weights that go")
     p.add_argument("--atoms", type=count, default=1, help="matrices of each group and projection (default 1)")
     p.add_argument("--groups", type=count, default=1, help="groups of consecutive layers (default 1)")
     p.add_argument("--text", type=readable, help="plain text; default: a small grammar's sentences")
@@ -153,10 +155,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--length", type=count, default=256, help="tokens of a piece (default 256)")
     add_outputs(p)
     return p
-
-
-def _reductions(text: str) -> list[float]:
-    return [fraction(word) for word in names(text)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,6 +28,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
     "lengths": [*FROM_ONE, *LISTS, ("one of a list", "256,-1")],
     "naturals": [*COUNTS, *LISTS, ("one of a list", "256,-1")],
     "fraction": [*NUMBERS, ("percent", "40"), ("outside 0 to 1", "1.5"), ("outside 0 to 1", "-0.1")],
+    "fractions": [*NUMBERS, *LISTS, ("percent", "0.1,40")],
     **dict.fromkeys(("seconds", "positive", "scale"), [*NUMBERS, ("zero", "0")]),
     "weight": NUMBERS,
     "finite": [*NO_NUMBERS, ("infinite", "inf"), ("overflowing", "1e999")],

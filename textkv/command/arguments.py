@@ -100,6 +100,11 @@ def fraction(text: str) -> float:
     return value
 
 
+def fractions(text: str) -> list[float]:
+    """Comma-separated shares in 0..1, at least one."""
+    return [fraction(part) for part in names(text)]
+
+
 def seconds(text: str) -> float:
     """A time of more than 0 seconds."""
     value = _number(text)
