@@ -73,7 +73,7 @@ def output_folder(own: Callable[[Path], bool], whose: str) -> Callable[[str], Pa
             raise ArgumentTypeError("an empty name is no folder")
         if path.exists() and not path.is_dir():
             raise ArgumentTypeError(f"{path} is a file; name a folder")
-        _check_place(path / "x")
+        _check_place(path / "x", path)
         if path.is_dir() and any(path.iterdir()) and not own(path):
             raise ArgumentTypeError(f"{path} holds something else than of {whose}; name another folder, or move it")
         return path
@@ -105,21 +105,23 @@ def check_file(path: Path, text: str, own: Callable[[Path], bool], whose: str) -
         raise ArgumentTypeError(f"{path} is there and not of {whose}; name another file, or move it")
 
 
-def _check_place(path: Path) -> None:
-    """Raises ArgumentTypeError if no file can be made at `path`; missing folders are made when it is written."""
+def _check_place(path: Path, named: Path | None = None) -> None:
+    """Raises ArgumentTypeError, about `named` or the path itself, if no file can be made at `path`; missing folders are
+    made when it is written."""
+    named = named or path
     try:
         folder = next(place for place in path.absolute().parents if place.exists())
         if not folder.is_dir():
-            raise ArgumentTypeError(f"{folder} is a file, so {path} cannot lie in it")
+            raise ArgumentTypeError(f"{folder} is a file, so {named} cannot lie in it")
         # Tried and not looked up: a superuser may do anything, but not on a file system that is read-only or full.
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name[:20]}-") as file:
             file.write(bytes(PROBE))
             file.flush()
     except (OSError, ValueError) as error:
         told = getattr(error, "strerror", None) or error
-        raise ArgumentTypeError(f"{path} cannot be written ({told}); name another file") from None
+        raise ArgumentTypeError(f"{named} cannot be written ({told}); name another") from None
     if path.exists() and not os.access(path, os.W_OK):
-        raise ArgumentTypeError(f"{path} cannot be written (it is read-only); name another file")
+        raise ArgumentTypeError(f"{named} cannot be written (it is read-only); name another")
 
 
 def is_own(path: Path, module: str) -> bool:
