@@ -6,7 +6,7 @@ BIN := .venv/bin
 # PyTorch's wheels for Linux are built for CUDA by default. Without a GPU the constrained version is enough.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs tables clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -19,6 +19,10 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+# Tables of docs/results.md, from the rows that lie beside it.
+tables: .venv/ready
+	$(BIN)/python docs/tables.py
 
 # The variable keeps the theme's note on mkdocs 2 out of the log: versions are pinned. A warning stops the build.
 docs: .venv/ready-docs

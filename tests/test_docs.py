@@ -141,3 +141,14 @@ def test_the_home_page_is_the_readme_with_its_links_turned(gen_methods):
     assert site_hook.root_page(text, ["kivi", "full"]) == (
         "![A](a.png) [B](contributing.md)\n| [`kivi(4)`](methods/kivi.md), `other` | x |\n| `full` and | y |\n"
     )
+
+
+def test_tables_say_what_their_rows_say():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import tables
+    finally:
+        sys.path.pop(0)
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.renewed(page) == page, "run make tables"
+    assert set(re.findall(r"<!-- table ([\w-]+) -->", page)) == set(tables.TABLES)

@@ -1,0 +1,167 @@
+"""`python docs/tables.py`: the tables of results.md, each from the rows of its JSON file (`make tables`).
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; `TABLES` says how it is made.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE / "results.md"
+_PLACE = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Row = dict[str, Any]
+
+
+def rows(name: str) -> list[Row]:
+    """The rows of a file in docs/, or of one that is not measured yet: none."""
+    path = HERE / name
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown, with its last newline."""
+    parts = [heads, ["---"] * len(heads), *lines]
+    return "".join(f"| {' | '.join(part)} |\n".replace("|  |", "| |") for part in parts)
+
+
+def agents() -> str:
+    """Success at a tenth of the cache, over all tasks, best first."""
+    note = {"gui-kv-official": " (a copy per query head)"}
+    over_all = [row for row in rows("agent-budget-0.1.json") if row["task"] == "all"]
+    full, *others = over_all
+    lines = [
+        [
+            f"`{row['method']}`",
+            f"{row['success']:.0%} ({row['low']:.0%} to {row['high']:.0%})".replace("%", " %").replace(" % to", " to"),
+            f"{100 * row['kv_share']:.1f} %{note.get(row['method'], '')}",
+        ]
+        for row in [full, *sorted(others, key=lambda row: -row["success"])]
+    ]
+    return markdown(["method", "success", "bytes held, of the full cache"], lines)
+
+
+def board() -> str:
+    """SmolLM2 at a quarter of the cache, the question known and unknown; methods without a budget too."""
+    found = [row for row in rows("text-board-smollm2.json") if row["task"] == "all" and "recall" in row]
+    cells: dict[str, dict[str, Row]] = {}
+    for row in found:
+        if row["budget"] in ("0.25", "1.0"):
+            cells.setdefault(row["method"], {})[row["asked"]] = row
+    lines = []
+    for method, asked in sorted(cells.items(), key=lambda cell: -cell[1]["known"]["recall"]):
+        known = asked["known"]
+        shares = [f"{asked[kind]['recall']:.2f}" if kind in asked else "-" for kind in ("known", "unknown")]
+        lines.append([f"`{method}`", *shares, f"{known['low']:.2f} to {known['high']:.2f}", f"{known['kv_share']:.2f}"])
+    return markdown(["method at 0.25", "known", "unknown", "95 % (known)", "bytes of full"], lines)
+
+
+def decoding() -> str:
+    """What a rule and a cache save, at two lengths."""
+    lengths = [{_arm(row): row for row in rows(f"dlm-{length}.json")} for length in (256, 1024)]
+    lines = []
+    for arm in lengths[0]:
+        pair = [found[arm] for found in lengths if arm in found]
+        told = [" / ".join(f"{100 * row['accuracy']:.0f}" for row in pair) + " %"]
+        for what in ("forwards", "query_tokens", "seconds"):
+            told.append(" / ".join(_times(row[f"{what}_ratio"]) for row in pair))
+        lines.append([arm, *told])
+    return markdown(["cache + rule", "right, 256 / 1,024", "forwards", "query tokens", "seconds"], lines)
+
+
+def _arm(row: Row) -> str:
+    """The arm's name, the same at every length."""
+    if row["steps"] == row["gen_length"]:
+        return f"`{row['arm']}`"
+    return f"`none`, {row['steps'] / row['gen_length']:.0%} of the steps".replace("%", " %")
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
+
+
+def cost() -> str:
+    """A decoded token and a prompt beside transformers' own cache."""
+    found = rows("text-decode.json")
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in found):
+        at = {row["tokens_seen"]: row for row in found if row["method"] == method}
+        decode = [f"{at[n]['decode_ratio']:.2f}" if n in at else "" for n in (1024, 8192, 32768)]
+        prompt = f"{at[8192]['prefill_ratio']:.2f}" if 8192 in at else ""
+        lines.append([f"`{method}`", f"{at[min(at)]['calls_ratio']:.2f}", *decode, prompt])
+    heads = [
+        "method, budget 0.5",
+        "operations, x",
+        "decode at 1k, x",
+        "at 8k, x",
+        "at 32k, x",
+        "prompt in chunks, 8k, x",
+    ]
+    return markdown(heads, lines)
+
+
+def masa(name: str) -> str:
+    """Perplexity against attention weights."""
+    lines = [
+        [
+            f"`{row['method']}`",
+            f"{row['attention_parameters']:,}",
+            f"{row['attention_share']:.0%}".replace("%", " %"),
+            f"{row['perplexity']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+        ]
+        for row in rows(name)
+    ]
+    return markdown(["method", "attention weights", "of full", "perplexity"], lines)
+
+
+def peers() -> str:
+    """kvpress and ours on the same prompts, a line each way."""
+    found = [row for row in rows("peers.json") if "recall" in row]
+    cells: dict[tuple[str, float], dict[str, Row]] = {}
+    for row in found:
+        cells.setdefault((row["method"], row["budget"]), {})[row["library"]] = row
+    lines = []
+    for (method, budget), by in cells.items():
+        if not {"ours", "kvpress"} <= set(by):
+            continue
+        sides = [by["ours"], by["kvpress"]]
+        shared = sides[0].get("overlap")
+        told = [
+            " / ".join(f"{side[what]:.2f}" for side in sides) for what in ("recall", "digits", "kv_share", "step_ratio")
+        ]
+        lines.append([f"`{method}`", f"{budget:g}", *told, "" if shared is None else f"{shared:.3f}"])
+    heads = [
+        "method",
+        "budget",
+        "right, ours / kvpress",
+        "digits",
+        "bytes of full",
+        "a token's seconds, of full",
+        "same tokens kept",
+    ]
+    return markdown(heads, lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "agents": agents,
+    "board": board,
+    "decoding": decoding,
+    "cost": cost,
+    "masa-trained": lambda: masa("masa-trained.json"),
+    "masa-converted": lambda: masa("masa-smollm2.json"),
+    "peers": peers,
+}
+
+
+def renewed(page: str) -> str:
+    """A page with its tables made anew. Raises KeyError for a table that `TABLES` does not know."""
+    return _PLACE.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
