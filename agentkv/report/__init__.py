@@ -24,7 +24,7 @@ from agentkv.stats import summarise
 from agentkv.trace import read_run
 
 STYLES = ("page.css", "episode.css")
-SCRIPTS = ("base.js", "summary.js", "pictures.js", "cards.js", "panels.js", "page.js")  # one script, in this order
+SCRIPTS = ("base.js", "summary.js", "pictures.js", "cards.js", "panels.js", "compare.js", "page.js")  # in this order
 MAX_BYTES = 12_000_000  # of the page: opens at once, can be mailed
 MAX_STEPS = 60  # shown per episode
 SMALL_PNG = 24_000  # bytes up to which a screenshot is embedded untouched
