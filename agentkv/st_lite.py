@@ -154,7 +154,7 @@ class STLite(Eviction):
 
     def _bonus(self, evidence: Evidence, row: int, span: Span, grid: Grid | None) -> torch.Tensor | None:
         """A frame's bonus, fp32 [tokens of the frame]; None for a frame that came before this block."""
-        states = _within(evidence.states.row(row), [span])
+        states = within(evidence.states.row(row), [span])
         if states.positions.shape[1] < span[1] - span[0]:
             return None
         found = singularity(states.states[0], grid)
@@ -168,16 +168,20 @@ class STLite(Eviction):
 
     # ---- the gate ----------------------------------------------------------------------------------------------
 
-    def _gated(self, layer: Layer, evidence: Evidence, row: int, held: torch.Tensor, keep: int) -> torch.Tensor:
-        """Positions, int32 [k], of tokens of earlier screenshots that must go: those most like the current one."""
-        spans = evidence.spans[row]
+    def _states(self, layer: Layer, evidence: Evidence, row: int) -> ScreenStates:
+        """What a row's screenshots are compared by: hidden states, or projections of all where any was read before."""
         states = evidence.states.row(row)
         if PLACE in layer.statistics:
             known = ScreenStates(layer.statistics[SKETCH], layer.statistics[PLACE]).row(row)
             # One measure for all: of what was read before there are projections only.
             if bool((known.positions < _begins(evidence)[row]).any()):
-                states = known
-        history, now = _within(states, spans[:-1]), _within(states, spans[-1:])
+                return known
+        return states
+
+    def _gated(self, layer: Layer, evidence: Evidence, row: int, held: torch.Tensor, keep: int) -> torch.Tensor:
+        """Positions, int32 [k], of tokens of earlier screenshots that must go: those most like the current one."""
+        spans, states = evidence.spans[row], self._states(layer, evidence, row)
+        history, now = within(states, spans[:-1]), within(states, spans[-1:])
         at = history.positions[0]
         alive = torch.isin(at, held)
         at, old = at[alive], history.states[0, alive]
@@ -238,7 +242,7 @@ def _begins(evidence: Evidence) -> torch.Tensor:
     return at.masked_fill(at < 0, torch.iinfo(torch.int32).max).amin(1)
 
 
-def _within(states: ScreenStates, spans: list[Span]) -> ScreenStates:
+def within(states: ScreenStates, spans: list[Span]) -> ScreenStates:
     """Those of one row that lie in the spans, by ascending position."""
     at = states.positions[0]
     here = inside(at, spans).nonzero()[:, 0]
