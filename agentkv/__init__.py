@@ -1,5 +1,7 @@
-"""agentkv: GUI agents whose screenshots take little memory. Importing it registers `gui-kv` beside textkv's methods."""
+"""agentkv: GUI agents whose screenshots take little memory. Importing it registers its methods beside textkv's."""
 
 from agentkv.gui_kv import GuiKV, GuiKVOfficial
+from agentkv.st_lite import STLite, STLiteOfficial
+from agentkv.star_kv import StarKV, StarKVOfficial
 
-__all__ = ["GuiKV", "GuiKVOfficial"]
+__all__ = ["GuiKV", "GuiKVOfficial", "STLite", "STLiteOfficial", "StarKV", "StarKVOfficial"]

@@ -24,6 +24,7 @@ from agentkv.envs.actions import Action, Finished, Several, ending
 from agentkv.grammars import Frame, ParseError
 from agentkv.models import History, ModelAdapter
 from textkv import Budget, MethodCache
+from textkv.cache import Trajectory
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,12 @@ class Agent:
         self.budget = budget if isinstance(budget, Budget) else Budget.parse(str(budget))
         self.max_new_tokens = max_new_tokens
         textkv.use(adapter.model)
+        self._learned: Trajectory | None = None
 
     def start(self, env: Any) -> None:
-        """Nothing to do: every decision builds its own prompt and cache."""
+        """A new episode. Every decision builds its own prompt and cache; only what a method learned from the steps goes
+        on."""
+        self._learned = None
 
     @torch.inference_mode()
     def decide(self, goal: str, history: History, screenshot: Image.Image, viewport: tuple[int, int]) -> Decision:
@@ -113,7 +117,11 @@ class Agent:
         prompt = adapter.prompt(goal, history, screenshot, viewport)
         cache = MethodCache(adapter.model, method=self.method, budget=self.budget)
         known = ("input_ids", "attention_mask", "mm_token_type_ids")
-        cache.begin(spans=[prompt.spans], **{k: prompt.inputs[k] for k in known if k in prompt.inputs})
+        if self._learned is not None:
+            cache.follow(self._learned)
+        cache.begin(
+            spans=[prompt.spans], grids=[prompt.grids], **{k: prompt.inputs[k] for k in known if k in prompt.inputs}
+        )
         clock = PrefillClock()
         begin = perf_counter()
         out = adapter.model.generate(
@@ -123,6 +131,7 @@ class Agent:
             do_sample=False,
             logits_processor=LogitsProcessorList([clock]),
         )
+        self._learned = cache.trajectory
         answer = out[0, prompt.inputs["input_ids"].shape[1] :].tolist()  # .tolist() waits for the device
         end = perf_counter()
         text = adapter.words_of(answer)
@@ -140,7 +149,7 @@ class Agent:
             kv_bytes_full=cache.at_rest.full_bytes,
             tokens_stored=float(cache.at_rest.tokens_stored),
             spans=tuple((int(s), int(e)) for s, e in prompt.spans),
-            frames=kept_frames(cache.at_rest.kept, prompt.spans, [f.grid for f in prompt.frames]),
+            frames=kept_frames(cache.at_rest.kept, prompt.spans, prompt.grids),
             frame=prompt.frames[-1],
         )
 

@@ -16,12 +16,14 @@ from typing import ClassVar, Literal
 
 import torch
 
-from textkv.eviction import NEVER, PROTECTED, Eviction, keep_best
+from agentkv.frames import bonus, check_fields, without
+from textkv.eviction import Eviction, keep_best
 from textkv.evidence import Evidence, Needs
 from textkv.kernels import subspace_residual
 from textkv.layer import Layer
 from textkv.method import Capabilities, register
 from textkv.scores import fit_window, past_mass, pool, with_window
+from textkv.screens import inside
 from textkv.segments.base import Stored
 
 Basis = Literal["svd", "qr_first", "qr_pivot"]
@@ -30,7 +32,7 @@ Basis = Literal["svd", "qr_first", "qr_pivot"]
 @register("gui-kv")
 @dataclass(frozen=True)
 class GuiKV(Eviction):
-    """The corrected method. Spans of the screenshots come from `MethodCache.begin`; without any it is SnapKV.
+    """The corrected method. Spans of the screenshots come from `MethodCache.begin`; without screenshots it is SnapKV.
 
     Attributes:
         window: observation window in tokens; 8 in the authors' scripts.
@@ -61,17 +63,7 @@ class GuiKV(Eviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("window", "rank", "kernel"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
-        if self.kernel % 2 == 0:
-            raise ValueError(f"kernel={self.kernel}: pooling needs an odd width")
-        if not self.tau > 0:
-            raise ValueError(f"tau={self.tau}: the temperature must be positive")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(known)}")
+        check_fields(self, _CHOICES)
 
     def needs(self) -> Needs:
         """The window's queries, the screenshots' spans and, for the saliency, hidden states."""
@@ -93,10 +85,10 @@ class GuiKV(Eviction):
             if not spans:
                 continue
             if self.alpha:
-                scores[row] += self.alpha * self._bonus(evidence, row, spans[-1], positions[row])
+                scores[row] += self.alpha * bonus(evidence, row, spans[-1], positions[row], self.tau)
             if self.gate and len(spans) > 1:
                 dropped = self._gated(held, row, spans, keep / int(evidence.remaining[row]))
-                scores[row].masked_fill_(dropped.repeat_interleave(group, 0) & (scores[row] != PROTECTED), NEVER)
+                scores[row] = without(scores[row], dropped.repeat_interleave(group, 0))
         return scores
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
@@ -118,23 +110,10 @@ class GuiKV(Eviction):
         grouped = mass.unflatten(1, (kv_heads, -1))
         return grouped[:, :, 0] if self.heads == "head0" else grouped.mean(2)
 
-    def _bonus(self, evidence: Evidence, row: int, span: tuple[int, int], positions: torch.Tensor) -> torch.Tensor:
-        """Saliency of the current screenshot's tokens, placed at their slots: [heads, n], sums to 1 over the frame."""
-        seen = evidence.norm_positions[row]
-        inside = (seen >= span[0]) & (seen < span[1])
-        if not bool(inside.any()):
-            return torch.zeros_like(positions, dtype=torch.float32)
-        share = saliency(evidence.norms[row, inside], self.tau)
-        by_position = share.new_zeros(span[1] - span[0])
-        by_position[(seen[inside] - span[0]).long()] = share
-        offset = positions.long() - span[0]
-        here = (offset >= 0) & (offset < len(by_position))
-        return by_position[offset.clamp(0, len(by_position) - 1)] * here
-
     def _gated(self, held: Stored, row: int, spans: list[tuple[int, int]], share: float) -> torch.Tensor:
         """Which earlier-screenshot tokens the current one's keys make redundant: bool [kv_heads, n]."""
         positions, keys = held.positions[row], held.keys[row]
-        current, earlier = _inside(positions, spans[-1:]), _inside(positions, spans[:-1])
+        current, earlier = inside(positions, spans[-1:]), inside(positions, spans[:-1])
         # Of everything that earlier screenshots ever held, this much may stay; what a past turn dropped counts as gone.
         history = sum(end - start for start, end in spans[:-1])
         stay = history - int((1 - share) * history + 1e-9)
@@ -173,14 +152,6 @@ class GuiKVOfficial(GuiKV):
     capabilities: ClassVar[Capabilities] = replace(GuiKV.capabilities, stores_query_heads=True)
 
 
-def saliency(norms: torch.Tensor, tau: float) -> torch.Tensor:
-    """Softmax over one screenshot of the standardised hidden-state norms: [n] -> [n], sums to 1 (section 3.2)."""
-    norms = norms.float()
-    if len(norms) == 1:
-        return torch.ones_like(norms)
-    return torch.softmax((norms - norms.mean()) / (norms.std() + 1e-8) / tau, dim=0)
-
-
 def orthobasis(keys: torch.Tensor, rank: int, basis: Basis) -> torch.Tensor:
     """Orthonormal columns [kv_heads, head_dim, r] that span the frame's keys [kv_heads, n, head_dim].
 
@@ -203,11 +174,3 @@ def _pivots(keys: torch.Tensor, r: int) -> list[int]:
         direction = torch.nn.functional.normalize(rest[best], dim=0)
         rest = rest - (rest @ direction)[:, None] * direction
     return chosen
-
-
-def _inside(positions: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
-    """Which positions lie in any of the spans."""
-    inside = torch.zeros_like(positions, dtype=torch.bool)
-    for start, end in spans:
-        inside |= (positions >= start) & (positions < end)
-    return inside

@@ -71,7 +71,9 @@ class PersistentAgent(Agent):
         prompt, known = self._prompt(history, screenshot, viewport)
         if known and not self._can_go_on(prompt, known):
             # What is shown is read as a prompt of its own, from its oldest screenshot on.
+            steps = self.talk.cache.trajectory
             self._episode = self._begun(goal, first)
+            self.talk.cache.follow(steps)
             prompt, known = self._prompt(history, screenshot, viewport)
         self._forget(prompt, first)
         return self._answer(prompt, known)
@@ -106,12 +108,13 @@ class PersistentAgent(Agent):
 
     def _answer(self, prompt: Prompt, known: int) -> Decision:
         episode, adapter = self._episode, self.adapter
-        talk, spans = episode.talk, prompt.spans[episode.forgotten :]
+        talk, spans, grids = episode.talk, prompt.spans[episode.forgotten :], prompt.grids[episode.forgotten :]
         clock, begin = PrefillClock(), perf_counter()
         out = talk.generate(
             **prompt.inputs,
             known_images=known,
             spans=[spans],
+            grids=[grids],
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             logits_processor=LogitsProcessorList([clock]),
@@ -139,6 +142,6 @@ class PersistentAgent(Agent):
             kv_bytes_full=rest.full_bytes,
             tokens_stored=float(rest.tokens_stored),
             spans=tuple((int(s), int(e)) for s, e in spans),
-            frames=kept_frames(rest.kept, spans, [frame.grid for frame in frames]),
+            frames=kept_frames(rest.kept, spans, grids),
             frame=frames[-1],
         )

@@ -64,7 +64,7 @@ class VisionEngine(ChatEngine):
         images: list[Image.Image] = []
         messages = [self._message(message, images) for message in request.messages]
         prompt = self.adapter.chat(messages, images)
-        return self.prepared(request, prompt.inputs | {"spans": [prompt.spans]})
+        return self.prepared(request, prompt.inputs | {"spans": [prompt.spans], "grids": [prompt.grids]})
 
     def _message(self, message: Message, images: list[Image.Image]) -> dict[str, Any]:
         content: list[dict[str, str]] = []

@@ -44,7 +44,7 @@ def attention(
     Raises:
         ValueError: an argument that changes the scores in a way that the cache does not know.
     """
-    rotary, norms, ids, seen = (kwargs.pop(name, None) for name in (probes.ROTARY, probes.NORMS, probes.IDS, CAPTURE))
+    rotary, hidden, ids, seen = (kwargs.pop(name, None) for name in (probes.ROTARY, probes.HIDDEN, probes.IDS, CAPTURE))
     if not isinstance(key, View):
         if seen is not None:
             seen[module.layer_idx] = key.detach(), query.detach()
@@ -58,7 +58,7 @@ def attention(
     out = key.layer.step(
         key, query, module=module, mask=attention_mask,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"), rotary=rotary, norms=norms, ids=ids,
+        softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"), rotary=rotary, hidden=hidden, ids=ids,
     )  # fmt: skip
     # No weights: nobody can ask for what eviction has thrown away.
     return out.transpose(1, 2).contiguous(), None

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from textkv import probes, rotary, store
+from textkv import probes, rotary, screens, store
 from textkv.attention import use
 from textkv.budgets import Budget
 from textkv.context import AtRest, Context
@@ -32,6 +32,9 @@ from textkv.method import Method, resolve_method
 from textkv.positions import PositionTable
 from textkv.report import CacheReport, report
 from textkv.rollback import Rollback, Start
+
+Trajectory = list[dict[str, torch.Tensor]]
+"""What a method learned from an agent's steps: of each governed layer, tensors [rows, ...] by name."""
 
 
 class MethodCache(Rollback):
@@ -162,6 +165,7 @@ class MethodCache(Rollback):
         *,
         tokens: int | None = None,
         spans: Spans | None = None,
+        grids: screens.Grids | None = None,
         attention_mask: torch.Tensor | None = None,
         **ignored: torch.Tensor,
     ) -> None:
@@ -174,11 +178,13 @@ class MethodCache(Rollback):
             input_ids: [batch, columns] ids of the whole conversation, as `generate` takes them.
             tokens: instead of input_ids: columns seen at the end of the block. A block may arrive in chunks.
             spans: per row, the [start, end) columns of EVERY screenshot of the conversation, oldest first.
+            grids: per row, (rows, columns) of each one's tokens, for methods that ask how these lie.
             attention_mask: [batch, columns], needed with spans if rows are padded.
             ignored: the rest of a processor's output, so that `begin(**inputs, spans=...)` works.
 
         Raises:
-            ValueError: spans out of range, unsorted or overlapping, or fewer columns than were seen already.
+            ValueError: spans out of range, unsorted or overlapping, grids that do not fit them or are missing where the
+                method asks for them, or fewer columns than were seen already.
         """
         columns = tokens if tokens is not None else (0 if input_ids is None else input_ids.shape[1])
         seen = self.get_seq_length()
@@ -190,7 +196,28 @@ class MethodCache(Rollback):
             self.context.hold = False
         self.context.block_end = columns
         if spans is not None:
-            self.context.spans = _logical_spans(spans, columns, attention_mask)
+            at = screens.logical(spans, columns, attention_mask)
+            if self.context.needs.grids and grids is None and any(at):
+                raise ValueError(
+                    f"{self.method.expression} asks how a screenshot's tokens lie: give grids, (rows, columns) of "
+                    "merged patches for each span"
+                )
+            self.context.spans, self.context.screens = at, screens.by_span(at, grids)
+
+    def new_trajectory(self) -> None:
+        """What comes belongs to another task: methods forget what they learned from the steps so far."""
+        for layer in self.context.layers:
+            layer.trajectory = {}
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """What the method learned from the steps so far, by governed layer."""
+        return [dict(layer.trajectory) for layer in self.context.layers]
+
+    def follow(self, steps: Trajectory) -> None:
+        """What comes is the next step of a task whose earlier `steps` a cache of the same method and model has seen."""
+        for layer, learned in zip(self.context.layers, steps, strict=True):
+            layer.trajectory = dict(learned)
 
     def freeze(self, on: bool = True) -> None:
         """From now on nothing is evicted and no evidence collected: what comes can be taken back with `crop`."""
@@ -320,11 +347,14 @@ class MethodCache(Rollback):
             context.forgotten = context.forgotten.index_select(0, rows.cpu())
         if context.spans:
             context.spans = [context.spans[row] for row in rows.tolist()]
+        if context.screens:
+            context.screens = [context.screens[row] for row in rows.tolist()]
 
     def reset(self) -> None:
-        """Empties the cache: what comes next may be a batch of another size."""
+        """Empties the cache: what comes next may be a batch of another size. What a method learned from an agent's
+        steps stays, until `new_trajectory`."""
         self._empty()
-        self.context.spans, self.context.block_end, self.context.hold = [], 0, False
+        self.context.spans, self.context.screens, self.context.block_end, self.context.hold = [], [], 0, False
 
     # ---- copies ------------------------------------------------------------------------------------------------
 
@@ -367,23 +397,3 @@ class MethodCache(Rollback):
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._model = lambda: None
-
-
-def _logical_spans(spans: Spans, columns: int, attention_mask: torch.Tensor | None) -> Spans:
-    """Columns of the padded prompt -> logical positions of each row; checks order and range."""
-    # Left padding: a row's first token sits behind it, and logical positions count tokens only.
-    pads = [0] * len(spans)
-    if attention_mask is not None:
-        pads = (attention_mask == 0).sum(1).tolist()
-    logical: Spans = []
-    for row, (row_spans, pad) in enumerate(zip(spans, pads, strict=True)):
-        end = 0
-        for start, stop in row_spans:
-            if not end <= start < stop or (columns and stop > columns):
-                raise ValueError(
-                    f"spans of row {row}: ({start}, {stop}) must lie in [0, {columns}), not be empty, and follow the "
-                    f"one before it, which ends at {end}"
-                )
-            end = stop
-        logical.append([(start - pad, stop - pad) for start, stop in row_spans])
-    return logical

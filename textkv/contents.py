@@ -21,6 +21,7 @@ class Contents:
     kind: LayerKind
     segments: list[Segment]
     statistics: dict[str, torch.Tensor]
+    trajectory: dict[str, torch.Tensor]
     since_eviction: int
     changes: int
     seen: int
@@ -166,11 +167,15 @@ class Contents:
         self.changes += 1
 
     def replace(self, segments: list[Segment]) -> None:
-        """Puts other segments in place of what is stored; the method has moved over what it keeps (statistics are
-        gone)."""
+        """Puts other segments in place of what is stored; the method has moved over what it keeps (statistics of tokens
+        are gone)."""
         self.segments = segments
-        self.statistics = {}
+        self.drop_token_statistics()
         self._changed()
+
+    def drop_token_statistics(self) -> None:
+        """Slots are about to be divided anew: what belongs to them is forgotten, what is kept per head stays."""
+        self.statistics = {name: x for name, x in self.statistics.items() if name.startswith(OF_HEAD)}
 
     def repeat_heads(self, times: int) -> None:
         """From now on every KV head is stored `times` times, once per query head of its group."""
@@ -184,9 +189,11 @@ class Contents:
     # ---- counting ----------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor that the layer holds: its segments' by "segment.name", its statistics by "statistic.name"."""
+        """Every tensor that the layer holds: its segments' by "segment.name", its statistics by "statistic.name", what
+        its trajectory taught by "trajectory.name"."""
         held = {f"{i}.{name}": x for i, s in enumerate(self.segments) for name, x in s.tensors().items()}
-        return held | {f"statistic.{name}": x for name, x in self.statistics.items()}
+        held |= {f"statistic.{name}": x for name, x in self.statistics.items()}
+        return held | {f"trajectory.{name}": x for name, x in self.trajectory.items()}
 
     def host_bytes(self) -> int:
         """Bytes that segments hold in host memory although the model runs on a device."""

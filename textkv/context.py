@@ -19,6 +19,7 @@ from textkv.call import Call, Tokens
 from textkv.evidence import Needs, Spans
 from textkv.kinds import LayerKind
 from textkv.positions import PositionTable, RotarySpec
+from textkv.screens import Grid, Grids, Span
 from textkv.segments.base import storage_bytes
 
 ATTENTION = "textkv"
@@ -85,6 +86,7 @@ class Context:
         rotary: how the keys of a layer turn, by the layer's number in the model; filled if the method asks for `rope`.
         rotary_unknown: why `rotary` is empty although positions were asked for.
         spans: screenshots of the conversation, logical positions per row.
+        screens: grids of screenshots by their spans, per row; empty = not told.
         block_end: columns seen at the end of the prompt block being read.
         table: the position table, if the method asks for one and a token has more than one rotary position.
         forgotten: bool [batch, positions] on the CPU, the logical positions that `MethodCache.forget` dropped, or None.
@@ -108,6 +110,7 @@ class Context:
     rotary: dict[int, RotarySpec] = field(default_factory=dict)
     rotary_unknown: str = ""
     spans: Spans = field(default_factory=list)
+    screens: list[dict[Span, Grid]] = field(default_factory=list)
     block_end: int = 0
     table: PositionTable | None = None
     forgotten: torch.Tensor | None = None
@@ -146,6 +149,27 @@ class Context:
         ahead; what comes next still follows those before."""
         # transformers' own layers count tokens in their own way, and states not at all.
         return min((layer.seen for layer in self.everything if hasattr(layer, "segments")), default=0)
+
+    @property
+    def grids(self) -> Grids:
+        """The grids of `spans`; empty = not told."""
+        return [
+            [known[span] for span in row] for row, known in zip(self.spans, self.screens, strict=bool(self.screens))
+        ]
+
+    def check_pictures(self) -> None:
+        """A call brings pictures.
+
+        Raises:
+            ValueError: the method asks where they lie, and nobody said it of any that comes now.
+        """
+        seen = self.layers[0].real_seen if self.layers else None
+        before = [0] * len(self.spans) if seen is None else seen.tolist()
+        if self.needs.spans and not any(row and row[-1][1] > n for row, n in zip(self.spans, before, strict=False)):
+            raise ValueError(
+                f"{self.method.expression} asks where the screenshots of a prompt lie, which nobody told of this one: "
+                "call cache.begin(**inputs, spans=..., grids=...) before, with what agentkv.spans finds"
+            )
 
     def forget(self, gone: torch.Tensor) -> None:
         """Writes down which logical positions were dropped on demand: bool [batch, p]."""
@@ -224,6 +248,7 @@ class Context:
             if hasattr(layer, "segments"):
                 layer.segments = copy.deepcopy(layer.segments, memo)
                 layer.statistics = {name: x.clone() for name, x in layer.statistics.items()}
+                layer.trajectory = {name: x.clone() for name, x in layer.trajectory.items()}
             for states in (getattr(layer, "conv_states", None), getattr(layer, "recurrent_states", None)):
                 for number, x in (states or {}).items():
                     states[number] = None if x is None else x.clone()

@@ -26,6 +26,7 @@ from textkv.cache import MethodCache
 from textkv.dialogue import Dialogue, SeenImage, find_images, unseen
 from textkv.evidence import Spans
 from textkv.method import Method
+from textkv.screens import Grids
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Conversation:
         image_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         spans: Spans | None = None,
+        grids: Grids | None = None,
         known_images: int = 0,
         **options: Any,
     ) -> torch.Tensor:
@@ -94,6 +96,7 @@ class Conversation:
             image_grid_thw: int64 [images, 3], all images, oldest first.
             mm_token_type_ids: int64 [batch, tokens], 1 at image tokens.
             spans: columns of every screenshot per row, for methods that ask for them.
+            grids: (rows, columns) of every screenshot's tokens per row, likewise.
             known_images: so many of the first images were given in earlier turns and are the same: `pixel_values` has
                 the others'. For one row.
             options: for `model.generate`.
@@ -120,7 +123,7 @@ class Conversation:
             inputs |= self._positions(input_ids, mask, image_grid_thw, mm_token_type_ids)
             new = None if image_grid_thw is None else image_grid_thw[known_images:]
             inputs |= unseen(told.images[known_images:], self.last.reused, pixel_values, new)
-        self.cache.begin(input_ids, spans=spans, attention_mask=mask)
+        self.cache.begin(input_ids, spans=spans, grids=grids, attention_mask=mask)
         # Until it is over, nobody knows how far it came.
         self._seen, self._lost = None, "the turn before did not finish"
         out = self.model.generate(**inputs, past_key_values=self.cache, **options)

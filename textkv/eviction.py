@@ -58,12 +58,19 @@ class Eviction(Method):
         if bool((held.positions >= 0).all()) and len(set(zip(tokens, keep, strict=True))) == 1:
             return self.score(layer, held, evidence, keep[0])
         out = torch.full(held.positions.shape, NEVER, device=held.keys.device)
-        for row, heads, slots, part, seen in _blocks(held, evidence):
+        for row, heads, slots, part, seen in blocks(held, evidence):
             out[row, heads, slots] = self.score(layer, part, seen, keep[row])
         return out
 
+    def learn(self, layer: Layer, evidence: Evidence) -> None:
+        """Hears of every prompt block before anything of it is scored, also where all of it fits: what a method learns
+        from an agent's steps (`Layer.trajectory`) goes on here. By default only what it wraps may learn."""
+        if isinstance(self.inner, Eviction):
+            self.inner.learn(layer, evidence)
+
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
         """Keep the best `counts` by `scores`, unless all fit."""
+        self.learn(layer, evidence)
         if not self.fits(layer, evidence):
             scores = self.scores(layer, evidence)
             keep_best(layer, scores, self.counts(layer, scores, evidence))
@@ -120,8 +127,11 @@ def _fit_protection(scores: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(late & (place == limit[..., None]), torch.finfo(scores.dtype).min)
 
 
-def _blocks(held: Stored, evidence: Evidence) -> Iterator[tuple[int, slice, torch.Tensor, Stored, Evidence]]:
-    """Cuts what a padded batch or a ragged layer holds into blocks without holes: whole rows, else single heads."""
+def blocks(held: Stored, evidence: Evidence) -> Iterator[tuple[int, slice, torch.Tensor, Stored, Evidence]]:
+    """Cuts what a padded batch or a ragged layer holds into blocks without holes: whole rows, else single heads.
+
+    Yields row, heads, slots int64 [k], and of these what is stored [1, heads, k, ..] and the evidence.
+    """
     batch, heads = held.positions.shape[:2]
     real = held.positions >= 0
     for row in range(batch):

@@ -1,7 +1,8 @@
 """What a method may look at when a prompt block ends, gathered while it runs and only when asked for.
 
 Queries are the true ones, after norms and rotary embedding, taken where the model hands them to attention. Hidden
-states are kept as row norms only. Everything here is dropped as soon as the method's hook has returned.
+states are kept as row norms, and whole only in screenshots. Everything here is dropped as soon as the method's hook has
+returned.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from textkv.kernels import window_mass
 from textkv.positions import RotarySpec
 from textkv.query_statistics import QueryCentres, QueryMoments
+from textkv.screens import Grids, ScreenStates, Spans
 from textkv.segments.base import Step, Stored
-
-Spans = list[list[tuple[int, int]]]
-"""Per row, the half-open [start, end) logical positions of each screenshot, oldest first."""
 
 _BLOCK = 4096  # queries that are turned back at a time: a long prompt's fp32 copy would weigh as much as its keys
 
@@ -32,6 +32,8 @@ class Needs:
         hidden: "attn_input" (after the input norm) or "residual" (before it): row norms of that hidden state.
         rope: how each layer's keys turn (`Layer.rotary`), proven on the model, and the position ids of each token.
         spans: the token spans of the prompt's screenshots, given by `MethodCache.begin`.
+        grids: and the grid in which each one's tokens lie.
+        states: the hidden states themselves of the tokens in screenshots, of the kind that `hidden` names.
         columns: the attention that every stored token gets from ALL queries of the prompt block. Costs as much
             arithmetic as the block's attention, but never holds an n x n matrix.
         query_moments: mean and covariance of the block's queries as they were before the rotary embedding, leaving out
@@ -44,7 +46,8 @@ class Needs:
         ids: token ids, of a prompt block as evidence and of every forward in its `Step`.
 
     Raises:
-        ValueError: a negative query_sample, query_moments or query_centres without rope, or negative query_moments.
+        ValueError: a negative query_sample, query_moments or query_centres without rope, negative query_moments, or
+            states without hidden.
     """
 
     window: int = 0
@@ -58,6 +61,8 @@ class Needs:
     positions: bool = False
     query_sample: int = 0
     ids: bool = False
+    grids: bool = False
+    states: bool = False
 
     def __post_init__(self) -> None:
         if self.query_sample < 0:
@@ -67,6 +72,8 @@ class Needs:
                 f"query_moments={self.query_moments} with rope={self.rope}: give the number of first tokens to leave "
                 "out (0 = none) and rope=True, without which queries cannot be turned back"
             )
+        if self.states and not (self.hidden and self.spans):
+            raise ValueError('states without hidden and spans: give hidden="attn_input" or "residual", and spans=True')
         if self.query_centres and not self.rope:
             raise ValueError(
                 "query_centres with rope=False: give rope=True, without which queries cannot be turned back"
@@ -88,6 +95,8 @@ class Needs:
             # A sample serves another only where both count in the same steps; methods that differ have their own cache.
             query_sample=self.query_sample or other.query_sample,
             ids=self.ids or other.ids,
+            grids=self.grids or other.grids,
+            states=self.states or other.states,
         )
 
 
@@ -116,6 +125,8 @@ class Evidence:
         sampled_positions: int32 [batch, s], theirs, -1 where a row has no token in this column, or None.
         ids: int64 [batch, m], the block's token ids, or None; their positions are `norm_positions`.
         gone: int64 [batch] on the CPU, how many of `tokens` were forgotten on demand; None = none.
+        grids: those of `spans`; empty = not told.
+        states: of the block's tokens in screenshots, or None.
     """
 
     queries: torch.Tensor
@@ -137,6 +148,8 @@ class Evidence:
     sampled_positions: torch.Tensor | None = None
     ids: torch.Tensor | None = None
     gone: torch.Tensor | None = None
+    grids: Grids = field(default_factory=list)
+    states: ScreenStates | None = None
 
     @property
     def remaining(self) -> torch.Tensor:
@@ -172,6 +185,8 @@ class Evidence:
             sampled=None if self.sampled is None else self.sampled[one, ours],
             sampled_positions=None if self.sampled_positions is None else self.sampled_positions[one],
             ids=None if self.ids is None else self.ids[one],
+            grids=self.grids[one] if self.grids else [],
+            states=None if self.states is None else self.states.row(row),
         )
 
     def only(self, needs: Needs) -> Evidence:
@@ -191,6 +206,7 @@ class Evidence:
             sampled=self.sampled if needs.query_sample else None,
             sampled_positions=self.sampled_positions if needs.query_sample else None,
             ids=self.ids if needs.ids else None,
+            states=self.states if needs.states else None,
         )
 
     def queries_of(self, row: int) -> torch.Tensor:
@@ -217,6 +233,7 @@ class EvidenceCollector:
         """Forgets everything collected."""
         self._queries: torch.Tensor | None = None
         self._norms: list[torch.Tensor] = []
+        self._states: list[ScreenStates] = []
         self._positions: list[torch.Tensor] = []
         self._rope: list[torch.Tensor] = []
         self._ids: list[torch.Tensor] = []
@@ -234,7 +251,8 @@ class EvidenceCollector:
         step: Step,
         held: Callable[[], Stored],
         *,
-        norms: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        spans: Spans | None = None,
         rotary: RotarySpec | None = None,
         lse: torch.Tensor | None = None,
         spare: int = 0,
@@ -243,7 +261,8 @@ class EvidenceCollector:
 
         Args:
             held: gives what the layer stores, the chunk included.
-            norms: fp32 [batch, m], row norms of the hidden states that were asked for.
+            hidden: [batch, m, hidden_size], the hidden states that were asked for.
+            spans: where the screenshots lie.
             rotary: how the layer's keys turn, if asked for.
             lse: fp32 [batch, heads, m], the log-sum-exp of what the chunk's queries saw, if it is known.
             spare: queries to keep beyond the window, because so many tokens may be taken back.
@@ -261,7 +280,9 @@ class EvidenceCollector:
             # A copy: a slice would keep the whole chunk's queries alive until the block ends.
             self._queries = last.clone()
         if self.needs.hidden:
-            self._norms.append(norms)
+            self._norms.append(hidden.float().norm(dim=-1))
+        if self.needs.states:
+            self._states.append(ScreenStates.of(hidden, step.positions, spans or []))
         if self.needs.hidden or self.needs.rope or self.needs.ids:
             self._positions.append(step.positions)
         if self.needs.ids and step.ids is not None:
@@ -348,13 +369,16 @@ class EvidenceCollector:
             self._queries = self._queries[:, :, : self._queries.shape[2] - tokens]
         for chunks in (self._norms, self._positions, self._rope, self._ids):
             chunks[:] = [torch.cat(chunks, 1)[:, :-tokens]] if chunks and tokens else chunks
+        if self._states and tokens:
+            ends = F.pad(self._positions[0], (1, 0), value=-1).amax(1) + 1
+            self._states = [states.before(ends) for states in self._states]
         # Tokens of blocks that are over, or of an answer, were not counted here.
         came = self._came - tokens
         self._came = max(0, came) if isinstance(came, int) else came.clamp(min=0)
 
     def finish(
         self, q: torch.Tensor, scale: float, tokens: torch.Tensor, spans: Spans, softcap: float | None = None,
-        gone: torch.Tensor | None = None,
+        gone: torch.Tensor | None = None, grids: Grids | None = None,
     ) -> Evidence:  # fmt: skip
         """The evidence of the whole block; the collector is empty afterwards."""
         queries = self._queries if self._queries is not None else q[:, :, :0]
@@ -364,6 +388,7 @@ class EvidenceCollector:
             for x in (self._norms, self._positions, self._rope, self._ids, self._sampled_at)
         )
         sampled = torch.cat(self._sampled, 2) if self._sampled else None
+        states = ScreenStates.joined(self._states) if self._states else None
         columns, moments, peaks, came = self._columns, self._moments, self._peaks, self._came
         centres = self._centres
         self.clear()
@@ -371,5 +396,5 @@ class EvidenceCollector:
         came = came if isinstance(came, torch.Tensor) else None
         return Evidence(
             queries, scale, tokens, norms, positions, rope, spans, columns, moments, peaks, came, softcap, centres,
-            sampled=sampled, sampled_positions=at, ids=ids, gone=gone,
+            sampled=sampled, sampled_positions=at, ids=ids, gone=gone, grids=grids or [], states=states,
         )  # fmt: skip

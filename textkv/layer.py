@@ -72,6 +72,8 @@ class Layer(Takeback, CacheLayerMixin):
         changes: how often the method changed what is stored.
         notes: what the method wrote down about this layer for its `on_finish`, which takes it out again.
         statistics: numbers that a method keeps per stored token, by name; see `statistic`.
+        trajectory: what a method learned from the steps of an agent so far, by name, row by row [batch, ...]. It
+            outlives `reset`; `MethodCache.new_trajectory` ends it.
         scale: the model's softmax scale, known from the first forward on.
         softcap: its soft cap of scores, or None.
         came: int64 [batch] on the CPU while a hook runs, real tokens that the forward brought; None = the same to all.
@@ -89,6 +91,7 @@ class Layer(Takeback, CacheLayerMixin):
         self.is_sliding = not kind.governed
         self.module = lambda: None
         self.collector = EvidenceCollector(context.needs)
+        self.trajectory: dict[str, torch.Tensor] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -131,6 +134,8 @@ class Layer(Takeback, CacheLayerMixin):
         # Only keys tell what a layer really has: configurations differ in what they call a head.
         self.kv_heads, self.head_dim = key_states.shape[1], key_states.shape[3]
         self.real_seen = torch.zeros(key_states.shape[0], dtype=torch.int64)
+        # Rows of another number are other trajectories.
+        self.trajectory = {name: x for name, x in self.trajectory.items() if len(x) == len(key_states)}
         self.is_initialized = True
         if self.kind.governed:
             with self.context.timed("on_start"):
@@ -166,7 +171,8 @@ class Layer(Takeback, CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        """Forgets tokens, statistics and notes; the next keys begin anew, with any batch size and dtype."""
+        """Forgets tokens, statistics and notes; the next keys begin anew, with any batch size and dtype. A trajectory
+        goes on, if rows are as many."""
         self._clear()
 
     def offload(self) -> None:
@@ -188,7 +194,7 @@ class Layer(Takeback, CacheLayerMixin):
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
         rotary: torch.Tensor | None = None,
-        norms: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
         ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Takes one forward's tokens in and returns their attention output [batch, heads, m, head_dim].
@@ -199,7 +205,7 @@ class Layer(Takeback, CacheLayerMixin):
             softcap: see `Step`.
             sinks: [heads], a logit that takes part in each query's softmax and gives no output (gpt-oss).
             rotary: [3 or 1, batch or 1, m] position ids of the call.
-            norms: fp32 [batch, m], row norms of hidden states, if the method asked for them.
+            hidden: [batch, m, hidden_size], hidden states, if the method asked for them.
             ids: int64 [batch, m], token ids, if the method asked for them.
         """
         if view.step is not None:
@@ -227,7 +233,7 @@ class Layer(Takeback, CacheLayerMixin):
             )  # fmt: skip
             if self.context.table is not None and self.kind.number == self.context.first:
                 self.context.table.write(tokens.positions, self.seen + q.shape[2], rotary)
-            out = self._forward(view, q, sinks, norms)
+            out = self._forward(view, q, sinks, hidden)
         if out.dtype != given:
             out = out.to(given)
         return Undifferentiable.apply(q, out) if grows else out
@@ -256,19 +262,19 @@ class Layer(Takeback, CacheLayerMixin):
             mask = Call(None, q.shape[2], self.seen, None) if mask is None else self.context.call_of(mask, self.seen)
         return mask.brings(self.real_seen, self.context.real, q.device)
 
-    def _forward(self, view: View, q: torch.Tensor, sinks: torch.Tensor | None, norms) -> torch.Tensor:
+    def _forward(self, view: View, q: torch.Tensor, sinks: torch.Tensor | None, hidden) -> torch.Tensor:
         step, m = view.step, view.k.shape[2]
         prompt = (m > 1 and not self.context.verifying) or self.seen == 0 or self.seen < self.context.block_end
         self._thaw()
         block = self._block_before_drafts(view)
         if block:
-            return self._block_and_drafts(view, block, sinks, norms)
+            return self._block_and_drafts(view, block, sinks, hidden)
         if not view.waiting:
-            return self._take(step, view.tokens, prompt, sinks, norms)
+            return self._take(step, view.tokens, prompt, sinks, hidden)
         self._before(q, prompt)
         self._torn = True
         out, lse = self._attend(step, sinks, take=False)
-        view.prompt, view.norms, view.lse = prompt, norms, lse
+        view.prompt, view.hidden, view.lse = prompt, hidden, lse
         self._torn = False
         return out
 
@@ -279,14 +285,14 @@ class Layer(Takeback, CacheLayerMixin):
                 self.context.method.on_decode_begin(self, q)
 
     def _take(
-        self, step: Step, tokens: Tokens, prompt: bool, sinks: torch.Tensor | None, norms, final: bool = False
+        self, step: Step, tokens: Tokens, prompt: bool, sinks: torch.Tensor | None, hidden, final: bool = False
     ) -> torch.Tensor:
         """Attends and takes the tokens in; `final`: none of them will be taken back, whatever else may be."""
         self._before(step.q, prompt)
         # Until the output is there. An exception in between leaves segments half-changed.
         self._torn = True
         out, lse = self._attend(step, sinks, take=True)
-        self._end(step, tokens, prompt, norms, lse, final)
+        self._end(step, tokens, prompt, hidden, lse, final)
         self._torn = False
         return out
 
@@ -301,12 +307,12 @@ class Layer(Takeback, CacheLayerMixin):
         plain = not step.padded and step.hidden is None and step.visible is None and not view.waiting
         return block if apart and plain and 0 < block < view.k.shape[2] else 0
 
-    def _block_and_drafts(self, view: View, block: int, sinks: torch.Tensor | None, norms) -> torch.Tensor:
+    def _block_and_drafts(self, view: View, block: int, sinks: torch.Tensor | None, hidden) -> torch.Tensor:
         """The prompt block's own `block` tokens, after which the method acts, and then the drafts."""
         drafts = view.k.shape[2] - block
         tokens = replace(view.tokens, positions=view.tokens.positions[:, :block], seen=view.tokens.seen - drafts)
         first, second = slice(None, block), slice(block, None)
-        of_block = None if norms is None else norms[:, first]
+        of_block = None if hidden is None else hidden[:, first]
         out = self._take(view.step.part(first), tokens, True, sinks, of_block, final=True)
         return torch.cat([out, self._take(view.step.part(second), view.tokens, False, sinks, None)], 2)
 
@@ -317,7 +323,7 @@ class Layer(Takeback, CacheLayerMixin):
             view.waiting -= 1
             if not view.waiting:
                 self.segments[-1].append(view.step)
-                self._end(view.step, view.tokens, view.prompt, view.norms, view.lse)
+                self._end(view.step, view.tokens, view.prompt, view.hidden, view.lse)
         return out.to(q.dtype)
 
     def _attend(self, step: Step, sinks: torch.Tensor | None, take: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

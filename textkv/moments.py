@@ -28,7 +28,7 @@ class Moments(Contents):
         step: Step,
         tokens: Tokens,
         prompt: bool,
-        norms: torch.Tensor | None,
+        hidden: torch.Tensor | None,
         lse: torch.Tensor | None,
         final: bool = False,
     ) -> None:
@@ -43,7 +43,7 @@ class Moments(Contents):
         if self.kind.governed and not context.frozen:
             # Evidence is of the block's own queries, so it is taken while they are here, chunk by chunk.
             if prompt:
-                self._collect(step, norms, lse)
+                self._collect(step, hidden, lse)
                 context.note_bytes(self)
             if hold:
                 # The queries may be those of drafts: the method acts when it is known which tokens stay.
@@ -57,21 +57,26 @@ class Moments(Contents):
         self.last_share = self.came = None
         context.after_step(self, ends and not hold and not context.frozen, None if final else tokens)
 
-    def _collect(self, step: Step, norms: torch.Tensor | None, lse: torch.Tensor | None) -> None:
-        if self.context.needs.hidden and norms is None:
+    def _collect(self, step: Step, hidden: torch.Tensor | None, lse: torch.Tensor | None) -> None:
+        context = self.context
+        if context.needs.hidden and hidden is None:
             raise RuntimeError(
                 "the method needs hidden states but none arrived: build the cache as MethodCache(model, ...) with "
                 "the same model that runs"
             )
         # Drafts that go take the window's last queries with them: older ones then move up.
-        spare = SPARE if self.context.hold else 0
-        self.collector.take(step, self.stored, norms=norms, rotary=self.rotary, lse=lse, spare=spare)
+        spare = SPARE if context.hold else 0
+        self.collector.take(
+            step, self.stored, hidden=hidden, spans=context.spans, rotary=self.rotary, lse=lse, spare=spare
+        )
 
     def _prompt_end(self, q: torch.Tensor) -> None:
-        gone = self.context.gone
-        evidence = self.collector.finish(q, self.scale, self.real_seen, self.context.spans, self.softcap, gone)
-        with self.context.timed("on_prefill_end"):
-            self.context.method.on_prefill_end(self, evidence)
+        context = self.context
+        evidence = self.collector.finish(
+            q, self.scale, self.real_seen, context.spans, self.softcap, context.gone, context.grids
+        )
+        with context.timed("on_prefill_end"):
+            context.method.on_prefill_end(self, evidence)
 
     def _decode_end(self, q: torch.Tensor) -> None:
         with self.context.timed("on_decode_end"):

@@ -151,7 +151,7 @@ class Packer(Method):
         """Packs what has come together."""
         if prompt:
             # Numbers of the left method belong to slots that are about to be divided anew.
-            layer.statistics = {}
+            layer.drop_token_statistics()
         if isinstance(layer.segments[0], SplitSegment):
             self._flush_heads(layer, prompt)
             return

@@ -1,4 +1,4 @@
-"""What must be seen outside of attention: rotary positions, norms of hidden states, and where a call begins and ends.
+"""What must be seen outside of attention: rotary positions, hidden states, and where a call begins and ends.
 
 The first cache that asks puts hooks on its model, once for all caches that will ever run on it. They look at the
 `past_key_values` of the call. What they see travels on with that call, as named arguments that end in our attention
@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from textkv.evidence import Needs
 from textkv.kinds import attention_modules, text_model
 
-ROTARY, NORMS, IDS = "textkv_rotary", "textkv_norms", "textkv_ids"
-"""Names under which position ids [3 or 1, batch or 1, m], row norms fp32 [batch, m] and token ids int64 [batch, m]
-travel."""
+ROTARY, HIDDEN, IDS = "textkv_rotary", "textkv_hidden", "textkv_ids"
+"""Names under which position ids [3 or 1, batch or 1, m], hidden states [batch, m, hidden_size] and token ids int64
+[batch, m] travel."""
 CALLS = "textkv_calls"
 """Name of the hooks that tell a cache of its model's calls: one that raises is taken back before the next."""
 
@@ -45,7 +45,7 @@ def place(model: PreTrainedModel, needs: Needs) -> None:
         placed[ROTARY] = [decoder.register_forward_pre_hook(hook, with_kwargs=True)]
     if needs.ids and IDS not in placed:
         placed[IDS] = [decoder.register_forward_pre_hook(_see_ids, with_kwargs=True)]
-    name = f"{NORMS}.{needs.hidden}"
+    name = f"{HIDDEN}.{needs.hidden}"
     if needs.hidden and name not in placed:
         modules = attention_modules(model)
         for number, module in modules.items():
@@ -70,7 +70,13 @@ def remove(model: PreTrainedModel) -> None:
 def _call_begins(module, args, kwargs):
     cache = kwargs.get("past_key_values")
     if hasattr(cache, "call_begins"):
-        cache.call_begins()
+        cache.call_begins(pictures=_brings_pictures(kwargs))
+
+
+def _brings_pictures(kwargs) -> bool:
+    """Whether a call has any, as pixels or as `generate` has encoded them before."""
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    return kwargs.get("pixel_values") is not None or encoded.get("image") is not None
 
 
 @torch.compiler.disable
@@ -120,7 +126,7 @@ def _see_ids(module, args, kwargs):
 
 
 def _see_hidden(which: str):
-    """A hook of a layer or of its attention: hands on the row norms of the hidden state that comes in."""
+    """A hook of a layer or of its attention: hands on the hidden state that comes in."""
 
     def hook(module, args, kwargs):
         cache = kwargs.get("past_key_values")
@@ -128,7 +134,7 @@ def _see_hidden(which: str):
         if needs is None or needs.hidden != which:
             return None
         hidden = kwargs.get("hidden_states", args[0] if args else None)
-        return args, kwargs | {NORMS: hidden.detach().float().norm(dim=-1)}
+        return args, kwargs | {HIDDEN: hidden.detach()}
 
     return hook
 

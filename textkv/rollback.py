@@ -49,11 +49,14 @@ class Rollback(Cache):
 
     # ---- the model's calls, one after another ------------------------------------------------------------------
 
-    def call_begins(self) -> None:
+    def call_begins(self, pictures: bool = False) -> None:
         """The model is called with this cache. If the call before stopped half-way, all layers go back to its start.
 
+        Args:
+            pictures: whether the call brings any.
+
         Raises:
-            ValueError: they cannot.
+            ValueError: they cannot, or the method asks where pictures lie and was not told.
         """
         if self._start is not None and not self._start.seen:
             self._empty()  # there was nothing before: nothing that any layer or state holds is wanted
@@ -61,6 +64,8 @@ class Rollback(Cache):
             if self._through:
                 raise ValueError(_STATES.format(max(number for number, _ in self._through)))
             self._go_back(self._start)
+        if pictures:
+            self.context.check_pictures()
         self._start = replace(self._here(), changes={x.kind.number: x.changes for x in self._own()})
 
     def call_ends(self) -> None:

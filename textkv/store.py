@@ -42,6 +42,7 @@ def save(
     header = {
         "format": FORMAT, "method": context.method.expression, "budget": str(context.method.budget),
         "model": _shape_of(context, model), "spans": context.spans, "block_end": context.block_end,
+        "grids": [[[*span, *grid] for span, grid in row.items()] for row in context.screens],
         "layers": [_pack_layer(layer, number, tensors) for number, layer in enumerate(context.everything)],
         "beside": {name: x for name, x in more.items() if not isinstance(x, torch.Tensor)},
     }  # fmt: skip
@@ -113,6 +114,9 @@ def _fill(context: Context, header: dict[str, Any], model: PreTrainedModel) -> N
     tensors = {name: x.to(model.device) for name, x in header["tensors"].items()}
     # JSON knows no tuples.
     context.spans = [[tuple(span) for span in row] for row in header["spans"]]
+    context.screens = [
+        {(start, end): (high, wide) for start, end, high, wide in row} for row in header.get("grids", [])
+    ]
     context.block_end, context.real = header["block_end"], tensors.get("real")
     context.forgotten = header["tensors"].get("forgotten")
     if context.table is not None:
@@ -160,8 +164,8 @@ def _pack_layer(layer: Any, number: int, tensors: dict[str, torch.Tensor]) -> di
         kinds.append(
             {"name": segment.name, "plain": {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)}}
         )
-    for name, x in layer.statistics.items():
-        tensors[f"{number}.statistic.{name}"] = x
+    for kind, known in (("statistic", layer.statistics), ("trajectory", layer.trajectory)):
+        tensors |= {f"{number}.{kind}.{name}": x for name, x in known.items()}
     ready = layer.is_initialized
     return saved | {
         "segments": kinds, "seen": layer.seen, "since_eviction": layer.since_eviction,
@@ -190,6 +194,7 @@ def _unpack_layer(layer: Any, saved: dict, number: int, tensors: dict[str, torch
         for i, part in enumerate(saved["segments"])
     ]
     layer.statistics = _own(tensors, f"{number}.statistic.")
+    layer.trajectory = _own(tensors, f"{number}.trajectory.")
     layer.dtype = getattr(torch, saved["dtype"].removeprefix("torch."))
     layer.is_initialized = True
 

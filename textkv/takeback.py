@@ -69,7 +69,8 @@ class Takeback(Moments):
             return
         for segment in self.segments:
             segment.take_rows(beam_idx)
-        self.statistics = {name: x.index_select(0, beam_idx.to(x.device)) for name, x in self.statistics.items()}
+        for known in (self.statistics, self.trajectory):
+            known |= {name: x.index_select(0, beam_idx.to(x.device)) for name, x in known.items()}
         self.real_seen = self.real_seen[beam_idx.cpu()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -58,6 +58,11 @@ class Prompt:
     spans: list[Span]
     frames: list[Frame]
 
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """(rows, columns) of the tokens of each screenshot."""
+        return [frame.grid for frame in self.frames]
+
 
 class ModelAdapter(Protocol):
     """One model with its tokenizer and image processor; `history_frames` = screenshots per prompt that it was

@@ -25,7 +25,7 @@ from agentkv.trace import read_run
 from textkv.command import write_text
 
 STYLES = ("page.css", "episode.css")
-SCRIPTS = ("base.js", "summary.js", "pictures.js", "cards.js", "panels.js", "page.js")  # one script, in this order
+SCRIPTS = ("base.js", "summary.js", "pictures.js", "cards.js", "panels.js", "compare.js", "page.js")  # in this order
 MAX_BYTES = 12_000_000  # of the page: opens at once, can be mailed
 MAX_STEPS = 60  # shown per episode
 SMALL_PNG = 24_000  # bytes up to which a screenshot is embedded untouched

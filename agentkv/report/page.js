@@ -102,6 +102,7 @@ function draw() {
       plays.map(([m, p]) => card(m, p)),
     ),
     heldPanel(plays) || "",
+    comparison(plays) || "",
     chart(plays) || "",
   );
   byId("said").textContent = `Step ${state.step + 1} of ${count}`;

@@ -125,6 +125,8 @@ class Bench:
             teacher = [self._told(trajectory, step) for step in trajectory.steps]
             for cell in self.cells:
                 said = list(teacher)
+                # What a method learns from steps is of one task and cell; where answers are resumed, it begins anew.
+                self.agents[cell.method, cell.budget].start(None)
                 for index, step in enumerate(trajectory.steps):
                     if step.image is None:
                         continue

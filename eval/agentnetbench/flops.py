@@ -106,7 +106,8 @@ def counted(
     """
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     cache = MethodCache(model, method, budget)
-    cache.begin(ids, spans=[list(spans)])
+    # In what grid they lie changes no count.
+    cache.begin(ids, spans=[list(spans)], grids=[[(1, end - start) for start, end in spans]])
     model(ids, past_key_values=cache, logits_to_keep=1)
     with FlopCounterMode(display=False, custom_mapping=_CPU) as counter:
         model(ids[:, -1:], past_key_values=cache)

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from agentkv.gui_kv import GuiKV, GuiKVOfficial, orthobasis, saliency
+from agentkv.frames import saliency
+from agentkv.gui_kv import GuiKV, GuiKVOfficial, orthobasis
 from textkv import Budget, resolve_method
 from textkv.eviction import NEVER
 from textkv.evidence import Evidence

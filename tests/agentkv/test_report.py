@@ -115,6 +115,21 @@ def test_the_overlay_is_the_share_that_was_kept(page):
     assert page.locator(".held canvas").count() == 0
 
 
+def test_methods_are_compared_step_by_step(page):
+    told = page.locator(".compare li").all_inner_texts()
+    assert told[0] == "gui-kv leaves full at step 1: click (3, 4) where full does: click (10, 20.5)"
+    assert told[1].startswith("snapkv leaves full at step 1: no action")
+    rows = page.locator(".compare tbody tr")
+    assert [rows.nth(i).locator(".apart-mark").count() for i in range(3)] == [0, 1, 1]
+    frames = page.evaluate("DATA.pairs[0].plays['gui-kv'].steps[1].frames")
+    bars = rows.nth(1).locator("td").nth(1).locator("rect")
+    heights = [float(bars.nth(i).get_attribute("height")) / 16 for i in range(len(frames))]
+    kept = [list(base64.b64decode(frame["kept"])) for frame in frames]
+    assert heights == pytest.approx([sum(x) / len(x) / 100 for x in kept])
+    rows.nth(0).locator("td").nth(2).click()
+    assert page.locator('[data-step][aria-current="step"]').inner_text() == "3"
+
+
 def test_keys_filters_and_the_address(page):
     page.keyboard.press("ArrowRight")
     assert page.locator('[data-step][aria-current="step"]').inner_text() == "2" and page.url.endswith(

@@ -55,6 +55,10 @@ class AdaKV(Eviction):
         """The scorer's scores, fp32 [batch, kv_heads, n]."""
         return self.inner.score(layer, held, evidence, keep)
 
+    def scores(self, layer: Layer, evidence: Evidence, keep: list[int] | None = None) -> torch.Tensor:
+        """The scorer's over the whole layer, which it may look at as one: heads that hold different tokens too."""
+        return self.inner.scores(layer, evidence, keep)
+
     def fits(self, layer: Layer, evidence: Evidence) -> bool:
         """By the scorer's word: the heads only share out what it gives the layer."""
         return self.inner.fits(layer, evidence)

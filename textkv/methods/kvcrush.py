@@ -117,8 +117,13 @@ class KVCrush(Eviction):
         """The scorer's scores, fp32 [batch, kv_heads, n]."""
         return self.inner.score(layer, held, evidence, keep)
 
+    def scores(self, layer: Layer, evidence: Evidence, keep: list[int] | None = None) -> torch.Tensor:
+        """The scorer's over the whole layer."""
+        return self.inner.scores(layer, evidence, keep)
+
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
         """Keep the scorer's best and the representatives, together as many as the scorer would."""
+        self.learn(layer, evidence)
         if self.inner.fits(layer, evidence):
             return
         scores = self.scores(layer, evidence)

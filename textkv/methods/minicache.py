@@ -166,7 +166,10 @@ class MiniCache(Method):
     def _wanted(self, layer: Layer, evidence: Evidence) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The scorer's scores and how many tokens it wants to keep; None if nothing has to go."""
         scorer = self.inner
-        if not isinstance(scorer, Eviction) or scorer.fits(layer, evidence):
+        if not isinstance(scorer, Eviction):
+            return None
+        scorer.learn(layer, evidence)
+        if scorer.fits(layer, evidence):
             return None
         scores = scorer.scores(layer, evidence)
         return scores, scorer.counts(layer, scores, evidence)

@@ -133,6 +133,7 @@ class SentenceKV(Retrieval):
 
     def _fill(self, layer: Layer, evidence: Evidence) -> None:
         plan = self.plan(evidence.remaining)
+        self.scorer.learn(layer, evidence)
         wanted = (plan.seen * self.factor).ceil().long()
         room = torch.minimum(wanted, evidence.remaining).tolist()
         if bool((layer.lengths().amax(1) <= torch.tensor(room)).all()):

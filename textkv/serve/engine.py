@@ -178,7 +178,7 @@ class ChatEngine(Engine):
         if cancelled():
             raise Cancelled
         ids = prepared.inputs["input_ids"]
-        compared = {k: v for k, v in prepared.inputs.items() if k != "spans"}
+        compared = {k: v for k, v in prepared.inputs.items() if k not in ("spans", "grids")}
         told = self._blank.dialogue(**({"attention_mask": torch.ones_like(ids)} | compared))
         talk = self.shelf.take(told)
         growing = _Growing(Answer(self._text, prepared.stop), give, cancelled, ids.shape[1])

@@ -78,6 +78,9 @@ class Told:
     def __init__(self, *replies: str) -> None:
         self.replies, self.seen = iter(replies), []
 
+    def start(self, env) -> None:
+        """Nothing that it learned."""
+
     def decide(self, goal, history, screenshot, viewport) -> Decision:
         self.seen.append([(image is not None, text) for image, text in history])
         text, frame = next(self.replies), load_frame(screenshot)
