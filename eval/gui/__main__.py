@@ -18,10 +18,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from agentkv.errors import EXPLAINED
 from agentkv.models import AGENTS
 from agentkv.play import Plan
-from agentkv.run import load, split_methods
+from agentkv.run import load
 from agentkv.tables import stdout_console
-from textkv import Budget, resolve_method, split_list
-from textkv.command import count, device, results_file, run, write_rows
+from textkv import resolve_method
+from textkv.command import (
+    budgets,
+    checked,
+    count,
+    device,
+    methods,
+    readable_folder,
+    results_file,
+    run,
+    some_text,
+    write_rows,
+)
 from textkv.provenance import run_meta
 
 from ..leaderboard import Cell, cells_of
@@ -34,20 +45,33 @@ from .items import BENCHMARKS, Benchmark, Item, read
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.gui", description=__doc__.split("\n\n")[0])
-    p.add_argument("--benchmark", required=True, help=f"{', '.join(BENCHMARKS.names())}, or module:Class")
-    p.add_argument("--data", type=Path, required=True, help="folder of its annotation files")
-    p.add_argument("--images", type=Path, help="folder of its pictures (default: images in --data)")
-    p.add_argument("--model", default="mini", help="mini (embedded), a folder, or a hub id of a supported family")
     p.add_argument(
-        "--agent", help=f"prompt and grammar: {', '.join(AGENTS)}, or module:Class; default: the checkpoint's"
+        "--benchmark",
+        type=checked(BENCHMARKS.find),
+        required=True,
+        help=f"{', '.join(BENCHMARKS.names())}, or module:Class",
     )
-    p.add_argument("--method", default="full,gui-kv", help="comma-separated methods or compositions")
-    p.add_argument("--budget", default="0.2", help="comma-separated shares of the prompt to keep, or tokens as 512t")
+    p.add_argument("--data", type=readable_folder, required=True, help="folder of its annotation files")
+    p.add_argument("--images", type=readable_folder, help="folder of its pictures (default: images in --data)")
+    p.add_argument(
+        "--model", type=some_text, default="mini", help="mini (embedded), a folder, or a hub id of a supported family"
+    )
+    p.add_argument(
+        "--agent",
+        type=some_text,
+        help=f"prompt and grammar: {', '.join(AGENTS)}, or module:Class; default: the checkpoint's",
+    )
+    p.add_argument("--method", type=methods(), default="full,gui-kv", help="comma-separated methods or compositions")
+    p.add_argument(
+        "--budget", type=budgets, default="0.2", help="comma-separated shares of the prompt to keep, or tokens as 512t"
+    )
     p.add_argument("--limit", type=count, help="the first so many questions only")
     p.add_argument("--max-new-tokens", type=count, help="limit of one answer (default: the family's)")
     p.add_argument("--device", type=device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument(
-        "--json", type=results_file("eval.gui"), help="rows (default runs/BENCHMARK.json); the answers lie beside it"
+        "--json",
+        type=results_file("eval.gui", beside=(".jsonl",)),
+        help="rows (default runs/BENCHMARK.json); the answers lie beside it",
     )
     return p
 
@@ -66,13 +90,10 @@ class Request:
 
 def cells(args: argparse.Namespace) -> list[Cell]:
     """Methods at budgets. Raises ValueError for one that cannot be."""
-    methods, budgets = split_methods(args.method), [str(Budget.parse(b)) for b in split_list(args.budget)]
-    if not budgets:
-        raise ValueError("no budget was named; use --budget 0.2, or several: --budget 0.2,0.4")
-    for method in methods:
-        for budget in budgets:
+    for method in args.method:
+        for budget in args.budget:
             resolve_method(method, budget)
-    return [cell for cell in cells_of(methods, budgets) if cell[0] in methods]
+    return [cell for cell in cells_of(args.method, args.budget) if cell[0] in args.method]
 
 
 def check(args: argparse.Namespace) -> Request:
@@ -81,7 +102,7 @@ def check(args: argparse.Namespace) -> Request:
     Raises:
         ValueError, FileNotFoundError: what cannot be carried out.
     """
-    benchmark, grid = BENCHMARKS.find(args.benchmark)(), cells(args)
+    benchmark, grid = args.benchmark(), cells(args)
     items, problems = read(benchmark, args.data, args.images)
     path = args.json or Path("runs") / f"{benchmark.name}.json"
     board = {"benchmark": benchmark.name, "data": str(args.data), "model": args.model, "agent": args.agent}
