@@ -13,7 +13,7 @@ from agentkv.envs.browser import BrowserCrashed, ChromiumMissing
 from agentkv.envs.miniwob import MiniwobMissing
 from agentkv.envs.sites import SitesMissing
 from agentkv.envs.tab import PageNotLoaded
-from agentkv.trace import NoSpace
+from textkv.disk import NoSpace
 
 
 class UserError(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,8 @@ from agentkv.envs.tab import Manners
 from agentkv.envs.task import Task
 from agentkv.envs.web import WebEnv
 from agentkv.errors import Interrupts
-from agentkv.trace import DONE, DOWNLOADS, RUN, EpisodeTrace, episode_folder, write_json
+from agentkv.reading import inside, read_about, read_episode
+from agentkv.trace import DOWNLOADS, RUN, EpisodeTrace, episode_folder, write_json
 
 LIVE = "live"  # the name of the task that a --url is
 LOAD_TIMEOUT = 30.0  # seconds for a page to load
@@ -82,14 +82,16 @@ class Plan:
 def open_folder(out: Path, plan: Plan, resume: bool, meta: Mapping[str, Any], notes: Sequence[str]) -> None:
     """Make `out` the folder of this run. An earlier run there is moved aside, or with `resume` gone on with.
 
-    Raises ValueError when the run to go on with was made with other settings.
+    Raises ValueError when the run to go on with was made with other settings, is none, or has links out of it.
     """
     about = {**asdict(plan), "episodes": len(plan.seeds), "notes": list(notes), "meta": dict(meta)}
     if (out / RUN).exists():
         if resume:
-            about = _joined(json.loads((out / RUN).read_text()), about, out)
+            about = _joined(read_about(out), about, out)
         else:
             print(f"the earlier run in {out} is now in {_move_aside(out)}", file=sys.stderr)
+    for seed, task, method in plan.episodes():
+        inside(out, episode_folder(out, method, task, seed))
     write_json(out / RUN, about)
 
 
@@ -155,7 +157,7 @@ class Play:
                 env.close()
 
     def _all(self) -> bool:
-        todo = [e for e in self.plan.episodes() if not (self._folder(*e) / DONE).exists()]
+        todo = [e for e in self.plan.episodes() if not self._done(*e)]
         console = Console(stderr=True, quiet=self.quiet)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
@@ -173,6 +175,13 @@ class Play:
 
     def _folder(self, seed: int, task: str, method: str) -> Path:
         return episode_folder(self.out, method, task, seed)
+
+    def _done(self, *episode: Any) -> bool:
+        try:
+            return read_episode(self._folder(*episode)) is not None
+        except ValueError as error:
+            print(f"{error}; it is played again", file=sys.stderr)
+            return False
 
     def _env(self, task: str) -> WebEnv:
         if task not in self.envs:

@@ -8,7 +8,6 @@ work; such an error is one line on stderr and exit code 2. The run is a folder o
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -29,11 +28,12 @@ from agentkv.errors import EXPLAINED, Interrupts, UserError, user_errors
 from agentkv.models import AGENTS, ModelAdapter, load_adapter
 from agentkv.persistent import PersistentAgent
 from agentkv.play import LIVE, Plan, Play, open_env, open_folder, task_of
+from agentkv.reading import Recorded, read_about, read_run
 from agentkv.replay import find_run, recorded, replay, replay_table
 from agentkv.report import write_report
 from agentkv.stats import UNITS, summarise
 from agentkv.tables import method_table, stdout_console, task_table
-from agentkv.trace import RUN, need_space, read_run, write_json
+from agentkv.trace import need_space, write_json
 from textkv import Budget, resolve_method, split_list
 from textkv.command import count, results_file, seed, terminable
 from textkv.devices import device_of
@@ -268,19 +268,25 @@ def notes(plan: Plan) -> list[str]:
 
 def finish(out: Path, extra: Path | None) -> None:
     """Draw the table, summary.json and report.html from the traces in `out`, and say where they are."""
-    about, episodes = read_run(out)
-    rows = summarise(episodes)
+    recorded = read_run(out)
+    about, rows = recorded.about, summarise(recorded.episodes)
     summary = {"meta": about["meta"], "rows": rows}
     for path in filter(None, (out / "summary.json", extra)):
         write_json(path, summary)
     page = write_report(out)
     console = stdout_console()
     console.print(method_table(rows))
-    for note in about["notes"]:
+    for note in (*about["notes"], *left_out(recorded)):
         console.print(note)
     if len(about["tasks"]) > 1:
         console.print(task_table(rows))
     print(*filter(None, (out / "summary.json", extra, page)), sep="\n")
+
+
+def left_out(recorded: Recorded) -> list[str]:
+    """A note if episodes are damaged: how many, and the first."""
+    lines = recorded.damaged
+    return [f"{len(lines)} damaged, left out, and played again by --resume: {lines[0]}"] if lines else []
 
 
 def open_browser(args: argparse.Namespace, plan: Plan) -> Browser:
@@ -291,11 +297,14 @@ def open_browser(args: argparse.Namespace, plan: Plan) -> Browser:
 def replay_command(args: argparse.Namespace) -> int:
     """Act recorded episodes again; 1 when a reward differs."""
     with user_errors():
-        about = json.loads((find_run(args.replay) / RUN).read_text())
+        about = read_about(find_run(args.replay))
         recorded(args.replay)
         plan = Plan(**{f.name: about[f.name] for f in fields(Plan) if f.name in about})
     with open_browser(args, plan) as browser, user_errors():
         rows = list(replay(args.replay, cache(lambda task: open_env(task, plan, browser))))
+    for row in rows:
+        if row["damaged"]:
+            print(row["damaged"], file=sys.stderr)
     stdout_console().print(replay_table(rows))
     wrong = [r for r in rows if not r["same"]]
     print(f"{len(rows) - len(wrong)} of {len(rows)} episodes gave the same rewards")

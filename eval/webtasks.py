@@ -27,10 +27,11 @@ from agentkv.envs.browser import Browser
 from agentkv.errors import EXPLAINED, Interrupts
 from agentkv.models import AGENTS
 from agentkv.play import Plan, Play, open_folder, task_of
+from agentkv.reading import is_whole, read_run
 from agentkv.run import ANSWER, DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load, split_methods
 from agentkv.stats import UNITS, summarise
 from agentkv.tables import stdout_console
-from agentkv.trace import DONE, episode_folder, read_run
+from agentkv.trace import episode_folder
 from textkv import Budget, resolve_method
 from textkv.command import Workers, count, lengths, names, results_file, run, seed, write_rows
 from textkv.provenance import run_meta
@@ -97,7 +98,7 @@ class Study:
 
 
 def _missing(folder: Path, plan: Plan) -> bool:
-    return any(not (episode_folder(folder, m, t, s) / DONE).exists() for s, t, m in plan.episodes())
+    return any(not is_whole(episode_folder(folder, m, t, s)) for s, t, m in plan.episodes())
 
 
 class Worker:
@@ -141,7 +142,7 @@ def rows_of(study: Study) -> list[dict[str, Any]]:
     """One row per cell, method and group ("web", "memory", "all") and per task, from the traces."""
     rows = []
     for folder, plan in study.cells():
-        episodes = read_run(folder)[1]
+        episodes = read_run(folder).episodes
         for group in ("web", "memory"):
             part = [e for e in episodes if (group == "memory") == e["task"].startswith("memory-")]
             found = summarise(part)
@@ -156,7 +157,7 @@ def differences_of(study: Study) -> list[dict[str, Any]]:
     """Success of every method minus that of `full` and of `snapkv` on equal seeds, per cell and group of tasks."""
     won: dict[tuple[int, str, str], dict[tuple[str, int], bool]] = {}
     for folder, plan in study.cells():
-        for e in read_run(folder)[1]:
+        for e in read_run(folder).episodes:
             cell = won.setdefault((plan.history, "" if e["method"] == FULL else plan.budget, e["method"]), {})
             cell[e["task"], e["seed"]] = bool(e["success"])
     rows = []

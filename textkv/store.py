@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from textkv.context import Context
+from textkv.disk import disk_errors
+from textkv.records import checked, listed, parse
 from textkv.segments.base import SEGMENTS
 
 FORMAT = 2
@@ -56,8 +58,9 @@ def save(
     # Renamed when whole: a save that is interrupted leaves the one before it untouched.
     part = folder / f".{FILE}.{os.getpid()}"
     try:
-        save_file(tensors, part, metadata={"header": text, "checksum": _checksum(text, tensors)})
-        os.replace(part, folder / FILE)
+        with disk_errors(folder, "save again"):
+            save_file(tensors, part, metadata={"header": text, "checksum": _checksum(text, tensors)})
+            os.replace(part, folder / FILE)
     finally:
         part.unlink(missing_ok=True)
 
@@ -76,12 +79,10 @@ def read_header(folder: Path) -> dict[str, Any]:
             said = file.metadata() or {}
             # All of it, to be sure of the checksum before a single layer is filled.
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        header = json.loads(said["header"])
-        if header["format"] != FORMAT:
+        header = parse(said["header"])
+        if checked(header, {"format": int})["format"] != FORMAT:
             raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
-        wrong = [name for name, kind in _FIELDS.items() if not isinstance(header.get(name), kind)]
-        if wrong:
-            raise ValueError(f"its header has no {wrong[0]}, or one of the wrong type")
+        listed(checked(header, _FIELDS, {"beside": dict})["layers"], dict, "layers")
         if _checksum(said["header"], tensors) != said["checksum"]:
             raise ValueError("its checksum does not fit: it was changed after it was written")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:

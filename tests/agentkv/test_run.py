@@ -15,7 +15,7 @@ from agentkv.envs.actions import Click
 from agentkv.envs.browser import Browser, BrowserCrashed
 from agentkv.errors import Interrupts
 from agentkv.play import Plan, Play, open_folder
-from agentkv.trace import read_run
+from agentkv.reading import read_run
 from tests.agentkv.fake_episodes import META, tiny_adapter
 
 pytestmark = pytest.mark.browser
@@ -64,7 +64,7 @@ def test_only_a_live_page_has_the_fonts_of_the_machine():
 
 
 def test_every_method_plays_the_same_episodes(finished):
-    _, episodes = read_run(finished)
+    episodes = read_run(finished).episodes
     pairs = {m: [(e["task"], e["seed"], e["goal"]) for e in episodes if e["method"] == m] for m in ("oracle", "lost")}
     assert pairs["oracle"] == pairs["lost"] and len(pairs["oracle"]) == 2
     assert [e["success"] for e in episodes] == [True] * 2 + [False] * 2
@@ -112,12 +112,12 @@ def test_ctrl_c_stops_between_steps_and_resume_goes_on(browser, tmp_path, capsys
     out, stop = tmp_path / "r", Oracle(lambda count: os.kill(os.getpid(), signal.SIGINT) if count == 3 else None)
     assert not played(out, browser, {"oracle": stop})
     assert "stopping after this step; press Ctrl-C again to stop at once" in capsys.readouterr().err
-    _, episodes = read_run(out)
+    episodes = read_run(out).episodes
     lines = sum(len(path.read_text().splitlines()) for path in out.rglob("steps.jsonl"))
     assert lines == 3 and len(episodes) == 1, "the step that ran was finished, the episode was not"
     again = Oracle()
     assert played(out, browser, {"oracle": again}, resume=True)
-    _, whole = read_run(out)
+    whole = read_run(out).episodes
     assert len(whole) == 2 and again.count == sum(len(e["steps"]) for e in whole[len(episodes) :])
     assert whole[0]["steps"] == episodes[0]["steps"]
 
@@ -134,7 +134,7 @@ def test_a_second_ctrl_c_interrupts_at_once():
 def test_a_crashed_browser_repeats_the_episode_once(browser, tmp_path, capsys):
     killer = Oracle(lambda count: os.kill(browser.pid, signal.SIGKILL) if count == 1 else None)
     assert played(tmp_path / "r", browser, {"oracle": killer}, ("memory-colour",), (SEED,))
-    _, (episode,) = read_run(tmp_path / "r")
+    (episode,) = read_run(tmp_path / "r").episodes
     assert (episode["success"], episode["crashes"], episode["stop"]) == (True, 1, "done")
     assert "reset the environment" in capsys.readouterr().err
 
@@ -145,7 +145,7 @@ def test_a_browser_that_keeps_crashing_is_reported_and_the_run_goes_on(browser, 
             raise BrowserCrashed("the browser is gone")
 
     assert played(tmp_path / "r", browser, {"oracle": Oracle(crash)}, ("click-tab",), (SEED, SEED + 1))
-    _, episodes = read_run(tmp_path / "r")
+    episodes = read_run(tmp_path / "r").episodes
     assert [(e["success"], e["crashes"], e["stop"]) for e in episodes] == [
         (False, 2, "browser crash"),
         (True, 0, "done"),
