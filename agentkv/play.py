@@ -19,7 +19,6 @@ from agentkv.envs.live import LiveTask, page_says
 from agentkv.envs.tab import Manners
 from agentkv.envs.task import Task
 from agentkv.envs.web import WebEnv
-from agentkv.errors import Interrupts
 from agentkv.reading import inside, read_about, read_episode
 from agentkv.trace import DOWNLOADS, RUN, EpisodeTrace, episode_folder, write_json
 
@@ -140,23 +139,22 @@ class Play:
         policies: Mapping[str, Policy],
         browser: Browser,
         out: Path,
-        interrupts: Interrupts,
         budgets: Mapping[str, float | str] | None = None,
         quiet: bool = False,
     ) -> None:
-        self.plan, self.policies, self.browser, self.out, self.interrupts = plan, policies, browser, out, interrupts
+        self.plan, self.policies, self.browser, self.out = plan, policies, browser, out
         self.budgets, self.quiet = budgets or {}, quiet
         self.envs: dict[str, WebEnv] = {}
 
-    def run(self) -> bool:
-        """Play what is not finished yet; False when Ctrl-C cut it short. Closes the pages, not the browser."""
+    def run(self) -> None:
+        """Play what is not finished yet. Closes the pages, not the browser."""
         try:
-            return self._all()
+            self._all()
         finally:
             for env in self.envs.values():
                 env.close()
 
-    def _all(self) -> bool:
+    def _all(self) -> None:
         todo = [e for e in self.plan.episodes() if not self._done(*e)]
         console = Console(stderr=True, quiet=self.quiet)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -165,13 +163,10 @@ class Play:
             for seed, task, method in todo:
                 progress.update(bar, description=f"{method} · {task} · {seed}")
                 result = self._episode(seed, task, method)
-                if result.stop == "interrupted":
-                    return False
                 progress.advance(bar)
                 if not console.is_terminal:
                     end = "solved" if result.success else result.stop
                     console.print(f"{method} {task} {seed}: {end} after {result.steps} steps", highlight=False)
-        return True
 
     def _folder(self, seed: int, task: str, method: str) -> Path:
         return episode_folder(self.out, method, task, seed)
@@ -204,11 +199,10 @@ class Play:
                 trace.close()
             if result.stop != "browser crash":
                 break
-        if result.stop != "interrupted":
-            trace.finish(result, crashed)
+        trace.finish(result, crashed)
         return result
 
     def _play(self, env: WebEnv, method: str, seed: int, trace: EpisodeTrace) -> EpisodeResult:
         env.manners = replace(env.manners, downloads=trace.folder.resolve() / DOWNLOADS)
         limits, policy = Limits(max_steps=env.max_steps), self.policies[method]
-        return run_episode(env, policy, seed, limits, self.plan.history, trace.step, lambda: self.interrupts.asked)
+        return run_episode(env, policy, seed, limits, self.plan.history, trace.step)

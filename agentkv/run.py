@@ -24,7 +24,7 @@ from transformers.utils import logging
 from agentkv.agent import Agent
 from agentkv.envs.browser import Browser
 from agentkv.envs.dialogs import POLICIES
-from agentkv.errors import EXPLAINED, Interrupts, UserError, user_errors
+from agentkv.errors import EXPLAINED, UserError, user_errors
 from agentkv.models import AGENTS, ModelAdapter, load_adapter
 from agentkv.persistent import PersistentAgent
 from agentkv.play import LIVE, Plan, Play, open_env, open_folder, task_of
@@ -142,7 +142,7 @@ def play_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
         plan = make_plan(args)
         out = out_folder(args)
         need_space(out, space_needed(plan))
-    with Interrupts() as interrupts, open_browser(args, plan) as browser:
+    with open_browser(args, plan) as browser:
         with user_errors():
             adapter = load(plan)
             plan = fitted(plan, args, adapter)
@@ -150,11 +150,9 @@ def play_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
             agents = {m: kind(adapter, m, plan.budget, plan.max_new_tokens) for m in plan.methods}
             meta = run_meta("agentkv.run", argv, args.seed, chromium=browser.version, units=UNITS)
             open_folder(out, plan, args.resume, meta, notes(plan))
-        finished = Play(plan, agents, browser, out, interrupts, {m: budget_of(m, plan) for m in plan.methods}).run()
+        Play(plan, agents, browser, out, {m: budget_of(m, plan) for m in plan.methods}).run()
     finish(out, args.json)
-    if not finished:
-        print("agentkv: stopped before the end; the same command with --resume goes on", file=sys.stderr)
-    return 0 if finished else 130
+    return 0
 
 
 def make_plan(args: argparse.Namespace) -> Plan:

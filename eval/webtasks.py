@@ -24,7 +24,7 @@ from rich.table import Table
 
 from agentkv.agent import Agent
 from agentkv.envs.browser import Browser
-from agentkv.errors import EXPLAINED, Interrupts
+from agentkv.errors import EXPLAINED
 from agentkv.models import AGENTS
 from agentkv.play import Plan, Play, open_folder, task_of
 from agentkv.reading import is_whole, read_run
@@ -112,7 +112,7 @@ class Worker:
         """Play one job."""
         agents = {m: Agent(self.adapter, m, plan.budget, plan.max_new_tokens) for m in plan.methods}
         budgets = {m: budget_of(m, plan) for m in plan.methods}
-        Play(plan, agents, self.browser, folder, Interrupts(), budgets, quiet=True).run()
+        Play(plan, agents, self.browser, folder, budgets, quiet=True).run()
 
     def close(self) -> None:
         """End the browser."""
@@ -224,18 +224,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:
-    """Play what is missing; tables and curves of what was played, also after Ctrl-C."""
+    """Play what is missing; tables and curves of what was played."""
     study = Study(
         tuple(args.tasks or DEFAULT_TASKS), split_methods(",".join(args.methods)),
         tuple(str(Budget.parse(b)) for b in args.budgets), tuple(args.history), args.episodes, args.seed, args.out,
         args.model, args.agent, args.max_new_tokens or (64 if args.model == "mini" else ANSWER),
     )  # fmt: skip
     meta = run_meta("eval.webtasks", argv, args.seed, units=UNITS)
-    try:
-        play(study, args.workers, args.chromium, meta)
-    finally:
-        if sys.exc_info()[0] in (None, KeyboardInterrupt):
-            finish(study, meta, args.json)
+    play(study, args.workers, args.chromium, meta)
+    finish(study, meta, args.json)
 
 
 def finish(study: Study, meta: dict[str, Any], extra: Path | None) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from agentkv.envs.tab import Manners
-from agentkv.errors import Interrupts
 from agentkv.play import Plan, Play, open_folder
 from agentkv.reading import is_whole, read_run
 from agentkv.replay import replay
@@ -132,7 +131,7 @@ def test_a_damaged_episode_is_played_again(run, monkeypatch, capsys):
     open_folder(run, plan, True, META, [])
     monkeypatch.setattr("agentkv.play.open_env", lambda *_: Env())
     before = (first(run).parent / "1000001" / "steps.jsonl").stat().st_mtime_ns
-    assert Play(plan, {"full": FakePolicy()}, None, run, Interrupts(), quiet=True).run()
+    Play(plan, {"full": FakePolicy()}, None, run, quiet=True).run()
     told = capsys.readouterr().err
     assert "001.png" in told and "it is played again" in told
     assert is_whole(first(run)) and read_run(run).damaged == []
