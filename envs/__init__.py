@@ -12,13 +12,14 @@ This folder is imported as `agentkv.envs`.
 from importlib import import_module
 from importlib.util import find_spec
 
-for _name in ("playwright", "gymnasium", "PIL"):
-    if find_spec(_name) is None:
-        raise ModuleNotFoundError(f"{_name} is missing: browsers and screenshots need pip install 'agentkv[agents]'")
-
 if __name__ == "envs":
     import_module("textkv.kernels._bare").alias("envs", "agentkv.envs")
 else:
+    for _name in ("playwright", "gymnasium", "PIL"):
+        if find_spec(_name) is None:
+            _told = f"{_name} is missing: browsers and screenshots need pip install 'agentkv[agents]'"
+            raise ModuleNotFoundError(_told, name=_name)
+
     from .browser import Browser
     from .catalogue import CURATED, make, site_ids, task, task_ids
     from .web import WebEnv

@@ -19,3 +19,15 @@ def small_tiles(monkeypatch):
     """Tiles of a packed cache as small beside a tiny model's prompt as they are beside a real one's."""
     monkeypatch.setattr("textkv.kernels._packed_cpu._TOKENS", 256)
     monkeypatch.setattr("textkv.kernels._packed_cpu._TILE", 512 * 16)
+
+
+@pytest.fixture
+def reliability(request):
+    """`reliability(kind, fault, command, outcome)`: one case for docs/reliability.md, see `tests.reliability`."""
+
+    def told(kind: int, fault: str, command: str, outcome: str, n: int = 1) -> None:
+        request.node.user_properties.append(
+            ("reliability", {"kind": kind, "fault": fault, "command": command, "outcome": outcome, "n": n})
+        )
+
+    return told

@@ -6,6 +6,7 @@ cache = MethodCache(model, "snapkv", budget=0.4)
 model.generate(**inputs, past_key_values=cache)
 """
 
+import textkv._start  # noqa: F401  (first: it hears what the imports below raise)
 import textkv.methods  # noqa: F401  (registers every method)
 from textkv.attention import release, use
 from textkv.budgets import Budget

@@ -1,14 +1,24 @@
-"""Types of arguments, for `add_argument(type=...)`: each names the value, the limit and the mend."""
+"""Types of arguments, for `add_argument(type=...)`: each names the value, the limit and the mend.
+
+No option of a command has a bare `int`, `float`, `str` or `Path`: what a type here lets through can be worked with.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 from argparse import ArgumentTypeError
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import TypeVar
 
+from textkv.budgets import Budget
 from textkv.devices import device_of
 from textkv.expression import split_list
+from textkv.method import resolve_method
+
+T = TypeVar("T")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b)", re.IGNORECASE)
 _UNITS = {"b": 1, "ib": 1} | {
@@ -17,6 +27,27 @@ _UNITS = {"b": 1, "ib": 1} | {
     for middle, base in (("", 1000), ("i", 1024))
 }
 LARGEST = 2**31 - 1  # of a count or a seed: what numpy, torch and Chromium all take
+LONGEST = 10**9  # seconds, minutes: more than a clock's sleep takes is no time
+
+
+def checked(read: Callable[[str], T]) -> Callable[[str], T]:
+    """A type of argument from a function that raises ValueError or OSError: argparse alone would hide what it says."""
+
+    @wraps(read)
+    def check(text: str) -> T:
+        try:
+            return read(text)
+        except (ValueError, OSError) as error:
+            raise ArgumentTypeError(str(error)) from None
+
+    return check
+
+
+def some_text(text: str) -> str:
+    """Some words: a prompt, a name, an address."""
+    if not text.strip():
+        raise ArgumentTypeError(f"{text!r} says nothing; give some text, or leave the option out")
+    return text
 
 
 def count(text: str) -> int:
@@ -39,6 +70,14 @@ def seed(text: str) -> int:
     return _whole(text, 0, "a seed")
 
 
+def port(text: str) -> int:
+    """A port to listen on."""
+    value = _whole(text, 1, "a port")
+    if value > 65_535:
+        raise ArgumentTypeError(f"{text} is not a port; use 1 to 65535")
+    return value
+
+
 def fraction(text: str) -> float:
     """A share in 0..1."""
     value = _number(text)
@@ -51,9 +90,43 @@ def fraction(text: str) -> float:
 def seconds(text: str) -> float:
     """A time of more than 0 seconds."""
     value = _number(text)
-    if value <= 0:
-        raise ArgumentTypeError(f"{text} seconds is no time; use more than 0")
+    if not 0 < value <= LONGEST:
+        raise ArgumentTypeError(f"{text} seconds is no time; use more than 0, up to {LONGEST:,}")
     return value
+
+
+def positive(text: str) -> float:
+    """A finite number above 0: a scale, a rate, minutes."""
+    value = _number(text)
+    if not 0 < value <= LONGEST:
+        raise ArgumentTypeError(f"{text} is out of range; use more than 0, up to {LONGEST:,}")
+    return value
+
+
+def finite(text: str) -> float:
+    """A finite number."""
+    return _number(text)
+
+
+@checked
+def budget(text: str) -> str:
+    """What a cache may keep, as methods are told it: a share in (0, 1], or tokens as 512t."""
+    return str(Budget.parse(text))
+
+
+@checked
+def budgets(text: str) -> list[str]:
+    """Comma-separated budgets, at least one."""
+    return [str(Budget.parse(part)) for part in names(text)]
+
+
+@checked
+def methods(text: str) -> list[str]:
+    """Comma-separated cache methods and compositions, at least one; each can be built."""
+    found = names(text)
+    for method in found:
+        resolve_method(method)
+    return found
 
 
 def size(text: str) -> int:
@@ -97,8 +170,29 @@ def readable(text: str) -> Path:
     """An existing file to read."""
     path = Path(text)
     if not text or not path.is_file():
-        raise ArgumentTypeError(f"there is no file {text!r}")
+        told = "; that is a folder" if text and path.is_dir() else ""
+        raise ArgumentTypeError(f"there is no file {text!r}{told}")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ArgumentTypeError(f"{path} cannot be read ({error.strerror}); name another file") from None
     return path
+
+
+def readable_folder(text: str) -> Path:
+    """An existing folder to read from."""
+    path = Path(text)
+    if not text or not path.is_dir():
+        told = "; that is a file" if text and path.exists() else ""
+        raise ArgumentTypeError(f"there is no folder {text!r}{told}")
+    return path
+
+
+def existing_path(text: str) -> Path:
+    """A file or folder that is there."""
+    if not text or not Path(text).exists():
+        raise ArgumentTypeError(f"there is no file or folder {text!r}")
+    return Path(text)
 
 
 def _whole(text: str, least: int, what: str) -> int:

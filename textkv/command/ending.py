@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -12,7 +13,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-STOPPED, TERMINATED = 130, 143  # 128 + number of the signal
+from textkv._start import missing_extra
+
+REFUSED, STOPPED, TERMINATED = 2, 130, 143  # the latter two: 128 + number of the signal
+LINE = 400  # characters of a line that tells an error
 
 
 def run(
@@ -43,11 +47,32 @@ def run(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except (ValueError, OSError, *explained) as error:
-            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+            print(f"{name}: {one_line(error)}", file=sys.stderr)
+            return REFUSED
+        except (ImportError, MemoryError, RuntimeError) as error:
+            told = missing_extra(error) or _no_memory(error)
+            if told is None:
+                raise
+            print(f"{name}: {told}", file=sys.stderr)
+            return REFUSED
         except KeyboardInterrupt:
             print(f"{name}: stopped{'; ' if kept else ''}{kept}", file=sys.stderr)
             return STOPPED
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line that any terminal shows; a long value is cut in its middle."""
+    told = "".join(x if x.isprintable() else " " for x in str(error) or type(error).__name__)
+    told = " ".join(told.split())
+    return told if len(told) <= LINE else f"{told[: LINE // 2]} ... {told[-LINE // 2 :]}"
+
+
+def _no_memory(error: BaseException) -> str | None:
+    """A line for what asks for more memory than there is, else None."""
+    # torch has a class for a GPU's memory and none for the host's.
+    if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+        return None
+    return f"there is not enough memory ({one_line(error)}); ask for shorter texts, fewer at once, or a smaller model"
 
 
 def _quiet() -> None:

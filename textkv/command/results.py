@@ -12,38 +12,104 @@ import re
 import sys
 import tempfile
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 HEAD = 2_000  # bytes in which a text names its command
+PROBE = 4_096  # bytes that a place must take before a command begins: a full disk takes an empty file
 SOFTWARE = b"tEXtSoftware\x00"
 
 
-def results_file(module: str) -> Callable[[str], Path]:
+def results_file(module: str, beside: Sequence[str] = ()) -> Callable[[str], Path]:
     """The type of an argument that names a file which `python -m module` will write.
 
     Refused: no name, a folder, a place that cannot be written to, and a file that another program wrote.
+
+    Args:
+        beside: suffixes of further files that are written beside it, as ".jsonl".
+    """
+
+    def check(text: str) -> Path:
+        """The path; ArgumentTypeError for what is refused."""
+        path = Path(text)
+        check_file(path, text, lambda path: is_own(path, module), f"python -m {module}")
+        for suffix in beside:
+            if path.with_suffix(suffix).is_dir():
+                raise ArgumentTypeError(f"{path.with_suffix(suffix)}, which is written too, is a folder; name another")
+        return path
+
+    check.__name__ = "results_file"
+    return check
+
+
+def output_file(own: Callable[[Path], bool], whose: str) -> Callable[[str], Path]:
+    """As `results_file`, for a file whose format says by itself that it is one of ours: `own(path)`.
+
+    Args:
+        whose: what wrote such a file, for the line that refuses another.
+    """
+
+    def check(text: str) -> Path:
+        """The path; ArgumentTypeError for what is refused."""
+        check_file(Path(text), text, own, whose)
+        return Path(text)
+
+    check.__name__ = "output_file"
+    return check
+
+
+def output_folder(own: Callable[[Path], bool], whose: str) -> Callable[[str], Path]:
+    """The type of an argument that names a folder to write to: one that is not there yet, is empty, or is `own`.
+
+    Refused: no name, a file, a place that cannot be written to, and a folder with something else in it.
     """
 
     def check(text: str) -> Path:
         """The path; ArgumentTypeError for what is refused."""
         path = Path(text)
         if not text:
-            raise ArgumentTypeError("an empty name is no file")
-        if path.is_dir():
-            raise ArgumentTypeError(f"{path} is a folder; name a file in it")
+            raise ArgumentTypeError("an empty name is no folder")
+        if path.exists() and not path.is_dir():
+            raise ArgumentTypeError(f"{path} is a file; name a folder")
+        _check_place(path / "x")
+        if path.is_dir() and any(path.iterdir()) and not own(path):
+            raise ArgumentTypeError(f"{path} holds something else than of {whose}; name another folder, or move it")
+        return path
+
+    check.__name__ = "output_folder"
+    return check
+
+
+def check_file(path: Path, text: str, own: Callable[[Path], bool], whose: str) -> None:
+    """Raises ArgumentTypeError if a command must not, or cannot, write `path`, which the user called `text`."""
+    if not text:
+        raise ArgumentTypeError("an empty name is no file")
+    if path.is_dir():
+        raise ArgumentTypeError(f"{path} is a folder; name a file in it")
+    _check_place(path)
+    if path.exists() and not path.is_file():
+        raise ArgumentTypeError(f"{path} is no file to write results to; name another")
+    if path.exists() and path.stat().st_size and not own(path):
+        raise ArgumentTypeError(f"{path} is there and not of {whose}; name another file, or move it")
+
+
+def _check_place(path: Path) -> None:
+    """Raises ArgumentTypeError if no file can be made at `path`; missing folders are made when it is written."""
+    try:
         folder = next(place for place in path.absolute().parents if place.exists())
         if not folder.is_dir():
             raise ArgumentTypeError(f"{folder} is a file, so {path} cannot lie in it")
-        if not os.access(path if path.exists() else folder, os.W_OK):
-            raise ArgumentTypeError(f"{path} cannot be written; name another file")
-        if path.exists() and path.stat().st_size and not is_own(path, module):
-            raise ArgumentTypeError(f"{path} is there and not of python -m {module}; name another file, or move it")
-        return path
-
-    return check
+        # Tried and not looked up: a superuser may do anything, but not on a file system that is read-only or full.
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name[:20]}-") as file:
+            file.write(bytes(PROBE))
+            file.flush()
+    except (OSError, ValueError) as error:
+        told = getattr(error, "strerror", None) or error
+        raise ArgumentTypeError(f"{path} cannot be written ({told}); name another file") from None
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ArgumentTypeError(f"{path} cannot be written (it is read-only); name another file")
 
 
 def is_own(path: Path, module: str) -> bool:
@@ -86,28 +152,37 @@ def write_text(path: Path, text: str) -> None:
         OSError: it could not be written there. It then lies in a file of the temporary folder, which the message names,
             or if that is full too, on standard output.
     """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As `write_text`, for a picture or weights; what can be saved nowhere is not printed, if it is no text."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with part.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
         with suppress(OSError):
             part.unlink()
-        told = f"{path} could not be written ({error.strerror}); the results are {_rescue(path, text)}"
+        told = f"{path} could not be written ({error.strerror}); the results are {_rescue(path, data)}"
         raise OSError(told) from error
 
 
-def _rescue(path: Path, text: str) -> str:
-    """Put `text` where it is not lost; says where."""
+def _rescue(path: Path, data: bytes) -> str:
+    """Put `data` where it is not lost; says where."""
     try:
-        number, name = tempfile.mkstemp(prefix=f"{path.stem}-", suffix=path.suffix, text=True)
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            file.write(text)
+        number, name = tempfile.mkstemp(prefix=f"{path.stem}-", suffix=path.suffix)
+        with os.fdopen(number, "wb") as file:
+            file.write(data)
         return f"in {name}"
     except OSError:
-        sys.stdout.write(text)
+        pass
+    try:
+        sys.stdout.write(data.decode("utf-8"))
         return "on standard output"
+    except UnicodeDecodeError:
+        return "lost: the temporary folder is full too"
