@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from types import FrameType, TracebackType
 from typing import Any, ClassVar
@@ -47,7 +47,8 @@ class Workers:
             WorkerFailed: what they need could not be opened, or one of them ended on its own.
         """
         try:
-            waiting: dict[Future, tuple] = {self._pool.submit(_Here.work, job, args): args for args in all_args}
+            with _unheard():
+                waiting: dict[Future, tuple] = {self._pool.submit(_Here.work, job, args): args for args in all_args}
             for done in as_completed(waiting):
                 yield waiting[done], done.result()
         except BrokenProcessPool:
@@ -72,6 +73,19 @@ class Workers:
             process.join(max(end - time.monotonic(), 0))
             process.kill()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Ctrl-C waits: it reaches every process of a terminal, and one that is started meanwhile never hears it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Here:
