@@ -26,6 +26,8 @@ from textkv.segments.base import SEGMENTS
 FORMAT = 2
 FILE = "cache.safetensors"
 _FIELDS = {"method": str, "budget": str, "model": dict, "spans": list, "block_end": int, "layers": list}
+_LAYER = {"segments": list, "real_seen": list, "dtype": str}
+_LAYER |= dict.fromkeys(("seen", "since_eviction", "kv_heads", "head_dim"), int)
 _OWN = ("conv_states", "recurrent_states")
 _FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
 
@@ -113,7 +115,10 @@ def fill(context: Context, folder: Path, header: dict[str, Any], model: PreTrain
 def _fill(context: Context, header: dict[str, Any], model: PreTrainedModel) -> None:
     tensors = {name: x.to(model.device) for name, x in header["tensors"].items()}
     # JSON knows no tuples.
-    context.spans = [[tuple(span) for span in row] for row in header["spans"]]
+    context.spans = [
+        [tuple(listed(span, int, "a span")) for span in listed(row, list, "a row of spans")]
+        for row in listed(header["spans"], list, "spans")
+    ]
     context.block_end, context.real = header["block_end"], tensors.get("real")
     context.forgotten = header["tensors"].get("forgotten")
     if context.table is not None:
@@ -183,7 +188,13 @@ def _unpack_layer(layer: Any, saved: dict, number: int, tensors: dict[str, torch
     # Saved before its first token: there is nothing to fill in.
     if not hasattr(layer, "segments") or saved["real_seen"] is None:
         return
-    layer.seen, layer.since_eviction = saved["seen"], saved["since_eviction"]
+    counts = [checked(saved, _LAYER)[name] for name in ("seen", "since_eviction")]
+    if min(*counts, *listed(saved["real_seen"], int, "real_seen")) < 0 or min(saved["kv_heads"], saved["head_dim"]) < 1:
+        raise ValueError(f"layer {number} has counts below 0")
+    layer.dtype = getattr(torch, saved["dtype"].removeprefix("torch."))
+    if not isinstance(layer.dtype, torch.dtype):
+        raise ValueError(f"layer {number} is of {saved['dtype']!r}, which is no dtype")
+    layer.seen, layer.since_eviction = counts
     layer.real_seen = torch.tensor(saved["real_seen"], dtype=torch.int64)
     layer.kv_heads, layer.head_dim = saved["kv_heads"], saved["head_dim"]
     layer.segments = [
@@ -191,7 +202,6 @@ def _unpack_layer(layer: Any, saved: dict, number: int, tensors: dict[str, torch
         for i, part in enumerate(saved["segments"])
     ]
     layer.statistics = _own(tensors, f"{number}.statistic.")
-    layer.dtype = getattr(torch, saved["dtype"].removeprefix("torch."))
     layer.is_initialized = True
 
 

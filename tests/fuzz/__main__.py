@@ -20,7 +20,7 @@ from typing import Any
 from textkv.command import count, names, results_file, run, seed, write_rows
 from textkv.provenance import run_meta
 
-from .targets import Target, one_line, targets
+from .targets import Target, one_line, opened
 
 LIMIT = 5.0  # seconds of processor time for one input; a sweep of the garbage collector takes less
 SHOWN = 10
@@ -67,16 +67,15 @@ def parser() -> argparse.ArgumentParser:
 def work(args: argparse.Namespace, argv: list[str]) -> int:
     """Fuzz; 1 if anything but the promised was raised."""
     warnings.simplefilter("ignore")
-    known = {kind.__name__: kind.share for kind in Target.__subclasses__()}
-    chosen = {name: share for name, share in known.items() if name in (args.only or known)}
+    known = {kind.__name__: kind for kind in Target.__subclasses__()}
+    chosen = [kind for name, kind in known.items() if name in (args.only or known)]
     unknown = [name for name in args.only if name not in known]
     if unknown:
         raise ValueError(f"there is no reader {unknown[0]!r}; use {', '.join(known)}")
     rows: list[dict[str, Any]] = []
-    for target in targets():
-        if target.name not in chosen:
-            continue
-        row = fuzz(target, round(args.inputs * chosen[target.name] / sum(chosen.values())), args.seed)
+    for kind in chosen:
+        with opened(kind) as target:
+            row = fuzz(target, round(args.inputs * kind.share / sum(one.share for one in chosen)), args.seed)
         for one in row["raised"]:
             print(f"{one['input']}: {one['error']}\n  {one['made']}\n{one['trace']}", file=sys.stderr)
         rows.append(row | {"raised": [one["error"] for one in row["raised"]]})

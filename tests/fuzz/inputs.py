@@ -80,7 +80,7 @@ def bent(rng: random.Random, value: Any) -> Any:
         elif kind == 2 and isinstance(holder, list):
             holder.insert(place, copy.deepcopy(holder[place]))
         elif kind == 3 and isinstance(holder[place], int | float):
-            holder[place] = rng.choice((holder[place] + 1, -holder[place], holder[place] * 1e6, str(holder[place])))
+            holder[place] = rng.choice((holder[place] + 1, -holder[place], holder[place] * 10**6, str(holder[place])))
         else:
             holder[place] = copy.deepcopy(rng.choice(ODD))
     return value

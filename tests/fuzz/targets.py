@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -365,11 +365,9 @@ class Saves(Target):
         cache.get_seq_length()
 
 
-def targets() -> Iterator[Target]:
-    """All of them, each with a folder of its own that is gone afterwards."""
-    for kind in Target.__subclasses__():
-        folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-        try:
-            yield kind(folder / "f")
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+@contextmanager
+def opened(kind: type[Target]) -> Iterator[Target]:
+    """A target with a folder of its own, in memory where there is such a disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory if memory.is_dir() else None) as folder:
+        yield kind(Path(folder) / "f")
