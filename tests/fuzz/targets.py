@@ -65,7 +65,7 @@ class Target(ABC):
 class Expressions(Target):
     """Methods, budgets, caches and rules of the command line."""
 
-    share = 4.0
+    share = 1.0
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -124,7 +124,7 @@ def one_line(error: Exception) -> None:
 class Spans(Target):
     """Placeholders and grids of a prompt."""
 
-    share = 0.7
+    share = 1.0
 
     def make(self, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Ids, grids and the merge size, mostly near each other."""
@@ -151,7 +151,7 @@ class Spans(Target):
 class Lines(Target):
     """A file of prompts, and one of answers to go on with."""
 
-    share, batch = 3.0, 50
+    share, batch = 4.0, 50
     RIGHT: ClassVar[list[Any]] = [
         {"prompt": "What is 2 + 2?"}, {"id": 7, "prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]},
         {"line": 1, "prompt": "a", "settings": "s", "text": "b"}, {"line": 2, "prompt": "a", "settings": "s"},
@@ -175,7 +175,7 @@ class Lines(Target):
 class Traces(Target):
     """Lines of steps.jsonl and run.json."""
 
-    share = 2.0
+    share = 4.0
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -211,7 +211,7 @@ class Traces(Target):
 class Recordings(Target):
     """Files in AgentNetBench's layout."""
 
-    share, batch = 2.0, 20
+    share, batch = 3.0, 20
     promised = (ValueError, FileNotFoundError)
 
     def __init__(self, folder: Path) -> None:
@@ -253,7 +253,7 @@ class Recordings(Target):
 class Replies(Target):
     """What models say, to each grammar in turn."""
 
-    share = 5.0
+    share = 8.0
 
     def make(self, rng: random.Random) -> tuple[str, str, Any]:
         """A grammar, a reply and a frame."""
@@ -320,7 +320,7 @@ class Patterns(Target):
 class Saves(Target):
     """Saved caches: bytes that are changed, and headers that are changed with their checksum."""
 
-    share = 0.7
+    share = 0.4
     METHODS: ClassVar[tuple[str, ...]] = ("full", "snapkv", "cake+gear(4)", "streaming_llm", "duo_attention", "kivi")
 
     def __init__(self, folder: Path) -> None:
