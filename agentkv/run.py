@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +23,7 @@ from transformers.utils import logging
 from agentkv.agent import Agent
 from agentkv.envs.browser import Browser
 from agentkv.envs.dialogs import POLICIES
-from agentkv.errors import EXPLAINED, UserError, user_errors
+from agentkv.errors import EXPLAINED, user_errors
 from agentkv.models import AGENTS, ModelAdapter, load_adapter
 from agentkv.persistent import PersistentAgent
 from agentkv.play import LIVE, Plan, Play, open_env, open_folder, task_of
@@ -33,10 +32,25 @@ from agentkv.replay import find_run, recorded, replay, replay_table
 from agentkv.report import write_report
 from agentkv.stats import UNITS, summarise
 from agentkv.tables import method_table, stdout_console, task_table
-from agentkv.trace import need_space, write_json
-from textkv import Budget, resolve_method, split_list
-from textkv.command import count, results_file, seed, terminable
-from textkv.devices import device_of
+from agentkv.trace import RUN, need_space
+from textkv import resolve_method
+from textkv.command import (
+    budget,
+    count,
+    device,
+    episodes,
+    existing_path,
+    methods,
+    names,
+    output_folder,
+    readable_folder,
+    results_file,
+    run,
+    scale,
+    seed,
+    some_text,
+    write_rows,
+)
 from textkv.provenance import run_meta
 
 # What the embedded model has learned: eight pages of MiniWoB++, three of them with several steps, and four pages that
@@ -69,24 +83,42 @@ QUERY_HEADS_NOTE = (
 )
 
 
+def _is_run(folder: Path) -> bool:
+    """Whether the folder is a run: another is moved aside, or gone on with."""
+    return (folder / RUN).is_file()
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog="python -m agentkv.run",
         description="Let a GUI agent play web tasks with compressed KV caches; every method plays the same seeds.",
     )
-    p.add_argument("--model", default="mini", help="mini (embedded), a folder, or a hub id of a supported family")
     p.add_argument(
-        "--agent", help=f"prompt and grammar: {', '.join(AGENTS)}, or module:Class; default: the checkpoint's"
+        "--model", type=some_text, default="mini", help="mini (embedded), a folder, or a hub id of a supported family"
     )
-    p.add_argument("--tasks", default="", help="comma-separated task names (default: those the mini model learned)")
-    p.add_argument("--episodes", type=count, help="episodes per task and method (default 5; 1 with --url)")
+    p.add_argument(
+        "--agent",
+        type=some_text,
+        help=f"prompt and grammar: {', '.join(AGENTS)}, or module:Class; default: the checkpoint's",
+    )
+    p.add_argument(
+        "--tasks", type=names, default=(), help="comma-separated task names (default: those the mini model learned)"
+    )
+    p.add_argument("--episodes", type=episodes, help="episodes per task and method (default 5; 1 with --url)")
     p.add_argument("--seed", type=seed, default=EVALUATION_SEEDS, help="first seed; training used those below 1000000")
-    p.add_argument("--method", default="gui-kv", help="comma-separated methods or compositions: full,gui-kv,h2o+adakv")
-    p.add_argument("--budget", default="0.4", help="share of the prompt's tokens to keep (0.4), or a number (512t)")
+    p.add_argument(
+        "--method",
+        type=methods(),
+        default="gui-kv",
+        help="comma-separated methods or compositions: full,gui-kv,h2o+adakv",
+    )
+    p.add_argument(
+        "--budget", type=budget, default="0.4", help="share of the prompt's tokens to keep (0.4), or a number (512t)"
+    )
     p.add_argument(
         "--history",
-        type=int,
+        type=count,
         help="screenshots in a prompt, the current one included (default: the family's, at most 5)",
     )
     p.add_argument(
@@ -95,45 +127,45 @@ def parser() -> argparse.ArgumentParser:
         default="fresh",
         help="fresh reads the whole prompt at every step, in the authors' layout; persistent only what is new (fresh)",
     )
-    p.add_argument("--url", default="", help="play this live page instead of tasks; needs --goal")
-    p.add_argument("--goal", default="", help="what to do on --url, in words")
-    p.add_argument("--expect", default="", help="words that the last page of --url shows when the goal was met")
-    p.add_argument("--allow", default="", help="comma-separated further origins that the page of --url may load from")
+    p.add_argument("--url", type=some_text, help="play this live page instead of tasks; needs --goal")
+    p.add_argument("--goal", type=some_text, help="what to do on --url, in words")
+    p.add_argument("--expect", type=some_text, help="words that the last page of --url shows when the goal was met")
+    p.add_argument(
+        "--allow", type=names, default=(), help="comma-separated further origins that the page of --url may load from"
+    )
     p.add_argument("--dialogs", choices=POLICIES, default="dismiss", help="answer to alert, confirm, prompt (dismiss)")
-    p.add_argument("--files", default="", metavar="DIR", help="folder whose files the agent may upload (default: none)")
+    p.add_argument(
+        "--files", type=readable_folder, metavar="DIR", help="folder whose files the agent may upload (default: none)"
+    )
     p.add_argument("--headed", action="store_true", help="show the browser window")
-    p.add_argument("--chromium", default=None, help="path of the browser to use")
-    p.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    p.add_argument("--device-scale", type=float, default=None, help="device pixels per CSS pixel of a screenshot")
+    p.add_argument("--chromium", type=some_text, help="path of the browser to use")
+    p.add_argument("--device", type=device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    p.add_argument("--device-scale", type=scale, help="device pixels per CSS pixel of a screenshot")
     p.add_argument("--max-steps", type=count, default=None, help="steps per episode (default: the task's own limit)")
     p.add_argument(
         "--max-new-tokens", type=count, help="length limit of one answer (default: the family's; 64 for mini)"
     )
-    p.add_argument("--out", type=Path, help="run folder (default runs/<time>); an earlier run there is moved aside")
+    p.add_argument(
+        "--out",
+        type=output_folder(_is_run, "python -m agentkv.run"),
+        help="run folder (default runs/<time>); an earlier run there is moved aside",
+    )
     p.add_argument("--json", type=results_file("agentkv.run"), help="write the figures here too")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out: finished episodes are kept")
-    p.add_argument("--replay", type=Path, metavar="DIR", help="act a recorded run again, without the model")
+    p.add_argument("--replay", type=existing_path, metavar="DIR", help="act a recorded run again, without the model")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 done, 1 when a replay differs, 2 for a request that cannot be carried out, 130 after Ctrl-C."""
-    argv, p = sys.argv[1:] if argv is None else list(argv), parser()
-    p.error = _refuse  # one line, as for any other error of the request
-    try:
-        args = p.parse_args(argv)
-        with terminable():
-            return replay_command(args) if args.replay else play_command(args, argv)
-    except EXPLAINED as error:
-        print(f"agentkv: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("agentkv: stopped; what was recorded is kept, --resume goes on", file=sys.stderr)
-        return 130
+    return run(
+        "agentkv.run", parser(), work, argv, explained=EXPLAINED, kept="what was recorded is kept, --resume goes on"
+    )
 
 
-def _refuse(message: str) -> NoReturn:
-    raise UserError(message)
+def work(args: argparse.Namespace, argv: list[str]) -> int:
+    """Play, or act a recorded run again."""
+    return replay_command(args) if args.replay else play_command(args, argv)
 
 
 def play_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
@@ -152,34 +184,31 @@ def play_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
             open_folder(out, plan, args.resume, meta, notes(plan))
         Play(plan, agents, browser, out, {m: budget_of(m, plan) for m in plan.methods}).run()
     finish(out, args.json)
-    return 0
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """The request as a `Plan`. Raises ValueError naming what is wrong."""
-    budget = Budget.parse(args.budget)
-    episodes = args.episodes if args.episodes is not None else (1 if args.url else EPISODES)
-    methods = split_methods(args.method)
-    for method in methods:
-        resolve_method(method, budget)
+    number = args.episodes if args.episodes is not None else (1 if args.url else EPISODES)
+    for method in args.method:
+        resolve_method(method, args.budget)
     plan = Plan(
         model=args.model,
-        methods=methods,
-        budget=str(budget),
+        methods=tuple(args.method),
+        budget=args.budget,
         tasks=tasks_of(args),
-        seeds=tuple(range(args.seed, args.seed + episodes)),
+        seeds=tuple(range(args.seed, args.seed + number)),
         history=HISTORY if args.history is None else args.history,
         max_steps=args.max_steps,
         max_new_tokens=ANSWER if args.max_new_tokens is None else args.max_new_tokens,
-        device=device_of(args.device),
+        device=args.device,
         device_scale=args.device_scale or (1.0 if args.model == "mini" or args.url else VLM_SCALE),
-        url=args.url,
-        goal=args.goal,
-        allow=tuple(split_list(args.allow)),
-        expect=args.expect,
+        url=args.url or "",
+        goal=args.goal or "",
+        allow=tuple(args.allow),
+        expect=args.expect or "",
         agent=args.agent,
         dialogs=args.dialogs,
-        files=args.files,
+        files=str(args.files or ""),
         cache=args.cache,
     )
     for task in plan.tasks:
@@ -195,7 +224,7 @@ def tasks_of(args: argparse.Namespace) -> tuple[str, ...]:
         raise ValueError("--expect is for --url; tasks know themselves when they are solved")
     if args.url and args.tasks:
         raise ValueError("--url and --tasks exclude each other: a live page is a task of its own")
-    return (LIVE,) if args.url else tuple(split_list(args.tasks)) or DEFAULT_TASKS
+    return (LIVE,) if args.url else tuple(args.tasks) or DEFAULT_TASKS
 
 
 def load(plan: Plan) -> ModelAdapter:
@@ -236,14 +265,6 @@ def budget_of(method: str, plan: Plan) -> float | str:
     return str(budget) if budget.fraction is None else budget.fraction
 
 
-def split_methods(text: str) -> tuple[str, ...]:
-    """ "full,gear(4,low=2)+snapkv" -> its methods: commas inside brackets belong to a method. Raises ValueError."""
-    methods = tuple(split_list(text))
-    if not methods:
-        raise ValueError("no method was named; use --method gui-kv, or several: --method full,gui-kv,snapkv")
-    return methods
-
-
 def out_folder(args: argparse.Namespace) -> Path:
     """Where the run goes. Raises ValueError for a --resume that does not say which run."""
     if args.resume and args.out is None:
@@ -268,9 +289,8 @@ def finish(out: Path, extra: Path | None) -> None:
     """Draw the table, summary.json and report.html from the traces in `out`, and say where they are."""
     recorded = read_run(out)
     about, rows = recorded.about, summarise(recorded.episodes)
-    summary = {"meta": about["meta"], "rows": rows}
-    for path in filter(None, (out / "summary.json", extra)):
-        write_json(path, summary)
+    for path in (out / "summary.json", extra):
+        write_rows(path, about["meta"], rows)
     page = write_report(out)
     console = stdout_console()
     console.print(method_table(rows))

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import json
 import socket
 import sys
-import tempfile
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import cached_file, logging
 
-from textkv import Budget
-from textkv.command import count, device, run, seconds, size
+from textkv.checkpoints import read_object
+from textkv.command import budget, checked, count, device, port, run, seconds, size, some_text, writable_folder
 from textkv.models.loading import resolve
 
 MINI = {"mini": "vision", "mini-text": "text", "mini-dlm": "diffusion", "mini-dream": "diffusion"}
@@ -32,18 +29,28 @@ OWN_NAME = {"mini-text": "mini", "mini-dlm": "mini"}  # what an engine calls it 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m agentkv.serve", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini", help=f"{', '.join(MINI)}, smollm2, a folder, or a hub id")
-    p.add_argument("--engine", help="vision, text, diffusion, or module:Class (default: by the model's config.json)")
-    p.add_argument("--name", help="what clients call the model (default: --model)")
+    p.add_argument("--model", type=some_text, default="mini", help=f"{', '.join(MINI)}, smollm2, a folder, or a hub id")
     p.add_argument(
-        "--method", help="of the caches (default: gui-kv with pictures, full for text, a diffusion model's own)"
+        "--engine",
+        type=some_text,
+        help="vision, text, diffusion, or module:Class (default: by the model's config.json)",
     )
-    p.add_argument("--budget", help="share of the tokens to keep (0.2), or a number (512t)")
+    p.add_argument("--name", type=some_text, help="what clients call the model (default: --model)")
+    p.add_argument(
+        "--method",
+        type=some_text,
+        help="of the caches (default: gui-kv with pictures, full for text, a diffusion model's own)",
+    )
+    p.add_argument("--budget", type=budget, help="share of the tokens to keep (0.2), or a number (512t)")
     p.add_argument("--memory", type=size, help="what conversations may hold between turns, as 8GB (default: no limit)")
-    p.add_argument("--disk", type=folder, metavar="DIR", help="where those that do not fit lie meanwhile (dropped)")
-    p.add_argument("--host", default="127.0.0.1", help="address to listen on (this machine only)")
+    p.add_argument(
+        "--disk", type=writable_folder, metavar="DIR", help="where those that do not fit lie meanwhile (dropped)"
+    )
+    p.add_argument("--host", type=some_text, default="127.0.0.1", help="address to listen on (this machine only)")
     p.add_argument("--port", type=port, default=8000, help="port to listen on (8000)")
-    p.add_argument("--api-key-file", type=keys, default=(), metavar="FILE", help="a key a line; one must come along")
+    p.add_argument(
+        "--api-key-file", type=checked(keys), default=(), metavar="FILE", help="a key a line; one must come along"
+    )
     p.add_argument("--queue", type=count, default=64, help="requests that may wait (64)")
     p.add_argument("--timeout", type=seconds, default=600.0, help="seconds for one answer, waiting included (600)")
     p.add_argument("--max-request", type=size, default=32_000_000, help="size of one request (32MB)")
@@ -58,20 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(args: argparse.Namespace, argv: list[str]) -> None:
     """Checks, loads, listens until stopped."""
-    try:
-        import uvicorn
+    import uvicorn  # in the extra `serve`: --help and a wrong request need none
 
-        from textkv.serve import ENGINES, Limits, Opening, build_app
-    except ImportError as error:
-        raise ValueError(f"{error.name} is not installed; pip install 'agentkv[serve]'") from None
+    from textkv.serve import ENGINES, Limits, Opening, build_app
+
     logging.disable_progress_bar()
     if not args.api_key_file and not _only_here(args.host):
         raise ValueError(f"--host {args.host} lets other machines in; give --api-key-file FILE, or use 127.0.0.1")
-    budget = None if args.budget is None else str(Budget.parse(args.budget))
     limits = Limits(args.max_request, args.queue, args.timeout)
     name, dtype = args.name or args.model, torch.bfloat16 if "cuda" in args.device else torch.float32
     model = OWN_NAME.get(args.model, args.model)
-    opening = Opening(model, args.device or "cpu", dtype, args.method, budget, args.memory, args.disk)
+    opening = Opening(model, args.device or "cpu", dtype, args.method, args.budget, args.memory, args.disk)
     # Before the weights: a port that is taken is known at once.
     with _listening(args.host, args.port) as door:
         app = build_app(
@@ -108,25 +112,8 @@ def engine_of(model: str) -> str:
     )  # fmt: skip
     if path is None:
         raise FileNotFoundError(f"model {model} has no config.json that can be had; give the folder of a model")
-    kind = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
+    kind = read_object(path).get("model_type")
     return next((name for name in ENGINES.names() if kind in ENGINES.find(name).reads), "text")
-
-
-def port(text: str) -> int:
-    """A port to listen on."""
-    if not text.isdecimal() or not 1 <= int(text) <= 65_535:
-        raise ArgumentTypeError(f"{text!r} is no port; use 1 to 65535")
-    return int(text)
-
-
-def folder(text: str) -> Path:
-    """A folder that can be written to; made if missing."""
-    try:
-        Path(text or "\0").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=text):
-            return Path(text)
-    except (OSError, ValueError) as error:
-        raise ArgumentTypeError(f"nothing can be written to {text!r}: {error}") from None
 
 
 def keys(text: str) -> tuple[str, ...]:
@@ -134,9 +121,9 @@ def keys(text: str) -> tuple[str, ...]:
     try:
         found = tuple(line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentTypeError(f"no keys can be read from {text!r}: {error}") from None
+        raise ValueError(f"no keys can be read from {text!r}: {error}") from None
     if not found:
-        raise ArgumentTypeError(f"{text} holds no key; write one a line")
+        raise ValueError(f"{text} holds no key; write one a line")
     return found
 
 

@@ -7,19 +7,21 @@ the networks compute what the published ones do is for the tests, which hold the
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging
 
 from dlm.decode import decode
 from dlm.models import load_model
 from dlm.models.loading import MODELS, LLaDAMoEModelLM
+from textkv.command import run
 
 TOKENS = {"vocab_size": 64, "mask_token_id": 60, "eos_token_id": 61, "pad_token_id": 61}
 QWEN: dict[str, Any] = {
@@ -62,9 +64,18 @@ def check(name: str) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Prints the table; 1 if a model does not load, or a block-causal one differs with its cache."""
-    logging.disable_progress_bar()
+def parser() -> argparse.ArgumentParser:
+    """The command line: there is nothing to say."""
+    return argparse.ArgumentParser(prog="python -m dlm.check_models", description=__doc__.split("\n\n")[0])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 1 if a model does not load, or a block-causal one differs with its cache."""
+    return run("dlm.check_models", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> int:
+    """Check and print."""
     rows = [check(name) for name in SMALL]
     table = Table(*rows[0])
     for row in rows:

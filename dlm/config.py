@@ -8,13 +8,14 @@ columns from it, and a test holds the literal signatures that diffusers needs ag
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from dlm.cache import Policy, list_caches, resolve_cache
 from dlm.models import DecodingSpec
 from dlm.unmask import Guided, Rule, Sampling, list_rules, parse_rule
+from textkv.command import checked, count, fraction, natural, some_text, weight
 
 EndOfText = Literal["stop", "fill", "none"]
 BLOCK_LENGTH = 32  # of "auto", in an answer that is at least as long; as in Fast-dLLM's evaluations
@@ -25,12 +26,29 @@ class AutoLength(int):
 
 
 def _option(
-    default: Any, help: str, *, kind: type = str, flag: str | None = None, choices: Sequence[str] = (),
+    default: Any,
+    help: str,
+    *,
+    kind: Callable[[str], Any] = some_text,
+    flag: str | None = None,
+    choices: Sequence[str] = (),
     repeated: bool = False,
-) -> Any:  # fmt: skip
+) -> Any:
     """A field with what a command line must know of it; without help it is no argument of commands."""
     about = {"help": help, "kind": kind, "flag": flag, "choices": tuple(choices), "repeated": repeated}
     return field(default=default, metadata=about)
+
+
+def cache(text: str) -> str:
+    """A cache policy as text, if one can be built of it. Raises ValueError else."""
+    resolve_cache(text)
+    return text
+
+
+def unmask(text: str) -> str:
+    """A rule as text, if one can be built of it. Raises ValueError else."""
+    parse_rule(text)
+    return text
 
 
 @dataclass(frozen=True)
@@ -61,19 +79,23 @@ class DecodingConfig:
             cache or rule. What depends on the model is checked by `dlm.prompts.make_canvas`.
     """
 
-    gen_length: int = _option(128, "tokens to generate ({default})", kind=int)
+    gen_length: int = _option(128, "tokens to generate ({default})", kind=natural)
     block_length: int | None | Literal["auto"] = _option(
-        "auto", f"tokens finished before the next are begun ({BLOCK_LENGTH}, or all if fewer)", kind=int
+        "auto", f"tokens finished before the next are begun ({BLOCK_LENGTH}, or all if fewer)", kind=count
     )
-    steps: int | None = _option(None, "forwards of a rule with a schedule (default: one for each token)", kind=int)
-    cache: str | Policy | None = _option(None, "{caches}; freecache+snapkv(0.3) (default: freecache, or block)")
-    unmask: str | Rule | None = _option(None, "{rules} (default: the model's own, or guided with a guide)")
+    steps: int | None = _option(None, "forwards of a rule with a schedule (default: one for each token)", kind=count)
+    cache: str | Policy | None = _option(
+        None, "{caches}; freecache+snapkv(0.3) (default: freecache, or block)", kind=checked(cache)
+    )
+    unmask: str | Rule | None = _option(
+        None, "{rules} (default: the model's own, or guided with a guide)", kind=checked(unmask)
+    )
     guided: bool = _option(False, "")
-    temperature: float = _option(0.0, "0 (default) takes the most probable token", kind=float)
-    top_p: float | None = _option(None, "draw from the most probable tokens of this mass", kind=float)
-    top_k: int | None = _option(None, "draw from so many most probable tokens", kind=int)
+    temperature: float = _option(0.0, "0 (default) takes the most probable token", kind=weight)
+    top_p: float | None = _option(None, "draw from the most probable tokens of this mass", kind=fraction)
+    top_k: int | None = _option(None, "draw from so many most probable tokens", kind=count)
     cfg_scale: float = _option(
-        0.0, "classifier-free guidance by the prompt; 0 (default) = none", kind=float, flag="--cfg"
+        0.0, "classifier-free guidance by the prompt; 0 (default) = none", kind=weight, flag="--cfg"
     )
     eos: EndOfText = _option("stop", "what an end of text does ({default})", choices=get_args(EndOfText))
     stop: tuple[str, ...] = _option((), "end an answer at this text; may be given several times", repeated=True)

@@ -26,34 +26,63 @@ from dlm.models import answer_text
 from dlm.show import Painter
 from dlm.sources import DTYPES, ModelInfo, dtype_of, model_info, open_guide, open_model
 from dlm.unmask import Guider
-from textkv.command import count, results_file, run, seed, write_rows
-from textkv.devices import device_of
+from textkv.command import (
+    count,
+    device,
+    output_file,
+    readable,
+    results_file,
+    run,
+    seed,
+    some_text,
+    write_rows,
+)
 from textkv.provenance import run_meta
 
 NO_GUIDE = "none"
 STDOUT = Path("-")
+ROW = b'{"line": '  # what each answer of --batch begins with
+
+
+def _is_answers(path: Path) -> bool:
+    """By its beginning; whether each line answers the same prompts is asked when these are known (`dlm.batch`)."""
+    with path.open("rb") as file:
+        return ROW.startswith(file.read(len(ROW)))
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m dlm.generate", description=__doc__.split("\n\n")[0])
     prompt = p.add_argument_group("prompt, one of").add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
-    prompt.add_argument("--prompt-file", type=Path, metavar="F", help="read it from a file, or - for stdin")
-    prompt.add_argument("--batch", type=Path, metavar="IN.jsonl", help='a prompt a line: {"prompt": ...}; needs --out')
-    prompt.add_argument("--infill", metavar="TEXT", help="fill its gaps: <mask:8> stands for eight tokens")
-    p.add_argument("--out", type=Path, metavar="OUT.jsonl", help="answers of --batch; gone on with if it exists")
+    prompt.add_argument("--prompt", type=some_text, metavar="TEXT", help="the prompt itself")
+    prompt.add_argument("--prompt-file", type=_prompt, metavar="F", help="read it from a file, or - for stdin")
+    prompt.add_argument(
+        "--batch", type=readable, metavar="IN.jsonl", help='a prompt a line: {"prompt": ...}; needs --out'
+    )
+    prompt.add_argument(
+        "--infill", type=some_text, metavar="TEXT", help="fill its gaps: <mask:8> stands for eight tokens"
+    )
+    p.add_argument(
+        "--out",
+        type=output_file(_is_answers, "python -m dlm.generate"),
+        metavar="OUT.jsonl",
+        help="answers of --batch; gone on with if it exists",
+    )
     p.add_argument("--strict", action="store_true", help="refuse a --batch file with a line that cannot be answered")
     p.add_argument("--batch-size", type=count, default=8, help="prompts of --batch that are written together (8)")
     p.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    p.add_argument("--model", default="mini", help="mini (a small LLaDA), mini-dream, a folder, or a hub id")
-    p.add_argument("--guide", default=NO_GUIDE, help="none, mini, a folder, or a hub id of a causal model")
+    p.add_argument(
+        "--model", type=some_text, default="mini", help="mini (a small LLaDA), mini-dream, a folder, or a hub id"
+    )
+    p.add_argument(
+        "--guide", type=some_text, default=NO_GUIDE, help="none, mini, a folder, or a hub id of a causal model"
+    )
     add_arguments(p)
     p.add_argument("--seed", type=seed, default=0, help="of the random numbers (0)")
     p.add_argument("--show", action="store_true", help="draw the canvas while it is unmasked")
     p.add_argument("--stats", action="store_true", help="say what it cost")
     p.add_argument("--json", type=_json, nargs="?", const=STDOUT, metavar="FILE", help="figures and text as JSON")
-    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    p.add_argument("--device", type=device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     return p
 
@@ -79,6 +108,10 @@ class Writer:
     def decode(self, prompts: list[list[int]], seed: int | list[int], on_step: Painter | None = None) -> Decoded:
         """Answers to prompts, lists of ids."""
         return decode_prompts(self.model, prompts, self.config, self.guide, seed, on_step, self.tokenizer)
+
+
+def _prompt(text: str) -> Path:
+    return STDOUT if text == str(STDOUT) else readable(text)
 
 
 def _json(text: str) -> Path:
@@ -205,16 +238,14 @@ def make_config(args: argparse.Namespace) -> DecodingConfig:
 def make_request(args: argparse.Namespace) -> tuple[DecodingConfig, ModelInfo]:
     """All that can be known before weights are read; raises ValueError or FileNotFoundError for what cannot work."""
     config = make_config(args)
-    device_of(args.device)
     return config, model_info(args.model, args.guide if config.guided else None)
 
 
 def make_writer(args: argparse.Namespace, config: DecodingConfig) -> Writer:
     """Loads the models."""
-    device = device_of(args.device)
-    dtype = dtype_of(args.dtype, device)
-    model, tokenizer = open_model(args.model, device, dtype)
-    guide = open_guide(args.guide, device, dtype, tokenizer) if config.guided else None
+    dtype = dtype_of(args.dtype, args.device)
+    model, tokenizer = open_model(args.model, args.device, dtype)
+    guide = open_guide(args.guide, args.device, dtype, tokenizer) if config.guided else None
     return Writer(config, model, tokenizer, guide, args.seed)
 
 

@@ -30,6 +30,7 @@ from dlm.models import DecodingSpec, load_decoding_spec, load_model
 from dlm.models.loading import MODELS
 from dlm.prompts import check_prompt, gap_ids, prompt_ids
 from dlm.unmask import Guider
+from textkv import checkpoints
 
 MINI_MODELS = {"mini": "llada", "mini-dream": "dream"}
 MINI_GUIDES = {"mini": "guider"}
@@ -95,9 +96,7 @@ def model_info(model: str, guide: str | None = None) -> ModelInfo:
     with _named(f"guide {guide}"):
         source = _source(guide, MINI_GUIDES)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        own = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        if not own("0", add_special_tokens=False)["input_ids"]:  # transformers makes up an empty one without a word
-            raise ValueError("no tokenizer beside it; put its tokenizer.json into the folder")
+        own = checkpoints.load_tokenizer(AutoTokenizer.from_pretrained, source)
         # Shapes without storage: a guide of 7B parameters is checked in megabytes.
         with torch.device("meta"):
             body = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -123,15 +122,10 @@ def open_guide(name: str, device: str, dtype: torch.dtype, dlm_tokenizer: PreTra
         if name in MINI_GUIDES:
             model, tokenizer = load_mini(MINI_GUIDES[name], dtype, device)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                # No pickles and no code of the folder, whatever its config asks for.
-                name,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
-            model = model.to(device).eval()
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            # No pickles and no code of the folder, whatever its config asks for.
+            load = AutoModelForCausalLM.from_pretrained
+            model = checkpoints.load_model(load, name, dtype=dtype, trust_remote_code=False).to(device).eval()
+            tokenizer = checkpoints.load_tokenizer(AutoTokenizer.from_pretrained, name)
     return Guider(model, tokenizer, dlm_tokenizer)
 
 

@@ -40,6 +40,7 @@ class Boundary:
         self.record = record
         self.away = ""  # where the page that is shown wanted to go since `expect`, and why it may not
         self._strays: list[Frame] = []
+        self._shut = False
 
     def expect(self) -> None:
         """A page is to be loaded now."""
@@ -60,7 +61,9 @@ class Boundary:
     def _on_request(self, route: Route, request: Request) -> None:
         navigation = request.is_navigation_request()
         reason = self.allow.refusal(request.url, navigation)
-        if not reason:
+        if self._shut:
+            forgive(route.abort)
+        elif not reason:
             forgive(route.continue_)
         elif navigation and self._has_page(request):
             # "no content" leaves the agent on the page where it is; an abort would show Chromium's error page
@@ -138,3 +141,7 @@ class Boundary:
     def forget(self) -> None:
         """Nothing is to be removed any more: the pages are gone."""
         self._strays.clear()
+
+    def shut(self) -> None:
+        """Load nothing any more: a page that loads itself for ever comes to an end, and can be closed."""
+        self._shut = True

@@ -6,13 +6,17 @@ own download. Neither is tried when `AGENTKV_CHROMIUM` names a browser.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
+
+from textkv.command import run
 
 from .browser import ChromiumMissing, find_chromium
 
@@ -41,23 +45,28 @@ def look() -> Path | None:
             return None
 
 
-def main() -> int:
-    """Finds or installs; returns the exit code."""
-    try:
-        path = look()
-        for way in ways() if path is None else []:
-            print(f"no Chromium found; trying: {' '.join(way[-1])}", file=sys.stderr)
-            if all(subprocess.run(command, check=False).returncode == 0 for command in way):
-                path = look()
-                if path is not None:
-                    break
-        if path is None:
-            raise ChromiumMissing("no Chromium could be installed")
-    except ChromiumMissing as error:
-        print(error, file=sys.stderr)
-        return 2
+def parser() -> argparse.ArgumentParser:
+    """The command line: there is nothing to say."""
+    return argparse.ArgumentParser(prog="python -m envs.install", description=__doc__.split("\n\n")[0])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("envs.install", parser(), work, argv, explained=(ChromiumMissing,))
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Find, or install."""
+    path = look()
+    for way in ways() if path is None else []:
+        print(f"no Chromium found; trying: {' '.join(way[-1])}", file=sys.stderr)
+        if all(subprocess.run(command, check=False).returncode == 0 for command in way):
+            path = look()
+            if path is not None:
+                break
+    if path is None:
+        raise ChromiumMissing("no Chromium could be installed")
     print(f"Chromium: {path}")
-    return 0
 
 
 if __name__ == "__main__":

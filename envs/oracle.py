@@ -9,16 +9,17 @@ actions. It exits with 1 when a single seed of a script fails.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from textkv import command as commands
 
 from . import catalogue
 from .actions import Action
@@ -204,34 +205,34 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m envs.oracle", description="Check the scripted solutions.")
     p.add_argument("--sites", action="store_true", help="the tasks of envs.sites, by script and at random")
-    p.add_argument("--seeds", type=int, help="seeds per task (default 50, with --sites 3)")
-    p.add_argument("--random", type=int, help="episodes of random actions per task (default 0, with --sites 4)")
-    p.add_argument("--first", type=int, default=0, help="first seed (default 0)")
+    p.add_argument("--seeds", type=commands.natural, help="seeds per task (default 50, with --sites 3)")
+    p.add_argument(
+        "--random", type=commands.natural, help="episodes of random actions per task (default 0, with --sites 4)"
+    )
+    p.add_argument("--first", type=commands.seed, default=0, help="first seed (default 0)")
     p.add_argument("--task", action="append", choices=list(SCRIPTS), help="only this task; may be repeated")
     p.add_argument("--jitter", action="store_true", help="spread the click points inside their elements")
-    p.add_argument("--json", type=Path, help="write the figures here too")
+    p.add_argument("--json", type=commands.results_file("envs.oracle"), help="write the figures here too")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: prints the table, returns 1 when a script fails on a seed, 2 when nothing can be played."""
-    options = parser().parse_args(argv)
-    ids = options.task or (catalogue.site_ids() if options.sites else task_ids())
-    seeds = (3 if options.sites else 50) if options.seeds is None else options.seeds
-    chances = (4 if options.sites else 0) if options.random is None else options.random
-    try:
-        rows = check(ids, seeds, options.first, options.jitter) if seeds else []
-        guessed = check(ids, chances, options.first, policy="random") if chances else []
-    except (ChromiumMissing, MiniwobMissing, SitesMissing) as error:
-        print(error, file=sys.stderr)
-        return 2
+    """The command: 1 when a script fails on a seed, else as `textkv.command.run` says."""
+    return commands.run("envs.oracle", parser(), work, argv, explained=(ChromiumMissing, MiniwobMissing, SitesMissing))
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> int:
+    """Play, and print the table."""
+    ids = args.task or (catalogue.site_ids() if args.sites else task_ids())
+    seeds = (3 if args.sites else 50) if args.seeds is None else args.seeds
+    chances = (4 if args.sites else 0) if args.random is None else args.random
+    rows = check(ids, seeds, args.first, args.jitter) if seeds else []
+    guessed = check(ids, chances, args.first, policy="random") if chances else []
     totals = [total(part) for part in (rows, guessed) if part]
     Console(width=None if sys.stdout.isatty() else 140).print(table([*rows, *guessed, *totals]))
-    if options.json:
-        command = " ".join(["python -m envs.oracle", *(sys.argv[1:] if argv is None else argv)])
-        meta = {"command": command, "seeds": seeds, "random": chances, "first": options.first}
-        figures = json.dumps({"meta": meta, "rows": [*rows, *guessed, *totals]}, indent=2) + "\n"
-        options.json.write_text(figures, encoding="utf-8")
+    command = shlex.join(["python", "-m", "envs.oracle", *argv])
+    meta = {"command": command, "seeds": seeds, "random": chances, "first": args.first}
+    commands.write_rows(args.json, meta, [*rows, *guessed, *totals])
     return int(any(row["failed"] for row in rows))
 
 

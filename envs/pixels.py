@@ -20,6 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from textkv.command import run, write_text
+
 from . import catalogue
 from .browser import Browser, ChromiumMissing
 from .live import LiveTask
@@ -103,19 +105,24 @@ def table(now: Mapping[str, Any], verdicts: Mapping[str, str]) -> Table:
     return made
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m envs.pixels", description=__doc__.split("\n\n")[0])
+    p.add_argument("--write", action="store_true", help="record what is drawn now")
+    return p
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 all same or explained, 1 when a screen differs, 2 when nothing could be drawn."""
-    parser = argparse.ArgumentParser(prog="python -m envs.pixels", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--write", action="store_true", help="record what is drawn now")
-    args = parser.parse_args(argv)
-    try:
-        with Browser() as browser:
-            now = record(draw(browser, names()), browser.version)
-    except (ChromiumMissing, MiniwobMissing) as error:
-        print(error, file=sys.stderr)
-        return 2
+    """The command: 1 when a screen differs, else as `textkv.command.run` says."""
+    return run("envs.pixels", parser(), work, argv, explained=(ChromiumMissing, MiniwobMissing))
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> int:
+    """Draw, compare and print; 1 when a screen differs."""
+    with Browser() as browser:
+        now = record(draw(browser, names()), browser.version)
     if args.write:
-        RECORD.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        write_text(RECORD, json.dumps(now, indent=2) + "\n")
     then = json.loads(RECORD.read_text(encoding="utf-8"))
     verdicts = compare(now, then)
     Console().print(table(now, verdicts))

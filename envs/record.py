@@ -18,6 +18,8 @@ from typing import Any
 
 from PIL import Image
 
+from textkv.command import choices, episodes, output_folder, run, scale, seed, some_text
+
 from . import oracle
 from .actions import (
     Action,
@@ -33,9 +35,10 @@ from .actions import (
     TripleClick,
     Type,
 )
-from .browser import Browser
+from .browser import Browser, ChromiumMissing
 from .catalogue import make
 from .memory import PAGES
+from .miniwob import MiniwobMissing
 from .web import WebEnv
 
 FORMATS = ("agentnetbench",)
@@ -189,27 +192,36 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m envs.record", description=__doc__.split("\n\n")[0])
     p.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="layout of the files (agentnetbench)")
-    p.add_argument("--tasks", default=",".join(PAGES), help="comma-separated (default: the memory pages)")
-    p.add_argument("--episodes", type=int, default=2, help="per task (default 2)")
-    p.add_argument("--seed", type=int, default=FIRST_SEED, help=f"first seed (default {FIRST_SEED})")
-    p.add_argument("--device-scale", type=float, default=1.0, help="pixels of a picture per CSS pixel (default 1)")
-    p.add_argument("--out", type=Path, required=True, help="folder of the recordings; made if it is not there")
-    p.add_argument("--chromium", help="path of the browser to use")
+    p.add_argument(
+        "--tasks",
+        type=choices(*oracle.task_ids()),
+        default=",".join(PAGES),
+        help="comma-separated (default: the memory pages)",
+    )
+    p.add_argument("--episodes", type=episodes, default=2, help="per task (default 2)")
+    p.add_argument("--seed", type=seed, default=FIRST_SEED, help=f"first seed (default {FIRST_SEED})")
+    p.add_argument("--device-scale", type=scale, default=1.0, help="pixels of a picture per CSS pixel (default 1)")
+    p.add_argument(
+        "--out",
+        type=output_folder(_is_recording, "python -m envs.record"),
+        required=True,
+        help="folder of the recordings; made if it is not there",
+    )
+    p.add_argument("--chromium", type=some_text, help="path of the browser to use")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 1 when a script failed on a seed, 2 for a request that cannot be carried out."""
-    args = parser().parse_args(argv)
-    tasks = [task for task in args.tasks.split(",") if task]
-    unknown = [task for task in tasks if task not in oracle.task_ids()]
-    if unknown or args.episodes < 1 or args.device_scale <= 0:
-        wrong = f"there is no script for {unknown[0]!r}" if unknown else "episodes and device scale must be above 0"
-        print(f"envs.record: {wrong}; scripts exist for {', '.join(oracle.task_ids())}", file=sys.stderr)
-        return 2
+    """The command: 1 when a script failed on a seed, else as `textkv.command.run` says."""
+    explained = (ChromiumMissing, MiniwobMissing)
+    return run("envs.record", parser(), work, argv, explained=explained, kept="the same command goes on")
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> int:
+    """Record what is missing."""
     counts: list[int] = []
     with Browser(args.chromium) as browser:
-        for task in tasks:
+        for task in args.tasks:
             env = make(task, browser, args.device_scale)
             for seed in range(args.seed, args.seed + args.episodes):
                 if (args.out / f"{task}-{seed}.json").exists():
@@ -218,6 +230,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             env.close()
     print(f"{args.out}: {sum(map(bool, counts))} tasks recorded, {sum(counts)} steps")
     return int(0 in counts)
+
+
+def _is_recording(folder: Path) -> bool:
+    return (folder / "images").is_dir()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ _ENDLESS = ("eventsource", "websocket", "media", "ping")
 _TICK = 10  # milliseconds
 _ROUNDS = 4  # what came may ask for more
 _RELOADS = 3  # documents within one wait: the page does not stop loading itself
+_JUST_NOW = 1.0  # seconds
 DOCUMENT = 5.0  # seconds that a document may be on its way before the old page is shown
 
 # two frames are drawn, so that what the new styles need is asked for;
@@ -53,6 +55,7 @@ class Rest:
         self._loading: set[Request] = set()
         self._document: Request | None = None
         self._commits = 0
+        self._last_commits = (-math.inf, -math.inf)  # when they were
         self._asking = 0
         self._expected = 0  # commits that are to come before the page is at rest
         page.on("request", self._on_start)
@@ -83,6 +86,12 @@ class Rest:
         if frame == self.page.main_frame:
             self._document = None
             self._commits += 1
+            self._last_commits = (self._last_commits[1], time.monotonic())
+
+    @property
+    def restless(self) -> bool:
+        """A document is on its way, or one has replaced another just now."""
+        return self._document is not None or time.monotonic() - self._last_commits[0] < _JUST_NOW
 
     def _late(self, request: Request) -> str:
         return f"the page is still loading {request.url[:URL_LENGTH]}; the old page is shown"

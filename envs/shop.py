@@ -9,13 +9,17 @@ from __future__ import annotations
 import argparse
 import html
 import json
+import sys
 import threading
+from collections.abc import Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
+
+from textkv.command import port, run
 
 FOLDER = Path(str(files("agentkv.envs"))) / "pages" / "shop"
 MAX_FORM = 10_000  # bytes
@@ -84,17 +88,27 @@ def _thanks(order: dict[str, Any]) -> str:
     return f"<!doctype html><meta charset=utf-8><title>Thank you</title>{style}<main><h2>Thank you</h2><p>{said}</main>"
 
 
-def main(argv: list[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m envs.shop", description=__doc__.split("\n\n")[0])
+    p.add_argument("--port", type=port, default=8123, help="port to listen on (8123)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("envs.shop", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Serve until Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m envs.shop", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--port", type=int, default=8123)
-    shop = Shop(parser.parse_args(argv).port)
-    print(f"the shop is open at {shop.url} (Ctrl-C closes it)", flush=True)
-    try:
-        shop.serve_forever()
-    except KeyboardInterrupt:
-        shop.server_close()
+    with Shop(args.port) as shop:
+        print(f"the shop is open at {shop.url} (Ctrl-C closes it)", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            pass
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -37,8 +37,10 @@ _MOMENT = 0.5  # seconds
 _PAUSE = 100  # milliseconds between two gestures of one answer, as pyautogui makes them
 _TRIES = 10
 _BETWEEN = ("Unable to capture", "Not attached")
+_PICTURE_TIME = 5.0  # seconds; Chromium may drop the question when a document is replaced meanwhile
 _MOST_PAGES = 10
 _ANNOUNCED = 3.0  # seconds
+_LAST_DOCUMENT = 300  # milliseconds that one may need to come to its end; Chromium does not close a page meanwhile
 _PICTURE = {"format": "png", "optimizeForSpeed": True}
 
 
@@ -356,16 +358,18 @@ class Tab:
         return self._last if sheet is None else sheet.draw(self._last, self.device_scale)
 
     def _capture(self) -> np.ndarray:
-        for left in reversed(range(_TRIES)):
+        end = time.monotonic() + _PICTURE_TIME
+        for _ in range(_TRIES):
+            left = max(end - time.monotonic(), 0.1) * 1000
             try:
-                png = base64.b64decode(self._pages[-1].session.send("Page.captureScreenshot", _PICTURE)["data"])
-                return np.array(Image.open(io.BytesIO(png)).convert("RGB"))
+                answer = self._pages[-1].session.send("Page.captureScreenshot", _PICTURE, timeout=left)
+                return np.array(Image.open(io.BytesIO(base64.b64decode(answer["data"]))).convert("RGB"))
+            except TimeoutError:
+                break
             except Error as error:
                 # between two documents there is nothing to see
                 if not any(text in error.message for text in _BETWEEN) or self.page.is_closed():
                     raise
-                if not left:
-                    break
                 self.page.wait_for_timeout(100)
         if self._last is None:
             raise PageNotLoaded(f"{self.page.url} cannot be shown: the page loads itself again and again")
@@ -394,4 +398,7 @@ class Tab:
 
     def close(self) -> None:
         """Close the pages and drop their context; safe when the browser is already gone."""
+        self.boundary.shut()
+        if any(shown.rest.restless for shown in self._pages):
+            forgive(lambda: self.page.wait_for_timeout(_LAST_DOCUMENT))
         forgive(self.context.close)

@@ -8,6 +8,7 @@ browser.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import gymnasium as gym
@@ -20,7 +21,7 @@ from .actions import Action, CallUser, Finished, ending
 from .browser import Browser
 from .patience import GivenUp
 from .spaces import ActionSpace, GoalSpace
-from .tab import Manners, PageNotLoaded, Tab
+from .tab import BrowserCrashed, Manners, PageNotLoaded, Tab
 from .task import Task, Verdict
 
 SEED_LIMIT = 2**31
@@ -115,8 +116,9 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
         return self._observe()
 
     def _fresh_tab(self) -> Tab:
-        if self.reuse_tab and self.tab is not None and self.tab.renew():
-            return self.tab
+        with suppress(BrowserCrashed), self.browser.deadline(self.step_timeout):
+            if self.reuse_tab and self.tab is not None and self.tab.renew():
+                return self.tab
         self._close_tab()
         if not self.browser.alive:
             self.browser.relaunch()
@@ -183,7 +185,8 @@ class WebEnv(gym.Env[dict[str, Any], Action]):
 
     def _close_tab(self) -> None:
         if self.tab is not None:
-            self.tab.close()
+            with suppress(BrowserCrashed), self.browser.deadline(self.step_timeout):
+                self.tab.close()
             self.tab = None
         self.over = True
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Iterable, Sequence
 
-from textkv import Budget, resolve_method
-from textkv.command import device, names, results_file
+from textkv import Budget, command, resolve_method
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -15,22 +13,33 @@ DTYPES = ("float32", "bfloat16", "float16")
 def add_methods(p: argparse.ArgumentParser, methods: str, budget: str, *, all_known: bool = False) -> None:
     """`--methods` and `--budget` with these defaults; `all_known`: the word "all" may stand for every method."""
     choice = "all, or comma-separated" if all_known else "comma-separated"
-    p.add_argument("--methods", type=names, default=methods, help=f"{choice} methods and compositions")
-    p.add_argument("--budget", default=budget, help="share of the prompt's tokens to keep, or a number as 64t")
+    p.add_argument(
+        "--methods",
+        type=command.methods(*all_known * ["all"]),
+        default=methods,
+        help=f"{choice} methods and compositions",
+    )
+    p.add_argument(
+        "--budget", type=command.budget, default=budget, help="share of the prompt's tokens to keep, or a number as 64t"
+    )
 
 
-def add_outputs(p: argparse.ArgumentParser, *names: str, when: str = "", default: str | None = None) -> None:
+def add_outputs(
+    p: argparse.ArgumentParser, *names: str, when: str = "", default: str | None = None, beside: Sequence[str] = ()
+) -> None:
     """`--device`, a GPU where there is one, `--json`, and the further files `names`: "markdown", "plot".
 
     Args:
         when: the rows are written, if not once at the end.
         default: the file of `--json` that is written if none is named.
+        beside: suffixes of files that are written beside that of `--json`.
     """
-    written = results_file(p.prog.split()[-1])
+    module = p.prog.removeprefix("python -m ").partition(" ")[0]
+    written, rows = command.results_file(module), command.results_file(module, beside)
     p.add_argument(
-        "--device", type=device, default="", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)"
+        "--device", type=command.device, default="", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)"
     )
-    p.add_argument("--json", type=written, default=default, help=f"write the rows here{when}")
+    p.add_argument("--json", type=rows, default=default, help=f"write the rows here{when}")
     told = {"markdown": "write the table here too", "plot": "write a picture here, as PNG"}
     for name in names:
         p.add_argument(f"--{name}", type=written, help=told[name])
@@ -43,16 +52,9 @@ def add_dtype(p: argparse.ArgumentParser) -> None:
 
 def add_choice(p: argparse.ArgumentParser, name: str, known: Sequence[str], told: str = "") -> None:
     """`--name`: comma-separated, each one of `known`, all by default."""
-
-    def check(text: str) -> list[str]:
-        found = names(text)
-        if wrong := [word for word in found if word not in known]:
-            near = difflib.get_close_matches(wrong[0], known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not known; {hint}")
-        return found
-
-    p.add_argument(f"--{name}", type=check, default=",".join(known), help=f"of {', '.join(known)}{told}")
+    p.add_argument(
+        f"--{name}", type=command.choices(*known), default=",".join(known), help=f"of {', '.join(known)}{told}"
+    )
 
 
 def checked_budget(methods: Iterable[str], budget: str) -> str:

@@ -25,8 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from textkv import Budget, Method, MethodCache, list_methods, resolve_method
-from textkv.command import count, names, readable, run, write_rows, write_text
+from textkv import Method, MethodCache, list_methods, resolve_method
+from textkv.command import budgets, count, methods, readable, run, some_text, write_rows, write_text
 from textkv.provenance import run_meta
 from textkv.reading import Reading, ReadsItself
 from textkv.report import scanned
@@ -246,16 +246,18 @@ def measure(bench: Bench, outcomes: Outcomes, path: Path, meta: dict[str, Any]) 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.board", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini", help=MODEL_HELP)
-    p.add_argument("--methods", type=names, default="all", help="comma-separated: all, methods, compositions")
-    p.add_argument("--budgets", type=names, default="0.5,0.25,0.1", help="comma-separated shares, or tokens as 64t")
+    p.add_argument("--model", type=some_text, default="mini", help=MODEL_HELP)
+    p.add_argument(
+        "--methods", type=methods("all", PREFIX), default="all", help="comma-separated: all, methods, compositions"
+    )
+    p.add_argument("--budgets", type=budgets, default="0.5,0.25,0.1", help="comma-separated shares, or tokens as 64t")
     add_choice(p, "tasks", TASKS)
     add_choice(p, "asked", (KNOWN, UNKNOWN), ": is the question there when it cuts?")
     p.add_argument("--length", type=count, default=1024, help="tokens of a prompt, question included (default 1024)")
     p.add_argument("--n", type=count, default=48, help="prompts per task (default 48)")
     p.add_argument("--text", type=readable, help="text whose lines stand between the facts; default: plain sentences")
     add_dtype(p)
-    add_outputs(p, "markdown", when="; gone on with if it exists", default="runs/board.json")
+    add_outputs(p, "markdown", when="; gone on with if it exists", default="runs/board.json", beside=(".jsonl",))
     return p
 
 
@@ -266,10 +268,10 @@ def board_of(args: argparse.Namespace) -> tuple[Board, list[Cell]]:
         ValueError: an unknown or impossible value.
         FileNotFoundError: no such model or text.
     """
-    methods = [x for name in args.methods for x in (list_methods() if name == "all" else [name])]
-    if theirs := [name for name in methods if name.startswith(PREFIX)]:
+    asked = [x for name in args.methods for x in (list_methods() if name == "all" else [name])]
+    if theirs := [name for name in asked if name.startswith(PREFIX)]:
         raise ValueError(f"{theirs[0]}: caches of transformers read their own prompts; see python -m eval.leaderboard")
-    cells = cells_of(methods, [str(Budget.parse(b)) for b in args.budgets])
+    cells = cells_of(asked, args.budgets)
     check_model(args.model)
     text = str(args.text) if args.text else None
     return Board(args.model, tuple(args.tasks), tuple(args.asked), args.length, text, args.dtype), cells

@@ -15,12 +15,18 @@ def interval(values: np.ndarray, weights: np.ndarray, floor: float, ceiling: flo
     With every unit alike the bootstrap would claim certainty, so the interval is never narrower than the rule of three
     allows (3 / n); it stays within `floor` and `ceiling`.
     """
+    (mean, low, high), least = resampled(values, weights), 3 / len(values)
+    return mean, max(floor, min(low, mean - least)), min(ceiling, max(high, mean + least))
+
+
+def resampled(values: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float, float]:
+    """(mean, low, high), 95 %, of `values` [n] that are no shares, as losses in nats; `weights` None = all alike."""
     n = len(values)
+    weights = np.ones(n) if weights is None else weights
     picked = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
     draws = (values * weights)[picked].sum(1) / weights[picked].sum(1)
     low, high = np.percentile(draws, [2.5, 97.5])
-    mean, least = float((values * weights).sum() / weights.sum()), 3 / n
-    return mean, max(floor, min(float(low), mean - least)), min(ceiling, max(float(high), mean + least))
+    return float((values * weights).sum() / weights.sum()), float(low), float(high)
 
 
 def clustered(clusters: Sequence[Sequence[float]]) -> tuple[float, float, float]:

@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from textkv import Budget, MethodCache, resolve_method
-from textkv.command import count, lengths, names, readable, run, write_rows
+from textkv.command import budgets, count, lengths, methods, readable, run, some_text, write_rows
 from textkv.models.embedder import Embedder
 from textkv.provenance import run_meta
 from textkv.reuse.chat import ends
@@ -176,11 +176,13 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.conversations", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="smollm2", help=MODEL_HELP)
-    p.add_argument("--methods", type=names, default="full,window,snapkv,epicache", help="epicache, any method")
+    p.add_argument("--model", type=some_text, default="smollm2", help=MODEL_HELP)
+    p.add_argument(
+        "--methods", type=methods(EPICACHE), default="full,window,snapkv,epicache", help="epicache, any method"
+    )
     p.add_argument(
         "--budgets",
-        type=names,
+        type=budgets,
         default="0.25,0.1667",
         help="shares, or tokens as 256t (default 4x, 6x)",
     )
@@ -197,9 +199,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--probe", type=count, default=128, help="epicache: most tokens of a probe (default 128)")
     p.add_argument("--episodes", type=count, default=4, help="epicache: topics (default 4)")
     p.add_argument("--level", choices=("pair", "uniform"), default="pair", help="epicache: do heads compete?")
-    p.add_argument("--embedder", default=OWN, help="own: the model's token embeddings; minilm, a folder, or a hub id")
+    p.add_argument(
+        "--embedder",
+        type=some_text,
+        default=OWN,
+        help="own: the model's token embeddings; minilm, a folder, or a hub id",
+    )
     p.add_argument("--max-new", type=count, default=DIGITS + 4, help=f"tokens of an answer (default {DIGITS + 4})")
-    add_outputs(p, when="; gone on with if it exists", default="runs/conversations.json")
+    add_outputs(p, when="; gone on with if it exists", default="runs/conversations.json", beside=(".jsonl",))
     return p
 
 
@@ -209,8 +216,7 @@ def checked(args: argparse.Namespace) -> tuple[Board, list[tuple[str, str]]]:
     Raises:
         ValueError, FileNotFoundError: a value that cannot be.
     """
-    budgets = [str(Budget.parse(x)) for x in args.budgets]
-    cells = [(m, b) for m in args.methods for b in (["1"] if m == FULL else budgets)]
+    cells = [(m, b) for m in args.methods for b in (["1"] if m == FULL else args.budgets)]
     for method, _ in cells:
         # Built once before anything is measured: a share stands for a number that only a conversation tells.
         resolve_method("full" if method == EPICACHE else method, "256t")

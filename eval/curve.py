@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 - the backend is chosen first: there may be no screen
 from matplotlib.figure import Figure  # noqa: E402
+
+from textkv.command import write_bytes  # noqa: E402
 
 FULL = "full"
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
@@ -48,10 +51,9 @@ def draw_curve(
 
 def save(figure: Figure, path: Path, module: str) -> None:
     """Write the picture, which says that `python -m module` drew it (see `textkv.command.results`)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=150, format="png", metadata={"Software": f"python -m {module}"})
-    part.replace(path)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=150, format="png", metadata={"Software": f"python -m {module}"})
+    write_bytes(path, drawn.getvalue())
     pyplot.close(figure)
 
 

@@ -30,8 +30,7 @@ from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
 from dlm.models import DecodingSpec, answer_text
 from dlm.sources import DTYPES, MINI_GUIDES, MINI_MODELS, dtype_of, model_info, open_guide, open_model
 from dlm.unmask import Guider, is_rule, list_rules, parse_rule
-from textkv import command, split_list
-from textkv.devices import device_of
+from textkv import command
 from textkv.expression import parse_call, split_parts
 from textkv.intervals import wilson
 from textkv.provenance import run_meta
@@ -105,24 +104,21 @@ def _go_together(plain: DecodingConfig, cache: str, rule: str) -> bool:
     return True
 
 
-def arms_of(grid: str, plain: DecodingConfig, guided: bool) -> list[Arm]:
+def arms_of(entries: list[str], plain: DecodingConfig, guided: bool) -> list[Arm]:
     """ "none" first, then the grid, then "none" with fewer steps.
 
     Args:
-        grid: "all" (every cache with every rule), or entries separated by commas.
+        entries: ["all"] (every cache with every rule), or those of the grid.
         plain: the lengths and conventions that all arms share.
         guided: whether there is a guide.
 
     Raises:
         ValueError: an entry that cannot work.
     """
-    entries = split_list(grid)
     if entries == ["all"]:
         rules = [rule for rule in list_rules() if guided or rule != "guided"]
         caches = list_caches(block_causal=False)
         entries = [f"{cache}+{rule}" for cache in caches for rule in rules if _go_together(plain, cache, rule)]
-    if not entries:
-        raise ValueError("the grid is empty; use for example --grid freecache,freecache+threshold(0.9), or all")
     arms = [Arm(BASE, replace(plain, cache=BASE))]
     for entry in entries:
         cache, rule = split_entry(entry)
@@ -305,17 +301,37 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.decoding", description=__doc__.split("\n\n")[0])
     p.add_argument("--task", choices=tuple(GEN_LENGTH), default="arithmetic")
-    p.add_argument("--data", type=Path, metavar="FILE", help="problems of gsm8k: its test.jsonl, or their folder")
-    p.add_argument("--shots", type=Path, metavar="FILE", help="worked gsm8k problems to put in front of each question")
-    p.add_argument("--model", default="mini", help="mini (a small LLaDA), mini-dream, a folder, or a hub id")
-    p.add_argument("--guide", help="none, mini, a folder, or a hub id (default: mini with the mini models, else none)")
-    p.add_argument("--grid", default="freecache,freecache+threshold(0.9)", help="cache+rule, ... or all")
+    p.add_argument(
+        "--data", type=command.existing_path, metavar="FILE", help="problems of gsm8k: its test.jsonl, or their folder"
+    )
+    p.add_argument(
+        "--shots",
+        type=command.existing_path,
+        metavar="FILE",
+        help="worked gsm8k problems to put in front of each question",
+    )
+    p.add_argument(
+        "--model",
+        type=command.some_text,
+        default="mini",
+        help="mini (a small LLaDA), mini-dream, a folder, or a hub id",
+    )
+    p.add_argument(
+        "--guide",
+        type=command.some_text,
+        help="none, mini, a folder, or a hub id (default: mini with the mini models, else none)",
+    )
+    p.add_argument(
+        "--grid", type=command.names, default="freecache,freecache+threshold(0.9)", help="cache+rule, ... or all"
+    )
     p.add_argument("--n", type=command.count, default=20, help="problems (20)")
     p.add_argument("--batch-size", type=command.count, default=1, help="problems that are answered together (1)")
     lengths = ", ".join(f"{tokens} for {task}" for task, tokens in GEN_LENGTH.items())
     add_arguments(p, OPTIONS, gen_length=f"tokens to generate ({lengths})", eos="what an end of text does, in all arms")
     p.add_argument("--seed", type=command.seed, default=0, help="of the random numbers (0)")
-    p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    p.add_argument(
+        "--device", type=command.device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)"
+    )
     p.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     p.add_argument(
         "--json", type=command.results_file("eval.decoding"), help="write the rows here; gone on with if it exists"
@@ -343,7 +359,6 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, Any]]:
         raise ValueError("gen_length=0 is no number of tokens to generate; these problems have no gaps, use at least 1")
     arms = arms_of(args.grid, plain, guide != "none")
     asks = any(arm.config.guided for arm in arms)
-    device = device_of(args.device)
     problems(args.task, args.n, args.data, args.shots, chat=False)  # are they there, before a hub is asked
     known = model_info(args.model, guide if asks else None)
     chat = args.task == "gsm8k" and known.tokenizer.chat_template is not None and args.shots is None
@@ -351,13 +366,13 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, Any]]:
     prompts = [known.ids(plain, one.prompt, chat) for one in asked]
     about = {"task": args.task, "model": args.model, "guide": guide if asks else "none", "batch": args.batch_size}
     about |= {name: getattr(plain, name) for name in OPTIONS if name != "steps"}
-    dtype = dtype_of(args.dtype, device)
+    dtype = dtype_of(args.dtype, args.device)
     said = about | {"arms": [arm.name for arm in arms], "steps": plain.steps, "n": args.n, "seed": args.seed}
-    said |= {"device": device, "dtype": str(dtype), "data": str(args.data), "shots": str(args.shots)}
+    said |= {"device": args.device, "dtype": str(dtype), "data": str(args.data), "shots": str(args.shots)}
     meta = run_meta("eval.decoding", argv, args.seed, bench=said)
     read_tallies(arms, meta, args.json)
-    model, tokenizer = open_model(args.model, device, dtype)
-    reader = open_guide(guide, device, dtype, tokenizer) if asks else None
+    model, tokenizer = open_model(args.model, args.device, dtype)
+    reader = open_guide(guide, args.device, dtype, tokenizer) if asks else None
     bench = Bench(model, tokenizer, reader, asked, prompts, args.batch_size, args.seed)
     return measure(bench, arms, about, meta, args.json)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv import MethodCache, use
-from textkv.command import count, names, run, write_rows
+from textkv.command import count, names, readable_folder, run, some_text, write_rows
 from textkv.provenance import run_meta
 
 from .arguments import add_methods, add_outputs, checked_budget
@@ -110,12 +109,12 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.harness", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini", help=MODEL_HELP)
+    p.add_argument("--model", type=some_text, default="mini", help=MODEL_HELP)
     add_methods(p, "full,snapkv", "0.2")
     p.add_argument(
         "--tasks", type=names, required=True, help="comma-separated task names of the harness, e.g. longbench_qasper"
     )
-    p.add_argument("--include", type=Path, help="folder with task files of your own")
+    p.add_argument("--include", type=readable_folder, help="folder with task files of your own")
     p.add_argument("--limit", type=count, help="examples per task (default: all)")
     p.add_argument("--batch", type=count, default=1, help="prompts that run together (default 1)")
     add_outputs(p)

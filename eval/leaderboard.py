@@ -22,8 +22,20 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from textkv import Budget, list_methods
-from textkv.command import Workers, count, names, readable, run, write_rows, write_text
+from textkv import list_methods
+from textkv.command import (
+    Workers,
+    budgets,
+    count,
+    methods,
+    natural,
+    processes,
+    readable,
+    run,
+    some_text,
+    write_rows,
+    write_text,
+)
 from textkv.intervals import wilson
 from textkv.mini.facts import TASKS
 from textkv.mini.tasks import FIRST_EVALUATION_SEED
@@ -33,7 +45,7 @@ from textkv.records import checked, read_results
 from .arguments import add_choice, add_dtype, add_outputs
 from .curve import draw_curve
 from .memory import check_length, decoding_row
-from .quantized import takes_budget
+from .quantized import PREFIX, takes_budget
 from .textbench import (
     FULL,
     MODEL_HELP,
@@ -222,18 +234,26 @@ def whole_cells(rows: Sequence[dict[str, Any]], board: Board) -> dict[Cell, list
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.leaderboard", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini", help=MODEL_HELP + ", or biased:even")
-    p.add_argument("--methods", type=names, default="all", help="all (of ours), methods, compositions, hf-...")
-    p.add_argument("--budgets", type=names, default="0.5,0.2,0.1,0.05", help="comma-separated shares, or tokens as 64t")
+    p.add_argument("--model", type=some_text, default="mini", help=MODEL_HELP + ", or biased:even")
+    p.add_argument(
+        "--methods", type=methods("all", PREFIX), default="all", help="all (of ours), methods, compositions, hf-..."
+    )
+    p.add_argument(
+        "--budgets", type=budgets, default="0.5,0.2,0.1,0.05", help="comma-separated shares, or tokens as 64t"
+    )
     add_choice(p, "tasks", TASKS)
     p.add_argument("--length", type=count, default=1024, help="tokens of a prompt with its answer (default 1024)")
     p.add_argument("--n", type=count, default=16, help="examples per task (default 16)")
     p.add_argument("--text", type=readable, help="text for the perplexity; its last tenth is used")
     p.add_argument(
-        "--memory", type=int, default=0, metavar="TOKENS", help="also: the tensors made while decoding after so many"
+        "--memory",
+        type=natural,
+        default=0,
+        metavar="TOKENS",
+        help="also: the tensors made while decoding after so many",
     )
     add_dtype(p)
-    p.add_argument("--workers", type=count, default=2, help="processes (default 2)")
+    p.add_argument("--workers", type=processes, default=2, help="processes (default 2)")
     add_outputs(p, "markdown", "plot", when="; gone on with if it exists", default="runs/leaderboard.json")
     return p
 
@@ -247,14 +267,12 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Measure what is missing and print the board."""
     if args.memory:
         check_length(args.memory)
-    methods = [x for name in args.methods for x in (list_methods() if name == "all" else [name])]
-    budgets = [str(Budget.parse(b)) for b in args.budgets]
-    cells = cells_of(methods, budgets)
+    cells = cells_of([x for name in args.methods for x in (list_methods() if name == "all" else [name])], args.budgets)
     check_model(args.model)
     board = Board(args.model, tuple(args.tasks), args.length, args.n, args.text, args.device, args.dtype, args.memory)
     meta = run_meta("eval.leaderboard", argv, FIRST_EVALUATION_SEED)
     rows = measure(board, cells, args.workers, args.json, meta)
-    Console(width=None if sys.stdout.isatty() else 200).print(table(rows, budgets))
+    Console(width=None if sys.stdout.isatty() else 200).print(table(rows, args.budgets))
     if args.markdown:
         write_text(args.markdown, f"`{meta['command']}`\n\n{markdown(rows, args.tasks)}")
     if args.plot:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from textkv.command import count, lengths, run, write_rows
+from textkv.command import checked, count, lengths, run, some_text, write_rows
 from textkv.intervals import wilson
 from textkv.mini.facts import TASKS, check_task
 from textkv.mini.tasks import FIRST_EVALUATION_SEED
@@ -82,9 +82,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.needle", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini", help=MODEL_HELP)
+    p.add_argument("--model", type=some_text, default="mini", help=MODEL_HELP)
     add_methods(p, "full,snapkv,streaming_llm", "0.2")
-    p.add_argument("--task", default="needle", help=f"one of {', '.join(TASKS)}")
+    p.add_argument("--task", type=checked(check_task), default="needle", help=f"one of {', '.join(TASKS)}")
     p.add_argument("--lengths", type=lengths, default="256,512,1024,2048", help="tokens of a prompt with its answer")
     p.add_argument("--depths", type=count, default=5, help="places of the fact, from first to last (default 5)")
     p.add_argument("--n", type=count, default=16, help="facts per cell (default 16)")
@@ -101,8 +101,8 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Measure and print."""
     if args.depths < 2:
         raise ValueError(f"depths={args.depths}: use at least 2")
-    budget, task = checked_budget(args.methods, args.budget), check_task(args.task)
-    rows = measure(args.model, args.methods, budget, task, args.lengths, args.depths, args.n, args.device)
+    budget = checked_budget(args.methods, args.budget)
+    rows = measure(args.model, args.methods, budget, args.task, args.lengths, args.depths, args.n, args.device)
     for method in args.methods:
         Console().print(table(rows, method))
     write_rows(args.json, run_meta("eval.needle", argv, FIRST_EVALUATION_SEED), rows)

@@ -26,7 +26,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from textkv import MethodCache, use
-from textkv.command import count, names, readable, run, write_rows
+from textkv.command import count, methods, readable, run, some_text, write_rows
 from textkv.provenance import run_meta
 
 from .arguments import add_outputs, checked_budget
@@ -86,8 +86,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.perplexity", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini", help=MODEL_HELP)
-    p.add_argument("--methods", type=names, default="window,streaming_llm,lacache", help="comma-separated methods")
+    p.add_argument("--model", type=some_text, default="mini", help=MODEL_HELP)
+    p.add_argument("--methods", type=methods(), default="window,streaming_llm,lacache", help="comma-separated methods")
     p.add_argument("--cache", type=count, default=256, help="tokens to keep per layer and head (default 256)")
     p.add_argument("--tokens", type=count, default=8192, help="length of the text (default 8192)")
     p.add_argument("--stretches", type=count, default=8, help="parts of the text to be told apart (default 8)")

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from textkv import MethodCache, Needs, models, use
-from textkv.command import count, natural, naturals, readable, run, write_rows
+from textkv.command import count, natural, naturals, readable, run, some_text, write_rows
 from textkv.provenance import run_meta
 from textkv.reading import NAME, Recorder
 from textkv.retrievers.vectors import Vectors
@@ -171,7 +171,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.retrieval", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini", help=MODEL_HELP)
+    p.add_argument("--model", type=some_text, default="mini", help=MODEL_HELP)
     p.add_argument("--tokens", type=naturals, default="2048", help="lengths of the text; 0 = only drawn keys")
     p.add_argument("--layers", type=naturals, default="0", help="layers whose heads are measured (default 0)")
     p.add_argument("--drawn", type=natural, default=20_000, help="keys of the drawn head (default 20,000; 0 = none)")

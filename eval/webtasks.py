@@ -28,12 +28,27 @@ from agentkv.errors import EXPLAINED
 from agentkv.models import AGENTS
 from agentkv.play import Plan, Play, open_folder, task_of
 from agentkv.reading import is_whole, read_run
-from agentkv.run import ANSWER, DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load, split_methods
+from agentkv.run import ANSWER, DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load
 from agentkv.stats import UNITS, summarise
 from agentkv.tables import stdout_console
-from agentkv.trace import episode_folder
+from agentkv.trace import RUN, episode_folder
 from textkv import Budget, resolve_method
-from textkv.command import Workers, count, lengths, names, results_file, run, seed, write_rows
+from textkv.command import (
+    Workers,
+    budgets,
+    count,
+    episodes,
+    lengths,
+    methods,
+    names,
+    output_folder,
+    processes,
+    results_file,
+    run,
+    seed,
+    some_text,
+    write_rows,
+)
 from textkv.provenance import run_meta
 
 from .curve import draw_curve
@@ -195,25 +210,34 @@ def table(rows: Sequence[dict[str, Any]], history: int) -> Table:
     return made
 
 
+def _is_study(folder: Path) -> bool:
+    return any(folder.glob(f"history-*/{RUN}"))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.webtasks", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini", help="mini, a folder, or a hub id of a supported family")
+    p.add_argument("--model", type=some_text, default="mini", help="mini, a folder, or a hub id of a supported family")
     p.add_argument(
-        "--agent", help=f"prompt and grammar: {', '.join(AGENTS)}, or module:Class; default: the checkpoint's"
+        "--agent",
+        type=some_text,
+        help=f"prompt and grammar: {', '.join(AGENTS)}, or module:Class; default: the checkpoint's",
     )
     p.add_argument("--tasks", type=names, help="comma-separated (default: those of agentkv.run)")
-    p.add_argument("--methods", type=names, default=METHODS, help=f"methods or compositions (default {METHODS})")
-    p.add_argument("--budgets", type=names, default=BUDGETS, help=f"shares or tokens (default {BUDGETS})")
+    p.add_argument("--methods", type=methods(), default=METHODS, help=f"methods or compositions (default {METHODS})")
+    p.add_argument("--budgets", type=budgets, default=BUDGETS, help=f"shares or tokens (default {BUDGETS})")
     p.add_argument("--history", type=lengths, default="1,5", help="numbers of screenshots in a prompt (default 1,5)")
-    p.add_argument("--episodes", type=count, default=4, help="per task, method, budget and history (default 4)")
+    p.add_argument("--episodes", type=episodes, default=4, help="per task, method, budget and history (default 4)")
     p.add_argument("--seed", type=seed, default=EVALUATION_SEEDS, help="first seed")
-    p.add_argument("--workers", type=count, default=2, help="processes, each with a browser and the model (default 2)")
+    p.add_argument(
+        "--workers", type=processes, default=2, help="processes, each with a browser and the model (default 2)"
+    )
     p.add_argument(
         "--max-new-tokens", type=count, help=f"length limit of one answer (default 64 for mini, else {ANSWER})"
     )
-    p.add_argument("--chromium", default=None, help="path of the browser to use")
-    p.add_argument("--out", type=Path, default=Path("runs/webtasks"), help="folder of the study; it is gone on with")
+    p.add_argument("--chromium", type=some_text, help="path of the browser to use")
+    own = output_folder(_is_study, "python -m eval.webtasks")
+    p.add_argument("--out", type=own, default="runs/webtasks", help="folder of the study; it is gone on with")
     p.add_argument("--json", type=results_file("eval.webtasks"), help="write the figures here too")
     return p
 
@@ -226,8 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Play what is missing; tables and curves of what was played."""
     study = Study(
-        tuple(args.tasks or DEFAULT_TASKS), split_methods(",".join(args.methods)),
-        tuple(str(Budget.parse(b)) for b in args.budgets), tuple(args.history), args.episodes, args.seed, args.out,
+        tuple(args.tasks or DEFAULT_TASKS), tuple(args.methods),
+        tuple(args.budgets), tuple(args.history), args.episodes, args.seed, args.out,
         args.model, args.agent, args.max_new_tokens or (64 if args.model == "mini" else ANSWER),
     )  # fmt: skip
     meta = run_meta("eval.webtasks", argv, args.seed, units=UNITS)

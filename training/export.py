@@ -16,6 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 TRAINED = "training.json"
 
 
+def trained_folder(text: str) -> Path:
+    """The export of a training that a user names. Raises ValueError for another folder."""
+    if not (Path(text) / TRAINED).is_file():
+        raise ValueError(f"{text!r} has no {TRAINED}; give the `latest` folder of a training")
+    return Path(text)
+
+
 def export(
     model: PreTrainedModel,
     average: Mapping[str, torch.Tensor],

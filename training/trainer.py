@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +21,15 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from textkv import checkpoints, command
 from training.export import export
 from training.state import load_state, read_counters, save_state
 
 
-def option(default: Any, told: str) -> Any:
-    """A setting that is also an option of the command, explained by `told`."""
-    return field(default=default, metadata={"help": told})
+def option(default: Any, told: str, kind: Callable[[str], Any] | None = None) -> Any:
+    """A setting that is also an option of the command, explained by `told`; `kind` = its type there, None = by its
+    default's (`training.command.KINDS`)."""
+    return field(default=default, metadata={"help": told, "kind": kind})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +38,17 @@ class Settings:
     work on the machine makes a training slower, not shorter.
     """
 
-    minutes: float = option(60.0, "time budget of the whole training")
+    minutes: float = option(60.0, "time budget of the whole training", command.positive)
     steps: int = option(0, "length of the whole training in steps; 0: by its minutes")
-    rate: float = option(2e-3, "highest learning rate")
-    warmup: int = option(100, "steps until it is reached")
-    fall: float = option(0.3, "share of the time at the end in which it falls")
-    average: float = option(0.998, "share of the averaged weights that a step keeps")
-    save_minutes: float = option(4.0, "minutes between two saved states")
-    check_steps: int = option(500, "steps between held-out checks")
-    workers: int = option(1, "processes that make the data")
-    seed: int = option(7, "of the data and the first weights")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where it computes")
+    rate: float = option(2e-3, "highest learning rate", command.positive)
+    warmup: int = option(100, "steps until it is reached", command.count)
+    fall: float = option(0.3, "share of the time at the end in which it falls", command.fraction)
+    average: float = option(0.998, "share of the averaged weights that a step keeps", command.fraction)
+    save_minutes: float = option(4.0, "minutes between two saved states", command.positive)
+    check_steps: int = option(500, "steps between held-out checks", command.count)
+    workers: int = option(1, "processes that make the data", command.threads)
+    seed: int = option(7, "of the data and the first weights", command.seed)
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where it computes", command.device)
 
     def __post_init__(self) -> None:
         if self.minutes <= 0:
@@ -70,6 +72,16 @@ class Settings:
 def left(progress: float, share: float) -> float:
     """1 until the last `share` of the time, then a line down to 0."""
     return min(1.0, max(0.0, 1.0 - progress) / share) if share else 1.0
+
+
+def _begin_with(model: PreTrainedModel, start: Path) -> None:
+    """Give a model the weights in `start`. Raises ValueError unless they are all there, finite, and no others."""
+    with checkpoints.readable_files(start):
+        weights = load_file(start / "model.safetensors", device=str(model.device))
+        others = model.load_state_dict(weights, strict=False).unexpected_keys
+    missing = [name for name, _ in model.named_parameters() if name not in weights]
+    checkpoints.check_names(start, {"missing_keys": missing, "unexpected_keys": others})
+    checkpoints.check_tensors(start, weights.items())
 
 
 class Trainer(ABC):
@@ -100,7 +112,7 @@ class Trainer(ABC):
         self.state = runs / "state.safetensors"
         self.step, self.seconds = 0, 0.0
         if start and not self.state.exists():
-            model.load_state_dict(load_file(start / "model.safetensors", device=settings.device), strict=False)
+            _begin_with(model, start)
         self.average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         if self.state.exists():
             counters = read_counters(self.state)

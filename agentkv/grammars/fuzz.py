@@ -23,6 +23,7 @@ from agentkv.envs import actions as acts
 from agentkv.grammars import evocua, fara, gui_owl, holo, mai_ui, opencua, tool_call, ui_tars
 from agentkv.grammars.base import MAX_REPLY, CoordinateSpace, Frame, Grammar, ParseError
 from agentkv.grammars.corpus import REFUSED
+from textkv.command import count, run, seed
 
 GRAMMARS: dict[str, Grammar] = {
     "ui_tars": ui_tars.GRAMMAR,
@@ -160,18 +161,27 @@ def fuzz(name: str, count: int, seed: int) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: one line of JSON per grammar; 1 if one raised or was too slow."""
-    parser = argparse.ArgumentParser(description="Random and mutated replies against the action grammars.")
-    parser.add_argument("--count", type=int, default=200_000, help="replies per grammar")
-    parser.add_argument("--grammar", choices=["all", *GRAMMARS], default="all")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if options.count < 1:
-        parser.error(f"--count {options.count} throws nothing; give at least 1")
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m agentkv.grammars.fuzz", description="Random and mutated replies against the action grammars."
+    )
+    p.add_argument("--count", type=count, default=200_000, help="replies per grammar (200,000)")
+    p.add_argument("--grammar", choices=["all", *GRAMMARS], default="all", help="one of them (all)")
+    p.add_argument("--seed", type=seed, default=0, help="of the random numbers (0)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 1 if a grammar raised or was too slow, else as `textkv.command.run` says."""
+    return run("agentkv.grammars.fuzz", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> int:
+    """One line of JSON per grammar; 1 if one raised or was too slow."""
     failed = False
-    for name in GRAMMARS if options.grammar == "all" else [options.grammar]:
-        report = fuzz(name, options.count, options.seed)
+    for name in GRAMMARS if args.grammar == "all" else [args.grammar]:
+        report = fuzz(name, args.count, args.seed)
         failed |= bool(report["exceptions"]) or report["slowest_ms"] > LIMIT_MS
         print(json.dumps(report), flush=True)
     return int(failed)

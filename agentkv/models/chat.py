@@ -22,6 +22,7 @@ from agentkv.grammars import CoordinateSpace, Frame, ParseError
 from agentkv.grammars.base import Grammar, Reading
 from agentkv.models.base import AgentText, History, Prompt
 from agentkv.spans import find_spans
+from textkv.checkpoints import load_model, load_tokenizer, readable_files
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,14 @@ class ChatAdapter:
         PIL one, so that pixels are the same on every machine.
         """
         tokenizer = cls._tokenizer(source)
-        processor = cls.image_processor.from_pretrained(source)
-        model = cls.architecture.from_pretrained(
-            source, dtype=dtype or "auto", attn_implementation="sdpa", use_safetensors=True
-        )
+        with readable_files(source):
+            processor = cls.image_processor.from_pretrained(source)
+        model = load_model(cls.architecture.from_pretrained, source, dtype=dtype or "auto", attn_implementation="sdpa")
         return cls(model.to(device or "cpu").eval(), tokenizer, processor, text)
 
     @classmethod
     def _tokenizer(cls, source: str) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return load_tokenizer(AutoTokenizer.from_pretrained, source)
 
     def prompt(
         self, goal: str, history: History, screenshot: Image.Image, css_size: tuple[int, int] | None = None

@@ -4,7 +4,6 @@ weights that we may read.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 from agentkv.models.base import AgentText
+from textkv.checkpoints import read_object
 
 _WORDS = ("system", "prompt", "history_frames", "answer_tokens", "later")
 
@@ -83,4 +83,4 @@ def _json(source: str, name: str) -> dict[str, Any] | None:
         )
     except (OSError, ValueError):
         return None
-    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    return None if path is None else read_object(path)

@@ -18,6 +18,7 @@ from agentkv.grammars import opencua
 from agentkv.models.base import AgentText
 from agentkv.models.chat import ChatAdapter
 from agentkv.models.opencua_model import OpenCuaForConditionalGeneration
+from textkv.checkpoints import load_tokenizer
 
 TEXT_HISTORY = 10
 """Answers of more than this many steps ago leave the chat."""
@@ -119,7 +120,7 @@ class OpenCuaAdapter(ChatAdapter):
                 "no code of a checkpoint: make tokenizer.json from its tiktoken.model with transformers' "
                 "TikTokenConverter (see agentkv/models/opencua.py)"
             )
-        return PreTrainedTokenizerFast.from_pretrained(source)
+        return load_tokenizer(PreTrainedTokenizerFast.from_pretrained, source)
 
     def reply(self, thought: str, summary: str, call: str) -> str:
         """Thought, action and code under their headings; one that is "" has none."""

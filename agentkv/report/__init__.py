@@ -20,8 +20,7 @@ from typing import Any
 
 from agentkv.reading import Recorded, open_picture, read_picture, read_run
 from agentkv.stats import summarise
-from agentkv.trace import RESUME
-from textkv.disk import write_whole
+from textkv.command import write_text
 
 STYLES = ("page.css", "episode.css")
 SCRIPTS = ("base.js", "summary.js", "pictures.js", "cards.js", "panels.js", "page.js")  # one script, in this order
@@ -86,7 +85,9 @@ def write_report(run: Path, notes: Sequence[str] = (), max_bytes: int = MAX_BYTE
         # "<" as an escape: no text of a model or a page can close the script element.
         DATA=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     )
-    return write_whole(run / "report.html", html.encode(), RESUME)
+    path = run / "report.html"
+    write_text(path, html)
+    return path
 
 
 def _page_data(recorded: Recorded, notes: list[str], max_bytes: int) -> dict[str, Any]:

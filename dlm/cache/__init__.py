@@ -89,13 +89,21 @@ def _build(policy: type[Policy], text: str, args: list, kwargs: dict) -> Policy:
 def _resolve_methods(parts: list[str]) -> Method:
     """A textkv method from the parts behind freecache, budgets read out of their arguments."""
     # One budget for the whole composition, wherever it was written: snapkv(0.3)+adakv is adakv over 0.3.
-    plain, budget = [], None
+    plain, budget, bare = [], None, None
     for part in parts:
         name, args, kwargs = parse_call(part)
+        if args and isinstance(args[0], int):
+            bare = part
         # snapkv(0.3) is a budget; an int in front is the method's own first argument, as in kivi(4).
         if args and isinstance(args[0], float | str):
             budget = args.pop(0)
         budget = kwargs.pop("budget", budget)
         given = [repr(x) for x in args] + [f"{key}={value!r}" for key, value in kwargs.items()]
         plain.append(f"{name}({','.join(given)})" if given else name)
-    return textkv.resolve_method("+".join(plain), None if budget is None else Budget.parse(budget))
+    method = textkv.resolve_method("+".join(plain), None if budget is None else Budget.parse(budget))
+    # 40 may be meant as per cent, as tokens, or as the method's first argument, which without a budget changes nothing.
+    if bare is not None and budget is None and method.budgeted:
+        number = parse_call(bare)[1][0]
+        mend = f"write a share as 0.4, tokens as '{number}t', or name that argument and give budget=0.4"
+        raise ValueError(f"{bare!r} has no budget, and {number} in front is none; {mend}")
+    return method

@@ -6,13 +6,13 @@ word problems; their problems and weights (`training.dlm` made them).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from dlm.models import load_model
+from textkv import checkpoints
 
 KINDS = ("llada", "dream", "guider")
 WEIGHTS = Path(__file__).parent / "weights"
@@ -24,7 +24,8 @@ def load_mini(
     """(model in eval mode, tokenizer): the embedded "llada", "dream" or "guider", or a folder that the training wrote.
 
     Raises:
-        FileNotFoundError: there are no weights.
+        FileNotFoundError: there are no weights, or no tokenizer.
+        ValueError: weights that are not whole (`textkv.checkpoints`).
     """
     folder = WEIGHTS / name if name in KINDS else Path(name)
     if not (folder / "model.safetensors").is_file():
@@ -33,10 +34,13 @@ def load_mini(
             f"no weights in {folder}; train them with `python -m training.dlm.train --model {made} --minutes 180`"
         )
     # The guider is a plain Qwen2 of transformers; the other two are models of ours.
-    if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] != "qwen2":
-        return load_model(folder, dtype=dtype, device=device)
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.to(device).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+    if checkpoints.read_object(folder / "config.json").get("model_type") != "qwen2":
+        model, tokenizer = load_model(folder, dtype=dtype, device=device)
+        if tokenizer is None:
+            raise FileNotFoundError(f"{folder} has no tokenizer; put its tokenizer.json into the folder")
+        return model, tokenizer
+    guider = checkpoints.load_model(Qwen2ForCausalLM.from_pretrained, folder, dtype=dtype)
+    return guider.to(device).eval(), checkpoints.load_tokenizer(PreTrainedTokenizerFast.from_pretrained, folder)
 
 
 def check_kind(kind: str) -> str:

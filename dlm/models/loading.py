@@ -5,7 +5,6 @@ The classes are also made known to transformers' Auto classes, unless transforme
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from dlm.models.llada import LLaDAModelLM
 from dlm.models.llada2 import LLaDA2MoeModelLM
 from dlm.models.qwen import FastDLLMForCausalLM, LLaDAMoEModelLM, SDARForCausalLM, SDARMoeForCausalLM
 from dlm.models.text import end_ids, load_tokenizer
+from textkv import checkpoints
 
 MODELS: dict[str, type[MaskedDiffusionModel]] = {
     "llada": LLaDAModelLM,
@@ -43,7 +43,6 @@ MISSING = {
     "nemotron_dllm": "its layout and its masks are not documented; vLLM serves it",
     "llada21_moe": "that is a renamed LLaDA2.1: set model_type to 'llada2_moe' in config.json",
 }
-FAULTS = {"missing_keys": "missing", "unexpected_keys": "unknown", "mismatched_keys": "of another shape"}
 
 
 def load_model(
@@ -64,17 +63,9 @@ def load_model(
     kind, config, tokenizer, ends = _read(source)
     # A single device is `.to`: `device_map` would need the package accelerate.
     spread = device if device == "auto" or isinstance(device, dict) else None
-    model, info = kind.from_pretrained(
-        source,
-        config=config,
-        dtype=dtype or "auto",
-        device_map=spread,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # so that the report below names them all
+    model = checkpoints.load_model(
+        kind.from_pretrained, source, config=config, dtype=dtype or "auto", device_map=spread
     )
-    # transformers only warns of missing weights and starts them at random.
-    _check_weights(source, info)
     if spread is None:
         model.to(device or "cpu")
     model.end_ids = ends
@@ -102,7 +93,8 @@ def _read(
 ) -> tuple[type[MaskedDiffusionModel], PreTrainedConfig, PreTrainedTokenizerBase | None, tuple[int, ...]]:
     """All that the files beside the weights say: class, config, tokenizer and its end tokens."""
     kind = _kind(source)
-    config = kind.config_class.from_pretrained(source)
+    with checkpoints.readable_files(source):
+        config = kind.config_class.from_pretrained(source)
     tokenizer = load_tokenizer(source, config.model_type, kind.decoding_spec_of(config))
     ends = generation_ends(source) + (() if tokenizer is None else end_ids(tokenizer, config.model_type))
     return kind, config, tokenizer, tuple(dict.fromkeys(ends))
@@ -114,7 +106,7 @@ def generation_ends(source: str) -> tuple[int, ...]:
         path = cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError):
         return ()
-    given = None if path is None else json.loads(Path(path).read_text(encoding="utf-8")).get("eos_token_id")
+    given = None if path is None else checkpoints.read_object(path).get("eos_token_id")
     return () if given is None else (given,) if isinstance(given, int) else tuple(given)
 
 
@@ -133,7 +125,7 @@ def _kind(source: str) -> type[MaskedDiffusionModel]:
         raise FileNotFoundError(
             f"{source!r} is no folder here and cannot be had from the hub; give the folder of a downloaded model"
         ) from error
-    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    config = checkpoints.read_object(path)
     model_type = config.get("model_type")
     if model_type in MISSING:
         raise ValueError(f"{source} is a {model_type!r} model, which is not read here: {MISSING[model_type]}")
@@ -146,14 +138,3 @@ def _kind(source: str) -> type[MaskedDiffusionModel]:
     if model_type == "llada" and any(name.startswith("LLaDAMoE") for name in config.get("architectures") or ()):
         return LLaDAMoEModelLM
     return MODELS[model_type]
-
-
-def _check_weights(source: str, info: dict[str, Any]) -> None:
-    """Raises ValueError naming the weights (at most four of each kind) that the config asks for and the files lack."""
-    faults = []
-    for name, title in FAULTS.items():
-        keys = sorted(str(key) for key in info[name])
-        if keys:
-            faults.append(f"{title}: {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}")
-    if faults:
-        raise ValueError(f"the weights at {source} do not fit its config.json; {'; '.join(faults)}")

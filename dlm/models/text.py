@@ -13,6 +13,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenize
 from transformers.utils import cached_file
 
 from dlm.models.decoding_spec import DecodingSpec
+from textkv import checkpoints
 
 LLADA_CHAT = (
     "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
@@ -72,9 +73,9 @@ def load_tokenizer(source: str, model_type: str, spec: DecodingSpec) -> PreTrain
     """
     family = FAMILIES[model_type]
     if _has(source, "tokenizer.json"):
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+        tokenizer = checkpoints.load_tokenizer(PreTrainedTokenizerFast.from_pretrained, source)
     elif _has(source, "vocab.json") and _has(source, "merges.txt"):
-        tokenizer = Qwen2Tokenizer.from_pretrained(source)
+        tokenizer = checkpoints.load_tokenizer(Qwen2Tokenizer.from_pretrained, source)
     else:
         return None
     # Dream's Python class adds two tokens behind the files' vocabulary; without running it they are added here.

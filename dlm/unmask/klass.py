@@ -61,7 +61,7 @@ class KLASS(ProbabilityRule):
         ValueError: conf or kl below 0, history below 2.
     """
 
-    conf: float = number(0.9, 0, 1e9, "use a probability, the authors' is 0.9")
+    conf: float = number(0.9, 0, 1, "use a probability, the authors' is 0.9")
     kl: float = number(0.01, 0, float("inf"), "use a divergence in nats, the authors' is 0.01")
     history: int = number(2, 2, 1e6, "use a number of forwards, the authors' is 2")
 

@@ -21,13 +21,13 @@ from dlm.unmask.schedule import ScheduleStep, even_quota, ordered, ranks
 @register("threshold")
 @dataclass(frozen=True)
 class Threshold(ProbabilityRule):
-    """Writes every token of at least this probability; above 1 = one token per step, 0 = all.
+    """Writes every token of at least this probability; 1 = one token per step unless it is certain, 0 = all.
 
     Raises:
-        ValueError: tau below 0 or no number.
+        ValueError: tau outside 0 to 1 or no number.
     """
 
-    tau: float = number(0.9, 0, 1e9, "use a probability, the authors' is 0.9")
+    tau: float = number(0.9, 0, 1, "use a probability, the authors' is 0.9")
 
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
@@ -99,11 +99,11 @@ class Hierarchical(ProbabilityRule):
     2510.08666): tokens that stand apart depend less on each other than neighbours do.
 
     Raises:
-        ValueError: tau or low below 0 or no number.
+        ValueError: tau or low outside 0 to 1 or no number.
     """
 
-    tau: float = number(0.9, 0, 1e9, "use a probability, the authors' are tau=0.9 and low=0.4")
-    low: float = number(0.4, 0, 1e9, "use a probability, the authors' are tau=0.9 and low=0.4")
+    tau: float = number(0.9, 0, 1, "use a probability, the authors' are tau=0.9 and low=0.4")
+    low: float = number(0.4, 0, 1, "use a probability, the authors' are tau=0.9 and low=0.4")
 
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker

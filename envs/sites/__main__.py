@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from textkv.command import port, run
+
 from .packages import PACKAGES, SitesMissing, install
 from .server import SiteServer
 from .templates import DASHBOARD, OFFICE, Template
@@ -21,36 +23,35 @@ def parser() -> argparse.ArgumentParser:
     command.add_parser("list", help="the packages, and where they lie")
     serve = command.add_parser("serve", help="serve a package's pages on the loopback interface until Ctrl-C")
     serve.add_argument("name", choices=list(TEMPLATES))
-    serve.add_argument("--port", type=int, default=8124)
+    serve.add_argument("--port", type=port, default=8124)
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 for a request that cannot be carried out."""
-    args = parser().parse_args(argv)
-    try:
-        if args.command == "serve":
-            return _serve(TEMPLATES[args.name], args.port)
-        for package in PACKAGES:
-            about = f"{package.name} {package.version} ({package.licence}, {package.megabytes:g} MB)"
-            if args.command == "install":
-                print(f"{about}: {install(package)}")
-            else:
-                print(f"{about}: {package.path if package.installed else 'python -m envs.sites install'}")
-    except (SitesMissing, OSError) as error:
-        print(f"envs.sites: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("envs.sites", parser(), work, argv, explained=(SitesMissing,))
 
 
-def _serve(template: Template, port: int) -> int:
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """List, install or serve."""
+    if args.command == "serve":
+        _serve(TEMPLATES[args.name], args.port)
+        return
+    for package in PACKAGES:
+        about = f"{package.name} {package.version} ({package.licence}, {package.megabytes:g} MB)"
+        if args.command == "install":
+            print(f"{about}: {install(package)}")
+        else:
+            print(f"{about}: {package.path if package.installed else 'python -m envs.sites install'}")
+
+
+def _serve(template: Template, port: int) -> None:
     with SiteServer(template, port) as server:
         print(f"{template.package.name} is at {server.address('index.html')} (Ctrl-C closes it)", flush=True)
         try:
             server.wait()
         except KeyboardInterrupt:
             pass
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ same command goes on, `--rescore` scores them again without the model, and `--re
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +20,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from agentkv.errors import EXPLAINED
 from agentkv.models import AGENTS
 from agentkv.play import Plan
-from agentkv.run import load, split_methods
+from agentkv.run import load
 from agentkv.tables import stdout_console
-from textkv import Budget, resolve_method, split_list
-from textkv.command import count, device, results_file, run, write_rows
+from textkv import resolve_method, split_list
+from textkv.command import (
+    budgets,
+    checked,
+    choices,
+    count,
+    device,
+    methods,
+    readable_folder,
+    results_file,
+    run,
+    some_text,
+    write_rows,
+)
 from textkv.provenance import run_meta
 
 from ..leaderboard import cells_of
@@ -35,16 +48,34 @@ from .scoring import PROTOCOLS
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.agentnetbench", description=__doc__.split("\n\n")[0])
-    p.add_argument("--data", type=Path, required=True, help="folder of <task>.json files in AgentNetBench's layout")
-    p.add_argument("--images", type=Path, help="folder of their pictures (default: images in --data)")
-    p.add_argument("--model", default="mini", help="mini (embedded), a folder, or a hub id of a supported family")
     p.add_argument(
-        "--agent", help=f"prompt and grammar: {', '.join(AGENTS)}, or module:Class; default: the checkpoint's"
+        "--data", type=readable_folder, required=True, help="folder of <task>.json files in AgentNetBench's layout"
     )
-    p.add_argument("--method", default="full,gui-kv", help="comma-separated methods or compositions")
-    p.add_argument("--budget", default="0.4", help="comma-separated shares of the prompt to keep, or tokens as 512t")
-    p.add_argument("--screenshots", default="5", help="in a prompt, the current one included: 5, or 1,3,5, or 1..5")
-    p.add_argument("--protocol", default="v1", help=f"comma-separated, of {', '.join(PROTOCOLS)} (default v1)")
+    p.add_argument("--images", type=readable_folder, help="folder of their pictures (default: images in --data)")
+    p.add_argument(
+        "--model", type=some_text, default="mini", help="mini (embedded), a folder, or a hub id of a supported family"
+    )
+    p.add_argument(
+        "--agent",
+        type=some_text,
+        help=f"prompt and grammar: {', '.join(AGENTS)}, or module:Class; default: the checkpoint's",
+    )
+    p.add_argument("--method", type=methods(), default="full,gui-kv", help="comma-separated methods or compositions")
+    p.add_argument(
+        "--budget", type=budgets, default="0.4", help="comma-separated shares of the prompt to keep, or tokens as 512t"
+    )
+    p.add_argument(
+        "--screenshots",
+        type=checked(numbers_of),
+        default="5",
+        help="in a prompt, the current one included: 5, or 1,3,5, or 1..5",
+    )
+    p.add_argument(
+        "--protocol",
+        type=choices(*PROTOCOLS),
+        default="v1",
+        help=f"comma-separated, of {', '.join(PROTOCOLS)} (default v1)",
+    )
     p.add_argument(
         "--history", choices=(TEACHER, OWN), default=TEACHER, help="earlier answers in a prompt: recorded, or its own"
     )
@@ -54,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", type=device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument(
         "--json",
-        type=results_file("eval.agentnetbench"),
+        type=results_file("eval.agentnetbench", beside=(".jsonl",)),
         help="rows (default runs/agentnetbench.json); the answers lie beside it",
     )
     how = p.add_mutually_exclusive_group()
@@ -68,33 +99,21 @@ def numbers_of(text: str) -> tuple[int, ...]:
     found: list[int] = []
     for part in split_list(text):
         first, _, last = part.partition("..")
-        if not (first.isdigit() and (last or first).isdigit()):
-            raise ValueError(f"screenshots={part!r} is no number; write 5, or 1,3,5, or 1..5")
+        if not re.fullmatch(r"\d{1,3}", first) or not re.fullmatch(r"\d{1,3}", last or first):
+            raise ValueError(f"screenshots={part!r} is no number up to 999; write 5, or 1,3,5, or 1..5")
         found += range(int(first), int(last or first) + 1)
     if not found or min(found) < 1:
         raise ValueError(f"screenshots={text!r} shows nothing; use at least 1")
     return tuple(dict.fromkeys(found))
 
 
-def protocols_of(text: str) -> tuple[str, ...]:
-    """The protocols that were named. Raises ValueError for an unknown one, or none."""
-    named = tuple(dict.fromkeys(split_list(text)))
-    if wrong := [name for name in named if name not in PROTOCOLS] or ([] if named else [text]):
-        raise ValueError(f"protocol {wrong[0]!r} is unknown; use {', '.join(PROTOCOLS)}")
-    return named
-
-
 def cells(args: argparse.Namespace) -> list[Cell]:
     """The grid. Raises ValueError for a method, budget or number that cannot be."""
-    methods = split_methods(args.method)
-    budgets = [str(Budget.parse(b)) for b in split_list(args.budget)]
-    if not budgets:
-        raise ValueError("no budget was named; use --budget 0.4, or several: --budget 0.2,0.4")
-    for method in methods:
-        for budget in budgets:
+    for method in args.method:
+        for budget in args.budget:
             resolve_method(method, budget)
-    asked = [cell for cell in cells_of(methods, budgets) if cell[0] in methods]
-    return [Cell(*cell, number) for number in numbers_of(args.screenshots) for cell in asked]
+    asked = [cell for cell in cells_of(args.method, args.budget) if cell[0] in args.method]
+    return [Cell(*cell, number) for number in args.screenshots for cell in asked]
 
 
 @dataclass
@@ -124,11 +143,9 @@ def check(args: argparse.Namespace) -> Request:
     Raises:
         ValueError, FileNotFoundError: what cannot be carried out.
     """
-    protocols, asks = protocols_of(args.protocol), not (args.replay or args.rescore)
+    protocols, asks = tuple(args.protocol), not (args.replay or args.rescore)
     path = args.json or Path("runs") / ("agentnetbench-replay.json" if args.replay else "agentnetbench.json")
     grid = cells(args) if asks else []
-    if args.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={args.max_new_tokens} leaves no room for an answer; use {MAX_NEW_TOKENS}")
     request = Request(path, protocols, *read(args.data, args.images, look=asks))
     lines = path.with_suffix(".jsonl")
     if args.rescore:

@@ -187,5 +187,5 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> list[Path]:
         counts = sorted({row["screenshots"] for row in part})
         groups = [(str(n), f"{n} screenshot{'s' * (n > 1)} in a prompt, {protocol}") for n in counts]
         pages.append(path.with_name(f"{path.stem}-{protocol}.png"))
-        draw_curve(part, pages[-1], groups, "accuracy")
+        draw_curve(part, pages[-1], groups, "accuracy", "eval.agentnetbench")
     return pages

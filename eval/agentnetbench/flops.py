@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 
 from agentkv.tables import stdout_console
 from textkv import MethodCache, use
-from textkv.command import count, names, results_file, run, write_rows
+from textkv.command import budget, count, methods, results_file, run, write_rows
 from textkv.provenance import run_meta
 
 from ..arguments import checked_budget
@@ -167,8 +167,10 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.agentnetbench.flops", description=__doc__.split("\n\n")[0])
-    p.add_argument("--method", type=names, default="gui-kv", help="comma-separated methods (default gui-kv)")
-    p.add_argument("--budget", default="0.4", help="share of the prompt to keep, or a number of tokens as 64t")
+    p.add_argument("--method", type=methods(), default="gui-kv", help="comma-separated methods (default gui-kv)")
+    p.add_argument(
+        "--budget", type=budget, default="0.4", help="share of the prompt to keep, or a number of tokens as 64t"
+    )
     p.add_argument("--tokens", type=count, default=TOKENS, help=f"tokens of the prompt, five screenshots ({TOKENS})")
     p.add_argument("--layers", type=count, default=1, help="layers that are counted (default 1: full width takes time)")
     p.add_argument("--json", type=results_file("eval.agentnetbench.flops"), help="write the rows here")

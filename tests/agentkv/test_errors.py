@@ -10,13 +10,13 @@ from textkv.disk import NoSpace
 
 BAD_REQUESTS = [
     (["--method", "gui-kw"], "unknown method 'gui-kw'; did you mean gui-kv"),
-    (["--method", ","], "no method was named; use --method gui-kv"),
+    (["--method", ","], "',' names nothing; give one or more"),
     (["--tasks", "click-tap"], "there is no task 'click-tap'; did you mean click-tab"),
     (["--budget", "40"], 'budget=40 is not a fraction; use 0.4 for 40 %, or "40t" for 40 tokens'),
     (["--budget", "0"], "budget=0 is not a fraction; use a share in (0, 1]"),
     (["--budget", "40%"], "budget='40%' is neither a share like 0.4 nor tokens like 512t"),
-    (["--episodes", "0"], "argument --episodes: 0 is not a count; use 1"),
-    (["--history", "0"], "history=0 would hide the current screenshot too"),
+    (["--episodes", "0"], "argument --episodes: 0 is not a number of episodes; use 1"),
+    (["--history", "0"], "argument --history: 0 is not a count; use 1"),
     (["--max-steps", "0"], "argument --max-steps: 0 is not a count; use 1"),
     (["--resume"], "--resume needs --out DIR: the folder of the run to go on with"),
     (["--url", "https://example.com"], "--url and --goal belong together"),
@@ -30,7 +30,7 @@ BAD_REQUESTS = [
         ["--chromium", "/not/there"],
         "there is no executable at '/not/there'; install one with `apt-get install chromium`",
     ),
-    (["--replay", "nowhere"], "nowhere is neither a run nor an episode of one"),
+    (["--replay", "nowhere"], "there is no file or folder 'nowhere'"),
 ]
 
 
@@ -39,7 +39,7 @@ def refusal(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run.main(argv) == 2
     told = capsys.readouterr()
-    assert told.err.startswith("agentkv: ")
+    assert told.err.startswith("agentkv.run: ")
     assert "Traceback" not in told.err and len(told.err.strip().splitlines()) == 1 and told.out == ""
     assert not list(tmp_path.rglob("run.json")), "nothing was begun"
     return told.err
@@ -101,4 +101,4 @@ def test_ctrl_c_before_the_first_step(capsys, monkeypatch):
 
     monkeypatch.setattr(run, "play_command", stop)
     assert run.main([]) == 130
-    assert capsys.readouterr().err == "agentkv: stopped; what was recorded is kept, --resume goes on\n"
+    assert capsys.readouterr().err == "agentkv.run: stopped; what was recorded is kept, --resume goes on\n"

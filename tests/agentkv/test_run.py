@@ -145,18 +145,6 @@ def test_a_browser_that_keeps_crashing_is_reported_and_the_run_goes_on(browser, 
     ]
 
 
-@pytest.mark.parametrize(
-    ("text", "methods"),
-    [
-        ("gui-kv", ("gui-kv",)),
-        ("full, gui-kv,full", ("full", "gui-kv")),
-        ("gui-kv(alpha=0,window=4)+adakv(0.2),full", ("gui-kv(alpha=0,window=4)+adakv(0.2)", "full")),
-    ],
-)
-def test_a_comma_inside_brackets_belongs_to_the_method(text, methods):
-    assert run.split_methods(text) == methods
-
-
 def test_defaults_and_footnotes():
     plan = run.make_plan(run.parser().parse_args(["--method", "full,gui-kv-official"]))
     assert plan.seeds[0] == 1_000_000 and plan.history == 5 and plan.device_scale == 1.0 and len(plan.tasks) >= 8
@@ -207,7 +195,7 @@ def test_a_page_that_never_loads(tiny, monkeypatch, capsys):
     assert (
         capsys.readouterr()
         .err.strip()
-        .endswith(f"agentkv: {url} did not load within 1.5 s; check the address or raise load_timeout")
+        .endswith(f"agentkv.run: {url} did not load within 1.5 s; check the address or raise load_timeout")
     )
 
 

@@ -24,9 +24,9 @@ def free_port() -> int:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--port", "0"], "no port"),
-        (["--port", "70000"], "no port"),
-        (["--port", "http"], "no port"),
+        (["--port", "0"], "not a port"),
+        (["--port", "70000"], "not a port"),
+        (["--port", "http"], "not a port"),
         (["--memory", "8"], "no size"),
         (["--memory=-1GB"], "no size"),
         (["--memory", "0GB"], "no room"),

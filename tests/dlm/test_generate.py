@@ -130,15 +130,15 @@ WRONG = {
     "rule argument": (["--unmask", "guided('topk', k=0)", "--guide", "mini"], "k=0 is no number of tokens"),
     "no guide": (["--unmask", "guided"], "asks a guide and none is named; use --guide"),
     "idle guide": (["--unmask", "random", "--guide", "mini"], "asks no guide; use guided(...)"),
-    "temperature": (["--temperature", "-1"], "temperature=-1.0 is no number >= 0"),
-    "top-p": (["--top-p", "2"], "top_p=2.0 is not in (0, 1]"),
-    "cfg": (["--cfg", "-1"], "cfg_scale=-1.0 is no strength of guidance"),
+    "temperature": (["--temperature", "-1"], "argument --temperature: -1 is out of range; use 0"),
+    "top-p": (["--top-p", "2"], "argument --top-p: 2 lies outside 0 to 1"),
+    "cfg": (["--cfg", "-1"], "argument --cfg: -1 is out of range"),
     "model": (["--model", "./nowhere"], "'./nowhere' is no folder here; give one, mini or mini-dream"),
     "guide": (["--guide", "./nowhere"], "'./nowhere' is no folder here; give one, mini, or"),
     "device": (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     "out": (["--out", "x.jsonl"], "--out is for --batch"),
     "show and json": (["--show", "--json"], "both want the terminal; use --json FILE"),
-    "empty": (["--prompt", "  "], "the prompt in --prompt is empty"),
+    "empty": (["--prompt", "  "], "says nothing; give some text"),
     "no file": (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
 }
 
@@ -176,7 +176,7 @@ BLOCKED = {
     "chat": (["--chat"], "no chat template, so its model is no chat model; give it plain text"),
     "guide's positions": (["--guide", "short"], "take 21 tokens and the guider has 20 positions; shorten the prompt"),
     "guide's offsets": (["--guide", "letters"], "ByT5Tokenizer gives no character offsets (is_fast is False); use a"),
-    "guide's tokenizer": (["--guide", "silent"], "silent: no tokenizer beside it; put its tokenizer.json into"),
+    "guide's tokenizer": (["--guide", "silent"], "put its tokenizer.json into"),
 }
 
 
@@ -323,13 +323,13 @@ def test_batch_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ([], "--batch needs --out"),
         ([*out, "--show"], "are for one prompt"),
         ([*out, "--batch-size", "0"], "0 is not a count; use 1"),
-        (["--out", str(tmp_path / "in.jsonl")], "is the file of --batch itself"),
+        (["--out", str(tmp_path / "in.jsonl")], "is there and not of python -m dlm.generate"),
     ):
         assert generate.main([*batch, *more]) == 2
         assert message in capsys.readouterr().err
     (tmp_path / "o.jsonl").write_text('{"text": "mine"}\n')
     assert generate.main([*batch, *out]) == 2
-    assert "o.jsonl:1 is no answer of this command" in capsys.readouterr().err
+    assert "o.jsonl is there and not of python -m dlm.generate" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_what_is_kept(

@@ -189,7 +189,6 @@ def test_a_document_that_does_not_come_leaves_the_old_page(
 
 
 @pytest.mark.browser
-@pytest.mark.xfail(run=False, reason="a picture that is asked for between two documents may never come")
 def test_a_page_that_loads_itself_for_ever(env: WebEnv, site: Site) -> None:
     site.page("<body>again<script>location.reload()</script>", "/again")
     begin(env, site, "href=/again")

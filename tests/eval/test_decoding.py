@@ -52,21 +52,21 @@ def test_entries_of_the_grid(entry: str, cache: str, rule: str | None) -> None:
 
 def test_arms() -> None:
     plain = DecodingConfig(gen_length=8, block_length=4)
-    arms = decoding.arms_of("freecache+guided,none,dual+factor(1.0)", plain, guided=True)
+    arms = decoding.arms_of(["freecache+guided", "none", "dual+factor(1.0)"], plain, guided=True)
     assert [arm.name for arm in arms] == [
         "none", "freecache+guided", "dual+factor(1.0)", "none, fewer steps (4)", "none, fewer steps (2)",
     ]  # fmt: skip
     assert [arm.config.guided for arm in arms] == [False, True, False, False, False]
     assert {arm.config.eos for arm in arms} == {"stop"} and [arm.config.steps for arm in arms] == [8, 8, 8, 4, 2]
     # No step fewer than there are blocks, and no arm twice.
-    short = decoding.arms_of("none", DecodingConfig(gen_length=4, block_length=2), guided=False)
+    short = decoding.arms_of(["none"], DecodingConfig(gen_length=4, block_length=2), guided=False)
     assert [arm.config.steps for arm in short] == [4, 2]
-    every = {arm.name for arm in decoding.arms_of("all", plain, guided=True)}
+    every = {arm.name for arm in decoding.arms_of(["all"], plain, guided=True)}
     # What ssd cannot verify is not in the grid.
     refused = {"dkv+ssd", "dllm-cache+ssd"}
     assert {f"{cache}+{rule}" for cache in list_caches(False) for rule in list_rules()} - refused < every
     assert not refused & every
-    assert not any("guided" in arm.name for arm in decoding.arms_of("all", plain, guided=False))
+    assert not any("guided" in arm.name for arm in decoding.arms_of(["all"], plain, guided=False))
 
 
 def test_rows(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,13 +159,13 @@ def test_arms_take_turns_and_a_stopped_run_goes_on(
         (["--grid", "none+guided", "--guide", "none"], "needs a guide; name one with --guide"),
         (["--grid", "freecash"], "did you mean freecache"),
         (["--grid", "dual+snapkv(0.3)"], "only freecache freezes slots for good"),
-        (["--grid", ""], "the grid is empty"),
+        (["--grid", ""], "names nothing; give one or more"),
         (["--n", "0"], "0 is not a count; use 1"),
         (["--gen-length", "0"], "gen_length=0 is no number of tokens"),
         (["--steps", "1"], "steps=1 do not reach"),
         (["--task", "gsm8k"], "needs --data FILE"),
-        (["--task", "gsm8k", "--data", "nowhere.jsonl"], "nowhere.jsonl is not there; give GSM8K's test.jsonl"),
-        (["--shots", "x"], "--shots is for --task gsm8k"),
+        (["--task", "gsm8k", "--data", "nowhere.jsonl"], "there is no file or folder 'nowhere.jsonl'"),
+        (["--shots", __file__], "--shots is for --task gsm8k"),
         (["--model", "./nowhere"], "is no folder here"),
         (["--gen-length", "4000"], "positions, the model has 2048; shorten the prompt"),
     ],

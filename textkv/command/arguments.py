@@ -5,6 +5,7 @@ No option of a command has a bare `int`, `float`, `str` or `Path`: what a type h
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from argparse import ArgumentTypeError
@@ -55,6 +56,21 @@ def count(text: str) -> int:
     return _whole(text, 1, "a count")
 
 
+def episodes(text: str) -> int:
+    """A number of episodes: each is a folder on disk, so that more are a mistake."""
+    return _whole(text, 1, "a number of episodes", 100_000)
+
+
+def processes(text: str) -> int:
+    """A number of processes, each with a model or a browser."""
+    return _whole(text, 1, "a number of processes", 256)
+
+
+def threads(text: str) -> int:
+    """A number of threads; 0 leaves the choice to torch."""
+    return _whole(text, 0, "a number of threads", 1024)
+
+
 def natural(text: str) -> int:
     """A number from 0 on."""
     return _whole(text, 0, "a number from 0 on")
@@ -72,10 +88,7 @@ def seed(text: str) -> int:
 
 def port(text: str) -> int:
     """A port to listen on."""
-    value = _whole(text, 1, "a port")
-    if value > 65_535:
-        raise ArgumentTypeError(f"{text} is not a port; use 1 to 65535")
-    return value
+    return _whole(text, 1, "a port", 65_535)
 
 
 def fraction(text: str) -> float:
@@ -87,11 +100,24 @@ def fraction(text: str) -> float:
     return value
 
 
+def fractions(text: str) -> list[float]:
+    """Comma-separated shares in 0..1, at least one."""
+    return [fraction(part) for part in names(text)]
+
+
 def seconds(text: str) -> float:
     """A time of more than 0 seconds."""
     value = _number(text)
     if not 0 < value <= LONGEST:
         raise ArgumentTypeError(f"{text} seconds is no time; use more than 0, up to {LONGEST:,}")
+    return value
+
+
+def scale(text: str) -> float:
+    """Device pixels per CSS pixel."""
+    value = _number(text)
+    if not 0.1 <= value <= 10:
+        raise ArgumentTypeError(f"{text} is not a scale; use 0.1 to 10")
     return value
 
 
@@ -108,6 +134,14 @@ def finite(text: str) -> float:
     return _number(text)
 
 
+def weight(text: str) -> float:
+    """A finite number from 0 on: what something counts, a temperature."""
+    value = _number(text)
+    if not 0 <= value <= LONGEST:
+        raise ArgumentTypeError(f"{text} is out of range; use 0 to {LONGEST:,}")
+    return value
+
+
 @checked
 def budget(text: str) -> str:
     """What a cache may keep, as methods are told it: a share in (0, 1], or tokens as 512t."""
@@ -121,12 +155,29 @@ def budgets(text: str) -> list[str]:
 
 
 @checked
-def methods(text: str) -> list[str]:
-    """Comma-separated cache methods and compositions, at least one; each can be built."""
-    found = names(text)
-    for method in found:
-        resolve_method(method)
-    return found
+def method(text: str) -> str:
+    """One cache method or composition that can be built."""
+    resolve_method(text)
+    return text
+
+
+def methods(*others: str) -> Callable[[str], list[str]]:
+    """The type of comma-separated cache methods and compositions, at least one; each can be built.
+
+    Args:
+        others: what may be named beside methods: a word, as "all", or how such words begin, as "hf-".
+    """
+
+    def check(text: str) -> list[str]:
+        """The names."""
+        found = names(text)
+        for method in found:
+            if not any(method == word or (word.endswith("-") and method.startswith(word)) for word in others):
+                resolve_method(method)
+        return found
+
+    check.__name__ = "methods"
+    return checked(check)
 
 
 def size(text: str) -> int:
@@ -166,6 +217,22 @@ def device(text: str) -> str:
         raise ArgumentTypeError(str(error)) from None
 
 
+def choices(*known: str) -> Callable[[str], list[str]]:
+    """The type of comma-separated words, at least one, each of them `known`."""
+
+    def check(text: str) -> list[str]:
+        """The words."""
+        found = names(text)
+        if wrong := [word for word in found if word not in known]:
+            near = difflib.get_close_matches(wrong[0], known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ArgumentTypeError(f"{wrong[0]!r} is not known; {hint}")
+        return found
+
+    check.__name__ = "choices"
+    return check
+
+
 def readable(text: str) -> Path:
     """An existing file to read."""
     path = Path(text)
@@ -195,13 +262,13 @@ def existing_path(text: str) -> Path:
     return Path(text)
 
 
-def _whole(text: str, least: int, what: str) -> int:
+def _whole(text: str, least: int, what: str, most: int = LARGEST) -> int:
     try:
         value = int(text)
     except ValueError:
         raise ArgumentTypeError(f"{text!r} is not {what}; use a whole number from {least} on") from None
-    if not least <= value <= LARGEST:
-        raise ArgumentTypeError(f"{text} is not {what}; use {least} to {LARGEST:,}")
+    if not least <= value <= most:
+        raise ArgumentTypeError(f"{text} is not {what}; use {least} to {most:,}")
     return value
 
 

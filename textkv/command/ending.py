@@ -48,7 +48,7 @@ def run(
             # The reader has seen enough; what is still buffered has nowhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        except (ValueError, OSError, *explained) as error:
+        except (ValueError, OSError, argparse.ArgumentTypeError, *explained) as error:
             print(f"{name}: {one_line(error)}", file=sys.stderr)
             return REFUSED
         except (ImportError, MemoryError, RuntimeError) as error:

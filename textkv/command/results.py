@@ -35,9 +35,9 @@ def results_file(module: str, beside: Sequence[str] = ()) -> Callable[[str], Pat
         """The path; ArgumentTypeError for what is refused."""
         path = Path(text)
         check_file(path, text, lambda path: is_own(path, module), f"python -m {module}")
-        for suffix in beside:
-            if path.with_suffix(suffix).is_dir():
-                raise ArgumentTypeError(f"{path.with_suffix(suffix)}, which is written too, is a folder; name another")
+        for other in (path.with_suffix(suffix) for suffix in beside):
+            # What stands in it is asked by those who go on with it; this is only about the place.
+            check_file(other, str(other), lambda path: True, f"python -m {module}")
         return path
 
     check.__name__ = "results_file"
@@ -80,6 +80,16 @@ def output_folder(own: Callable[[Path], bool], whose: str) -> Callable[[str], Pa
 
     check.__name__ = "output_folder"
     return check
+
+
+def writable_folder(text: str) -> Path:
+    """A folder for files that only this process needs; made if missing."""
+    try:
+        Path(text or "\0").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=text):
+            return Path(text)
+    except (OSError, ValueError) as error:
+        raise ArgumentTypeError(f"nothing can be written to {text!r}: {error}") from None
 
 
 def check_file(path: Path, text: str, own: Callable[[Path], bool], whose: str) -> None:

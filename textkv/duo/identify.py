@@ -30,7 +30,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from textkv import models
+from textkv import checkpoints, models
+from textkv.command import (
+    count,
+    device,
+    finite,
+    natural,
+    output_file,
+    positive,
+    readable,
+    run,
+    seed,
+    some_text,
+    threads,
+)
 from textkv.duo.mean_qk import mean_qk_scores
 from textkv.duo.passkeys import PasskeyConfig, Passkeys, Sample, recall_sample
 from textkv.duo.pattern import FILE, Pattern
@@ -42,14 +55,27 @@ TEXT_ROWS = 50
 """Rows of text that `mean_qk` averages over."""
 
 
+def _is_pattern(path: Path) -> bool:
+    try:
+        Pattern.load(path)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+OUT = output_file(_is_pattern, "python -m textkv.methods.duo_attention")
+
+
 def load_model(model: str, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model in eval mode, tokenizer) of a name that `textkv.models.resolve` knows; text or vision-language."""
     place = models.resolve(model)
-    config = AutoConfig.from_pretrained(place)
+    with checkpoints.readable_files(place):
+        config = AutoConfig.from_pretrained(place)
     if not hasattr(config, "vision_config"):
         return models.load(model, dtype=dtype, device=device)
-    loaded = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, use_safetensors=True).to(device).eval()
-    return loaded, AutoTokenizer.from_pretrained(place)
+    loaded = checkpoints.load_model(AutoModelForImageTextToText.from_pretrained, place, dtype=dtype)
+    tokenizer = checkpoints.load_tokenizer(AutoTokenizer.from_pretrained, place)
+    return loaded.to(device).eval(), tokenizer
 
 
 def identify(
@@ -87,62 +113,71 @@ def _recall(rows: Rows, config: PasskeyConfig, rng: np.random.Generator) -> Samp
 
 def add_running(command: argparse.ArgumentParser) -> None:
     """The options of a command that say where and in which precision a model runs."""
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--device", type=device, default="", help="cpu, cuda ... (default: a GPU where there is one)")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    command.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    command.add_argument("--threads", type=threads, default=0, help="CPU threads; 0 leaves torch's choice")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
         prog="python -m textkv.methods.duo_attention", description="Patterns of full and streaming heads."
     )
-    command = parser.add_subparsers(required=True, metavar="command").add_parser(
+    command = p.add_subparsers(required=True, metavar="command").add_parser(
         "identify", help="train the gates of a model and write its pattern", description=__doc__.split("\n\n")[0]
     )
     command.add_argument(
-        "--model", required=True, help="mini, a name of `python -m textkv.models list`, a folder, or a hub id"
+        "--model",
+        type=some_text,
+        required=True,
+        help="mini, a name of `python -m textkv.models list`, a folder, or a hub id",
     )
-    command.add_argument("--out", type=Path, help=f"pattern file; default: {FILE} beside the model")
+    command.add_argument(
+        "--out",
+        type=OUT,
+        help=f"pattern file; default: {FILE} beside the model",
+    )
     command.add_argument("--how", choices=("distillation", "mean_qk"), default="distillation")
     command.add_argument("--task", choices=("passkeys", "recall"), default="passkeys", help="recall: the mini model's")
-    command.add_argument("--text", type=Path, help="haystack; default: sentences of a small grammar")
-    command.add_argument("--passkeys", type=int, default=PasskeyConfig.count, help="passkeys hidden in a sample")
-    command.add_argument("--words", type=int, default=PasskeyConfig.words, help="words of a passkey")
-    command.add_argument("--shortest", type=int, default=PasskeyConfig.shortest, help="shortest haystack, in tokens")
-    command.add_argument("--longest", type=int, help=f"longest sample; {PasskeyConfig.longest} or what the model knows")
-    for name in ("steps", "rate", "weight", "sinks", "recent"):
-        default = getattr(GateTraining, name)
-        command.add_argument(f"--{name}", type=type(default), default=default)
+    command.add_argument("--text", type=readable, help="haystack; default: sentences of a small grammar")
+    command.add_argument("--passkeys", type=count, default=PasskeyConfig.count, help="passkeys hidden in a sample")
+    command.add_argument("--words", type=count, default=PasskeyConfig.words, help="words of a passkey")
+    command.add_argument("--shortest", type=count, default=PasskeyConfig.shortest, help="shortest haystack, in tokens")
+    command.add_argument(
+        "--longest", type=count, help=f"longest sample; {PasskeyConfig.longest} or what the model knows"
+    )
+    for name, kind in (("steps", count), ("rate", positive), ("weight", finite), ("sinks", natural), ("recent", count)):
+        command.add_argument(f"--{name}", type=kind, default=getattr(GateTraining, name))
     command.add_argument("--full-branch", choices=("teacher", "student"), default=GateTraining.full_branch)
     command.add_argument("--supervise", choices=("tail", "passkeys"), default=GateTraining.supervise)
     command.add_argument("--checkpointing", action="store_true", help="less memory, a third slower")
     add_running(command)
-    command.add_argument("--seed", type=int, default=0)
-    return parser
+    command.add_argument("--seed", type=seed, default=0)
+    return p
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, identify, write the pattern, print its summary."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("textkv.methods.duo_attention", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Identify, write the pattern, print its summary."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
-        settings = GateTraining(
-            steps=args.steps, rate=args.rate, weight=args.weight, sinks=args.sinks, recent=args.recent,
-            full_branch=args.full_branch, supervise=args.supervise, checkpointing=args.checkpointing,
-        )  # fmt: skip
-        model, tokenizer = load_model(args.model, getattr(torch, args.dtype), args.device)
-        known = model.config.get_text_config().max_position_embeddings
-        longest = args.longest or min(PasskeyConfig.longest, known)
-        config = PasskeyConfig(args.passkeys, args.words, min(args.shortest, longest), longest)
-        text = args.text.read_text(encoding="utf-8") if args.text else None
-        pattern = _with_progress(model, drawer(args.task, tokenizer, config, text, args.seed), args.how, settings)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    settings = GateTraining(
+        steps=args.steps, rate=args.rate, weight=args.weight, sinks=args.sinks, recent=args.recent,
+        full_branch=args.full_branch, supervise=args.supervise, checkpointing=args.checkpointing,
+    )  # fmt: skip
     # The embedded model's own pattern is part of the package: a new one does not take its place by itself.
     folder = Path("." if args.model == "mini" else models.resolve(args.model))
-    out = args.out or (folder if folder.is_dir() else Path()) / FILE
+    out = args.out or OUT(str((folder if folder.is_dir() else Path()) / FILE))
+    model, tokenizer = load_model(args.model, getattr(torch, args.dtype), args.device)
+    known = model.config.get_text_config().max_position_embeddings
+    longest = args.longest or min(PasskeyConfig.longest, known)
+    config = PasskeyConfig(args.passkeys, args.words, min(args.shortest, longest), longest)
+    text = args.text.read_text(encoding="utf-8") if args.text else None
+    pattern = _with_progress(model, drawer(args.task, tokenizer, config, text, args.seed), args.how, settings)
     pattern.save(out)
     told = ", ".join(f"{name} {value:.3f}" for name, value in pattern.summary().items())
     Console().print(

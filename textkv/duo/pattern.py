@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from textkv.command import write_text
 from textkv.mini import WEIGHTS
 from textkv.records import checked, listed, parse
 
@@ -52,13 +53,13 @@ class Pattern:
             raise ValueError(f"gates from {float(self.gates.min()):g} to {float(self.gates.max()):g}: must lie in 0..1")
 
     def save(self, path: str | Path) -> None:
-        """Writes the pattern as JSON."""
+        """Writes the pattern as JSON, all of it or nothing."""
         made = {
             "format": FORMAT, "model": self.model, "how": self.how, "sinks": self.sinks, "recent": self.recent,
             "layers": self.gates.shape[0], "kv_heads": self.gates.shape[1],
             "gates": [[round(g, 4) for g in row] for row in self.gates.tolist()], "settings": self.settings,
         }  # fmt: skip
-        Path(path).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        write_text(Path(path), json.dumps(made, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Pattern:

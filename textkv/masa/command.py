@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import runpy
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,13 +23,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from textkv import models
-from textkv.command import count, device, fraction, natural, readable, run
+from textkv.command import count, device, fraction, natural, output_folder, readable, run, some_text
 from textkv.masa.checkpoint import save
 from textkv.masa.conversion import Conversion, convert
 from textkv.mini.filler import sentences
 from textkv.models.atoms import FILE, is_atoms
 
 TRAINING = "training.masa.train"
+PLAIN = "model.safetensors"
 GRAMMAR_SEED = 33
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -60,7 +61,6 @@ def converted(args: argparse.Namespace) -> None:
         reduction=None if args.atoms_only else args.reduction,
         projections=args.projections,
     )
-    _check_out(args.out, FILE)
     model, tokenizer = models.load(args.model, device=args.device)
     text = args.text.read_text(encoding="utf-8") if args.text else None
     made = convert(model, wanted, rows_of(tokenizer, text, args.texts, args.length))
@@ -79,7 +79,6 @@ def converted(args: argparse.Namespace) -> None:
 
 def exported(args: argparse.Namespace) -> None:
     """Write the plain form of a folder with atoms."""
-    _check_out(args.out, "model.safetensors")
     place = models.resolve(args.model)
     if not is_atoms(place):
         raise ValueError(f"model {args.model} holds no {FILE}; it has plain weights already")
@@ -89,13 +88,11 @@ def exported(args: argparse.Namespace) -> None:
     print(args.out)
 
 
-def _check_out(out: Path, own: str) -> None:
-    """Refuses a folder with something else in it before anything is computed."""
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / own).is_file())):
-        raise FileExistsError(f"{out} is there and holds no {own}; name another folder, or move it")
+def _holds(own: str, folder: Path) -> bool:
+    return (folder / own).is_file()
 
 
-def train(argv: Sequence[str]) -> None:
+def train(argv: Sequence[str]) -> int:
     """Hand over to the trainer of a checkout.
 
     Trainers are no part of the installed package, which must not know them; the command is here because one looks for
@@ -103,8 +100,7 @@ def train(argv: Sequence[str]) -> None:
     """
     if importlib.util.find_spec("training") is None:
         raise ValueError(f"the trainer is in the repository only; run `python -m {TRAINING}` at the root of a checkout")
-    sys.argv = [TRAINING, *argv]
-    runpy.run_module(TRAINING, run_name="__main__")
+    return importlib.import_module(TRAINING).main(argv)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -116,15 +112,16 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--groups", type=count, default=1, help="groups of consecutive layers (default 1)")
     make.add_argument("--reduction", type=fraction, default=0.2, help="share of attention weights to go (default 0.2)")
     make.add_argument("--atoms-only", action="store_true", help="no low rank rests, whatever the reduction is then")
-    make.add_argument("--projections", default="qkvo", help="which are converted (default qkvo)")
+    make.add_argument("--projections", type=some_text, default="qkvo", help="which are converted (default qkvo)")
     make.add_argument("--text", type=readable, help="plain text to calibrate on; default: a small grammar's sentences")
     make.add_argument("--texts", type=count, default=32, help="pieces of it (default 32)")
     make.add_argument("--length", type=count, default=256, help="tokens of a piece (default 256)")
     make.add_argument("--device", type=device, default="", help="cpu, cuda ... (default: a GPU where there is one)")
     plain = commands.add_parser("export", help="plain weights of a folder with atoms")
-    for command in (make, plain):
-        command.add_argument("--model", required=True, help="mini, smollm2, a folder, or a hub id")
-        command.add_argument("--out", type=Path, required=True, help="folder to write")
+    for command, own in ((make, FILE), (plain, PLAIN)):
+        command.add_argument("--model", type=some_text, required=True, help="mini, smollm2, a folder, or a hub id")
+        kind = output_folder(partial(_holds, own), f"python -m textkv.masa (it has no {own})")
+        command.add_argument("--out", type=kind, required=True, help="folder to write")
         command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the numbers on disk")
     commands.add_parser("train", add_help=False, help=f"a small model from scratch: python -m {TRAINING}")
     return p
@@ -134,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command, see `textkv.command.run` for what it returns."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["train"]:  # its options are the trainer's own
-        return run("textkv.masa", argparse.ArgumentParser(), lambda args, rest: train(argv[1:]), [])
+        return run("textkv.masa train", argparse.ArgumentParser(), lambda args, rest: train(argv[1:]), [])
     return run("textkv.masa", parser(), work, argv)
 
 

@@ -17,6 +17,7 @@ that only the answer needs are missed so: a warning says it, and names the comma
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -242,4 +243,4 @@ def _split(layer: Layer, full: torch.Tensor, sizes: list[Sizes]) -> SplitSegment
 if __name__ == "__main__":
     from textkv.duo.identify import main
 
-    main()
+    sys.exit(main())

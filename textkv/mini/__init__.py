@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from textkv.checkpoints import load_model, load_tokenizer
+
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -18,10 +20,10 @@ def load_mini(
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """(model in eval mode, tokenizer) of the embedded weights, or of another `folder` that the training wrote.
 
-    Raises FileNotFoundError where there are no weights.
+    Raises FileNotFoundError where there are no weights, ValueError where they are not whole (`textkv.checkpoints`).
     """
     folder = Path(folder) if folder else WEIGHTS
     if not (folder / "model.safetensors").exists():
         raise FileNotFoundError(f"no weights in {folder}; train them with `python -m training.text.train`")
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    return model.to(device).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+    model = load_model(LlamaForCausalLM.from_pretrained, folder, dtype=dtype, attn_implementation="sdpa")
+    return model.to(device).eval(), load_tokenizer(PreTrainedTokenizerFast.from_pretrained, folder)

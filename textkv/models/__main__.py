@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from textkv.command import checked, run, writable_folder
 from textkv.models.catalogue import CATALOGUE, find
 from textkv.models.fetch import Unfetched
 from textkv.models.install import install
@@ -22,8 +22,10 @@ def parser() -> argparse.ArgumentParser:
     command = p.add_subparsers(required=True, dest="command", metavar="command")
     command.add_parser("list", help="what there is, and what is installed")
     get = command.add_parser("install", help="fetch and convert a model, once")
-    get.add_argument("name", help=", ".join(CATALOGUE))
-    get.add_argument("--out", type=Path, help="put the model's folder there instead of into the user's cache")
+    get.add_argument("name", type=checked(find), help=", ".join(CATALOGUE))
+    get.add_argument(
+        "--out", type=writable_folder, help="put the model's folder there instead of into the user's cache"
+    )
     return p
 
 
@@ -39,22 +41,21 @@ def table() -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 done, 2 for a request that cannot be carried out."""
-    args = parser().parse_args(argv)
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("textkv.models", parser(), work, argv, explained=(Unfetched,))
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """List, or install."""
     if args.command == "list":
         Console(width=None if sys.stdout.isatty() else 200).print(table())
-        return 0
-    try:
-        release = find(args.name)
-        # The terms are named before anything is fetched: who goes on has been told.
-        print(f"{release.name}: {release.what}. Licence: {release.licence}, {release.terms}", file=sys.stderr)
-        folder = install(release, args.out)
-    except (ValueError, Unfetched, OSError) as error:
-        print(f"textkv.models: {error}", file=sys.stderr)
-        return 2
+        return
+    release = args.name
+    # The terms are named before anything is fetched: who goes on has been told.
+    print(f"{release.name}: {release.what}. Licence: {release.licence}, {release.terms}", file=sys.stderr)
+    folder = install(release, args.out)
     use = str(folder) if args.out else release.name
     print(f"{folder}; use it as {'--model' if release.use == 'text' else '--embedder'} {use}")
-    return 0
 
 
 if __name__ == "__main__":

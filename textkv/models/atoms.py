@@ -24,6 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from textkv.checkpoints import check_tensors, readable_files
+
 FILE = "atoms.safetensors"
 FORMAT = 1
 COMMAND = "`python -m textkv.masa convert`"
@@ -173,9 +175,7 @@ def read_atoms(folder: str | Path) -> tuple[dict[str, Tensor], list[AtomGroup], 
         raise ValueError(f"{path} is no file of atoms: it lacks {error}; make one with {COMMAND}") from None
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    bad = next((name for name, tensor in plain.items() if not bool(tensor.isfinite().all())), None)
-    if bad:
-        raise ValueError(f"{path}: {bad} holds numbers that are not finite; take other weights")
+    check_tensors(path, plain.items())
     return plain, groups, header
 
 
@@ -210,8 +210,12 @@ def load_atoms(folder: str | Path, dtype: torch.dtype = torch.float32, device: s
     architecture = getattr(transformers, str(header.get("architecture")), None)
     if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
         raise ValueError(f"{Path(folder) / FILE}: {header.get('architecture')} is no model class of transformers")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):  # names and shapes only: transformers would make up what is missing
+    with readable_files(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with (
+        readable_files(folder),
+        torch.device("meta"),
+    ):  # names and shapes only: transformers would make up what is missing
         empty = architecture(config)
     weights, shapes = plain_weights(plain, groups, dtype), {n: w.shape for n, w in empty.state_dict().items()}
     wrong = [name for name, _ in empty.named_parameters() if name not in weights]

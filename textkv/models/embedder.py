@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from textkv.checkpoints import load_model, load_tokenizer
 from textkv.models.loading import first_line, resolve
 
 MOST_TOKENS = 256  # longer texts are cut, as all-MiniLM-L6-v2 was trained and as its own configuration says
@@ -38,8 +39,10 @@ class Embedder:
         """
         place = resolve(name, "embedder")
         try:
-            model = AutoModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
-            return cls(model.to(device), AutoTokenizer.from_pretrained(place))
+            # The pooler and the heads of masked words say nothing about the states that are averaged.
+            heads = r"(^|\.)pooler\.|^cls\.|^lm_head\."
+            model = load_model(AutoModel.from_pretrained, place, unused=heads, dtype=torch.float32)
+            return cls(model.to(device), load_tokenizer(AutoTokenizer.from_pretrained, place))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(f"embedder {name} cannot be loaded: {first_line(error)}") from None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from textkv.checkpoints import load_model, load_tokenizer
 from textkv.mini import WEIGHTS, load_mini
 from textkv.models.atoms import is_atoms, load_atoms
 from textkv.models.catalogue import CATALOGUE
@@ -68,8 +69,10 @@ def load(
         if is_atoms(place):
             model = load_atoms(place, dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True, **here)
-        tokenizer = AutoTokenizer.from_pretrained(place, **here)
+            model = load_model(
+                AutoModelForCausalLM.from_pretrained, place, dtype=dtype, trust_remote_code=False, **here
+            )
+        tokenizer = load_tokenizer(AutoTokenizer.from_pretrained, place, **here)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"model {name} cannot be loaded: {first_line(error)}") from None
     return model.to(device).eval(), tokenizer

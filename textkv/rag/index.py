@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from textkv.command import write_text
+from textkv.checkpoints import check_tensors
+from textkv.command import write_bytes, write_text
 from textkv.rag.documents import Chunk
 from textkv.rag.embedders import BM25, Embeds, load_embedder
 from textkv.records import read
@@ -99,9 +100,7 @@ class Index:
         if self.vectors is None:
             (place / VECTORS).unlink(missing_ok=True)
         else:
-            part = place / f"{VECTORS}.part"
-            part.write_bytes(save({"vectors": self.vectors}))
-            part.replace(place / VECTORS)
+            write_bytes(place / VECTORS, save({"vectors": self.vectors}))
         write_text(place / RECORD, json.dumps(record, ensure_ascii=False))
 
     @classmethod
@@ -126,6 +125,8 @@ class Index:
             )
         try:
             vectors = None if built == BM25 else load_file(place / VECTORS)["vectors"]
+            if vectors is not None:
+                check_tensors(place / VECTORS, [("vectors", vectors)])
             return cls([Chunk(**chunk) for chunk in record["chunks"]], built, vectors)
         except (KeyError, TypeError, AttributeError, OSError, SafetensorError, ValueError) as error:
             told = " ".join(str(error).split())
@@ -142,6 +143,11 @@ def _ranking(words: list[list[str]]) -> Any:
     ranking = bm25s.BM25(method="lucene", k1=K1, b=B, backend="numpy")
     ranking.index(words, show_progress=False)
     return ranking
+
+
+def is_index(folder: Path) -> bool:
+    """Whether an index of ours lies there."""
+    return _record(folder) is not None
 
 
 def words_of(text: str) -> list[str]:

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv.attention import release, runs_on_ours
 from textkv.cache import MethodCache
+from textkv.command import count, output_file, readable, run, some_text
 from textkv.duo.identify import add_running, load_model
 from textkv.evidence import Evidence, Needs, QueryCentres
 from textkv.kinds import text_config, text_model
@@ -37,6 +38,17 @@ from textkv.tri_attention.centres import FILE, Centres
 
 TOKENS = 32_768
 GRAMMAR_SEED = 21
+
+
+def _is_centres(path: Path) -> bool:
+    try:
+        Centres.load(path)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+OUT = output_file(_is_centres, "python -m textkv.tri_attention")
 
 
 @dataclass(frozen=True)
@@ -117,38 +129,43 @@ def read_text(tokenizer: PreTrainedTokenizerBase, text: str | None, tokens: int)
     return torch.tensor(ids[:tokens], dtype=torch.int64)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m textkv.tri_attention", description="Query centres of a model.")
-    command = parser.add_subparsers(required=True, metavar="command").add_parser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m textkv.tri_attention", description="Query centres of a model.")
+    command = p.add_subparsers(required=True, metavar="command").add_parser(
         "calibrate",
         help="read a text, write the centres of the queries",
         description=__doc__.split("\n\n")[0],
     )
-    command.add_argument("--model", required=True, help='"mini", a model folder, or a hub id')
-    command.add_argument("--text", type=Path, help="plain text; default: sentences of a small grammar")
-    command.add_argument("--out", type=Path, help=f"file of the centres; default: {FILE} beside the model")
-    command.add_argument("--tokens", type=int, default=TOKENS, help=f"tokens to read at most; {TOKENS}")
-    command.add_argument("--length", type=int, help="tokens of a piece; default: all that the model knows")
+    command.add_argument("--model", type=some_text, required=True, help='"mini", a model folder, or a hub id')
+    command.add_argument("--text", type=readable, help="plain text; default: sentences of a small grammar")
+    command.add_argument(
+        "--out",
+        type=OUT,
+        help=f"file of the centres; default: {FILE} beside the model",
+    )
+    command.add_argument("--tokens", type=count, default=TOKENS, help=f"tokens to read at most; {TOKENS}")
+    command.add_argument("--length", type=count, help="tokens of a piece; default: all that the model knows")
     add_running(command)
-    return parser
+    return p
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, calibrate, write the centres, print how concentrated the queries are."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("textkv.tri_attention", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Calibrate, write the centres, print how concentrated the queries are."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
-        model, tokenizer = load_model(args.model, getattr(torch, args.dtype), args.device)
-        text = args.text.read_text(encoding="utf-8") if args.text else None
-        ids = read_text(tokenizer, text, args.tokens)
-        folder = Path(args.model)
-        name = folder.resolve().name if folder.is_dir() else args.model
-        made = calibrate(model, ids, args.length, tokenizer.bos_token_id, name)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    out = args.out or (folder / FILE if folder.is_dir() else Path(FILE))
+    folder = Path(args.model)
+    out = args.out or OUT(str(folder / FILE if folder.is_dir() else FILE))
+    model, tokenizer = load_model(args.model, getattr(torch, args.dtype), args.device)
+    text = args.text.read_text(encoding="utf-8") if args.text else None
+    ids = read_text(tokenizer, text, args.tokens)
+    name = folder.resolve().name if folder.is_dir() else args.model
+    made = calibrate(model, ids, args.length, tokenizer.bos_token_id, name)
     made.save(out)
     told = f"{out}: centres of {len(made.layers)} layers from {len(ids)} tokens"
     shares = torch.tensor([x for of_layer in made.settings["concentration"].values() for x in of_layer])

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from textkv.command import write_bytes
 from textkv.evidence import QueryCentres
 from textkv.mini import WEIGHTS
 from textkv.records import checked, parse
@@ -55,14 +56,14 @@ class Centres:
                 raise ValueError(f"layer {number}: means must be finite, and lengths finite and not negative")
 
     def save(self, path: str | Path) -> None:
-        """Writes the centres as safetensors."""
+        """Writes the centres as safetensors, all of them or nothing."""
         tensors = {}
         for number, of_layer in self.layers.items():
             tensors[f"{number}.mean"] = of_layer.mean[0].float().contiguous()
             tensors[f"{number}.lengths"] = of_layer.lengths[0].float().contiguous()
         count = next(iter(self.layers.values())).count
         header = {"format": FORMAT, "model": self.model, "tokens": int(count[0]), "settings": self.settings}
-        save_file(tensors, Path(path), metadata={"header": json.dumps(header, sort_keys=True)})
+        write_bytes(Path(path), save(tensors, metadata={"header": json.dumps(header, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Centres:

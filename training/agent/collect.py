@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from agentkv import envs
 from agentkv.envs import oracle
 from agentkv.envs.actions import Action, Click, Finished, Type
 from agentkv.envs.browser import Browser
+from agentkv.errors import EXPLAINED
+from textkv.command import count, output_folder, positive, run, seed
 from training.agent.drawn import click, say, snap
 from training.agent.episodes import write_episodes
 from training.agent.shape import RESIZED
@@ -100,18 +104,28 @@ def next_seed(folder: Path) -> int:
     return max(seeds, default=-100) + 100
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and record."""
-    parser = argparse.ArgumentParser(prog="python -m training.agent.collect", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/mini/episodes"))
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--each", type=int, default=4, help="episodes per task in the first round (doubles up to 40)")
-    parser.add_argument("--task", action="append", choices=TASKS, help="only this task; may be repeated")
-    parser.add_argument("--start", type=int, default=None, help="first seed (default: after the recorded ones)")
-    args = parser.parse_args(argv)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m training.agent.collect", description=__doc__.split("\n\n")[0])
+    own = output_folder(lambda folder: any(folder.glob("*.npz")), "python -m training.agent.collect")
+    p.add_argument("--folder", type=own, default="runs/mini/episodes", help="where the episodes go")
+    p.add_argument("--minutes", type=positive, default=60.0, help="until it ends (60)")
+    p.add_argument("--each", type=count, default=4, help="episodes per task in the first round (doubles up to 40)")
+    p.add_argument("--task", action="append", choices=TASKS, help="only this task; may be repeated")
+    p.add_argument("--start", type=seed, help="first seed (default: after the recorded ones)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("training.agent.collect", parser(), work, argv, explained=EXPLAINED)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Record."""
     start = next_seed(args.folder) if args.start is None else args.start
     collect(args.folder, args.task or list(TASKS), args.minutes, args.each, start)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

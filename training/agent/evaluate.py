@@ -8,11 +8,9 @@ Wilson intervals.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +20,14 @@ from rich.table import Table
 
 from agentkv import envs
 from agentkv.envs.browser import Browser
+from agentkv.errors import EXPLAINED
 from agentkv.grammars import ParseError
 from agentkv.models import ModelAdapter, load_adapter
+from textkv.command import episodes, results_file, run, some_text, write_rows
 from textkv.intervals import wilson
 from textkv.provenance import run_meta
 from training.agent.tasks import MEMORY, TASKS
+from training.command import add_threads, set_threads
 
 FIRST_SEED = 1_000_000
 MAX_NEW_TOKENS = 32
@@ -101,27 +102,34 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return made
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, play, print."""
-    parser = argparse.ArgumentParser(prog="python -m training.agent.evaluate", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="mini", help='"mini" or a model folder')
-    parser.add_argument("--episodes", type=int, default=20, help="per task")
-    parser.add_argument("--task", action="append", choices=TASKS, help="only this task; may be repeated")
-    parser.add_argument("--blind", action="store_true", help="also play the memory pages without earlier screenshots")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m training.agent.evaluate", description=__doc__.split("\n\n")[0])
+    p.add_argument("--model", type=some_text, default="mini", help='"mini" or a model folder')
+    p.add_argument("--episodes", type=episodes, default=20, help="per task")
+    p.add_argument("--task", action="append", choices=TASKS, help="only this task; may be repeated")
+    p.add_argument("--blind", action="store_true", help="also play the memory pages without earlier screenshots")
+    p.add_argument("--json", type=results_file("training.agent.evaluate"), help="write the rows here")
+    add_threads(p, default=1)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("training.agent.evaluate", parser(), work, argv, explained=EXPLAINED)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Play, print."""
+    set_threads(args)
     adapter, tasks = load_adapter(args.model), args.task or list(TASKS)
     with Browser() as browser:
         rows = measure(adapter, browser, tasks, args.episodes, adapter.history_frames)
         if args.blind:
             rows += measure(adapter, browser, [task for task in tasks if task in MEMORY], args.episodes, 1)
     Console().print(table(rows))
-    if args.json:
-        meta = run_meta("training.agent.evaluate", list(sys.argv[1:] if argv is None else argv), FIRST_SEED)
-        args.json.write_text(json.dumps({"meta": meta, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    write_rows(args.json, run_meta("training.agent.evaluate", argv, FIRST_SEED), rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

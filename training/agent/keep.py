@@ -8,16 +8,19 @@ folder's README.md.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from agentkv.envs.browser import Browser
+from agentkv.errors import EXPLAINED
 from agentkv.models import MINI, load_adapter
 from agentkv.run import DEFAULT_TASKS
+from textkv.command import episodes, positive, run, some_text
 from training.agent.evaluate import FIRST_SEED, mean, measure
 from training.agent.tasks import MEMORY, TASKS
 from training.keep import Rows, consider, recorded
@@ -64,25 +67,34 @@ def played(browser: Browser, episodes: int) -> Callable[[Path], tuple[float, Row
     return score
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and watch until the time is over."""
-    parser = argparse.ArgumentParser(prog="python -m training.agent.keep", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--latest", type=Path, default=Path("runs/mini/latest"))
-    parser.add_argument("--minutes", type=float, default=40.0)
-    parser.add_argument("--every", type=float, default=8.0, help="minutes from one measurement to the next")
-    parser.add_argument("--episodes", type=int, default=8, help="per task")
-    args = parser.parse_args(argv)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m training.agent.keep", description=__doc__.split("\n\n")[0])
+    p.add_argument("--latest", type=some_text, default="runs/mini/latest", help="what a training exports to")
+    p.add_argument("--minutes", type=positive, default=40.0, help="until it ends (40)")
+    p.add_argument("--every", type=positive, default=8.0, help="minutes from one measurement to the next")
+    p.add_argument("--episodes", type=episodes, default=8, help="per task")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("training.agent.keep", parser(), work, argv, explained=EXPLAINED)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Watch until the time is over."""
     torch.set_num_threads(1)
-    begin, seen = time.monotonic(), 0.0
+    begin, seen, latest = time.monotonic(), 0.0, Path(args.latest)
     with Browser() as browser:
         while time.monotonic() - begin < args.minutes * 60:
-            start, weights = time.monotonic(), args.latest / "model.safetensors"
+            start, weights = time.monotonic(), latest / "model.safetensors"
             if weights.is_file() and weights.stat().st_mtime > seen:
                 seen = weights.stat().st_mtime
-                success = consider(args.latest, MINI, played(browser, args.episodes), readme)
+                success = consider(latest, MINI, played(browser, args.episodes), readme)
                 print(f"{(start - begin) / 60:.0f} min: {success:.3f}, in place {recorded(MINI):.3f}", flush=True)
             time.sleep(max(5.0, args.every * 60 - (time.monotonic() - start)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,8 +6,10 @@ training.agent.collect`). The averaged weights are exported to `RUNS/latest`.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from training import command
+from textkv.command import count, fraction, positive, run
 from training.agent.drawn import STEP
 from training.agent.feed import Feed, Mix
 from training.agent.files import SYSTEM, folder_files
@@ -30,6 +32,7 @@ from training.agent.place import set_place_heads
 from training.agent.shape import mini_config
 from training.agent.tokenizer import MAX_NUMBER, build_tokenizer
 from training.agent.words import tokenizer_texts
+from training.command import parser_of, set_threads, settings_of
 from training.export import TRAINED
 from training.trainer import Settings, Trainer, kept_tokenizer, loader, option
 
@@ -38,12 +41,12 @@ from training.trainer import Settings, Trainer, kept_tokenizer, loader, option
 class AgentSettings(Settings):
     """How the mini agent is trained, and on what."""
 
-    minutes: float = option(120.0, "time budget of the whole training")
-    fall: float = option(0.35, "share of the time at the end in which the rate falls")
+    minutes: float = option(120.0, "time budget of the whole training", positive)
+    fall: float = option(0.35, "share of the time at the end in which the rate falls", fraction)
     hints: float = option(0.3, "weight of the hints' losses")
-    images: int = option(Mix.images, "screenshots per batch")
-    drawn: float = option(Mix.drawn, "share of sequences that are drawn pages")
-    memory: float = option(Mix.memory, "share of sequences that are drawn memory episodes")
+    images: int = option(Mix.images, "screenshots per batch", count)
+    drawn: float = option(Mix.drawn, "share of sequences that are drawn pages", fraction)
+    memory: float = option(Mix.memory, "share of sequences that are drawn memory episodes", fraction)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,10 +115,10 @@ class Meter:
         self.losses.append(float(loss))
         right = (logits.argmax(-1)[:, None] == self.neighbours[targets]).any(1).tolist()
         at = 0
-        for task, count in batch.answers:
-            self.hits[task][0] += all(right[at : at + count])
+        for task, length in batch.answers:
+            self.hits[task][0] += all(right[at : at + length])
             self.hits[task][1] += 1
-            at += count
+            at += length
 
     def line(self) -> str:
         """Loss and percent right by task since the last line; starts again from nothing."""
@@ -224,12 +227,21 @@ def _trained(start: Path | None) -> dict[str, float]:
     return {name: told[name] + before[name] for name in before}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and train."""
-    parser = command.parser_of(AgentSettings, "training.agent.train", __doc__, "runs/mini")
-    args, settings = command.read(parser, AgentSettings, argv)
-    AgentTrainer(settings, args.runs, args.start).run()
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    return parser_of(AgentSettings, "training.agent.train", __doc__, "runs/mini")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("training.agent.train", parser(), work, argv, kept="the same command goes on from the last saved state")
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Train."""
+    set_threads(args)
+    AgentTrainer(settings_of(args, AgentSettings), args.runs, args.start).run()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,11 +8,9 @@ number of steps; `--json FILE` writes the rows with 95 % Wilson intervals.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlm.decode import decode
 from dlm.mini import load_mini
 from dlm.mini.problems import FIRST_EVALUATION_SEED, MOST_STEPS, Problem, final_answer, make_problem
+from textkv.command import count, device, results_file, run, some_text, write_rows
 from textkv.intervals import wilson
 from textkv.provenance import run_meta
+from training.command import add_threads, set_threads
 
 BATCH_TOKENS = 16_384
 
@@ -84,33 +84,33 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return made
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(prog="python -m training.dlm.evaluate", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="llada", help='"llada", "dream", "guider" or a folder of the training')
-    parser.add_argument("--n", type=int, default=200, help="problems")
-    parser.add_argument("--gen-length", type=int, default=64, help="tokens of the canvas behind the prompt")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    args = parser.parse_args(argv)
-    if args.n < 1:
-        parser.error(f"--n {args.n} measures nothing; use at least 1")
-    if args.gen_length < 1:
-        parser.error(f"--gen-length {args.gen_length} leaves no room for an answer; use e.g. 64")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        model, tokenizer = load_mini(args.model, device=args.device)
-        rows = measure(model, tokenizer, args.n, args.gen_length)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m training.dlm.evaluate", description=__doc__.split("\n\n")[0])
+    p.add_argument(
+        "--model", type=some_text, default="llada", help='"llada", "dream", "guider" or a folder of the training'
+    )
+    p.add_argument("--n", type=count, default=200, help="problems")
+    p.add_argument("--gen-length", type=count, default=64, help="tokens of the canvas behind the prompt")
+    p.add_argument("--device", type=device, default="", help="cpu, cuda ... (default: a GPU where there is one)")
+    add_threads(p)
+    p.add_argument("--json", type=results_file("training.dlm.evaluate"), help="write the rows here")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("training.dlm.evaluate", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measure, print."""
+    set_threads(args)
+    model, tokenizer = load_mini(args.model, device=args.device)
+    rows = measure(model, tokenizer, args.n, args.gen_length)
     Console().print(table(rows))
-    if args.json:
-        words = list(sys.argv[1:] if argv is None else argv)
-        meta = run_meta("training.dlm.evaluate", words, FIRST_EVALUATION_SEED)
-        args.json.write_text(json.dumps({"meta": meta, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    write_rows(args.json, run_meta("training.dlm.evaluate", argv, FIRST_EVALUATION_SEED), rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

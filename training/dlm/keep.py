@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dlm.mini import WEIGHTS, load_mini
 from dlm.mini.problems import FIRST_EVALUATION_SEED
+from textkv.command import checked, count, run, some_text
+from training.command import add_threads, set_threads
 from training.dlm.evaluate import measure
-from training.export import TRAINED
+from training.export import TRAINED, trained_folder
 from training.keep import Rows, consider, recorded
 
 TITLES = {"llada": "LLaDA", "dream": "Dream", "guider": "guider (Qwen2)"}
@@ -57,19 +58,25 @@ def solved(n: int, gen_length: int) -> Callable[[Path], tuple[float, Rows]]:
     return score
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, measure, install."""
-    parser = argparse.ArgumentParser(prog="python -m training.dlm.keep", description=__doc__.split("\n\n")[0])
-    parser.add_argument("latest", type=Path, help="the export of a training: RUNS/latest")
-    parser.add_argument("--n", type=int, default=500, help="problems")
-    parser.add_argument("--gen-length", type=int, default=64, help="tokens of the canvas behind the prompt")
-    parser.add_argument("--hardware", default="two CPU cores", help="where it was trained, for the README")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    args = parser.parse_args(argv)
-    if not (args.latest / TRAINED).is_file():
-        parser.error(f"{args.latest} has no {TRAINED}; give the `latest` folder of a training")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m training.dlm.keep", description=__doc__.split("\n\n")[0])
+    p.add_argument("latest", type=checked(trained_folder), help="the export of a training: RUNS/latest")
+    p.add_argument("--n", type=count, default=500, help="problems")
+    p.add_argument("--gen-length", type=count, default=64, help="tokens of the canvas behind the prompt")
+    p.add_argument("--hardware", type=some_text, default="two CPU cores", help="where it was trained, for the README")
+    add_threads(p)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("training.dlm.keep", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measure, install."""
+    set_threads(args)
     kind = json.loads((args.latest / TRAINED).read_text(encoding="utf-8"))["model"]
     before = recorded(WEIGHTS / kind)
     told = partial(readme, hardware=args.hardware)
@@ -78,4 +85,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

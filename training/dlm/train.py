@@ -7,6 +7,8 @@ exported to `RUNS/latest`.
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,8 @@ import torch.nn.functional as F
 from dlm.mini import check_kind
 from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
 from dlm.mini.words import CARRIED, DIGITS, PLAIN
-from training import command
+from textkv.command import count, fraction, positive, run
+from training.command import parser_of, set_threads, settings_of
 from training.dlm.evaluate import answers
 from training.dlm.feed import STAGES, Batch, Feed, answer_tokens, stage_at
 from training.dlm.hints import Watch, hints_of
@@ -35,12 +38,12 @@ class DlmSettings(Settings):
     """Which of the mini models is trained, and how."""
 
     model: str = option("llada", "llada, dream or guider")
-    minutes: float = option(180.0, "time budget of the whole training")
-    tokens: int = option(3072, "tokens per batch")
-    rate: float = option(3e-3, "highest learning rate")
-    long: float = option(0.1, "share of batches with a long tail of end tokens")
+    minutes: float = option(180.0, "time budget of the whole training", positive)
+    tokens: int = option(3072, "tokens per batch", count)
+    rate: float = option(3e-3, "highest learning rate", positive)
+    long: float = option(0.1, "share of batches with a long tail of end tokens", fraction)
     hint_weight: float = option(0.3, "what the hints count")
-    check_problems: int = option(64, "held-out problems of a check")
+    check_problems: int = option(64, "held-out problems of a check", count)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,12 +170,22 @@ def _optimizers(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimiz
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and train."""
-    parser = command.parser_of(DlmSettings, "training.dlm.train", __doc__, "runs/mini_MODEL")
-    args, settings = command.read(parser, DlmSettings, argv)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    return parser_of(DlmSettings, "training.dlm.train", __doc__, "runs/mini_MODEL")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("training.dlm.train", parser(), work, argv, kept="the same command goes on from the last saved state")
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Train."""
+    set_threads(args)
+    settings = settings_of(args, DlmSettings)
     DlmTrainer(settings, Path(str(args.runs).replace("MODEL", settings.model)), args.start).run()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,8 +8,10 @@ weights are exported to `RUNS/latest`, in the form on disk of `textkv.models.ato
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from textkv.command import count, fraction, positive, readable, run
 from textkv.masa import Sharing, save, share
 from textkv.mini import WEIGHTS
 from textkv.mini.filler import sentences
-from training import command
+from training.command import parser_of, set_threads, settings_of, text_of
 from training.export import TRAINED
 from training.text.shape import mini_config, started
 from training.text.train import HELD_OUT, adamw
@@ -38,15 +41,15 @@ class MasaSettings(Settings):
     """Size, sharing and length of one training."""
 
     steps: int = option(600, "optimizer steps of the whole training")
-    rate: float = option(4e-3, "highest learning rate")
-    warmup: int = option(50, "steps until it is reached")
-    average: float = option(0.98, "share of the averaged weights that a step keeps")
-    layers: int = option(6, "blocks of the model")
-    hidden: int = option(96, "channels")
-    heads: int = option(6, "query heads")
-    kv_heads: int = option(6, "key and value heads; fewer are grouped queries")
-    length: int = option(128, "tokens of a row")
-    rows: int = option(16, "rows of a batch")
+    rate: float = option(4e-3, "highest learning rate", positive)
+    warmup: int = option(50, "steps until it is reached", count)
+    average: float = option(0.98, "share of the averaged weights that a step keeps", fraction)
+    layers: int = option(6, "blocks of the model", count)
+    hidden: int = option(96, "channels", count)
+    heads: int = option(6, "query heads", count)
+    kv_heads: int = option(6, "key and value heads; fewer are grouped queries", count)
+    length: int = option(128, "tokens of a row", count)
+    rows: int = option(16, "rows of a batch", count)
     atoms: int = option(0, "matrices that all layers share, for each projection; 0: none")
     rank: int = option(0, "rank of each layer's own weights; 0: none")
     projections: str = option("qkvo", "which projections are shared")
@@ -163,18 +166,25 @@ def _config(settings: MasaSettings, tokenizer: PreTrainedTokenizerFast) -> Llama
     return LlamaConfig(**(mini_config(tokenizer).to_dict() | size))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and train."""
-    parser = command.parser_of(MasaSettings, "training.masa.train", __doc__, "runs/masa")
-    parser.add_argument("--text", type=Path, help="the text; its last tenth is held out")
-    args, settings = command.read(parser, MasaSettings, argv)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = parser_of(MasaSettings, "training.masa.train", __doc__, "runs/masa")
+    p.add_argument("--text", type=readable, help="the text; its last tenth is held out")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("training.masa.train", parser(), work, argv, kept="the same command goes on from the last saved state")
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Train."""
     if args.start:
-        parser.error(f"--start {args.start}: models are compared from fresh weights; leave it out")
-    try:
-        MasaTrainer(settings, args.runs, args.text.read_text(encoding="utf-8") if args.text else None).run()
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+        raise ValueError(f"--start {args.start}: models are compared from fresh weights; leave it out")
+    set_threads(args)
+    MasaTrainer(settings_of(args, MasaSettings), args.runs, text_of(args)).run()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

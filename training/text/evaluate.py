@@ -8,11 +8,9 @@ plain sentences; `--json FILE` writes both, the rows with 95 % Wilson intervals.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from textkv.command import checked, count, device, lengths, results_file, run, some_text, write_rows
 from textkv.intervals import wilson
 from textkv.mini import load_mini
 from textkv.mini.facts import TASKS, check_task
@@ -28,6 +27,7 @@ from textkv.mini.filler import Filler
 from textkv.mini.speller import Speller
 from textkv.mini.tasks import EVALUATION_FILLER, FIRST_EVALUATION_SEED, Example, make_example
 from textkv.provenance import run_meta
+from training.command import add_threads, set_threads
 from training.text.sinks import sink_mass
 
 BATCH_TOKENS = 16_384
@@ -89,41 +89,35 @@ def sink_table(mass: torch.Tensor) -> Table:
     return made
 
 
-def _lengths(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of lengths; use e.g. 256,1024") from error
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python -m training.text.evaluate", description=__doc__.split("\n\n")[0])
+    p.add_argument("--model", type=some_text, default="mini", help='"mini" or a folder that the training wrote')
+    p.add_argument("--lengths", type=lengths, default="256,512,1024,2048", help="prompt and answer, in tokens")
+    p.add_argument("--n", type=count, default=100, help="examples per task and length")
+    told = f"only this task; may be repeated ({', '.join(TASKS)})"
+    p.add_argument("--task", type=checked(check_task), action="append", help=told)
+    p.add_argument("--device", type=device, default="", help="cpu, cuda ... (default: a GPU where there is one)")
+    add_threads(p)
+    p.add_argument("--json", type=results_file("training.text.evaluate"), help="write the rows here")
+    return p
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(prog="python -m training.text.evaluate", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="mini", help='"mini" or a folder that the training wrote')
-    parser.add_argument("--lengths", type=_lengths, default=[256, 512, 1024, 2048], help="prompt and answer, in tokens")
-    parser.add_argument("--n", type=int, default=100, help="examples per task and length")
-    parser.add_argument("--task", action="append", help=f"only this task; may be repeated ({', '.join(TASKS)})")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    args = parser.parse_args(argv)
-    if args.n < 1:
-        parser.error(f"--n {args.n} measures nothing; use at least 1")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    try:
-        tasks = [check_task(task) for task in args.task or TASKS]
-        model, tokenizer = load_mini(None if args.model == "mini" else args.model, device=args.device)
-        rows, mass = measure(model, tokenizer, tasks, args.lengths, args.n), resting(model, tokenizer)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("training.text.evaluate", parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Measure, print."""
+    set_threads(args)
+    model, tokenizer = load_mini(None if args.model == "mini" else args.model, device=args.device)
+    rows = measure(model, tokenizer, args.task or TASKS, args.lengths, args.n)
+    mass = resting(model, tokenizer)
     Console().print(table(rows), sink_table(mass))
-    if args.json:
-        words = list(sys.argv[1:] if argv is None else argv)
-        meta = run_meta("training.text.evaluate", words, FIRST_EVALUATION_SEED)
-        made = {"meta": meta, "rows": rows, "on_first_token": mass.tolist()}
-        args.json.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    meta = run_meta("training.text.evaluate", argv, FIRST_EVALUATION_SEED)
+    write_rows(args.json, meta, rows, on_first_token=mass.tolist())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,6 +6,8 @@ rows that grow from 128 to 3,072 tokens. The averaged weights are exported to `R
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 
+from textkv.command import count, fraction, positive, readable, run, threads
 from textkv.mini.facts import TASKS
 from textkv.mini.filler import sentences
-from training import command
+from training.command import parser_of, set_threads, settings_of, text_of
 from training.text.check import Check, right_answers
 from training.text.feed import Batch, Feed, longest_at
 from training.text.hints import hint_loss
@@ -35,15 +38,15 @@ CUDA = torch.cuda.is_available()
 class TextSettings(Settings):
     """How the mini text model is trained."""
 
-    minutes: float = option(8.0, "time budget of the whole training")
-    warmup: int = option(200, "steps until the highest rate is reached")
-    workers: int = option(6 if CUDA else 1, "processes that make the data")
-    tokens: int = option(131_072 if CUDA else 8_192, "tokens per batch")
+    minutes: float = option(8.0, "time budget of the whole training", positive)
+    warmup: int = option(200, "steps until the highest rate is reached", count)
+    workers: int = option(6 if CUDA else 1, "processes that make the data", threads)
+    tokens: int = option(131_072 if CUDA else 8_192, "tokens per batch", count)
     text_weight: float = option(0.3, "what a token of ordinary text counts against one of an answer")
     hint_weight: float = option(0.2, "what the hints count")
     sink_weight: float = option(0.2, "what the sinks count")
-    fade: float = option(0.1, "share of the time at the end in which hints and sinks fade")
-    check_examples: int = option(64 if CUDA else 4, "held-out examples per task and length")
+    fade: float = option(0.1, "share of the time at the end in which hints and sinks fade", fraction)
+    check_examples: int = option(64 if CUDA else 4, "held-out examples per task and length", count)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,13 +182,23 @@ def _tokenizer(start: Path | None, text: str | None) -> PreTrainedTokenizerFast:
     return build_tokenizer([*(" " + " ".join(words) for words in sentences(3000, seed=0)), *([text] if text else [])])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and train."""
-    parser = command.parser_of(TextSettings, "training.text.train", __doc__, "runs/mini_text")
-    parser.add_argument("--text", type=Path, help="ordinary text to learn as well (its last tenth is left out)")
-    args, settings = command.read(parser, TextSettings, argv)
-    TextTrainer(settings, args.runs, args.text.read_text(encoding="utf-8") if args.text else None, args.start).run()
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = parser_of(TextSettings, "training.text.train", __doc__, "runs/mini_text")
+    p.add_argument("--text", type=readable, help="ordinary text to learn as well (its last tenth is left out)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run("training.text.train", parser(), work, argv, kept="the same command goes on from the last saved state")
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Train."""
+    set_threads(args)
+    TextTrainer(settings_of(args, TextSettings), args.runs, text_of(args), args.start).run()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

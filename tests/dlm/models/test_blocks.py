@@ -124,7 +124,7 @@ def test_llada_moe_decodes_as_a_llada(models):
 def test_query_tokens_of_the_two_ways_to_finish_a_block(models):
     """P=8, G=8, B=4, one token a forward: prompt and block at first; then folded 8 + 3 * 4, or apart 4 + 4 * 4."""
     ids = ids_of(8)
-    options = dict(gen_length=8, unmask="threshold(2)", eos="none")
+    options = dict(gen_length=8, unmask="threshold(1)", eos="none")
     folded, apart = (decode(models["sdar"], ids, cache=c, **options).stats for c in ("block", "block(fold=False)"))
     assert (folded.forwards, folded.query_tokens) == (8, 12 + 3 * 4 + 8 + 3 * 4)
     assert (apart.forwards, apart.query_tokens) == (10, 8 + 4 * 4 + 4 + 4 * 4)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from agentkv.agent import Decision
-from agentkv.eval.agentnetbench.__main__ import main, numbers_of, parser, protocols_of
+from agentkv.eval.agentnetbench.__main__ import main, numbers_of, parser
 from agentkv.eval.agentnetbench.bench import OWN, Answer, Answers, Bench, Cell
 from agentkv.eval.agentnetbench.figures import replay_rows, rows_of
 from agentkv.eval.agentnetbench.records import read
@@ -130,7 +130,7 @@ def test_intervals_resample_tasks() -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(["--method", "gui-kw"], "did you mean gui-kv"), (["--budget", "40"], "use 0.4"), (["--budget", ""], "no budget"),
+    [(["--method", "gui-kw"], "did you mean gui-kv"), (["--budget", "40"], "use 0.4"), (["--budget", ""], "names"),
      (["--screenshots", "0"], "at least"), (["--screenshots", "many"], "1..5"), (["--protocol", "v3"], "v1, v2"),
      (["--max-new-tokens", "0"], "not a count"), (["--model", "/nowhere/at/all"], "nowhere"),
      (["--rescore"], "without --rescore")],
@@ -142,6 +142,6 @@ def test_bad_requests_are_one_line(tmp_path: Path, options: list[str], said: str
     assert said in error and error.startswith("eval.agentnetbench: ") and error.count("\n") == 1
 
 
-def test_numbers_and_protocols() -> None:
-    assert numbers_of("1..3,5,2") == (1, 2, 3, 5) and protocols_of("v2,v1,v2") == ("v2", "v1")
-    assert parser().parse_args(["--data", "x"]).protocol == "v1"
+def test_numbers_and_protocols(tmp_path: Path) -> None:
+    assert numbers_of("1..3,5,2") == (1, 2, 3, 5)
+    assert parser().parse_args(["--data", str(tmp_path)]).protocol == ["v1"]

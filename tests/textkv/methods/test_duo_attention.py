@@ -231,7 +231,7 @@ def test_the_method_file_is_a_quiet_command(tmp_path, monkeypatch, capsys):
     with warnings.catch_warnings(), pytest.raises(SystemExit):
         warnings.simplefilter("error")
         runpy.run_module("textkv.methods.duo_attention", run_name="__main__")
-    assert "steps=0" in capsys.readouterr().err
+    assert "--steps: 0 is not" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("method", "budget"), [("duo_attention(sparsity=0.5)", 1.0), ("duo_attention", 0.3)])

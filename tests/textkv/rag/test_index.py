@@ -96,7 +96,7 @@ def test_refusals_are_one_line(folder, tmp_path, capsys):
     capsys.readouterr()
     for given, said in (
         (["index", str(tmp_path / "empty"), "--out", index], "no text in"),
-        (["index", str(folder), "--out", str(other)], "is no index"),
+        (["index", str(folder), "--out", str(other)], "holds something else than of python -m textkv.rag index"),
         (["index", str(folder), "--out", index, "--embedder", "nowhere:X"], "No module named"),
         (["ask", " ?", "--index", index], "has no word"),
         (["ask", "Who?", "--index", str(other)], "no index in"),

@@ -1,0 +1,153 @@
+"""Checkpoints are whole or refused: what every loader of models here goes through.
+
+transformers warns of weights that are missing and starts them at random, passes over those that it does not know, and
+makes up an empty tokenizer where a folder has none. A model that was loaded like that answers nonsense; here it is one
+line that says what is wrong with which files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+FAULTS = {"missing_keys": "missing", "unexpected_keys": "unknown", "mismatched_keys": "of another shape"}
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+SHOWN = 4  # names of each kind
+LINE = 300  # characters of what a library says
+# Whatever a damaged config or file makes transformers stumble over.
+_STUMBLES = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError)
+
+
+def load_model(load: Callable[..., Any], source: str | Path, *, unused: str = "", **options: Any) -> PreTrainedModel:
+    """`load(source, **options)`, a `from_pretrained`, with every weight from the files and finite. No pickles.
+
+    Args:
+        unused: pattern of names that the caller never computes with: these may be missing or additional.
+
+    Raises:
+        ValueError: weights that are missing, unknown, of another shape or not finite, counted and named; files that
+            cannot be read.
+        FileNotFoundError: files that are not there.
+    """
+    with readable_files(source):
+        check_family(source, load)
+        # Other shapes are let through here so that the line below names them all.
+        model, info = load(
+            str(source), use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    check_names(source, info, unused)
+    check_finite(source, model)
+    return model
+
+
+def load_tokenizer(load: Callable[..., Any], source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+    """`load(source, **options)`, a `from_pretrained`, of files that are there; no code of the folder is run.
+
+    Raises:
+        FileNotFoundError: a folder without a tokenizer.
+        ValueError: one that cannot be read, or that knows no token.
+    """
+    folder = Path(source)
+    # transformers would make up a tokenizer that knows nothing.
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZERS):
+        raise FileNotFoundError(f"{source} has no tokenizer; put its tokenizer.json into the folder")
+    if load == AutoTokenizer.from_pretrained:
+        options["trust_remote_code"] = False
+    with readable_files(source):
+        tokenizer = load(str(source), **options)
+    if not tokenizer("0", add_special_tokens=False)["input_ids"]:
+        raise ValueError(f"the tokenizer at {source} reads no text; put its tokenizer.json into the folder")
+    return tokenizer
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file beside weights, as config.json. Raises ValueError, with the file, for anything else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        told = "nested too deep" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path} cannot be read ({told}); download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, no object; download it again")
+    return value
+
+
+@contextmanager
+def readable_files(source: str | Path) -> Iterator[None]:
+    """What libraries say of files that they cannot read becomes one line with their place."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except _STUMBLES as error:
+        told = " ".join(str(error).split("\n\n")[0].split())[:LINE] or type(error).__name__
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(f"{source} cannot be read as a model ({told}); download or convert it again") from error
+
+
+def check_family(source: str | Path, load: Callable[..., Any]) -> None:
+    """Raises ValueError if `load` is of a class for one family and the files are of another: transformers would fill a
+    model of the class's default size with random numbers."""
+    wanted = getattr(getattr(getattr(load, "__self__", None), "config_class", None), "model_type", None)
+    if not wanted:
+        return
+    found = PreTrainedConfig.get_config_dict(str(source))[0].get("model_type")
+    if found != wanted:
+        raise ValueError(f"it is a {found!r} model, here one of type {wanted!r} is needed")
+
+
+def check_names(source: str | Path, info: dict[str, Any], unused: str = "") -> None:
+    """Raises ValueError if the files lack weights that the config asks for, or hold others.
+
+    Args:
+        info: what `from_pretrained(..., output_loading_info=True)` gives.
+        unused: pattern of names that do not matter.
+    """
+    faults = []
+    for name, title in FAULTS.items():
+        keys = sorted(str(key) for key in info.get(name) or () if not (unused and re.search(unused, str(key))))
+        if keys:
+            faults.append(f"{title}: {listed(keys)}")
+    if faults:
+        raise ValueError(f"the weights at {source} do not fit its config.json; {'; '.join(faults)}")
+
+
+def check_finite(source: str | Path, model: torch.nn.Module) -> None:
+    """Raises ValueError if a weight is NaN or infinite; says of which how many."""
+    check_tensors(source, model.state_dict().items())
+
+
+@torch.no_grad()
+def check_tensors(source: str | Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """As `check_finite`, for tensors by name."""
+    bad = {}
+    for name, tensor in tensors:
+        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # The extremes are NaN where any number is: one pass without a mask of all, which a large model has no room for.
+        if not all(bool(extreme.isfinite()) for extreme in tensor.detach().aminmax()):
+            bad[name] = int((~tensor.detach().isfinite()).sum())
+    if bad:
+        told = listed([f"{name} ({count:,})" for name, count in bad.items()])
+        raise ValueError(f"{sum(bad.values()):,} weights at {source} are not finite: {told}; take other weights")
+
+
+def listed(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    return f"{', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''}"
