@@ -105,9 +105,11 @@ DAMAGE = {
     "a result of another episode": lambda folder: shutil.copy(folder.parent / "1000001" / "episode.json", folder),
 }
 
+FOREIGN = {name for name in DAMAGE if "link" in name or "name" in name or name == "a text as picture"}
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damage_costs_one_episode_and_is_told(run, damage):
+
+@pytest.mark.parametrize(("fault", "damage"), DAMAGE.items(), ids=DAMAGE)
+def test_damage_costs_one_episode_and_is_told(run, fault, damage, reliability):
     damage(first(run))
     recorded = read_run(run)
     assert [e["seed"] for e in recorded.episodes] == [1_000_001]
@@ -115,14 +117,17 @@ def test_damage_costs_one_episode_and_is_told(run, damage):
     assert str(run) in told and "\n" not in told and len(told) < 6_000
     page = write_report(run).read_text()
     assert told[:40] in page and "root:" not in page and SECRET not in page
+    kind, outcome = (2, "nothing of another file is embedded") if fault in FOREIGN else (4, "told, and played again")
+    reliability(kind, fault, "agentkv.report", outcome)
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_the_rest_is_replayed(run, damage):
+@pytest.mark.parametrize(("fault", "damage"), DAMAGE.items(), ids=DAMAGE)
+def test_the_rest_is_replayed(run, fault, damage, reliability):
     damage(first(run))
     rows = list(replay(run, lambda task: FakeEnv()))
     assert [row["same"] for row in rows if row["seed"] in (1_000_001, "1000001")] == [True]
     assert all(bool(row["damaged"]) is not row["same"] for row in rows if row["damaged"])
+    reliability(2 if fault in FOREIGN else 4, fault, "agentkv.run --replay", "the other episodes are acted")
 
 
 def test_a_damaged_episode_is_played_again(run, monkeypatch, capsys):
@@ -164,8 +169,8 @@ ABOUT = {
 }
 
 
-@pytest.mark.parametrize("damage", ABOUT.values(), ids=ABOUT)
-def test_settings_that_no_run_has_are_one_line(run, damage):
+@pytest.mark.parametrize(("fault", "damage"), ABOUT.items(), ids=ABOUT)
+def test_settings_that_no_run_has_are_one_line(run, fault, damage, reliability):
     path = run / "run.json"
     if callable(damage):
         about = json.loads(path.read_text())
@@ -181,6 +186,7 @@ def test_settings_that_no_run_has_are_one_line(run, damage):
             use(run)
         assert "\n" not in str(caught.value)
     assert path.read_bytes() == before
+    reliability(4, f"run.json: {fault}", "agentkv.run --resume", "refused in one line")
 
 
 def test_a_run_of_an_earlier_version_goes_on(run):
