@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from textkv.command import count, fraction, names, natural, readable, results_file, run, write_rows
+from textkv.command import count, fractions, natural, readable, results_file, run, some_text, write_rows
 from textkv.provenance import run_meta
 
 from ..arguments import add_choice
@@ -16,10 +16,6 @@ from ..ruler import TASKS
 from ..textbench import MODEL_HELP, check_model
 from . import compare, place
 from .pairs import PAIRS
-
-
-def _budgets(text: str) -> list[float]:
-    return [fraction(word) for word in names(text)]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,10 +26,10 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(required=True, dest="command", metavar="command")
     commands.add_parser("install", help="make the peer's environment (kvpress needs another transformers)")
     beside = commands.add_parser("compare", help="run both and print the table")
-    beside.add_argument("--model", default="mini", help=MODEL_HELP)
+    beside.add_argument("--model", type=some_text, default="mini", help=MODEL_HELP)
     add_choice(beside, "methods", list(PAIRS))
     add_choice(beside, "tasks", list(TASKS))
-    beside.add_argument("--budgets", type=_budgets, default="0.5,0.25", help="shares to keep (default 0.5,0.25)")
+    beside.add_argument("--budgets", type=fractions, default="0.5,0.25", help="shares to keep (default 0.5,0.25)")
     beside.add_argument("--length", type=count, default=1024, help="tokens of a prompt, question included (1024)")
     beside.add_argument("--n", type=count, default=4, help="prompts of each task (default 4)")
     beside.add_argument("--overlap", type=natural, default=2, help="prompts whose kept tokens are compared (default 2)")

@@ -19,6 +19,8 @@ FOLDERS = ("agentkv", "dlm", "envs", "eval", "kernels", "textkv", "training")
 HANDED_ON = {("eval.speed", "decode"): "eval.decode_speed"}
 """Commands that another one hands its arguments to, with the module that they are in."""
 
+INNER = {"eval.peers.kvpress_side"}
+"""Run by `eval.peers` alone, in an environment of its own."""
 ELSEWHERE = {"textkv.methods.duo_attention": "textkv.duo.identify"}
 """Where `main` is, for a method that is a command only as it is run."""
 
@@ -49,7 +51,7 @@ def names() -> list[str]:
     for path in sorted(x for folder in FOLDERS for x in (ROOT / folder).rglob("*.py")):
         if any(_is_guard(node) for node in ast.parse(path.read_text(encoding="utf-8")).body):
             found.append(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__"))
-    return found
+    return [name for name in found if name not in INNER]
 
 
 def _is_guard(node: ast.stmt) -> bool:
