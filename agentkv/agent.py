@@ -255,7 +255,7 @@ class EpisodeResult:
     goal: str
     success: bool
     reward: float
-    stop: str  # "done", "step limit", "parse failures", "repeated action", "interrupted"
+    stop: str  # "done", "step limit", "parse failures", "repeated action"
     steps: int
     seconds_reset: float
 
@@ -297,13 +297,12 @@ def run_episode(
     limits: Limits | None = None,
     history: int = 5,
     on_step: Callable[[Step], None] | None = None,
-    stopping: Callable[[], bool] = lambda: False,
 ) -> EpisodeResult:
     """Play one episode of `env` (an `envs.make` environment) from `seed`.
 
     `history` counts the screenshots in a prompt, the current one included (5 in the paper); older steps stay as text.
-    `on_step` sees every step right after it happened; `stopping` is asked between steps (Ctrl-C). An answer that
-    cannot be read costs a step and its error goes into the next prompt. What `env` raises (a dead browser) passes.
+    `on_step` sees every step right after it happened. An answer that cannot be read costs a step and its error goes
+    into the next prompt. What `env` raises (a dead browser) passes.
     """
     if history < 1:
         raise ValueError(f"history={history} would hide the current screenshot too; use 1 for no earlier ones")
@@ -314,9 +313,6 @@ def run_episode(
     policy.start(env)
     watch, past, stop, step = _Watch(limits or Limits()), [], "", None
     while not stop:
-        if stopping():
-            stop = "interrupted"
-            break
         shown = [(image if i >= len(past) - history + 1 else None, text) for i, (image, text) in enumerate(past)]
         screenshot = Image.fromarray(obs["screenshot"])
         decision = policy.decide(goal, shown, screenshot, env.task.viewport)

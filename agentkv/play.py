@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,8 +19,8 @@ from agentkv.envs.live import LiveTask, page_says
 from agentkv.envs.tab import Manners
 from agentkv.envs.task import Task
 from agentkv.envs.web import WebEnv
-from agentkv.errors import Interrupts
-from agentkv.trace import DONE, DOWNLOADS, RUN, EpisodeTrace, episode_folder, write_json
+from agentkv.reading import inside, read_about, read_episode
+from agentkv.trace import DOWNLOADS, RUN, EpisodeTrace, episode_folder, write_json
 
 LIVE = "live"  # the name of the task that a --url is
 LOAD_TIMEOUT = 30.0  # seconds for a page to load
@@ -82,14 +81,16 @@ class Plan:
 def open_folder(out: Path, plan: Plan, resume: bool, meta: Mapping[str, Any], notes: Sequence[str]) -> None:
     """Make `out` the folder of this run. An earlier run there is moved aside, or with `resume` gone on with.
 
-    Raises ValueError when the run to go on with was made with other settings.
+    Raises ValueError when the run to go on with was made with other settings, is none, or has links out of it.
     """
     about = {**asdict(plan), "episodes": len(plan.seeds), "notes": list(notes), "meta": dict(meta)}
     if (out / RUN).exists():
         if resume:
-            about = _joined(json.loads((out / RUN).read_text()), about, out)
+            about = _joined(read_about(out), about, out)
         else:
             print(f"the earlier run in {out} is now in {_move_aside(out)}", file=sys.stderr)
+    for seed, task, method in plan.episodes():
+        inside(out, episode_folder(out, method, task, seed))
     write_json(out / RUN, about)
 
 
@@ -138,24 +139,23 @@ class Play:
         policies: Mapping[str, Policy],
         browser: Browser,
         out: Path,
-        interrupts: Interrupts,
         budgets: Mapping[str, float | str] | None = None,
         quiet: bool = False,
     ) -> None:
-        self.plan, self.policies, self.browser, self.out, self.interrupts = plan, policies, browser, out, interrupts
+        self.plan, self.policies, self.browser, self.out = plan, policies, browser, out
         self.budgets, self.quiet = budgets or {}, quiet
         self.envs: dict[str, WebEnv] = {}
 
-    def run(self) -> bool:
-        """Play what is not finished yet; False when Ctrl-C cut it short. Closes the pages, not the browser."""
+    def run(self) -> None:
+        """Play what is not finished yet. Closes the pages, not the browser."""
         try:
-            return self._all()
+            self._all()
         finally:
             for env in self.envs.values():
                 env.close()
 
-    def _all(self) -> bool:
-        todo = [e for e in self.plan.episodes() if not (self._folder(*e) / DONE).exists()]
+    def _all(self) -> None:
+        todo = [e for e in self.plan.episodes() if not self._done(*e)]
         console = Console(stderr=True, quiet=self.quiet)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
@@ -163,16 +163,20 @@ class Play:
             for seed, task, method in todo:
                 progress.update(bar, description=f"{method} · {task} · {seed}")
                 result = self._episode(seed, task, method)
-                if result.stop == "interrupted":
-                    return False
                 progress.advance(bar)
                 if not console.is_terminal:
                     end = "solved" if result.success else result.stop
                     console.print(f"{method} {task} {seed}: {end} after {result.steps} steps", highlight=False)
-        return True
 
     def _folder(self, seed: int, task: str, method: str) -> Path:
         return episode_folder(self.out, method, task, seed)
+
+    def _done(self, *episode: Any) -> bool:
+        try:
+            return read_episode(self._folder(*episode)) is not None
+        except ValueError as error:
+            print(f"{error}; it is played again", file=sys.stderr)
+            return False
 
     def _env(self, task: str) -> WebEnv:
         if task not in self.envs:
@@ -195,11 +199,10 @@ class Play:
                 trace.close()
             if result.stop != "browser crash":
                 break
-        if result.stop != "interrupted":
-            trace.finish(result, crashed)
+        trace.finish(result, crashed)
         return result
 
     def _play(self, env: WebEnv, method: str, seed: int, trace: EpisodeTrace) -> EpisodeResult:
         env.manners = replace(env.manners, downloads=trace.folder.resolve() / DOWNLOADS)
         limits, policy = Limits(max_steps=env.max_steps), self.policies[method]
-        return run_episode(env, policy, seed, limits, self.plan.history, trace.step, lambda: self.interrupts.asked)
+        return run_episode(env, policy, seed, limits, self.plan.history, trace.step)

@@ -5,8 +5,7 @@ What differs is a page that is not reproducible, a changed browser or a damaged 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -16,7 +15,8 @@ from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from agentkv.trace import RUN, STEPS, action_from_dict, read_steps
+from agentkv.reading import inside, open_picture, read_about, read_picture, read_steps
+from agentkv.trace import RUN, STEPS, action_from_dict
 
 
 def find_run(folder: Path) -> Path:
@@ -39,20 +39,26 @@ def replay(folder: Path, open_env: Callable[[str], Any]) -> Iterator[dict[str, A
     """Replay every episode in `folder`, yielding a dict per episode.
 
     `open_env(task)` gives the environment. "recorded" and "replayed" are the last rewards, "screens" counts the
-    screenshots that are equal to the pixel, "same" asks for equal rewards on every step.
+    screenshots that are equal to the pixel, "same" asks for equal rewards on every step. An episode that is damaged is
+    not acted: "damaged" says why.
     """
     run = find_run(folder)
-    about = json.loads((run / RUN).read_text())
+    about = read_about(run)
     for episode in recorded(folder):
         method, task, seed = (unquote(part) for part in episode.parts[-3:])
-        steps = read_steps(episode)
-        if task not in about["tasks"]:
-            raise ValueError(f"{episode}: {task!r} is no task of the run in {run}")
-        rewards, screens = _act_again(open_env(task), int(seed), steps, episode)
+        row = {"method": method, "task": task, "seed": seed, "steps": 0, "recorded": 0.0, "replayed": 0.0}
+        row |= {"screens": 0, "same": False, "damaged": ""}
+        try:
+            if task not in about["tasks"] or not seed.isdecimal():
+                raise ValueError(f"{episode}: {task!r} with seed {seed!r} is not of the run in {run}")
+            steps = read_steps(inside(run, episode))
+            pictures = [open_picture(read_picture(episode, step["screenshot"])) for step in steps]
+        except ValueError as error:
+            yield row | {"damaged": str(error)}
+            continue
+        rewards, screens = _act_again(open_env(task), int(seed), steps, pictures)
         before = [s["reward"] for s in steps]
-        yield {
-            "method": method,
-            "task": task,
+        yield row | {
             "seed": int(seed),
             "steps": len(steps),
             "recorded": before[-1] if before else 0.0,
@@ -62,12 +68,14 @@ def replay(folder: Path, open_env: Callable[[str], Any]) -> Iterator[dict[str, A
         }
 
 
-def _act_again(env: Any, seed: int, steps: list[dict[str, Any]], folder: Path) -> tuple[list[float], int]:
+def _act_again(
+    env: Any, seed: int, steps: Sequence[dict[str, Any]], pictures: Sequence[Image.Image]
+) -> tuple[list[float], int]:
     """(reward of every step, number of equal screenshots); an unreadable answer did nothing then and does so now."""
     obs, _ = env.reset(seed=seed)
     rewards, equal = [], 0
-    for step in steps:
-        equal += np.array_equal(obs["screenshot"], np.asarray(Image.open(folder / step["screenshot"]).convert("RGB")))
+    for step, picture in zip(steps, pictures, strict=True):
+        equal += np.array_equal(obs["screenshot"], np.asarray(picture))
         if step["action"] is None:
             rewards.append(0.0)
             continue

@@ -8,7 +8,6 @@ work; such an error is one line on stderr and exit code 2. The run is a folder o
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -24,15 +23,16 @@ from transformers.utils import logging
 from agentkv.agent import Agent
 from agentkv.envs.browser import Browser
 from agentkv.envs.dialogs import POLICIES
-from agentkv.errors import EXPLAINED, Interrupts, user_errors
+from agentkv.errors import EXPLAINED, user_errors
 from agentkv.models import AGENTS, ModelAdapter, load_adapter
 from agentkv.persistent import PersistentAgent
 from agentkv.play import LIVE, Plan, Play, open_env, open_folder, task_of
+from agentkv.reading import Recorded, read_about, read_run
 from agentkv.replay import find_run, recorded, replay, replay_table
 from agentkv.report import write_report
 from agentkv.stats import UNITS, summarise
 from agentkv.tables import method_table, stdout_console, task_table
-from agentkv.trace import RUN, need_space, read_run
+from agentkv.trace import RUN, need_space
 from textkv import resolve_method
 from textkv.command import (
     budget,
@@ -174,7 +174,7 @@ def play_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
         plan = make_plan(args)
         out = out_folder(args)
         need_space(out, space_needed(plan))
-    with Interrupts() as interrupts, open_browser(args, plan) as browser:
+    with open_browser(args, plan) as browser:
         with user_errors():
             adapter = load(plan)
             plan = fitted(plan, args, adapter)
@@ -182,11 +182,8 @@ def play_command(args: argparse.Namespace, argv: Sequence[str]) -> int:
             agents = {m: kind(adapter, m, plan.budget, plan.max_new_tokens) for m in plan.methods}
             meta = run_meta("agentkv.run", argv, args.seed, chromium=browser.version, units=UNITS)
             open_folder(out, plan, args.resume, meta, notes(plan))
-        finished = Play(plan, agents, browser, out, interrupts, {m: budget_of(m, plan) for m in plan.methods}).run()
+        Play(plan, agents, browser, out, {m: budget_of(m, plan) for m in plan.methods}).run()
     finish(out, args.json)
-    if not finished:
-        print("agentkv.run: stopped before the end; the same command with --resume goes on", file=sys.stderr)
-    return 0 if finished else 130
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -290,18 +287,24 @@ def notes(plan: Plan) -> list[str]:
 
 def finish(out: Path, extra: Path | None) -> None:
     """Draw the table, summary.json and report.html from the traces in `out`, and say where they are."""
-    about, episodes = read_run(out)
-    rows = summarise(episodes)
+    recorded = read_run(out)
+    about, rows = recorded.about, summarise(recorded.episodes)
     for path in (out / "summary.json", extra):
         write_rows(path, about["meta"], rows)
     page = write_report(out)
     console = stdout_console()
     console.print(method_table(rows))
-    for note in about["notes"]:
+    for note in (*about["notes"], *left_out(recorded)):
         console.print(note)
     if len(about["tasks"]) > 1:
         console.print(task_table(rows))
     print(*filter(None, (out / "summary.json", extra, page)), sep="\n")
+
+
+def left_out(recorded: Recorded) -> list[str]:
+    """A note if episodes are damaged: how many, and the first."""
+    lines = recorded.damaged
+    return [f"{len(lines)} damaged, left out, and played again by --resume: {lines[0]}"] if lines else []
 
 
 def open_browser(args: argparse.Namespace, plan: Plan) -> Browser:
@@ -312,11 +315,14 @@ def open_browser(args: argparse.Namespace, plan: Plan) -> Browser:
 def replay_command(args: argparse.Namespace) -> int:
     """Act recorded episodes again; 1 when a reward differs."""
     with user_errors():
-        about = json.loads((find_run(args.replay) / RUN).read_text())
+        about = read_about(find_run(args.replay))
         recorded(args.replay)
         plan = Plan(**{f.name: about[f.name] for f in fields(Plan) if f.name in about})
     with open_browser(args, plan) as browser, user_errors():
         rows = list(replay(args.replay, cache(lambda task: open_env(task, plan, browser))))
+    for row in rows:
+        if row["damaged"]:
+            print(row["damaged"], file=sys.stderr)
     stdout_console().print(replay_table(rows))
     wrong = [r for r in rows if not r["same"]]
     print(f"{len(rows) - len(wrong)} of {len(rows)} episodes gave the same rewards")

@@ -1,4 +1,4 @@
-"""What happened, on disk: one folder per episode, written as it happens, read back without a model.
+"""What happened, on disk: one folder per episode, written as it happens (`agentkv.reading` reads it back).
 
     RUN/run.json                                     the settings, once
     RUN/episodes/<method>/<task>/<seed>/steps.jsonl  one line per step, flushed and synced as it goes
@@ -11,12 +11,10 @@ A killed run leaves complete lines up to its last step; the unfinished episode i
 
 from __future__ import annotations
 
-import errno
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -28,13 +26,12 @@ from PIL import Image
 from agentkv.agent import EpisodeResult, Step
 from agentkv.envs import actions
 from agentkv.grammars import ParseError
+from textkv.disk import NoSpace, disk_errors, write_whole
+from textkv.records import build, checked, listed
 
 ACTIONS = {cls.__name__: cls for cls in get_args(actions.Action)}
 STEPS, DONE, RUN, DOWNLOADS = "steps.jsonl", "episode.json", "run.json", "downloads"
-
-
-class NoSpace(OSError):
-    """The disk is full, or too full to begin; the message names the folder."""
+RESUME = "--resume goes on"  # what helps after a disk was full
 
 
 def need_space(folder: Path, need: int) -> None:
@@ -48,27 +45,9 @@ def need_space(folder: Path, need: int) -> None:
         )
 
 
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn "no space left" while writing below `folder` into NoSpace."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise NoSpace(f"{folder}: the disk is full; free some space and go on with --resume") from error
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write `value` so that `path` holds either all of it or what it held before."""
-    with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        with part.open("w") as file:
-            json.dump(value, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+    write_whole(path, json.dumps(value, indent=1).encode(), RESUME)
 
 
 def episode_folder(run: Path, method: str, task: str, seed: int) -> Path:
@@ -83,14 +62,17 @@ def action_to_dict(action: actions.Action | ParseError) -> dict[str, Any] | None
     return None if isinstance(action, ParseError) else {"type": type(action).__name__, **asdict(action)}
 
 
-def action_from_dict(value: dict[str, Any]) -> actions.Action:
-    """Back from JSON. Raises ValueError for a type that no action has."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items() if k != "type"}
-    if value.get("type") not in ACTIONS:
-        raise ValueError(f"action type {value.get('type')!r} is none of {', '.join(ACTIONS)}")
-    if value["type"] == "Several":
-        return actions.Several(tuple(action_from_dict(part) for part in value["actions"]))
-    return ACTIONS[value["type"]](**fields)
+def action_from_dict(value: Any) -> actions.Action:
+    """Back from JSON. Raises ValueError for what is no action, or has a field that its type has not."""
+    if checked(value, {"type": str})["type"] not in ACTIONS:
+        raise ValueError(f"action type {value['type']!r} is none of {', '.join(ACTIONS)}")
+    fields = {name: field for name, field in value.items() if name != "type"}
+    if value["type"] != "Several":
+        return build(ACTIONS[value["type"]], fields)
+    made = tuple(map(action_from_dict, listed(checked(fields, {"actions": list})["actions"], dict, "actions")))
+    if len(fields) > 1 or any(isinstance(part, actions.Several) for part in made):
+        raise ValueError("Several has actions alone, and they do not nest")
+    return actions.Several(made)
 
 
 def step_to_dict(step: Step) -> dict[str, Any]:
@@ -141,18 +123,21 @@ class EpisodeTrace:
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.folder, self.about, self.steps = folder, about, 0
-        with disk_errors(folder):
+        with disk_errors(folder, RESUME):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            self.file = (folder / STEPS).open("a")
+            # Nothing is held back: what a full disk did not take must not be tried again when the file is closed.
+            self.file = (folder / STEPS).open("ab", buffering=0)
 
     def step(self, step: Step) -> None:
         """Keep the screenshot, then the line: a line never names a picture that is not there."""
-        line = step_to_dict(step)
-        with disk_errors(self.folder):
-            Image.fromarray(step.screenshot).save(self.folder / line["screenshot"], optimize=True)
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+        line, png = step_to_dict(step), io.BytesIO()
+        Image.fromarray(step.screenshot).save(png, "PNG", optimize=True)
+        with disk_errors(self.folder, RESUME):
+            (self.folder / line["screenshot"]).write_bytes(png.getvalue())
+            rest = json.dumps(line).encode() + b"\n"
+            while rest:  # the system may take a part
+                rest = rest[self.file.write(rest) :]
             os.fsync(self.file.fileno())
         self.steps += 1
 
@@ -163,38 +148,3 @@ class EpisodeTrace:
     def close(self) -> None:
         """Close the file; what was recorded stays."""
         self.file.close()
-
-
-def read_episode(folder: Path) -> dict[str, Any] | None:
-    """What episode.json holds with "steps" (a list of dicts) and "folder"; None when it is not finished.
-
-    Raises ValueError naming the file when a line is not JSON: such a trace was changed by hand or the disk lost it.
-    """
-    if not (folder / DONE).exists():
-        return None
-    episode = json.loads((folder / DONE).read_text())
-    return {**episode, "steps": read_steps(folder), "folder": folder}
-
-
-def read_steps(folder: Path) -> list[dict[str, Any]]:
-    """The steps recorded so far."""
-    path = folder / STEPS
-    steps = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            steps.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not JSON; the trace is damaged, play this episode again") from error
-    return steps
-
-
-def read_run(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(what run.json holds, the finished episodes in the order of methods, tasks, seeds of the run).
-
-    Raises ValueError when `run` holds no run.
-    """
-    if not (run / RUN).exists():
-        raise ValueError(f"{run} holds no {RUN}: it is not the --out folder of a run")
-    about = json.loads((run / RUN).read_text())
-    folders = (episode_folder(run, m, t, s) for m in about["methods"] for t in about["tasks"] for s in about["seeds"])
-    return about, [e for e in map(read_episode, folders) if e is not None]

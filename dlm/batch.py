@@ -22,6 +22,9 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from textkv.disk import disk_errors
+from textkv.records import checked, parse
+
 
 @dataclass(frozen=True)
 class Item:
@@ -68,11 +71,9 @@ def bad_item(item: Item, error: str, path: Path, strict: bool) -> Item:
 
 def _item(line: bytes, number: int) -> Item:
     try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start}); save the file as UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"no JSON ({getattr(error, 'msg', 'nested too deep')}); write one object a line") from error
+        value = parse(line)
+    except ValueError as error:
+        raise ValueError(f"{error}; write one object a line, as UTF-8") from None
     if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
         raise ValueError('needs "prompt" or "messages", one of the two')
     prompt = value.get("prompt", value.get("messages"))
@@ -105,9 +106,9 @@ def read_done(path: Path, items: Sequence[Item], settings: str) -> set[int]:
     known, done = {item.line: item for item in items}, set()
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = checked(parse(line), {"line": int, "settings": str})
             line_of, made_by, prompt = row["line"], row["settings"], row["prompt"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError) as error:
             raise ValueError(f"{path}:{number} is no answer of this command; give another --out") from error
         if made_by != settings:
             raise ValueError(f"{path}:{number} was written with other settings; give another --out, or those settings")
@@ -149,7 +150,11 @@ def answer_all(
     """
     done, written = read_done(out, items, settings), 0
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file, _progress(len(items), len(done)) as advance:
+    with (
+        disk_errors(out),
+        out.open("a", encoding="utf-8") as file,
+        _progress(len(items), len(done)) as advance,
+    ):
         for chunk in chunks(items, size, done):
             good = [item for item in chunk if item.error is None]
             rows = dict(zip((item.line for item in good), answer(good) if good else [], strict=True))

@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 from playwright.sync_api import BrowserContext, CDPSession, Error, Frame, Page, Request, Route, WebSocketRoute
 
 from .allow import AllowList
-from .events import Record
+from .events import URL_LENGTH, Record
 
 # nothing listens there: the TCP port multiplexer is dead since decades and needs root to open
-_NOWHERE = "http://127.0.0.1:1"
+NOWHERE = "http://127.0.0.1:1"
 ERROR_PAGE = "chrome-error:"
 
 
@@ -29,7 +29,7 @@ def forgive(call: Callable[[], object]) -> None:
 
 def proxy(allow: AllowList) -> dict[str, str]:
     """The proxy setting of a context that reaches the origins of `allow` and nothing else."""
-    return {"server": _NOWHERE, "bypass": ",".join(urlsplit(entry).netloc for entry in allow.origins)}
+    return {"server": NOWHERE, "bypass": ",".join(urlsplit(entry).netloc for entry in allow.origins)}
 
 
 class Boundary:
@@ -38,8 +38,13 @@ class Boundary:
     def __init__(self, allow: AllowList, record: Record) -> None:
         self.allow = allow
         self.record = record
+        self.away = ""  # where the page that is shown wanted to go since `expect`, and why it may not
         self._strays: list[Frame] = []
         self._shut = False
+
+    def expect(self) -> None:
+        """A page is to be loaded now."""
+        self.away = ""
 
     def guard_context(self, context: BrowserContext) -> None:
         """Requests and sockets of every page."""
@@ -63,6 +68,7 @@ class Boundary:
         elif navigation and self._has_page(request):
             # "no content" leaves the agent on the page where it is; an abort would show Chromium's error page
             self.record.refuse("navigation", request.url, reason)
+            self._note(request.frame, request.url, reason)
             forgive(lambda: route.fulfill(status=204))
         else:
             self.record.refuse("popup" if navigation else "request", request.url, reason)
@@ -107,7 +113,12 @@ class Boundary:
         reason = self.allow.refusal(frame.url)
         if reason and frame.url and not frame.url.startswith(ERROR_PAGE):
             self.record.refuse("navigation", frame.url, reason)
+            self._note(frame, frame.url, reason)
             self._strays.append(frame)
+
+    def _note(self, frame: Frame, url: str, reason: str) -> None:
+        if frame.parent_frame is None:
+            self.away = self.away or f"the page goes on to {url[:URL_LENGTH]}, and {reason}"
 
     def enforce(self) -> None:
         """Take away frames that show an address which is not allowed."""
@@ -125,7 +136,7 @@ class Boundary:
         away = [entry for entry in self.record.blocked if entry.kind == "redirect"]
         if away:
             return f"it redirects to {away[-1].url}, and {away[-1].reason}"
-        return self.allow.refusal(url)
+        return self.away or self.allow.refusal(url)
 
     def forget(self) -> None:
         """Nothing is to be removed any more: the pages are gone."""

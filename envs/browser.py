@@ -21,6 +21,7 @@ from playwright.sync_api import Error, Playwright, sync_playwright
 
 from . import fonts
 from .allow import AllowList
+from .boundary import NOWHERE
 from .tab import BrowserCrashed, Manners, Tab
 
 CHROMIUM_VARIABLE = "AGENTKV_CHROMIUM"
@@ -28,7 +29,7 @@ _MESSAGE = 300
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 # draws the same pixels without a window around them, in half the time
 _SHELLS = ("chromium-headless-shell",)
-_FLAGS = (
+FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
@@ -191,7 +192,10 @@ class Browser:
                 headless=not self.headed,
                 chromium_sandbox=self.sandbox,
                 handle_sigint=False,  # Ctrl-C belongs to the program, which closes the browser in order
-                args=list(_FLAGS),
+                args=list(FLAGS),
+                # What Chromium asks for itself (updates, lists, models) goes nowhere, without a look at DNS; a tab's
+                # context has a proxy of its own.
+                proxy={"server": NOWHERE},
                 env=dict(os.environ) if self.machine_fonts else fonts.environment(os.environ),
             )
             self._faces = "" if self.machine_fonts or _reads_our_config(chromium) else fonts.page_script()

@@ -33,6 +33,7 @@ from .rest import Rest
 from .sheet import Sheet
 from .transfers import Transfers
 
+_MOMENT = 0.5  # seconds
 _PAUSE = 100  # milliseconds between two gestures of one answer, as pyautogui makes them
 _TRIES = 10
 _BETWEEN = ("Unable to capture", "Not attached")
@@ -241,8 +242,11 @@ class Tab:
     def goto(self, url: str, timeout: float) -> None:
         """Open `url` and wait for its load event, at most `timeout` seconds. Raises `PageNotLoaded`."""
         with self.guard():
+            end = time.monotonic() + timeout
+            self.boundary.expect()
             try:
-                self.page.goto(url, timeout=timeout * 1000, wait_until="load")
+                self.page.goto(url, timeout=timeout * 1000, wait_until="commit")
+                self._load(end)
             except TimeoutError as error:
                 raise PageNotLoaded(
                     f"{url} did not load within {timeout:g} s; check the address or raise load_timeout"
@@ -252,6 +256,18 @@ class Tab:
                     raise
                 reason = self.boundary.why_not(url) or error.message.splitlines()[0]
                 raise PageNotLoaded(f"{url} could not be opened: {reason}") from error
+
+    def _load(self, end: float) -> None:
+        """Wait for the load event until `end`; only a moment for a page that went elsewhere, as that broke it off."""
+        while True:
+            try:
+                self.page.wait_for_load_state("load", timeout=max(min(_MOMENT, end - time.monotonic()), 0.001) * 1000)
+                return
+            except TimeoutError:
+                if self.boundary.away:
+                    raise Error(self.boundary.away) from None
+                if time.monotonic() >= end:
+                    raise
 
     def evaluate(self, script: str, argument: Any = None) -> Any:
         """Run our own script in the page that is shown and return its value. Raises `GivenUp` for a page that

@@ -10,7 +10,6 @@ better than fewer steps is no use. Totals are over all problems; a ratio says ho
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +34,7 @@ from textkv import command
 from textkv.expression import parse_call, split_parts
 from textkv.intervals import wilson
 from textkv.provenance import run_meta
+from textkv.records import checked, read_results
 
 from . import gsm8k
 from .paired import difference
@@ -75,8 +75,10 @@ class Tally:
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Tally:
-        """Back from a row."""
-        totals = {name: row[name] for name in (*TOTALS, "committed", "tokens")}
+        """Back from a row. Raises ValueError for one that lacks a figure."""
+        names = (*TOTALS, "committed", "tokens")
+        checked(row, dict.fromkeys(names, float) | {"right": str, "cache_bytes": int, "cache_bytes_peak": int})
+        totals = {name: row[name] for name in names}
         return cls(row["right"], totals, row["cache_bytes"], row["cache_bytes_peak"])
 
 
@@ -250,10 +252,18 @@ def read_tallies(arms: Sequence[Arm], meta: dict[str, Any], path: Path | None) -
     """What each arm has done according to `path`. Raises ValueError if that is another measurement."""
     if path is None or not path.exists():
         return [Tally() for _ in arms]
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if before["meta"].get("bench") != meta["bench"]:
-        raise ValueError(f"{path} holds another measurement ({before['meta'].get('bench')}); give another --json")
-    return [Tally.of(row) for row in before["rows"]]
+    before, rows = read_results(path)
+    if before.get("bench") != meta["bench"]:
+        raise ValueError(f"{path} holds another measurement ({before.get('bench')}); give another --json")
+    try:
+        if len(rows) != len(arms):
+            raise ValueError(f"{len(rows)} rows for {len(arms)} arms")
+        tallies = [Tally.of(row) for row in rows]
+        if len({len(tally.right) for tally in tallies}) > 1:
+            raise ValueError("its arms have not answered equally many problems")
+        return tallies
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; give another --json") from None
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:

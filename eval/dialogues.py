@@ -7,7 +7,6 @@ are read, never fetched.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from textkv.records import parse
 from textkv.reuse.epicache import Turn
 
 from .ruler import DIGITS, SEED
@@ -104,7 +104,7 @@ def read_talks(path: Path) -> list[Talk]:
         OSError: the file cannot be read.
     """
     try:
-        items = json.loads(path.read_text(encoding="utf-8"))
+        items = parse(path.read_bytes())
         kind = _locomo if "conversation" in items[0] else _long_mem_eval
         return [kind(item) for item in items]
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:

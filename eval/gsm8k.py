@@ -6,12 +6,13 @@ part of this package. Base models need worked problems in front of a question, w
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+
+from textkv.records import parse
 
 FINAL = "####"
 REQUEST = f"Solve the problem step by step. End with a line that holds only {FINAL} and the number."
@@ -47,7 +48,7 @@ def read_questions(path: Path) -> list[Question]:
 
 def _question(line: str, where: str) -> Question:
     try:
-        value = json.loads(line)
+        value = parse(line)
         question, solution = value["question"].strip(), CALCULATOR.sub("", value["answer"]).strip()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{where} is no problem; a line is {{"question": ..., "answer": ...}}') from error

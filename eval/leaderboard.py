@@ -10,7 +10,6 @@ measures only what is missing.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -41,6 +40,7 @@ from textkv.intervals import wilson
 from textkv.mini.facts import TASKS
 from textkv.mini.tasks import FIRST_EVALUATION_SEED
 from textkv.provenance import run_meta
+from textkv.records import checked, read_results
 
 from .arguments import add_choice, add_dtype, add_outputs
 from .curve import draw_curve
@@ -63,6 +63,10 @@ AFTER = 128  # tokens of text that are predicted after the prompt
 TEXTS = 4
 WHOLE = "1.0"
 Cell = tuple[str, str]
+# What the table and the curve need of a row; a task's own is a row of recall.
+RECALL = {"n": int, **dict.fromkeys(("recall", "low", "high", "kv_share", "kv_bits", "tokens_stored"), float)}
+FIGURES = {"text": dict.fromkeys(("perplexity", "error", "kv_share"), float), "refused": {"reason": str}}
+FIGURES["decoding"] = dict.fromkeys(("step_largest_share", "step_alive_share"), float)
 
 
 @dataclass(frozen=True)
@@ -192,11 +196,10 @@ def measure(board: Board, cells: Sequence[Cell], workers: int, path: Path, meta:
     said |= {"memory": board.memory} if board.memory else {}
     done: dict[Cell, list[dict[str, Any]]] = {}
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before["meta"].get("board") != said:
-            raise ValueError(f"{path} holds another board ({before['meta'].get('board')}); give another --json")
-        for row in before["rows"]:
-            done.setdefault((row["method"], row["budget"]), []).append(row)
+        before, rows = read_results(path)
+        if before.get("board") != said:
+            raise ValueError(f"{path} holds another board ({before.get('board')}); give another --json")
+        done = whole_cells(rows, board)
     missing = [cell for cell in cells if cell not in done]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     meta = meta | {"board": said}
@@ -206,6 +209,26 @@ def measure(board: Board, cells: Sequence[Cell], workers: int, path: Path, meta:
             done[cell] = found
             write_rows(path, meta, [row for cell in cells for row in done.get(cell, [])])
     return [row for cell in cells for row in done[cell]]
+
+
+def whole_cells(rows: Sequence[dict[str, Any]], board: Board) -> dict[Cell, list[dict[str, Any]]]:
+    """Rows by cell, of those cells whose rows are all there and whole; the others are told, and measured again."""
+    found: dict[Cell, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((str(row.get("method")), str(row.get("budget"))), []).append(row)
+    wanted = {*board.tasks, "recall", "text", *(["decoding"] if board.memory else [])}
+    good = {}
+    for cell, mine in found.items():
+        try:
+            for row in mine:
+                checked(row, {"method": str, "budget": str, "task": str} | FIGURES.get(row.get("task"), RECALL))
+            lacking = wanted - {row["task"] for row in mine}
+            if lacking and mine[0]["task"] != "refused":
+                raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+            good[cell] = mine
+        except ValueError as error:
+            print(f"{' at '.join(cell)}: {error}; it is measured again", file=sys.stderr)
+    return good
 
 
 def parser() -> argparse.ArgumentParser:

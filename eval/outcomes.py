@@ -7,12 +7,15 @@ most one torn one, which is measured again. Rows of a table are made from the li
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from textkv.disk import disk_errors, write_whole
 from textkv.intervals import wilson
+from textkv.records import build, checked, parse
 
 ALL = "all"  # the task under which a row stands for all tasks together
 
@@ -80,7 +83,7 @@ class Store:
         """
         try:
             with path.open(encoding="utf-8") as file:
-                board = json.loads(file.readline())["board"]
+                board = parse(file.readline())["board"]
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: there are no saved outcomes; run without --rescore first") from None
         except (ValueError, TypeError, KeyError):
@@ -91,35 +94,44 @@ class Store:
         whole = self._path.read_bytes()
         # A line without its end was being written when the run stopped: it goes, or the next one would be glued to it.
         kept = whole[: whole.rfind(b"\n") + 1]
-        try:
-            head, *lines = [json.loads(line) for line in kept.splitlines()] or [{}]
-            before = head.get("board")
-            found = [self.kind(**line) for line in lines] if before == self.board else []
-        except (ValueError, AttributeError, TypeError):
-            raise ValueError(f"{self._path} is no file of outcomes; give another --json") from None
         if not kept:
-            # Only what can be the beginning of our first line goes: a stranger's file may lack a line end too.
+            # Only the beginning of our own first line was torn by a stop; anything else is another's.
             if not self._head().startswith(whole):
                 raise ValueError(f"{self._path} is no file of outcomes; give another --json")
             self._path.unlink()
             return
+        head, *lines = kept.splitlines(keepends=True)
+        try:
+            before = checked(parse(head), {"board": dict})["board"]
+        except ValueError:
+            raise ValueError(f"{self._path} is no file of outcomes; give another --json") from None
         if before != self.board:
             raise ValueError(f"{self._path} holds another board ({before}); give another --json")
-        if len(kept) < len(whole):
-            self._path.write_bytes(kept)
-        self.done = {line.key: line for line in found}
+        good = [head, *(line for number, line in enumerate(lines, 2) if self._take(line, number))]
+        if sum(map(len, good)) < len(whole):
+            write_whole(self._path, b"".join(good))
 
     def _head(self) -> bytes:
-        return (json.dumps({"board": self.board}) + "\n").encode("utf-8")
+        return json.dumps({"board": self.board}).encode() + b"\n"
+
+    def _take(self, line: bytes, number: int) -> bool:
+        """Whether a line is an outcome; a damaged one is told, and measured again."""
+        try:
+            found = build(self.kind, parse(line))
+        except ValueError as error:
+            print(f"{self._path}:{number}: {error}; it is measured again", file=sys.stderr)
+            return False
+        self.done[found.key] = found
+        return True
 
     def add(self, line: Any) -> None:
         """Appends a line."""
         self.done[line.key] = line
         fresh = not self._path.exists()
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
+        with disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             if fresh:
-                file.write(self._head().decode("utf-8"))
+                file.write(self._head().decode())
             file.write(json.dumps(vars(line)) + "\n")
 
 

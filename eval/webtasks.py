@@ -24,13 +24,14 @@ from rich.table import Table
 
 from agentkv.agent import Agent
 from agentkv.envs.browser import Browser
-from agentkv.errors import EXPLAINED, Interrupts
+from agentkv.errors import EXPLAINED
 from agentkv.models import AGENTS
 from agentkv.play import Plan, Play, open_folder, task_of
+from agentkv.reading import is_whole, read_run
 from agentkv.run import ANSWER, DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load
 from agentkv.stats import UNITS, summarise
 from agentkv.tables import stdout_console
-from agentkv.trace import DONE, RUN, episode_folder, read_run
+from agentkv.trace import RUN, episode_folder
 from textkv import Budget, resolve_method
 from textkv.command import (
     Workers,
@@ -112,7 +113,7 @@ class Study:
 
 
 def _missing(folder: Path, plan: Plan) -> bool:
-    return any(not (episode_folder(folder, m, t, s) / DONE).exists() for s, t, m in plan.episodes())
+    return any(not is_whole(episode_folder(folder, m, t, s)) for s, t, m in plan.episodes())
 
 
 class Worker:
@@ -126,7 +127,7 @@ class Worker:
         """Play one job."""
         agents = {m: Agent(self.adapter, m, plan.budget, plan.max_new_tokens) for m in plan.methods}
         budgets = {m: budget_of(m, plan) for m in plan.methods}
-        Play(plan, agents, self.browser, folder, Interrupts(), budgets, quiet=True).run()
+        Play(plan, agents, self.browser, folder, budgets, quiet=True).run()
 
     def close(self) -> None:
         """End the browser."""
@@ -156,7 +157,7 @@ def rows_of(study: Study) -> list[dict[str, Any]]:
     """One row per cell, method and group ("web", "memory", "all") and per task, from the traces."""
     rows = []
     for folder, plan in study.cells():
-        episodes = read_run(folder)[1]
+        episodes = read_run(folder).episodes
         for group in ("web", "memory"):
             part = [e for e in episodes if (group == "memory") == e["task"].startswith("memory-")]
             found = summarise(part)
@@ -171,7 +172,7 @@ def differences_of(study: Study) -> list[dict[str, Any]]:
     """Success of every method minus that of `full` and of `snapkv` on equal seeds, per cell and group of tasks."""
     won: dict[tuple[int, str, str], dict[tuple[str, int], bool]] = {}
     for folder, plan in study.cells():
-        for e in read_run(folder)[1]:
+        for e in read_run(folder).episodes:
             cell = won.setdefault((plan.history, "" if e["method"] == FULL else plan.budget, e["method"]), {})
             cell[e["task"], e["seed"]] = bool(e["success"])
     rows = []
@@ -247,18 +248,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:
-    """Play what is missing; tables and curves of what was played, also after Ctrl-C."""
+    """Play what is missing; tables and curves of what was played."""
     study = Study(
         tuple(args.tasks or DEFAULT_TASKS), tuple(args.methods),
         tuple(args.budgets), tuple(args.history), args.episodes, args.seed, args.out,
         args.model, args.agent, args.max_new_tokens or (64 if args.model == "mini" else ANSWER),
     )  # fmt: skip
     meta = run_meta("eval.webtasks", argv, args.seed, units=UNITS)
-    try:
-        play(study, args.workers, args.chromium, meta)
-    finally:
-        if sys.exc_info()[0] in (None, KeyboardInterrupt):
-            finish(study, meta, args.json)
+    play(study, args.workers, args.chromium, meta)
+    finish(study, meta, args.json)
 
 
 def finish(study: Study, meta: dict[str, Any], extra: Path | None) -> None:

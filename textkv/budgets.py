@@ -71,7 +71,10 @@ class Budget:
         return min(max(1, math.floor(self.fraction * seen + 1e-9)), seen)
 
     def __str__(self) -> str:
-        return f"{self.tokens}t" if self.tokens is not None else f"{self.fraction:g}"
+        if self.tokens is not None:
+            return f"{self.tokens}t"
+        short = f"{self.fraction:g}"  # 1 and not 1.0, where nothing is lost
+        return short if float(short) == self.fraction else repr(self.fraction)
 
 
 def _not_a_fraction(value: float) -> str:

@@ -19,11 +19,15 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from textkv.context import Context
+from textkv.disk import disk_errors
+from textkv.records import checked, listed, parse
 from textkv.segments.base import SEGMENTS
 
 FORMAT = 2
 FILE = "cache.safetensors"
 _FIELDS = {"method": str, "budget": str, "model": dict, "spans": list, "block_end": int, "layers": list}
+_LAYER = {"segments": list, "real_seen": list, "dtype": str}
+_LAYER |= dict.fromkeys(("seen", "since_eviction", "kv_heads", "head_dim"), int)
 _OWN = ("conv_states", "recurrent_states")
 _FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
 
@@ -57,8 +61,9 @@ def save(
     # Renamed when whole: a save that is interrupted leaves the one before it untouched.
     part = folder / f".{FILE}.{os.getpid()}"
     try:
-        save_file(tensors, part, metadata={"header": text, "checksum": _checksum(text, tensors)})
-        os.replace(part, folder / FILE)
+        with disk_errors(folder, "save again"):
+            save_file(tensors, part, metadata={"header": text, "checksum": _checksum(text, tensors)})
+            os.replace(part, folder / FILE)
     finally:
         part.unlink(missing_ok=True)
 
@@ -77,12 +82,10 @@ def read_header(folder: Path) -> dict[str, Any]:
             said = file.metadata() or {}
             # All of it, to be sure of the checksum before a single layer is filled.
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        header = json.loads(said["header"])
-        if header["format"] != FORMAT:
+        header = parse(said["header"])
+        if checked(header, {"format": int})["format"] != FORMAT:
             raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
-        wrong = [name for name, kind in _FIELDS.items() if not isinstance(header.get(name), kind)]
-        if wrong:
-            raise ValueError(f"its header has no {wrong[0]}, or one of the wrong type")
+        listed(checked(header, _FIELDS, {"beside": dict})["layers"], dict, "layers")
         if _checksum(said["header"], tensors) != said["checksum"]:
             raise ValueError("its checksum does not fit: it was changed after it was written")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
@@ -113,9 +116,13 @@ def fill(context: Context, folder: Path, header: dict[str, Any], model: PreTrain
 def _fill(context: Context, header: dict[str, Any], model: PreTrainedModel) -> None:
     tensors = {name: x.to(model.device) for name, x in header["tensors"].items()}
     # JSON knows no tuples.
-    context.spans = [[tuple(span) for span in row] for row in header["spans"]]
+    context.spans = [
+        [tuple(listed(span, int, "a span")) for span in listed(row, list, "a row of spans")]
+        for row in listed(header["spans"], list, "spans")
+    ]
     context.screens = [
-        {(start, end): (high, wide) for start, end, high, wide in row} for row in header.get("grids", [])
+        {(start, end): (high, wide) for start, end, high, wide in (listed(x, int, "a grid") for x in row)}
+        for row in (listed(row, list, "a row of grids") for row in listed(header.get("grids", []), list, "grids"))
     ]
     context.block_end, context.real = header["block_end"], tensors.get("real")
     context.forgotten = header["tensors"].get("forgotten")
@@ -186,7 +193,13 @@ def _unpack_layer(layer: Any, saved: dict, number: int, tensors: dict[str, torch
     # Saved before its first token: there is nothing to fill in.
     if not hasattr(layer, "segments") or saved["real_seen"] is None:
         return
-    layer.seen, layer.since_eviction = saved["seen"], saved["since_eviction"]
+    counts = [checked(saved, _LAYER)[name] for name in ("seen", "since_eviction")]
+    if min(*counts, *listed(saved["real_seen"], int, "real_seen")) < 0 or min(saved["kv_heads"], saved["head_dim"]) < 1:
+        raise ValueError(f"layer {number} has counts below 0")
+    layer.dtype = getattr(torch, saved["dtype"].removeprefix("torch."))
+    if not isinstance(layer.dtype, torch.dtype):
+        raise ValueError(f"layer {number} is of {saved['dtype']!r}, which is no dtype")
+    layer.seen, layer.since_eviction = counts
     layer.real_seen = torch.tensor(saved["real_seen"], dtype=torch.int64)
     layer.kv_heads, layer.head_dim = saved["kv_heads"], saved["head_dim"]
     layer.segments = [
@@ -195,7 +208,6 @@ def _unpack_layer(layer: Any, saved: dict, number: int, tensors: dict[str, torch
     ]
     layer.statistics = _own(tensors, f"{number}.statistic.")
     layer.trajectory = _own(tensors, f"{number}.trajectory.")
-    layer.dtype = getattr(torch, saved["dtype"].removeprefix("torch."))
     layer.is_initialized = True
 
 

@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from textkv.disk import disk_errors
+
 Optimizers = Sequence[torch.optim.Optimizer]
 Average = dict[str, torch.Tensor]
 
@@ -32,8 +34,13 @@ def save_state(
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"counters": json.dumps(counters)})
-    os.replace(partial, path)
+    try:
+        with disk_errors(path):
+            save_file(tensors, partial, metadata={"counters": json.dumps(counters)})
+            os.replace(partial, path)
+    finally:
+        # Half a state would keep the disk full.
+        partial.unlink(missing_ok=True)
 
 
 def read_counters(path: Path) -> dict[str, Any]:

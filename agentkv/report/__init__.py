@@ -18,10 +18,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from PIL import Image
-
+from agentkv.reading import Recorded, open_picture, read_picture, read_run
 from agentkv.stats import summarise
-from agentkv.trace import read_run
 from textkv.command import write_text
 
 STYLES = ("page.css", "episode.css")
@@ -45,9 +43,9 @@ class _Images:
         self.uris: list[str] = []
         self._index: dict[str, int] = {}
 
-    def add(self, path: Path) -> int:
-        """Index of the picture in `path`."""
-        raw = path.read_bytes()
+    def add(self, folder: Path, name: str) -> int:
+        """Index of the picture of that name in an episode's folder. Raises ValueError for what is no whole PNG."""
+        raw = read_picture(folder, name)
         key = hashlib.sha256(raw).hexdigest()
         if key not in self._index:
             self._index[key] = len(self.uris)
@@ -60,9 +58,8 @@ class _Images:
 
 
 def _data_uri(png: bytes) -> str:
-    kind = "png"
+    kind, image = "png", open_picture(png)
     if len(png) > SMALL_PNG:
-        image = Image.open(io.BytesIO(png)).convert("RGB")
         image.thumbnail((MAX_WIDTH, MAX_WIDTH * 4))
         out = io.BytesIO()
         image.save(out, "JPEG", quality=82, optimize=True)
@@ -76,8 +73,9 @@ def write_report(run: Path, notes: Sequence[str] = (), max_bytes: int = MAX_BYTE
     `notes` are footnotes of the table. Episodes are left out, and counted on the page, once it nears `max_bytes`.
     Raises ValueError when `run` holds no run.
     """
-    about, episodes = read_run(run)
-    data = _page_data(about, episodes, list(notes) or about.get("notes", []), max_bytes)
+    recorded = read_run(run)
+    about = recorded.about
+    data = _page_data(recorded, [*(notes or about["notes"]), *recorded.damaged], max_bytes)
     here = resources.files(__name__)
     title = f"agentkv: {', '.join(about['methods'])} at budget {about['budget']}"
     html = _Page(here.joinpath("page.html").read_text()).substitute(
@@ -92,11 +90,16 @@ def write_report(run: Path, notes: Sequence[str] = (), max_bytes: int = MAX_BYTE
     return path
 
 
-def _page_data(about: dict, episodes: Sequence[dict], notes: list[str], max_bytes: int) -> dict[str, Any]:
+def _page_data(recorded: Recorded, notes: list[str], max_bytes: int) -> dict[str, Any]:
+    about, episodes = recorded.about, recorded.episodes
     images, shown, used = _Images(), [], 0
     pairs = _pairs(episodes)
     for pair in _telling_first(pairs):
-        entry = _pair_data(pair, images)
+        try:
+            entry = _pair_data(pair, images)
+        except ValueError as error:
+            notes.append(f"{pair[0]['task']} {pair[0]['seed']} is not shown: {error}")
+            continue
         used += len(json.dumps(entry))
         if shown and used + images.size() > max_bytes:
             break
@@ -143,11 +146,11 @@ def _play_data(episode: dict, images: _Images) -> dict[str, Any]:
     shown = [
         {
             **{k: v for k, v in step.items() if k not in ("screenshot", "frames")},
-            "image": images.add(folder / step["screenshot"]),
+            "image": images.add(folder, step["screenshot"]),
             "frames": [
                 {
                     "step": f["step"],
-                    "image": images.add(folder / names[f["step"]]),
+                    "image": images.add(folder, names[f["step"]]),
                     "grid": f["grid"],
                     "kept": base64.b64encode(bytes(f["kept"])).decode(),
                 }

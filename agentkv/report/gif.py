@@ -6,6 +6,8 @@ and what its cache held. Without a place, the first episode on which the methods
 
 from __future__ import annotations
 
+import argparse
+import io
 import sys
 from collections.abc import Sequence
 from importlib import resources
@@ -15,32 +17,43 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from agentkv.reading import read_picture, read_run
 from agentkv.tables import format_bytes
-from agentkv.trace import read_run
+from textkv.command import output_file, readable_folder, run, some_text, write_bytes
 
+MODULE = "agentkv.report.gif"
 WIDTH, CAPTION, GAP = 320, 56, 8  # pixels of one method's picture, of the words above it, and between two
 SECONDS, LAST = 1.2, 3.0  # that a step is shown, and the last one
 VEIL, INK, PAPER, MARK = (11, 16, 28), (20, 24, 31), (246, 247, 249), (214, 62, 111)
 FONTS = "agentkv.envs.fonts"
 
 
-def write_gif(run: Path, path: Path, place: str = "") -> Path:
+def write_gif(source: Path, path: Path, place: str = "") -> Path:
     """Draws the episode at `place` ("task/seed") of a run and returns the path.
 
     Raises:
         ValueError: no run, no such episode, or a picture of it that is not in its folder.
     """
-    _, episodes = read_run(run)
-    plays = _plays(episodes, place)
+    plays = _plays(read_run(source).episodes, place)
     longest = max(len(play["steps"]) for play in plays)
     pages = [_page(plays, step) for step in range(longest)]
     size = max(page.width for page in pages), max(page.height for page in pages)
     # One size and one palette for all: a GIF has no others.
     whole = [_on(page, size).quantize(128) for page in pages]
     shown = [int(1000 * SECONDS)] * (len(whole) - 1) + [int(1000 * LAST)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole[0].save(path, "GIF", save_all=True, append_images=whole[1:], duration=shown, loop=0)
+    made = io.BytesIO()
+    whole[0].save(made, "GIF", save_all=True, append_images=whole[1:], duration=shown, loop=0, comment=MODULE.encode())
+    write_bytes(path, made.getvalue())
     return path
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a GIF of this command."""
+    try:
+        with Image.open(path, formats=("GIF",)) as gif:
+            return gif.info.get("comment") == MODULE.encode()
+    except (OSError, ValueError):
+        return False
 
 
 def _plays(episodes: Sequence[dict[str, Any]], place: str) -> list[dict[str, Any]]:
@@ -86,11 +99,7 @@ def _card(play: dict[str, Any], number: int) -> Image.Image:
 
 def _seen(play: dict[str, Any], step: dict[str, Any]) -> Image.Image:
     """The screenshot of a step under its veil, with the point of its action."""
-    name = step["screenshot"]
-    # A trace is data: what it names lies in the episode's own folder or is not read.
-    if not isinstance(name, str) or Path(name).name != name:
-        raise ValueError(f"{play['folder']}: the screenshot {name!r} is no file name; the trace is damaged")
-    with Image.open(play["folder"] / name) as file:
+    with Image.open(io.BytesIO(read_picture(play["folder"], step["screenshot"]))) as file:
         seen = file.convert("RGB")
     seen = seen.resize((WIDTH, max(1, round(seen.height * WIDTH / seen.width))))
     current = next((frame for frame in step["frames"] if frame["step"] == step["step"]), None)
@@ -131,11 +140,24 @@ def _on(page: Image.Image, size: tuple[int, int]) -> Image.Image:
     return whole
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.split("\n\n")[0])
+    p.add_argument("run", type=readable_folder, metavar="RUN", help="the --out folder of a run")
+    p.add_argument("gif", type=output_file(_is_ours, MODULE), metavar="FILE.gif", help="the picture to write")
+    p.add_argument("place", type=some_text, nargs="?", metavar="TASK/SEED", help="which episode (default: see above)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run(MODULE, parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Draw."""
+    print(write_gif(args.run, args.gif, args.place or ""))
+
+
 if __name__ == "__main__":
-    if not 3 <= len(sys.argv) <= 4:
-        sys.exit("usage: python -m agentkv.report.gif RUN FILE.gif [TASK/SEED]")
-    try:
-        print(write_gif(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]))
-    except (ValueError, OSError) as error:
-        print(f"agentkv: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

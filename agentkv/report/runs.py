@@ -6,8 +6,9 @@ where that is drawn. The page loads nothing and has no script; what a run says o
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -15,10 +16,13 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
+from agentkv.reading import read_run
 from agentkv.stats import summarise
 from agentkv.tables import format_bytes
-from agentkv.trace import RUN, read_run
+from agentkv.trace import RUN
+from textkv.command import output_file, readable_folder, run, write_text
 
+MODULE = "agentkv.report.runs"
 NAME = "runs.html"
 HEADS = ("Run", "Model", "Method", "Budget", "Success (95 %)", "Episodes", "Steps", "KV at rest", "Of full", "s a step")
 
@@ -30,8 +34,9 @@ class _Page(Template):
 def write_list(folder: Path) -> Path:
     """Writes the list of the runs in `folder` and below, newest first, and returns its path.
 
-    Raises ValueError when there is none.
+    Raises ValueError when there is none, or when a file of that name is not this command's.
     """
+    path = output_file(_is_ours, MODULE)(str(folder / NAME))
     found = sorted(folder.rglob(RUN), key=lambda path: (-path.stat().st_mtime, str(path)))
     # A run may hold another's folder by name only: what is read lies below the folder, links aside.
     runs = [path.parent for path in found if path.resolve().is_relative_to(folder.resolve())]
@@ -42,26 +47,30 @@ def write_list(folder: Path) -> Path:
         CSS=here.joinpath("page.css").read_text(),
         COUNT=str(len(runs)),
         HEADS="".join(f'<th scope="col">{escape(head)}</th>' for head in HEADS),
-        BODY="\n".join(line for run in runs for line in _lines(run, folder)),
+        BODY="\n".join(line for place in runs for line in _lines(place, folder)),
     )
-    path = folder / NAME
-    path.write_text(html)
+    write_text(path, html)
     return path
 
 
-def _lines(run: Path, folder: Path) -> Iterator[str]:
+def _is_ours(path: Path) -> bool:
+    """Whether a page is a list of runs."""
+    return f'<meta name="generator" content="{MODULE}">' in path.read_text(encoding="utf-8", errors="replace")
+
+
+def _lines(place: Path, folder: Path) -> Iterator[str]:
     """A table row for each method of a run; one that says why, where it cannot be read."""
-    name, page = run.relative_to(folder).as_posix(), run / "report.html"
-    title = escape(name if name != "." else run.resolve().name)
+    name, page = place.relative_to(folder).as_posix(), place / "report.html"
+    title = escape(name if name != "." else place.resolve().name)
     if page.is_file():
         title = f'<a href="{escape(quote(page.relative_to(folder).as_posix()))}">{title}</a>'
     try:
-        about, episodes = read_run(run)
-        rows = [row for row in summarise(episodes) if row["task"] == "all"]
+        found = read_run(place)
+        rows = [row for row in summarise(found.episodes) if row["task"] == "all"]
         if not rows:
             raise ValueError("no episode is finished")
         for row in rows:
-            yield _row([title, *map(escape, _cells(about, row))])
+            yield _row([title, *map(escape, _cells(found.about, row))])
             title = ""
     except (ValueError, KeyError, TypeError, OSError) as error:
         yield f'<tr><td>{title}</td><td colspan="{len(HEADS) - 1}">{escape(str(error))}</td></tr>'
@@ -80,11 +89,22 @@ def _row(cells: list[str]) -> str:
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.split("\n\n")[0])
+    p.add_argument("folder", type=readable_folder, metavar="DIR", help="it holds the --out folders of runs")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command, see `textkv.command.run` for what it returns."""
+    return run(MODULE, parser(), work, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str]) -> None:
+    """Write the page."""
+    print(write_list(args.folder))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m agentkv.report.runs DIR   (DIR holds the --out folders of runs)")
-    try:
-        print(write_list(Path(sys.argv[1])))
-    except ValueError as error:
-        print(f"agentkv: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -6,7 +6,6 @@ numbers must be finite, and a picture is named by a plain file name.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import isfinite
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
+
+from textkv.records import parse
 
 from .atoms import POINTED, Atom, Box, Point, key_word, sign
 
@@ -145,7 +146,7 @@ def read(folder: Path, images: Path | None = None, look: bool = True) -> tuple[l
             one = reader.trajectory(_json(path), path.name)
             if one.task in found:
                 raise ValueError(f"task {one.task} was in another file already")
-        except (ValueError, OSError, RecursionError) as error:
+        except (ValueError, OSError) as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             reader.problems.append(f"{path.name}: {said}; left out")
         else:
@@ -159,12 +160,7 @@ def _json(path: Path) -> Any:
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"it has {size} bytes, more than {MAX_BYTES}")
-    try:
-        return json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is not JSON ({error.msg} in line {error.lineno})") from None
-    except UnicodeDecodeError:
-        raise ValueError("it is not JSON (not UTF-8)") from None
+    return parse(path.read_bytes(), finite=False)  # a number is refused with its step
 
 
 def option_of(value: Any, mac: bool) -> tuple[Atom, ...]:

@@ -82,12 +82,6 @@ def test_history_counts_the_screenshots_of_a_prompt_with_the_current_one(history
     assert steps[-1].frame_steps == tuple(range(6 - min(history, 7) + 1, 7))
 
 
-def test_ctrl_c_is_heard_between_steps():
-    asked = []
-    result, steps = play(FakeEnv(needed=9), stopping=lambda: len(asked) > 1 or asked.append(1))
-    assert (result.stop, len(steps)) == ("interrupted", 2)
-
-
 def test_a_script_that_ends_says_finished():
     policy = ScriptPolicy(lambda env: [Type("a")])
     result, steps = play(FakeEnv(needed=9), policy)

@@ -6,7 +6,7 @@ from collections import namedtuple
 import pytest
 
 from agentkv import run
-from agentkv.trace import NoSpace
+from textkv.disk import NoSpace
 
 BAD_REQUESTS = [
     (["--method", "gui-kw"], "unknown method 'gui-kw'; did you mean gui-kv"),
@@ -66,7 +66,7 @@ def test_too_little_disk(capsys, tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up(capsys, monkeypatch):
     def full(args, argv):
-        raise NoSpace("runs/x: the disk is full; free some space and go on with --resume")
+        raise NoSpace("runs/x: the disk is full; free some space, then --resume goes on")
 
     monkeypatch.setattr(run, "play_command", full)
     assert run.main([]) == 2

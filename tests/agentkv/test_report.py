@@ -12,8 +12,8 @@ from agentkv import report
 from agentkv.envs.actions import Click, Drag, Scroll, Type
 from agentkv.envs.browser import find_chromium
 from agentkv.grammars import ParseError
+from agentkv.reading import read_run
 from agentkv.report import write_report
-from agentkv.trace import read_run
 from tests.agentkv.fake_episodes import FakePolicy, fake_run
 
 pytestmark = pytest.mark.browser
@@ -59,7 +59,7 @@ def page(run, chromium):
 
 
 def test_one_entry_per_step_of_every_episode(page, run):
-    _, episodes = read_run(run)
+    episodes = read_run(run).episodes
     assert page.locator(".pair").count() == 4
     for index in range(4):
         page.locator(f'[data-pair="{index}"]').click()

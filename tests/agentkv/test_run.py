@@ -13,9 +13,8 @@ from agentkv.agent import ScriptPolicy
 from agentkv.envs import oracle
 from agentkv.envs.actions import Click
 from agentkv.envs.browser import Browser, BrowserCrashed
-from agentkv.errors import Interrupts
 from agentkv.play import Plan, Play, open_folder
-from agentkv.trace import read_run
+from agentkv.reading import read_run
 from tests.agentkv.fake_episodes import META, tiny_adapter
 
 pytestmark = pytest.mark.browser
@@ -44,15 +43,14 @@ def browser():
 def played(out, browser, policies, tasks=TASKS, seeds=(SEED,), resume=False):
     plan = Plan("mini", tuple(policies), "0.4", tasks, seeds)
     open_folder(out, plan, resume, META, [])
-    with Interrupts() as interrupts:
-        return Play(plan, policies, browser, out, interrupts).run()
+    Play(plan, policies, browser, out).run()
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, browser):
     out = tmp_path_factory.mktemp("runs") / "r"
     lost = ScriptPolicy(lambda env: [Click(1.0, 1.0)])
-    assert played(out, browser, {"oracle": Oracle(), "lost": lost})
+    played(out, browser, {"oracle": Oracle(), "lost": lost})
     return out
 
 
@@ -64,7 +62,7 @@ def test_only_a_live_page_has_the_fonts_of_the_machine():
 
 
 def test_every_method_plays_the_same_episodes(finished):
-    _, episodes = read_run(finished)
+    episodes = read_run(finished).episodes
     pairs = {m: [(e["task"], e["seed"], e["goal"]) for e in episodes if e["method"] == m] for m in ("oracle", "lost")}
     assert pairs["oracle"] == pairs["lost"] and len(pairs["oracle"]) == 2
     assert [e["success"] for e in episodes] == [True] * 2 + [False] * 2
@@ -99,7 +97,7 @@ def test_replay_gives_the_same_rewards(finished, capsys):
 
 def test_replay_notices_a_changed_action(finished, browser, tmp_path, capsys):
     out = tmp_path / "r"
-    assert played(out, browser, {"oracle": Oracle()}, ("click-tab",), (SEED,))
+    played(out, browser, {"oracle": Oracle()}, ("click-tab",), (SEED,))
     path = next(out.rglob("steps.jsonl"))
     step = json.loads(path.read_text().splitlines()[-1])
     step["action"] = {"type": "Click", "x": 1.0, "y": 1.0}
@@ -108,33 +106,28 @@ def test_replay_notices_a_changed_action(finished, browser, tmp_path, capsys):
     assert "0 of 1 episodes gave the same rewards" in capsys.readouterr().out
 
 
-def test_ctrl_c_stops_between_steps_and_resume_goes_on(browser, tmp_path, capsys):
-    out, stop = tmp_path / "r", Oracle(lambda count: os.kill(os.getpid(), signal.SIGINT) if count == 3 else None)
-    assert not played(out, browser, {"oracle": stop})
-    assert "stopping after this step; press Ctrl-C again to stop at once" in capsys.readouterr().err
-    _, episodes = read_run(out)
+def test_ctrl_c_costs_the_running_episode_and_resume_plays_it_again(browser, tmp_path):
+    def stop(count):
+        if count == 3:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "r"
+    with pytest.raises(KeyboardInterrupt):
+        played(out, browser, {"oracle": Oracle(stop)})
+    episodes = read_run(out).episodes
     lines = sum(len(path.read_text().splitlines()) for path in out.rglob("steps.jsonl"))
-    assert lines == 3 and len(episodes) == 1, "the step that ran was finished, the episode was not"
+    assert lines == 2 and len(episodes) == 1, "what was recorded is there, the episode is not finished"
     again = Oracle()
-    assert played(out, browser, {"oracle": again}, resume=True)
-    _, whole = read_run(out)
+    played(out, browser, {"oracle": again}, resume=True)
+    whole = read_run(out).episodes
     assert len(whole) == 2 and again.count == sum(len(e["steps"]) for e in whole[len(episodes) :])
     assert whole[0]["steps"] == episodes[0]["steps"]
 
 
-def test_a_second_ctrl_c_interrupts_at_once():
-    # A suite that was started in the background begins with Ctrl-C ignored.
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), Interrupts():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
 def test_a_crashed_browser_repeats_the_episode_once(browser, tmp_path, capsys):
     killer = Oracle(lambda count: os.kill(browser.pid, signal.SIGKILL) if count == 1 else None)
-    assert played(tmp_path / "r", browser, {"oracle": killer}, ("memory-colour",), (SEED,))
-    _, (episode,) = read_run(tmp_path / "r")
+    played(tmp_path / "r", browser, {"oracle": killer}, ("memory-colour",), (SEED,))
+    (episode,) = read_run(tmp_path / "r").episodes
     assert (episode["success"], episode["crashes"], episode["stop"]) == (True, 1, "done")
     assert "reset the environment" in capsys.readouterr().err
 
@@ -144,8 +137,8 @@ def test_a_browser_that_keeps_crashing_is_reported_and_the_run_goes_on(browser, 
         if count <= 2:
             raise BrowserCrashed("the browser is gone")
 
-    assert played(tmp_path / "r", browser, {"oracle": Oracle(crash)}, ("click-tab",), (SEED, SEED + 1))
-    _, episodes = read_run(tmp_path / "r")
+    played(tmp_path / "r", browser, {"oracle": Oracle(crash)}, ("click-tab",), (SEED, SEED + 1))
+    episodes = read_run(tmp_path / "r").episodes
     assert [(e["success"], e["crashes"], e["stop"]) for e in episodes] == [
         (False, 2, "browser crash"),
         (True, 0, "done"),

@@ -16,14 +16,17 @@ from agentkv.agent import run_episode
 from agentkv.envs.actions import Click, Hotkey
 from agentkv.grammars import ParseError
 from agentkv.play import Plan, open_folder
-from agentkv.trace import ACTIONS, EpisodeTrace, NoSpace, action_from_dict, action_to_dict
+from agentkv.reading import read_episode, read_run, read_steps
+from agentkv.trace import ACTIONS, EpisodeTrace, action_from_dict, action_to_dict
 from tests.agentkv.fake_episodes import META, FakeEnv, FakePolicy, fake_run
+from textkv.disk import NoSpace, disk_errors
 
 ABOUT = {"method": "gui-kv", "budget": 0.4, "task": "click-tab", "seed": 3}
 
 numbers = st.floats(-1e4, 1e4)
 parts = st.tuples(st.builds(Click, numbers, numbers), st.builds(Hotkey, st.tuples(st.text())))
 VALUES = {"str": st.text(), "float": numbers, "tuple[str, ...]": st.tuples(st.text(), st.text())}
+VALUES |= {"Literal['success', 'failure']": st.sampled_from(["success", "failure"])}
 VALUES |= {"float | None": numbers | st.none(), "tuple[Single, ...]": parts}
 
 
@@ -60,15 +63,15 @@ def test_an_episode_is_complete_after_every_step(tmp_path):
 
     def keep(step):
         writer.step(step)
-        lines = trace.read_steps(folder)
+        lines = read_steps(folder)
         assert len(lines) == step.index + 1 and lines[-1]["action"] == action_to_dict(step.decision.action)
         picture = np.asarray(Image.open(folder / lines[-1]["screenshot"]))
         assert np.array_equal(picture, step.screenshot)
-        assert trace.read_episode(folder) is None, "not finished yet"
+        assert read_episode(folder) is None, "not finished yet"
 
     writer.finish(run_episode(FakeEnv(needed=2), FakePolicy(share=0.5), 3, on_step=keep), crashes=1)
     writer.close()
-    episode = trace.read_episode(folder)
+    episode = read_episode(folder)
     assert {k: episode[k] for k in ABOUT} == ABOUT
     assert (episode["success"], episode["stop"], episode["crashes"], len(episode["steps"])) == (True, "done", 1, 3)
     frames = episode["steps"][2]["frames"]
@@ -91,9 +94,9 @@ def test_names_with_slashes_stay_inside_the_run(tmp_path):
 
 def test_a_run_is_read_in_the_order_of_its_plan(tmp_path):
     run = fake_run(tmp_path / "r", {"full": FakePolicy(), "gui-kv": FakePolicy(share=0.4)}, ("b", "a"))
-    about, episodes = trace.read_run(run)
-    assert about["methods"] == ["full", "gui-kv"]
-    assert [(e["method"], e["task"]) for e in episodes[::2]] == [
+    recorded = read_run(run)
+    assert recorded.about["methods"] == ["full", "gui-kv"]
+    assert [(e["method"], e["task"]) for e in recorded.episodes[::2]] == [
         ("full", "b"),
         ("full", "a"),
         ("gui-kv", "b"),
@@ -103,15 +106,7 @@ def test_a_run_is_read_in_the_order_of_its_plan(tmp_path):
 
 def test_not_a_run(tmp_path):
     with pytest.raises(ValueError, match="holds no run.json: it is not the --out folder of a run"):
-        trace.read_run(tmp_path)
-
-
-def test_a_damaged_line_is_named(tmp_path):
-    run = fake_run(tmp_path / "r", {"full": FakePolicy()}, seeds=1)
-    path = next(run.rglob("steps.jsonl"))
-    path.write_text(path.read_text() + '{"step": ')
-    with pytest.raises(ValueError, match=r"steps.jsonl:4 is not JSON; the trace is damaged"):
-        trace.read_run(run)
+        read_run(tmp_path)
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -128,13 +123,13 @@ def test_a_full_disk_names_the_folder(tmp_path, monkeypatch):
 
     writer = EpisodeTrace(tmp_path / "e", ABOUT)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(NoSpace, match=r"/e: the disk is full; free some space and go on with --resume"):
+    with pytest.raises(NoSpace, match=r"/e: the disk is full; free some space, then --resume goes on"):
         run_episode(FakeEnv(), FakePolicy(), 3, on_step=writer.step)
     writer.close()
 
 
 def test_other_errors_of_the_disk_pass(tmp_path):
-    with pytest.raises(PermissionError), trace.disk_errors(tmp_path):
+    with pytest.raises(PermissionError), disk_errors(tmp_path):
         raise PermissionError("no")
 
 
@@ -156,7 +151,7 @@ def test_resume_joins_plans_and_refuses_other_settings(tmp_path):
     out = tmp_path / "r"
     open_folder(out, Plan("mini", ("full",), "0.4", ("a",), (1, 2)), False, META, ["x"])
     open_folder(out, Plan("mini", ("gui-kv",), "0.4", ("a", "b"), (2, 3)), True, META, ["x", "y"])
-    about, _ = trace.read_run(out)
+    about = read_run(out).about
     assert [about[k] for k in ("methods", "tasks", "seeds", "notes", "episodes")] == [
         ["full", "gui-kv"], ["a", "b"], [1, 2, 3], ["x", "y"], 3,
     ]  # fmt: skip

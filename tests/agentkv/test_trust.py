@@ -14,7 +14,8 @@ from agentkv.agent import Limits, ScriptPolicy, run_episode
 from agentkv.envs import live
 from agentkv.envs.actions import Click
 from agentkv.envs.browser import Browser
-from agentkv.trace import EpisodeTrace, read_episode
+from agentkv.reading import read_episode
+from agentkv.trace import EpisodeTrace
 
 pytestmark = pytest.mark.browser
 SIZE = (200, 160)

@@ -37,7 +37,7 @@ def test_a_bad_line_is_a_row_with_its_error_and_the_rest_runs(tmp_path):
         1
     ] * 5 + [0]
     assert answer_all(items, tmp_path / "out", 3, "s", answers) == 0
-    with pytest.raises(ValueError, match="in:2: no JSON"):
+    with pytest.raises(ValueError, match="in:2: not JSON"):
         read_items(tmp_path / "in", strict=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import pytest
 from agentkv import envs
 from agentkv.envs import live
 from agentkv.envs.actions import Click, Wait
-from agentkv.envs.browser import Browser
+from agentkv.envs.browser import Browser, find_chromium
 from agentkv.envs.tab import BrowserCrashed, PageNotLoaded
 from agentkv.envs.web import WebEnv
 from tests.envs.conftest import Site
@@ -199,3 +200,52 @@ def test_a_redirect_at_the_start_is_named(browser: Browser, arena: Arena) -> Non
     with pytest.raises(PageNotLoaded, match="it redirects to .* is not on the allow-list"):
         env.reset(seed=0)
     env.close()
+
+
+AWAY = {
+    "a script": "<script>location.href = '{}'</script>",
+    "a refresh": "<meta http-equiv=refresh content='0;url={}'>",
+    "a form": "<form id=f action='{}'></form><script>f.submit()</script>",
+    "a script before one that never comes": "<script>location.href = '{}'</script><script src='/never'></script>",
+    "again and again": "<script>setInterval(() => location.href = '{}', 1)</script><img src='/never'>",
+}
+
+
+@pytest.mark.parametrize("body", AWAY.values(), ids=AWAY)
+def test_a_page_that_leaves_while_it_loads_names_the_refused_address(browser, site, elsewhere, body, reliability):
+    away = f"{elsewhere.url}/away"
+    env = live.make(site.page(body.format(away)), "look", browser)
+    try:
+        _, info = env.reset(seed=0)
+    except PageNotLoaded as error:
+        assert away in str(error) and "is not on the allow-list" in str(error)
+    else:  # it was loaded before it tried: the page is shown, and what was refused stands in the record
+        env.page.wait_for_timeout(500)
+        told = [entry["url"] for entry in info["blocked"]] + [entry.url for entry in env.tab.blocked]
+        assert away in {url.rstrip("?") for url in told} and env.tab.page.url.startswith(site.url)
+    env.close()
+    assert elsewhere.hits == []
+    reliability(8, "a page that leaves while it loads", "envs", "the refused address is named")
+
+
+def test_chromium_asks_nobody_for_itself(site, tmp_path, reliability):
+    """Its own log of the network: no address is looked up, and no request but the page's leaves for a server."""
+    log, page = tmp_path / "net.json", site.page("<p>hello")
+    wrapper = tmp_path / "chromium"
+    wrapper.write_text(f'#!/bin/sh\nexec "{find_chromium()}" --log-net-log="{log}" "$@"\n')
+    wrapper.chmod(0o755)
+    with Browser(wrapper) as logged:
+        env = live.make(page, "look", logged)
+        env.reset(seed=0)
+        env.page.wait_for_timeout(6_000)
+        env.close()
+    told = json.loads(log.read_text())
+    kinds = {number: name for name, number in told["constants"]["logEventTypes"].items()}
+    events = [(kinds[event["type"]], event.get("params", {})) for event in told["events"]]
+    looked_up = {str(params.get("host")) for kind, params in events if kind == "HOST_RESOLVER_MANAGER_JOB"}
+    reached = {
+        str(params["address"]) for kind, params in events if kind == "TCP_CONNECT_ATTEMPT" and "address" in params
+    }
+    assert looked_up == set() and reached <= {f"127.0.0.1:{site.server_port}", "127.0.0.1:1"}
+    assert f"127.0.0.1:{site.server_port}" in reached, "the log is read as it is written"
+    reliability(8, "what Chromium asks for itself", "envs", "no look-up, no connection")

@@ -129,6 +129,11 @@ CHANGES = {
     "no tensor": lambda h, t: t.pop("1.0.k"),
     "another format": lambda h, t: h.update(format=1),
     "spans of another type": lambda h, t: h.update(spans=3),
+    "a span of another type": lambda h, t: h.update(spans=[["ab"], []]),
+    "tokens of another type": lambda h, t: h["layers"][1].update(seen="63"),
+    "fewer tokens than none": lambda h, t: h["layers"][1].update(real_seen=[-1, 63]),
+    "heads of another type": lambda h, t: h["layers"][1].update(kv_heads={}),
+    "dtype that is a function": lambda h, t: h["layers"][1].update(dtype="torch.add"),
     "dtype that is none": lambda h, t: h["layers"][1].update(dtype="os.system"),
     "rows that do not fit": lambda h, t: h["layers"][1].update(real_seen=[63]),
 }

@@ -16,6 +16,7 @@ from typing import NoReturn
 from textkv._start import missing_extra
 
 REFUSED, STOPPED, TERMINATED = 2, 130, 143  # the latter two: 128 + number of the signal
+PATIENCE = 2.5  # seconds in which what is open may be closed after a signal
 LINE = 400  # characters of a line that tells an error
 
 
@@ -37,7 +38,8 @@ def run(
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     _short(parser)
-    with terminable():
+    stopped = f"{name}: stopped{'; ' if kept else ''}{kept}"
+    with terminable(stopped):
         try:
             args = parser.parse_args(argv)
             _quiet()
@@ -56,7 +58,7 @@ def run(
             print(f"{name}: {told}", file=sys.stderr)
             return REFUSED
         except KeyboardInterrupt:
-            print(f"{name}: stopped{'; ' if kept else ''}{kept}", file=sys.stderr)
+            print(stopped, file=sys.stderr)
             return STOPPED
 
 
@@ -96,17 +98,36 @@ def _refuse(message: str) -> NoReturn:
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """A context in which SIGTERM ends the process as an exception does: what is open is closed, workers are ended."""
+def terminable(stopped: str = "stopped") -> Iterator[None]:
+    """A context in which SIGTERM and Ctrl-C end the process as an exception does: what is open is closed, workers are
+    ended. What has not let itself be closed after `PATIENCE` is left, with the line `stopped` after a Ctrl-C: workers
+    and browsers end by themselves when this process has gone.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    late: list[threading.Timer] = []
 
     def hear(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(TERMINATED)
+        code, line = (TERMINATED, "") if number == signal.SIGTERM else (STOPPED, f"{stopped}\n")
+        late.append(threading.Timer(PATIENCE, _leave, (code, line)))
+        late[-1].daemon = True
+        late[-1].start()
+        raise SystemExit(TERMINATED) if number == signal.SIGTERM else KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, hear)
+    # A shell starts what is in the background with Ctrl-C ignored, and so it stays.
+    heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, hear) for number in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for timer in late:
+            timer.cancel()
+
+
+def _leave(code: int, line: str) -> None:
+    sys.stderr.write(line)
+    sys.stderr.flush()
+    os._exit(code)

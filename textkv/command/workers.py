@@ -6,20 +6,22 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import suppress
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from types import FrameType, TracebackType
 from typing import Any, ClassVar
 
 from textkv.command.ending import TERMINATED
 
-GRACE = 3.0  # seconds in which a worker may close what it has open
+GRACE = 1.5  # seconds in which a worker may close what it has open: Ctrl-C is answered within three
 
 
 class WorkerFailed(ValueError):
-    """A worker could not be opened; the message is that of its error."""
+    """A worker could not be opened, and the message is that of its error; or it ended on its own."""
 
 
 class Workers:
@@ -31,6 +33,7 @@ class Workers:
     """
 
     def __init__(self, number: int, open: Callable[..., Any], *args: Any) -> None:
+        self.number = number
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(number, context, _Here.begin, (open, args))
 
@@ -41,11 +44,19 @@ class Workers:
         """(args, `job(opened, *args)`) in the order in which they are done.
 
         Raises:
-            WorkerFailed: what they need could not be opened.
+            WorkerFailed: what they need could not be opened, or one of them ended on its own.
         """
-        waiting: dict[Future, tuple] = {self._pool.submit(_Here.work, job, args): args for args in all_args}
-        for done in as_completed(waiting):
-            yield waiting[done], done.result()
+        try:
+            with _unheard():
+                waiting: dict[Future, tuple] = {self._pool.submit(_Here.work, job, args): args for args in all_args}
+            for done in as_completed(waiting):
+                yield waiting[done], done.result()
+        except BrokenProcessPool:
+            raise WorkerFailed(
+                f"a worker ended on its own (killed, or out of memory); use fewer than {self.number}"
+                if self.number > 1
+                else "the worker ended on its own (killed, or out of memory)"
+            ) from None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -57,10 +68,24 @@ class Workers:
         mine = multiprocessing.active_children()
         for process in mine:
             process.terminate()
+        end = time.monotonic() + GRACE
         for process in mine:
-            process.join(GRACE)
+            process.join(max(end - time.monotonic(), 0))
             process.kill()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Ctrl-C waits: it reaches every process of a terminal, and one that is started meanwhile never hears it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Here:
@@ -84,6 +109,10 @@ class _Here:
     @classmethod
     def end(cls, number: int, frame: FrameType | None) -> None:
         """Close what is open and go. The pool would take an exception for the result of a job, and go on."""
+        # What was interrupted in the middle may never let itself be closed.
+        late = threading.Timer(GRACE, os._exit, (TERMINATED,))
+        late.daemon = True
+        late.start()
         with suppress(Exception):
             getattr(cls.opened, "close", lambda: None)()
         os._exit(TERMINATED)
@@ -100,7 +129,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
-    # First as a signal that closes what is open; a worker that is stuck goes at once after that.
+    # First as a signal that closes what is open. A worker that is stuck in a call does not hear it, and goes later.
     os.kill(os.getpid(), signal.SIGTERM)
-    threading.Event().wait(GRACE)
-    os._exit(1)
+    threading.Event().wait(2 * GRACE)
+    os._exit(TERMINATED)

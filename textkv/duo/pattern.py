@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from textkv.command import write_text
 from textkv.mini import WEIGHTS
+from textkv.records import checked, listed, parse
 
 FILE = "duo_attention.json"
 FORMAT = 1
@@ -75,21 +77,24 @@ class Pattern:
                 "`python -m textkv.methods.duo_attention identify --model FOLDER`"
             )
         try:
-            return cls._released(file) if file.suffix == ".tsv" else cls._own(json.loads(file.read_text("utf-8")))
-        except (KeyError, TypeError, ValueError) as error:
+            return cls._released(file) if file.suffix == ".tsv" else cls._own(parse(file.read_bytes()))
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"pattern {str(path)!r} cannot be read: {error}") from None
 
     @classmethod
-    def _own(cls, saved: dict) -> Pattern:
-        if saved["format"] != FORMAT:
+    def _own(cls, saved: Any) -> Pattern:
+        if checked(saved, {"format": int})["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
+        checked(saved, {"gates": list, "sinks": int, "recent": int, "how": str, "model": str, "settings": dict})
+        for row in listed(saved["gates"], list, "gates"):
+            listed(row, float, "a row of gates")
         gates = torch.tensor(saved["gates"], dtype=torch.float32)
         return cls(gates, saved["sinks"], saved["recent"], saved["how"], saved["model"], saved["settings"])
 
     @classmethod
     def _released(cls, file: Path) -> Pattern:
         gates = torch.from_numpy(np.loadtxt(file, dtype=np.float32, delimiter="\t", ndmin=2))
-        sizes = json.loads((file.parent / RELEASED_CONFIG).read_text("utf-8"))
+        sizes = checked(parse((file.parent / RELEASED_CONFIG).read_bytes()), {"sink_size": int, "recent_size": int})
         return cls(gates.clamp(0, 1), sizes["sink_size"], sizes["recent_size"], "released")
 
     def summary(self) -> dict[str, float]:

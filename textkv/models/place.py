@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
+
+from textkv.records import read
 
 RECORD = "agentkv.json"
 
@@ -24,6 +25,7 @@ def folder_of(name: str, under: Path | None = None) -> Path:
 def record_of(folder: Path) -> dict[str, Any] | None:
     """What the installation wrote down, or None where nothing was installed (the record is written last)."""
     try:
-        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = read(folder / RECORD)
     except (OSError, ValueError):
         return None
+    return record if isinstance(record, dict) else None

@@ -17,6 +17,7 @@ from textkv.checkpoints import check_tensors
 from textkv.command import write_bytes, write_text
 from textkv.rag.documents import Chunk
 from textkv.rag.embedders import BM25, Embeds, load_embedder
+from textkv.records import read
 
 FORMAT = "textkv.rag 1"
 RECORD, VECTORS = "index.json", "vectors.safetensors"
@@ -156,7 +157,7 @@ def words_of(text: str) -> list[str]:
 
 def _record(place: Path) -> dict | None:
     try:
-        record = json.loads((place / RECORD).read_text(encoding="utf-8"))
+        record = read(place / RECORD)
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and record.get("format") == FORMAT else None

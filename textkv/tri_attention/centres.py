@@ -18,6 +18,7 @@ from safetensors.torch import save
 from textkv.command import write_bytes
 from textkv.evidence import QueryCentres
 from textkv.mini import WEIGHTS
+from textkv.records import checked, parse
 
 FILE = "tri_attention.safetensors"
 FORMAT = 1
@@ -77,9 +78,10 @@ class Centres:
             raise ValueError(f"centres={str(path)!r}: there is no {file.name}; make one with `{COMMAND}`")
         try:
             with safe_open(file, "pt") as opened:
-                header = json.loads((opened.metadata() or {})["header"])
+                header = checked(parse((opened.metadata() or {})["header"]), {"format": int})
                 if header["format"] != FORMAT:
                     raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
+                checked(header, {"tokens": int, "model": str, "settings": dict})
                 numbers = sorted({int(name.partition(".")[0]) for name in opened.keys()})
                 count = torch.tensor([float(header["tokens"])])
                 layers = {

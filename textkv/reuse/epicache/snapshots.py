@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from textkv.cache import MethodCache
+from textkv.records import checked, parse
 
 FORMAT = 1
 FILE = "conversation.json"
@@ -108,13 +109,11 @@ def read_header(folder: Path) -> dict[str, Any]:
         ValueError: nothing there, damaged, or of another format.
     """
     try:
-        header = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        header = checked(parse((folder / FILE).read_bytes()), {"format": int})
         if header["format"] != FORMAT:
             raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
-        wrong = next((name for name, kind in _FIELDS.items() if not isinstance(header.get(name), kind)), None)
-        if wrong is not None:
-            raise ValueError(f"it has no {wrong}")
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        checked(header, _FIELDS)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no whole conversation: {type(error).__name__}: {error}") from None
     return header
 

@@ -1,0 +1,37 @@
+"""A few hundred inputs for each reader, and what the command once found."""
+
+import random
+
+import pytest
+
+from textkv import Budget
+
+from .__main__ import fuzz, main
+from .inputs import bent, mangled, spelled
+from .targets import Target, opened
+
+
+@pytest.mark.parametrize("kind", Target.__subclasses__(), ids=lambda kind: kind.__name__)
+def test_nothing_but_the_promised_is_raised(kind, reliability):
+    with opened(kind) as target:
+        report = fuzz(target, 200, 7)
+    assert report["raised"] == [] and report["inputs"] >= 200
+    reliability(9, "random input", kind.__name__, "accepted, or refused as promised", report["inputs"])
+
+
+def test_the_same_seed_gives_the_same_inputs():
+    right = {"a": [1, {"b": "c"}], "d": None}
+    for make in (lambda rng: bent(rng, right), lambda rng: spelled(rng, right), lambda rng: mangled(rng, b"abcdef")):
+        first, again, other = (repr([make(random.Random(n)) for _ in range(9)]) for n in (1, 1, 2))
+        assert first == again != other
+    assert right == {"a": [1, {"b": "c"}], "d": None}
+
+
+def test_an_unknown_reader_is_refused(capsys):
+    assert main(["--only", "Trace", "--inputs", "1"]) == 2
+    assert capsys.readouterr().err.startswith("tests.fuzz: there is no reader 'Trace'; use Expressions, ")
+
+
+@pytest.mark.parametrize("share", [0.44444444444444444, 1 / 3, 0.1 + 0.2, 0.4, 1.0, 1e-7])
+def test_a_budget_reads_itself(share):
+    assert Budget.parse(str(Budget(fraction=share))) == Budget(fraction=share)

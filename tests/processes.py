@@ -1,0 +1,79 @@
+"""Commands as processes of their own, with all that they start, and what is left of it after a signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = 240.0, 90.0  # seconds that a loaded machine may take
+
+
+@dataclass
+class Command:
+    """A running `python -m module ...` in a session of its own; its files lie in `folder`."""
+
+    folder: Path
+    temp: Path
+    process: subprocess.Popen
+    below: list[psutil.Process] = field(default_factory=list)
+
+    @property
+    def temporary(self) -> list[str]:
+        """What is in its temporary folder; torch's cache of compiled code stays there for the next process."""
+        return [path.name for path in self.temp.iterdir() if not path.name.startswith("torchinductor")]
+
+    @property
+    def told(self) -> str:
+        """What it wrote to stderr."""
+        return (self.folder / "stderr").read_text()
+
+    def until(self, ready: Callable[[], object]) -> Command:
+        """Wait until `ready`; then `below` holds every process that it has started."""
+        end = time.monotonic() + BEGIN
+        while not ready():
+            assert self.process.poll() is None and time.monotonic() < end, self.told
+            time.sleep(0.05)
+        self.below = psutil.Process(self.process.pid).children(recursive=True)
+        return self
+
+    def send(self, number: int) -> int:
+        """Send a signal, a Ctrl-C to the whole group as a terminal does; the exit code."""
+        if number == signal.SIGINT:
+            os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
+        return self.process.wait(END)
+
+    def left(self) -> list[psutil.Process]:
+        """Those of `below` that do not end."""
+        _, alive = psutil.wait_procs(self.below, END)
+        return [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def start(folder: Path, module: str, *args: str) -> Command:
+    """Start it in `folder`, where its outputs go too."""
+    folder.mkdir(parents=True)
+    # Not in `folder`: the path of Chromium's socket must have fewer than 108 characters.
+    temp = Path(tempfile.mkdtemp(prefix="c-"))
+    env = os.environ | {"TMPDIR": str(temp), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # What ignores Ctrl-C here would ignore it there.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *args], cwd=folder, env=env, stdout=out, stderr=err,
+                start_new_session=True,
+            )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return Command(folder, temp, process)

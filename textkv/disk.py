@@ -1,0 +1,60 @@
+"""A disk that fills up, or a file that may not grow: one line that says where, and a run that goes on later."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, larger than `ulimit -f` allows
+
+
+class NoSpace(OSError):
+    """The disk is full, or too full to begin; the message names the place."""
+
+
+@contextmanager
+def disk_errors(place: Path, mend: str = "the same command goes on") -> Iterator[None]:
+    """Turn "no space left" while writing to `place` into NoSpace, whose message says what helps after freeing some."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if _number(error) not in FULL:
+            raise
+        raise NoSpace(f"{place}: the disk is full; free some space, then {mend}") from error
+
+
+def _number(error: OSError | SafetensorError) -> int | None:
+    """The system's number of an error; safetensors tells it in words alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def write_whole(path: Path, data: bytes, mend: str = "the same command goes on") -> Path:
+    """Write `data` so that `path`, which is returned, holds either all of it or what it held before; folders are made.
+
+    Raises:
+        NoSpace: see `disk_errors`.
+        OSError: it cannot be written for another reason.
+    """
+    part = path.with_name(path.name + ".part")
+    with disk_errors(path.parent, mend):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except OSError:
+            with suppress(OSError):
+                part.unlink()  # it would keep the disk full
+            raise
+    return path
