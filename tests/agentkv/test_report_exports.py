@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from agentkv.envs.actions import Click, Type
+from agentkv.reading import read_run
 from agentkv.report import gif, runs, write_report
 from agentkv.report.gif import GAP, WIDTH, _seen, write_gif
 from agentkv.report.runs import write_list
-from agentkv.reading import read_run
 from tests.agentkv.fake_episodes import FakePolicy, fake_run
 
 
