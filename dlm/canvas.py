@@ -23,11 +23,13 @@ class Canvas:
         shift: 1 if row j of the model's logits predicts slot j + 1, 0 if it predicts slot j.
         prompt: P, where the first block begins; None = behind the input. Masks of the input from there on are written
             too, and its text stays.
-        grid: attention blocks of a block-causal model, a multiple of `block_length`, counted from slot 0; such a canvas
-            has no padding. None = blocks are counted from the end of the prompt.
+        grid: attention blocks of a block-causal model, a multiple of `block_length`, counted from slot 0; every row's
+            first real slot is a multiple of it. None = blocks are counted from the end of the prompt.
+        first: int64 [batch], where what is given back of each row begins; None = behind the input.
+        width: slots that are given back; None = G.
 
     Attributes:
-        stop: the first slot behind the answer; with a grid masks may follow, to the end of the last block.
+        first, width: as above; other masks may follow, to the end of a grid's last block.
         begin: the first slot of block 0, which is before P where a prompt ends within a block of a grid.
         ids: int64 [batch, L], L = tokens of the input + G.
         prompt: P.
@@ -51,16 +53,16 @@ class Canvas:
         shift: int,
         prompt: int | None = None,
         grid: int | None = None,
+        first: torch.Tensor | None = None,
+        width: int | None = None,
     ) -> None:
         batch, tokens = input_ids.shape
         self.prompt = tokens if prompt is None else prompt
-        self.stop = tokens + gen_length
-        self.grid, self.begin = grid, self.prompt
-        if grid is not None:
-            # Blocks of positions, whatever the prompt: its end lies in the first, and the last is whole as in training.
-            self.begin -= self.prompt % block_length
-            gen_length += -self.stop % grid
+        # Blocks of a grid stand at their positions, whatever the prompt: its end may lie in the first of them.
+        self.grid, self.begin = grid, self.prompt - (self.prompt % block_length if grid is not None else 0)
         self.length = tokens + gen_length
+        self.first = input_ids.new_full((batch,), tokens) if first is None else first
+        self.width = gen_length if width is None else width
         self.block_length, self.mask_id, self.shift = block_length, mask_id, shift
         self.ids = torch.cat([input_ids, input_ids.new_full((batch, gen_length), mask_id)], 1)
         self.rows = torch.arange(batch, device=input_ids.device)
@@ -89,6 +91,16 @@ class Canvas:
     def generated(self) -> torch.Tensor:
         """The part behind the prompt, int64 [batch, L - P]: a view."""
         return self.ids[:, self.prompt :]
+
+    @property
+    def answer_slots(self) -> torch.Tensor:
+        """int64 [batch, width], the slots that are given back."""
+        return self.first[:, None] + torch.arange(self.width, device=self.first.device)
+
+    @property
+    def answers(self) -> torch.Tensor:
+        """int64 [batch, width], what is given back, as it stands."""
+        return self.ids.gather(1, self.answer_slots)
 
     @property
     def blocks(self) -> int:
@@ -196,7 +208,7 @@ class Canvas:
     def take_rows(self, rows: torch.Tensor) -> None:
         """Keeps rows int64 [kept] (CPU), by their present numbers; the others leave the canvas."""
         there = rows.to(self.ids.device)
-        for name in ("ids", "rows", "real_start", "position_ids", "given", "tail"):
+        for name in ("ids", "rows", "real_start", "position_ids", "given", "tail", "first"):
             setattr(self, name, getattr(self, name)[there])
         self.real_start_cpu = self.real_start_cpu[rows]
         if self.valid is not None:
@@ -207,7 +219,8 @@ class Canvas:
         """A canvas with each row `times` times, one behind the other."""
         copy = object.__new__(Canvas)
         copy.__dict__ = dict(self.__dict__)
-        for name in ("ids", "rows", "real_start", "real_start_cpu", "position_ids", "given", "tail", "valid"):
+        names = ("ids", "rows", "real_start", "real_start_cpu", "position_ids", "given", "tail", "first", "valid")
+        for name in names:
             held = getattr(self, name)
             setattr(copy, name, None if held is None else held.repeat_interleave(times, 0))
         copy._active = copy._progress = None

@@ -35,7 +35,7 @@ class Loop:
     Attributes:
         canvas: the rows that are not finished.
         ids: int64 [batch, L], all rows as they were when they left; `whole` has the others too.
-        first: the first column of what is given back.
+        slots: int64 [batch, width], what is given back of them.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Loop:
         self.stops, self.hook, self.stats = stops, hook, Stats()
         self.ends = torch.tensor(model.decoding_spec.eos_ids, dtype=torch.int64, device=canvas.ids.device)
         self.committed = torch.zeros(canvas.batch, dtype=torch.int64, device=canvas.ids.device)
-        self.ids, self.given, self.tail, self.first = canvas.ids, canvas.given, canvas.tail, canvas.prompt
+        self.ids, self.given, self.tail, self.slots = canvas.ids, canvas.given, canvas.tail, canvas.answer_slots
         self.start = perf_counter()
 
     def steps(self, patience: int, expression: str) -> Iterator[None]:
@@ -90,6 +90,10 @@ class Loop:
     def whole(self) -> torch.Tensor:
         """int64 [batch, L], every row that was given, finished or not."""
         return self.ids.index_copy(0, self.canvas.rows, self.canvas.ids)
+
+    def answers(self) -> torch.Tensor:
+        """int64 [batch, width], what is given back of every row."""
+        return self.whole().gather(1, self.slots)
 
     def step(self) -> torch.Tensor:
         """One forward and what it commits: bool [batch, L]."""
@@ -171,11 +175,9 @@ class Loop:
 
     def report(self) -> Stats:
         """The statistics up to now."""
-        rule, ids = dict(self.unmasker.stats), self.whole()
-        ids, given = ids[:, : self.canvas.stop], self.given[:, : self.canvas.stop]
-        slots = torch.arange(ids.shape[1], device=ids.device)[None]
+        rule, ids, given = dict(self.unmasker.stats), self.answers(), self.given.gather(1, self.slots)
         # True from a row's first end on: a running maximum needs no loop and no wait for the device.
-        ended = (torch.isin(ids, self.ends) & (slots >= self.tail[:, None])).int().cummax(1).values.bool()
+        ended = (torch.isin(ids, self.ends) & (self.slots >= self.tail[:, None])).int().cummax(1).values.bool()
         return replace(
             self.stats, seconds=perf_counter() - self.start, committed=self.committed.tolist(),
             text_tokens=(~ended & ~given & (ids != self.canvas.mask_id)).sum(1).tolist(),
@@ -184,4 +186,4 @@ class Loop:
 
     def decoded(self) -> Decoded:
         """What the generation gave so far; masks where nothing is written yet."""
-        return Decoded(self.whole()[:, self.first : self.canvas.stop].clone(), self.report())
+        return Decoded(self.answers(), self.report())

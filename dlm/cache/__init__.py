@@ -1,8 +1,8 @@
 """Cache policies for diffusion language models: which slots of the canvas are computed anew in each forward.
 
 "none", "freecache(delay=0)", "prefix", "dual", "dkv(4)", "dllm-cache(ratio=0.5)"; "block" for block-causal models; and
-FreeCache with a method of textkv for its frozen slots, "freecache+snapkv(0.3)": a share or "512t" in front of a
-method's arguments is its budget. Behind every policy of windows "+suffix(32)" leaves out the masks far behind the
+FreeCache and block with a method of textkv for their frozen slots, "freecache+snapkv(0.3)": a share or "512t" in front
+of a method's arguments is its budget. Behind every policy of windows "+suffix(32)" leaves out the masks far behind the
 active block.
 """
 
@@ -70,9 +70,10 @@ def resolve_cache(expression: str | Policy) -> Policy:
     policy = find(name)
     if methods:
         # The others write their slots again at a refresh; what a method has packed or dropped cannot be rewritten.
-        if policy is not FreeCache:
+        if not any(f.name == "method" for f in fields(policy)):
             raise ValueError(
-                f"cache {expression!r}: only freecache freezes slots for good; write freecache+{'+'.join(methods)}"
+                f"cache {expression!r}: only freecache and block freeze slots for good; write "
+                f"freecache+{'+'.join(methods)}"
             )
         kwargs["method"] = _resolve_methods(methods)
     return _build(policy, first, args, kwargs)

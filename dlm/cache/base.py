@@ -135,9 +135,13 @@ class Policy(ABC):
 
     @property
     def expression(self) -> str:
-        """The composition string that builds this policy again."""
-        given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
-        return f"{self.name}({','.join(given)})" if given else self.name
+        """The composition string that builds this policy again, as "freecache(delay=0)+snapkv(0.3)"."""
+        changed = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        # A method of textkv stands behind a plus sign, not among the arguments.
+        method = changed.pop("method", None)
+        given = [f"{name}={value!r}" for name, value in changed.items()]
+        own = f"{self.name}({','.join(given)})" if given else self.name
+        return own if method is None else f"{own}+{method.expression}"
 
 
 REGISTRY = Registry("cache", "agentkv.caches", "Policy")

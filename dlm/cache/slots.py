@@ -85,7 +85,9 @@ class SlotLayer:
         )
         packing.store(keys, k)
         packing.store(values, v)
-        return by_rows(packing, q, lambda q: full_attention(q, keys, values, scale, mask))
+        stop = slice(self.cache.plan.stop)
+        mask = None if mask is None else mask[..., stop]
+        return by_rows(packing, q, lambda q: full_attention(q, keys[:, :, stop], values[:, :, stop], scale, mask))
 
     def settle(self, entries: torch.Tensor, packing: Packing) -> None:
         """Stores the keys and values of `entries` int64 [s] of a verification, at the places of `packing`."""
@@ -133,6 +135,9 @@ class SlotCache:
         # The model hands it on unread as key and as value; only our attention function opens it.
         view = View(self.layer(layer_idx), k, v)
         return view, view
+
+    def freeze(self, low: torch.Tensor) -> None:
+        """Slots before `low` int64 [batch] (CPU) will not be written any more; here they stay where they are."""
 
     def settle(self, accepted: torch.Tensor) -> None:
         """After a verification: stores what node `accepted` int64 [batch] of each row computed."""

@@ -158,7 +158,7 @@ def test_arms_take_turns_and_a_stopped_run_goes_on(
         (["--grid", "guided"], "names no cache; write none+guided, or freecache+guided"),
         (["--grid", "none+guided", "--guide", "none"], "needs a guide; name one with --guide"),
         (["--grid", "freecash"], "did you mean freecache"),
-        (["--grid", "dual+snapkv(0.3)"], "only freecache freezes slots for good"),
+        (["--grid", "dual+snapkv(0.3)"], "only freecache and block freeze slots for good"),
         (["--grid", ""], "names nothing; give one or more"),
         (["--n", "0"], "0 is not a count; use 1"),
         (["--gen-length", "0"], "gen_length=0 is no number of tokens"),

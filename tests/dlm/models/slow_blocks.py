@@ -30,6 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llada_moe": SDAR | {
         "model_type": "llada", "architectures": ["LLaDAMoEModelLM"], "num_experts": 6, "num_experts_per_tok": 2,
         "expert_intermediate_size": 12, "num_key_value_heads": 4, "qk_layernorm": True, "norm_topk_prob": None,
+        "moe_layer_freq": [1, 1],
         "block_size": None, "head_dim": None, "num_attention_heads": 4, "hidden_size": 32, "rope_theta": 50000.0,
     },
     "llada2": {
