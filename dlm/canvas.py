@@ -37,6 +37,7 @@ class Canvas:
         rows: int64 [batch], the number of each row in the batch that was given.
         given: bool [batch, L], slots of the input that hold no mask to be written: text and padding.
         tail: int64 [batch], the first slot behind all text that was given.
+        filled: bool [batch, L], slots behind the end of a row's text.
         valid: bool [batch, L], False = padding; None = no padding.
         real_start: int64 [batch], each row's first slot that is not padding; `real_start_cpu` is the same on the CPU.
         position_ids: int64 [batch, L], 0 at each row's first real slot (and at its padding).
@@ -79,6 +80,8 @@ class Canvas:
         self.given = (columns < self.prompt) | (self.ids != mask_id)
         # The last column counts most: its number is the largest that is multiplied by True.
         self.tail = (self.given * (columns + 1)).amax(1) if self.length else self.real_start
+        self.filled = torch.zeros_like(self.given)
+        self._held: torch.Tensor | None = None
         self._active: torch.Tensor | None = None
         self._progress: torch.Tensor | None = None
 
@@ -137,13 +140,19 @@ class Canvas:
 
     @property
     def active(self) -> torch.Tensor:
-        """int64 [batch] on the ids' device: each row's first block with a mask, N where none is left."""
+        """int64 [batch] on the ids' device: each row's first block that has a mask or is held, N = none."""
         if self._active is None:
             masked = self.generated == self.mask_id
             # argmax of 0 and 1 is the first mask; where there is none it is 0, and N is put in its place.
             first = (masked.int().argmax(1) + self.prompt - self.begin) // self.block_length
             self._active = torch.where(masked.any(1), first, self.blocks)
+            if self._held is not None:
+                self._active = torch.minimum(self._active, self._held)
         return self._active
+
+    def hold(self, blocks: torch.Tensor) -> None:
+        """Keeps blocks int64 [batch] active although they may have no mask left, until the next call; N = none."""
+        self._held, self._active, self._progress = blocks, None, None
 
     def _on_host(self) -> torch.Tensor:
         """Active blocks and masks left, int64 [2, batch] on the CPU: the one wait for the device that a step needs."""
@@ -165,7 +174,7 @@ class Canvas:
 
     @property
     def unfinished(self) -> torch.Tensor:
-        """bool [batch] on the CPU, rows with a mask left."""
+        """bool [batch] on the CPU, rows with a mask left or a block that is held."""
         return self.active_cpu < self.blocks
 
     @property
@@ -185,10 +194,10 @@ class Canvas:
             bool [batch, L], slots that were written now.
         """
         where = where & (slots >= 0)
-        at = slots.masked_fill(~where, 0)
+        at = torch.where(where, slots, 0)
         # Several entries may point at slot 0 without meaning it; added up, those that mean a slot stand out.
         written = torch.zeros_like(self.ids).scatter_add_(1, at, where.long()) > 0
-        value = torch.zeros_like(self.ids).scatter_add_(1, at, tokens.masked_fill(~where, 0))
+        value = torch.zeros_like(self.ids).scatter_add_(1, at, torch.where(where, tokens, 0))
         return self._write(written, value)
 
     def finish_row(self, after: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
@@ -202,14 +211,16 @@ class Canvas:
             bool [batch, L], slots that hold another token now: masks that were filled, and text behind the end.
         """
         behind = torch.arange(self.length, device=self.ids.device)[None] > after[:, None]
+        self.filled = self.filled | behind
         changed = behind & (self.ids != token[:, None])
         return self._write(changed, token[:, None].expand_as(self.ids))
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Keeps rows int64 [kept] (CPU), by their present numbers; the others leave the canvas."""
         there = rows.to(self.ids.device)
-        for name in ("ids", "rows", "real_start", "position_ids", "given", "tail", "first"):
+        for name in ("ids", "rows", "real_start", "position_ids", "given", "tail", "first", "filled"):
             setattr(self, name, getattr(self, name)[there])
+        self._held = None if self._held is None else self._held[there]
         self.real_start_cpu = self.real_start_cpu[rows]
         if self.valid is not None:
             self.valid = self.valid[there] if bool((self.real_start_cpu > 0).any()) else None
@@ -219,8 +230,8 @@ class Canvas:
         """A canvas with each row `times` times, one behind the other."""
         copy = object.__new__(Canvas)
         copy.__dict__ = dict(self.__dict__)
-        names = ("ids", "rows", "real_start", "real_start_cpu", "position_ids", "given", "tail", "first", "valid")
-        for name in names:
+        names = ("ids", "rows", "real_start", "real_start_cpu", "position_ids", "given", "tail", "first", "filled")
+        for name in (*names, "valid", "_held"):
             held = getattr(self, name)
             setattr(copy, name, None if held is None else held.repeat_interleave(times, 0))
         copy._active = copy._progress = None

@@ -206,7 +206,7 @@ def _run(
     yield loop
     # Dream's timestep schedule may write nothing in its first steps, so a rule is given up only after as many idle
     # forwards as the longest schedule has steps, and one per token besides.
-    for _ in loop.steps(steps + canvas.length - canvas.prompt, rule.expression):
+    for _ in loop.steps(steps + canvas.length - canvas.prompt + rule.idle, rule.expression):
         yield loop
 
 

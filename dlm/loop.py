@@ -116,8 +116,9 @@ class Loop:
                 logits = self.hook(canvas, slots, logits)
             choice = self.unmasker.choose(logits, slots, canvas)
         where = choice.commit if forced is None else choice.commit | (slots == forced[:, None])
+        masked = canvas.masked()
         committed = canvas.commit(slots, choice.tokens, where)
-        self.committed.index_add_(0, canvas.rows, committed.sum(1))
+        self.committed.index_add_(0, canvas.rows, (committed & masked).sum(1))
         return committed
 
     def finish_nodes(self, nodes: Canvas) -> None:
@@ -157,9 +158,6 @@ class Loop:
         if cache is not None:
             cache.plan = plan
         fed = plan.pick(ids)
-        stats.forwards += 1
-        stats.query_tokens += fed.numel() if plan.tokens is None else plan.tokens
-        stats.value_tokens += plan.value_tokens
         visible = plan.visible
         if cache is None:
             visible = None if visible is None else plan.pick(visible)
@@ -169,6 +167,10 @@ class Loop:
             fed, position_ids=plan.pick(positions), past_key_values=cache, logits_rows=plan.rows(rows, ids.shape[1]),
             attention_mask=visible,
         ).logits  # fmt: skip
+        stats.forwards += 1
+        # Afterwards: some caches know only now what they computed.
+        stats.query_tokens += fed.numel() if plan.tokens is None else plan.tokens
+        stats.value_tokens += plan.value_tokens
         stats.cache_bytes = 0 if cache is None else cache.kv_bytes()
         stats.cache_bytes_peak = max(stats.cache_bytes_peak, stats.cache_bytes)
         return logits.view(*rows.shape, -1)

@@ -53,6 +53,11 @@ class ScheduledRule(Rule):
             self.scheduler.rule(self.sampling).check(config, policy, hooked)
 
     @property
+    def idle(self) -> int:
+        """As the rule of the scheduler, if it is one of ours."""
+        return self.scheduler.rule(self.sampling).idle if isinstance(self.scheduler, UnmaskScheduler) else 0
+
+    @property
     def expression(self) -> str:
         """The name of the scheduler's class."""
         return type(self.scheduler).__name__

@@ -121,6 +121,11 @@ class Policy(ABC):
     """Whether it serves models whose tokens see no later block, and no others."""
 
     @property
+    def whole_blocks(self) -> bool:
+        """Whether every forward computes all slots of the active block, the written ones too."""
+        return True
+
+    @property
     def still(self) -> bool:
         """Whether, from a block's second forward on, a forward changes nothing that another one in the block reads."""
         return False

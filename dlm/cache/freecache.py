@@ -84,7 +84,7 @@ class _Run(WindowRun):
         # Before super().plan(), which counts the forward, and before `before` moves on: the same window as the plan's.
         low, _ = self.window()
         plan = super().plan(wanted)
-        self.before = self.canvas.active_cpu.clone()
+        self.before = self.canvas.active_cpu
         # After the plan is made: slots in front of its window are computed no more, so a method may take them.
         self.cache.freeze(low)
         return plan

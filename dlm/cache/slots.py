@@ -113,6 +113,7 @@ class SlotCache:
         length: L, slots of the canvas.
         base: first slot that the buffers hold.
         plan: the forward that is running; set by the loop before it calls the model.
+        rope: the model's rotary tables of positions 0 to L - 1, which it keeps here; None before its first forward.
         layers: one per layer of the model, made as they report.
     """
 
@@ -122,6 +123,7 @@ class SlotCache:
     def __init__(self, length: int) -> None:
         self.length, self.base = length, 0
         self.plan: Plan | None = None
+        self.rope: tuple[torch.Tensor, torch.Tensor] | None = None
         self.layers: list[SlotLayer] = []
 
     def layer(self, index: int) -> SlotLayer:

@@ -2,7 +2,8 @@
 
 "confidence", "random" (LLaDA), "origin", "maskgit_plus", "topk_margin", "entropy(compat=True)" (Dream),
 "threshold(0.9)", "factor(1.0)" (Fast-dLLM), "entropy_bound(0.1)" (diffusers), "hierarchical(0.9, low=0.4)" (dInfer),
-"klass(0.9, 0.01)" (KLASS), "ssd(4)" (the tokens of "confidence" in fewer forwards),
+"klass(0.9, 0.01)" (KLASS), "edit(0.7, 0.5)" (LLaDA2.1: written tokens may be replaced), "ssd(4)" (the tokens of
+"confidence" in fewer forwards),
 "guided('topk', k=2)" (a causal model says how far a draft may be kept).
 """
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from dlm.unmask.base import REGISTRY, Choice, Rule, Unmasker, find, register
 from dlm.unmask.confidence import Confidence, Random
 from dlm.unmask.dream import Entropy, MaskGitPlus, Origin, TopKMargin
+from dlm.unmask.edit import TokenEditing
 from dlm.unmask.guided import Guided
 from dlm.unmask.guider import Guider
 from dlm.unmask.klass import KLASS
@@ -40,6 +42,7 @@ __all__ = [
     "Rule",
     "Sampling",
     "Threshold",
+    "TokenEditing",
     "TopKMargin",
     "Unmasker",
     "list_rules",

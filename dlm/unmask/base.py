@@ -120,6 +120,11 @@ class Rule(ABC):
             hooked: whether the logits are changed on their way to the rule.
         """
 
+    @property
+    def idle(self) -> int:
+        """Forwards in a row that write no mask although all is well."""
+        return 0
+
     @abstractmethod
     def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int) -> Unmasker:
         """Starts a generation.

@@ -77,7 +77,7 @@ class UnmaskSchedule:
             block_masks=(masked & (columns >= start) & (columns < end)).sum(1),
             row_masks=masked.sum(1),
         )
-        self.used = self.used + candidates.any(1)
+        self.used = torch.where(candidates.any(1), self.used + 1, self.used)
         return step
 
     def take_rows(self, rows: torch.Tensor) -> None:
@@ -119,5 +119,5 @@ def ordered(score: torch.Tensor, masked: torch.Tensor) -> torch.return_types.sor
     """Scores [batch, r] in descending order and their columns; what is not masked has -inf and comes last."""
     least = torch.finfo(torch.float32).min  # a masked slot goes before a closed one whatever its score
     # NaN would sort first; a row without any finite logit still has to write something in the end.
-    key = score.float().nan_to_num(nan=least, neginf=least).masked_fill(~masked, -torch.inf)
+    key = torch.where(masked, score.float().nan_to_num(nan=least, neginf=least), -torch.inf)
     return key.sort(dim=1, descending=True, stable=True)

@@ -62,8 +62,8 @@ def test_arms() -> None:
     short = decoding.arms_of(["none"], DecodingConfig(gen_length=4, block_length=2), guided=False)
     assert [arm.config.steps for arm in short] == [4, 2]
     every = {arm.name for arm in decoding.arms_of(["all"], plain, guided=True)}
-    # What ssd cannot verify is not in the grid.
-    refused = {"dkv+ssd", "dllm-cache+ssd"}
+    # What ssd cannot verify, and what edit does not see, is not in the grid.
+    refused = {"dkv+ssd", "dllm-cache+ssd", "dkv+edit", "elastic+ssd", "elastic+edit"}
     assert {f"{cache}+{rule}" for cache in list_caches(False) for rule in list_rules()} - refused < every
     assert not refused & every
     assert not any("guided" in arm.name for arm in decoding.arms_of(["all"], plain, guided=False))
