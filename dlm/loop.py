@@ -19,6 +19,7 @@ from dlm.canvas import Canvas
 from dlm.config import DecodingConfig
 from dlm.ends import StopStrings, end_rows
 from dlm.nodes import Nodes
+from dlm.shadows import Shadows
 from dlm.stats import Decoded, Stats
 from dlm.unmask import Unmasker
 
@@ -44,6 +45,10 @@ class Loop:
     ) -> None:  # fmt: skip
         self.model, self.config, self.canvas, self.unmasker, self.run = model, config, canvas, unmasker, run
         self.stops, self.hook, self.stats = stops, hook, Stats()
+        if unmasker.shadows and run.cache is None:
+            raise ValueError("shadows need this package's attention function; load the model with load_model")
+        if unmasker.shadows:
+            run.cache.length += canvas.block_length  # they stand behind the canvas
         self.ends = torch.tensor(model.decoding_spec.eos_ids, dtype=torch.int64, device=canvas.ids.device)
         self.committed = torch.zeros(canvas.batch, dtype=torch.int64, device=canvas.ids.device)
         self.ids, self.given, self.tail, self.slots = canvas.ids, canvas.given, canvas.tail, canvas.answer_slots
@@ -116,9 +121,9 @@ class Loop:
                 logits = self.hook(canvas, slots, logits)
             choice = self.unmasker.choose(logits, slots, canvas)
         where = choice.commit if forced is None else choice.commit | (slots == forced[:, None])
-        masked = canvas.masked()
+        before = canvas.masked().sum(1)
         committed = canvas.commit(slots, choice.tokens, where)
-        self.committed.index_add_(0, canvas.rows, (committed & masked).sum(1))
+        self.committed.index_add_(0, canvas.rows, before - canvas.masked().sum(1))
         return committed
 
     def finish_nodes(self, nodes: Canvas) -> None:
@@ -143,6 +148,10 @@ class Loop:
         """Logits [batch, r, V] of `slots`, guided by the prompt if asked for."""
         # Row j predicts slot j + shift, so the row that is read stands one before its slot in a Dream.
         canvas, rows = self.canvas, slots - self.canvas.shift
+        if self.unmasker.shadows:
+            shadows = Shadows(canvas, plan)
+            rows = shadows.rows(slots, canvas.ids.gather(1, slots.clamp(min=0)) != canvas.mask_id)
+            return self._forward(shadows.ids, shadows.positions, rows, shadows.plan, shadows.visible)
         if not self.config.cfg_scale:
             return self._forward(canvas.ids, canvas.position_ids, rows, plan)
         # Both halves in one forward: the cache holds their rows side by side, and one plan serves both.
@@ -152,17 +161,24 @@ class Loop:
         given, alone = logits.chunk(2)
         return alone + (self.config.cfg_scale + 1) * (given - alone)
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """Logits [batch, r, V] of the rows at slots `rows` int64 [batch, r] of ids [batch, L]."""
+    def _forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, plan: Plan,
+        visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Logits [batch, r, V] of the rows at slots `rows` int64 [batch, r] of ids [batch, L].
+
+        What is seen is the plan's unless `visible` says it.
+        """
         cache, stats = self.run.cache, self.stats
         if cache is not None:
             cache.plan = plan
         fed = plan.pick(ids)
-        visible = plan.visible
-        if cache is None:
-            visible = None if visible is None else plan.pick(visible)
-        elif self.canvas.grid is not None and plan.stop is None:
-            visible = plan.causal(positions // self.canvas.grid)
+        if visible is None:
+            visible = plan.visible
+            if cache is None:
+                visible = None if visible is None else plan.pick(visible)
+            elif self.canvas.grid is not None and plan.stop is None:
+                visible = plan.causal(positions // self.canvas.grid)
         logits = self.model(
             fed, position_ids=plan.pick(positions), past_key_values=cache, logits_rows=plan.rows(rows, ids.shape[1]),
             attention_mask=visible,
