@@ -68,6 +68,7 @@ def test_arms() -> None:
     }
     assert {f"{cache}+{rule}" for cache in list_caches(False) for rule in list_rules()} - refused < every
     assert not refused & every
+    assert {"dual+suffix+guided", "dual+suffix+ssd", "elastic+klass", "dual+wino"} < every
     assert not any("guided" in arm.name for arm in decoding.arms_of(["all"], plain, guided=False))
 
 
