@@ -36,7 +36,7 @@ from textkv.devices import device_of
 from textkv.provenance import run_meta
 
 from . import gsm8k
-from .arguments import add_methods, add_outputs, checked_budget
+from .arguments import add_outputs, checked_budget
 from .decoding import arms_of
 from .harness_dlm import PREFIX, DiffusionLM
 from .textbench import FULL, MODEL_HELP, held, load_text_model
@@ -163,8 +163,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--model", type=some_text, default="mini", help=f"{MODEL_HELP}; dlm or dlm:FOLDER: a diffusion model"
     )
-    add_methods(p, TEXT_METHODS, "0.2")
-    p.set_defaults(methods=None)
+    # Checked once the model is known: caches and rules of a diffusion model are no methods.
+    p.add_argument("--methods", type=names, help=f"methods ({TEXT_METHODS}), or caches and rules ({DIFFUSION_METHODS})")
+    p.add_argument("--budget", default="0.2", help="share of the prompt's tokens to keep, or a number as 64t")
     p.add_argument(
         "--tasks", type=names, required=True, help="comma-separated task names of the harness, e.g. longbench_qasper"
     )
