@@ -23,11 +23,13 @@ class Canvas:
         shift: 1 if row j of the model's logits predicts slot j + 1, 0 if it predicts slot j.
         prompt: P, where the first block begins; None = behind the input. Masks of the input from there on are written
             too, and its text stays.
-        grid: attention blocks of a block-causal model, a multiple of `block_length`, counted from slot 0; such a canvas
-            has no padding. None = blocks are counted from the end of the prompt.
+        grid: attention blocks of a block-causal model, a multiple of `block_length`, counted from slot 0; every row's
+            first real slot is a multiple of it. None = blocks are counted from the end of the prompt.
+        first: int64 [batch], where what is given back of each row begins; None = behind the input.
+        width: slots that are given back; None = G.
 
     Attributes:
-        stop: the first slot behind the answer; with a grid masks may follow, to the end of the last block.
+        first, width: as above; other masks may follow, to the end of a grid's last block.
         begin: the first slot of block 0, which is before P where a prompt ends within a block of a grid.
         ids: int64 [batch, L], L = tokens of the input + G.
         prompt: P.
@@ -35,6 +37,7 @@ class Canvas:
         rows: int64 [batch], the number of each row in the batch that was given.
         given: bool [batch, L], slots of the input that hold no mask to be written: text and padding.
         tail: int64 [batch], the first slot behind all text that was given.
+        filled: bool [batch, L], slots behind the end of a row's text.
         valid: bool [batch, L], False = padding; None = no padding.
         real_start: int64 [batch], each row's first slot that is not padding; `real_start_cpu` is the same on the CPU.
         position_ids: int64 [batch, L], 0 at each row's first real slot (and at its padding).
@@ -51,16 +54,16 @@ class Canvas:
         shift: int,
         prompt: int | None = None,
         grid: int | None = None,
+        first: torch.Tensor | None = None,
+        width: int | None = None,
     ) -> None:
         batch, tokens = input_ids.shape
         self.prompt = tokens if prompt is None else prompt
-        self.stop = tokens + gen_length
-        self.grid, self.begin = grid, self.prompt
-        if grid is not None:
-            # Blocks of positions, whatever the prompt: its end lies in the first, and the last is whole as in training.
-            self.begin -= self.prompt % block_length
-            gen_length += -self.stop % grid
+        # Blocks of a grid stand at their positions, whatever the prompt: its end may lie in the first of them.
+        self.grid, self.begin = grid, self.prompt - (self.prompt % block_length if grid is not None else 0)
         self.length = tokens + gen_length
+        self.first = input_ids.new_full((batch,), tokens) if first is None else first
+        self.width = gen_length if width is None else width
         self.block_length, self.mask_id, self.shift = block_length, mask_id, shift
         self.ids = torch.cat([input_ids, input_ids.new_full((batch, gen_length), mask_id)], 1)
         self.rows = torch.arange(batch, device=input_ids.device)
@@ -77,6 +80,8 @@ class Canvas:
         self.given = (columns < self.prompt) | (self.ids != mask_id)
         # The last column counts most: its number is the largest that is multiplied by True.
         self.tail = (self.given * (columns + 1)).amax(1) if self.length else self.real_start
+        self.filled = torch.zeros_like(self.given)
+        self._held: torch.Tensor | None = None
         self._active: torch.Tensor | None = None
         self._progress: torch.Tensor | None = None
 
@@ -89,6 +94,16 @@ class Canvas:
     def generated(self) -> torch.Tensor:
         """The part behind the prompt, int64 [batch, L - P]: a view."""
         return self.ids[:, self.prompt :]
+
+    @property
+    def answer_slots(self) -> torch.Tensor:
+        """int64 [batch, width], the slots that are given back."""
+        return self.first[:, None] + torch.arange(self.width, device=self.first.device)
+
+    @property
+    def answers(self) -> torch.Tensor:
+        """int64 [batch, width], what is given back, as it stands."""
+        return self.ids.gather(1, self.answer_slots)
 
     @property
     def blocks(self) -> int:
@@ -125,13 +140,19 @@ class Canvas:
 
     @property
     def active(self) -> torch.Tensor:
-        """int64 [batch] on the ids' device: each row's first block with a mask, N where none is left."""
+        """int64 [batch] on the ids' device: each row's first block that has a mask or is held, N = none."""
         if self._active is None:
             masked = self.generated == self.mask_id
             # argmax of 0 and 1 is the first mask; where there is none it is 0, and N is put in its place.
             first = (masked.int().argmax(1) + self.prompt - self.begin) // self.block_length
             self._active = torch.where(masked.any(1), first, self.blocks)
+            if self._held is not None:
+                self._active = torch.minimum(self._active, self._held)
         return self._active
+
+    def hold(self, blocks: torch.Tensor) -> None:
+        """Keeps blocks int64 [batch] active although they may have no mask left, until the next call; N = none."""
+        self._held, self._active, self._progress = blocks, None, None
 
     def _on_host(self) -> torch.Tensor:
         """Active blocks and masks left, int64 [2, batch] on the CPU: the one wait for the device that a step needs."""
@@ -153,7 +174,7 @@ class Canvas:
 
     @property
     def unfinished(self) -> torch.Tensor:
-        """bool [batch] on the CPU, rows with a mask left."""
+        """bool [batch] on the CPU, rows with a mask left or a block that is held."""
         return self.active_cpu < self.blocks
 
     @property
@@ -173,10 +194,10 @@ class Canvas:
             bool [batch, L], slots that were written now.
         """
         where = where & (slots >= 0)
-        at = slots.masked_fill(~where, 0)
+        at = torch.where(where, slots, 0)
         # Several entries may point at slot 0 without meaning it; added up, those that mean a slot stand out.
         written = torch.zeros_like(self.ids).scatter_add_(1, at, where.long()) > 0
-        value = torch.zeros_like(self.ids).scatter_add_(1, at, tokens.masked_fill(~where, 0))
+        value = torch.zeros_like(self.ids).scatter_add_(1, at, torch.where(where, tokens, 0))
         return self._write(written, value)
 
     def finish_row(self, after: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
@@ -190,14 +211,16 @@ class Canvas:
             bool [batch, L], slots that hold another token now: masks that were filled, and text behind the end.
         """
         behind = torch.arange(self.length, device=self.ids.device)[None] > after[:, None]
+        self.filled = self.filled | behind
         changed = behind & (self.ids != token[:, None])
         return self._write(changed, token[:, None].expand_as(self.ids))
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Keeps rows int64 [kept] (CPU), by their present numbers; the others leave the canvas."""
         there = rows.to(self.ids.device)
-        for name in ("ids", "rows", "real_start", "position_ids", "given", "tail"):
+        for name in ("ids", "rows", "real_start", "position_ids", "given", "tail", "first", "filled"):
             setattr(self, name, getattr(self, name)[there])
+        self._held = None if self._held is None else self._held[there]
         self.real_start_cpu = self.real_start_cpu[rows]
         if self.valid is not None:
             self.valid = self.valid[there] if bool((self.real_start_cpu > 0).any()) else None
@@ -207,7 +230,8 @@ class Canvas:
         """A canvas with each row `times` times, one behind the other."""
         copy = object.__new__(Canvas)
         copy.__dict__ = dict(self.__dict__)
-        for name in ("ids", "rows", "real_start", "real_start_cpu", "position_ids", "given", "tail", "valid"):
+        names = ("ids", "rows", "real_start", "real_start_cpu", "position_ids", "given", "tail", "first", "filled")
+        for name in (*names, "valid", "_held"):
             held = getattr(self, name)
             setattr(copy, name, None if held is None else held.repeat_interleave(times, 0))
         copy._active = copy._progress = None

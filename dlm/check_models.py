@@ -36,7 +36,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sdar": QWEN | {"head_dim": 16},
     "sdar_moe": QWEN | EXPERTS | {"head_dim": 16, "moe_intermediate_size": 16},
     "Fast_dLLM_Qwen": QWEN,
-    "llada (MoE)": QWEN | EXPERTS | {"expert_intermediate_size": 16},
+    "llada (MoE)": QWEN | EXPERTS | {"expert_intermediate_size": 16, "rope_theta": 5e4},
 }
 
 

@@ -177,7 +177,7 @@ class DecodingConfig:
         """
         if spec.block is None:
             return self.block_length
-        if isinstance(self.block_length, AutoLength):
+        if self.block_length is None or isinstance(self.block_length, AutoLength):
             return spec.sub_block or spec.block
         if spec.block % self.block_length:
             raise ValueError(

@@ -123,7 +123,7 @@ def stream(
         canvas = loop.canvas
         if not rows:
             rows = [_Outlet(row, model.decoding_spec, config.stop, tokenizer) for row in range(canvas.batch)]
-        for row, ids in zip(canvas.rows.tolist(), canvas.ids[:, canvas.prompt : canvas.stop].tolist(), strict=True):
+        for row, ids in zip(canvas.rows.tolist(), canvas.answers.tolist(), strict=True):
             if (piece := rows[row].take(ids, canvas.mask_id)) is not None:
                 yield piece
 
@@ -201,15 +201,12 @@ def _run(
     # With gaps in the input the length of the answer is known only now.
     steps = config.steps or canvas.length - canvas.prompt
     if canvas.grid is not None and steps == config.gen_length:
-        steps = canvas.length - canvas.prompt  # one for each token, also for those behind the answer
+        steps += canvas.grid - 1  # one for each token, also for those behind the answer to the end of the last block
     loop = Loop(model, config, canvas, rule.begin(canvas, spec, generator, steps), run, stops, hook)
-    if config.infill:
-        # The whole rows, without what was padded in front of the first block.
-        loop.first = canvas.length - input_ids.shape[1] - config.gen_length
     yield loop
     # Dream's timestep schedule may write nothing in its first steps, so a rule is given up only after as many idle
     # forwards as the longest schedule has steps, and one per token besides.
-    for _ in loop.steps(steps + canvas.length - canvas.prompt, rule.expression):
+    for _ in loop.steps(steps + canvas.length - canvas.prompt + rule.idle, rule.expression):
         yield loop
 
 

@@ -19,6 +19,7 @@ from dlm.canvas import Canvas
 from dlm.config import DecodingConfig
 from dlm.ends import StopStrings, end_rows
 from dlm.nodes import Nodes
+from dlm.shadows import Shadows
 from dlm.stats import Decoded, Stats
 from dlm.unmask import Unmasker
 
@@ -35,7 +36,7 @@ class Loop:
     Attributes:
         canvas: the rows that are not finished.
         ids: int64 [batch, L], all rows as they were when they left; `whole` has the others too.
-        first: the first column of what is given back.
+        slots: int64 [batch, width], what is given back of them.
     """
 
     def __init__(
@@ -44,9 +45,13 @@ class Loop:
     ) -> None:  # fmt: skip
         self.model, self.config, self.canvas, self.unmasker, self.run = model, config, canvas, unmasker, run
         self.stops, self.hook, self.stats = stops, hook, Stats()
+        if unmasker.shadows and run.cache is None:
+            raise ValueError("shadows need this package's attention function; load the model with load_model")
+        if unmasker.shadows:
+            run.cache.length += canvas.block_length  # they stand behind the canvas
         self.ends = torch.tensor(model.decoding_spec.eos_ids, dtype=torch.int64, device=canvas.ids.device)
         self.committed = torch.zeros(canvas.batch, dtype=torch.int64, device=canvas.ids.device)
-        self.ids, self.given, self.tail, self.first = canvas.ids, canvas.given, canvas.tail, canvas.prompt
+        self.ids, self.given, self.tail, self.slots = canvas.ids, canvas.given, canvas.tail, canvas.answer_slots
         self.start = perf_counter()
 
     def steps(self, patience: int, expression: str) -> Iterator[None]:
@@ -91,6 +96,10 @@ class Loop:
         """int64 [batch, L], every row that was given, finished or not."""
         return self.ids.index_copy(0, self.canvas.rows, self.canvas.ids)
 
+    def answers(self) -> torch.Tensor:
+        """int64 [batch, width], what is given back of every row."""
+        return self.whole().gather(1, self.slots)
+
     def step(self) -> torch.Tensor:
         """One forward and what it commits: bool [batch, L]."""
         canvas, run = self.canvas, self.run
@@ -112,8 +121,9 @@ class Loop:
                 logits = self.hook(canvas, slots, logits)
             choice = self.unmasker.choose(logits, slots, canvas)
         where = choice.commit if forced is None else choice.commit | (slots == forced[:, None])
+        before = canvas.masked().sum(1)
         committed = canvas.commit(slots, choice.tokens, where)
-        self.committed.index_add_(0, canvas.rows, committed.sum(1))
+        self.committed.index_add_(0, canvas.rows, before - canvas.masked().sum(1))
         return committed
 
     def finish_nodes(self, nodes: Canvas) -> None:
@@ -138,6 +148,10 @@ class Loop:
         """Logits [batch, r, V] of `slots`, guided by the prompt if asked for."""
         # Row j predicts slot j + shift, so the row that is read stands one before its slot in a Dream.
         canvas, rows = self.canvas, slots - self.canvas.shift
+        if self.unmasker.shadows:
+            shadows = Shadows(canvas, plan)
+            rows = shadows.rows(slots, canvas.ids.gather(1, slots.clamp(min=0)) != canvas.mask_id)
+            return self._forward(shadows.ids, shadows.positions, rows, shadows.plan, shadows.visible)
         if not self.config.cfg_scale:
             return self._forward(canvas.ids, canvas.position_ids, rows, plan)
         # Both halves in one forward: the cache holds their rows side by side, and one plan serves both.
@@ -147,35 +161,41 @@ class Loop:
         given, alone = logits.chunk(2)
         return alone + (self.config.cfg_scale + 1) * (given - alone)
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """Logits [batch, r, V] of the rows at slots `rows` int64 [batch, r] of ids [batch, L]."""
+    def _forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, plan: Plan,
+        visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Logits [batch, r, V] of the rows at slots `rows` int64 [batch, r] of ids [batch, L].
+
+        What is seen is the plan's unless `visible` says it.
+        """
         cache, stats = self.run.cache, self.stats
         if cache is not None:
             cache.plan = plan
         fed = plan.pick(ids)
-        stats.forwards += 1
-        stats.query_tokens += fed.numel() if plan.tokens is None else plan.tokens
-        stats.value_tokens += plan.value_tokens
-        visible = plan.visible
-        if cache is None:
-            visible = None if visible is None else plan.pick(visible)
-        elif self.canvas.grid is not None and plan.stop is None:
-            visible = plan.causal(positions // self.canvas.grid)
+        if visible is None:
+            visible = plan.visible
+            if cache is None:
+                visible = None if visible is None else plan.pick(visible)
+            elif self.canvas.grid is not None and plan.stop is None:
+                visible = plan.causal(positions // self.canvas.grid)
         logits = self.model(
             fed, position_ids=plan.pick(positions), past_key_values=cache, logits_rows=plan.rows(rows, ids.shape[1]),
             attention_mask=visible,
         ).logits  # fmt: skip
+        stats.forwards += 1
+        # Afterwards: some caches know only now what they computed.
+        stats.query_tokens += fed.numel() if plan.tokens is None else plan.tokens
+        stats.value_tokens += plan.value_tokens
         stats.cache_bytes = 0 if cache is None else cache.kv_bytes()
         stats.cache_bytes_peak = max(stats.cache_bytes_peak, stats.cache_bytes)
         return logits.view(*rows.shape, -1)
 
     def report(self) -> Stats:
         """The statistics up to now."""
-        rule, ids = dict(self.unmasker.stats), self.whole()
-        ids, given = ids[:, : self.canvas.stop], self.given[:, : self.canvas.stop]
-        slots = torch.arange(ids.shape[1], device=ids.device)[None]
+        rule, ids, given = dict(self.unmasker.stats), self.answers(), self.given.gather(1, self.slots)
         # True from a row's first end on: a running maximum needs no loop and no wait for the device.
-        ended = (torch.isin(ids, self.ends) & (slots >= self.tail[:, None])).int().cummax(1).values.bool()
+        ended = (torch.isin(ids, self.ends) & (self.slots >= self.tail[:, None])).int().cummax(1).values.bool()
         return replace(
             self.stats, seconds=perf_counter() - self.start, committed=self.committed.tolist(),
             text_tokens=(~ended & ~given & (ids != self.canvas.mask_id)).sum(1).tolist(),
@@ -184,4 +204,4 @@ class Loop:
 
     def decoded(self) -> Decoded:
         """What the generation gave so far; masks where nothing is written yet."""
-        return Decoded(self.whole()[:, self.first : self.canvas.stop].clone(), self.report())
+        return Decoded(self.answers(), self.report())

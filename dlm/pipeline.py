@@ -275,8 +275,8 @@ class _AfterStep:
         if self.callback is None:
             return
         # Rows that are finished have left the canvas; the callback sees the whole batch at every step.
-        self.sequences = canvas.generated if self.sequences is None else self.sequences
-        self.sequences = self.sequences.index_copy(0, canvas.rows, canvas.generated)
+        self.sequences = canvas.answers if self.sequences is None else self.sequences
+        self.sequences = self.sequences.index_copy(0, canvas.rows, canvas.answers)
         # A clone: the callback may change it in place, and the difference is what tells that it did.
         seen = {"sequences": self.sequences.clone(), **self._steps(canvas)}
         step = stats.forwards - 1
@@ -290,8 +290,7 @@ class _AfterStep:
             self._check_left(changed["sequences"], canvas)
             # Every slot again, since `commit` writes what it is given; unchanged ones get the token they have.
             tokens = changed["sequences"].to(canvas.ids)[canvas.rows]
-            slots = torch.arange(canvas.prompt, canvas.length, device=tokens.device).expand_as(tokens)
-            canvas.commit(slots, tokens, torch.ones_like(tokens, dtype=torch.bool))
+            canvas.commit(canvas.answer_slots, tokens, torch.ones_like(tokens, dtype=torch.bool))
 
     def _steps(self, canvas: Canvas) -> dict[str, torch.Tensor]:
         """What the last step did, of all rows: nothing in those that were finished before."""

@@ -64,7 +64,8 @@ def make_canvas(
     """The prompts with their masks behind them; warns where they leave what the model's authors advise.
 
     With `infill` the blocks cover all from the first mask of any row on and end with the canvas; their length is the
-    configuration's, or that of what they cover where it is None.
+    configuration's, or that of what they cover where it is None. A block-causal model has its own blocks: it sees the
+    text behind a gap only as far as the gap's block reaches.
 
     Args:
         input_ids: int64 [batch, P], prompts padded on the left.
@@ -94,29 +95,53 @@ def make_canvas(
     _check_prompts(spec, input_ids, real, config)
     options = {"gen_length": config.gen_length, "mask_id": spec.mask_id, "shift": spec.shift}
     if spec.block is not None:
-        if config.infill:
-            raise ValueError("infill: a block-causal model does not see the text behind a gap; generate from the left")
-        if not bool(real.all()):
-            raise ValueError(
-                "the prompts differ in length, and a block-causal model counts its blocks from the first token; decode "
-                "prompts of one length together"
-            )
-        return Canvas(input_ids, block_length=config.block_of(spec), grid=spec.block, **options)
+        return _grid_canvas(config, spec, input_ids, real)
     if not config.infill:
         return Canvas(input_ids, attention_mask, block_length=config.block_length, **options)
     # What pads a row may be anything, the mask too; it must not be taken for a gap.
-    input_ids = input_ids.masked_fill(~real, spec.pad_id)
+    input_ids, width = input_ids.masked_fill(~real, spec.pad_id), input_ids.shape[1] + config.gen_length
     gaps = ((input_ids == spec.mask_id) & real).any(0).nonzero()[:, 0].tolist()
-    masks = input_ids.shape[1] + config.gen_length - (gaps[0] if gaps else input_ids.shape[1])
+    masks = width - (gaps[0] if gaps else input_ids.shape[1])
     block = min(config.block_length or masks, masks)
     # Blocks are counted from the end, where all rows stand together: so a row has those that it would have alone,
     # wherever the others' gaps begin. What is missing in front of the first block is padding.
     blocks = -(-masks // block)
-    prompt = input_ids.shape[1] + config.gen_length - blocks * block
+    prompt = width - blocks * block
     if prompt < 0:
         input_ids = torch.nn.functional.pad(input_ids, (-prompt, 0), value=spec.pad_id)
         real = torch.nn.functional.pad(real, (-prompt, 0), value=False)
-    return Canvas(input_ids, real, block_length=block, prompt=max(prompt, 0), **options)
+    first = input_ids.new_full((len(input_ids),), max(-prompt, 0))
+    return Canvas(input_ids, real, block_length=block, prompt=max(prompt, 0), first=first, width=width, **options)
+
+
+def _grid_canvas(config: DecodingConfig, spec: DecodingSpec, input_ids: torch.Tensor, real: torch.Tensor) -> Canvas:
+    """A canvas of a block-causal model: every row has its blocks at the positions, and as many, as it has alone.
+
+    All rows end with the canvas, at the end of a block, and are padded in front by whole blocks. What lies behind an
+    answer in its last block is written too, as in training; with infill only if that block has a gap at all.
+    """
+    grid, batch, columns = spec.block, *input_ids.shape
+    tokens = real.sum(1)
+    lengths = -(-(tokens + config.gen_length) // grid) * grid
+    # Whole rows, as wide as the input, begin in front of their text: more padding where that would be before slot 0.
+    longest = int(lengths.max())
+    lacking = columns - int((longest - lengths + tokens).min()) if config.infill else 0
+    length = longest + max(0, -(-lacking // grid) * grid)
+    starts = length - lengths
+    place = torch.arange(length, device=input_ids.device) - starts[:, None]
+    gap = (input_ids == spec.mask_id) & real & (real.cumsum(1) > (lengths - grid)[:, None])
+    written = gap.any(1, keepdim=True) | bool(config.gen_length)
+    # Two columns more to take from: a mask and padding.
+    source = torch.cat([input_ids, input_ids.new_tensor([[spec.mask_id, spec.pad_id]]).expand(batch, -1)], 1)
+    behind = torch.where((place >= 0) & written, columns, columns + 1)
+    ids = source.gather(1, torch.where((place >= 0) & (place < tokens[:, None]), place + (columns - tokens)[:, None],
+                                       behind))  # fmt: skip
+    return Canvas(
+        ids, place >= 0, gen_length=0, block_length=config.block_of(spec), mask_id=spec.mask_id, shift=spec.shift,
+        prompt=int((ids == spec.mask_id).any(0).int().argmax()), grid=grid,
+        first=starts + tokens - (columns if config.infill else 0),
+        width=config.gen_length + (columns if config.infill else 0),
+    )  # fmt: skip
 
 
 def check_prompt(config: DecodingConfig, spec: DecodingSpec, ids: Sequence[int]) -> None:

@@ -53,6 +53,11 @@ class ScheduledRule(Rule):
             self.scheduler.rule(self.sampling).check(config, policy, hooked)
 
     @property
+    def idle(self) -> int:
+        """As the rule of the scheduler, if it is one of ours."""
+        return self.scheduler.rule(self.sampling).idle if isinstance(self.scheduler, UnmaskScheduler) else 0
+
+    @property
     def expression(self) -> str:
         """The name of the scheduler's class."""
         return type(self.scheduler).__name__
@@ -67,6 +72,7 @@ class _OwnSteps(Unmasker):
 
     def __init__(self, rule: ScheduledRule, unmasker: Unmasker) -> None:
         self.rule, self.unmasker, self.steps = rule, unmasker, 0
+        self.shadows = unmasker.shadows
 
     def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
         """Those of the scheduler's rule."""

@@ -87,7 +87,7 @@ def pieces(canvas: Canvas, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str
     block, special = int(canvas.active_cpu[0]), set(tokenizer.all_special_ids)
 
     def kind(slot: int) -> str:
-        own = slot // canvas.block_length
+        own = (slot + canvas.prompt - canvas.begin) // canvas.block_length
         if ids[slot] == canvas.mask_id:
             return "active mask" if own == block else "mask"
         if ids[slot] in special:

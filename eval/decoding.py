@@ -40,6 +40,7 @@ from . import gsm8k
 from .paired import difference
 
 BASE = "none"
+PRUNED = "dual+suffix"
 GEN_LENGTH = {"arithmetic": 64, "gsm8k": 256}
 FEWER = (2, 4)  # what the steps are divided by in the arms without cache
 TOTALS = ("forwards", "query_tokens", "guider_forwards", "row_forwards", "seconds")
@@ -108,7 +109,8 @@ def arms_of(entries: list[str], plain: DecodingConfig, guided: bool) -> list[Arm
     """ "none" first, then the grid, then "none" with fewer steps.
 
     Args:
-        entries: ["all"] (every cache with every rule), or those of the grid.
+        entries: ["all"] (every cache of models that see everything, and a pruned one, with every rule), or those of
+            the grid.
         plain: the lengths and conventions that all arms share.
         guided: whether there is a guide.
 
@@ -117,7 +119,7 @@ def arms_of(entries: list[str], plain: DecodingConfig, guided: bool) -> list[Arm
     """
     if entries == ["all"]:
         rules = [rule for rule in list_rules() if guided or rule != "guided"]
-        caches = list_caches(block_causal=False)
+        caches = [*list_caches(block_causal=False), PRUNED]
         entries = [f"{cache}+{rule}" for cache in caches for rule in rules if _go_together(plain, cache, rule)]
     arms = [Arm(BASE, replace(plain, cache=BASE))]
     for entry in entries:

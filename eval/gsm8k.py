@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from typing import Any
 
 from textkv.records import parse
 
@@ -84,3 +85,25 @@ def prompt(question: Question, shots: Sequence[Question] = (), chat: bool = Fals
         return f"{question.question}\n\n{REQUEST}"
     worked = "".join(f"Question: {shot.question}\nAnswer: {shot.solution}\n\n" for shot in shots)
     return f"{worked}Question: {question.question}\nAnswer:"
+
+
+def harness_task(path: Path) -> dict[str, Any]:
+    """The problems in `path` as a task of the LM Evaluation Harness, called "gsm8k": exact match of the number.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_questions`.
+    """
+    read_questions(path)
+    file = path / "test.jsonl" if path.is_dir() else path
+
+    def right(doc: dict[str, str], results: list[str]) -> dict[str, float]:
+        return {"exact_match": float(number_in(results[0]) == number_in(doc["answer"]))}
+
+    return {
+        "task": "gsm8k", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file.resolve())}},
+        "test_split": "test", "output_type": "generate_until", "process_results": right,
+        "doc_to_text": lambda doc: f"Question: {doc['question'].strip()}\nAnswer:",
+        "doc_to_target": lambda doc: str(number_in(doc["answer"])),
+        "generation_kwargs": {"until": ["Question:"], "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip

@@ -139,6 +139,8 @@ def blocks(held: Stored, evidence: Evidence) -> Iterator[tuple[int, slice, torch
         for head in [None] if same else range(heads):
             which = slice(0, heads) if head is None else slice(head, head + 1)
             slots = real[row, 0 if head is None else head].nonzero()[:, 0]
+            if not len(slots):
+                continue  # a row that holds nothing yet, beside others that do
             part = Stored(
                 held.keys[row : row + 1, which][:, :, slots],
                 held.values[row : row + 1, which][:, :, slots],

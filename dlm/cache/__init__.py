@@ -1,9 +1,9 @@
 """Cache policies for diffusion language models: which slots of the canvas are computed anew in each forward.
 
-"none", "freecache(delay=0)", "prefix", "dual", "dkv(4)", "dllm-cache(ratio=0.5)"; "block" for block-causal models; and
-FreeCache with a method of textkv for its frozen slots, "freecache+snapkv(0.3)": a share or "512t" in front of a
-method's arguments is its budget. Behind every policy of windows "+suffix(32)" leaves out the masks far behind the
-active block.
+"none", "freecache(delay=0)", "prefix", "dual", "dkv(4)", "dllm-cache(ratio=0.5)", "elastic(16, 0.9)"; "block" for
+block-causal models; and FreeCache and block with a method of textkv for their frozen slots, "freecache+snapkv(0.3)": a
+share or "512t" in front of a method's arguments is its budget. Behind every policy of windows "+suffix(32)" leaves out
+the masks far behind the active block.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dlm.cache.base import REGISTRY, Policy, Run, find, register
 from dlm.cache.block import BlockCache
 from dlm.cache.dkv import DKVCache
 from dlm.cache.dllm_cache import DLLMCache
+from dlm.cache.elastic import ElasticCache
 from dlm.cache.fast_dllm import DualCache, PrefixCache
 from dlm.cache.freecache import FreeCache
 from dlm.cache.none import NoCache
@@ -30,6 +31,7 @@ __all__ = [
     "DKVCache",
     "DLLMCache",
     "DualCache",
+    "ElasticCache",
     "FreeCache",
     "NoCache",
     "Plan",
@@ -70,9 +72,10 @@ def resolve_cache(expression: str | Policy) -> Policy:
     policy = find(name)
     if methods:
         # The others write their slots again at a refresh; what a method has packed or dropped cannot be rewritten.
-        if policy is not FreeCache:
+        if not any(f.name == "method" for f in fields(policy)):
             raise ValueError(
-                f"cache {expression!r}: only freecache freezes slots for good; write freecache+{'+'.join(methods)}"
+                f"cache {expression!r}: only freecache and block freeze slots for good; write "
+                f"freecache+{'+'.join(methods)}"
             )
         kwargs["method"] = _resolve_methods(methods)
     return _build(policy, first, args, kwargs)

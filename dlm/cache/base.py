@@ -121,6 +121,11 @@ class Policy(ABC):
     """Whether it serves models whose tokens see no later block, and no others."""
 
     @property
+    def whole_blocks(self) -> bool:
+        """Whether every forward computes all slots of the active block, the written ones too."""
+        return True
+
+    @property
     def still(self) -> bool:
         """Whether, from a block's second forward on, a forward changes nothing that another one in the block reads."""
         return False
@@ -135,9 +140,13 @@ class Policy(ABC):
 
     @property
     def expression(self) -> str:
-        """The composition string that builds this policy again."""
-        given = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
-        return f"{self.name}({','.join(given)})" if given else self.name
+        """The composition string that builds this policy again, as "freecache(delay=0)+snapkv(0.3)"."""
+        changed = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        # A method of textkv stands behind a plus sign, not among the arguments.
+        method = changed.pop("method", None)
+        given = [f"{name}={value!r}" for name, value in changed.items()]
+        own = f"{self.name}({','.join(given)})" if given else self.name
+        return own if method is None else f"{own}+{method.expression}"
 
 
 REGISTRY = Registry("cache", "agentkv.caches", "Policy")

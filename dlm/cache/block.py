@@ -4,6 +4,7 @@ No token sees a later block, so keys and values of a finished block never change
 need not be computed at all. A block's last tokens were written after its last forward, so it is computed once more as
 text: `fold=True` does that together with the first forward of the next block (a mask for each query keeps the finished
 block from seeing the new one), `fold=False` in a forward of its own, as the published samplers do. Tokens are the same.
+A method of textkv may keep the finished blocks instead, "block+snapkv(0.3)"; that is no longer exact.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import Any, ClassVar
 import torch
 
 from dlm.cache.base import Policy, Run, WindowRun, register
+from dlm.cache.frozen import slots_or_frozen
 from dlm.cache.plan import Plan
-from dlm.cache.slots import SlotCache
 from dlm.canvas import Canvas
+from textkv.method import Method
 
 
 @register("block")
@@ -26,12 +28,14 @@ class BlockCache(Policy):
 
     Attributes:
         fold: finish a block in the first forward of the next one.
+        method: the textkv method that keeps finished blocks; None = they stay as they are.
 
     Raises:
         ValueError: fold that is no bool.
     """
 
     fold: bool = True
+    method: Method | None = None
 
     block_causal: ClassVar[bool] = True
 
@@ -41,8 +45,8 @@ class BlockCache(Policy):
 
     @property
     def still(self) -> bool:
-        """Only a block's first forward writes what later ones read."""
-        return True
+        """Only a block's first forward writes what later ones read; not where a method takes blocks away."""
+        return self.method is None
 
     def begin(self, canvas: Canvas, model: Any) -> Run:
         """A run in which nothing is stored.
@@ -52,17 +56,17 @@ class BlockCache(Policy):
         """
         if canvas.grid is None:
             raise ValueError("cache block is for block-causal models; in this one every token sees all; use freecache")
-        return _Run(canvas, self)
+        return _Run(canvas, self, model)
 
 
 class _Run(WindowRun):
     per_row = ("settled",)
 
-    def __init__(self, canvas: Canvas, policy: BlockCache) -> None:
-        super().__init__(canvas, SlotCache(canvas.length))
+    def __init__(self, canvas: Canvas, policy: BlockCache, model: Any) -> None:
+        super().__init__(canvas, slots_or_frozen(canvas, model, policy.method))
         self.policy = policy
         # The first slot of each row whose keys and values are not final.
-        self.settled = torch.zeros(canvas.batch, dtype=torch.int64)
+        self.settled = canvas.real_start_cpu.clone()
 
     def window(self) -> tuple[torch.Tensor, torch.Tensor]:
         """From the first block that is not stored to the end of the active one; without it if it has to wait."""
@@ -86,5 +90,6 @@ class _Run(WindowRun):
         plan = super().plan(wanted)
         if plan.packing is None and bool((low == start).all() & (high > start).all()):
             plan.stop = int(high[0])
+        self.cache.freeze(low)
         self.settled = start.clone()
         return plan

@@ -41,6 +41,11 @@ class DKVCache(Policy):
     def __post_init__(self) -> None:
         check_interval("refresh", self.refresh)
 
+    @property
+    def whole_blocks(self) -> bool:
+        """No: what was written is computed once more and then read."""
+        return False
+
     def begin(self, canvas: Canvas, model: Any) -> Run:
         """A run with every row before its first step."""
         return _Run(canvas, self)

@@ -87,17 +87,16 @@ class _Run(WindowRun):
             whole = torch.ones_like(whole)
         # One slot early on a shifted model: that slot's row predicts the first of the block.
         start, stop = self.canvas.span(active)
-        low = (start - self.early).clamp(min=0).masked_fill(whole, 0)
-        high = torch.full_like(low, end)
+        # torch.where, here and in every step: masked_fill would copy first.
+        low = torch.where(whole, 0, (start - self.early).clamp(min=0))
         # dual: what lies behind the block is read as it was at the block's start, too.
-        if self.policy.suffix_frozen:
-            high = stop.masked_fill(whole, end)
+        high = torch.where(whole, end, stop) if self.policy.suffix_frozen else torch.full_like(low, end)
         return low, high
 
     def plan(self, wanted: torch.Tensor) -> Plan:
         """The window, after which the rows' active blocks count as begun."""
         plan = super().plan(wanted)
-        self.primed = self.canvas.active_cpu.clone()
+        self.primed = self.canvas.active_cpu
         return plan
 
     def forced(self) -> torch.Tensor | None:

@@ -16,9 +16,8 @@ from typing import Any, Literal
 import torch
 
 from dlm.cache.base import Policy, Run, WindowRun, check_interval, register
-from dlm.cache.frozen import FrozenCache
+from dlm.cache.frozen import slots_or_frozen
 from dlm.cache.plan import Plan
-from dlm.cache.slots import SlotCache
 from dlm.canvas import Canvas
 from textkv.method import Method
 
@@ -52,26 +51,12 @@ class FreeCache(Policy):
             )
 
     @property
-    def expression(self) -> str:
-        """The composition string, as "freecache(delay=0)+snapkv(0.3)"."""
-        # Not the base class's text: a method stands behind a plus sign, not among the arguments.
-        given = [f"delay={self.delay}"] * (self.delay != 1) + [f"refresh={self.refresh}"] * (self.refresh is not None)
-        own = f"{self.name}({','.join(given)})" if given else self.name
-        return f"{own}+{self.method.expression}" if self.method is not None else own
-
-    @property
     def still(self) -> bool:
         """Without refreshes, and with frozen slots in place."""
         return self.refresh is None and self.method is None
 
     def begin(self, canvas: Canvas, model: Any) -> Run:
-        """A run in which nothing is frozen; `model` tells a method its layers.
-
-        Raises:
-            ValueError: a method on a block-causal model.
-        """
-        if canvas.grid is not None and self.method is not None:
-            raise ValueError(f"cache {self.expression}: a block-causal model keeps its blocks as they are; use block")
+        """A run in which nothing is frozen; `model` tells a method its layers."""
         return _Run(canvas, self, model)
 
 
@@ -79,8 +64,7 @@ class _Run(WindowRun):
     per_row = ("before",)
 
     def __init__(self, canvas: Canvas, policy: FreeCache, model: Any) -> None:
-        cache = SlotCache(canvas.length) if policy.method is None else FrozenCache(canvas, model, policy.method)
-        super().__init__(canvas, cache)
+        super().__init__(canvas, slots_or_frozen(canvas, model, policy.method))
         self.policy = policy
         self.before = torch.zeros(canvas.batch, dtype=torch.int64)
 
@@ -100,8 +84,7 @@ class _Run(WindowRun):
         # Before super().plan(), which counts the forward, and before `before` moves on: the same window as the plan's.
         low, _ = self.window()
         plan = super().plan(wanted)
-        self.before = self.canvas.active_cpu.clone()
-        if isinstance(self.cache, FrozenCache):
-            # After the plan is made: slots in front of its window are computed no more, so they may leave.
-            self.cache.freeze(low)
+        self.before = self.canvas.active_cpu
+        # After the plan is made: slots in front of its window are computed no more, so a method may take them.
+        self.cache.freeze(low)
         return plan

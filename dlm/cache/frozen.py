@@ -49,9 +49,14 @@ def store_of(model: Any, method: Method) -> Context:
     context.layers = [Layer(kind, context, kind.number) for kind in kinds]
     context.everything = context.layers
     # Slots keep their positions, and these turn their keys.
-    spec = RotarySpec.halves(rope_frequencies(model.layers[0].head_dim, model.config.rope_theta))
+    spec = RotarySpec.halves(rope_frequencies(model.rotated, model.config.rope_theta), model.layers[0].head_dim)
     context.rotary = dict.fromkeys(range(len(kinds)), spec)
     return context
+
+
+def slots_or_frozen(canvas: Canvas, model: Any, method: Method | None) -> SlotCache:
+    """The cache of a policy that freezes slots: with `method`, which keeps them, or None, where they stay."""
+    return SlotCache(canvas.length) if method is None else FrozenCache(canvas, model, method)
 
 
 class FrozenCache(SlotCache):
@@ -59,7 +64,7 @@ class FrozenCache(SlotCache):
 
     Attributes:
         store: the frozen slots, by layer.
-        frozen: int64 [batch] on the CPU, how many leading slots of each row are there.
+        frozen: int64 [batch] on the CPU, each row's first slot that is not there (padding is not either).
         move: what leaves the live buffers in this forward, or None.
         visible: bool [batch, L - base], live slots that may be seen; None = all.
     """
@@ -68,7 +73,7 @@ class FrozenCache(SlotCache):
         check_method(method)
         super().__init__(canvas.length)
         self.canvas, self.store = canvas, store_of(model, method)
-        self.frozen = torch.zeros(canvas.batch, dtype=torch.int64)
+        self.frozen = canvas.real_start_cpu.clone()  # padding is nobody's
         self.move: Move | None = None
         self.visible: torch.Tensor | None = canvas.valid
 
@@ -139,17 +144,26 @@ class FrozenLayer(SlotLayer):
     def step(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """As `SlotLayer.step`; which live slots are real the cache knows, `mask` only adds those that are pruned."""
+        """As `SlotLayer.step`; which live slots are real the cache knows, `mask` only adds what is pruned or later.
+
+        What is frozen lies before every query's block, so all queries see it.
+        """
         cache, packing = self.cache, self.cache.plan.packing
         spread = q if packing is None else packing.spread(q)
         if cache.move is not None:
             self._hand_over(cache.move, spread[:, :, : cache.canvas.block_length], scale)
         self.write(k, v, cache.plan)
-        visible = None if cache.visible is None else _repeat(cache.visible, len(spread))
-        if mask is not None:
-            live = mask[:, cache.base :].bool()
-            visible = live if visible is None else visible & live
-        parts = [decode_attention(spread, self.k, self.v, scale=scale, valid=visible)]
+        live = slice(None if cache.plan.stop is None else cache.plan.stop - cache.base)
+        valid = None if cache.visible is None else _repeat(cache.visible, len(spread))[:, live]
+        by_query = None
+        if mask is not None and mask.dim() == 3:
+            by_query = mask[:, :, cache.base :][:, :, live].bool()
+        elif mask is not None:
+            pruned = mask[:, cache.base :][:, live].bool()
+            valid = pruned if valid is None else valid & pruned
+        parts = [
+            decode_attention(spread, self.k[:, :, live], self.v[:, :, live], scale=scale, valid=valid, visible=by_query)
+        ]
         if self.store.seen:
             parts += [segment.attend(spread, scale) for segment in self.store.segments]
         out = parts[0][0] if len(parts) == 1 else merge([p[0] for p in parts], [p[1] for p in parts])[0]

@@ -100,7 +100,8 @@ class Plan:
     Attributes:
         queries: slots computed anew: a slice that all rows share, or what each row has, packed.
         visible: bool [batch, n], slots that may be attended; None = all.
-        tokens: rows that the layers compute, where they are not the queries (only dLLM-Cache); else None.
+        tokens: rows that a layer computes, where they are not the queries (dLLM-Cache; elastic, which knows it after
+            the forward); else None.
         value_tokens: rows whose values are projected besides (only dLLM-Cache).
         nodes: canvases of each row that this forward verifies, one behind the other; see `dlm.nodes`.
         stop: slots from here on are not read; None = all are. Whoever sets it has left out later blocks already.

@@ -85,7 +85,9 @@ class SlotLayer:
         )
         packing.store(keys, k)
         packing.store(values, v)
-        return by_rows(packing, q, lambda q: full_attention(q, keys, values, scale, mask))
+        stop = slice(self.cache.plan.stop)
+        mask = None if mask is None else mask[..., stop]
+        return by_rows(packing, q, lambda q: full_attention(q, keys[:, :, stop], values[:, :, stop], scale, mask))
 
     def settle(self, entries: torch.Tensor, packing: Packing) -> None:
         """Stores the keys and values of `entries` int64 [s] of a verification, at the places of `packing`."""
@@ -111,6 +113,7 @@ class SlotCache:
         length: L, slots of the canvas.
         base: first slot that the buffers hold.
         plan: the forward that is running; set by the loop before it calls the model.
+        rope: the model's rotary tables of positions 0 to L - 1, which it keeps here; None before its first forward.
         layers: one per layer of the model, made as they report.
     """
 
@@ -120,6 +123,7 @@ class SlotCache:
     def __init__(self, length: int) -> None:
         self.length, self.base = length, 0
         self.plan: Plan | None = None
+        self.rope: tuple[torch.Tensor, torch.Tensor] | None = None
         self.layers: list[SlotLayer] = []
 
     def layer(self, index: int) -> SlotLayer:
@@ -133,6 +137,9 @@ class SlotCache:
         # The model hands it on unread as key and as value; only our attention function opens it.
         view = View(self.layer(layer_idx), k, v)
         return view, view
+
+    def freeze(self, low: torch.Tensor) -> None:
+        """Slots before `low` int64 [batch] (CPU) will not be written any more; here they stay where they are."""
 
     def settle(self, accepted: torch.Tensor) -> None:
         """After a verification: stores what node `accepted` int64 [batch] of each row computed."""

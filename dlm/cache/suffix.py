@@ -49,6 +49,11 @@ class Suffix(Policy):
         """As the policy: what is left changes with the block alone."""
         return self.policy.still
 
+    @property
+    def whole_blocks(self) -> bool:
+        """As the policy."""
+        return self.policy.whole_blocks
+
     def begin(self, canvas: Canvas, model: Any) -> Run:
         """The policy's run, on what is left.
 

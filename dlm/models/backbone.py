@@ -268,9 +268,7 @@ class MaskedDiffusionModel(PreTrainedModel):
         if position_ids is None:
             position_ids = self._positions(hidden, attention_mask, past_key_values)
         mask = self._mask(hidden, attention_mask, position_ids, past_key_values)
-        rope = rope_tables(position_ids, self.rotated, self.config.rope_theta)
-        # LLaDA rotates in fp32, the others in the model's dtype; following each keeps their logits to the bit.
-        rope = full_tables(tuple(table.to(self.rope_dtype or hidden.dtype) for table in rope))
+        rope = self._rope(position_ids, hidden.dtype, past_key_values)
         for layer in self.layers:
             hidden = layer(hidden, rope, attention_mask=mask, past_key_values=past_key_values)
         # Before the norm and the head: with 126,464 words the head costs more than a layer, and few rows are read.
@@ -278,6 +276,20 @@ class MaskedDiffusionModel(PreTrainedModel):
             batch = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
             hidden = hidden[batch, logits_rows.to(hidden.device)]
         return MaskedLMOutput(logits=self.head(self.final_norm(hidden)))
+
+    def _rope(self, position_ids: torch.Tensor, dtype: torch.dtype, cache: Any | None) -> Rope:
+        """Cosines and signed sines [batch, 1, q, rotated] of the positions; a cache of slots keeps those of all its
+        slots, so that a generation makes them once."""
+        if not hasattr(cache, "rope"):
+            return self._tables(position_ids, dtype)
+        if cache.rope is None:
+            cache.rope = self._tables(torch.arange(cache.length, device=position_ids.device)[None], dtype)
+        return tuple(table[0, 0][position_ids].unsqueeze(1) for table in cache.rope)
+
+    def _tables(self, position_ids: torch.Tensor, dtype: torch.dtype) -> Rope:
+        rope = rope_tables(position_ids, self.rotated, self.config.rope_theta)
+        # LLaDA rotates in fp32, the others in the model's dtype; following each keeps their logits to the bit.
+        return full_tables(tuple(table.to(self.rope_dtype or dtype) for table in rope))
 
     @staticmethod
     def _positions(hidden: torch.Tensor, attention_mask: torch.Tensor | None, cache: Any | None) -> torch.Tensor:

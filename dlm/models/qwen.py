@@ -99,29 +99,47 @@ class FastDLLMConfig(QwenConfig):
 
 
 class LLaDAMoEConfig(QwenConfig):
-    """config.json of LLaDA-MoE-7B-A1B, whose `model_type` is LLaDA's; it names no mask, so it is the published one."""
+    """config.json of LLaDA-MoE-7B-A1B, whose `model_type` is LLaDA's; it names no mask, so it is the published one.
+
+    The published config class has no usable defaults (its sizes are -1), so the file must name what shapes the network.
+
+    Raises:
+        ValueError: as `QwenConfig`, and a field that the file leaves out, or layers that are not all of experts.
+    """
 
     model_type = "llada"
+    has_no_defaults_at_init = True
     fixed = {
         "attention_bias": (False,), "qk_layernorm": (True,), "norm_topk_prob": (False, None),
-        "moe_router_score_function": ("softmax", None), "routed_scaling_factor": (1, None),
-        "partial_rotary_factor": (1, None), "shared_expert_intermediate_size": (None, 0),
-        "router_num_group": (None, 1), "clip_qkv": (None,), "tie_word_embeddings": (False,),
+        "moe_router_score_function": ("softmax", None), "moe_router_enable_expert_bias": (False, None),
+        "routed_scaling_factor": (1, None), "partial_rotary_factor": (1, None),
+        "shared_expert_intermediate_size": (None, 0), "router_num_group": (None, 1), "clip_qkv": (None,),
+        "tie_word_embeddings": (False,),
     }  # fmt: skip
 
-    vocab_size: int = 157184
-    hidden_size: int = 2048
-    num_hidden_layers: int = 16
-    num_attention_heads: int = 16
-    num_key_value_heads: int | None = 16
-    expert_intermediate_size: int = 1024
-    num_experts: int = 64
-    num_experts_per_tok: int = 8
-    max_position_embeddings: int = 8192
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    expert_intermediate_size: int | None = None
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    max_position_embeddings: int | None = None
     rms_norm_eps: float = 1e-5
-    rope_theta: int | float = 50000.0
+    rope_theta: int | float | None = None
     mask_token_id: int | None = 156895
     eos_token_id: int | list[int] | None = 156892
+
+    def __post_init__(self, **kwargs) -> None:
+        needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "expert_intermediate_size",
+                  "num_experts", "num_experts_per_tok", "max_position_embeddings", "rope_theta")  # fmt: skip
+        if missing := [name for name in needed if getattr(self, name) is None]:
+            raise ValueError(f"{missing[0]} is missing in this LLaDA-MoE config; take it from the checkpoint's config")
+        dense = [i for i, experts in enumerate(kwargs.get("moe_layer_freq") or ()) if not experts]
+        if dense:
+            raise ValueError(f"moe_layer_freq makes layer {dense[0]} dense; in this network every layer has experts")
+        super().__post_init__(**kwargs)
 
 
 class Attention(nn.Module):

@@ -2,7 +2,8 @@
 
 "confidence", "random" (LLaDA), "origin", "maskgit_plus", "topk_margin", "entropy(compat=True)" (Dream),
 "threshold(0.9)", "factor(1.0)" (Fast-dLLM), "entropy_bound(0.1)" (diffusers), "hierarchical(0.9, low=0.4)" (dInfer),
-"klass(0.9, 0.01)" (KLASS), "ssd(4)" (the tokens of "confidence" in fewer forwards),
+"klass(0.9, 0.01)" (KLASS), "edit(0.7, 0.5)" (LLaDA2.1: written tokens may be replaced), "wino(0.6, 0.9)" (they
+may become masks again), "ssd(4)" (the tokens of "confidence" in fewer forwards),
 "guided('topk', k=2)" (a causal model says how far a draft may be kept).
 """
 
@@ -15,17 +16,20 @@ from transformers import PreTrainedModel
 from dlm.unmask.base import REGISTRY, Choice, Rule, Unmasker, find, register
 from dlm.unmask.confidence import Confidence, Random
 from dlm.unmask.dream import Entropy, MaskGitPlus, Origin, TopKMargin
+from dlm.unmask.edit import TokenEditing
 from dlm.unmask.guided import Guided
 from dlm.unmask.guider import Guider
 from dlm.unmask.klass import KLASS
 from dlm.unmask.parallel import EntropyBound, Factor, Hierarchical, Threshold
 from dlm.unmask.sampling import Sampling
 from dlm.unmask.ssd import SSD
+from dlm.unmask.wino import WINO
 from textkv.expression import parse_call, split_parts
 
 __all__ = [
     "KLASS",
     "SSD",
+    "WINO",
     "Choice",
     "Confidence",
     "Entropy",
@@ -40,6 +44,7 @@ __all__ = [
     "Rule",
     "Sampling",
     "Threshold",
+    "TokenEditing",
     "TopKMargin",
     "Unmasker",
     "list_rules",

@@ -53,6 +53,9 @@ class Unmasker(ABC):
             held = getattr(self, name)
             setattr(self, name, held[rows.to(held.device)])
 
+    shadows: bool = False
+    """Whether logits of written candidates are those of their shadows, see `dlm.shadows`."""
+
     @abstractmethod
     def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
         """Masked slots whose logits are wanted of the next forward: int64 [batch, r], ascending, -1 = none."""
@@ -119,6 +122,11 @@ class Rule(ABC):
         Args:
             hooked: whether the logits are changed on their way to the rule.
         """
+
+    @property
+    def idle(self) -> int:
+        """Forwards in a row that write no mask although all is well."""
+        return 0
 
     @abstractmethod
     def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int) -> Unmasker:

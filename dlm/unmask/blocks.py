@@ -31,15 +31,19 @@ class BlockUnmasker(Unmasker):
         self.schedule.take_rows(rows)
         self.sampler.take_rows(rows)
 
+    def open(self, canvas: Canvas) -> torch.Tensor:
+        """bool [batch, L], slots that may be written: the masks."""
+        return canvas.masked()
+
     def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
         """The masks of each row's active block that the next forward can give: int64 [batch, block_length]."""
         start, end = canvas.block_start(canvas.active), canvas.block_start(canvas.active + 1)
         low, high = torch.maximum(start, logit_window[0]), torch.minimum(end, logit_window[1])
         # Always as wide as a block: the number of masks left would have to be waited for.
         slots = start[:, None] + torch.arange(canvas.block_length, device=start.device)
-        masked = canvas.masked().gather(1, slots.clamp(max=canvas.length - 1))
+        open_ = self.open(canvas).gather(1, slots.clamp(max=canvas.length - 1))
         # A cache policy may have computed less than the block, and a shifted model says nothing of its first row.
-        return slots.masked_fill(~masked | (slots < low[:, None]) | (slots >= high[:, None]), -1)
+        return torch.where(open_ & (slots >= low[:, None]) & (slots < high[:, None]), slots, -1)
 
     def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
         """Draws a token for every candidate, scores them, and writes those that the rule accepts."""

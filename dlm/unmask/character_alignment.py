@@ -129,8 +129,8 @@ class AlignedVerifier:
         self.ends = torch.tensor(guide.ends(), dtype=torch.int64, device=self.device)
         self.caches = [GuiderCache(guide, slice(i, i + 1), self.device, self.counted) for i in range(canvas.batch)]
         self.prompts = []
-        for ids, start in zip(canvas.ids[:, : canvas.prompt].tolist(), canvas.real_start.tolist(), strict=True):
-            prompt = self.aligner.align(ids[start:], len(ids)).ids
+        for ids, start, end in zip(*(x.tolist() for x in (canvas.ids, canvas.real_start, canvas.tail)), strict=True):
+            prompt = self.aligner.align(ids[start:end], end).ids
             if not prompt:
                 raise ValueError(
                     "the guider can read nothing of a prompt that consists of special tokens; name what they are to it "
@@ -145,7 +145,8 @@ class AlignedVerifier:
 
         Arguments as in `SharedVocabularyVerifier`.
         """
-        texts, left = canvas.generated.tolist(), canvas.left_cpu.tolist()
+        rows = zip(canvas.ids.tolist(), canvas.tail.tolist(), strict=True)
+        texts, left = [ids[begin:] for ids, begin in rows], canvas.left_cpu.tolist()
         given = [row[:n] for row, n in zip(drafts.tolist(), masked.sum(1).tolist(), strict=True)]
         counts = [
             self._verify(i, text[: len(text) - masks], draft) if draft else 0

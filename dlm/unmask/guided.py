@@ -71,7 +71,7 @@ class Guided(Rule):
         if self.guide is None:
             raise ValueError("the rule guided needs a guide: a Guider around a causal language model")
         self.guide.check(canvas, spec)
-        if bool((canvas.tail > canvas.prompt).any()):
+        if bool((canvas.tail > canvas.masked().int().argmax(1)).any()):
             raise ValueError(
                 "the rule guided writes from the left and its guide cannot see text behind a gap; fill gaps with "
                 "another rule, for example confidence"

@@ -107,7 +107,7 @@ class Guider:
         if self.model.dtype not in _FLOATS:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
             raise ValueError(f"the guider computes in {self.model.dtype}; load it in one of {allowed}")
-        if int(canvas.real_start.max()) >= canvas.prompt:
+        if bool((canvas.real_start >= canvas.tail).any()):
             raise ValueError("a prompt is empty and a guider needs a token to read on from; begin it with one")
         self.check_length(canvas.length - int(canvas.real_start.min()))
         if spec.vocabulary is not None:

@@ -35,26 +35,30 @@ class ScheduleStep:
 class UnmaskSchedule:
     """Shares the steps out among the blocks and counts those of each row.
 
-    Every block gets one step, and of the rest a share by its length.
+    Every block gets one step, and of the rest a share by its length. What stands before a row's first mask counts for
+    nothing, so that a row has the steps that it has alone.
 
     Raises:
         ValueError: fewer steps than blocks.
     """
 
     def __init__(self, canvas: Canvas, steps: int) -> None:
-        blocks, device = canvas.blocks, canvas.ids.device
-        if steps < blocks:
+        start = canvas.masked().int().argmax(1, keepdim=True)
+        number = torch.arange(canvas.blocks, device=start.device)
+        lengths = (canvas.block_start(number + 1) - torch.maximum(canvas.block_start(number), start)).clamp(min=0)
+        blocks = (lengths > 0).sum(1, keepdim=True)
+        if steps < (most := int(blocks.max())):
             raise ValueError(
-                f"steps={steps} are fewer than the {blocks} blocks; use at least {blocks} steps or longer blocks"
+                f"steps={steps} are fewer than the {most} blocks; use at least {most} steps or longer blocks"
             )
-        lengths = torch.tensor([end - start for start, end in map(canvas.block_range, range(blocks))])
-        rest = (lengths - 1).cumsum(0)
+        rest = (lengths - 1).clamp(min=0).cumsum(1)
         # Rounded up along the running sum, so that early blocks get the larger share and the total is exact.
-        shares = -(-(steps - blocks) * rest // rest[-1].clamp(min=1))
+        shares = -(-(steps - blocks) * rest // rest[:, -1:].clamp(min=1))
+        each = shares.diff(dim=1, prepend=torch.zeros_like(blocks)) + (lengths > 0)
         # One more: a finished row stands behind its last block.
-        self.given = torch.cat([1 + shares.diff(prepend=shares.new_zeros(1)), shares.new_ones(1)]).to(device)
-        self.first = self.given.cumsum(0) - self.given
-        self.block = torch.full((canvas.batch,), -1, device=device)
+        self.given = torch.cat([each, torch.ones_like(blocks)], 1)
+        self.first = self.given.cumsum(1) - self.given
+        self.block = torch.full((canvas.batch,), -1, device=start.device)
         self.used = torch.zeros_like(self.block)
 
     def step(self, canvas: Canvas, candidates: torch.Tensor) -> ScheduleStep:
@@ -66,19 +70,21 @@ class UnmaskSchedule:
         masked = canvas.masked()
         columns = torch.arange(canvas.length, device=masked.device)[None]
         start, end = canvas.block_start(active)[:, None], canvas.block_start(active + 1)[:, None]
+        given, first = (x.gather(1, active[:, None])[:, 0] for x in (self.given, self.first))
         step = ScheduleStep(
-            steps_left=(self.given[active] - self.used).clamp(min=1),
-            index=self.first[active] + self.used,
+            steps_left=(given - self.used).clamp(min=1),
+            index=first + self.used,
             block_masks=(masked & (columns >= start) & (columns < end)).sum(1),
             row_masks=masked.sum(1),
         )
-        self.used = self.used + candidates.any(1)
+        self.used = torch.where(candidates.any(1), self.used + 1, self.used)
         return step
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Keeps rows int64 [kept] of the batch."""
         rows = rows.to(self.block.device)
-        self.block, self.used = self.block[rows], self.used[rows]
+        for name in ("given", "first", "block", "used"):
+            setattr(self, name, getattr(self, name)[rows])
 
 
 def even_quota(step: ScheduleStep) -> torch.Tensor:
@@ -113,5 +119,5 @@ def ordered(score: torch.Tensor, masked: torch.Tensor) -> torch.return_types.sor
     """Scores [batch, r] in descending order and their columns; what is not masked has -inf and comes last."""
     least = torch.finfo(torch.float32).min  # a masked slot goes before a closed one whatever its score
     # NaN would sort first; a row without any finite logit still has to write something in the end.
-    key = score.float().nan_to_num(nan=least, neginf=least).masked_fill(~masked, -torch.inf)
+    key = torch.where(masked, score.float().nan_to_num(nan=least, neginf=least), -torch.inf)
     return key.sort(dim=1, descending=True, stable=True)

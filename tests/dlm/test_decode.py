@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from dlm.cache import list_caches, resolve_cache
 from dlm.decode import StuckError, decode
 from dlm.models import DecodingSpec
-from dlm.unmask import Choice, list_rules
+from dlm.unmask import Choice, list_rules, parse_rule
 from tests.dlm.toys import END, MASK, PAD, VOCAB, Counter, Rule, Unmasker, dream, llada, prompts, traced
 
 
@@ -231,14 +231,18 @@ CACHES = [*list_caches(False), "freecache(0)", "dual('commit_first')", "freecach
 @pytest.mark.parametrize("make", [llada, dream])
 def test_every_rule_with_every_cache(make, rule, cache, guide):
     model, (ids, mask) = make(), prompts(3, 5)
-    if rule == "ssd" and not resolve_cache(cache).still:
-        return  # refused, see test_ssd
+    policy = resolve_cache(cache)
+    if (rule == "ssd" and not policy.still) or (rule == "edit" and not policy.whole_blocks):
+        return  # refused, see test_ssd and test_edit
+    if rule == "wino" and (make is dream or not (policy.still and policy.whole_blocks)):
+        return  # refused, see test_wino
     got = decode(
         model, ids, mask, gen_length=8, block_length=4, cache=cache, unmask=rule,
         guide=guide if rule == "guided" else None, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert got.ids.shape == (2, 8) and MASK not in got.ids
-    assert 1 <= got.stats.forwards <= 9 and sum(got.stats.committed) > 0
+    most = 9 + 2 * parse_rule(rule).idle  # further rounds of both blocks
+    assert 1 <= got.stats.forwards <= most and sum(got.stats.committed) > 0
     assert (got.stats.guider_forwards > 0) == (rule == "guided")
 
 

@@ -125,7 +125,7 @@ WRONG = {
     "length": (["--gen-length", "0"], "has no gap; write <mask:8>"),
     "block": (["--block-length", "9"], "block_length=9 is longer than gen_length=6"),
     "cache": (["--cache", "freecash"], "did you mean freecache"),
-    "cache method": (["--cache", "dual+kivi(4)"], "only freecache freezes slots for good"),
+    "cache method": (["--cache", "dual+kivi(4)"], "only freecache and block freeze slots for good"),
     "rule": (["--unmask", "treshold"], "did you mean threshold"),
     "rule argument": (["--unmask", "guided('topk', k=0)", "--guide", "mini"], "k=0 is no number of tokens"),
     "no guide": (["--unmask", "guided"], "asks a guide and none is named; use --guide"),

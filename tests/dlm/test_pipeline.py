@@ -63,6 +63,8 @@ def test_every_rule_has_a_scheduler_with_its_defaults() -> None:
 @pytest.mark.parametrize("name", [name for name in sorted(SCHEDULERS) if name != "guided"])
 def test_the_pipeline_writes_what_decode_writes(weights: Path, kind: str, name: str) -> None:
     """A ragged batch with a short last block, drawn with a temperature."""
+    if (kind, name) == ("dream", "wino"):
+        return  # refused, see test_wino
     pipe = pipe_of(weights, SCHEDULERS[name](), kind)
     # What is drawn cannot be guessed, so ssd takes no temperature.
     options = {"cache": "dual"} | ({} if name == "ssd" else {"temperature": 0.8, "top_p": 0.9})

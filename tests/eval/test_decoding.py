@@ -62,10 +62,13 @@ def test_arms() -> None:
     short = decoding.arms_of(["none"], DecodingConfig(gen_length=4, block_length=2), guided=False)
     assert [arm.config.steps for arm in short] == [4, 2]
     every = {arm.name for arm in decoding.arms_of(["all"], plain, guided=True)}
-    # What ssd cannot verify is not in the grid.
-    refused = {"dkv+ssd", "dllm-cache+ssd"}
+    # What ssd cannot verify, and what edit does not see, is not in the grid.
+    refused = {"dkv+ssd", "dllm-cache+ssd", "dkv+edit", "elastic+ssd", "elastic+edit"} | {
+        f"{cache}+wino" for cache in ("dkv", "dllm-cache", "elastic")
+    }
     assert {f"{cache}+{rule}" for cache in list_caches(False) for rule in list_rules()} - refused < every
     assert not refused & every
+    assert {"dual+suffix+guided", "dual+suffix+ssd", "elastic+klass", "dual+wino"} < every
     assert not any("guided" in arm.name for arm in decoding.arms_of(["all"], plain, guided=False))
 
 
@@ -158,7 +161,7 @@ def test_arms_take_turns_and_a_stopped_run_goes_on(
         (["--grid", "guided"], "names no cache; write none+guided, or freecache+guided"),
         (["--grid", "none+guided", "--guide", "none"], "needs a guide; name one with --guide"),
         (["--grid", "freecash"], "did you mean freecache"),
-        (["--grid", "dual+snapkv(0.3)"], "only freecache freezes slots for good"),
+        (["--grid", "dual+snapkv(0.3)"], "only freecache and block freeze slots for good"),
         (["--grid", ""], "names nothing; give one or more"),
         (["--n", "0"], "0 is not a count; use 1"),
         (["--gen-length", "0"], "gen_length=0 is no number of tokens"),

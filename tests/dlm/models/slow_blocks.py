@@ -30,6 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llada_moe": SDAR | {
         "model_type": "llada", "architectures": ["LLaDAMoEModelLM"], "num_experts": 6, "num_experts_per_tok": 2,
         "expert_intermediate_size": 12, "num_key_value_heads": 4, "qk_layernorm": True, "norm_topk_prob": None,
+        "moe_layer_freq": [1, 1],
         "block_size": None, "head_dim": None, "num_attention_heads": 4, "hidden_size": 32, "rope_theta": 50000.0,
     },
     "llada2": {
@@ -177,6 +178,34 @@ def _turn(x: torch.Tensor, width: int, position: int, theta: float) -> torch.Ten
         out[:, j] = a * math.cos(angle) - b * math.sin(angle)
         out[:, j + width // 2] = b * math.cos(angle) + a * math.sin(angle)
     return out
+
+
+def edited(
+    forward: Any, prompt: list[int], length: int, block: int, tau: float, edit: float, rounds: int
+) -> tuple[list[int], int]:
+    """LLaDA2.1's sampler: (the answer, forwards); blocks from position 0 on, no cache, no shift."""
+    total = -(-(len(prompt) + length) // block) * block
+    x, forwards = prompt + [60] * (total - len(prompt)), 0
+    for low in range(len(prompt) // block * block, total, block):
+        post = 0
+        while True:
+            masks = [p for p in range(low, low + block) if x[p] == 60]
+            post += not masks
+            if post > rounds:
+                break
+            z = forward(x[: low + block]).float()
+            z[:, 60] = -torch.inf
+            forwards += 1
+            best = {p: z[p].softmax(0).max(0) for p in range(low, low + block)}
+            sure = [p for p in masks if float(best[p].values) > tau]
+            sure = sure or [max(masks, key=lambda p: (float(best[p].values), -p))] if masks else []
+            old = [p for p in range(max(low, len(prompt)), low + block) if x[p] != 60]
+            changed = [p for p in old if float(best[p].values) > edit and int(best[p].indices) != x[p]]
+            for p in sure + changed:
+                x[p] = int(best[p].indices)
+            if not masks and not changed:
+                break
+    return x[len(prompt) : len(prompt) + length], forwards
 
 
 def generate(

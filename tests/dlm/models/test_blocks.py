@@ -152,26 +152,12 @@ def test_dream_coder_diffucoder_and_llada_1_5_load_by_their_config(tmp_path: Pat
     [
         ("sdar", dict(block_length=3), "block_length=3 does not divide this model's blocks of 4"),
         ("sdar", dict(cache="dllm-cache"), "a block-causal model has cache block"),
-        ("sdar", dict(cache="freecache+snapkv(0.5)"), "a block-causal model keeps its blocks as they are"),
         ("llada_moe", dict(cache="block"), "cache block is for block-causal models"),
-        ("sdar", dict(gen_length=0), "infill: a block-causal model does not see the text behind a gap"),
     ],
 )
 def test_what_does_not_go_together_is_refused(models, family, options, message):
-    ids = ids_of(4)
-    if options.get("gen_length") == 0:
-        ids[0, 2] = 60
     with pytest.raises(ValueError, match=message):
-        decode(models[family], ids, **({"gen_length": 8} | options))
-
-
-def test_rows_of_one_length_go_together_and_others_are_refused(models):
-    ids = torch.cat([ids_of(6, 1), ids_of(6, 2)])
-    options = dict(gen_length=8, unmask="threshold(0.3)", cache="block")
-    together = decode(models["sdar"], ids, **options)
-    assert torch.equal(together.ids, torch.cat([decode(models["sdar"], row[None], **options).ids for row in ids]))
-    with pytest.raises(ValueError, match="the prompts differ in length"):
-        decode(models["sdar"], ids, torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6]), **options)
+        decode(models[family], ids_of(4), **({"gen_length": 8} | options))
 
 
 @pytest.mark.parametrize("model_type", ["diffusion_gemma", "nemotron_dllm", "llada21_moe"])
@@ -179,3 +165,21 @@ def test_models_that_are_looked_for_in_vain_are_refused_by_name(tmp_path: Path, 
     write(tmp_path, slow.SDAR | {"model_type": model_type}, {"x": torch.zeros(1)})
     with pytest.raises(ValueError, match=f"is a '{model_type}' model, which is not read here: "):
         load_model(tmp_path)
+
+
+def without(name: str) -> dict:
+    return {key: value for key, value in slow.CONFIGS["llada_moe"].items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (without("rope_theta"), "rope_theta is missing in this LLaDA-MoE config"),
+        (without("num_experts_per_tok"), "num_experts_per_tok is missing"),
+        (without("") | {"moe_layer_freq": [1, 0]}, "moe_layer_freq makes layer 1 dense"),
+        (without("") | {"moe_router_enable_expert_bias": True}, "moe_router_enable_expert_bias=True is not supported"),
+    ],
+)
+def test_what_a_llada_moe_config_does_not_say_is_not_guessed(tmp_path: Path, config: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        load_model(write(tmp_path, config, slow.random_state("llada_moe")))
