@@ -18,6 +18,7 @@ from textkv.registry import Registry
 from textkv.serve.answers import Answer
 from textkv.serve.protocol import ChatRequest, Message
 from textkv.serve.shelf import Shelf
+from textkv.serve.structured import Schemas
 
 LONGEST = 2**31  # columns, where a model names no limit
 
@@ -140,6 +141,7 @@ class ChatEngine(Engine):
             lambda: Conversation(model, method, budget), lambda folder: Conversation.load(folder, model), memory, disk
         )
         self._blank = self.shelf.new()
+        self._schemas = Schemas(tokenizer, model.config.get_text_config().vocab_size, self._ends())
 
     @classmethod
     def open(cls, opening: Opening) -> ChatEngine:
@@ -169,8 +171,12 @@ class ChatEngine(Engine):
         options = sampling(request)
         options["max_new_tokens"] = min(request.max_tokens or self.answer_tokens, limit - columns)
         penalties = request.frequency_penalty or 0.0, request.presence_penalty or 0.0
-        if any(penalties):
-            options["logits_processor"] = LogitsProcessorList([_Penalties(*penalties, columns)])
+        processors = [_Penalties(*penalties, columns)] if any(penalties) else []
+        if request.schema_of_answer is not None:
+            # Last: what a schema forbids stays forbidden.
+            processors.append(self._schemas.processor(request.schema_of_answer, columns))
+        if processors:
+            options["logits_processor"] = LogitsProcessorList(processors)
         return Prepared(inputs, options, tuple(request.stop), request.seed)
 
     def answer(self, prepared: Prepared, give: Callable[[str], None], cancelled: Callable[[], bool]) -> Outcome:
@@ -216,7 +222,7 @@ class ChatEngine(Engine):
 
     def _ends(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id
-        return ends if isinstance(ends, list) else [ends]
+        return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
 
 ENGINES = Registry("engine", "agentkv.engines", "Engine")
