@@ -172,7 +172,7 @@ class ChatEngine(Engine):
     def prepared(self, request: ChatRequest, inputs: dict[str, Any]) -> Prepared:
         """Adds to a prompt's tensors what a request says of its decoding."""
         columns = inputs["input_ids"].shape[1]
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
+        limit = self._limit
         if columns >= limit:
             raise ValueError(f"the messages are {columns} tokens, the model reads up to {limit}; send fewer")
         options = sampling(request)
@@ -221,6 +221,9 @@ class ChatEngine(Engine):
         if found is None or not found.left_out:
             return talk, dict(prepared.inputs), 0
         inputs, moved = restored(prepared.inputs, talk.seen, told, found)
+        if inputs["input_ids"].shape[1] + prepared.options["max_new_tokens"] > self._limit:
+            # What was left out still counts in positions, and these have come to their end.
+            return self.shelf.new(), dict(prepared.inputs), 0
         gone = talk.forgotten
         talk.cache.forget([[run for run in found.left_out if not gone[slice(*run)].all()]])
         return talk, inputs, moved
@@ -242,7 +245,11 @@ class ChatEngine(Engine):
 
     def figures(self) -> Mapping[str, float]:
         """See `Engine`."""
-        held = {"kv_bytes": self.shelf.kv_bytes(), "disk_bytes": self.shelf.disk_bytes()}
+        held = {
+            "kv_bytes": self.shelf.kv_bytes(),
+            "kv_bytes_peak": self.shelf.peak_bytes,
+            "disk_bytes": self.shelf.disk_bytes(),
+        }
         return (
             held
             | {"conversations": len(self.shelf)}
@@ -252,6 +259,11 @@ class ChatEngine(Engine):
     def close(self) -> None:
         """See `Engine`."""
         self.shelf.close()
+
+    @property
+    def _limit(self) -> int:
+        """Columns that the model reads at most."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

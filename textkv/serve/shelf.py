@@ -60,6 +60,9 @@ class Shelf:
         disk: folder for those that do not fit; a folder of this shelf's own is made in it, and removed by `close`.
         disk_limit: bytes that may lie there; None = no limit.
         share: columns that must be common before a conversation is copied for another that only begins like it.
+
+    Attributes:
+        peak_bytes: the most that lay in memory between turns so far.
     """
 
     new: Callable[[], Conversation]
@@ -73,7 +76,7 @@ class Shelf:
     def __post_init__(self) -> None:
         self._kept: list[Conversation] = []
         self._stored: list[_OnDisk] = []
-        self._lock, self._number = Lock(), 0
+        self._lock, self._number, self.peak_bytes = Lock(), 0, 0
         self._own: Path | None = None
         if self.disk is not None:
             self.disk.mkdir(parents=True, exist_ok=True)
@@ -102,11 +105,18 @@ class Shelf:
             return part.fork()
 
     def put(self, conversation: Conversation) -> None:
-        """Keeps a conversation whose turn is over, as the one used last."""
+        """Keeps a conversation whose turn is over, as the one used last. Others make room first: what lies in memory
+        is never more than the limit.
+        """
         with self._lock:
-            self._kept.append(conversation)
-            while self.limit is not None and self._kept and self._bytes() > self.limit:
+            size = _bytes(conversation)
+            while self.limit is not None and self._kept and self._bytes() + size > self.limit:
                 self._make_room(self._kept.pop(0))
+            if self.limit is not None and size > self.limit:
+                self._make_room(conversation)
+                return
+            self._kept.append(conversation)
+            self.peak_bytes = max(self.peak_bytes, self._bytes())
 
     def kv_bytes(self) -> int:
         """Bytes of all conversations that lie in memory."""
@@ -128,7 +138,7 @@ class Shelf:
         return len(self._kept) + len(self._stored)
 
     def _bytes(self) -> int:
-        return sum(kept.cache.kv_bytes() + kept.cache.host_bytes() for kept in self._kept)
+        return sum(_bytes(kept) for kept in self._kept)
 
     def _make_room(self, conversation: Conversation) -> None:
         seen = conversation.seen
@@ -163,6 +173,10 @@ class Shelf:
         else:
             self.stats.from_disk += 1
         return conversation
+
+
+def _bytes(conversation: Conversation) -> int:
+    return conversation.cache.kv_bytes() + conversation.cache.host_bytes()
 
 
 def _columns(found: GoesOn | None) -> int:
