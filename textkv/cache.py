@@ -47,7 +47,8 @@ class MethodCache(Rollback):
         budget: share in (0, 1], "512t", or a `Budget`; None keeps the method's own.
 
     Raises:
-        ValueError: unknown method or impossible composition, budget out of range, unsupported model.
+        ValueError: unknown method or impossible composition, budget out of range, unsupported model, or a method that
+            compares heads for a model whose heads several devices share.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class MethodCache(Rollback):
         budget: Budget | float | str | None = None,
     ) -> None:
         policy = resolve_method(method, budget)
+        policy.check_sharded(getattr(model, "tp_size", None) or 1)
         kinds = describe(model)
         self.context = Context(policy, policy.needs(), text_config(model), kinds)
         layers, governed = [], 0
