@@ -13,6 +13,8 @@ import argparse
 import http.client
 import json
 import random
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -69,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--answer", type=count, default=12, help="tokens of an answer (12)")
     p.add_argument("--clients", type=lengths, default="1,4,16", help="at once, for the load (1,4,16)")
     p.add_argument("--requests", type=count, default=96, help="of each load (96)")
+    p.add_argument("--peer", action="store_true", help="the load on `transformers serve` too, with the same weights")
     add_outputs(p)
     return p
 
@@ -81,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Measures, prints, writes."""
     args.budget = str(Budget.parse(args.budget))
+    if args.peer and args.model != "mini-text":
+        raise ValueError(f"--peer compares the embedded text model, not {args.model}; use --model mini-text")
     for method in args.methods:
         resolve_method(method, args.budget)
     rows: list[dict[str, Any]] = []
@@ -98,7 +103,12 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for disk in (False, True):
             yield many(args, alone, disk)
         for clients in args.clients:
-            yield load(args, clients)
+            with serving(open_engine(args)) as port:
+                yield load(args, clients, port)
+    if args.peer:
+        with transformers_serving() as (port, name):
+            for clients in args.clients:
+                yield load(args, clients, port, "transformers serve", name)
 
 
 def open_engine(args: argparse.Namespace, memory: int | None = None, disk: Path | None = None) -> ChatEngine:
@@ -184,9 +194,8 @@ def many(args: argparse.Namespace, alone: Alone, disk: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def load(args: argparse.Namespace, clients: int) -> dict[str, Any]:
+def load(args: argparse.Namespace, clients: int, port: int, server: str = "agentkv", name: str = "m") -> dict[str, Any]:
     """`--requests` requests by so many clients at once, each telling conversations of its own, nothing limited."""
-    engine = open_engine(args)
     each = max(1, args.requests // clients)
 
     def tell(number: int) -> list[Reply]:
@@ -194,16 +203,18 @@ def load(args: argparse.Namespace, clients: int) -> dict[str, Any]:
         for step in range(each):
             messages = messages if step % args.steps else []
             messages.append(message(number * 1000 + step // args.steps, step, args.words))
-            replies.append(client.ask(body(args, messages)))
+            replies.append(client.ask(body(args, messages) | {"model": name}))
             messages.append({"role": "assistant", "content": replies[-1].text})
         return replies
 
-    with serving(engine) as port, ThreadPoolExecutor(clients) as pool:
+    Client(port).ask(body(args, [message(-1, 0, 4)]) | {"model": name})  # whatever a first request has to load
+    with ThreadPoolExecutor(clients) as pool:
         begun = time.perf_counter()
         replies = [reply for told in pool.map(tell, range(clients)) for reply in told]
         seconds = time.perf_counter() - begun
-    row = {"what": "load", "model": args.model, "method": args.method, "budget": args.budget, "clients": clients}
-    return row | {"n": len(replies)} | timed(replies, seconds)
+    row = {"what": "load", "server": server, "model": args.model, "clients": clients, "n": len(replies)}
+    own = {"method": args.method, "budget": args.budget} if server == "agentkv" else {}
+    return row | own | timed(replies, seconds)
 
 
 def timed(replies: Sequence[Reply], seconds: float | None = None) -> dict[str, float]:
@@ -229,7 +240,7 @@ class Client:
         if answer.status != 200:
             raise RuntimeError(f"the server says {answer.status}: {got}")
         usage, text = got["usage"], got["choices"][0]["message"]["content"]
-        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
         return Reply(text, usage["prompt_tokens"], cached, time.perf_counter() - begun)
 
 
@@ -251,6 +262,39 @@ def serving(engine: ChatEngine) -> Iterator[int]:
     finally:
         server.should_exit = True
         thread.join(30)
+
+
+@contextmanager
+def transformers_serving(patience: float = 120.0) -> Iterator[tuple[int, str]]:
+    """`transformers serve` with the embedded text model, while it is needed: its port, and the model's name there.
+
+    Raises:
+        RuntimeError: it did not start, or did not answer in `patience` seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
+        model, tokenizer = load_mini()
+        tokenizer.chat_template = TEMPLATE
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        port = free.getsockname()[1]
+        free.close()
+        command = [str(Path(sys.executable).parent / "transformers"), "serve", folder, "--port", str(port)]
+        process = subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            until = time.monotonic() + patience
+            while not _open(port):
+                if process.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError("transformers serve did not start")
+                time.sleep(0.2)
+            yield port, folder
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def _open(port: int) -> bool:
+    with socket.socket() as knock:
+        return knock.connect_ex(("127.0.0.1", port)) == 0
 
 
 if __name__ == "__main__":

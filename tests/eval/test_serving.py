@@ -27,7 +27,12 @@ def test_every_answer_is_the_librarys_and_the_limit_holds(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--budget", "40"], "0.4"), (["--clients", "0"], "count"), (["--model", "nowhere"], "nowhere")],
+    [
+        (["--budget", "40"], "0.4"),
+        (["--clients", "0"], "count"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--peer", "--model", "mini"], "mini-text"),
+    ],
 )
 def test_a_wrong_request_is_one_line(arguments, says, capsys):
     assert serving.main(arguments) == 2
