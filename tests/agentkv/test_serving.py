@@ -176,6 +176,16 @@ def test_pictures_that_a_client_leaves_out_are_forgotten_and_nothing_is_read_aga
     assert figures["gone"] == (0 if memory else 3 * (12 * 16 + 2))
 
 
+def test_where_positions_end_a_history_is_read_again(monkeypatch):
+    monkeypatch.setattr(VisionEngine, "_limit", 760)
+    engine = VisionEngine.open(Opening("mini", method="gui-kv", budget="0.4"))
+    engine.answer_tokens = 20
+    told, figures = sliding(engine)
+    # Two pictures always fit; the third that is forgotten leaves no room behind it.
+    assert len(told) == 5 and figures["conversations_dropped_total"] >= 1
+    assert [cached for _, cached, _ in told].count(0) >= 2
+
+
 def test_forgetting_is_what_the_library_does():
     engine = VisionEngine.open(Opening("mini", method="full"))
     told, _ = sliding(engine, keep=1, pictures=3)

@@ -223,6 +223,7 @@ class ChatEngine(Engine):
         inputs, moved = restored(prepared.inputs, talk.seen, told, found)
         if inputs["input_ids"].shape[1] + prepared.options["max_new_tokens"] > self._limit:
             # What was left out still counts in positions, and these have come to their end.
+            self.shelf.stats.dropped += 1
             return self.shelf.new(), dict(prepared.inputs), 0
         gone = talk.forgotten
         talk.cache.forget([[run for run in found.left_out if not gone[slice(*run)].all()]])
