@@ -48,6 +48,8 @@ class GuiKV(Eviction):
         gate: whether earlier screenshots are gated at all.
     """
 
+    heads_apart = True
+
     window: int = 8
     alpha: float = 2.0
     tau: float = 3.5
@@ -143,6 +145,8 @@ _CHOICES = {
 class GuiKVOfficial(GuiKV):
     """GUI-KV as released: first-tokens subspace, every query head stored (mind the bytes), and a window of at most the
     budget - 2 tokens. (Theirs breaks where that leaves none; ours then has one token.)"""
+
+    heads_apart = False
 
     rank: int | None = 32
     basis: Basis = "qr_first"

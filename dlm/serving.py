@@ -63,6 +63,8 @@ class DiffusionEngine(Engine):
         told = {"frequency_penalty": request.frequency_penalty, "presence_penalty": request.presence_penalty}
         for name in (name for name, value in told.items() if value):
             raise ValueError(f"{name}: tokens of a diffusion model come in no order in which they could be counted")
+        if request.schema_of_answer is not None:
+            raise ValueError("response_format: a diffusion model writes from all sides, where no schema can follow it")
         length = request.max_tokens or ANSWER
         config = DecodingConfig(
             gen_length=length, cache=self.cache, temperature=request.temperature or 0.0, top_p=request.top_p,

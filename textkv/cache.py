@@ -50,7 +50,8 @@ class MethodCache(Rollback):
         budget: share in (0, 1], "512t", or a `Budget`; None keeps the method's own.
 
     Raises:
-        ValueError: unknown method or impossible composition, budget out of range, unsupported model.
+        ValueError: unknown method or impossible composition, budget out of range, unsupported model, or one whose heads
+            several devices share under a method that compares heads.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class MethodCache(Rollback):
         budget: Budget | float | str | None = None,
     ) -> None:
         policy = resolve_method(method, budget)
+        policy.check_sharded(getattr(model, "tp_size", None) or 1)
         kinds = describe(model)
         self.context = Context(policy, policy.needs(), text_config(model), kinds)
         layers, governed = [], 0

@@ -184,6 +184,16 @@ class Conversation:
         return Reuse(0, columns, "read again", why)
 
     @property
+    def forgotten(self) -> torch.Tensor:
+        """Which columns of the first row were forgotten on demand, bool [columns seen] on the CPU."""
+        gone = torch.zeros(self.cache.tokens_seen, dtype=torch.bool)
+        told = self.cache.context.forgotten
+        if told is not None:
+            n = min(len(gone), told.shape[1])
+            gone[:n] = told[0, :n]
+        return gone
+
+    @property
     def seen(self) -> Dialogue | None:
         """What the cache has read; None when nobody knows, as after an error or before the first turn."""
         return None if self._seen is None or self._lost else self._seen.first(self.cache.tokens_seen)
@@ -197,7 +207,7 @@ class Conversation:
         seen = self.seen
         if seen is None:
             raise ValueError(f"there is no dialogue to save: {self._lost or 'nothing was read yet'}")
-        images = [[image.row, image.start, image.end, image.digest.hex()] for image in seen.images]
+        images = [[x.row, x.start, x.end, x.digest.hex(), x.grid] for x in seen.images]
         store.save(self.cache.context, Path(folder), self.model, {"ids": seen.ids, "mask": seen.mask, "images": images})
 
     @classmethod
@@ -214,7 +224,10 @@ class Conversation:
         talk = cls(model, header["method"], header["budget"])
         store.fill(talk.cache.context, Path(folder), header, model)
         try:
-            images = tuple(SeenImage(row, start, end, bytes.fromhex(x)) for row, start, end, x in told["images"])
+            images = tuple(
+                SeenImage(row, start, end, bytes.fromhex(digest), tuple(grid))
+                for row, start, end, digest, grid in told["images"]
+            )
             talk._seen = Dialogue(told["ids"], told["mask"], images)
             if talk._seen.ids.shape != (talk.cache.rows, talk.cache.tokens_seen):
                 raise ValueError(f"its dialogue has {tuple(talk._seen.ids.shape)} tokens")

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class SeenImage:
-    """The columns [start, end) of an image in its row, and a digest of its patches and grid."""
+    """The columns [start, end) of an image in its row, a digest of its patches and grid, and the grid (t, h, w)."""
 
     row: int
     start: int
     end: int
     digest: bytes
+    grid: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def find_images(
     told = pixels.detach().cpu().contiguous().split(patches[len(known) :]) if have else ()
     digests = [image.digest for image in known]
     digests += [_digest(part, grid) for part, grid in zip(told, grids[len(known) :].tolist(), strict=True)]
-    return tuple(SeenImage(*start, end, x) for start, end, x in zip(starts, ends, digests, strict=True))
+    told = zip(starts, ends, digests, grids.tolist(), strict=True)
+    return tuple(SeenImage(*start, end, digest, tuple(grid)) for start, end, digest, grid in told)
 
 
 def _digest(patches: torch.Tensor, grid: list[int]) -> bytes:

@@ -67,6 +67,10 @@ class Method:
     """What this method may stand behind a `+` of: a method that gives scores, any method whose kept tokens it can take
     over (its own `__post_init__` refuses those it cannot), or None = it stands alone."""
 
+    heads_apart: ClassVar[bool] = False
+    """Whether what a KV head keeps depends on nothing but that head: under tensor parallelism a device sees only its
+    own heads, so that others would keep something else on each, in silence."""
+
     def __post_init__(self) -> None:
         # Whether two methods fit is known when they are written down: it is said then, and not at the end of a prompt.
         if self.inner is None:
@@ -133,6 +137,16 @@ class Method:
     def evicts(self) -> bool:
         """Whether tokens are dropped; if not, every token seen stays stored, whatever the budget."""
         return True
+
+    def check_sharded(self, shards: int) -> None:
+        """Raises ValueError if the model's heads lie on several devices, and the method looks at all of them."""
+        if shards > 1 and not self.heads_apart:
+            raise ValueError(
+                f"{self.name} compares heads, or counts on all of them being here, and {shards} devices share them "
+                "under tensor parallelism; use a method that looks at each head alone, such as snapkv or h2o"
+            )
+        if self.inner is not None:
+            self.inner.check_sharded(shards)
 
     @property
     def budgeted(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from contextlib import contextmanager
 from io import BytesIO
 
@@ -12,6 +13,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from agentkv.serving import PIXELS, VisionEngine
+from textkv import Conversation
 from textkv.serve import Opening, build_app
 
 
@@ -19,6 +21,10 @@ def url_of(image: Image.Image, form: str = "PNG") -> str:
     file = BytesIO()
     image.save(file, form)
     return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def picture_of(turn) -> Image.Image:
+    return Image.open(BytesIO(base64.b64decode(turn["content"][0]["image_url"]["url"].partition(",")[2])))
 
 
 def noise(seed: int) -> str:
@@ -122,3 +128,91 @@ def test_jpeg_and_texts_without_pictures_are_taken():
         _, picture = ask(client, [shown(url_of(Image.new("RGB", (160, 210), "white"), "JPEG"))])
         text, words = ask(client, [{"role": "user", "content": "hello"}])
     assert picture["prompt_tokens"] > 100 > words["prompt_tokens"] > 0 and isinstance(text, str)
+
+
+def test_an_answer_to_a_picture_keeps_a_schema():
+    pytest.importorskip("xgrammar", reason="extra structured is not installed")
+    schema = {
+        "type": "object", "properties": {"x": {"type": "integer"}, "y": {"type": "integer"}},
+        "required": ["x", "y"], "additionalProperties": False,
+    }  # fmt: skip
+    asked = {"type": "json_schema", "json_schema": {"name": "point", "schema": schema}}
+    with served(method="gui-kv", budget="0.4") as client:
+        sent = {"model": "mini", "temperature": 0, "messages": [shown(noise(0))], "response_format": asked}
+        told = client.post("/v1/chat/completions", json=sent).json()["choices"][0]
+    text = told["message"]["content"]
+    if told["finish_reason"] == "stop":
+        assert set(json.loads(text)) == {"x", "y"}
+    else:  # a number may go on and on: cut, and still the beginning of an object
+        assert text.lstrip().startswith("{")
+
+
+def sliding(engine, keep=2, pictures=5):
+    """Turns of which the client sends the last `keep` pictures only: answers, and (cached, prompt) tokens."""
+    users, answers, told = [], [], []
+    with TestClient(build_app(engine, "mini")) as client:
+        for seed in range(pictures):
+            users.append(shown(noise(seed)))
+            messages = [{"role": "system", "content": "You are a GUI agent."}]
+            for turn, user in enumerate(users):
+                seen = turn >= len(users) - keep
+                messages.append(user if seen else user | {"content": user["content"][1:]})
+                messages += [{"role": "assistant", "content": text} for text in answers[turn : turn + 1]]
+            text, usage = ask(client, messages)
+            answers.append(text)
+            told.append((text, usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]))
+        figures = engine.figures() | {"gone": sum(int(talk.forgotten.sum()) for talk in engine.shelf._kept)}
+    return told, figures
+
+
+@pytest.mark.parametrize("memory", [None, 1])
+def test_pictures_that_a_client_leaves_out_are_forgotten_and_nothing_is_read_again(memory, tmp_path):
+    engine = VisionEngine.open(Opening("mini", method="gui-kv", budget="0.4", memory=memory, disk=tmp_path))
+    told, figures = sliding(engine)
+    # Only the newest turn is read, also when older pictures have gone, and from disk as from memory.
+    assert all(cached > prompt / 2 for _, cached, prompt in told[2:]), told
+    assert figures["conversations_new_total"] == 1
+    # Three pictures, and the markers around them.
+    assert figures["gone"] == (0 if memory else 3 * (12 * 16 + 2))
+
+
+def test_where_positions_end_a_history_is_read_again(monkeypatch):
+    monkeypatch.setattr(VisionEngine, "_limit", 760)
+    engine = VisionEngine.open(Opening("mini", method="gui-kv", budget="0.4"))
+    engine.answer_tokens = 20
+    told, figures = sliding(engine)
+    # Two pictures always fit; the third that is forgotten leaves no room behind it.
+    assert len(told) == 5 and figures["conversations_dropped_total"] >= 1
+    assert [cached for _, cached, _ in told].count(0) >= 2
+
+
+def test_forgetting_is_what_the_library_does():
+    engine = VisionEngine.open(Opening("mini", method="full"))
+    told, _ = sliding(engine, keep=1, pictures=3)
+    users, adapter = [shown(noise(seed)) for seed in range(3)], engine.adapter
+    talk, messages = Conversation(adapter.model, "full"), [{"role": "system", "content": "You are a GUI agent."}]
+    for turn, user in enumerate(users):
+        images = [picture_of(user) for user in users[: turn + 1]]
+        messages.append(
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Click on the button."}]}
+        )
+        prompt = adapter.chat(messages, images)
+        if turn:
+            talk.cache.forget([prompt.spans[turn - 1 : turn]])
+        out = talk.generate(**prompt.inputs, max_new_tokens=adapter.answer_tokens, do_sample=False)
+        text = adapter.words_of(out[0, prompt.inputs["input_ids"].shape[1] :].tolist())
+        assert text == told[turn][0]
+        messages.append({"role": "assistant", "content": text})
+
+
+def test_a_picture_that_comes_back_is_read_again():
+    engine = VisionEngine.open(Opening("mini", method="gui-kv", budget="0.4"))
+    first = [{"role": "system", "content": "You are a GUI agent."}, shown(noise(0))]
+    with TestClient(build_app(engine, "mini")) as client:
+        text, _ = ask(client, first)
+        later = [*first, {"role": "assistant", "content": text}, shown(noise(1))]
+        shorter = [first[0], first[1] | {"content": first[1]["content"][1:]}, *later[2:]]
+        again, usage = ask(client, shorter)
+        assert usage["prompt_tokens_details"]["cached_tokens"] > 0
+        _, usage = ask(client, [*later, {"role": "assistant", "content": again}, shown(noise(2))])
+        assert usage["prompt_tokens_details"]["cached_tokens"] == 0

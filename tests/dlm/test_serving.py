@@ -61,6 +61,8 @@ def test_a_stop_string_ends_the_answer(client):
 def test_what_a_diffusion_model_cannot_do_is_refused(client):
     told = client.post("/v1/chat/completions", json=body(frequency_penalty=1))
     assert told.status_code == 400 and "frequency_penalty" in told.json()["error"]["message"]
+    told = client.post("/v1/chat/completions", json=body(response_format={"type": "json_object"}))
+    assert told.status_code == 400 and "response_format" in told.json()["error"]["message"]
     picture = [{"type": "image_url", "image_url": "data:image/png;base64,AAAA"}]
     told = client.post("/v1/chat/completions", json=body(messages=[{"role": "user", "content": picture}]))
     assert told.status_code == 400 and "text only" in told.json()["error"]["message"]

@@ -43,6 +43,8 @@ class Expected(Eviction):
             others noise decides.
     """
 
+    heads_apart = True
+
     future: int = 512
     sinks: int = 4
     covariance: bool = True

@@ -10,6 +10,8 @@ from textkv.method import Method, register
 class Full(Method):
     """Keeps every token. Its budget is ignored: a full cache is full."""
 
+    heads_apart = True
+
     @property
     def evicts(self) -> bool:
         """Never."""

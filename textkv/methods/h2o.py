@@ -35,6 +35,8 @@ class H2O(DecodeEviction):
             prompt). The rest are the heavy hitters.
     """
 
+    heads_apart = True
+
     recent: float = 0.5
 
     def __post_init__(self) -> None:

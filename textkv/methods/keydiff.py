@@ -26,6 +26,8 @@ class KeyDiff(Eviction):
         recent: this many last tokens are always kept; 0 in the paper.
     """
 
+    heads_apart = True
+
     recent: int = 0
 
     def __post_init__(self) -> None:

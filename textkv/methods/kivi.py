@@ -28,6 +28,8 @@ class Kivi(Packer):
     The authors advise 4 bits for models with grouped query heads, 2 without; their tables use group=32, residual=128.
     """
 
+    heads_apart = True
+
     def encode(
         self, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, prompt: bool, heads: int = 1
     ) -> tuple[Packed, Packed]:

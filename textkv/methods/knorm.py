@@ -26,6 +26,8 @@ class Knorm(Eviction):
             ours: a budget is a budget.
     """
 
+    heads_apart = True
+
     recent: int = 0
     skip_layers: int = 0
 

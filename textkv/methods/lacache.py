@@ -161,6 +161,8 @@ class LaCache(Method):
         positions: "cache" (the paper) or "original".
     """
 
+    heads_apart = True
+
     span: int | None = None
     overlap: int = 0
     sinks: int = 4

@@ -30,6 +30,8 @@ class SnapKV(Eviction):
         pooling: "avg" (the authors' long-context scripts) or "max".
     """
 
+    heads_apart = True
+
     window: int = 32
     kernel: int = 5
     pooling: Pool = "avg"

@@ -35,6 +35,8 @@ class StreamingLLM(Method):
             prompt token only what a token-by-token stream would have seen (budget in tokens only).
     """
 
+    heads_apart = True
+
     sinks: int = 4
     positions: Literal["cache", "original"] = "cache"
     prefill: Literal["full_then_trim", "exact_stream"] = "full_then_trim"

@@ -16,9 +16,13 @@ from textkv.method import resolve_method
 from textkv.models.loading import load
 from textkv.registry import Registry
 from textkv.serve.answers import Answer
+from textkv.serve.omitted import goes_on, restored
+from textkv.serve.opening import AnswerOpening
 from textkv.serve.protocol import ChatRequest, Message
 from textkv.serve.shelf import Shelf
+from textkv.serve.structured import Schemas
 
+_COLUMNS = ("input_ids", "attention_mask", "mm_token_type_ids")
 LONGEST = 2**31  # columns, where a model names no limit
 
 
@@ -96,12 +100,15 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request as tensors: `inputs` for `Conversation.generate`, the options of its decoding, and its stop strings."""
+    """A request as tensors: `inputs` for `Conversation.generate`, the options of its decoding, its stop strings, and
+    `stem`: columns up to which it will be told again by its next turn; None = up to the end of the answer.
+    """
 
     inputs: dict[str, Any]
     options: dict[str, Any]
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    stem: int | None = None
 
 
 class ChatEngine(Engine):
@@ -140,6 +147,8 @@ class ChatEngine(Engine):
             lambda: Conversation(model, method, budget), lambda folder: Conversation.load(folder, model), memory, disk
         )
         self._blank = self.shelf.new()
+        self._opening = AnswerOpening.of(tokenizer, self.chat_template)
+        self._schemas = Schemas(tokenizer, model.config.get_text_config().vocab_size, self._ends())
 
     @classmethod
     def open(cls, opening: Opening) -> ChatEngine:
@@ -163,44 +172,85 @@ class ChatEngine(Engine):
     def prepared(self, request: ChatRequest, inputs: dict[str, Any]) -> Prepared:
         """Adds to a prompt's tensors what a request says of its decoding."""
         columns = inputs["input_ids"].shape[1]
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
+        limit = self._limit
         if columns >= limit:
             raise ValueError(f"the messages are {columns} tokens, the model reads up to {limit}; send fewer")
         options = sampling(request)
         options["max_new_tokens"] = min(request.max_tokens or self.answer_tokens, limit - columns)
         penalties = request.frequency_penalty or 0.0, request.presence_penalty or 0.0
-        if any(penalties):
-            options["logits_processor"] = LogitsProcessorList([_Penalties(*penalties, columns)])
-        return Prepared(inputs, options, tuple(request.stop), request.seed)
+        processors = [_Penalties(*penalties, columns)] if any(penalties) else []
+        if request.schema_of_answer is not None:
+            # Last: what a schema forbids stays forbidden.
+            processors.append(self._schemas.processor(request.schema_of_answer, columns))
+        if processors:
+            options["logits_processor"] = LogitsProcessorList(processors)
+        stem = self._opening.before(inputs["input_ids"])
+        return Prepared(inputs, options, tuple(request.stop), request.seed, stem)
 
     def answer(self, prepared: Prepared, give: Callable[[str], None], cancelled: Callable[[], bool]) -> Outcome:
         """See `Engine`."""
         if cancelled():
             raise Cancelled
         ids = prepared.inputs["input_ids"]
-        compared = {k: v for k, v in prepared.inputs.items() if k not in ("spans", "grids")}
-        told = self._blank.dialogue(**({"attention_mask": torch.ones_like(ids)} | compared))
-        talk = self.shelf.take(told)
-        growing = _Growing(Answer(self._text, prepared.stop), give, cancelled, ids.shape[1])
+        # An error leaves the conversation half-way: it is not put back, and its next turn reads it anew.
+        talk, inputs, moved = self._begun(prepared)
+        columns = inputs["input_ids"].shape[1]
+        growing = _Growing(Answer(self._text, prepared.stop), give, cancelled, columns)
         with torch.random.fork_rng(enabled=prepared.seed is not None):
             if prepared.seed is not None:
                 torch.manual_seed(prepared.seed)
-            # An error leaves the conversation half-way: it is not put back, and its next turn reads it anew.
-            out = talk.generate(
-                **prepared.inputs, **prepared.options, stopping_criteria=StoppingCriteriaList([growing])
-            )
+            read, kept = self._stem(talk, inputs, prepared.stem and prepared.stem + moved)
+            out = talk.generate(**inputs, **prepared.options, stopping_criteria=StoppingCriteriaList([growing]))
         # Also when the client has gone: it may ask again, and the prompt was read.
-        self.shelf.put(talk)
+        self.shelf.put(kept or talk)
         if growing.left:
             raise Cancelled
         growing.finish()
-        new = out[0, ids.shape[1] :].tolist()
+        new = out[0, columns:].tolist()
         ended = growing.answer.stopped or (bool(new) and new[-1] in self._ends())
-        return Outcome(growing.text, "stop" if ended else "length", ids.shape[1], talk.last.reused, len(new))
+        cached = ids.shape[1] - read - talk.last.read
+        return Outcome(growing.text, "stop" if ended else "length", ids.shape[1], cached, len(new))
+
+    def _begun(self, prepared: Prepared) -> tuple[Conversation, dict[str, Any], int]:
+        """The conversation that a request goes on from, the request in its columns, and by how many these moved."""
+        ids = prepared.inputs["input_ids"]
+        compared = {k: v for k, v in prepared.inputs.items() if k not in ("spans", "grids")}
+        told = self._blank.dialogue(**({"attention_mask": torch.ones_like(ids)} | compared))
+        talk = self.shelf.take(told)
+        found = goes_on(talk, told)
+        if found is None or not found.left_out:
+            return talk, dict(prepared.inputs), 0
+        inputs, moved = restored(prepared.inputs, talk.seen, told, found)
+        if inputs["input_ids"].shape[1] + prepared.options["max_new_tokens"] > self._limit:
+            # What was left out still counts in positions, and these have come to their end.
+            self.shelf.stats.dropped += 1
+            return self.shelf.new(), dict(prepared.inputs), 0
+        gone = talk.forgotten
+        talk.cache.forget([[run for run in found.left_out if not gone[slice(*run)].all()]])
+        return talk, inputs, moved
+
+    def _stem(self, talk: Conversation, inputs: dict[str, Any], stem: int | None) -> tuple[int, Conversation | None]:
+        """Reads a prompt up to its generation prompt: how many columns that were, and a copy to go on from."""
+        if stem is None or stem < talk.cache.tokens_seen:
+            return 0, None
+        if stem == talk.cache.tokens_seen:
+            return 0, talk.fork()
+        cut = {k: v[:, :stem] if k in _COLUMNS else v for k, v in inputs.items()}
+        # The one token that is drawn is never read.
+        talk.generate(**cut, max_new_tokens=1, do_sample=False)
+        read = talk.last.read
+        if "image_grid_thw" in inputs:
+            images = len(inputs["image_grid_thw"])
+            inputs["pixel_values"], inputs["known_images"] = None, images
+        return read, talk.fork()
 
     def figures(self) -> Mapping[str, float]:
         """See `Engine`."""
-        held = {"kv_bytes": self.shelf.kv_bytes(), "disk_bytes": self.shelf.disk_bytes()}
+        held = {
+            "kv_bytes": self.shelf.kv_bytes(),
+            "kv_bytes_peak": self.shelf.peak_bytes,
+            "disk_bytes": self.shelf.disk_bytes(),
+        }
         return (
             held
             | {"conversations": len(self.shelf)}
@@ -211,12 +261,17 @@ class ChatEngine(Engine):
         """See `Engine`."""
         self.shelf.close()
 
+    @property
+    def _limit(self) -> int:
+        """Columns that the model reads at most."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
+
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _ends(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id
-        return ends if isinstance(ends, list) else [ends]
+        return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
 
 ENGINES = Registry("engine", "agentkv.engines", "Engine")

@@ -11,7 +11,7 @@ import binascii
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -62,8 +62,24 @@ class Message(_Strict):
             yield part.text if isinstance(part, _Text) else _bytes_of(part.url)
 
 
-class _Format(BaseModel):
-    type: Literal["text"]
+class _Schema(_Strict):
+    name: str
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class _Format(_Strict):
+    """How an answer must be built."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _Schema | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> _Format:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema, and to no other")
+        return self
 
 
 class _StreamOptions(_Strict):
@@ -90,12 +106,12 @@ class ChatRequest(BaseModel):
     stop: list[str] = Field(default_factory=list, max_length=16)
     stream: bool = False
     stream_options: _StreamOptions | None = None
+    response_format: _Format | None = None
 
     # Carried out only in the form in which they change nothing.
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
-    response_format: _Format | None = None
     tools: Annotated[list, Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     logit_bias: Annotated[dict, Field(max_length=0)] | None = None
@@ -124,6 +140,15 @@ class ChatRequest(BaseModel):
         if "" in given:
             raise ValueError("an empty stop string would end every answer at once")
         return given
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer must keep; None = it may be any text."""
+        told = self.response_format
+        if told is None or told.type == "text":
+            return None
+        # Any object, where no schema is given.
+        return (told.json_schema and told.json_schema.schema_) or {"type": "object"}
 
     @property
     def tells_usage(self) -> bool:

@@ -16,8 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
-from textkv.conversation import Conversation, Reuse
+import torch
+
+from textkv.conversation import Conversation
 from textkv.dialogue import Dialogue
+from textkv.serve.omitted import GoesOn, compare, goes_on
 
 
 @dataclass
@@ -38,12 +41,12 @@ class _OnDisk:
 
     folder: Path
     seen: Dialogue
+    forgotten: torch.Tensor
     bytes: int
 
     def continues(self, told: Dialogue) -> int:
         """Columns that a request need not read, if it goes on from here; else 0."""
-        held = self.seen.columns
-        return held if held < told.columns and self.seen.common(told)[0] == held else 0
+        return _columns(compare(self.seen, told, self.forgotten))
 
 
 @dataclass
@@ -57,6 +60,9 @@ class Shelf:
         disk: folder for those that do not fit; a folder of this shelf's own is made in it, and removed by `close`.
         disk_limit: bytes that may lie there; None = no limit.
         share: columns that must be common before a conversation is copied for another that only begins like it.
+
+    Attributes:
+        peak_bytes: the most that lay in memory between turns so far.
     """
 
     new: Callable[[], Conversation]
@@ -70,7 +76,7 @@ class Shelf:
     def __post_init__(self) -> None:
         self._kept: list[Conversation] = []
         self._stored: list[_OnDisk] = []
-        self._lock, self._number = Lock(), 0
+        self._lock, self._number, self.peak_bytes = Lock(), 0, 0
         self._own: Path | None = None
         if self.disk is not None:
             self.disk.mkdir(parents=True, exist_ok=True)
@@ -80,8 +86,7 @@ class Shelf:
     def take(self, told: Dialogue) -> Conversation:
         """The conversation that is best gone on from, or a new one. Give it back with `put`, unless it failed."""
         with self._lock:
-            found = [(kept.foresee(told), kept) for kept in self._kept]
-            whole = max(_reused(found, "continued"), key=lambda x: x[0], default=(0, None))
+            whole = max(((_columns(goes_on(x, told)), x) for x in self._kept), key=lambda x: x[0], default=(0, None))
             stored = max(((x.continues(told), x) for x in self._stored), key=lambda x: x[0], default=(0, None))
             if whole[0] and whole[0] >= stored[0]:
                 self._kept = [kept for kept in self._kept if kept is not whole[1]]
@@ -89,7 +94,9 @@ class Shelf:
                 return whole[1]
             if stored[0] and (back := self._back(stored[1])) is not None:
                 return back
-            reused, part = max(_reused(found, "cropped"), key=lambda x: x[0], default=(0, None))
+            found = ((kept.foresee(told), kept) for kept in self._kept if not kept.forgotten.any())
+            begins = ((reuse.reused, kept) for reuse, kept in found if reuse.how == "cropped")
+            reused, part = max(begins, key=lambda x: x[0], default=(0, None))
             if part is None or reused < self.share:
                 self.stats.new += 1
                 return self.new()
@@ -98,11 +105,18 @@ class Shelf:
             return part.fork()
 
     def put(self, conversation: Conversation) -> None:
-        """Keeps a conversation whose turn is over, as the one used last."""
+        """Keeps a conversation whose turn is over, as the one used last. Others make room first: what lies in memory
+        is never more than the limit.
+        """
         with self._lock:
-            self._kept.append(conversation)
-            while self.limit is not None and self._kept and self._bytes() > self.limit:
+            size = _bytes(conversation)
+            while self.limit is not None and self._kept and self._bytes() + size > self.limit:
                 self._make_room(self._kept.pop(0))
+            if self.limit is not None and size > self.limit:
+                self._make_room(conversation)
+                return
+            self._kept.append(conversation)
+            self.peak_bytes = max(self.peak_bytes, self._bytes())
 
     def kv_bytes(self) -> int:
         """Bytes of all conversations that lie in memory."""
@@ -124,7 +138,7 @@ class Shelf:
         return len(self._kept) + len(self._stored)
 
     def _bytes(self) -> int:
-        return sum(kept.cache.kv_bytes() + kept.cache.host_bytes() for kept in self._kept)
+        return sum(_bytes(kept) for kept in self._kept)
 
     def _make_room(self, conversation: Conversation) -> None:
         seen = conversation.seen
@@ -141,7 +155,7 @@ class Shelf:
             self.stats.dropped += 1
             return
         size = sum(file.stat().st_size for file in folder.iterdir())
-        self._stored.append(_OnDisk(folder, seen, size))
+        self._stored.append(_OnDisk(folder, seen, conversation.forgotten, size))
         self.stats.to_disk += 1
         while self.disk_limit is not None and self._stored and self.disk_bytes() > self.disk_limit:
             shutil.rmtree(self._stored.pop(0).folder, ignore_errors=True)
@@ -161,5 +175,9 @@ class Shelf:
         return conversation
 
 
-def _reused(found: list[tuple[Reuse, Conversation]], how: str) -> list[tuple[int, Conversation]]:
-    return [(reuse.reused, kept) for reuse, kept in found if reuse.how == how]
+def _bytes(conversation: Conversation) -> int:
+    return conversation.cache.kv_bytes() + conversation.cache.host_bytes()
+
+
+def _columns(found: GoesOn | None) -> int:
+    return 0 if found is None else found.columns

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 import httpx
 import pytest
 import torch
-import uvicorn
 from openai import APIStatusError, OpenAI
 from starlette.testclient import TestClient
 
 from tests.textkv import tiny
+from tests.textkv.serve.live import listening
 from textkv import MethodCache
 from textkv.serve import Cancelled, ChatEngine, Engine, Limits, Outcome, build_app
 
@@ -68,21 +68,6 @@ def ask(client, *texts, **changed):
     answer = client.post("/v1/chat/completions", json=body(*texts, **changed))
     assert answer.status_code == 200, answer.text
     return answer.json()
-
-
-@contextmanager
-def listening(app):
-    """A real server on a port of its own: what a client that leaves looks like, only a socket shows."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
 
 
 def test_an_answer_is_that_of_the_library(model):

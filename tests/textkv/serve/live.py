@@ -1,0 +1,38 @@
+"""A server that really listens, for clients that bring their own HTTP."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+
+import uvicorn
+
+from textkv.mini import load_mini
+from textkv.serve import ChatEngine
+
+# The embedded text model was trained on pages of text: this is a chat to the server, and to the model a text as any.
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+
+
+def mini_engine(method: str = "snapkv", budget: str | None = "0.5", **options) -> ChatEngine:
+    """The embedded text model as a chat model."""
+    return ChatEngine(*load_mini(), method, budget, chat_template=TEMPLATE, **options)
+
+
+@contextmanager
+def listening(app):
+    """A real server on a port of its own: what a client that leaves looks like, only a socket shows."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)

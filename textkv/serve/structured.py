@@ -1,0 +1,102 @@
+"""Answers that are JSON by construction: at every step only tokens may come that a schema still allows.
+
+xgrammar compiles a JSON schema against a tokenizer; what is compiled is kept for the next request with the same one. A
+constrained answer is well-formed as far as it goes: one that reaches its length limit is cut, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import LogitsProcessor
+
+if TYPE_CHECKING:
+    import xgrammar
+
+LONGEST = 100_000  # characters of a schema: compiling takes seconds per megabyte, and all would wait
+KEPT = 64_000_000  # bytes of compiled schemas
+
+
+class Schemas:
+    """Compiles schemas for one model.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        columns: of the model's logits, which may be more than the tokenizer has tokens.
+        ends: tokens that end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, columns: int, ends: Sequence[int]) -> None:
+        self._tokenizer, self._columns, self._ends = tokenizer, columns, list(ends)
+        self._compiler: xgrammar.GrammarCompiler | None = None
+
+    def processor(self, schema: dict[str, Any], prompt: int) -> Constrained:
+        """A logits processor for one answer behind `prompt` columns.
+
+        Raises:
+            ValueError: xgrammar is not installed, or it cannot carry out this schema.
+        """
+        text = json.dumps(schema)
+        if len(text) > LONGEST:
+            raise ValueError(f"response_format: a schema of {len(text):,} characters; use at most {LONGEST:,}")
+        compiler = self._compiler or self._made()
+        try:
+            # One blank at most between two parts: a small model would go on with empty lines to its limit.
+            compiled = compiler.compile_json_schema(text, max_whitespace_cnt=1)
+        except RuntimeError as error:
+            # Its own message begins with a time and a line of its source.
+            line = str(error).strip().rpartition("] ")[2].partition(": ")[2] or str(error)
+            raise ValueError(f"response_format: this schema cannot be carried out: {line}") from None
+        return Constrained(compiled, prompt)
+
+    def _made(self) -> xgrammar.GrammarCompiler:
+        try:
+            import xgrammar
+        except ImportError:
+            raise ValueError(
+                "response_format needs xgrammar on the server: pip install 'agentkv[structured]'"
+            ) from None
+        if not self._ends:
+            raise ValueError("response_format: the model names no token that ends an answer, so none could end")
+        told = xgrammar.TokenizerInfo.from_huggingface(
+            self._tokenizer, vocab_size=self._columns, stop_token_ids=self._ends
+        )
+        self._compiler = xgrammar.GrammarCompiler(told, max_threads=2, cache_limit_bytes=KEPT)
+        return self._compiler
+
+
+class Constrained(LogitsProcessor):
+    """Leaves only the tokens that a compiled schema allows next; for one answer, of one row.
+
+    Args:
+        prompt: columns before the answer.
+    """
+
+    def __init__(self, compiled: xgrammar.CompiledGrammar, prompt: int) -> None:
+        import xgrammar
+
+        self._library, self._matcher = xgrammar, xgrammar.GrammarMatcher(compiled)
+        self._allowed = xgrammar.allocate_token_bitmask(1, compiled.tokenizer_info.vocab_size)
+        self._seen = prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [1, vocabulary], -inf at what may not come.
+
+        Raises:
+            ValueError: no token of the model can go on.
+        """
+        for token in input_ids[0, self._seen :].tolist():
+            self._matcher.accept_token(token)
+        self._seen = input_ids.shape[1]
+        if self._matcher.is_terminated():
+            return scores
+        self._matcher.fill_next_token_bitmask(self._allowed, 0)
+        if not bool(self._allowed.any()):
+            raise ValueError("response_format: the model has no token with which this schema could go on")
+        # In place, so of a copy: the caller may report the scores as they were.
+        scores = scores.clone()
+        self._library.apply_token_bitmask_inplace(scores, self._allowed.to(scores.device))
+        return scores
