@@ -21,9 +21,21 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from agentkv.models import AGENTS, MINI, OWN_AGENT
-from textkv import Budget, resolve_method
+from textkv import resolve_method
 from textkv.capacity import ModelShape
-from textkv.command import count, lengths, names, natural, results_file, run, size, write_rows
+from textkv.command import (
+    budgets,
+    count,
+    lengths,
+    method,
+    names,
+    natural,
+    results_file,
+    run,
+    size,
+    some_text,
+    write_rows,
+)
 from textkv.crowd import Rates, Turns, order_of, play
 from textkv.models.loading import resolve
 from textkv.provenance import run_meta
@@ -34,13 +46,18 @@ TYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m agentkv.size", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini", help="mini, mini-text, smollm2, a folder with a config.json, or a hub id")
+    p.add_argument(
+        "--model",
+        type=some_text,
+        default="mini",
+        help="mini, mini-text, smollm2, a folder with a config.json, or a hub id",
+    )
     p.add_argument("--screenshots", type=natural, default=3, help="in the conversation (3)")
     p.add_argument("--screen", type=pixels, default="1280x720", help="of a screenshot, in pixels (1280x720)")
     p.add_argument("--text", type=natural, default=150, help="tokens of words with each screenshot (150)")
     p.add_argument("--system", type=natural, default=300, help="tokens of words before the first (300)")
-    p.add_argument("--method", default="gui-kv", help="of the caches (gui-kv)")
-    p.add_argument("--budget", type=names, default="0.1,0.2,0.4,1", help="shares, or numbers as 512t (0.1,0.2,0.4,1)")
+    p.add_argument("--method", type=method, default="gui-kv", help="of the caches (gui-kv)")
+    p.add_argument("--budget", type=budgets, default="0.1,0.2,0.4,1", help="shares, or numbers as 512t (0.1,0.2,0.4,1)")
     p.add_argument("--memory", type=sizes_of, default="24GB,80GB", help="of devices, weights included (24GB,80GB)")
     p.add_argument("--dtype", choices=TYPES, help="of weights and caches (default: the model's own)")
     p.add_argument("--crowd", type=lengths, help="play so many conversations through, as 10,100,1000,10000")
@@ -60,8 +77,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Counts, prints, writes."""
     if args.rates and not args.crowd:
         raise ValueError("--rates says how long --crowd would take; give both")
-    budgets = [str(Budget.parse(part)) for part in args.budget]
-    methods = [(args.method, budget) for budget in budgets if resolve_method(args.method, budget)]
+    methods = [(args.method, budget) for budget in args.budget if resolve_method(args.method, budget)]
     model = Model.read(args.model, args.screen if args.screenshots else None, args.dtype)
     seen = [args.system + step * (model.image_tokens + args.text) for step in range(args.screenshots + 1)]
     if model.shape.limit and seen[-1] > model.shape.limit:
@@ -108,11 +124,11 @@ def sizes(
     model: Model, methods: Sequence[tuple[str, str]], seen: Sequence[int], memories: Sequence[int], screenshots: int
 ) -> Iterator[dict[str, Any]]:
     """A row per budget and memory: bytes of a conversation, and how many the memory carries beside the weights."""
-    for method, budget in methods:
-        held = model.shape.kv_bytes(method, budget, seen[-1])
+    for name, budget in methods:
+        held = model.shape.kv_bytes(name, budget, seen[-1])
         for memory in memories:
             yield {
-                "method": method, "budget": budget, "screenshots": screenshots, "tokens_seen": seen[-1],
+                "method": name, "budget": budget, "screenshots": screenshots, "tokens_seen": seen[-1],
                 "kv_bytes": held, "kv_bytes_full": model.shape.full_bytes(seen[-1]), "memory": memory,
                 "conversations": max(0, memory - model.shape.weights) // held,
             }  # fmt: skip
@@ -123,13 +139,13 @@ def crowds(
 ) -> Iterator[dict[str, Any]]:
     """A row per budget, memory and number of conversations that are played through."""
     steps = list(seen[1:]) or list(seen)
-    for method, budget in methods:
-        turns = Turns(steps, [model.shape.kv_bytes(method, budget, n) for n in steps])
+    for name, budget in methods:
+        turns = Turns(steps, [model.shape.kv_bytes(name, budget, n) for n in steps])
         for memory in args.memory:
             for number in args.crowd:
                 room = max(0, memory - model.shape.weights)
                 played = play(turns, order_of(number, len(steps)), room, args.disk)
-                row = {"method": method, "budget": budget, "memory": memory} | played.row()
+                row = {"method": name, "budget": budget, "memory": memory} | played.row()
                 if args.rates:
                     per, full = (played.seconds(args.rates, args.answer, x) / played.steps for x in (False, True))
                     row |= {"seconds_step": per, "seconds_step_full": full}

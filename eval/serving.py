@@ -29,8 +29,8 @@ from typing import Any
 import torch
 
 from agentkv.serve import engine_of
-from textkv import Budget, Conversation, resolve_method
-from textkv.command import count, lengths, names, run, write_rows
+from textkv import Conversation, resolve_method
+from textkv.command import budget, count, lengths, methods, run, some_text, write_rows
 from textkv.crowd import Turns, order_of, play
 from textkv.mini import load_mini
 from textkv.provenance import run_meta
@@ -61,9 +61,9 @@ class Reply:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.serving", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="mini-text", help="mini-text, or a chat model as agentkv.serve takes it")
-    p.add_argument("--methods", type=names, default="full,snapkv", help="of the caches, comma-separated (full,snapkv)")
-    p.add_argument("--budget", default="0.4", help="share of the tokens to keep, or a number as 512t (0.4)")
+    p.add_argument("--model", type=some_text, default="mini-text", help="mini-text, or what agentkv.serve takes")
+    p.add_argument("--methods", type=methods(), default="full,snapkv", help="of the caches (full,snapkv)")
+    p.add_argument("--budget", type=budget, default="0.4", help="share of the tokens to keep, or 512t (0.4)")
     p.add_argument("--conversations", type=count, default=50, help="at a time (50)")
     p.add_argument("--steps", type=count, default=20, help="of each (20)")
     p.add_argument("--holds", type=count, default=10, help="conversations that the memory holds (10)")
@@ -83,7 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Measures, prints, writes."""
-    args.budget = str(Budget.parse(args.budget))
     if args.peer and args.model != "mini-text":
         raise ValueError(f"--peer compares the embedded text model, not {args.model}; use --model mini-text")
     for method in args.methods:

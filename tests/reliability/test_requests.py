@@ -53,6 +53,9 @@ WRONG: dict[str, list[tuple[str, str]]] = {
     "question": [*TEXTS, ("no word", "?!")],
     **dict.fromkeys(("check_task", "find"), [EMPTY, ("unknown name", "neither")]),
     "numbers_of": [*LISTS, ("zero", "0"), ("negative", "-1"), ("no number", "x"), ("huge", f"1..{HUGE}")],
+    "pixels": [*COUNTS, ("zero", "0x720"), ("one number", "1280")],
+    "sizes_of": [*NUMBERS, *LISTS, ("zero", "0B"), ("no unit", "512"), ("one of a list", "8GB,nan")],
+    "rates": [*COUNTS, *LISTS, ("too few", "4000,50"), ("zero", "0,50,1GB"), ("nan", "nan,50,1GB")],
     "device": [("unknown device", "toaster"), ("device that is not there", "cuda:77")],
     **dict.fromkeys(("readable", "_prompt"), [EMPTY, ("missing", "{nowhere}"), ("folder for a file", "{folder}")]),
     "readable_folder": [EMPTY, ("missing", "{nowhere}"), ("file for a folder", "{file}")],
@@ -100,6 +103,7 @@ def request(command: Command, option: argparse.Action, value: str, places: dict[
         return [f"{option.option_strings[-1]}={value}"]
     before = [x for x in command.options if not x.option_strings]
     right = {"readable_folder": places["folder"], "results_file": places["nowhere"]}
+    right |= {"output_file": places["nowhere"]}
     return [*(right[kind_of(x)] for x in before[: before.index(option)]), value]
 
 
