@@ -1,4 +1,4 @@
-"""ATLAS (arXiv 2504.01281, 2B): search where the model is unsure of a word that others rest on, for what it had in mind.
+"""ATLAS (arXiv 2504.01281): search where the model is unsure of a word that others rest on, for what it had in mind.
 
 `Atlas` is a policy for `textkv.rag.dynamic`: the trigger says when (`textkv.rag.trigger`), representation pooling what
 to ask (`textkv.rag.query`). The text is cut before the word that triggered. A word of several tokens is as sure as its
@@ -19,7 +19,8 @@ from textkv.rag.query import BETA, WORDS, pick, relevance
 from textkv.rag.trigger import Trigger
 from textkv.rag.words import Word, words_in
 
-QUANTILE = 0.95
+QUANTILE = 0.5
+"""Of the scores of unsure words: the gate has let the sure ones go already, and most answers have two or three."""
 _WRITE = "Write a short search query, in one line, from these words: {words}"
 
 
@@ -124,7 +125,7 @@ def _told(draft: Draft, stop: int) -> list[Word]:
 
 
 def calibrated(reader: DynamicReader, questions: Sequence[str], quantile: float = QUANTILE) -> float:
-    """Theta: a quantile of the scores of unsure words in answers to `questions`, without any search by the policy.
+    """Theta: a quantile of the scores of unsure words in answers to `questions`, weighed as in an empty memory.
 
     Args:
         reader: with an `Atlas` whose theta is infinite, so that it only takes notes.
@@ -137,4 +138,4 @@ def calibrated(reader: DynamicReader, questions: Sequence[str], quantile: float 
     scores = [score for question in questions for score in reader.ask(question).scores]
     if not scores:
         raise ValueError(f"no unsure word in {len(questions)} answers; give more questions, or a higher tau")
-    return float(np.quantile(scores, quantile))
+    return float(np.quantile(scores, quantile)) * reader.policy.trigger.weight(0)

@@ -50,6 +50,7 @@ class Draft:
     guarded: int
     logits: torch.Tensor
     sure: dict[int, float]
+    stop: str = ""
     scores: list[float] = field(default_factory=list)
     ended: bool = False
 
@@ -66,7 +67,9 @@ class Draft:
         """Writes one token more, the likeliest, or ends."""
         chances = self.logits.softmax(-1)
         token = int(chances.argmax())
-        if token in self.text.reader.ends or len(self.made) >= most:
+        tokenizer = self.text.reader.tokenizer
+        stopped = bool(self.stop) and self.stop in tokenizer.decode([token])
+        if token in self.text.reader.ends or stopped or len(self.made) >= most:
             self.ended = True
             return
         self.sure[len(self.text.ids)] = float(chances[token])
@@ -149,6 +152,8 @@ class DynamicReader:
         preamble: text before the passages, examples for instance; it is read once for all answers.
         asked: what is asked for, between passages and question.
         begun: the answer as the prompt begins it.
+        template: whether the prompt stands in the model's chat template, where it has one.
+        stop: text that ends an answer, e.g. a new line; "" = only the end token and the limit do.
     """
 
     def __init__(
@@ -160,13 +165,16 @@ class DynamicReader:
         preamble: str = "",
         asked: str = ASKED,
         begun: str = "",
+        template: bool = True,
+        stop: str = "",
     ) -> None:
-        self.reader, self.index, self.policy, self.limits = reader, index, policy, limits
-        whole = chat(reader.tokenizer, f"{_HERE}\n{asked}\nQuestion:{_THERE}") + begun
+        self.reader, self.index, self.policy, self.limits, self.stop = reader, index, policy, limits, stop
+        plain = f"{_HERE}\n{asked}\nQuestion:{_THERE}" if asked else f"{_HERE}Question:{_THERE}"
+        whole = (chat(reader.tokenizer, plain) if template else plain + "\n") + begun
         before, _, after = whole.partition(_HERE)
         self._asked, _, self._end = after.partition(_THERE)
         self._head = Watched.empty(reader)
-        self._head_tokens = self._ids(before + preamble, special=not reader.tokenizer.chat_template)
+        self._head_tokens = self._ids(before + preamble, special=not (template and reader.tokenizer.chat_template))
         if self._head_tokens:
             self._head.read(self._head_tokens, telling=False)
 
@@ -240,7 +248,7 @@ class DynamicReader:
         place = len(text.ids)
         guarded = place + self.limits.guard if kept or sure else place
         sure = {start + n: chance for n, chance in sure.items()}
-        return Draft(text, question, start, place, guarded, logits, sure)
+        return Draft(text, question, start, place, guarded, logits, sure, self.stop)
 
     def _search(self, base: Watched, query: str, known: list[Passage]) -> tuple[list[Passage], int]:
         """The passages known and those that are new for a query, which are read; (all of them, tokens read)."""

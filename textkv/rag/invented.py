@@ -14,7 +14,20 @@ import numpy as np
 from textkv.rag.documents import Chunk
 
 BUILDINGS = ("lighthouse", "library", "windmill", "theatre", "chapel", "observatory", "harbour", "castle")
-CRAFTS = ("honey", "glass", "paper", "cheese", "bells", "carpets", "clocks", "pottery", "lace", "violins", "salt", "tea")
+CRAFTS = (
+    "honey",
+    "glass",
+    "paper",
+    "cheese",
+    "bells",
+    "carpets",
+    "clocks",
+    "pottery",
+    "lace",
+    "violins",
+    "salt",
+    "tea",
+)
 _FIRST = ("Ar", "Bel", "Cor", "Dal", "El", "Fen", "Gar", "Hol", "Il", "Jor", "Kel", "Lum", "Mar", "Nor", "Or", "Per")
 _LAST = ("ban", "dis", "fa", "gor", "len", "mir", "na", "rik", "sa", "tam", "vel", "zo")
 

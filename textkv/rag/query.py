@@ -3,8 +3,8 @@
     relevance_j = beta * Att_j + (1 - beta) * Rep_j,  beta = 0.7
 
 Att_j is what token i gives to token j, averaged over heads and weighted over layers; Rep_j is the cosine of their
-pooled hidden states. Att is of the order of 1/n and Rep of 1, so that in a long context the sum as printed is Rep alone:
-both are brought to 0..1 first, unless the paper's own is asked for.
+pooled hidden states. Att is of the order of 1/n and Rep of 1, so that in a long context the sum as printed is Rep
+alone: both are brought to 0..1 first, unless the paper's own is asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BETA, WORDS = 0.7, 6
 
 
 def layer_weights(layers: int) -> torch.Tensor:
-    """psi_l for l = 1 .. L, fp32 [layers]: 0.2, 0.5 and 0.3 of a ramp in each third; 0 at the last layer, as printed."""
+    """psi_l for l = 1 .. L, fp32 [layers]: ramps to 0.2, 0.5 and from 0.3; 0 at the last layer, as printed."""
     number, third = torch.arange(1, layers + 1, dtype=torch.float32), layers / 3
     rising, middle = 0.2 * number / third, 0.5 * (number - third) / third
     falling = 0.3 * (layers - number) / third

@@ -110,4 +110,3 @@ def pool(states: torch.Tensor) -> torch.Tensor:
     hidden]. Four tenths of it are the last layer."""
     number = torch.arange(1, len(states) + 1, device=states.device)
     return torch.einsum("l,lth->th", (number / 2.0).softmax(0), states.float())
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
@@ -42,11 +43,12 @@ def words_in(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int 
     pieces = [piece.translate(_BLANKS) for piece in tokenizer.convert_ids_to_tokens(list(ids))]
     begins = [n for n, piece in enumerate(pieces) if n == 0 or _parted(pieces[n - 1], piece)]
     made = []
-    for first, last in zip(begins, [*begins[1:], len(pieces)], strict=True):
+    for first, last in pairwise([*begins, len(pieces)]):
         made.append(Word(start + first, start + last, tokenizer.decode(list(ids[first:last])).strip()))
     return made
 
 
 def _parted(before: str, piece: str) -> bool:
     """Whether a piece begins another word than the one before it."""
-    return not (before[-1:].isalnum() and piece[:1].isalnum())
+    # A blank of its own is the head of the word behind it.
+    return not (before.isspace() or (before[-1:].isalnum() and piece[:1].isalnum()))

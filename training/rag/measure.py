@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv.rag.rewards import Reward, exact_match, fidelity
-from training.rag.data import Task
+from training.rag.data import Task, said
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def measure(
     tasks: Sequence[Task],
     reward: Reward,
     most: int,
-    batch: int = 16,
+    batch: int = 32,
 ) -> Measured:
     """Answers of at most `most` tokens to all tasks, `batch` at a time, padded on the left."""
     answers: list[str] = []
@@ -47,10 +47,8 @@ def measure(
 
 
 @torch.no_grad()
-def _greedy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], most: int
-) -> list[str]:
-    given = tokenizer(list(prompts), padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], most: int) -> list[str]:
+    given = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt")
     given = given.to(model.device)
     was = model.training
     out = model.eval().generate(
@@ -58,4 +56,4 @@ def _greedy(
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model.train(was)
-    return [text.strip() for text in tokenizer.batch_decode(out[:, given.input_ids.shape[1] :], skip_special_tokens=True)]
+    return [said(text) for text in tokenizer.batch_decode(out[:, given.input_ids.shape[1] :], skip_special_tokens=True)]

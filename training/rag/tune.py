@@ -1,4 +1,4 @@
-"""Adapters trained by GRPO on rewards (PORAG, arXiv 2504.01281, 2A), or by plain supervised tuning, for so many seconds.
+"""Adapters trained by GRPO on rewards (PORAG, arXiv 2504.01281), or by plain supervised tuning, for so many seconds.
 
 trl trains, peft holds the adapters. What is the paper's own: the reward of `textkv.rag.rewards`, the deviation of a
 group floored at 0.1, and KL and clip as 100 : 0.1. Its reference policy is that of the start of the outer iteration;
@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from textkv.rag.rewards import Reward, RewardError, advantages, exact_match
-from training.rag.data import Task
+from training.rag.data import Task, said
 
 METHODS = ("porag", "supervised")
 LATEST = "latest"
@@ -48,12 +48,12 @@ class Tuning:
     """
 
     seconds: float = 600.0
-    rate: float = 3e-4
+    rate: float = 5e-4
     warmup: int = 3
     rank: int = 16
-    prompts: int = 2
+    prompts: int = 8
     group: int = 4
-    most: int = 12
+    most: int = 8
     temperature: float = 1.0
     save_steps: int = 10
     seed: int = 0
@@ -120,7 +120,7 @@ def grouped(reward: Reward, group: int) -> Callable[..., list[float]]:
         log_metric: Callable[[str, float], None],
         **rest: Any,
     ) -> list[float]:
-        answers = [text.strip() for text in completions]
+        answers = [said(text) for text in completions]
         rewards = reward(answers, reference, passages)
         matches = [exact_match(a, r) for a, r in zip(answers, reference, strict=True)]
         log_metric("plain_reward", sum(rewards) / len(rewards))
