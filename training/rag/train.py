@@ -28,7 +28,7 @@ from textkv.rag.rewards import Reward
 from training.rag.curve import draw
 from training.rag.data import HELD_OUT, KINDS, tasks
 from training.rag.measure import measure
-from training.rag.tune import METHODS, Tuning, tune
+from training.rag.tune import CPU_SECONDS, METHODS, Tuning, tune
 
 MODULE = "training.rag.train"
 BEFORE = "before"
@@ -101,7 +101,7 @@ class Study:
             folder = self.args.runs / f"seed-{seed}" / method
             model = tune(method, model, tokenizer, given, self.tunings[seed], self.reward, folder)
             history = _history(folder)
-            steps, used = history[-1]["step"], history[-1]["cpu_seconds"]
+            steps, used = history[-1]["step"], history[-1][CPU_SECONDS]
         held = tasks(self.kind, tokenizer, self.args.n, HELD_OUT, self.args.passages)
         found = measure(model, tokenizer, held, self.reward, self.args.most + 2)
         row = {"method": method, "steps": steps, "seconds": used} | found.row()
@@ -126,7 +126,7 @@ class Study:
 
 def _history(folder: Path) -> list[dict]:
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    return [entry for entry in state["log_history"] if "cpu_seconds" in entry]
+    return [entry for entry in state["log_history"] if CPU_SECONDS in entry]
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ from typing import Any
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -25,7 +24,7 @@ from textkv.rag.rewards import Reward, RewardError, advantages, exact_match
 from training.rag.data import Task, said
 
 METHODS = ("porag", "supervised")
-LATEST = "latest"
+LATEST, CPU_SECONDS = "latest", "cpu_seconds"
 _ENDLESS = 1_000_000  # steps; the clock ends a training
 _LAYERS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]  # as in the paper
 
@@ -73,7 +72,6 @@ class Tuning:
             "per_device_train_batch_size": self.prompts * self.group, "save_steps": self.save_steps,
             "save_total_limit": 2, "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "bf16": False,
             "gradient_checkpointing": False, "dataloader_pin_memory": False,
-            "restore_callback_states_from_checkpoint": True,
         }  # fmt: skip
 
     def adapters(self) -> LoraConfig:
@@ -81,15 +79,17 @@ class Tuning:
         return LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=_LAYERS, task_type="CAUSAL_LM")
 
 
-class Clock(TrainerCallback, ExportableState):
-    """Ends a training when its seconds of CPU time are used up; checkpoints carry what was used."""
+class Clock(TrainerCallback):
+    """Ends a training when its seconds of CPU time are used up. What was used stands in the log, which checkpoints
+    carry."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.used = seconds, 0.0
         self._since = time.process_time()
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Loading and compiling are not counted."""
+        """Loading is not counted; what an earlier start used is."""
+        self.used = max((entry.get(CPU_SECONDS, 0.0) for entry in state.log_history), default=0.0)
         self._since = time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -103,11 +103,7 @@ class Clock(TrainerCallback, ExportableState):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Writes the seconds beside the figures of a step."""
         if state.log_history:
-            state.log_history[-1]["cpu_seconds"] = self.used
-
-    def state(self) -> dict:
-        """For the checkpoint."""
-        return {"args": {"seconds": self.seconds}, "attributes": {"used": self.used}}
+            state.log_history[-1][CPU_SECONDS] = self.used
 
 
 def grouped(reward: Reward, group: int) -> Callable[..., list[float]]:
