@@ -42,7 +42,7 @@ from .textbench import MODEL_HELP
 
 METHODS = ("none", "single", "fixed", *(f"atlas-{mode}" for mode in MODES))
 EXAMPLES, CALIBRATION = 1_000_003, 1_000_007  # seeds of their worlds
-_EXAMPLES, _CALIBRATED = 4, 6
+_EXAMPLES, _CALIBRATED = 4, 4
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ behind the old ones, and only the question and the answer so far are read again,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -145,6 +144,43 @@ class Limits:
             )
 
 
+@dataclass
+class Desk:
+    """What lies before the question: passages, read once, and what was searched for.
+
+    Attributes:
+        text: head and passages on their cache.
+        read: tokens that were read for this answer, on any fork.
+    """
+
+    text: Watched
+    index: Index | None
+    each: int
+    read: int
+    passages: list[Passage] = field(default_factory=list)
+    queries: list[str] = field(default_factory=list)
+
+    def search(self, query: str) -> bool:
+        """Reads the passages of a query that do not lie here yet; whether there are any."""
+        self.queries.append(query)
+        if self.index is None or not words_of(query):
+            return False
+        have = {passage.chunk for passage in self.passages}
+        new = [passage for passage in self.index.search(query, self.each) if passage.chunk not in have]
+        before = len(self.text.ids)
+        for number, passage in enumerate(new, len(self.passages) + 1):
+            self.text.read(plain_ids(self.text.reader, f"[{number}]"), telling=False)
+            self.text.read(plain_ids(self.text.reader, f" {passage.chunk.text}\n"))
+        self.read += len(self.text.ids) - before
+        self.passages += new
+        return bool(new)
+
+
+def plain_ids(reader: Reader, text: str, special: bool = False) -> list[int]:
+    """Token ids of a piece of text; `special` adds what begins a text."""
+    return reader.tokenizer(text, add_special_tokens=special).input_ids
+
+
 class DynamicReader:
     """Answers with as many searches as a policy wants.
 
@@ -174,9 +210,10 @@ class DynamicReader:
         before, _, after = whole.partition(_HERE)
         self._asked, _, self._end = after.partition(_THERE)
         self._head = Watched.empty(reader)
-        self._head_tokens = self._ids(before + preamble, special=not (template and reader.tokenizer.chat_template))
-        if self._head_tokens:
-            self._head.read(self._head_tokens, telling=False)
+        # A template writes the special tokens itself.
+        head = plain_ids(reader, before + preamble, special=not (template and reader.tokenizer.chat_template))
+        if head:
+            self._head.read(head, telling=False)
 
     def ask(self, question: str) -> Answer:
         """An answer of greedy tokens.
@@ -186,83 +223,52 @@ class DynamicReader:
         """
         if not words_of(question):
             raise ValueError(f"query {question!r} has no word; ask with at least one")
-        base, passages, queries = self._head.fork(), [], []
-        prefill = len(self._head_tokens)
-        searching = self.index is not None
-        if searching and self.limits.first:
-            queries.append(question)
-            passages, read = self._search(base, question, passages)
-            prefill += read
-            if not passages:
-                raise ValueError(
-                    f"nothing in the index shares a word with {question!r}; ask otherwise, or index with vectors"
-                )
-        draft = self._begin(base, question, [], {})
-        prefill, tokens, scores = prefill + draft.start - len(base.ids), 0, []
+        desk = Desk(self._head.fork(), self.index, self.limits.passages, len(self._head.ids))
+        if self.index is not None and self.limits.first and not desk.search(question):
+            raise ValueError(
+                f"nothing in the index shares a word with {question!r}; ask otherwise, or index with vectors"
+            )
+        draft = self._begin(desk, question)
+        tokens, scores = 0, []
         while True:
             before = len(draft.text.ids)
-            finding = self._write(draft, searching and len(queries) < self.limits.searches)
+            finding = self._write(draft, len(desk.queries))
             tokens += len(draft.text.ids) - before
             if finding is None:
                 break
-            queries.append(finding.query)
-            more, read = self._search(base, finding.query, passages)
-            # What was found is known already: the draft stands, and is not looked at twice.
-            if len(more) == len(passages):
-                continue
-            passages, prefill = more, prefill + read
-            scores += draft.scores
-            kept = draft.text.ids[draft.start : finding.cut]
-            sure = [draft.sure[draft.start + n] for n in range(len(kept))]
-            draft = self._begin(base, question, kept, dict(enumerate(sure)))
-            prefill += len(draft.text.ids) - len(base.ids)
+            # Where nothing new is found the draft stands, and goes on.
+            if desk.search(finding.query):
+                scores += draft.scores
+                draft = self._begin(desk, question, draft, finding.cut)
         text = self.reader.tokenizer.decode(draft.made, skip_special_tokens=True).strip()
-        found = tuple(passages)
         return Answer(
-            text, found, cited_in(text, len(found)), prefill, tokens, tuple(queries), tuple(scores + draft.scores)
-        )
+            text, tuple(desk.passages), cited_in(text, len(desk.passages)), desk.read, tokens, tuple(desk.queries),
+            tuple(scores + draft.scores),
+        )  # fmt: skip
 
-    def _write(self, draft: Draft, searching: bool) -> Finding | None:
+    def _write(self, draft: Draft, searches: int) -> Finding | None:
         """Writes until the policy finds something or the answer is complete."""
-        policy = self.policy if searching else Never()
+        policy = self.policy if self.index is not None and searches < self.limits.searches else Never()
         while not draft.ended:
             draft.step(self.limits.most)
-            whole = draft.ended
-            if whole or len(draft.text.ids) - draft.settled >= policy.span:
-                finding = policy.look(draft, whole)
+            if draft.ended or len(draft.text.ids) - draft.settled >= policy.span:
+                finding = policy.look(draft, draft.ended)
                 if finding is not None:
                     return finding
         return None
 
-    def _begin(self, base: Watched, question: str, kept: Sequence[int], sure: dict[int, float]) -> Draft:
-        """Reads the question and what is kept of an answer, on a fork of what stands before them."""
-        text = base.fork()
-        text.read(self._ids(self._asked), telling=False)
-        text.read(self._ids(f" {question}"))
-        logits = text.read(self._ids(self._end), telling=False) if self._end else None
-        start = len(text.ids)
-        if kept:
-            logits = text.read(list(kept))
-        if logits is None:
-            raise ValueError("the chat template puts nothing between a question and its answer; give begun='Answer:'")
+    def _begin(self, desk: Desk, question: str, before: Draft | None = None, cut: int = 0) -> Draft:
+        """Reads the question, and what an earlier draft wrote before place `cut`, on a fork of what lies before."""
+        text = desk.text.fork()
+        text.read(plain_ids(self.reader, self._asked), telling=False)
+        text.read(plain_ids(self.reader, f" {question}"))
+        logits = text.read(plain_ids(self.reader, self._end), telling=False)
+        start, sure = len(text.ids), {}
+        if before is not None and cut > before.start:
+            kept = before.text.ids[before.start : cut]
+            logits = text.read(kept)
+            sure = {start + n: before.sure[before.start + n] for n in range(len(kept))}
         place = len(text.ids)
-        guarded = place + self.limits.guard if kept or sure else place
-        sure = {start + n: chance for n, chance in sure.items()}
+        desk.read += place - len(desk.text.ids)
+        guarded = place if before is None else place + self.limits.guard
         return Draft(text, question, start, place, guarded, logits, sure, self.stop)
-
-    def _search(self, base: Watched, query: str, known: list[Passage]) -> tuple[list[Passage], int]:
-        """The passages known and those that are new for a query, which are read; (all of them, tokens read)."""
-        if not words_of(query):
-            return known, 0
-        have = {passage.chunk for passage in known}
-        new = [p for p in self.index.search(query, self.limits.passages) if p.chunk not in have]
-        read = 0
-        for number, passage in enumerate(new, len(known) + 1):
-            sign, line = self._ids(f"[{number}]"), self._ids(f" {passage.chunk.text}\n")
-            base.read(sign, telling=False)
-            base.read(line)
-            read += len(sign) + len(line)
-        return known + new, read
-
-    def _ids(self, text: str, special: bool = False) -> list[int]:
-        return self.reader.tokenizer(text, add_special_tokens=special).input_ids

@@ -1,8 +1,8 @@
 """More computation for one question: the well-defined decoders of arXiv 2504.01281, appendix D, over a forked prefix.
 
 Self-consistency and best-of-n take answers that were drawn already (`textkv.rag.sampling`). Here: CoT decoding, the
-model's own rating for best-of-n, reading twice (RE2), and a mixture of candidates, critique and synthesis (MoA). What is
-left out needs code that is run (RTO) or is a search whose rules the paper leaves open (MCTS, R*, PlanSearch).
+model's own rating for best-of-n, reading twice (RE2), and a mixture of candidates, critique and synthesis (MoA). What
+is left out needs code that is run (RTO) or is a search whose rules the paper leaves open (MCTS, R*, PlanSearch).
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ def test_a_fork_goes_on_as_a_new_prefill_would(index, policy):
     drafts = []
     begin = made._begin
 
-    def noted(base, question, kept, sure):
-        draft = begin(base, question, kept, sure)
+    def noted(*given):
+        draft = begin(*given)
         drafts.append((list(draft.text.ids), draft.logits))
         return draft
 
