@@ -60,11 +60,12 @@ def right(said: str, answer: str) -> float:
 
 
 def examples(first: int = EXAMPLES) -> str:
-    """Answered questions of two facts each, from a world of their own, in the form of the questions to come."""
+    """Answered questions of two facts each, from a world of their own, in the form of the questions to come. Two have
+    the first passage only: an answer goes on although the passages end."""
     shown = []
     for number, story in enumerate(World.drawn(first).stories[:_EXAMPLES]):
         question = list(story.double())[number % 2]
-        lines = [f"[{n}] {fact}" for n, fact in enumerate(question.steps, 1)]
+        lines = [f"[{n}] {fact}" for n, fact in enumerate(question.steps[: 1 + number // 2], 1)]
         lines += [
             f"Question: {question.text}",
             f"Answer: {' '.join(question.steps)} So the answer is {question.answer}.",
@@ -126,7 +127,7 @@ class Bench:
         if name == "fixed":
             return self.with_policy(Interval(self.args.interval)), {"interval": self.args.interval}
         mode = name.partition("-")[2]
-        theta = self.theta(mode)
+        theta = self.theta(mode) if self.args.theta is None else self.args.theta
         return self.with_policy(Atlas(Trigger(mode=mode, theta=theta), draft=self.args.interval)), {"theta": theta}
 
 
@@ -222,7 +223,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--searches", type=count, default=5, help="in one answer, at most")
     p.add_argument("--interval", type=count, default=8, help="tokens between two searches of `fixed`, and of a draft")
     p.add_argument("--quantile", type=fraction, default=QUANTILE, help="of the scores of unsure words, for theta")
-    p.add_argument("--tokens", type=count, default=40, help="of an answer, at most")
+    p.add_argument("--theta", type=float, help="of both readings, instead of the quantile")
+    p.add_argument("--tokens", type=count, default=48, help="of an answer, at most")
     add_outputs(p, when=", after every answer", default="runs/rag.json")
     return p
 

@@ -112,7 +112,8 @@ class Interval:
         """The tokens since the last look, as a query."""
         said = draft.text.reader.tokenizer.decode(draft.text.ids[draft.settled :])
         draft.settled = len(draft.text.ids)
-        return None if final else Finding(draft.settled, said)
+        query = said if words_of(said) else draft.question
+        return None if final else Finding(draft.settled, query)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +162,14 @@ class Desk:
     queries: list[str] = field(default_factory=list)
 
     def search(self, query: str) -> bool:
-        """Reads the passages of a query that do not lie here yet; whether there are any."""
+        """Reads the best passages of a query that do not lie here yet; whether there are any."""
         self.queries.append(query)
         if self.index is None or not words_of(query):
             return False
         have = {passage.chunk for passage in self.passages}
-        new = [passage for passage in self.index.search(query, self.each) if passage.chunk not in have]
+        # The second fact of a chain is often the next best after the first, which is known.
+        found = self.index.search(query, self.each + len(have))
+        new = [passage for passage in found if passage.chunk not in have][: self.each]
         before = len(self.text.ids)
         for number, passage in enumerate(new, len(self.passages) + 1):
             self.text.read(plain_ids(self.text.reader, f"[{number}]"), telling=False)

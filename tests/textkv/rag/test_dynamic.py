@@ -9,9 +9,10 @@ from textkv.models.loading import load
 from textkv.rag import Index, Reader
 from textkv.rag.atlas import Atlas, calibrated
 from textkv.rag.commands import main
-from textkv.rag.dynamic import DynamicReader, Interval, Limits, Never
+from textkv.rag.dynamic import Desk, DynamicReader, Interval, Limits, Never
 from textkv.rag.invented import World
 from textkv.rag.trigger import MODES, Trigger
+from textkv.rag.watched import Watched
 
 WORLD = World.drawn(3, stories=4)
 QUESTION = WORLD.questions(2)[0].text
@@ -65,6 +66,14 @@ def test_a_fork_goes_on_as_a_new_prefill_would(index, policy):
         with torch.no_grad():
             fresh = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
         assert torch.allclose(logits, fresh, atol=1e-3)
+
+
+def test_a_search_brings_what_does_not_lie_there_yet(index):
+    desk = Desk(Watched.empty(Reader(*load("mini"))), index, 1, 0)
+    assert desk.search(QUESTION) and desk.search(QUESTION) and not desk.search("?!")
+    first, second = index.search(QUESTION, 2)
+    assert desk.passages == [first, second] and desk.queries == [QUESTION, QUESTION, "?!"]
+    assert desk.read == len(desk.text.ids) == len(desk.text.pooled)
 
 
 def test_an_interval_searches_after_so_many_tokens(index):
