@@ -1,6 +1,6 @@
 """Train a model to answer from passages, by rewards and, with the same compute, by plain supervised tuning.
 
-    python -m training.rag.train --model mini --seeds 0,1,2 --seconds 240 --json docs/porag.json --plot docs/porag.png
+    python -m training.rag.train --seeds 0,1,2 --seconds 50 --group 8 --json docs/porag.json --plot docs/porag.png
 
 Every seed is measured before, after GRPO on the rewards (`porag`), and after supervised tuning of as many seconds of
 CPU time (`supervised`), on the same held-out tasks. The same command goes on from the last checkpoint in `--runs`, and
