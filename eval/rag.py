@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from textkv import models
-from textkv.command import count, fraction, readable, run, seed, write_rows
+from textkv.command import count, finite, fraction, readable, run, seed, some_text, write_rows
 from textkv.intervals import wilson
 from textkv.provenance import run_meta
 from textkv.rag import Index, Reader, read_folder
@@ -209,21 +209,23 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.rag", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default="smollm2", help=MODEL_HELP)
+    p.add_argument("--model", type=some_text, default="smollm2", help=MODEL_HELP)
     add_choice(p, "methods", METHODS)
     p.add_argument("--documents", help="a folder of .txt and .md files of your own, with --questions")
     p.add_argument("--questions", type=readable, help="lines of JSON with a question and its answer")
     p.add_argument("--n", type=count, default=24, help="questions of the invented world")
     p.add_argument("--stories", type=count, default=16, help="chains of three facts in it")
     p.add_argument("--seed", type=seed, default=0, help="of the invented world")
-    p.add_argument("--embedder", default="bm25", help="bm25, minilm, a folder, a hub id, or module:Class")
+    p.add_argument(
+        "--embedder", type=some_text, default="bm25", help="bm25, minilm, a folder, a hub id, or module:Class"
+    )
     p.add_argument("--cache", default="full", help="method of the cache, e.g. 'critic'")
     p.add_argument("--budget", type=fraction, help="share of the tokens that the cache keeps")
     p.add_argument("--passages", type=count, default=1, help="of one search")
     p.add_argument("--searches", type=count, default=5, help="in one answer, at most")
     p.add_argument("--interval", type=count, default=8, help="tokens between two searches of `fixed`, and of a draft")
     p.add_argument("--quantile", type=fraction, default=QUANTILE, help="of the scores of unsure words, for theta")
-    p.add_argument("--theta", type=float, help="of both readings, instead of the quantile")
+    p.add_argument("--theta", type=finite, help="of both readings, instead of the quantile")
     p.add_argument("--tokens", type=count, default=48, help="of an answer, at most")
     add_outputs(p, when=", after every answer", default="runs/rag.json")
     return p

@@ -14,7 +14,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from textkv.command import budget, checked, count, method, output_folder, readable_folder, run, some_text
+from textkv.command import budget, checked, count, finite, method, output_folder, readable_folder, run, some_text
 from textkv.models.loading import load
 from textkv.rag.answer import Answer, Reader
 from textkv.rag.atlas import Atlas
@@ -54,12 +54,14 @@ def parser() -> argparse.ArgumentParser:
     ask.add_argument("--index", type=readable_folder, required=True, help="folder of the index")
     ask.add_argument("--embedder", type=some_text, help="refuse an index that another one built")
     ask.add_argument("--model", type=some_text, default="smollm2", help="smollm2, mini, a folder, or a hub id")
-    ask.add_argument("--cache", type=cache, default=("full", None), help="method of the cache, e.g. critic(0.5)")
+    ask.add_argument(
+        "--cache", type=checked(cache), default=("full", None), help="method of the cache, e.g. critic(0.5)"
+    )
     ask.add_argument("--budget", type=budget, help="share of the tokens that the cache keeps, e.g. 0.5")
     ask.add_argument("--passages", type=count, default=3, help="of one search")
     ask.add_argument("--tokens", type=count, default=48, help="of the answer, at most")
     ask.add_argument("--atlas", choices=("off", *MODES), default="off", help="search again where the model is unsure")
-    ask.add_argument("--theta", type=float, help="least score of a word that triggers a search (default by --atlas)")
+    ask.add_argument("--theta", type=finite, help="least score of a word that triggers a search (default by --atlas)")
     ask.add_argument("--searches", type=count, default=5, help="of one answer, at most, with --atlas")
     commands.add_parser("train", add_help=False, help=f"answers from passages, by rewards: python -m {TRAINING}")
     return p

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from textkv.command import count, names, naturals, results_file, run, seconds, write_rows, write_text
+from textkv.command import count, names, naturals, positive, results_file, run, seconds, write_rows, write_text
 from textkv.models.loading import MINI, load
 from textkv.provenance import run_meta
 from textkv.rag.embedders import load_embedder
@@ -48,12 +48,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--n", type=count, default=200, help="held-out tasks")
     p.add_argument("--passages", type=count, default=3, help="in a prompt")
     p.add_argument("--embedder", help="adds the cosine to the quality of an answer, e.g. minilm")
-    p.add_argument("--rate", type=float, default=Tuning.rate, help="learning rate")
+    p.add_argument("--rate", type=positive, default=Tuning.rate, help="learning rate")
     p.add_argument("--rank", type=count, default=Tuning.rank, help="of the adapters")
     p.add_argument("--prompts", type=count, default=Tuning.prompts, help="of a step")
     p.add_argument("--group", type=count, default=Tuning.group, help="answers to each of them")
     p.add_argument("--most", type=count, default=Tuning.most, help="tokens of an answer")
-    p.add_argument("--temperature", type=float, default=Tuning.temperature, help="answers are drawn at")
+    p.add_argument("--temperature", type=positive, default=Tuning.temperature, help="answers are drawn at")
     p.add_argument("--json", type=results_file(MODULE), help="write the rows here, after every training")
     p.add_argument("--plot", type=results_file(MODULE), help="write the curve here, as PNG")
     return p
