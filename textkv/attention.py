@@ -45,9 +45,10 @@ def attention(
         ValueError: an argument that changes the scores in a way that the cache does not know.
     """
     rotary, hidden, ids, seen = (kwargs.pop(name, None) for name in (probes.ROTARY, probes.HIDDEN, probes.IDS, CAPTURE))
+    if seen is not None:
+        new = key.k if isinstance(key, View) else key
+        seen[module.layer_idx] = new.detach(), query.detach()
     if not isinstance(key, View):
-        if seen is not None:
-            seen[module.layer_idx] = key.detach(), query.detach()
         # Looked up at every call: another library may wrap the registry's functions after us.
         function = _eager(module) if before == "eager" else ALL_ATTENTION_FUNCTIONS[before]
         return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -65,7 +66,7 @@ def attention(
 
 
 CAPTURE = "textkv_capture"
-"""Name of a dictionary that a plain call may pass down: it gets each layer's keys and queries, by its number."""
+"""Name of a dictionary that a call may pass down: it gets each layer's new keys and queries, by its number."""
 
 
 def mask(attention_mask: torch.Tensor | None = None, *, before: str, **kwargs: Any) -> Any:

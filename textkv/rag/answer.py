@@ -21,7 +21,9 @@ class Answer:
         text: the answer.
         passages: what stood in the prompt; the n-th is cited as [n].
         cited: numbers of passages that the answer itself names, from 1, ascending.
-        prefill_tokens, tokens: read as a prompt, and generated.
+        prefill_tokens, tokens: read as a prompt, and generated, what was dropped again included.
+        queries: what was searched for, in this order.
+        scores: what a policy noted of words that it looked at (see `textkv.rag.atlas`).
     """
 
     text: str
@@ -29,13 +31,31 @@ class Answer:
     cited: tuple[int, ...]
     prefill_tokens: int
     tokens: int
+    queries: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
 
 
-def prompt_of(question: str, passages: Sequence[Passage]) -> str:
-    """Numbered passages, then the question."""
+ASKED = "Answer the question in one short sentence from the passages, and name the passage as [n]."
+
+
+def prompt_of(question: str, passages: Sequence[Passage], asked: str = ASKED) -> str:
+    """Numbered passages, what is asked for, then the question."""
     lines = [f"[{number}] {passage.chunk.text}" for number, passage in enumerate(passages, 1)]
-    asked = "Answer the question in one short sentence from the passages, and name the passage as [n]."
     return "\n".join([*lines, "", asked, f"Question: {question}"])
+
+
+def chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A prompt as the model reads it: in its chat template where it has one."""
+    if not tokenizer.chat_template:
+        return prompt + "\nAnswer:"
+    turns = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+
+def cited_in(text: str, passages: int) -> tuple[int, ...]:
+    """Numbers [n] in a text that are those of passages, from 1, ascending."""
+    named = {int(number) for number in re.findall(r"\[(\d{1,4})\]", text)}
+    return tuple(sorted(number for number in named if 1 <= number <= passages))
 
 
 class Reader:
@@ -72,9 +92,7 @@ class Reader:
         ids = self.encode(prompt_of(question, passages))
         made = self.decode(self.empty(), ids, most)
         text = self.tokenizer.decode(made, skip_special_tokens=True).strip()
-        named = {int(number) for number in re.findall(r"\[(\d{1,4})\]", text)}
-        cited = tuple(sorted(number for number in named if 1 <= number <= len(passages)))
-        return Answer(text, passages, cited, ids.shape[1], len(made))
+        return Answer(text, passages, cited_in(text, len(passages)), ids.shape[1], len(made), (question,))
 
     def empty(self) -> MethodCache:
         """A new cache of the method."""
@@ -82,12 +100,9 @@ class Reader:
 
     def encode(self, prompt: str) -> torch.Tensor:
         """int64 [1, tokens], in the model's chat template where it has one."""
-        if self.tokenizer.chat_template:
-            turns = [{"role": "user", "content": prompt}]
-            text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-            ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-        else:
-            ids = self.tokenizer(prompt + "\nAnswer:", return_tensors="pt").input_ids
+        # A template writes the special tokens itself.
+        own = not self.tokenizer.chat_template
+        ids = self.tokenizer(chat(self.tokenizer, prompt), add_special_tokens=own, return_tensors="pt").input_ids
         return ids.to(self.model.device)
 
     @torch.inference_mode()

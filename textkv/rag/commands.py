@@ -1,15 +1,32 @@
-"""`python -m textkv.rag index DIR --out INDEX` and `python -m textkv.rag ask "question" --index INDEX`."""
+"""`python -m textkv.rag`: index a folder of texts, ask it, or train a model to answer from passages.
+
+python -m textkv.rag index DIR --out INDEX
+python -m textkv.rag ask "question" --index INDEX --atlas outgoing --cache "critic(0.5)"
+python -m textkv.rag train --model mini     # at the root of a checkout
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import re
+import runpy
+import sys
 from collections.abc import Sequence
 
-from textkv.command import budget, checked, count, method, output_folder, readable_folder, run, some_text
+from textkv.command import budget, checked, count, finite, method, output_folder, readable_folder, run, some_text
 from textkv.models.loading import load
-from textkv.rag.answer import Reader
+from textkv.rag.answer import Answer, Reader
+from textkv.rag.atlas import Atlas
 from textkv.rag.documents import read_folder
+from textkv.rag.dynamic import DynamicReader, Limits
 from textkv.rag.index import Index, is_index, words_of
+from textkv.rag.trigger import MODES, Trigger
+
+TRAINING = "training.rag.train"
+THETA = {"received": 0.16, "outgoing": 2.1}
+"""Of `ask`: the median score of SmolLM2's unsure words in four two-hop answers; `python -m eval.rag` measures its
+own."""
 
 
 def question(text: str) -> str:
@@ -21,7 +38,7 @@ def question(text: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(prog="python -m textkv.rag", description=__doc__)
+    p = argparse.ArgumentParser(prog="python -m textkv.rag", description=__doc__.split("\n\n")[0])
     commands = p.add_subparsers(required=True, dest="command", metavar="command")
     build = commands.add_parser("index", help="make an index of a folder of .txt and .md files")
     build.add_argument("folder", type=readable_folder, help="of documents")
@@ -37,11 +54,23 @@ def parser() -> argparse.ArgumentParser:
     ask.add_argument("--index", type=readable_folder, required=True, help="folder of the index")
     ask.add_argument("--embedder", type=some_text, help="refuse an index that another one built")
     ask.add_argument("--model", type=some_text, default="smollm2", help="smollm2, mini, a folder, or a hub id")
-    ask.add_argument("--cache", type=method, default="full", help="method of the cache, e.g. critic")
+    ask.add_argument(
+        "--cache", type=checked(cache), default=("full", None), help="method of the cache, e.g. critic(0.5)"
+    )
     ask.add_argument("--budget", type=budget, help="share of the tokens that the cache keeps, e.g. 0.5")
-    ask.add_argument("--passages", type=count, default=3)
+    ask.add_argument("--passages", type=count, default=3, help="of one search")
     ask.add_argument("--tokens", type=count, default=48, help="of the answer, at most")
+    ask.add_argument("--atlas", choices=("off", *MODES), default="off", help="search again where the model is unsure")
+    ask.add_argument("--theta", type=finite, help="least score of a word that triggers a search (default by --atlas)")
+    ask.add_argument("--searches", type=count, default=5, help="of one answer, at most, with --atlas")
+    commands.add_parser("train", add_help=False, help=f"answers from passages, by rewards: python -m {TRAINING}")
     return p
+
+
+def cache(text: str) -> tuple[str, float | None]:
+    """A method and the share in brackets behind it, which is its budget: critic(0.5)."""
+    found = re.fullmatch(r"([\w-]+)\((0?\.\d+|1\.0*)\)", text)
+    return (method(found[1]), float(found[2])) if found else (method(text), None)
 
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:
@@ -52,15 +81,39 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
         print(f"{args.out}: {len(index.chunks)} chunks, embedder {index.embedder}")
         return
     index = Index.load(args.index, args.embedder)
-    reader = Reader(*load(args.model), cache=args.cache, budget=args.budget)
-    answer = reader.ask(args.question, index, args.passages, args.tokens)
+    name, share = args.cache
+    reader = Reader(*load(args.model), cache=name, budget=share if args.budget is None else args.budget)
+    answer = answered(reader, index, args)
     print(answer.text)
+    for number, query in enumerate(answer.queries, 1):
+        print(f"search {number}: {query}")
     for number, passage in enumerate(answer.passages, 1):
         mark = "cited" if number in answer.cited else "read"
         print(f"[{number}] {mark} {passage.chunk.source} at {passage.chunk.start} ({passage.score:.3f})")
-    print(f"prefill {answer.prefill_tokens} tokens, answer {answer.tokens} tokens, cache {args.cache}")
+    print(f"prefill {answer.prefill_tokens} tokens, answer {answer.tokens} tokens, cache {name}")
+
+
+def answered(reader: Reader, index: Index, args: argparse.Namespace) -> Answer:
+    """One search, or as many as ATLAS wants."""
+    if args.atlas == "off":
+        return reader.ask(args.question, index, args.passages, args.tokens)
+    trigger = Trigger(mode=args.atlas, theta=THETA[args.atlas] if args.theta is None else args.theta)
+    limits = Limits(passages=args.passages, most=args.tokens, searches=args.searches)
+    return DynamicReader(reader, index, Atlas(trigger), limits).ask(args.question)
+
+
+def train(argv: Sequence[str]) -> None:
+    """Hand over to the trainer of a checkout: trainers are no part of the installed package, which must not know
+    them."""
+    if importlib.util.find_spec("training") is None:
+        raise ValueError(f"the trainer is in the repository only; run `python -m {TRAINING}` at the root of a checkout")
+    sys.argv = [TRAINING, *argv]
+    runpy.run_module(TRAINING, run_name="__main__")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 done, 2 and one line for a request that cannot be carried out."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["train"]:  # its options are the trainer's own
+        return run("textkv.rag", argparse.ArgumentParser(), lambda args, rest: train(argv[1:]), [])
     return run("textkv.rag", parser(), work, argv)

@@ -48,6 +48,32 @@ class Prefix:
             logits = self._next(torch.tensor([[token]], device=self._reader.model.device), cache)
         return self._reader.tokenizer.decode(made, skip_special_tokens=True).strip()
 
+    def branches(self, k: int = 10, most: int = 48) -> list[tuple[str, float]]:
+        """The answers that begin with each of the k likeliest first tokens and go on greedily, likeliest first, and how
+        sure each is: the mean over its tokens of the likeliest token's probability less the second's.
+
+        Raises:
+            ValueError: k below 1.
+        """
+        if k < 1:
+            raise ValueError(f"k={k}: at least 1 branch must be followed")
+        return [self._branch(first, most) for first in self._logits.topk(min(k, len(self._logits))).indices.tolist()]
+
+    def _branch(self, token: int, most: int) -> tuple[str, float]:
+        cache, logits, made, margins = self._cache.fork(), self._logits, [], []
+        while True:
+            best, second = logits.softmax(-1).topk(2).values.tolist()
+            margins.append(best - second)
+            if token in self._reader.ends:
+                break
+            made.append(token)
+            if len(made) >= most:
+                break
+            logits = self._next(torch.tensor([[token]], device=self._reader.model.device), cache)
+            token = int(logits.argmax())
+        text = self._reader.tokenizer.decode(made, skip_special_tokens=True).strip()
+        return text, sum(margins) / len(margins)
+
     @torch.inference_mode()
     def _next(self, ids: torch.Tensor, cache: MethodCache) -> torch.Tensor:
         return self._reader.model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1].float().cpu()
