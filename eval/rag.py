@@ -26,7 +26,18 @@ from rich.console import Console
 from rich.table import Table
 
 from textkv import models
-from textkv.command import count, finite, fraction, readable, run, seed, some_text, write_rows
+from textkv.command import (
+    count,
+    finite,
+    fraction,
+    method,
+    readable,
+    readable_folder,
+    run,
+    seed,
+    some_text,
+    write_rows,
+)
 from textkv.intervals import wilson
 from textkv.provenance import run_meta
 from textkv.rag import Index, Reader, read_folder
@@ -211,7 +222,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m eval.rag", description=__doc__.split("\n\n")[0])
     p.add_argument("--model", type=some_text, default="smollm2", help=MODEL_HELP)
     add_choice(p, "methods", METHODS)
-    p.add_argument("--documents", help="a folder of .txt and .md files of your own, with --questions")
+    p.add_argument("--documents", type=readable_folder, help="a folder of .txt and .md files, with --questions")
     p.add_argument("--questions", type=readable, help="lines of JSON with a question and its answer")
     p.add_argument("--n", type=count, default=24, help="questions of the invented world")
     p.add_argument("--stories", type=count, default=16, help="chains of three facts in it")
@@ -219,7 +230,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--embedder", type=some_text, default="bm25", help="bm25, minilm, a folder, a hub id, or module:Class"
     )
-    p.add_argument("--cache", default="full", help="method of the cache, e.g. 'critic'")
+    p.add_argument("--cache", type=method, default="full", help="method of the cache, e.g. 'critic'")
     p.add_argument("--budget", type=fraction, help="share of the tokens that the cache keeps")
     p.add_argument("--passages", type=count, default=1, help="of one search")
     p.add_argument("--searches", type=count, default=5, help="in one answer, at most")

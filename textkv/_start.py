@@ -16,7 +16,7 @@ EXTRAS = {
     "miniwob": "miniwob", "triton": "kernels", "matplotlib": "eval", "optimum": "quantized", "hqq": "quantized",
     "gguf": "models", "accelerate": "models", "faiss": "retrieval", "bm25s": "rag", "lm_eval": "harness",
     "sklearn": "conversations", "fastapi": "serve", "uvicorn": "serve", "prometheus_client": "serve",
-    "diffusers": "pipeline", "xgrammar": "structured",
+    "diffusers": "pipeline", "xgrammar": "structured", "trl": "porag", "peft": "porag", "datasets": "porag",
 }  # fmt: skip
 """The extra that brings a package, by the name that it is imported by."""
 

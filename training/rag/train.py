@@ -20,7 +20,19 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from textkv.command import count, names, naturals, positive, results_file, run, seconds, write_rows, write_text
+from textkv.command import (
+    choices,
+    count,
+    naturals,
+    output_folder,
+    positive,
+    results_file,
+    run,
+    seconds,
+    some_text,
+    write_rows,
+    write_text,
+)
 from textkv.models.loading import MINI, load
 from textkv.provenance import run_meta
 from textkv.rag.embedders import load_embedder
@@ -39,15 +51,15 @@ _RESAMPLES = 10_000
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", default=MINI, help="mini, smollm2, a folder, or a hub id")
+    p.add_argument("--model", type=some_text, default=MINI, help="mini, smollm2, a folder, or a hub id")
     p.add_argument("--tasks", choices=KINDS, help="default: recall for mini, invented for others")
-    p.add_argument("--methods", type=names, default=",".join(METHODS), help="comma-separated")
+    p.add_argument("--methods", type=choices(*METHODS), default=",".join(METHODS), help="comma-separated")
     p.add_argument("--seeds", type=naturals, default="0,1,2")
     p.add_argument("--seconds", type=seconds, default="240", help="of CPU time, of each training")
-    p.add_argument("--runs", type=Path, default=Path("runs/porag"), help="folder of checkpoints and figures")
+    p.add_argument("--runs", type=output_folder(_is_runs, MODULE), default="runs/porag", help="folder of checkpoints")
     p.add_argument("--n", type=count, default=200, help="held-out tasks")
     p.add_argument("--passages", type=count, default=3, help="in a prompt")
-    p.add_argument("--embedder", help="adds the cosine to the quality of an answer, e.g. minilm")
+    p.add_argument("--embedder", type=some_text, help="adds the cosine to the quality of an answer, e.g. minilm")
     p.add_argument("--rate", type=positive, default=Tuning.rate, help="learning rate")
     p.add_argument("--rank", type=count, default=Tuning.rank, help="of the adapters")
     p.add_argument("--prompts", type=count, default=Tuning.prompts, help="of a step")
@@ -59,6 +71,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _is_runs(folder: Path) -> bool:
+    """Whether a folder holds trainings of this command."""
+    return any(folder.glob("seed-*"))
+
+
 class Study:
     """All trainings of one command."""
 
@@ -67,9 +84,6 @@ class Study:
         self.kind = args.tasks or ("recall" if args.model == MINI else "invented")
         self.reward = Reward(embeds=load_embedder(args.embedder) if args.embedder else None)
         self.tunings = {seed: self._tuning(seed) for seed in args.seeds}
-        for method in args.methods:
-            if method not in METHODS:
-                raise ValueError(f"method {method!r} is not known; use {' or '.join(METHODS)}")
 
     def _tuning(self, seed: int) -> Tuning:
         taken = ("seconds", "rate", "rank", "prompts", "group", "most", "temperature")

@@ -99,7 +99,7 @@ def test_the_command_measures_once_and_draws(tmp_path, capsys):
 def test_refusals_are_one_line(capsys):
     for given, told in (
         (["--group", "1"], "group=1"),
-        (["--methods", "dpo"], "method 'dpo' is not known"),
+        (["--methods", "dpo"], "'dpo' is not known"),
         (["--embedder", "nowhere:X"], "No module named"),
     ):
         assert main(given) == 2
