@@ -127,16 +127,7 @@ def parser() -> argparse.ArgumentParser:
         default="fresh",
         help="fresh reads the whole prompt at every step, in the authors' layout; persistent only what is new (fresh)",
     )
-    p.add_argument("--url", type=some_text, help="play this live page instead of tasks; needs --goal")
-    p.add_argument("--goal", type=some_text, help="what to do on --url, in words")
-    p.add_argument("--expect", type=some_text, help="words that the last page of --url shows when the goal was met")
-    p.add_argument(
-        "--allow", type=names, default=(), help="comma-separated further origins that the page of --url may load from"
-    )
-    p.add_argument("--dialogs", choices=POLICIES, default="dismiss", help="answer to alert, confirm, prompt (dismiss)")
-    p.add_argument(
-        "--files", type=readable_folder, metavar="DIR", help="folder whose files the agent may upload (default: none)"
-    )
+    _add_live_page(p)
     p.add_argument("--headed", action="store_true", help="show the browser window")
     p.add_argument("--chromium", type=some_text, help="path of the browser to use")
     p.add_argument("--device", type=device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
@@ -154,6 +145,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="go on with the run in --out: finished episodes are kept")
     p.add_argument("--replay", type=existing_path, metavar="DIR", help="act a recorded run again, without the model")
     return p
+
+
+def _add_live_page(p: argparse.ArgumentParser) -> None:
+    """A page of the user's in place of tasks, and what the agent may do there."""
+    p.add_argument("--url", type=some_text, help="play this live page instead of tasks; needs --goal")
+    p.add_argument("--goal", type=some_text, help="what to do on --url, in words")
+    p.add_argument("--expect", type=some_text, help="words that the last page of --url shows when the goal was met")
+    p.add_argument(
+        "--allow", type=names, default=(), help="comma-separated further origins that the page of --url may load from"
+    )
+    p.add_argument("--dialogs", choices=POLICIES, default="dismiss", help="answer to alert, confirm, prompt (dismiss)")
+    p.add_argument(
+        "--files", type=readable_folder, metavar="DIR", help="folder whose files the agent may upload (default: none)"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,8 +7,6 @@ the clipboard. All of it is recorded; the agent is told what concerns it.
 
 from __future__ import annotations
 
-import base64
-import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from playwright.sync_api import Browser, CDPSession, Error, Page, Request, TimeoutError
 
 from . import chords, pickers
@@ -29,19 +26,16 @@ from .dialogs import DIALOG, MOST_DIALOGS, Dialogs, Policy
 from .events import Blocked, Record
 from .history import travel
 from .patience import GivenUp, Patience
+from .picture import capture
 from .rest import Rest
 from .sheet import Sheet
 from .transfers import Transfers
 
 _MOMENT = 0.5  # seconds
 _PAUSE = 100  # milliseconds between two gestures of one answer, as pyautogui makes them
-_TRIES = 10
-_BETWEEN = ("Unable to capture", "Not attached")
-_PICTURE_TIME = 5.0  # seconds; Chromium may drop the question when a document is replaced meanwhile
 _MOST_PAGES = 10
 _ANNOUNCED = 3.0  # seconds
 _LAST_DOCUMENT = 300  # milliseconds that one may need to come to its end; Chromium does not close a page meanwhile
-_PICTURE = {"format": "png", "optimizeForSpeed": True}
 
 
 class BrowserCrashed(RuntimeError):
@@ -358,22 +352,11 @@ class Tab:
         return self._last if sheet is None else sheet.draw(self._last, self.device_scale)
 
     def _capture(self) -> np.ndarray:
-        end = time.monotonic() + _PICTURE_TIME
-        for _ in range(_TRIES):
-            left = max(end - time.monotonic(), 0.1) * 1000
-            try:
-                answer = self._pages[-1].session.send("Page.captureScreenshot", _PICTURE, timeout=left)
-                return np.array(Image.open(io.BytesIO(base64.b64decode(answer["data"]))).convert("RGB"))
-            except TimeoutError:
-                break
-            except Error as error:
-                # between two documents there is nothing to see
-                if not any(text in error.message for text in _BETWEEN) or self.page.is_closed():
-                    raise
-                self.page.wait_for_timeout(100)
-        if self._last is None:
+        seen = capture(self.page, self._pages[-1].session)
+        seen = self._last if seen is None else seen
+        if seen is None:
             raise PageNotLoaded(f"{self.page.url} cannot be shown: the page loads itself again and again")
-        return self._last
+        return seen
 
     def renew(self) -> bool:
         """Forget what was recorded and where it has been, let go of mouse and keys; False when the page is dead."""

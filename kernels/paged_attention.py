@@ -111,9 +111,8 @@ def paged_attention(
     B, H, m, D = q.shape
     if B * H % regions or k.shape != shape or v.shape != shape or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
-            f"q has shape {list(q.shape)} in {q.dtype}, k {list(k.shape)} in {k.dtype}, v {list(v.shape)} in "
-            f"{v.dtype}; {regions} regions in pages need k and v {list(shape)} in the dtype of q, and B * H a multiple "
-            f"of {regions}"
+            f"q is {list(q.shape)} in {q.dtype}, k {list(k.shape)} in {k.dtype}, v {list(v.shape)} in {v.dtype}; "
+            f"{regions} regions need k and v {list(shape)} in the dtype of q, and B * H a multiple of {regions}"
         )
     check_tensor("positions", positions, (shape[0], 1, 1, pages.size), (torch.float32,), q)
     rows = B * H // regions * m

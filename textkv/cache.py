@@ -50,8 +50,7 @@ class MethodCache(Rollback):
         budget: share in (0, 1], "512t", or a `Budget`; None keeps the method's own.
 
     Raises:
-        ValueError: unknown method or impossible composition, budget out of range, unsupported model, or one whose heads
-            several devices share under a method that compares heads.
+        ValueError: unknown method or composition, budget out of range, unsupported model or way of sharding it.
     """
 
     def __init__(

@@ -18,7 +18,9 @@ _CLASS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 class Embeds(Protocol):
     """Anything with `embed`: texts to fp32 [n, dim]."""
 
-    def embed(self, texts: Sequence[str]) -> torch.Tensor: ...
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """The vectors, on any device."""
+        ...
 
 
 def load_embedder(name: str) -> Embeds:
