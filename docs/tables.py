@@ -19,9 +19,8 @@ Row = dict[str, Any]
 
 
 def rows(name: str) -> list[Row]:
-    """The rows of a file in docs/, or of one that is not measured yet: none."""
-    path = HERE / name
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    """The rows of a file in docs/."""
+    return json.loads((HERE / name).read_text(encoding="utf-8"))["rows"]
 
 
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -105,7 +104,7 @@ def cost() -> str:
     return markdown(heads, lines)
 
 
-def masa(name: str) -> str:
+def masa() -> str:
     """Perplexity against attention weights."""
     lines = [
         [
@@ -114,7 +113,7 @@ def masa(name: str) -> str:
             f"{row['attention_share']:.0%}".replace("%", " %"),
             f"{row['perplexity']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
         ]
-        for row in rows(name)
+        for row in rows("masa-trained.json")
     ]
     return markdown(["method", "attention weights", "of full", "perplexity"], lines)
 
@@ -152,8 +151,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "board": board,
     "decoding": decoding,
     "cost": cost,
-    "masa-trained": lambda: masa("masa-trained.json"),
-    "masa-converted": lambda: masa("masa-smollm2.json"),
+    "masa": masa,
     "peers": peers,
 }
 

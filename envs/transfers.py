@@ -89,20 +89,20 @@ class Transfers:
     def _on_download(self, download: Download) -> None:
         """Runs beside the step: it watches the size while the file comes."""
         self._count += 1
+        self.busy += 1  # until it is kept and recorded
         if self.kept is None:
             reason = "downloads are refused"
         elif self._count > MOST:
             reason = f"an episode may have {MOST} downloads"
         else:
-            self.busy += 1
             reason = self._wait(download)
-            self.busy -= 1
             self._progress.pop(download.url, None)
         if reason:
             self.record.refuse("download", download.url, reason)
             forgive(download.cancel)
         else:
             forgive(lambda: self._keep(download))
+        self.busy -= 1
 
     def _wait(self, download: Download) -> str:
         """Why it cannot be kept, "" once it is complete."""

@@ -297,7 +297,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(weights: Path, tmp_path: Path) 
 
 
 BAD_FILES = {
-    "no json": ('{"prompt": "a"}\nnonsense\n', "in.jsonl:2: no JSON"),
+    "no json": ('{"prompt": "a"}\nnonsense\n', "in.jsonl:2: not JSON"),
     "neither": ('{"text": "a"}\n', 'in.jsonl:1: needs "prompt" or "messages"'),
     "empty prompt": ('{"prompt": " "}\n', 'in.jsonl:1: "prompt" is " "; give a text that is not empty'),
     "messages": ('{"messages": [{"role": "user"}]}\n', 'must be a list of objects with "role" and "content"'),

@@ -103,7 +103,7 @@ def test_eight_bits_stay_near_the_exact_logits():
     "cache, message",
     [
         ("freecache+h2o(0.5)", "h2o.* needs evidence of the whole prompt"),
-        ("freecache+window(4)", "window.* drops tokens while single tokens are decoded"),
+        ("freecache+window(0.5)", "window.* drops tokens while single tokens are decoded"),
         ("dual+snapkv(0.3)", r"only freecache and block freeze slots for good; write freecache\+snapkv\(0.3\)"),
         ("freecache(refresh=4)+snapkv(0.3)", "refresh=4 with snapkv: slots that were handed to a method"),
         ("freecache+snapkw(0.3)", "unknown method 'snapkw'; did you mean snapkv"),

@@ -33,7 +33,7 @@ def test_what_cannot_be_carried_out_is_one_line(tmp_path, capsys):
     for more, line in (
         (["--benchmark", "screenspots"], "did you mean screenspot"),
         (["--benchmark", "screenspot", "--method", "gui-vk"], "did you mean gui-kv"),
-        (["--benchmark", "screenspot", "--budget", ","], "no budget was named"),
+        (["--benchmark", "screenspot", "--budget", ","], "names nothing"),
     ):
         assert main([*start, *more]) == 2
         err = capsys.readouterr().err
