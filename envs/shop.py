@@ -12,6 +12,7 @@ import json
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -104,10 +105,8 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Serve until Ctrl-C."""
     with Shop(args.port) as shop:
         print(f"the shop is open at {shop.url} (Ctrl-C closes it)", flush=True)
-        try:
+        with suppress(KeyboardInterrupt):
             threading.Event().wait()
-        except KeyboardInterrupt:
-            pass
 
 
 if __name__ == "__main__":

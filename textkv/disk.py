@@ -38,23 +38,32 @@ def _number(error: OSError | SafetensorError) -> int | None:
 
 
 def write_whole(path: Path, data: bytes, mend: str = "the same command goes on") -> Path:
-    """Write `data` so that `path`, which is returned, holds either all of it or what it held before; folders are made.
+    """As `replace_whole`, which tells of a disk that is full as `disk_errors` does; returns the path.
 
     Raises:
         NoSpace: see `disk_errors`.
         OSError: it cannot be written for another reason.
     """
-    part = path.with_name(path.name + ".part")
     with disk_errors(path.parent, mend):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except OSError:
-            with suppress(OSError):
-                part.unlink()  # it would keep the disk full
-            raise
+        replace_whole(path, data)
     return path
+
+
+def replace_whole(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` holds either all of it or what it held before; folders are made.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()  # it would keep the disk full
+        raise

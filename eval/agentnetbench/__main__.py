@@ -18,26 +18,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agentkv.errors import EXPLAINED
-from agentkv.models import AGENTS
 from agentkv.play import Plan
 from agentkv.run import load
 from agentkv.tables import stdout_console
 from textkv import resolve_method, split_list
 from textkv.command import (
-    budgets,
     checked,
     choices,
     count,
-    device,
-    methods,
-    readable_folder,
     results_file,
     run,
-    some_text,
     write_rows,
 )
 from textkv.provenance import run_meta
 
+from ..agents import add_agent, add_data
 from ..leaderboard import cells_of
 from .bench import MAX_NEW_TOKENS, OWN, TEACHER, Answers, Bench, Cell
 from .figures import UNITS, draw, replay_rows, rows_of, table, type_table
@@ -48,22 +43,8 @@ from .scoring import PROTOCOLS
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.agentnetbench", description=__doc__.split("\n\n")[0])
-    p.add_argument(
-        "--data", type=readable_folder, required=True, help="folder of <task>.json files in AgentNetBench's layout"
-    )
-    p.add_argument("--images", type=readable_folder, help="folder of their pictures (default: images in --data)")
-    p.add_argument(
-        "--model", type=some_text, default="mini", help="mini (embedded), a folder, or a hub id of a supported family"
-    )
-    p.add_argument(
-        "--agent",
-        type=some_text,
-        help=f"prompt and grammar: {', '.join(AGENTS)}, or module:Class; default: the checkpoint's",
-    )
-    p.add_argument("--method", type=methods(), default="full,gui-kv", help="comma-separated methods or compositions")
-    p.add_argument(
-        "--budget", type=budgets, default="0.4", help="comma-separated shares of the prompt to keep, or tokens as 512t"
-    )
+    add_data(p, "folder of <task>.json files in AgentNetBench's layout")
+    add_agent(p, "0.4")
     p.add_argument(
         "--screenshots",
         type=checked(numbers_of),
@@ -82,7 +63,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--max-new-tokens", type=count, default=MAX_NEW_TOKENS, help=f"limit of one answer (default {MAX_NEW_TOKENS})"
     )
-    p.add_argument("--device", type=device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument(
         "--json",
         type=results_file("eval.agentnetbench", beside=(".jsonl",)),

@@ -16,25 +16,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from agentkv.errors import EXPLAINED
-from agentkv.models import AGENTS
 from agentkv.play import Plan
 from agentkv.run import load
 from agentkv.tables import stdout_console
 from textkv import resolve_method
 from textkv.command import (
-    budgets,
     checked,
     count,
-    device,
-    methods,
-    readable_folder,
     results_file,
     run,
-    some_text,
     write_rows,
 )
 from textkv.provenance import run_meta
 
+from ..agents import add_agent, add_data
 from ..leaderboard import Cell, cells_of
 from . import android_control, gui_odyssey, mind2web, osworld_g, screenspot, ui_vision  # noqa: F401  (register)
 from .bench import Answers, Bench
@@ -51,23 +46,10 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help=f"{', '.join(BENCHMARKS.names())}, or module:Class",
     )
-    p.add_argument("--data", type=readable_folder, required=True, help="folder of its annotation files")
-    p.add_argument("--images", type=readable_folder, help="folder of its pictures (default: images in --data)")
-    p.add_argument(
-        "--model", type=some_text, default="mini", help="mini (embedded), a folder, or a hub id of a supported family"
-    )
-    p.add_argument(
-        "--agent",
-        type=some_text,
-        help=f"prompt and grammar: {', '.join(AGENTS)}, or module:Class; default: the checkpoint's",
-    )
-    p.add_argument("--method", type=methods(), default="full,gui-kv", help="comma-separated methods or compositions")
-    p.add_argument(
-        "--budget", type=budgets, default="0.2", help="comma-separated shares of the prompt to keep, or tokens as 512t"
-    )
+    add_data(p, "folder of its annotation files")
+    add_agent(p, "0.2")
     p.add_argument("--limit", type=count, help="the first so many questions only")
     p.add_argument("--max-new-tokens", type=count, help="limit of one answer (default: the family's)")
-    p.add_argument("--device", type=device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument(
         "--json",
         type=results_file("eval.gui", beside=(".jsonl",)),

@@ -40,15 +40,8 @@ class AndroidControl(Benchmark):
 
     words: ClassVar[str] = "goal"
 
-    def items(self, reader: Reader) -> Iterator[Item]:
+    def items_of(self, reader: Reader, where: str, entry: dict[str, Any]) -> Iterator[Item]:
         """See `Benchmark`."""
-        for where, entry in reader.entries():
-            try:
-                yield self._item(reader, where, entry)
-            except ValueError as error:
-                reader.left_out(where, error)
-
-    def _item(self, reader: Reader, where: str, entry: dict[str, Any]) -> Item:
         action = entry.get("action")
         if not isinstance(action, dict):
             raise ValueError("it has no action")
@@ -56,7 +49,7 @@ class AndroidControl(Benchmark):
         before = [str(line) for line in entry.get("previous_actions") or []]
         goal = words(entry.get(self.words), self.words)
         # Nothing in this form says which steps are of one episode but their goal.
-        return Item(where, str(entry.get("goal")), truth.kind, image, goal, truth, before=tuple(before))
+        yield Item(where, str(entry.get("goal")), truth.kind, image, goal, truth, before=tuple(before))
 
     def score(self, truth: Truth, actions: Sequence[Single], size: tuple[int, int]) -> dict[str, float]:
         """See `Benchmark`."""

@@ -31,15 +31,8 @@ KEYS = {"KEY_HOME": PressHome, "KEY_BACK": PressBack, "KEY_APPSELECT": None}
 class GuiOdyssey(Benchmark):
     """GUI-Odyssey; groups are the categories of tasks."""
 
-    def items(self, reader: Reader) -> Iterator[Item]:
-        """See `Benchmark`."""
-        for where, episode in reader.entries():
-            try:
-                yield from self._steps(reader, where, episode)
-            except ValueError as error:
-                reader.left_out(where, error)
-
-    def _steps(self, reader: Reader, where: str, episode: dict[str, Any]) -> Iterator[Item]:
+    def items_of(self, reader: Reader, where: str, episode: dict[str, Any]) -> Iterator[Item]:
+        """See `Benchmark`: one for each step."""
         task = words(episode.get("episode_id"), "episode_id")
         about = episode.get("task_info")
         if not isinstance(about, dict) or not isinstance(episode.get("steps"), list):

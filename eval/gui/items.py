@@ -87,9 +87,17 @@ class Benchmark(ABC):
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
-    @abstractmethod
     def items(self, reader: Reader) -> Iterator[Item]:
         """The questions of a folder, in the order of its files. Problems are told to the reader."""
+        for where, entry in reader.entries():
+            try:
+                yield from self.items_of(reader, where, entry)
+            except ValueError as error:
+                reader.left_out(where, error)
+
+    @abstractmethod
+    def items_of(self, reader: Reader, where: str, entry: dict[str, Any]) -> Iterator[Item]:
+        """The questions of one entry at the place `where`. Raises ValueError for what cannot be asked or scored."""
 
     @abstractmethod
     def score(self, truth: Truth, actions: Sequence[Single], size: tuple[int, int]) -> dict[str, float]:

@@ -29,15 +29,8 @@ class Mind2Web(Benchmark):
 
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "element_accuracy", "operation_f1")
 
-    def items(self, reader: Reader) -> Iterator[Item]:
+    def items_of(self, reader: Reader, where: str, entry: dict[str, Any]) -> Iterator[Item]:
         """See `Benchmark`."""
-        for where, entry in reader.entries():
-            try:
-                yield self._item(reader, where, entry)
-            except ValueError as error:
-                reader.left_out(where, error)
-
-    def _item(self, reader: Reader, where: str, entry: dict[str, Any]) -> Item:
         task = words(entry.get("annotation_id"), "annotation_id")
         step = words(entry.get("action_uid"), "action_uid")
         kind = words(entry.get("operation"), "operation").upper()
@@ -51,7 +44,7 @@ class Mind2Web(Benchmark):
         if not isinstance(before, list) or not all(isinstance(line, str) for line in before):
             raise ValueError("previous_actions is no list of texts")
         goal, group = words(entry.get("task"), "task"), where.rsplit(" entry", 1)[0]
-        return Item(f"{task}/{step}", task, group, image, goal, Truth(kind, _box(entry.get("bbox")), None, value),
+        yield Item(f"{task}/{step}", task, group, image, goal, Truth(kind, _box(entry.get("bbox")), None, value),
                     before=tuple(before))  # fmt: skip
 
     def score(self, truth: Truth, actions: Sequence[Single], size: tuple[int, int]) -> dict[str, float]:

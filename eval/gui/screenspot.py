@@ -24,22 +24,15 @@ class Grounding(Benchmark):
     groups: ClassVar[tuple[str, ...]] = ("group", "platform", "application")
     kind: ClassVar[str] = "ui_type"
 
-    def items(self, reader: Reader) -> Iterator[Item]:
+    def items_of(self, reader: Reader, where: str, entry: dict[str, Any]) -> Iterator[Item]:
         """See `Benchmark`."""
-        for where, entry in reader.entries():
-            try:
-                yield self._item(reader, where, entry)
-            except ValueError as error:
-                reader.left_out(where, error)
-
-    def _item(self, reader: Reader, where: str, entry: dict[str, Any]) -> Item:
         goal, box = words(entry.get(self.instruction), self.instruction), corners(entry.get("bbox"))
         image = reader.picture(entry.get(self.image))
         # Ids of one file may be those of another: the place is the item's own.
         group = next((str(entry[name]) for name in self.groups if entry.get(name)), where.rsplit(" entry", 1)[0])
         kind = entry.get(self.kind)
         group = f"{group} {kind}" if isinstance(kind, str) and kind else group
-        return Item(where, str(entry.get(self.image)), group, image, goal, Truth("point", box))
+        yield Item(where, str(entry.get(self.image)), group, image, goal, Truth("point", box))
 
     def score(self, truth: Truth, actions: Sequence[Single], size: tuple[int, int]) -> dict[str, float]:
         """See `Benchmark`."""

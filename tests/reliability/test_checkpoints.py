@@ -34,13 +34,13 @@ SMALL = {"hidden_size": DIM, "num_hidden_layers": 1, "num_attention_heads": 2, "
 def diffusion(folder):
     """As `python -m dlm.generate` does."""
     model_info(folder, None)
-    open_model(folder, "cpu", torch.float32)
+    return open_model(folder, "cpu", torch.float32)
 
 
 def guide(folder):
     """As `--guide FOLDER` is read: all but the weights first."""
     model_info("mini", folder)
-    open_guide(folder, "cpu", torch.float32, model_info("mini", None).tokenizer)
+    return open_guide(folder, "cpu", torch.float32, model_info("mini", None).tokenizer)
 
 
 LOADERS = {
@@ -146,7 +146,10 @@ def test_a_model_is_whole_or_refused(loader, sources, tmp_path, reliability):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_whole_model_is_loaded(loader, sources):
     source, load = LOADERS[loader]
-    load(str(sources / source) if isinstance(source, str) else str(source))
+    loaded = load(str(sources / source) if isinstance(source, str) else str(source))
+    parts = loaded if isinstance(loaded, tuple) else (loaded, *vars(loaded).values())
+    weights = [weight for part in parts if isinstance(part, torch.nn.Module) for weight in part.parameters()]
+    assert weights and all(bool(weight.isfinite().all()) for weight in weights)
 
 
 def test_vectors_of_an_index_are_whole_too(tmp_path, reliability):

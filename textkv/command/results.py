@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from textkv.disk import replace_whole
+
 HEAD = 2_000  # bytes in which a text names its command
 PROBE = 4_096  # bytes that a place must take before a command begins: a full disk takes an empty file
 SOFTWARE = b"tEXtSoftware\x00"
@@ -169,30 +171,20 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """As `write_text`, for a picture or weights; what can be saved nowhere is not printed, if it is no text."""
-    part = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        replace_whole(path, data)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
         told = f"{path} could not be written ({error.strerror}); the results are {_rescue(path, data)}"
         raise OSError(told) from error
 
 
 def _rescue(path: Path, data: bytes) -> str:
     """Put `data` where it is not lost; says where."""
-    try:
+    with suppress(OSError):
         number, name = tempfile.mkstemp(prefix=f"{path.stem}-", suffix=path.suffix)
         with os.fdopen(number, "wb") as file:
             file.write(data)
         return f"in {name}"
-    except OSError:
-        pass
     try:
         sys.stdout.write(data.decode("utf-8"))
         return "on standard output"
