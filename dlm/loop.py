@@ -22,6 +22,7 @@ from dlm.nodes import Nodes
 from dlm.shadows import Shadows
 from dlm.stats import Decoded, Stats
 from dlm.unmask import Unmasker
+from dlm.unmask.base import Drafter
 
 LogitsHook = Callable[[Canvas, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -109,7 +110,7 @@ class Loop:
             # The rule sees the forced slot alone, so that what it keeps count of agrees with what is committed.
             only = (forced[:, None] >= 0) & (slots != forced[:, None])
             slots = slots.masked_fill(only, -1)
-        drafts = self.unmasker.drafts(canvas)
+        drafts = self.unmasker.drafts(canvas) if isinstance(self.unmasker, Drafter) else None
         # After `forced`, which asks what this plan is about to do: planning moves the policy on by one forward.
         plan = run.plan(slots)
         self.stats.row_forwards += canvas.batch

@@ -18,7 +18,7 @@ from dlm.models import DecodingSpec
 from dlm.nodes import Nodes
 from dlm.schedulers import Running, UnmaskScheduler
 from dlm.unmask import Choice, Guider, Rule, Unmasker
-from dlm.unmask.base import LogitWindow
+from dlm.unmask.base import Drafter, LogitWindow
 from dlm.unmask.blocks import BlockUnmasker
 from dlm.unmask.noise import Generators
 
@@ -45,7 +45,8 @@ class ScheduledRule(Rule):
         if not isinstance(self.scheduler, UnmaskScheduler):
             return _ForeignSteps(self, canvas, spec, generator, steps)
         more = {} if self.guide is None else {"guide": self.guide}
-        return _OwnSteps(self, self.scheduler.rule(self.sampling, **more).begin(canvas, spec, generator, steps))
+        unmasker = self.scheduler.rule(self.sampling, **more).begin(canvas, spec, generator, steps)
+        return (_OwnDrafts if isinstance(unmasker, Drafter) else _OwnSteps)(self, unmasker)
 
     def check(self, config: DecodingConfig, policy: Policy, hooked: bool) -> None:
         """As the rule of the scheduler, if it is one of ours."""
@@ -86,6 +87,15 @@ class _OwnSteps(Unmasker):
         self.rule.last.update(transfer_index=out.transfer_index, sampled_tokens=out.sampled_tokens, slots=slots)
         return Choice(out.sampled_tokens, out.transfer_index)
 
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What the scheduler's rule counted."""
+        return self.unmasker.stats
+
+
+class _OwnDrafts(_OwnSteps, Drafter):
+    """The same of a rule that guesses."""
+
     def drafts(self, canvas: Canvas) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Those of the scheduler's rule."""
         return self.unmasker.drafts(canvas)
@@ -96,11 +106,6 @@ class _OwnSteps(Unmasker):
         self.steps += 1
         self.rule.last.update(transfer_index=choice.commit, sampled_tokens=choice.tokens, slots=slots)
         return choice, last
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """What the scheduler's rule counted."""
-        return self.unmasker.stats
 
 
 class _ForeignSteps(BlockUnmasker):

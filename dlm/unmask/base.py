@@ -69,11 +69,21 @@ class Unmasker(ABC):
             slots: int64 [batch, r], what `candidates` gave, or some of it with the others replaced by -1.
         """
 
-    def drafts(self, canvas: Canvas) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Guesses of what the coming forwards will commit, to be verified by one: slots and tokens, int64 [batch, n] in
-        their order, -1 = none. None = this rule does not guess; `choose` is asked then, and else `verify`."""
-        return None
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What the rule counted beside the model's forwards, by name."""
+        return {}
 
+
+class Drafter(Unmasker):
+    """An unmasker that guesses what coming forwards will write, and has several guesses verified by one."""
+
+    @abstractmethod
+    def drafts(self, canvas: Canvas) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The guesses: slots and tokens, int64 [batch, n] in order, -1 = none, and `verify` is asked; or None, and
+        `choose` is."""
+
+    @abstractmethod
     def verify(self, logits: torch.Tensor, slots: torch.Tensor, nodes: Any) -> tuple[Choice, torch.Tensor]:
         """What to write, and int64 [batch], the last node of each row that was right.
 
@@ -81,12 +91,6 @@ class Unmasker(ABC):
             logits: [batch, nodes, r, V] of the candidates `slots` int64 [batch, r] on every node.
             nodes: `dlm.nodes.Nodes`, the canvases and which of them were computed.
         """
-        raise NotImplementedError(f"{type(self).__name__} gives drafts and does not verify them")
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """What the rule counted beside the model's forwards, by name."""
-        return {}
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from dlm.canvas import Canvas
-from dlm.unmask.base import Choice, register
+from dlm.unmask.base import Choice, Drafter, register
 from dlm.unmask.blocks import BlockUnmasker
 from dlm.unmask.confidence import Confidence
 from dlm.unmask.schedule import ordered
 
 
-class _Unmasker(BlockUnmasker):
+class _Unmasker(BlockUnmasker, Drafter):
     """The guesses of the last forward, int64 [batch, n], and the block that they belong to."""
 
     per_row = ("slots", "tokens", "block")
