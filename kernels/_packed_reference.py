@@ -10,6 +10,7 @@ from .pack import entries, expand
 
 _TOKENS = 256  # keys of a run that the reference dequantises at a time
 _QUERIES = 512  # query rows of a run that it takes at a time
+_ROWS = 32  # query rows up to which single entries are moved row by row
 
 
 def reference(q, k, v, *, scale, start, length, longest, turn=None, softcap=None, shift=None, valid=None):
@@ -78,10 +79,8 @@ def key_corrections(scores, q, k, blocks):
         a, p = _rank_of(k, blocks)
         scores += torch.einsum("rxd,rsdk,rstk->rxst", q, p, a).flatten(2)
     if k.sparse is not None:
-        run, token, channel, delta = _entries_of(k, blocks)
-        extra = q.new_zeros(runs * s * k.block, q.shape[1])
-        extra.index_add_(0, run * (s * k.block) + token, q[run, :, channel] * delta[:, None])
-        scores += extra.view(runs, s * k.block, -1).mT
+        token, channel, delta = _entries_of(k, blocks)
+        scores += _moved(q, channel, token, delta, s * k.block)
 
 
 def _weighted(p, v, blocks, seen):
@@ -101,21 +100,38 @@ def value_corrections(out, p, v, blocks, seen):
         a = a if seen is None else a.masked_fill(~seen.view(runs, s, -1, 1), 0)
         out += torch.einsum("rxst,rstk,rsdk->rxd", p.unflatten(2, (s, -1)), a, directions)
     if v.sparse is not None:
-        run, token, channel, delta = _entries_of(v, blocks)
-        extra = p.new_zeros(runs * out.shape[-1], p.shape[1])
-        extra.index_add_(0, run * out.shape[-1] + channel, p[run, :, token] * delta[:, None])
-        out += extra.view(runs, out.shape[-1], -1).mT
+        token, channel, delta = _entries_of(v, blocks)
+        out += _moved(p, token, channel, delta, out.shape[-1])
+
+
+def _moved(x, source, target, factor, width):
+    """Column source[e] of x fp32 [runs, rows, n], times factor[e], added up in column target[e] of [runs, rows, width].
+
+    Columns are counted through all runs, int32 [E]: those of run r begin at r * n and at r * width.
+    """
+    runs, rows, _ = x.shape
+    x = x.transpose(0, 1).reshape(rows, -1)
+    if rows <= _ROWS:  # one number at a time is a tight loop of torch, a row of numbers a call each
+        sums = x.new_zeros(rows, runs * width)
+        for own, into in zip(x, sums, strict=True):
+            into.index_add_(0, target, own.index_select(0, source) * factor)
+    else:
+        sums = x.new_zeros(runs * width, rows).index_add_(0, target, x.mT[source] * factor[:, None]).mT
+    return sums.view(rows, runs, width).transpose(0, 1)
 
 
 def _rank_of(packed, blocks):
     """What the blocks [runs, s] take of their directions: fp32 a [runs, s, T, r], p [runs, s, D, r]."""
-    part = packed.lowrank
-    return part.a[blocks].float(), part.p[part.chunk[blocks].long()].float()
+    part, own = packed.lowrank, blocks.reshape(-1)
+    a, p = part.a.index_select(0, own), part.p.index_select(0, part.chunk.index_select(0, own))
+    return a.float().unflatten(0, blocks.shape), p.float().unflatten(0, blocks.shape)
 
 
 def _entries_of(packed, blocks):
-    """The corrected entries of the blocks [runs, s]: run, token among the s * T, channel (int64), delta (fp32)."""
+    """The corrected entries of the blocks [runs, s]: token among the runs * s * T, channel among the runs * D, int32
+    each, and delta, fp32."""
     owner, entry = entries(packed.sparse, blocks.reshape(-1))
-    at, s = packed.sparse.at[entry].long() & 0xFFFF, blocks.shape[1]
-    token = owner % s * packed.block + at // packed.head_dim
-    return owner // s, token, at % packed.head_dim, packed.sparse.delta[entry].float()
+    at, owner, D = packed.sparse.at.index_select(0, entry).int() & 0xFFFF, owner.int(), packed.head_dim
+    token = at.div(D, rounding_mode="floor")
+    channel = at - token * D + owner.div(blocks.shape[1], rounding_mode="floor") * D
+    return owner * packed.block + token, channel, packed.sparse.delta.index_select(0, entry).float()

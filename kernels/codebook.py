@@ -30,6 +30,7 @@ FITS: tuple[Fit, ...] = get_args(Fit)
 MAX_BITS = 8
 _VECTORS = 4096  # of one run that are encoded at a time: the steps on the way are larger than the vectors
 _AT_ONCE = {1: 8, 2: 4, 3: 4, 4: 2}  # codes that one look-up finds: tables of at most 4096 entries stay in the cache
+_AS_ONE = {2: torch.complex64, 4: torch.complex128}  # so many fp32 as one number
 
 
 @cache
@@ -139,7 +140,14 @@ def decode(rows: torch.Tensor, bits: int, dim: int) -> tuple[torch.Tensor, torch
     scale = two.view(torch.float16)[..., 0].float()
     packed, at_once = rows[..., :-2], _AT_ONCE.get(bits, 1)
     index = packed if at_once * bits == 8 else _pieces(packed, bits, at_once)
-    return F.embedding(index.int(), _table(bits, at_once, rows.device)).flatten(-2)[..., :dim], scale
+    table = _table(bits, at_once, rows.device)
+    if rows.is_cpu and table.shape[1] in _AS_ONE:
+        # Entries that are one number each are copied in a tight loop, and rows of a table one call each.
+        numbers = table.view(_AS_ONE[table.shape[1]])[:, 0].index_select(0, index.int().flatten())
+        found = numbers[:, None].view(torch.float32).view(*index.shape, -1)
+    else:
+        found = F.embedding(index.int(), table)
+    return found.flatten(-2)[..., :dim], scale
 
 
 def to_bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:

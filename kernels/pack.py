@@ -138,8 +138,9 @@ def entries(sparse: Sparse, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.T
     """The entries of the blocks int64 [M]: whose they are (index into `blocks`) and where they lie, int64 [E] each."""
     count = sparse.count[blocks].long()
     owner = torch.arange(len(blocks), device=count.device).repeat_interleave(count)
-    rank = torch.arange(len(owner), device=count.device) - (count.cumsum(0) - count)[owner]
-    return owner, sparse.start[blocks].long()[owner] + rank
+    # From the number of an entry among all of `blocks` to where it lies: one step per block.
+    step = sparse.start[blocks].long() - (count.cumsum(0) - count)
+    return owner, step.index_select(0, owner) + torch.arange(len(owner), device=count.device)
 
 
 def width(bits: Bits) -> int:
