@@ -30,8 +30,25 @@ def reference(k, v, keep):
     """Plain torch: the truth, and the path off CUDA. Arguments as `compact`."""
     if keep.dtype == torch.bool:
         return Rows(k[keep], v[keep], *_row_bounds(keep))
+    if _lies_in_rows(k) and _lies_in_rows(v) and k.stride() == v.stride():
+        # Whole rows of one long table are copied as such, several times faster than channel by channel.
+        b, g, t = (stride // k.shape[3] for stride in k.stride()[:3])
+        heads = [[i * b + j * g] for i in range(k.shape[0]) for j in range(k.shape[1])]
+        rows = (keep if t == 1 else keep * t).flatten(0, 1) + torch.tensor(heads, device=k.device)
+        return Rows(*(_table(x).index_select(0, rows.view(-1)).view(*keep.shape, -1) for x in (k, v)))
     # a view: the index is never materialised per channel
     return Rows(*(x.gather(2, keep[..., None].expand(*keep.shape, x.shape[-1])) for x in (k, v)))
+
+
+def _lies_in_rows(x):
+    """Whether the vectors of x [B, G, n, D] are rows of one table of D columns."""
+    return bool(x.numel()) and x.stride(3) == 1 and all(stride % x.shape[3] == 0 for stride in x.stride()[:3])
+
+
+def _table(x):
+    """That table, from the first vector of x to its last."""
+    D, last = x.shape[3], sum((size - 1) * stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return x.as_strided((last // D + 1, D), (D, 1))
 
 
 def _row_bounds(keep):

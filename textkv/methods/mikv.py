@@ -29,7 +29,7 @@ from textkv.layer import Layer
 from textkv.method import Capabilities, Method, register
 from textkv.methods.h2o import H2O
 from textkv.segments.balanced import BalancedSegment
-from textkv.segments.base import Segment, Stored
+from textkv.segments.base import Segment, Stored, picked
 from textkv.segments.block_pool import blocks_of
 from textkv.segments.ragged import RaggedSegment
 
@@ -138,12 +138,23 @@ class MiKV(Method):
         share = layer.last_share
         with self._demoting([layer]):
             row = attention_row(layer, query)
-            self.inner.drop(layer, row if share is None else row * share, self._counts(layer))
+            row = row if share is None else row * share
+            if not self._drop_one(layer, row):
+                self.inner.drop(layer, row, self._counts(layer))
 
     def on_finish(self, context: Context) -> None:
         """Let a scorer that waits for all layers drop now: what it drops is demoted."""
         with self._demoting(context.layers):
             self.inner.on_finish(context)
+
+    def _drop_one(self, layer: Layer, row: torch.Tensor) -> bool:
+        """The common case: a full rectangle of exact tokens, of which one is demoted for the one that came. Returns
+        whether it is that."""
+        n, most = layer.whole, self.inner.budget.tokens
+        if n is None or n < 2 or layer.came is not None or self.grow or (most is not None and n != most + 1):
+            return False
+        layer.drop_lowest(self.inner.decode_score(layer, row, n - 1))
+        return True
 
     def _counts(self, layer: Layer) -> torch.Tensor:
         """Exact tokens of each row after a decoded token, int64 [batch, 1]."""
@@ -190,7 +201,7 @@ class MiKV(Method):
     def _demote(self, layer: Layer, before: Segment) -> None:
         """Packs what was dropped from `before`, together with what waits; the rest waits on."""
         low, exact = layer.segments[0], layer.segments[-1]
-        gone = _picked(before.stored(), _missing(before.held_positions(), exact.held_positions()))
+        gone = picked(before.stored(), _missing(before.held_positions(), exact.held_positions()))
         # Those that wait came first: oldest first into blocks, so that none waits for ever.
         if len(layer.segments) == 3:
             held = layer.segments[1].stored()
@@ -200,7 +211,7 @@ class MiKV(Method):
         counts = real.sum(-1).cpu() // self.block * self.block
         ready = real & (real.cumsum(-1) <= counts.to(real.device)[..., None])
         if bool(counts.any()):
-            self._pack(low, _picked(gone, ready), counts, layer.index)
+            self._pack(low, picked(gone, ready), counts, layer.index)
         late = real & ~ready
         left = late.sum(-1).cpu()
         waiting = []
@@ -232,13 +243,3 @@ def _missing(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
     table = torch.zeros(*before.shape[:2], int(before.max()) + 2, dtype=torch.bool, device=before.device)
     table.scatter_(-1, now.long() + 1, True)
     return ~table.gather(-1, before.long() + 1) & (before >= 0)
-
-
-def _picked(held: Stored, mask: torch.Tensor) -> Stored:
-    """The tokens where bool [batch, kv_heads, n] is True, first in each head; what a head has not is 0, position -1."""
-    n = int(mask.sum(-1).max())
-    order = (~mask).sort(dim=-1, stable=True).indices[..., :n]
-    inside = mask.gather(-1, order)
-    index = order[..., None].expand(*order.shape, held.keys.shape[-1])
-    keys, values = (x.gather(2, index).masked_fill(~inside[..., None], 0) for x in (held.keys, held.values))
-    return Stored(keys, values, held.positions.gather(-1, order).masked_fill(~inside, -1))

@@ -317,5 +317,18 @@ def parted_states(state: dict, extra: tuple[str, ...] = ()) -> list[Segment]:
 
 def index_of(mask: torch.Tensor) -> torch.Tensor:
     """The slots where bool [batch, heads, n] is True: int64 [batch, heads, c], each head's own first, then -1."""
-    order = (~mask).sort(dim=-1, stable=True).indices[..., : int(mask.sum(-1).max())]
-    return order.masked_fill(~mask.gather(-1, order), -1)
+    rank = mask.cumsum(-1) - 1
+    row, head, slot = mask.nonzero(as_tuple=True)  # in order already: a sort would cost more
+    index = rank.new_full((*mask.shape[:2], int(rank[..., -1:].max()) + 1 if rank.numel() else 0), -1)
+    index[row, head, rank[row, head, slot]] = slot
+    return index
+
+
+def picked(held: Stored, mask: torch.Tensor) -> Stored:
+    """The tokens where bool [batch, heads, n] is True, first in each head; what a head has not is 0, position -1. A
+    copy."""
+    index = index_of(mask)
+    missing, index = index < 0, index.clamp(min=0)
+    rows = index[..., None].expand(*index.shape, held.keys.shape[3])
+    keys, values = (x.gather(2, rows).masked_fill_(missing[..., None], 0) for x in (held.keys, held.values))
+    return Stored(keys, values, held.positions.gather(2, index).masked_fill(missing, -1))

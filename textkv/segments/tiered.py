@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 import torch
 
-from textkv.segments.base import Step, Stored, index_of, keep_across, parted_states, register_segment, storage_bytes
+from textkv.segments.base import (
+    Step,
+    Stored,
+    index_of,
+    keep_across,
+    parted_states,
+    picked,
+    register_segment,
+    storage_bytes,
+)
 from textkv.segments.dense import DenseSegment
 from textkv.segments.host import HostSegment
 from textkv.segments.stack import StackSegment
@@ -64,8 +73,8 @@ class TieredSegment(StackSegment):
         first, edge = (x.to(at.device)[:, None, None] for x in (plan.first, edge))
         early = (at >= 0) & (at < first)
         late = (at >= edge) & ~early
-        super().__init__([DenseSegment.of(_picked(held, early)), host, DenseSegment.of(_picked(held, late))])
-        host.take(_picked(held, (at >= 0) & ~early & ~late))
+        super().__init__([DenseSegment.of(picked(held, early)), host, DenseSegment.of(picked(held, late))])
+        host.take(picked(held, (at >= 0) & ~early & ~late))
 
     @property
     def host(self) -> HostSegment:
@@ -114,7 +123,7 @@ class TieredSegment(StackSegment):
         moved = (at >= 0) & (at < edge.to(at.device)[:, None, None])
         if not bool(moved.any()):
             return False
-        self.host.take(_picked(recent.stored(), moved))
+        self.host.take(picked(recent.stored(), moved))
         recent.keep(index_of((at >= 0) & ~moved))
         return True
 
@@ -168,11 +177,3 @@ class TieredSegment(StackSegment):
 
 
 ALL_POSITIONS = torch.iinfo(torch.int32).max
-
-
-def _picked(held: Stored, mask: torch.Tensor) -> Stored:
-    """The tokens where bool [batch, kv_heads, n] is True, heads of fewer tokens with holes behind them. A copy."""
-    order = (~mask).sort(dim=-1, stable=True).indices[..., : int(mask.sum(-1).max())]
-    rows = order[..., None].expand(*order.shape, held.keys.shape[3])
-    positions = held.positions.gather(2, order).masked_fill(~mask.gather(2, order), -1)
-    return Stored(held.keys.gather(2, rows), held.values.gather(2, rows), positions)
