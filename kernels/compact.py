@@ -30,12 +30,12 @@ def reference(k, v, keep):
     """Plain torch: the truth, and the path off CUDA. Arguments as `compact`."""
     if keep.dtype == torch.bool:
         return Rows(k[keep], v[keep], *_row_bounds(keep))
-    if _lies_in_rows(k) and _lies_in_rows(v) and k.stride() == v.stride():
+    if k.shape == v.shape and k.stride() == v.stride() and _lies_in_rows(k):
         # Whole rows of one long table are copied as such, several times faster than channel by channel.
         b, g, t = (stride // k.shape[3] for stride in k.stride()[:3])
         heads = [[i * b + j * g] for i in range(k.shape[0]) for j in range(k.shape[1])]
         rows = (keep if t == 1 else keep * t).flatten(0, 1) + torch.tensor(heads, device=k.device)
-        return Rows(*(_table(x).index_select(0, rows.view(-1)).view(*keep.shape, -1) for x in (k, v)))
+        return Rows(*(_table(x).index_select(0, rows.view(-1)).view(*keep.shape, x.shape[3]) for x in (k, v)))
     # a view: the index is never materialised per channel
     return Rows(*(x.gather(2, keep[..., None].expand(*keep.shape, x.shape[-1])) for x in (k, v)))
 
