@@ -84,8 +84,6 @@ class StarKV(Eviction):
 
     past: ClassVar[int] = 1
     """Tokens before the window that a budget leaves room for, where it is smaller than the window."""
-    remembers: ClassVar[bool] = True
-    """Whether a step knows of those before it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,6 +100,11 @@ class StarKV(Eviction):
             )
         if self.bins is not None and not 1 <= self.bins <= 64:
             raise ValueError(f"bins={self.bins}: use 1 to 64 along each side, or None to choose by the frame's size")
+
+    @property
+    def remembers(self) -> bool:
+        """Yes: heads are weighed by what the steps before have shown."""
+        return True
 
     def needs(self) -> Needs:
         """The window's queries, where screenshots are and how they lie, and hidden states, which also tell whose tokens
@@ -271,7 +274,11 @@ class StarKVOfficial(StarKV):
     aeb: Literal["off", "layer", "per_head"] = "layer"
 
     past: ClassVar[int] = 2
-    remembers: ClassVar[bool] = False
+
+    @property
+    def remembers(self) -> bool:
+        """No: as released, every prompt begins anew."""
+        return False
 
 
 def _with_row(known: torch.Tensor | None, rows: int, row: int, value: torch.Tensor) -> torch.Tensor:

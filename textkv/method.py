@@ -138,6 +138,11 @@ class Method:
         """Whether tokens are dropped; if not, every token seen stays stored, whatever the budget."""
         return True
 
+    @property
+    def remembers(self) -> bool:
+        """Whether a step of an agent knows of those before it (`Layer.trajectory`): as the method on the left does."""
+        return self.inner is not None and self.inner.remembers
+
     def check_sharded(self, shards: int) -> None:
         """Raises ValueError if the model's heads lie on several devices, and the method looks at all of them."""
         if shards > 1 and not self.heads_apart:

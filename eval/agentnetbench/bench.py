@@ -20,6 +20,7 @@ from agentkv.agent import Agent, Decision
 from agentkv.grammars import Frame, ParseError
 from agentkv.models import History
 from agentkv.models.chat import ChatAdapter
+from textkv.method import resolve_method
 
 from ..outcomes import Store
 from .atoms import Atom, atoms_of, typed
@@ -108,6 +109,7 @@ class Bench:
         kinds = {(cell.method, cell.budget) for cell in cells}
         self._frames: dict[tuple[int, int], Frame] = {}
         self.agents = {kind: Agent(adapter, *kind, max_new_tokens) for kind in kinds}
+        self.remembering = {method for method, _ in kinds if resolve_method(method).remembers}
 
     def left(self, answers: Answers) -> int:
         """Steps times cells that `answers` lacks."""
@@ -125,17 +127,22 @@ class Bench:
             teacher = [self._told(trajectory, step) for step in trajectory.steps]
             for cell in self.cells:
                 said = list(teacher)
-                # What a method learns from steps is of one task and cell; where answers are resumed, it begins anew.
+                # What a method learns from steps is of one task and cell.
                 self.agents[cell.method, cell.budget].start(None)
+                wanted = [s.number for s in trajectory.steps if s.image and answers.at(cell, trajectory, s) is None]
                 for index, step in enumerate(trajectory.steps):
                     if step.image is None:
                         continue
                     known = answers.at(cell, trajectory, step)
+                    past = _past(trajectory.steps[:index], said, cell.screenshots)
                     if known is None:
-                        past = _past(trajectory.steps[:index], said, cell.screenshots)
                         known = self._answer(trajectory, step, cell, past)
                         answers.add(known)
+                        wanted.remove(step.number)
                         yield known
+                    elif wanted and cell.method in self.remembering:
+                        # It is asked again for what the method learns from it; the answer is there.
+                        self._answer(trajectory, step, cell, past)
                     if self.history == OWN:
                         said[index] = known.text
 

@@ -148,3 +148,23 @@ def test_bad_requests_are_one_line(tmp_path: Path, options: list[str], said: str
 def test_numbers_and_protocols(tmp_path: Path) -> None:
     assert numbers_of("1..3,5,2") == (1, 2, 3, 5)
     assert parser().parse_args(["--data", str(tmp_path)]).protocol == ["v1"]
+
+
+@pytest.mark.parametrize(("method", "asked"), [("star-kv", 3), ("star-kv-official", 1), ("snapkv", 1)])
+def test_a_method_that_remembers_lives_through_a_task_again(tmp_path: Path, method: str, asked: int) -> None:
+    tasks, _ = read(write(tmp_path, FORM))
+    cell, reply = Cell(method, "0.5", 2), "Action: wait()"
+
+    def answer(file: str, times: int) -> tuple[Told, list[Answer]]:
+        bench = Bench(tasks, load_adapter("mini"), [cell], OWN, 8)
+        agent = bench.agents[method, "0.5"] = Told(*[reply] * times)
+        return agent, list(bench.run(Answers(tmp_path / file, {})))
+
+    whole, answers = answer("whole.jsonl", 4)
+    # All but the third step were answered before.
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    left = [line for line in lines if json.loads(line).get("step") != answers[2].step]
+    (tmp_path / "part.jsonl").write_text("".join(left))
+    again, more = answer("part.jsonl", asked)
+    assert [one.step for one in more] == [answers[2].step]
+    assert again.seen == whole.seen[3 - asked : 3]
