@@ -114,9 +114,9 @@ def _encode(x: torch.Tensor, signs: torch.Tensor, bits: int, fit: Fit) -> torch.
     root, x = x.shape[-1] ** 0.5, x.float()
     size = x.norm(dim=-1, keepdim=True)
     y = turn(x, signs) * (root / size.clamp(min=torch.finfo(torch.float32).tiny))
-    centroids = _centroids(bits, x.device)
-    codes = torch.bucketize(y, (centroids[1:] + centroids[:-1]) / 2, right=True)
-    c = centroids[codes]
+    known = centroids(bits, x.device)
+    codes = torch.bucketize(y, (known[1:] + known[:-1]) / 2, right=True)
+    c = known[codes]
     if fit == "norm":
         scale = size / c.norm(dim=-1, keepdim=True)
     elif fit == "plain":
@@ -171,8 +171,8 @@ def _pieces(packed: torch.Tensor, bits: int, codes: int) -> torch.Tensor:
 
 
 @cache
-def _centroids(bits: int, device: torch.device) -> torch.Tensor:
-    """fp32 [2^bits]."""
+def centroids(bits: int, device: torch.device) -> torch.Tensor:
+    """What codes of so many bits stand for, ascending: fp32 [2^bits]."""
     return torch.tensor(lloyd_max(bits), device=device)
 
 
@@ -181,7 +181,7 @@ def _table(bits: int, codes: int, device: torch.device) -> torch.Tensor:
     """The centroids of all numbers of `codes` neighbouring codes: fp32 [2^(bits * codes), codes]."""
     number = torch.arange(2 ** (bits * codes), device=device)[:, None]
     each = (number >> torch.arange(0, bits * codes, bits, device=device)) & (2**bits - 1)
-    return _centroids(bits, device)[each]
+    return centroids(bits, device)[each]
 
 
 @cache

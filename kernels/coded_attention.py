@@ -10,20 +10,145 @@ for a token is a look-up of its centroids and two dot products.
 A centre that was subtracted from keys comes back as in `kernels.packed_attention`: the same number for all scores of a
 query, or cosines and sines where it turns with the position. Keys that are marked were coded without it.
 
-Plain torch on every device, in tiles of tokens and queries, fp32 throughout.
+Floor in bytes: the rows of the tokens, once, whatever the number of query heads.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ._backend import FLOATS, check_head_dim, check_softcap, check_tensor
-from ._rotary_centre import check_turn, turned_scores
-from .codebook import decode, row_bytes, turn, turn_back
+from ._backend import (
+    FLOATS,
+    LOG2_E,
+    check_head_dim,
+    check_softcap,
+    check_tensor,
+    dense_rows,
+    dot_dtype,
+    jit,
+    split_length,
+    tl,
+    triton,
+    use_triton,
+)
+from ._rotary_centre import check_turn, turned_products, turned_scores, turned_tile
+from ._tiles import scaled, softmax_step
+from .codebook import centroids, decode, row_bytes, turn, turn_back
+from .decode_attention import _merge_kernel
 from .merge import merge
 
 _NUMBERS = 2**19  # centroids that are looked up at a time: 2 MB stay in a processor's cache
 _QUERIES = 512  # query rows of a run that attend at a time
+
+
+@jit
+def _vectors(p_rows, o_rows, p_table, d, mask, BITS: tl.constexpr):
+    """Centroids [tokens, channels] of the rows that begin at o_rows."""
+    bit = d * BITS
+    at = p_rows + o_rows[:, None] + (bit // 8)[None, :]
+    word = tl.load(at, mask=mask, other=0).to(tl.int32)
+    if 8 % BITS != 0:  # a code may reach into the next byte; behind the last code the scale begins
+        word |= tl.load(at + 1, mask=mask, other=0).to(tl.int32) << 8
+    return tl.load(p_table + ((word >> (bit % 8)[None, :]) & ((1 << BITS) - 1)), mask=mask, other=0.0)
+
+
+@jit
+def _scales(p_rows, o_rows, seen, BYTES: tl.constexpr):
+    """Scales fp32 [tokens], and whether each is marked: float16, and its sign, at the end of a row."""
+    low = tl.load(p_rows + o_rows + (BYTES - 2), mask=seen, other=0).to(tl.int16)
+    high = tl.load(p_rows + o_rows + (BYTES - 1), mask=seen, other=0).to(tl.int16)
+    size = ((high & 127) << 8 | low).to(tl.float16, bitcast=True)
+    return size.to(tl.float32), high > 127
+
+
+@jit(do_not_specialize=["x", "n", "split", "splits"])
+def _coded_kernel(
+    p_q, p_turned, p_k, p_v, k_table, v_table, p_shift, p_centre, p_freq, p_positions, p_valid,
+    s_kb, s_kg, s_kn, s_vb, s_vg, s_vn, s_pb, s_pg, s_hb, s_hg, s_hn, p_out, p_lse,
+    x, n, split, splits, groups, scale_log2, cap_log2,
+    D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_BYTES: tl.constexpr, V_BYTES: tl.constexpr,
+    HALF: tl.constexpr, SHIFTED: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """One split of one run against one block of its x query rows -> p_out [run * splits + part, x, D], still turned."""
+    run, part = tl.program_id(0) // splits, tl.program_id(0) % splits
+    b, g = (run // groups).to(tl.int64), (run % groups).to(tl.int64)
+    i, d = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    o_q = run.to(tl.int64) * x * D + i * D
+    m_q = (i < x)[:, None] & (d < D)[None, :]
+    q = tl.load(p_turned + o_q[:, None] + d[None, :], mask=m_q, other=0.0).to(DOT)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if SHIFTED:
+        shift = tl.load(p_shift + run * x + i, mask=i < x, other=0.0)
+    if HALF:
+        with_cos, with_sin, freq, axis = turned_products(
+            p_q, o_q, i < x, p_centre, p_freq, None, run, D, HALF, 1, BLOCK_F
+        )
+        p_positions += b * s_pb + g * s_pg
+    begin = part * split
+    end = tl.minimum(begin + split, n)
+    for low in range(begin, end, BLOCK_T):
+        j = low + tl.arange(0, BLOCK_T)
+        seen = j < end
+        if MASKED:
+            seen = seen & (tl.load(p_valid + b * s_hb + g * s_hg + j.to(tl.int64) * s_hn, mask=seen, other=0) != 0)
+        mask = seen[:, None] & (d < D)[None, :]
+        o_k = b * s_kb + g * s_kg + j.to(tl.int64) * s_kn
+        size, marked = _scales(p_k, o_k, seen, K_BYTES)
+        keys = _vectors(p_k, o_k, k_table, d, mask, K_BITS)
+        scores = tl.dot(q, tl.trans(keys.to(DOT)), input_precision="ieee") * size[None, :]
+        if SHIFTED:
+            centres = tl.zeros([BLOCK_M, BLOCK_T], tl.float32) + shift[:, None]
+            if HALF:
+                centres += turned_tile(with_cos, with_sin, freq, axis, p_positions, 0, j, seen, 1)
+            scores += tl.where(marked[None, :], 0.0, centres)
+        scores = tl.where(seen[None, :], scaled(scores, scale_log2, cap_log2, CAPPED), float("-inf"))
+        p, decay, top, total = softmax_step(scores, top, total)
+        o_v = b * s_vb + g * s_vg + j.to(tl.int64) * s_vn
+        size, marked = _scales(p_v, o_v, seen, V_BYTES)
+        values = _vectors(p_v, o_v, v_table, d, mask, V_BITS)
+        acc = acc * decay[:, None] + tl.dot((p * size[None, :]).to(DOT), values.to(DOT), input_precision="ieee")
+    o_row = tl.program_id(0).to(tl.int64) * x + i
+    tl.store(p_out + o_row[:, None] * D + d[None, :], acc / tl.where(total == 0.0, 1.0, total)[:, None], mask=m_q)
+    tl.store(p_lse + o_row, (top + tl.log2(total)) * 0.6931471805599453, mask=i < x)
+
+
+def _launch(q, turned_q, k, v, bits, shift, turn_of, softcap, valid, dot, split=None):
+    """Run the kernel: q fp32 [runs, x, D] as it is, and turned in the model's dtype; rows [B, G, n, bytes]; shift fp32
+    [runs, x] or None. `split` (tokens of one program) is chosen here unless a test names it."""
+    (runs, x, D), (G, n) = q.shape, k.shape[1:3]
+    k, v, block_d = dense_rows(k), dense_rows(v), triton.next_power_of_2(max(16, D))
+    centre, inv_freq, positions, _ = turn_of or (None, None, None, None)
+    half = 0 if inv_freq is None else inv_freq.shape[1]
+    # what turns multiplies fp32 tiles besides, which take the shared memory of other query rows
+    most = min(64 if half == 0 else 32 if half <= 64 else 16, 16 if block_d > 256 else 64)
+    block_m = min(most, max(16, triton.next_power_of_2(x)))
+    block_t = 64 if block_d <= 128 else 32 if block_d <= 256 else 16
+    blocks = triton.cdiv(x, block_m)
+    split = triton.cdiv(split or split_length(n, runs * blocks, q), block_t) * block_t
+    splits = max(1, triton.cdiv(n, split))
+    out, lse = torch.empty_like(q), q.new_empty(runs, x)
+    part, part_lse = (out, lse) if splits == 1 else (q.new_empty(runs * splits, x, D), q.new_empty(runs * splits, x))
+    strides = (0, 0) if positions is None else positions.expand(-1, -1, G, -1).stride()[1:3]
+    strides += (0, 0, 0) if valid is None else valid.stride()
+    _coded_kernel[(runs * splits, blocks)](
+        q, turned_q, k, v, *(centroids(each, q.device).to(turned_q.dtype) for each in bits), shift,
+        centre, inv_freq, positions, None if valid is None else valid.view(torch.uint8),
+        *k.stride()[:3], *v.stride()[:3], *strides, part, part_lse, x, n, split, splits, G,
+        LOG2_E, float(softcap or 0) * LOG2_E, D=D, K_BITS=bits[0], V_BITS=bits[1], K_BYTES=k.shape[3],
+        V_BYTES=v.shape[3], HALF=half, SHIFTED=shift is not None, MASKED=valid is not None,
+        CAPPED=softcap is not None, DOT=dot, BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_D=block_d,
+        BLOCK_F=triton.next_power_of_2(max(16, half)), num_warps=8 if block_m * block_d > 4096 else 4,
+        num_stages=2 if block_d <= 256 else 1,
+    )  # fmt: skip
+    if splits > 1:
+        _merge_kernel[(runs, x)](
+            part, part_lse, None, out, lse, x, split, splits, runs, GROUP=1, D=D, ROWS=1, RAGGED=False, BLOCK_T=16,
+            BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip
+    return out, lse
 
 
 def coded_attention(
@@ -39,6 +164,7 @@ def coded_attention(
     positions: torch.Tensor | None = None,
     softcap: float | None = None,
     valid: torch.Tensor | None = None,
+    _backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to coded tokens, all of which lie before the queries; return `(out, lse)`.
 
@@ -66,28 +192,40 @@ def coded_attention(
     B, H, m, D = q.shape
     G, n = k.shape[1:3]
     rows = q.reshape(B * G, H // G * m, D).float() * scale
-    valid = None if valid is None else valid.expand(B, G, n).reshape(B * G, 1, n)
+    valid = None if valid is None else valid.expand(B, G, n)
     turned = None
     if inv_freq is not None:
-        centre, inv_freq = centre.flatten(0, 1), inv_freq.flatten(0, 1)
+        centre, inv_freq = centre.flatten(0, 1).contiguous(), inv_freq.flatten(0, 1).contiguous()
         turned = centre, inv_freq, check_turn(q, centre, inv_freq, positions, None, n), None
     elif centre is not None:
         centre = centre.flatten(0, 1)
-    parts = [
-        _attend(some, k.flatten(0, 1), v.flatten(0, 1), bits, signs, centre, turned, softcap, valid)
-        for some in rows.split(_QUERIES, 1)
-    ]
-    out, lse = (torch.cat(x, 1) for x in zip(*parts, strict=True))
+    query, shift = turn(rows, signs[0]), None
+    if centre is not None:  # what the dims that do not turn add to all scores
+        still = 0 if turned is None else 2 * turned[1].shape[1]
+        shift = (rows[..., still:] @ centre[:, still:, None])[..., 0]
+    if use_triton(q, _backend) and q.numel() and n:
+        out, lse = _launch(rows, query.to(q.dtype), k, v, bits, shift, turned, softcap, valid, dot_dtype(q))
+    else:
+        out, lse = reference(rows, query, k, v, bits, shift, turned, softcap, valid)
     return turn_back(out, signs[1]).to(q.dtype).view(B, H, m, D), lse.view(B, H, m)
 
 
-def _attend(q, k, v, bits, signs, centre, turned, softcap, valid):
-    """q fp32 [runs, x, D], scaled; rows [runs, n, bytes] -> out fp32 [runs, x, D], still turned, and lse [runs, x]."""
+def reference(q, query, k, v, bits, shift, turned, softcap, valid):
+    """Plain torch, in tiles of tokens and queries, fp32 throughout: the truth, and the path off CUDA. As `_launch`."""
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    valid = None if valid is None else valid.flatten(0, 1)[:, None]
+    parts = [
+        _attend(q[:, some], query[:, some], k, v, bits, 0.0 if shift is None else shift[:, some, None], turned,
+                shift is not None, softcap, valid)
+        for some in (slice(low, low + _QUERIES) for low in range(0, max(1, q.shape[1]), _QUERIES))
+    ]  # fmt: skip
+    return tuple(torch.cat(x, 1) for x in zip(*parts, strict=True))
+
+
+def _attend(q, query, k, v, bits, shift, turned, centred, softcap, valid):
+    """q fp32 [runs, x, D], scaled, and turned; rows [runs, n, bytes] -> out fp32 [runs, x, D], still turned, and lse
+    [runs, x]."""
     runs, n, D = *k.shape[:2], q.shape[-1]
-    query, shift = turn(q, signs[0]), 0.0  # the shift is what dims of the centre that do not turn add to all scores
-    if centre is not None:
-        still = 0 if turned is None else 2 * turned[1].shape[1]
-        shift = q[..., still:] @ centre[:, still:, None]
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf)
     step = max(16, _NUMBERS // (runs * D))
     for low in range(0, n, step):
@@ -95,7 +233,7 @@ def _attend(q, k, v, bits, signs, centre, turned, softcap, valid):
         seen = None if valid is None else valid[..., tile]
         c, size = decode(k[:, tile], bits[0], D)
         scores = query @ c.mT * _only(size[:, None], seen)
-        if centre is not None:
+        if centred:
             centres = shift if turned is None else shift + turned_scores(q, *turned, tile)
             scores += centres * ~size[:, None].signbit()
         if softcap is not None:

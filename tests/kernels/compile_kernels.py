@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from textkv import kernels
+from textkv.kernels.codebook import row_bytes
 from textkv.kernels.pack import Bits, LowRank, Sparse
 
 SHARED_LIMIT = 99 * 1024  # bytes of one program on the smallest GPUs of compute capability 8.6 and 8.9
@@ -112,6 +113,14 @@ def launch_packed(
     kernels.packed_attention(zeros(1, 2 * group, m, D), k, v, scale=1.0, **rows, **options, _backend="triton")
 
 
+def launch_coded(D: int, group: int, m: int, bits: tuple[int, int], half: int = 0, **options) -> None:
+    rows = [zeros(1, 2, 600, row_bytes(each, D), dtype=torch.uint8) for each in bits]
+    if half:
+        options |= {"inv_freq": torch.zeros(1, 2, half), "positions": zeros(1, 1, 600, dtype=torch.int32)}
+    options |= {"bits": bits, "signs": torch.ones(2, D), "scale": 1.0, "_backend": "triton"}
+    kernels.coded_attention(zeros(1, 2 * group, m, D), *rows, **options)
+
+
 def launch_all() -> None:
     """One call for each configuration that a bf16 model of head_dim 128 leads to, and the extremes."""
     valid = torch.ones(1, 600, dtype=torch.bool)
@@ -147,6 +156,11 @@ def launch_all() -> None:
     launch_packed(512, 8, 64, 64, "fp8", "fp8", "channel", corrected=False, valid=holes)
     launch_packed(512, 8, 64, 128, 2, 2, "token", corrected=True)
     launch_packed(512, 8, 64, 128, 2, 2, "channel", corrected=True, half=256, axes=3)
+    for bits in ((2, 2), (3, 3), (4, 4)):
+        launch_coded(128, 7, 1, bits, centre=torch.zeros(1, 2, 128))
+    launch_coded(128, 7, 1, (4, 4), half=64, centre=torch.zeros(1, 2, 128), valid=holes)
+    launch_coded(128, 4, 64, (3, 2), valid=holes, softcap=50.0)
+    launch_coded(512, 8, 64, (4, 4), half=256, centre=torch.zeros(1, 2, 512))
     lse = zeros(1, 8, 32, dtype=torch.float32)
     wide, few = zeros(1, 2, 600, 512), zeros(1, 8, 64, 512)
     kernels.window_mass(few, wide, scale=1.0, squares=True, softcap=50.0, _backend="triton")

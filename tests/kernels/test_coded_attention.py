@@ -5,6 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 
+from tests.kernels.helpers import mismatch
 from textkv.kernels import coded_attention, decode_attention
 from textkv.kernels.codebook import decode, encode, turn_back
 
@@ -75,6 +76,46 @@ def test_tokens_that_are_not_seen_may_hold_anything(heads, monkeypatch):
     found = coded_attention(torch.ones(2, 4, 1, 16), k, v, bits=(4, 4), signs=signs, scale=SCALE, valid=valid)
     assert_same(found, true)
     assert bool((found[0][1, -1] == 0).all()) and bool((found[1][1, -1] == -torch.inf).all())
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (3, 2), (1, 8), (5, 6)])
+@pytest.mark.parametrize(
+    ("B", "H", "G", "m", "n", "D"), [(1, 1, 1, 1, 1, 8), (2, 6, 2, 1, 200, 24), (1, 4, 2, 40, 90, 64)]
+)
+def test_the_kernel_is_the_reference(B, H, G, m, n, D, bits):
+    (k, v), signs, _ = cached(B, G, n + 9, D, bits, marked=0.3)
+    k, v = k[:, :, 4 : n + 4], v[:, :, :n]  # as in a buffer with room
+    q = torch.randn(B, H, m, D)
+    centre, valid = torch.randn(B, G, D), torch.rand(B, 1, n) > 0.3
+    plain = {"bits": bits, "signs": signs, "scale": SCALE}
+    turned = {"inv_freq": torch.rand(B, G, D // 4), "positions": torch.randint(0, 90, (B, G, n)).int()}
+    for options in (
+        {}, {"softcap": 2.0}, {"valid": valid}, {"centre": centre, "valid": valid.expand(B, G, n)},
+        {"centre": centre, "softcap": 2.0} | turned,
+    ):  # fmt: skip
+        ours = coded_attention(q, k, v, **plain, **options, _backend="triton")
+        assert not mismatch(ours, coded_attention(q, k, v, **plain, **options, _backend="reference"), 3e-5), options
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-5), (torch.bfloat16, 2e-2)])
+def test_the_kernel_in_several_splits(dtype, tolerance, monkeypatch):
+    (k, v), signs, _ = cached(2, 1, 300, 16)
+    monkeypatch.setattr(MODULE, "split_length", lambda n, tiles, x: 64)
+    q, valid = torch.randn(2, 2, 3, 16).to(dtype), torch.ones(2, 1, 300, dtype=torch.bool)
+    valid[1, :, :200] = False  # whole splits of nothing
+    found = coded_attention(q, k, v, bits=(4, 4), signs=signs, scale=SCALE, valid=valid, _backend="triton")
+    assert not mismatch(found, coded_attention(q, k, v, bits=(4, 4), signs=signs, scale=SCALE, valid=valid), tolerance)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_rows_that_are_not_seen_poison_nothing(backend):
+    (k, v), signs, _ = cached(1, 2, 70, 16)
+    valid, q = torch.rand(1, 2, 70) > 0.5, torch.randn(1, 4, 1, 16)
+    given = {"bits": (4, 4), "signs": signs, "scale": SCALE, "valid": valid, "_backend": backend}
+    true = coded_attention(q, k, v, **given)
+    for x in (k, v):
+        x[~valid] = 255  # NaN in the scale
+    assert not mismatch(coded_attention(q, k, v, **given), true)
 
 
 def test_no_token_at_all_and_half_precision():

@@ -9,6 +9,7 @@ import torch
 
 from tests.compare import mismatch
 from textkv.kernels import (
+    coded_attention,
     compact,
     confidence,
     decode_attention,
@@ -19,6 +20,7 @@ from textkv.kernels import (
     subspace_residual,
     window_mass,
 )
+from textkv.kernels.codebook import encode
 from textkv.kernels.pack import LowRank, Sparse
 
 pytestmark = [
@@ -154,6 +156,22 @@ def test_packed_attention_with_a_turning_centre(D, half, axes, dtype, poison):
         rows["axes"] = torch.arange(half, device="cuda", dtype=torch.int32) % 3
     q = randn(1, 14, 1, D, dtype=dtype) / 20
     assert not differs(packed_attention, q, k, v, scale=1.0, **rows, tolerance=TOLERANCE[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize("bits", [(4, 4), (3, 2), (2, 8)])
+@pytest.mark.parametrize("D, half, m", [(128, 0, 1), (128, 64, 1), (80, 20, 5), (256, 128, 300)])
+def test_coded_attention(D, half, m, bits, dtype, poison):
+    signs = torch.randint(0, 2, (2, D), device="cuda") * 2.0 - 1
+    marked = torch.rand(1, 2, 30_000, device="cuda") < 0.1
+    k, v = (encode(randn(1, 2, 30_000, D), signs[i], bits[i], marked=marked) for i in range(2))
+    options = {"centre": randn(1, 2, D), "valid": torch.rand(1, 1, 30_000, device="cuda") > 0.3}
+    if half:
+        inv_freq = 1e4 ** -(torch.arange(half, device="cuda") / half)
+        options["inv_freq"] = inv_freq.expand(1, 2, -1).contiguous()
+        options["positions"] = torch.arange(30_000, device="cuda", dtype=torch.int32).expand(1, 1, -1)
+    options |= {"bits": bits, "signs": signs, "scale": D**-0.5}
+    assert not differs(coded_attention, randn(1, 14, m, D, dtype=dtype), k, v, **options, tolerance=TOLERANCE[dtype])
 
 
 @DTYPES
