@@ -34,6 +34,7 @@ from textkv.command.arguments import (
     threads,
     weight,
 )
+from textkv.command.crew import Crew, add_crew
 from textkv.command.ending import run, terminable
 from textkv.command.results import (
     output_file,
@@ -44,10 +45,13 @@ from textkv.command.results import (
     write_rows,
     write_text,
 )
-from textkv.command.workers import Workers
+from textkv.command.workers import WorkerFailed, Workers
 
 __all__ = [
+    "Crew",
+    "WorkerFailed",
     "Workers",
+    "add_crew",
     "budget",
     "budgets",
     "checked",

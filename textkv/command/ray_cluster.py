@@ -1,0 +1,157 @@
+"""Ray for one command: started on this machine alone, or joined where it runs; and nothing of it left afterwards.
+
+Ray is made for machines that trust each other. Started here it listens on the loopback address only, asks for a secret
+that no other process knows, shows no dashboard and reports nothing to anybody. Its daemons end with this process,
+whatever ends it; its files lie in a folder of their own, which a small process removes as soon as this one has gone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from argparse import ArgumentTypeError
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+
+from textkv.command.ending import TERMINATED
+
+LOCAL = "local"
+STORE = 128_000_000  # bytes of Ray's object store: jobs and their results are small
+ROOM = 28  # characters of a temporary folder's path: Ray's sockets lie 78 below it, and the system takes 107
+REMOVED = 10.0  # seconds that removing Ray's files may take
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+HERE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+"""The first makes Ray listen on 127.0.0.1, on every system; the second asks callers for `RAY_AUTH_TOKEN`."""
+
+# Files are written until the last daemon has ended, so the folder must stay away for a moment.
+KEEPER = """
+import shutil, sys, time
+from pathlib import Path
+sys.stdin.buffer.read()
+folder, gone = Path(sys.argv[1]), 0
+for _ in range(100):
+    gone = 0 if folder.exists() else gone + 1
+    if gone > 3:
+        break
+    shutil.rmtree(folder, ignore_errors=True)
+    time.sleep(0.1)
+"""
+
+
+def cluster(text: str) -> str:
+    """Where Ray runs: `local`, or HOST:PORT of a cluster that is there."""
+    host, _, port = text.rpartition(":")
+    if text != LOCAL and not (re.fullmatch(r"[\w.\[\]:-]+", host) and re.fullmatch(r"\d{1,5}", port)):
+        raise ArgumentTypeError(f"{text!r} is no Ray cluster; write local, or the HOST:PORT that ray start printed")
+    if text != LOCAL and not 1 <= int(port) <= 65_535:
+        raise ArgumentTypeError(f"{port} is not a port; use 1 to 65,535")
+    if importlib.util.find_spec("ray") is None:
+        raise ArgumentTypeError("ray is not installed; pip install 'agentkv[ray]'")
+    return text
+
+
+@contextmanager
+def connected(address: str, cpus: int) -> Iterator[ModuleType]:
+    """A context in which this process is connected to Ray; gives the module.
+
+    Args:
+        address: `local` = start it here; else HOST:PORT.
+        cpus: workers that must have room at a time.
+
+    Raises:
+        ValueError: nothing answers there, or there are fewer processors than `cpus`.
+    """
+    with _started(cpus) if address == LOCAL else _joined(address) as ray:
+        try:
+            there = int(ray.cluster_resources().get("CPU", 0))
+            if there < cpus:
+                raise ValueError(
+                    f"Ray at {address} has {there} processors; use --workers {max(there, 1)}, or more of them"
+                )
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _started(cpus: int) -> Iterator[ModuleType]:
+    with _folder() as folder, _environment(QUIET | HERE | {"RAY_AUTH_TOKEN": secrets.token_hex(16)}):
+        ray = _init(
+            address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=STORE, _temp_dir=str(folder)
+        )
+        if (ip := ray.util.get_node_ip_address()) != "127.0.0.1":
+            # Its constants are read once, when it is imported.
+            ray.shutdown()
+            raise ValueError(f"Ray was imported before and listens on {ip}; import it after textkv.command, not before")
+        yield ray
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[ModuleType]:
+    with _environment(QUIET):
+        try:
+            yield _init(address=address)
+        except ConnectionError as error:
+            raise ValueError(f"no Ray answers at {address} ({type(error).__name__}); is it running there?") from None
+
+
+def _init(**options: object) -> ModuleType:
+    """Ray, connected. Its import and its start put handlers of their own in place of this process's."""
+    main = threading.current_thread() is threading.main_thread()
+    hook, heard = sys.excepthook, signal.getsignal(signal.SIGTERM)
+    try:
+        import ray  # of the extra, and slow
+
+        ray.init(log_to_driver=False, logging_level="error", configure_logging=True, **options)
+        return ray
+    except SystemExit:
+        # Ray's own answer to SIGTERM, which has another code than ours.
+        raise SystemExit(TERMINATED) from None
+    finally:
+        sys.excepthook = hook
+        if main:
+            signal.signal(signal.SIGTERM, heard)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Those variables for this process and what it starts."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ |= values
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder for Ray's files, which goes when this process goes, even if that is killed."""
+    usual = tempfile.gettempdir()
+    folder = tempfile.mkdtemp(prefix="ray-", dir=usual if len(usual) <= ROOM - len("/ray-12345678") else "/tmp")
+    # It waits for the end of its input. Nobody but this process holds the other end, and no Ctrl-C reaches it.
+    keeper = subprocess.Popen(
+        [sys.executable, "-I", "-c", KEEPER, folder], stdin=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        assert keeper.stdin is not None
+        keeper.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            keeper.wait(REMOVED)
