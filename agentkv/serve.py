@@ -12,6 +12,7 @@ import ipaddress
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,6 +47,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--disk", type=writable_folder, metavar="DIR", help="where those that do not fit lie meanwhile (dropped)"
     )
+    p.add_argument(
+        "--chat-template",
+        type=checked(template),
+        metavar="FILE",
+        help="Jinja file that tells messages as text (default: the model's own; a plain one for mini-text)",
+    )
     p.add_argument("--host", type=some_text, default="127.0.0.1", help="address to listen on (this machine only)")
     p.add_argument("--port", type=port, default=8000, help="port to listen on (8000)")
     p.add_argument(
@@ -76,6 +83,7 @@ def serve(args: argparse.Namespace, argv: list[str]) -> None:
     name, dtype = args.name or args.model, torch.bfloat16 if "cuda" in args.device else torch.float32
     model = OWN_NAME.get(args.model, args.model)
     opening = Opening(model, args.device or "cpu", dtype, args.method, args.budget, args.memory, args.disk)
+    opening = replace(opening, chat_template=args.chat_template)
     # Before the weights: a port that is taken is known at once.
     with _listening(args.host, args.port) as door:
         app = build_app(
@@ -114,6 +122,13 @@ def engine_of(model: str) -> str:
         raise FileNotFoundError(f"model {model} has no config.json that can be had; give the folder of a model")
     kind = read_object(path).get("model_type")
     return next((name for name in ENGINES.names() if kind in ENGINES.find(name).reads), "text")
+
+
+def template(text: str) -> str:
+    """The chat template in a file."""
+    from textkv.serve.template import read_template  # with the extra `serve`, as all that listens
+
+    return read_template(text)
 
 
 def keys(text: str) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ def free_port() -> int:
         (["--device", "cuda:99"], "cuda"),
         (["--api-key-file", "/nowhere"], "no keys"),
         (["--disk", ""], "written"),
+        (["--chat-template", "/nowhere"], "no chat template can be read"),
         (["--host", "0.0.0.0"], "--api-key-file"),
         (["--colour", "red"], "--colour"),
     ],

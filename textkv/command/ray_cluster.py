@@ -20,6 +20,7 @@ import threading
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -62,7 +63,7 @@ def cluster(text: str) -> str:
 
 @contextmanager
 def connected(address: str, cpus: int) -> Iterator[ModuleType]:
-    """A context in which this process is connected to Ray; gives the module.
+    """A context in which this process is connected to Ray; gives the module. Within another it is the same connection.
 
     Args:
         address: `local` = start it here; else HOST:PORT.
@@ -71,13 +72,22 @@ def connected(address: str, cpus: int) -> Iterator[ModuleType]:
     Raises:
         ValueError: nothing answers there, or there are fewer processors than `cpus`.
     """
+    with _open(address, cpus) as ray:
+        there = int(ray.cluster_resources().get("CPU", 0))
+        if there < cpus:
+            raise ValueError(f"Ray at {address} has {there} processors and {cpus} are needed; use fewer workers")
+        yield ray
+
+
+@contextmanager
+def _open(address: str, cpus: int) -> Iterator[ModuleType]:
+    """A connection that is closed behind, unless there was one before."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        yield ray
+        return
     with _started(cpus) if address == LOCAL else _joined(address) as ray:
         try:
-            there = int(ray.cluster_resources().get("CPU", 0))
-            if there < cpus:
-                raise ValueError(
-                    f"Ray at {address} has {there} processors; use --workers {max(there, 1)}, or more of them"
-                )
             yield ray
         finally:
             ray.shutdown()
@@ -85,15 +95,16 @@ def connected(address: str, cpus: int) -> Iterator[ModuleType]:
 
 @contextmanager
 def _started(cpus: int) -> Iterator[ModuleType]:
-    with _folder() as folder, _environment(QUIET | HERE | {"RAY_AUTH_TOKEN": secrets.token_hex(16)}):
-        ray = _init(
+    with _folder() as folder, _environment(QUIET | HERE | {"RAY_AUTH_TOKEN": _secret()}):
+        yield _init(
             address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=STORE, _temp_dir=str(folder)
         )
-        if (ip := ray.util.get_node_ip_address()) != "127.0.0.1":
-            # Its constants are read once, when it is imported.
-            ray.shutdown()
-            raise ValueError(f"Ray was imported before and listens on {ip}; import it after textkv.command, not before")
-        yield ray
+
+
+@cache
+def _secret() -> str:
+    """Of this process: Ray reads it once."""
+    return secrets.token_hex(16)
 
 
 @contextmanager
@@ -112,6 +123,9 @@ def _init(**options: object) -> ModuleType:
     try:
         import ray  # of the extra, and slow
 
+        if options["address"] == LOCAL and (ip := ray.util.get_node_ip_address()) != "127.0.0.1":
+            # It reads its settings when it is imported.
+            raise ValueError(f"Ray was imported before and would listen on {ip}; leave its import to textkv.command")
         ray.init(log_to_driver=False, logging_level="error", configure_logging=True, **options)
         return ray
     except SystemExit:

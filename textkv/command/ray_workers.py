@@ -43,6 +43,7 @@ class RayWorkers:
         self._open, self._args = open, args
         self._stack = ExitStack()
         self._idle: deque[Any] = deque()
+        self._all: list[Any] = []
         # By the result to come: who does it, with what, and the how manyth try it is.
         self._busy: dict[Any, tuple[Any, tuple[Any, ...], int]] = {}
 
@@ -88,7 +89,10 @@ class RayWorkers:
         """Gives out what waits, as far as there are hands."""
         while waiting and (self._idle or len(self._busy) < self.number):
             args, tries = waiting.popleft()
-            actor = self._idle.popleft() if self._idle else self._actor.remote(self._open, self._args)
+            if not self._idle:
+                self._idle.append(self._actor.remote(self._open, self._args))
+                self._all.append(self._idle[-1])
+            actor = self._idle.popleft()
             self._busy[actor.work.remote(job, args)] = actor, args, tries
 
     def __exit__(
@@ -97,8 +101,8 @@ class RayWorkers:
         if kind is None:
             with suppress(self._ray.exceptions.RayError):
                 self._ray.get([actor.close.remote() for actor in self._idle], timeout=GRACE)
-        # Whatever is still being done ends with its process.
-        for actor in (*self._idle, *(busy[0] for busy in self._busy.values())):
+        # Whatever is still being done ends with its process, and the processor is free for others.
+        for actor in self._all:
             with suppress(Exception):
                 self._ray.kill(actor)
         self._stack.close()

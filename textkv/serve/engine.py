@@ -21,6 +21,7 @@ from textkv.serve.opening import AnswerOpening
 from textkv.serve.protocol import ChatRequest, Message
 from textkv.serve.shelf import Shelf
 from textkv.serve.structured import Schemas
+from textkv.serve.template import PLAIN
 
 _COLUMNS = ("input_ids", "attention_mask", "mm_token_type_ids")
 LONGEST = 2**31  # columns, where a model names no limit
@@ -59,6 +60,7 @@ class Opening:
         method, budget: of the cache; None = the engine's own.
         memory: bytes that conversations may hold between their turns; None = no limit.
         disk: folder for those that do not fit; None = they are dropped.
+        chat_template: in place of the model's own.
     """
 
     model: str
@@ -68,6 +70,7 @@ class Opening:
     budget: str | None = None
     memory: int | None = None
     disk: Path | None = None
+    chat_template: str | None = None
 
 
 class Engine(Protocol):
@@ -140,7 +143,9 @@ class ChatEngine(Engine):
     ) -> None:
         self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
         if not self.chat_template:
-            raise ValueError("the tokenizer has no chat template, so messages cannot be told; take a chat model")
+            raise ValueError(
+                "the tokenizer has no chat template, so messages cannot be told; give one: --chat-template FILE"
+            )
         resolve_method(method, budget)
         self.model, self.tokenizer, self.answer_tokens = model, tokenizer, answer_tokens
         self.shelf = Shelf(
@@ -156,7 +161,8 @@ class ChatEngine(Engine):
         method = opening.method or "full"
         resolve_method(method, opening.budget)
         model, tokenizer = load(opening.model, opening.dtype, opening.device)
-        return cls(model, tokenizer, method, opening.budget, opening.memory, opening.disk)
+        template = opening.chat_template or (PLAIN if opening.model == "mini" else None)
+        return cls(model, tokenizer, method, opening.budget, opening.memory, opening.disk, chat_template=template)
 
     def prepare(self, request: ChatRequest) -> Prepared:
         """See `Engine`."""
