@@ -12,6 +12,7 @@ import ipaddress
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +20,22 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import cached_file, logging
 
+from textkv import resolve_method
 from textkv.checkpoints import read_object
-from textkv.command import budget, checked, count, device, port, run, seconds, size, some_text, writable_folder
+from textkv.command import (
+    budget,
+    checked,
+    cluster,
+    count,
+    device,
+    port,
+    processes,
+    run,
+    seconds,
+    size,
+    some_text,
+    writable_folder,
+)  # fmt: skip
 from textkv.models.loading import resolve
 
 MINI = {"mini": "vision", "mini-text": "text", "mini-dlm": "diffusion", "mini-dream": "diffusion"}
@@ -59,8 +74,13 @@ def parser() -> argparse.ArgumentParser:
         "--api-key-file", type=checked(keys), default=(), metavar="FILE", help="a key a line; one must come along"
     )
     p.add_argument("--queue", type=count, default=64, help="requests that may wait (64)")
+    p.add_argument(
+        "--rows", type=processes, default=1, help="first questions that are answered together if they wait together (1)"
+    )
     p.add_argument("--timeout", type=seconds, default=600.0, help="seconds for one answer, waiting included (600)")
     p.add_argument("--max-request", type=size, default=32_000_000, help="size of one request (32MB)")
+    p.add_argument("--replicas", type=processes, default=1, help="copies of the model, with --ray (1)")
+    p.add_argument("--ray", type=cluster, metavar="local|HOST:PORT", help="where replicas run (extra ray)")
     p.add_argument("--device", type=device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     return p
 
@@ -75,7 +95,10 @@ def serve(args: argparse.Namespace, argv: list[str]) -> None:
     import uvicorn  # in the extra `serve`: --help and a wrong request need none
 
     from textkv.serve import ENGINES, Limits, Opening, build_app
+    from textkv.serve.replicas import Door, replicas
 
+    if args.ray is None and args.replicas > 1:
+        raise ValueError(f"--replicas {args.replicas} need Ray; give --ray local, or HOST:PORT of a cluster")
     logging.disable_progress_bar()
     if not args.api_key_file and not _only_here(args.host):
         raise ValueError(f"--host {args.host} lets other machines in; give --api-key-file FILE, or use 127.0.0.1")
@@ -83,12 +106,21 @@ def serve(args: argparse.Namespace, argv: list[str]) -> None:
     name, dtype = args.name or args.model, torch.bfloat16 if "cuda" in args.device else torch.float32
     model = OWN_NAME.get(args.model, args.model)
     opening = Opening(model, args.device or "cpu", dtype, args.method, args.budget, args.memory, args.disk)
-    opening = replace(opening, chat_template=args.chat_template)
+    opening = replace(opening, chat_template=args.chat_template, rows=args.rows)
+    engine = args.engine or engine_of(args.model)
+    ENGINES.find(engine)
+    if args.rows > 1 and engine in ("vision", "diffusion"):
+        raise ValueError(f"--rows {args.rows} are for text models; a {engine} model answers in turn, leave it out")
     # Before the weights: a port that is taken is known at once.
-    with _listening(args.host, args.port) as door:
-        app = build_app(
-            ENGINES.find(args.engine or engine_of(args.model)).open(opening), name, limits, args.api_key_file
-        )
+    with ExitStack() as stack:
+        door = stack.enter_context(_listening(args.host, args.port))
+        if args.ray is None:
+            app = build_app(ENGINES.find(engine).open(opening), name, limits, args.api_key_file)
+        else:
+            if opening.method is not None and engine != "diffusion":
+                resolve_method(opening.method, opening.budget)
+            spread = stack.enter_context(replicas(args.replicas, args.ray, engine, opening, limits.waiting))
+            app = build_app(Door(), name, limits, args.api_key_file, spread)
         print(f"http://{args.host}:{args.port}/v1 serves {name}", flush=True)
         # No access log: addresses of clients and paths are nobody's business, and prompts never were in it.
         uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[door])

@@ -6,6 +6,7 @@ Each start of a command takes seconds, so each meets one or two of the signals; 
 import os
 import shutil
 import signal
+import socket
 from pathlib import Path
 
 import psutil
@@ -91,6 +92,18 @@ def test_a_board_on_ray(tmp_path, number, reliability):
     command.until(lambda: any("_Actor" in " ".join(one.cmdline()) for one in children(command)))
     assert daemons(command)
     check(command, number, "eval.leaderboard", reliability)
+
+
+@ended_by(signal.SIGTERM)
+def test_a_door_and_its_replicas(tmp_path, number, reliability):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    asked = ["--model", "mini-text", "--ray", "local", "--replicas", "1", "--port", port]
+    command = start(tmp_path / "c", "agentkv.serve", *asked)
+    command.until(lambda: "serves" in (tmp_path / "c" / "stdout").read_text())
+    assert daemons(command)
+    check(command, number, "agentkv.serve", reliability)
 
 
 @ended_by(signal.SIGKILL)

@@ -36,6 +36,7 @@ from textkv.command.arguments import (
 )
 from textkv.command.crew import Crew, add_crew
 from textkv.command.ending import run, terminable
+from textkv.command.ray_cluster import cluster
 from textkv.command.results import (
     output_file,
     output_folder,
@@ -56,6 +57,7 @@ __all__ = [
     "budgets",
     "checked",
     "choices",
+    "cluster",
     "count",
     "device",
     "episodes",

@@ -61,29 +61,36 @@ class RayWorkers:
             Exception: what a job raised.
         """
         waiting = deque((args, 1) for args in all_args)
-        self._deal(job, waiting)
-        while self._busy:
-            done = self._ray.wait(list(self._busy), num_returns=1)[0][0]
-            actor, args, tries = self._busy.pop(done)
-            try:
-                result = self._ray.get(done)
-            except self._ray.exceptions.RayTaskError as error:
-                raise (error.cause or WorkerFailed(str(error))) from None
-            except self._ray.exceptions.RayError as error:
-                if tries == TRIES:
-                    raise WorkerFailed(
-                        f"{TRIES} workers died of the same job ({type(error).__name__}; killed, or out of memory); use "
-                        "fewer, or a smaller model"
-                    ) from None
-                # One that is only out of reach must not go on beside its successor.
-                with suppress(Exception):
-                    self._ray.kill(actor)
-                waiting.appendleft((args, tries + 1))
-                self._deal(job, waiting)
-                continue
-            self._idle.append(actor)
+        try:
             self._deal(job, waiting)
-            yield args, result
+            while self._busy:
+                done = self._ray.wait(list(self._busy), num_returns=1)[0][0]
+                actor, args, tries = self._busy.pop(done)
+                try:
+                    result = self._ray.get(done)
+                except self._ray.exceptions.RayTaskError as error:
+                    self._idle.append(actor)
+                    raise (error.cause or WorkerFailed(str(error))) from None
+                except self._ray.exceptions.RayError as error:
+                    self._kill(actor)
+                    if tries == TRIES:
+                        raise WorkerFailed(_died(error)) from None
+                    waiting.appendleft((args, tries + 1))
+                    self._deal(job, waiting)
+                    continue
+                self._idle.append(actor)
+                self._deal(job, waiting)
+                yield args, result
+        finally:
+            # After an error, or for a caller who has seen enough: what is still being done is of no use to anybody.
+            while self._busy:
+                self._kill(self._busy.popitem()[1][0])
+
+    def _kill(self, actor: Any) -> None:
+        """Ends one, also if it is only out of reach: it must not go on beside its successor."""
+        self._all.remove(actor)
+        with suppress(Exception):
+            self._ray.kill(actor)
 
     def _deal(self, job: Callable[..., Any], waiting: deque[tuple[tuple[Any, ...], int]]) -> None:
         """Gives out what waits, as far as there are hands."""
@@ -101,8 +108,12 @@ class RayWorkers:
         if kind is None:
             with suppress(self._ray.exceptions.RayError):
                 self._ray.get([actor.close.remote() for actor in self._idle], timeout=GRACE)
-        # Whatever is still being done ends with its process, and the processor is free for others.
-        for actor in self._all:
-            with suppress(Exception):
-                self._ray.kill(actor)
+        # The processors are free for others.
+        while self._all:
+            self._kill(self._all[-1])
         self._stack.close()
+
+
+def _died(error: Exception) -> str:
+    told = f"{type(error).__name__}; killed, or out of memory"
+    return f"{TRIES} workers died of the same job ({told}); use fewer, or a smaller model"

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from textkv.serve import protocol
-from textkv.serve.engine import Engine, Outcome
+from textkv.serve.interface import Engine, Outcome
 from textkv.serve.metrics import Metrics
 from textkv.serve.queue import Full, Job, Turns
 

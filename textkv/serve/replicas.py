@@ -13,7 +13,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from textkv.command.ray_cluster import connected
-from textkv.serve.engine import ENGINES, Engine, Opening, Outcome
+from textkv.serve.engine import ENGINES
+from textkv.serve.interface import Engine, Opening, Outcome
+from textkv.serve.placing import key_of
 from textkv.serve.protocol import ChatRequest
 from textkv.serve.queue import Full, Job, Turns
 
@@ -98,8 +100,6 @@ class Spread:
                     return
 
     async def _pieces(self, job: Job) -> AsyncIterator[str | Outcome | Exception]:
-        from textkv.serve.affinity import key_of
-
         there = self.handle.options(stream=True, session_id=key_of(job.prepared))
         answer = there.answer.remote(job.client, job.prepared)
         try:
