@@ -32,8 +32,8 @@ ROOM = 28  # characters of a temporary folder's path: Ray's sockets lie 78 below
 REMOVED = 10.0  # seconds that removing Ray's files may take
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 HERE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
-"""The first makes Ray listen on 127.0.0.1, on every system; the second asks callers for `RAY_AUTH_TOKEN`; the third gives
-workers their turn on a busy machine: Ray itself would let everything else go first.
+"""The first makes Ray listen on 127.0.0.1, on every system; the second asks callers for `RAY_AUTH_TOKEN`; the third
+gives workers their turn on a busy machine: Ray itself would let everything else go first.
 """
 
 # Files are written until the last daemon has ended, so the folder must stay away for a moment.
