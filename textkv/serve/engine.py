@@ -145,6 +145,8 @@ class ChatEngine(Engine):
         # An error leaves the conversation half-way: it is not put back, and its next turn reads it anew.
         talk, inputs, moved = self._begun(prepared)
         columns = inputs["input_ids"].shape[1]
+        # A client's text is never padding, also where it begins with the token that others pad with.
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         growing = _Growing(Answer(self._text, prepared.stop), give, cancelled, columns)
         with torch.random.fork_rng(enabled=prepared.seed is not None):
             if prepared.seed is not None:
