@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from textkv.command.ending import TERMINATED
 LOCAL = "local"
 STORE = 128_000_000  # bytes of Ray's object store: jobs and their results are small
 ROOM = 28  # characters of a temporary folder's path: Ray's sockets lie 78 below it, and the system takes 107
+KNOCK = 5.0  # seconds that a cluster has to take a connection
 REMOVED = 10.0  # seconds that removing Ray's files may take
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 HERE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
@@ -111,11 +113,14 @@ def _secret() -> str:
 
 @contextmanager
 def _joined(address: str) -> Iterator[ModuleType]:
+    host, _, port = address.rpartition(":")
+    try:
+        # Ray itself would try for a minute, and tell of every try.
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK).close()
+    except OSError as error:
+        raise ValueError(f"nothing answers at {address} ({error.strerror or error}); is Ray running there?") from None
     with _environment(QUIET):
-        try:
-            yield _init(address=address)
-        except ConnectionError as error:
-            raise ValueError(f"no Ray answers at {address} ({type(error).__name__}); is it running there?") from None
+        yield _init(address=address)
 
 
 def _init(**options: object) -> ModuleType:

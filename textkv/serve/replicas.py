@@ -8,8 +8,11 @@ answering is asked again of another, which reads the prompt afresh.
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from textkv.command.ray_cluster import connected
@@ -139,7 +142,7 @@ def replicas(number: int, address: str, engine: str, opening: Opening, limit: in
     Raises:
         ValueError: the model cannot be opened, or Ray has too few processors.
     """
-    with connected(address, number):
+    with connected(address, number), _on_disk(opening) as opening:
         from ray import serve
         from ray.serve.config import RequestRouterConfig
 
@@ -164,6 +167,19 @@ def replicas(number: int, address: str, engine: str, opening: Opening, limit: in
         finally:
             with suppress(Exception):
                 serve.delete(APP, _blocking=False)
+
+
+@contextmanager
+def _on_disk(opening: Opening) -> Iterator[Opening]:
+    """The opening with a folder of its own below the given one: a replica that is killed cannot tidy up."""
+    if opening.disk is None:
+        yield opening
+        return
+    opening.disk.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix="replicas-", dir=opening.disk.absolute(), ignore_cleanup_errors=True
+    ) as own:
+        yield replace(opening, disk=Path(own))
 
 
 def _plain(error: Exception) -> Exception:

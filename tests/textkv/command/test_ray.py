@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 
 import psutil
@@ -123,6 +124,14 @@ def test_a_missing_extra_is_one_line(monkeypatch):
     monkeypatch.setattr(ray_cluster.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(argparse.ArgumentTypeError, match=r"^ray is not installed; pip install 'agentkv\[ray\]'$"):
         cluster("local")
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"^nothing answers at {address}"), ray_cluster._joined(address):
+            pass
 
 
 def test_a_gpu_by_number_is_refused(ray):
