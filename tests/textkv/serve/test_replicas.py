@@ -104,7 +104,9 @@ def test_answers_are_those_of_one_engine_and_later_turns_read_only_what_is_new(a
 def test_a_killed_replica_is_answered_for_by_another(address):
     messages, found = turns_of(address, "Eve", 2)
     assert found[1][0] > 0
-    for one in holders():
+    killed = holders()
+    assert len(killed) == 2
+    for one in killed:
         one.send_signal(signal.SIGKILL)
     began = time.monotonic()
     told = ask(address, [*messages, user("And after that?")])
