@@ -99,7 +99,9 @@ def _open(address: str, cpus: int) -> Iterator[ModuleType]:
 
 @contextmanager
 def _started(cpus: int) -> Iterator[ModuleType]:
-    with _folder() as folder, _environment(QUIET | HERE | {"RAY_AUTH_TOKEN": _secret()}):
+    with _folder() as folder, _environment(QUIET | HERE | {"RAY_AUTH_TOKEN": _secret(), "TMPDIR": f"{folder}/t"}):
+        # Of the workers: what they leave, as browsers do that are killed, goes with Ray's own files.
+        (folder / "t").mkdir()
         yield _init(
             address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=STORE, _temp_dir=str(folder)
         )
