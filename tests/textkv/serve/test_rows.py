@@ -51,7 +51,7 @@ def alone(engine, one):
 
 @pytest.mark.parametrize(
     ("method", "budget"),
-    [("full", None), ("snapkv", 0.5), ("streaming_llm", 0.5), ("h2o", 0.5), ("kivi(4)", None), ("adakv(snapkv)", 0.5)],
+    [("full", None), ("snapkv", 0.5), ("streaming_llm", 0.5), ("h2o", 0.5), ("kivi(4)", None), ("snapkv+adakv", 0.5)],
 )
 def test_every_row_says_what_it_says_alone(model, method, budget):
     asked = [request(text, max_tokens=5 + n) for n, text in enumerate(TEXTS)]

@@ -55,7 +55,7 @@ class Told:
 @pytest.mark.parametrize("begins", [0, 7], ids=["begins with the padding's token", "begins with a word"])
 def test_short_turns_of_several_conversations(model, method, budgets, begins):
     found = 0
-    for seed in range(6):
+    for seed in range(3):
         dice = random.Random(seed)
         budget = dice.choice(budgets)
         engine = ChatEngine(model, Characters(), method, budget)
@@ -75,4 +75,4 @@ def test_short_turns_of_several_conversations(model, method, budgets, begins):
             assert outcome.text == Characters().decode(said), (seed, budget, turn)
             found += outcome.cached_tokens > 0
             talk.messages.append({"role": "assistant", "content": outcome.text})
-    assert found > 20
+    assert found > 10

@@ -27,7 +27,7 @@ def test_the_embedded_text_model_is_served_without_one():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{% for m in messages %}", "unexpected end of template"),
+        ("{% for m in messages %}", "Unexpected end of template"),
         ("{{ messages[0].content }", "line 1"),
         ("{{ messages[0]['content'] + 1 }}", "is no chat template"),
         ("{{ messages[9]['content']['x'] }}", "is no chat template"),
