@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack, suppress
 from types import ModuleType, TracebackType
 from typing import Any
@@ -45,7 +46,7 @@ class RayWorkers:
         self._idle: deque[Any] = deque()
         self._all: list[Any] = []
         # By the result to come: who does it, with what, and the how manyth try it is.
-        self._busy: dict[Any, tuple[Any, tuple[Any, ...], int]] = {}
+        self._busy: dict[Future, tuple[Any, tuple[Any, ...], int]] = {}
 
     def __enter__(self) -> RayWorkers:
         self._ray: ModuleType = self._stack.enter_context(connected(self.address, self.number))
@@ -64,10 +65,11 @@ class RayWorkers:
         try:
             self._deal(job, waiting)
             while self._busy:
-                done = self._ray.wait(list(self._busy), num_returns=1)[0][0]
+                # Futures of Python's own: `ray.wait` takes every signal for a Ctrl-C.
+                done = next(iter(wait(self._busy, return_when=FIRST_COMPLETED).done))
                 actor, args, tries = self._busy.pop(done)
                 try:
-                    result = self._ray.get(done)
+                    result = done.result()
                 except self._ray.exceptions.RayTaskError as error:
                     self._idle.append(actor)
                     raise (error.cause or WorkerFailed(str(error))) from None
@@ -100,7 +102,7 @@ class RayWorkers:
                 self._idle.append(self._actor.remote(self._open, self._args))
                 self._all.append(self._idle[-1])
             actor = self._idle.popleft()
-            self._busy[actor.work.remote(job, args)] = actor, args, tries
+            self._busy[actor.work.remote(job, args).future()] = actor, args, tries
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -8,6 +8,7 @@ answering is asked again of another, which reads the prompt afresh.
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from textkv.command.ray_cluster import connected
+from textkv.command.ray_cluster import LOCAL, connected
 from textkv.serve.engine import ENGINES
 from textkv.serve.interface import Engine, Opening, Outcome
 from textkv.serve.placing import key_of
@@ -155,6 +156,8 @@ def replicas(number: int, address: str, engine: str, opening: Opening, limit: in
             health_check_period_s=1,
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )(Replica)
+        # What it says of its doings is nothing to whoever started a server.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         # The door is ours: Serve's own would listen beside it.
         serve.start(proxy_location="Disabled")
         try:
@@ -165,8 +168,10 @@ def replicas(number: int, address: str, engine: str, opening: Opening, limit: in
                 raise ValueError(f"the replicas could not be opened: {said[-1] if said else error}") from None
             yield Spread(handle, number, limit)
         finally:
-            with suppress(Exception):
-                serve.delete(APP, _blocking=False)
+            # Ray here ends as a whole, and at once; on a cluster the replicas would stay.
+            if address != LOCAL:
+                with suppress(Exception):
+                    serve.delete(APP, _blocking=False)
 
 
 @contextmanager
