@@ -32,9 +32,7 @@ class Answering:
         """All answers to the tasks of a batch, a row each."""
         asked = [(int(number), cell) for number in batch["task"] for cell in CELLS]
         found = [one for number, cell in asked for one in self.worker.answers(number, cell, ())]
-        return pd.DataFrame(
-            [{x: getattr(one, x) for x in ("method", "task", "step", "text", "error")} for one in found]
-        )
+        return pd.DataFrame([vars(one) for one in found])[["method", "task", "step", "text", "error"]]
 
 
 p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
