@@ -107,15 +107,15 @@ def serve(args: argparse.Namespace, argv: list[str]) -> None:
     model = OWN_NAME.get(args.model, args.model)
     opening = Opening(model, args.device or "cpu", dtype, args.method, args.budget, args.memory, args.disk)
     opening = replace(opening, chat_template=args.chat_template, rows=args.rows)
-    engine = args.engine or engine_of(args.model)
-    ENGINES.find(engine)
-    if args.rows > 1 and engine in ("vision", "diffusion"):
-        raise ValueError(f"--rows {args.rows} are for text models; a {engine} model answers in turn, leave it out")
     # Before the weights: a port that is taken is known at once.
     with ExitStack() as stack:
         door = stack.enter_context(_listening(args.host, args.port))
+        engine = args.engine or engine_of(args.model)
+        kind = ENGINES.find(engine)
+        if args.rows > 1 and engine in ("vision", "diffusion"):
+            raise ValueError(f"--rows {args.rows} are for text models; leave it out, this is a {engine} model")
         if args.ray is None:
-            app = build_app(ENGINES.find(engine).open(opening), name, limits, args.api_key_file)
+            app = build_app(kind.open(opening), name, limits, args.api_key_file)
         else:
             if opening.method is not None and engine != "diffusion":
                 resolve_method(opening.method, opening.budget)
