@@ -34,7 +34,7 @@ docs: .venv/ready-docs
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --upgrade pip
 	$(INSTALL) $$(grep '^torch==' constraints.txt)
-	$(INSTALL) --constraint constraints.txt --editable '.[dev,agents,conversations,eval,kernels,models,pipeline,porag,rag,retrieval,serve,structured]'
+	$(INSTALL) --constraint constraints.txt --editable '.[dev,agents,conversations,eval,kernels,models,pipeline,porag,rag,ray,retrieval,serve,structured]'
 	$(INSTALL) --constraint constraints.txt --no-deps miniwob
 	$(BIN)/python -m envs.install
 	-$(BIN)/python -m envs.sites install

@@ -12,14 +12,30 @@ import ipaddress
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers.utils import cached_file, logging
 
+from textkv import resolve_method
 from textkv.checkpoints import read_object
-from textkv.command import budget, checked, count, device, port, run, seconds, size, some_text, writable_folder
+from textkv.command import (
+    budget,
+    checked,
+    cluster,
+    count,
+    device,
+    port,
+    processes,
+    run,
+    seconds,
+    size,
+    some_text,
+    writable_folder,
+)  # fmt: skip
 from textkv.models.loading import resolve
 
 MINI = {"mini": "vision", "mini-text": "text", "mini-dlm": "diffusion", "mini-dream": "diffusion"}
@@ -46,14 +62,25 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--disk", type=writable_folder, metavar="DIR", help="where those that do not fit lie meanwhile (dropped)"
     )
+    p.add_argument(
+        "--chat-template",
+        type=checked(template),
+        metavar="FILE",
+        help="Jinja file that tells messages as text (default: the model's own; a plain one for mini-text)",
+    )
     p.add_argument("--host", type=some_text, default="127.0.0.1", help="address to listen on (this machine only)")
     p.add_argument("--port", type=port, default=8000, help="port to listen on (8000)")
     p.add_argument(
         "--api-key-file", type=checked(keys), default=(), metavar="FILE", help="a key a line; one must come along"
     )
     p.add_argument("--queue", type=count, default=64, help="requests that may wait (64)")
+    p.add_argument(
+        "--rows", type=processes, default=1, help="first questions that are answered together if they wait together (1)"
+    )
     p.add_argument("--timeout", type=seconds, default=600.0, help="seconds for one answer, waiting included (600)")
     p.add_argument("--max-request", type=size, default=32_000_000, help="size of one request (32MB)")
+    p.add_argument("--replicas", type=processes, default=1, help="copies of the model, with --ray (1)")
+    p.add_argument("--ray", type=cluster, metavar="local|HOST:PORT", help="where replicas run (extra ray)")
     p.add_argument("--device", type=device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     return p
 
@@ -68,7 +95,10 @@ def serve(args: argparse.Namespace, argv: list[str]) -> None:
     import uvicorn  # in the extra `serve`: --help and a wrong request need none
 
     from textkv.serve import ENGINES, Limits, Opening, build_app
+    from textkv.serve.replicas import Door, replicas
 
+    if args.ray is None and args.replicas > 1:
+        raise ValueError(f"--replicas {args.replicas} need Ray; give --ray local, or HOST:PORT of a cluster")
     logging.disable_progress_bar()
     if not args.api_key_file and not _only_here(args.host):
         raise ValueError(f"--host {args.host} lets other machines in; give --api-key-file FILE, or use 127.0.0.1")
@@ -76,11 +106,21 @@ def serve(args: argparse.Namespace, argv: list[str]) -> None:
     name, dtype = args.name or args.model, torch.bfloat16 if "cuda" in args.device else torch.float32
     model = OWN_NAME.get(args.model, args.model)
     opening = Opening(model, args.device or "cpu", dtype, args.method, args.budget, args.memory, args.disk)
+    opening = replace(opening, chat_template=args.chat_template, rows=args.rows)
     # Before the weights: a port that is taken is known at once.
-    with _listening(args.host, args.port) as door:
-        app = build_app(
-            ENGINES.find(args.engine or engine_of(args.model)).open(opening), name, limits, args.api_key_file
-        )
+    with ExitStack() as stack:
+        door = stack.enter_context(_listening(args.host, args.port))
+        engine = args.engine or engine_of(args.model)
+        kind = ENGINES.find(engine)
+        if args.rows > 1 and engine in ("vision", "diffusion"):
+            raise ValueError(f"--rows {args.rows} are for text models; leave it out, this is a {engine} model")
+        if args.ray is None:
+            app = build_app(kind.open(opening), name, limits, args.api_key_file)
+        else:
+            if opening.method is not None and engine != "diffusion":
+                resolve_method(opening.method, opening.budget)
+            spread = stack.enter_context(replicas(args.replicas, args.ray, engine, opening, limits.waiting))
+            app = build_app(Door(), name, limits, args.api_key_file, spread)
         print(f"http://{args.host}:{args.port}/v1 serves {name}", flush=True)
         # No access log: addresses of clients and paths are nobody's business, and prompts never were in it.
         uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[door])
@@ -114,6 +154,13 @@ def engine_of(model: str) -> str:
         raise FileNotFoundError(f"model {model} has no config.json that can be had; give the folder of a model")
     kind = read_object(path).get("model_type")
     return next((name for name in ENGINES.names() if kind in ENGINES.find(name).reads), "text")
+
+
+def template(text: str) -> str:
+    """The chat template in a file."""
+    from textkv.serve.template import read_template  # with the extra `serve`, as all that listens
+
+    return read_template(text)
 
 
 def keys(text: str) -> tuple[str, ...]:

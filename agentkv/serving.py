@@ -54,6 +54,8 @@ class VisionEngine(ChatEngine):
     @classmethod
     def open(cls, opening: Opening) -> VisionEngine:
         """See `textkv.serve.Engine`."""
+        if opening.chat_template is not None:
+            raise ValueError("a chat template of your own is for text models; this family brings its form along")
         method = opening.method or "gui-kv"
         resolve_method(method, opening.budget)
         adapter = load_adapter(opening.model, opening.device, opening.dtype)

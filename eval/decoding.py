@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from agentkv.tables import format_bytes
 from dlm.cache import list_caches, resolve_cache
@@ -32,29 +34,17 @@ from dlm.sources import DTYPES, MINI_GUIDES, MINI_MODELS, dtype_of, model_info, 
 from dlm.unmask import Guider, is_rule, list_rules, parse_rule
 from textkv import command
 from textkv.expression import parse_call, split_parts
-from textkv.intervals import wilson
 from textkv.provenance import run_meta
-from textkv.records import checked, read_results
 
 from . import gsm8k
-from .paired import difference
+from .tallies import TOTALS, Arm, Tally, compared, read_tallies, row_of
 
 BASE = "none"
 PRUNED = "dual+suffix"
 GEN_LENGTH = {"arithmetic": 64, "gsm8k": 256}
 FEWER = (2, 4)  # what the steps are divided by in the arms without cache
-TOTALS = ("forwards", "query_tokens", "guider_forwards", "row_forwards", "seconds")
 WIDTH = 160  # of the table where there is no terminal
 OPTIONS = ("gen_length", "block_length", "steps", "eos", "temperature")  # of the command; the grid has the others
-RATIOS = ("forwards", "query_tokens", "seconds")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One row of the table: its name in the grid, and how it writes."""
-
-    name: str
-    config: DecodingConfig
 
 
 @dataclass(frozen=True)
@@ -63,24 +53,6 @@ class Asked:
 
     prompt: str
     right: Callable[[str], bool]
-
-
-@dataclass
-class Tally:
-    """What an arm has done so far; `right` has one of "0" and "1" for each problem."""
-
-    right: str = ""
-    totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*TOTALS, "committed", "tokens"), 0))
-    cache_bytes: int = 0
-    cache_bytes_peak: int = 0
-
-    @classmethod
-    def of(cls, row: dict[str, Any]) -> Tally:
-        """Back from a row. Raises ValueError for one that lacks a figure."""
-        names = (*TOTALS, "committed", "tokens")
-        checked(row, dict.fromkeys(names, float) | {"right": str, "cache_bytes": int, "cache_bytes_peak": int})
-        totals = {name: row[name] for name in names}
-        return cls(row["right"], totals, row["cache_bytes"], row["cache_bytes_peak"])
 
 
 def split_entry(entry: str) -> tuple[str, str | None]:
@@ -184,6 +156,14 @@ class Bench:
             short = replace(arm.config, gen_length=2, block_length=1, steps=2)
             decode_prompts(self.model, self.prompts[:1], short, self.guide, self.seed)
 
+    def round(self, arms: Sequence[Arm], first: int) -> list[Tally]:
+        """What each arm does with the batch that begins with problem `first`; nobody is always the first to answer."""
+        turn = first // self.size % len(arms)
+        tallies = [Tally() for _ in arms]
+        for i in (*range(turn, len(arms)), *range(turn)):
+            self.answer(arms[i], first, tallies[i])
+        return tallies
+
     def answer(self, arm: Arm, first: int, tally: Tally) -> None:
         """Adds the batch that begins with problem `first` to the arm's tally."""
         asked, prompts = (x[first : first + self.size] for x in (self.asked, self.prompts))
@@ -198,74 +178,77 @@ class Bench:
         tally.cache_bytes_peak = max(tally.cache_bytes_peak, done.stats.cache_bytes_peak)
 
 
-def row_of(arm: Arm, tally: Tally, base: Tally, about: dict[str, Any], spec: DecodingSpec) -> dict[str, Any]:
-    """One row: the arm, its figures, and each against `base`; `tokens` are those before an end of text."""
-    n, right = len(tally.right), tally.right.count("1")
-    low, high = wilson(right, n)
-    forwards = tally.totals["row_forwards"]
-    row = {"arm": arm.name} | about | arm.config.columns(spec)
-    row["guide"] = about["guide"] if arm.config.guided else "none"
-    row |= {"n": n, "accuracy": right / n if n else 0.0, "low": low, "high": high}
-    row |= tally.totals | {"tokens_per_forward": tally.totals["committed"] / forwards if forwards else 0.0}
-    row |= {"cache_bytes": tally.cache_bytes, "cache_bytes_peak": tally.cache_bytes_peak}
-    for name in RATIOS:
-        row[f"{name}_ratio"] = base.totals[name] / tally.totals[name] if tally.totals[name] else 1.0
-    return row | {"right": tally.right}
+@dataclass(frozen=True)
+class Setting:
+    """What a bench is opened with, where it is opened: the sources of its models and problems, and prompts as ids.
 
+    `guide`: None = no arm asks one.
+    """
 
-def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with `accuracy_change`: accuracy minus the first row's, with its paired 95 % interval."""
-    marks = [{i: mark == "1" for i, mark in enumerate(row["right"])} for row in rows]
-    names = ("accuracy_change", "change_low", "change_high")
-    return [
-        row | dict(zip(names, difference(mine, marks[0])[:3], strict=True))
-        for row, mine in zip(rows, marks, strict=True)
-    ]
+    model: str
+    guide: str | None
+    device: str
+    dtype: torch.dtype
+    problems: tuple[Any, ...]  # arguments of `problems`
+    prompts: Sequence[list[int]]
+    size: int
+    seed: int
+    arms: Sequence[Arm]
+
+    def open(self) -> Bench:
+        """Reads the weights; every arm has answered once."""
+        logging.disable_progress_bar()
+        model, tokenizer = open_model(self.model, self.device, self.dtype)
+        guide = None if self.guide is None else open_guide(self.guide, self.device, self.dtype, tokenizer)
+        bench = Bench(model, tokenizer, guide, problems(*self.problems), self.prompts, self.size, self.seed)
+        bench.warm_up(self.arms)
+        return bench
+
+    def rounds(self, crew: command.Crew, firsts: Sequence[int]) -> Iterator[list[Tally]]:
+        """What each arm does with the batches that begin with problems `firsts`, in this order, whoever does them."""
+        if crew.alone or not firsts:
+            bench = self.open() if firsts else None
+            yield from (bench.round(self.arms, first) for first in firsts)
+            return
+        early: dict[int, list[Tally]] = {}
+        due = iter(firsts)
+        with crew.open(Setting.open, self) as there:
+            first = next(due)
+            for (_, number), tallies in there.results(Bench.round, [(self.arms, number) for number in firsts]):
+                early[number] = tallies
+                while first in early:
+                    yield early.pop(first)
+                    first = next(due, None)
 
 
 def measure(
-    bench: Bench, arms: Sequence[Arm], about: dict[str, Any], meta: dict[str, Any], path: Path | None
+    setting: Setting,
+    crew: command.Crew,
+    about: dict[str, Any],
+    meta: dict[str, Any],
+    spec: DecodingSpec,
+    path: Path | None,
 ) -> list[dict[str, Any]]:
     """The rows of all arms, in their order; `path` is gone on with if it exists, and rewritten after every round.
 
     Raises:
         ValueError: `path` holds another measurement.
     """
+    arms = setting.arms
     tallies = read_tallies(arms, meta, path)
-    spec = bench.model.decoding_spec
 
     def rows() -> list[dict[str, Any]]:
         return [row_of(*each, tallies[0], about, spec) for each in zip(arms, tallies, strict=True)]
 
-    rounds = range(len(tallies[0].right), len(bench.asked), bench.size)
-    if rounds:
-        bench.warm_up(arms)
-    for first in track(rounds, "problems" if bench.size == 1 else "batches", console=Console(stderr=True)):
-        turn = first // bench.size % len(arms)  # nobody is always first
-        for i in (*range(turn, len(arms)), *range(turn)):
-            bench.answer(arms[i], first, tallies[i])
+    firsts = range(len(tallies[0].right), len(setting.prompts), setting.size)
+    told = "problems" if setting.size == 1 else "batches"
+    for done in track(setting.rounds(crew, firsts), told, len(firsts), console=Console(stderr=True)):
+        for tally, later in zip(tallies, done, strict=True):
+            tally.add(later)
         command.write_rows(path, meta, rows())
     finished = compared(rows())
     command.write_rows(path, meta, finished)
     return finished
-
-
-def read_tallies(arms: Sequence[Arm], meta: dict[str, Any], path: Path | None) -> list[Tally]:
-    """What each arm has done according to `path`. Raises ValueError if that is another measurement."""
-    if path is None or not path.exists():
-        return [Tally() for _ in arms]
-    before, rows = read_results(path)
-    if before.get("bench") != meta["bench"]:
-        raise ValueError(f"{path} holds another measurement ({before.get('bench')}); give another --json")
-    try:
-        if len(rows) != len(arms):
-            raise ValueError(f"{len(rows)} rows for {len(arms)} arms")
-        tallies = [Tally.of(row) for row in rows]
-        if len({len(tally.right) for tally in tallies}) > 1:
-            raise ValueError("its arms have not answered equally many problems")
-        return tallies
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; give another --json") from None
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -331,6 +314,7 @@ def parser() -> argparse.ArgumentParser:
     lengths = ", ".join(f"{tokens} for {task}" for task, tokens in GEN_LENGTH.items())
     add_arguments(p, OPTIONS, gen_length=f"tokens to generate ({lengths})", eos="what an end of text does, in all arms")
     p.add_argument("--seed", type=command.seed, default=0, help="of the random numbers (0)")
+    command.add_crew(p, 1, "each with the models; 1 = this one")
     p.add_argument(
         "--device", type=command.device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)"
     )
@@ -361,11 +345,14 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, Any]]:
         raise ValueError("gen_length=0 is no number of tokens to generate; these problems have no gaps, use at least 1")
     arms = arms_of(args.grid, plain, guide != "none")
     asks = any(arm.config.guided for arm in arms)
-    problems(args.task, args.n, args.data, args.shots, chat=False)  # are they there, before a hub is asked
+    crew = command.Crew.of(args)
+    # Workers on other machines run in other folders.
+    where = [x and x.absolute() if crew.elsewhere else x for x in (args.data, args.shots)]
+    problems(args.task, args.n, *where, chat=False)  # are they there, before a hub is asked
     known = model_info(args.model, guide if asks else None)
     chat = args.task == "gsm8k" and known.tokenizer.chat_template is not None and args.shots is None
-    asked = problems(args.task, args.n, args.data, args.shots, chat)
-    prompts = [known.ids(plain, one.prompt, chat) for one in asked]
+    source = args.task, args.n, *where, chat
+    prompts = [known.ids(plain, one.prompt, chat) for one in problems(*source)]
     about = {"task": args.task, "model": args.model, "guide": guide if asks else "none", "batch": args.batch_size}
     about |= {name: getattr(plain, name) for name in OPTIONS if name != "steps"}
     dtype = dtype_of(args.dtype, args.device)
@@ -373,10 +360,10 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, Any]]:
     said |= {"device": args.device, "dtype": str(dtype), "data": str(args.data), "shots": str(args.shots)}
     meta = run_meta("eval.decoding", argv, args.seed, bench=said)
     read_tallies(arms, meta, args.json)
-    model, tokenizer = open_model(args.model, args.device, dtype)
-    reader = open_guide(guide, args.device, dtype, tokenizer) if asks else None
-    bench = Bench(model, tokenizer, reader, asked, prompts, args.batch_size, args.seed)
-    return measure(bench, arms, about, meta, args.json)
+    setting = Setting(
+        args.model, guide if asks else None, args.device, dtype, source, prompts, args.batch_size, args.seed, arms
+    )
+    return measure(setting, crew, about, meta, known.spec, args.json)
 
 
 if __name__ == "__main__":

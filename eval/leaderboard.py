@@ -24,12 +24,12 @@ from rich.table import Table
 
 from textkv import list_methods
 from textkv.command import (
-    Workers,
+    Crew,
+    add_crew,
     budgets,
     count,
     methods,
     natural,
-    processes,
     readable,
     run,
     some_text,
@@ -184,7 +184,7 @@ def markdown(rows: Sequence[dict[str, Any]], tasks: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(board: Board, cells: Sequence[Cell], workers: int, path: Path, meta: dict[str, Any]) -> list[dict]:
+def measure(board: Board, cells: Sequence[Cell], crew: Crew, path: Path, meta: dict[str, Any]) -> list[dict]:
     """All rows, those that `path` already holds included; written after every cell.
 
     Raises:
@@ -203,7 +203,7 @@ def measure(board: Board, cells: Sequence[Cell], workers: int, path: Path, meta:
     missing = [cell for cell in cells if cell not in done]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     meta = meta | {"board": said}
-    with Workers(workers, Worker, board) as there:
+    with crew.open(Worker, board) as there:
         jobs = there.results(Worker.cell, missing)
         for cell, found in track(jobs, "cells", len(missing), console=Console(stderr=True)):
             done[cell] = found
@@ -253,7 +253,7 @@ def parser() -> argparse.ArgumentParser:
         help="also: the tensors made while decoding after so many",
     )
     add_dtype(p)
-    p.add_argument("--workers", type=processes, default=2, help="processes (default 2)")
+    add_crew(p, 2, "each with the model")
     add_outputs(p, "markdown", "plot", when="; gone on with if it exists", default="runs/leaderboard.json")
     return p
 
@@ -271,7 +271,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     check_model(args.model)
     board = Board(args.model, tuple(args.tasks), args.length, args.n, args.text, args.device, args.dtype, args.memory)
     meta = run_meta("eval.leaderboard", argv, FIRST_EVALUATION_SEED)
-    rows = measure(board, cells, args.workers, args.json, meta)
+    rows = measure(board, cells, Crew.of(args), args.json, meta)
     Console(width=None if sys.stdout.isatty() else 200).print(table(rows, args.budgets))
     if args.markdown:
         write_text(args.markdown, f"`{meta['command']}`\n\n{markdown(rows, args.tasks)}")

@@ -34,7 +34,8 @@ from agentkv.tables import stdout_console
 from agentkv.trace import RUN, episode_folder
 from textkv import Budget, resolve_method
 from textkv.command import (
-    Workers,
+    Crew,
+    add_crew,
     budgets,
     count,
     episodes,
@@ -42,7 +43,6 @@ from textkv.command import (
     methods,
     names,
     output_folder,
-    processes,
     results_file,
     run,
     seed,
@@ -124,7 +124,9 @@ class Worker:
         self.browser = Browser(chromium).start()
 
     def play(self, folder: Path, plan: Plan) -> None:
-        """Play one job."""
+        """Play one job. Raises ValueError on a machine that does not have the study's folder."""
+        if not (folder / RUN).is_file():
+            raise ValueError(f"{folder} is not there for a worker; let --out lie where all machines see it")
         agents = {m: Agent(self.adapter, m, plan.budget, plan.max_new_tokens) for m in plan.methods}
         budgets = {m: budget_of(m, plan) for m in plan.methods}
         Play(plan, agents, self.browser, folder, budgets, quiet=True).run()
@@ -134,18 +136,19 @@ class Worker:
         self.browser.close()
 
 
-def play(study: Study, workers: int, chromium: str | None, meta: dict[str, Any]) -> None:
+def play(study: Study, crew: Crew, chromium: str | None, meta: dict[str, Any]) -> None:
     """Play what is missing."""
     for folder, plan in study.cells():
         open_folder(folder, plan, True, meta, [])
-    jobs = study.jobs()
+    # Absolute: a worker may run in another folder.
+    jobs = [(folder.absolute(), plan) for folder, plan in study.jobs()]
     if not jobs:
         return
     # Fewer threads per process than cores would be idle, more would wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        Workers(workers, Worker, jobs[0][1], chromium) as there,
+        crew.open(Worker, jobs[0][1], chromium) as there,
         Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress,
     ):
         bar = progress.add_task(f"{len(jobs)} jobs of {len(jobs[0][1].methods)} or more episodes", total=len(jobs))
@@ -229,9 +232,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--history", type=lengths, default="1,5", help="numbers of screenshots in a prompt (default 1,5)")
     p.add_argument("--episodes", type=episodes, default=4, help="per task, method, budget and history (default 4)")
     p.add_argument("--seed", type=seed, default=EVALUATION_SEEDS, help="first seed")
-    p.add_argument(
-        "--workers", type=processes, default=2, help="processes, each with a browser and the model (default 2)"
-    )
+    add_crew(p, 2, "each with a browser and the model")
     p.add_argument(
         "--max-new-tokens", type=count, help=f"length limit of one answer (default 64 for mini, else {ANSWER})"
     )
@@ -255,7 +256,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
         args.model, args.agent, args.max_new_tokens or (64 if args.model == "mini" else ANSWER),
     )  # fmt: skip
     meta = run_meta("eval.webtasks", argv, args.seed, units=UNITS)
-    play(study, args.workers, args.chromium, meta)
+    play(study, Crew.of(args), args.chromium, meta)
     finish(study, meta, args.json)
 
 

@@ -6,6 +6,7 @@ Each start of a command takes seconds, so each meets one or two of the signals; 
 import os
 import shutil
 import signal
+import socket
 from pathlib import Path
 
 import psutil
@@ -32,6 +33,16 @@ def episodes(folder: Path) -> int:
 
 def browsers(command: Command) -> list[psutil.Process]:
     return [one for one in command.below if "chrom" in one.name()]
+
+
+def children(command: Command) -> list[psutil.Process]:
+    found = psutil.Process(command.process.pid).children(recursive=True)
+    return [one for one in found if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def daemons(command: Command) -> list[psutil.Process]:
+    """Those of Ray."""
+    return [one for one in command.below if one.name() in ("raylet", "gcs_server")]
 
 
 def check(command: Command, number: int, name: str, reliability) -> None:
@@ -62,6 +73,37 @@ def test_a_study_with_workers_and_their_browsers(tmp_path, number, reliability):
     command.until(lambda: episodes(tmp_path) > 0)
     assert browsers(command) and len(command.below) > len(browsers(command)) + 1
     check(command, number, "eval.webtasks", reliability)
+
+
+@pytest.mark.browser
+@ended_by(signal.SIGINT)
+def test_a_study_on_ray_and_its_browsers(tmp_path, number, reliability):
+    grid = ["--methods", "full", "--history", "1", "--workers", "1", "--ray", "local", "--out", "study"]
+    command = start(tmp_path / "c", "eval.webtasks", *PLAYED[:3], "40", *grid)
+    command.until(lambda: episodes(tmp_path) > 0)
+    assert browsers(command) and daemons(command)
+    check(command, number, "eval.webtasks", reliability)
+
+
+@ended_by(signal.SIGTERM, signal.SIGKILL)
+def test_a_board_on_ray(tmp_path, number, reliability):
+    cell = ["--methods", "full", "--length", "128", "--n", "5000", "--json", "b.json"]
+    command = start(tmp_path / "c", "eval.leaderboard", *cell, "--workers", "1", "--ray", "local")
+    command.until(lambda: any("_Actor" in " ".join(one.cmdline()) for one in children(command)))
+    assert daemons(command)
+    check(command, number, "eval.leaderboard", reliability)
+
+
+@ended_by(signal.SIGTERM)
+def test_a_door_and_its_replicas(tmp_path, number, reliability):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    asked = ["--model", "mini-text", "--ray", "local", "--replicas", "1", "--port", port]
+    command = start(tmp_path / "c", "agentkv.serve", *asked)
+    command.until(lambda: "serves" in (tmp_path / "c" / "stdout").read_text())
+    assert daemons(command)
+    check(command, number, "agentkv.serve", reliability)
 
 
 @ended_by(signal.SIGKILL)

@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from dlm.mini import WEIGHTS
+from tests.eval.agentnetbench.sample import FORM, SHELL, write
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -56,6 +58,16 @@ def test_an_agent_solves_its_task_with_less_than_half_of_the_cache():
     shares = [float(re.search(r"\(([\d.]+)% of full\)", line)[1]) for line in steps]
     assert len(steps) > 1 and max(shares) < 45
     assert end.endswith(f"solved in {len(steps)} steps (done)")
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="the extra ray is not installed")
+def test_recorded_tasks_go_from_table_to_table(tmp_path):
+    folder, out = write(tmp_path / "data", FORM, SHELL), tmp_path / "answers.parquet"
+    lines = said_by("ray_data.py", "--data", str(folder), "--max-new-tokens", "2", "--out", str(out))
+    assert [line.partition(" replies")[0].rpartition(" ")[0] for line in lines] == [
+        f"{method}: 11 steps answered," for method in ("full", "gui-kv")
+    ]
+    assert out.stat().st_size > 1000
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

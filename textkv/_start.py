@@ -17,6 +17,7 @@ EXTRAS = {
     "gguf": "models", "accelerate": "models", "faiss": "retrieval", "bm25s": "rag", "lm_eval": "harness",
     "sklearn": "conversations", "fastapi": "serve", "uvicorn": "serve", "prometheus_client": "serve",
     "diffusers": "pipeline", "xgrammar": "structured", "trl": "porag", "peft": "porag", "datasets": "porag",
+    "ray": "ray",
 }  # fmt: skip
 """The extra that brings a package, by the name that it is imported by."""
 

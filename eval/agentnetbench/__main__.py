@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from agentkv.run import load
 from agentkv.tables import stdout_console
 from textkv import resolve_method, split_list
 from textkv.command import (
+    Crew,
+    add_crew,
     checked,
     choices,
     count,
@@ -34,10 +36,11 @@ from textkv.provenance import run_meta
 
 from ..agents import add_agent, add_data
 from ..leaderboard import cells_of
-from .bench import MAX_NEW_TOKENS, OWN, TEACHER, Answers, Bench, Cell
+from .bench import MAX_NEW_TOKENS, OWN, TEACHER, Answer, Answers, Bench, Cell
 from .figures import UNITS, draw, replay_rows, rows_of, table, type_table
 from .records import Trajectory, read
 from .scoring import PROTOCOLS
+from .sharing import share
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
         type=results_file("eval.agentnetbench", beside=(".jsonl",)),
         help="rows (default runs/agentnetbench.json); the answers lie beside it",
     )
+    add_crew(p, 1, "each with the model; 1 = this one")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--replay", action="store_true", help="score the ground truth itself; no model, no pictures")
     how.add_argument("--rescore", action="store_true", help="score the saved answers again, without the model")
@@ -105,14 +109,16 @@ class Request:
     trajectories: list[Trajectory]
     problems: list[str]
     answers: Answers | None = None
-    bench: Bench | None = None
+    grid: Sequence[Cell] = ()
+    left: Iterator[Answer] = field(default_factory=lambda: iter(()))
 
     def rows(self) -> list[dict[str, Any]]:
         """The ground truth's rows, then those of all answers."""
         rows = replay_rows(self.trajectories, self.protocols)
         if self.answers is not None:
             history = {"history": self.answers.board.get("history")}
-            found = rows_of(self.trajectories, self.answers.done.values(), self.protocols)
+            answers = self.answers.in_order(self.trajectories, self.grid)
+            found = rows_of(self.trajectories, answers, self.protocols)
             rows += [row | history for row in found]
         return rows
 
@@ -126,24 +132,33 @@ def check(args: argparse.Namespace) -> Request:
     protocols, asks = tuple(args.protocol), not (args.replay or args.rescore)
     path = args.json or Path("runs") / ("agentnetbench-replay.json" if args.replay else "agentnetbench.json")
     grid = cells(args) if asks else []
-    request = Request(path, protocols, *read(args.data, args.images, look=asks))
+    crew = Crew.of(args)
+    # Workers on other machines run in other folders.
+    where = [x and x.absolute() if crew.elsewhere else x for x in (args.data, args.images)]
+    request = Request(path, protocols, *read(*where, look=asks), grid=grid)
     lines = path.with_suffix(".jsonl")
     if args.rescore:
         request.answers = Answers.saved(lines)
     elif asks:
         board = {"data": str(args.data), "model": args.model, "agent": args.agent, "history": args.history}
         request.answers = Answers(lines, board | {"max_new_tokens": args.max_new_tokens})
-        adapter = load(Plan(args.model, (), "1", (), (0,), device=args.device, agent=args.agent))
-        request.bench = Bench(request.trajectories, adapter, grid, args.history, args.max_new_tokens)
+        plan = Plan(args.model, (), "1", (), (0,), device=args.device, agent=args.agent)
+        how = args.history, args.max_new_tokens
+        if crew.alone:
+            request.left = Bench(request.trajectories, load(plan), grid, *how).run(request.answers)
+        else:
+            request.left = share(crew, plan, request.trajectories, grid, request.answers, *how)
     return request
 
 
-def measure(bench: Bench, answers: Answers) -> None:
+def measure(request: Request) -> None:
     """Ask for everything that is missing, with a bar."""
+    answers = request.answers
+    total = sum(answers.left(one, cell) for one in request.trajectories for cell in request.grid)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        bar = progress.add_task("steps", total=bench.left(answers))
-        for one in bench.run(answers):
+        bar = progress.add_task("steps", total=total)
+        for one in request.left:
             said = f"{one.method} {one.budget} · {one.screenshots} · {one.task}"
             progress.update(bar, advance=1, description=said)
 
@@ -158,8 +173,8 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Measure what is missing and print."""
     request = check(args)
     print(*request.problems, sep="\n", end="\n" * bool(request.problems), file=sys.stderr)
-    if request.bench and request.answers:
-        measure(request.bench, request.answers)
+    if request.grid:
+        measure(request)
     rows = request.rows()
     meta = run_meta("eval.agentnetbench", argv, 0, units=UNITS, left_out=request.problems)
     write_rows(request.path, meta, rows)

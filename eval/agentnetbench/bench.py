@@ -8,7 +8,7 @@ Answers go to disk one by one with their actions as atoms, so that another proto
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -81,9 +81,30 @@ class Answers(Store):
 
     kind = Answer
 
-    def at(self, cell: Cell, trajectory: Trajectory, step: Step) -> Answer | None:
-        """The answer of a cell to a step, if there is one."""
-        return self.done.get((cell.method, cell.budget, cell.screenshots, trajectory.task, step.number))
+    def left(self, trajectory: Trajectory, cell: Cell) -> int:
+        """Steps of a task that a cell has not answered."""
+        steps = (step for step in trajectory.steps if step.image is not None)
+        return sum(key_of(cell, trajectory, step) not in self.done for step in steps)
+
+    def in_order(self, trajectories: Sequence[Trajectory], cells: Sequence[Cell] = ()) -> list[Answer]:
+        """All answers as one process gives them, whoever gave them first: by task, cell and step; those to other tasks,
+        and of other cells, come last.
+        """
+        tasks = {one.task: number for number, one in enumerate(trajectories)}
+        steps = {(one.task, step.number): number for one in trajectories for number, step in enumerate(one.steps)}
+        places = {cell: number for number, cell in enumerate(cells)}
+
+        def place(one: Answer) -> tuple[int, int, int]:
+            cell = Cell(one.method, one.budget, one.screenshots)
+            task, step = tasks.get(one.task, len(tasks)), steps.get((one.task, one.step), 0)
+            return task, places.get(cell, len(places)), step
+
+        return sorted(self.done.values(), key=place)
+
+
+def key_of(cell: Cell, trajectory: Trajectory, step: Step) -> tuple[str, str, int, str, int]:
+    """By what the answer of a cell to a step is found."""
+    return cell.method, cell.budget, cell.screenshots, trajectory.task, step.number
 
 
 class Bench:
@@ -108,43 +129,44 @@ class Bench:
         self.shape = Shape.of(adapter.model.config)
         kinds = {(cell.method, cell.budget) for cell in cells}
         self._frames: dict[tuple[int, int], Frame] = {}
+        self._teacher: tuple[str, list[str]] = ("", [])  # the task that was told last, and what its annotator said
         self.agents = {kind: Agent(adapter, *kind, max_new_tokens) for kind in kinds}
         self.remembering = {method for method, _ in kinds if resolve_method(method).remembers}
-
-    def left(self, answers: Answers) -> int:
-        """Steps times cells that `answers` lacks."""
-        return sum(
-            answers.at(cell, one, step) is None
-            for one in self.trajectories
-            for step in one.steps
-            if step.image is not None
-            for cell in self.cells
-        )
 
     def run(self, answers: Answers) -> Iterator[Answer]:
         """Everything that `answers` lacks, task by task; each answer is added as soon as it is there."""
         for trajectory in self.trajectories:
-            teacher = [self._told(trajectory, step) for step in trajectory.steps]
             for cell in self.cells:
-                said = list(teacher)
-                # What a method learns from steps is of one task and cell.
-                self.agents[cell.method, cell.budget].start(None)
-                wanted = [s.number for s in trajectory.steps if s.image and answers.at(cell, trajectory, s) is None]
-                for index, step in enumerate(trajectory.steps):
-                    if step.image is None:
-                        continue
-                    known = answers.at(cell, trajectory, step)
-                    past = _past(trajectory.steps[:index], said, cell.screenshots)
-                    if known is None:
-                        known = self._answer(trajectory, step, cell, past)
-                        answers.add(known)
-                        wanted.remove(step.number)
-                        yield known
-                    elif wanted and cell.method in self.remembering:
-                        # It is asked again for what the method learns from it; the answer is there.
-                        self._answer(trajectory, step, cell, past)
-                    if self.history == OWN:
-                        said[index] = known.text
+                for one in self.task(trajectory, cell, answers.done):
+                    answers.add(one)
+                    yield one
+
+    def task(self, trajectory: Trajectory, cell: Cell, done: Mapping[tuple, Answer]) -> Iterator[Answer]:
+        """What one cell answers to one task, step by step, but for the answers that are in `done` by their keys."""
+        said = list(self._said(trajectory))
+        # What a method learns from steps is of one task and cell.
+        self.agents[cell.method, cell.budget].start(None)
+        missing = [s.number for s in trajectory.steps if s.image and key_of(cell, trajectory, s) not in done]
+        for index, step in enumerate(trajectory.steps):
+            if step.image is None:
+                continue
+            known = done.get(key_of(cell, trajectory, step))
+            past = _past(trajectory.steps[:index], said, cell.screenshots)
+            if known is None:
+                known = self._answer(trajectory, step, cell, past)
+                missing.remove(step.number)
+                yield known
+            elif missing and cell.method in self.remembering:
+                # It is asked again for what the method learns from it; the answer is there.
+                self._answer(trajectory, step, cell, past)
+            if self.history == OWN:
+                said[index] = known.text
+
+    def _said(self, trajectory: Trajectory) -> list[str]:
+        """What the annotator of a task did, as the model would have said it; kept for the task's other cells."""
+        if self._teacher[0] != trajectory.task:
+            self._teacher = trajectory.task, [self._told(trajectory, step) for step in trajectory.steps]
+        return self._teacher[1]
 
     def _answer(self, trajectory: Trajectory, step: Step, cell: Cell, past: History) -> Answer:
         picture, grammar = _picture(step.image), self.grammar

@@ -60,6 +60,11 @@ WRONG: dict[str, list[tuple[str, str]]] = {
     **dict.fromkeys(("readable", "_prompt"), [EMPTY, ("missing", "{nowhere}"), ("folder for a file", "{folder}")]),
     "readable_folder": [EMPTY, ("missing", "{nowhere}"), ("file for a folder", "{file}")],
     **dict.fromkeys(("existing_path", "trained_folder"), [EMPTY, ("missing", "{nowhere}")]),
+    "cluster": [*TEXTS, ("no port", "somewhere"), ("no port", "host:"), ("beyond the last port", "host:65536")],
+    "template": [
+        EMPTY, ("missing", "{nowhere}"), ("folder for a file", "{folder}"), ("empty file", "{empty}"),
+        ("stranger's file", "{file}"),
+    ],
     "keys": [EMPTY, ("missing", "{nowhere}"), ("folder for a file", "{folder}"), ("empty file", "{empty}")],
 }  # fmt: skip
 PLACES = [("below a file", "{file}/x"), ("unwritable place", "/proc/none/x")]

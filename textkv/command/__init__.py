@@ -34,7 +34,9 @@ from textkv.command.arguments import (
     threads,
     weight,
 )
+from textkv.command.crew import Crew, add_crew
 from textkv.command.ending import run, terminable
+from textkv.command.ray_cluster import cluster
 from textkv.command.results import (
     output_file,
     output_folder,
@@ -44,14 +46,18 @@ from textkv.command.results import (
     write_rows,
     write_text,
 )
-from textkv.command.workers import Workers
+from textkv.command.workers import WorkerFailed, Workers
 
 __all__ = [
+    "Crew",
+    "WorkerFailed",
     "Workers",
+    "add_crew",
     "budget",
     "budgets",
     "checked",
     "choices",
+    "cluster",
     "count",
     "device",
     "episodes",

@@ -88,23 +88,44 @@ def _unheard() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Here:
-    """What this process has opened."""
+class Hand:
+    """What one worker has opened. A failure is kept and told by the first job: a pool would only say that it is
+    broken.
+    """
 
-    opened: ClassVar[Any] = None
-    failed: ClassVar[str] = ""
+    def __init__(self, open: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self.opened: Any = None
+        self.failed = ""
+        try:
+            self.opened = open(*args)
+        except Exception as error:
+            self.failed = str(error) or type(error).__name__
+
+    def work(self, job: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """One job. Raises WorkerFailed if there is nothing to do it with."""
+        if self.failed:
+            raise WorkerFailed(self.failed)
+        return job(self.opened, *args)
+
+    def close(self) -> None:
+        """Close what is open, if it has a `close`; an end goes on whatever that says."""
+        with suppress(Exception):
+            getattr(self.opened, "close", lambda: None)()
+
+
+class _Here:
+    """The hand of this process."""
+
+    hand: ClassVar[Hand | None] = None
 
     @classmethod
     def begin(cls, open: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        """Open it. A failure is kept and told by the first job: a pool would only say that it is broken."""
+        """Open it."""
         # Ctrl-C reaches every process of a terminal; the parent decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, cls.end)
         threading.Thread(target=_end_with_parent, daemon=True).start()
-        try:
-            cls.opened = open(*args)
-        except Exception as error:
-            cls.failed = str(error) or type(error).__name__
+        cls.hand = Hand(open, args)
 
     @classmethod
     def end(cls, number: int, frame: FrameType | None) -> None:
@@ -113,16 +134,15 @@ class _Here:
         late = threading.Timer(GRACE, os._exit, (TERMINATED,))
         late.daemon = True
         late.start()
-        with suppress(Exception):
-            getattr(cls.opened, "close", lambda: None)()
+        if cls.hand is not None:
+            cls.hand.close()
         os._exit(TERMINATED)
 
     @classmethod
     def work(cls, job: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """One job."""
-        if cls.failed:
-            raise WorkerFailed(cls.failed)
-        return job(cls.opened, *args)
+        assert cls.hand is not None
+        return cls.hand.work(job, args)
 
 
 def _end_with_parent() -> None:

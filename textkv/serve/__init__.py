@@ -7,6 +7,7 @@ or `python -m agentkv.serve`. Needs the extra `serve`.
 """
 
 from textkv.serve.app import Limits, build_app
-from textkv.serve.engine import ENGINES, Cancelled, ChatEngine, Engine, Opening, Outcome
+from textkv.serve.engine import ENGINES, ChatEngine
+from textkv.serve.interface import Cancelled, Engine, Opening, Outcome
 
 __all__ = ["ENGINES", "Cancelled", "ChatEngine", "Engine", "Limits", "Opening", "Outcome", "build_app"]

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from textkv.serve import protocol
-from textkv.serve.engine import Engine, Outcome
+from textkv.serve.interface import Engine, Outcome
 from textkv.serve.metrics import Metrics
 from textkv.serve.queue import Full, Job, Turns
 
@@ -55,13 +55,16 @@ class Refused(Exception):
         self.status, self.body = status, protocol.error_body(line, kind, code)
 
 
-def build_app(engine: Engine, name: str, limits: Limits | None = None, keys: Sequence[str] = ()) -> FastAPI:
+def build_app(
+    engine: Engine, name: str, limits: Limits | None = None, keys: Sequence[str] = (), turns: Any = None
+) -> FastAPI:
     """The app that serves `engine` as the model `name`.
 
     Args:
         keys: one of them must come as a bearer token with every request; none = no key is asked for.
+        turns: what takes jobs to answers, in the form of `textkv.serve.queue.Turns`; None = one thread for the engine.
     """
-    routes = _Routes(engine, name, limits or Limits())
+    routes = _Routes(engine, name, limits or Limits(), turns)
     # Without /docs and /openapi.json: the pages load scripts from elsewhere.
     app = FastAPI(lifespan=routes.lifespan, openapi_url=None)
     app.state.turns = routes.turns
@@ -79,9 +82,10 @@ def build_app(engine: Engine, name: str, limits: Limits | None = None, keys: Seq
 class _Routes:
     """What is answered under which path, for one engine."""
 
-    def __init__(self, engine: Engine, name: str, limits: Limits) -> None:
+    def __init__(self, engine: Engine, name: str, limits: Limits, turns: Any = None) -> None:
         self.engine, self.name, self.limits = engine, name, limits
-        self.turns, self.metrics, self.started = Turns(engine, limits.waiting), Metrics(), int(time.time())
+        self.turns = Turns(engine, limits.waiting) if turns is None else turns
+        self.metrics, self.started = Metrics(), int(time.time())
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:

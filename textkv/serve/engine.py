@@ -1,11 +1,11 @@
-"""What answers a request: the interface, and the engine of language models whose conversations keep their caches."""
+"""The engine of language models whose conversations keep their caches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
@@ -16,92 +16,24 @@ from textkv.method import resolve_method
 from textkv.models.loading import load
 from textkv.registry import Registry
 from textkv.serve.answers import Answer
+from textkv.serve.interface import Cancelled, Engine, Opening, Outcome
 from textkv.serve.omitted import goes_on, restored
 from textkv.serve.opening import AnswerOpening
 from textkv.serve.protocol import ChatRequest, Message
+from textkv.serve.rows import Done, Row, Rows, padded, stands_alone
 from textkv.serve.shelf import Shelf
 from textkv.serve.structured import Schemas
+from textkv.serve.template import PLAIN
 
 _COLUMNS = ("input_ids", "attention_mask", "mm_token_type_ids")
 LONGEST = 2**31  # columns, where a model names no limit
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """An answer that is over. `cached_tokens` of the prompt were not read again."""
-
-    text: str
-    reason: Literal["stop", "length"]
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-
-    def usage(self) -> dict[str, Any]:
-        """The figures as clients know them."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
-
-
-class Cancelled(Exception):
-    """Nobody waits for this answer any more."""
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What a server is asked to serve.
-
-    Attributes:
-        model: a name, folder or hub id.
-        method, budget: of the cache; None = the engine's own.
-        memory: bytes that conversations may hold between their turns; None = no limit.
-        disk: folder for those that do not fit; None = they are dropped.
-    """
-
-    model: str
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
-    method: str | None = None
-    budget: str | None = None
-    memory: int | None = None
-    disk: Path | None = None
-
-
-class Engine(Protocol):
-    """One model that answers. `prepare` may be called from any thread, `answer` from one at a time.
-
-    Attributes:
-        reads: the `model_type`s of config.json that are this engine's; none = it is taken for all others.
-    """
-
-    reads: ClassVar[tuple[str, ...]] = ()
-
-    @classmethod
-    def open(cls, opening: Opening) -> Engine:
-        """Loads a model. Raises ValueError or FileNotFoundError, in one line, for what cannot be served."""
-
-    def prepare(self, request: ChatRequest) -> Any:
-        """What `answer` needs of a request. Raises ValueError for one that this model cannot carry out."""
-
-    def answer(self, prepared: Any, give: Callable[[str], None], cancelled: Callable[[], bool]) -> Outcome:
-        """Answers, handing each text that has become final to `give`. Raises Cancelled within one step after
-        `cancelled` says so.
-        """
-
-    def figures(self) -> Mapping[str, float]:
-        """What it holds now, by name of a metric: `kv_bytes`, `conversations`, ..."""
-
-    def close(self) -> None:
-        """Lets go of what it holds, memory and disk."""
-
-
-@dataclass(frozen=True)
 class Prepared:
     """A request as tensors: `inputs` for `Conversation.generate`, the options of its decoding, its stop strings, and
-    `stem`: columns up to which it will be told again by its next turn; None = up to the end of the answer.
+    `stem`: columns up to which it will be told again by its next turn; None = up to the end of the answer. `first`:
+    nothing was answered yet in its conversation.
     """
 
     inputs: dict[str, Any]
@@ -109,6 +41,7 @@ class Prepared:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     stem: int | None = None
+    first: bool = False
 
 
 class ChatEngine(Engine):
@@ -122,6 +55,8 @@ class ChatEngine(Engine):
         disk: folder for conversations that do not fit; None = they are dropped.
         answer_tokens: the longest answer where a request names no limit.
         chat_template: for a tokenizer that comes without one.
+        rows: first questions that are answered together, if they wait together; such a conversation is kept from its
+            second question on.
 
     Raises:
         ValueError: no chat template, or a method or budget that cannot be.
@@ -137,10 +72,14 @@ class ChatEngine(Engine):
         disk: Path | None = None,
         answer_tokens: int = 1024,
         chat_template: str | None = None,
+        rows: int = 1,
     ) -> None:
+        self.rows = rows
         self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
         if not self.chat_template:
-            raise ValueError("the tokenizer has no chat template, so messages cannot be told; take a chat model")
+            raise ValueError(
+                "the tokenizer has no chat template, so messages cannot be told; give one: --chat-template FILE"
+            )
         resolve_method(method, budget)
         self.model, self.tokenizer, self.answer_tokens = model, tokenizer, answer_tokens
         self.shelf = Shelf(
@@ -156,7 +95,17 @@ class ChatEngine(Engine):
         method = opening.method or "full"
         resolve_method(method, opening.budget)
         model, tokenizer = load(opening.model, opening.dtype, opening.device)
-        return cls(model, tokenizer, method, opening.budget, opening.memory, opening.disk)
+        template = opening.chat_template or (PLAIN if opening.model == "mini" else None)
+        return cls(
+            model,
+            tokenizer,
+            method,
+            opening.budget,
+            opening.memory,
+            opening.disk,
+            chat_template=template,
+            rows=opening.rows,
+        )
 
     def prepare(self, request: ChatRequest) -> Prepared:
         """See `Engine`."""
@@ -185,7 +134,8 @@ class ChatEngine(Engine):
         if processors:
             options["logits_processor"] = LogitsProcessorList(processors)
         stem = self._opening.before(inputs["input_ids"])
-        return Prepared(inputs, options, tuple(request.stop), request.seed, stem)
+        first = all(message.role != "assistant" for message in request.messages)
+        return Prepared(inputs, options, tuple(request.stop), request.seed, stem, first)
 
     def answer(self, prepared: Prepared, give: Callable[[str], None], cancelled: Callable[[], bool]) -> Outcome:
         """See `Engine`."""
@@ -195,6 +145,8 @@ class ChatEngine(Engine):
         # An error leaves the conversation half-way: it is not put back, and its next turn reads it anew.
         talk, inputs, moved = self._begun(prepared)
         columns = inputs["input_ids"].shape[1]
+        # A client's text is never padding, also where it begins with the token that others pad with.
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         growing = _Growing(Answer(self._text, prepared.stop), give, cancelled, columns)
         with torch.random.fork_rng(enabled=prepared.seed is not None):
             if prepared.seed is not None:
@@ -210,6 +162,44 @@ class ChatEngine(Engine):
         ended = growing.answer.stopped or (bool(new) and new[-1] in self._ends())
         cached = ids.shape[1] - read - talk.last.read
         return Outcome(growing.text, "stop" if ended else "length", ids.shape[1], cached, len(new))
+
+    def joins(self, together: Sequence[Prepared], other: Prepared) -> bool:
+        """See `Engine`: rows of one cache, see `textkv.serve.rows`."""
+        several = [*together, other]
+        columns = max(x.inputs["input_ids"].shape[1] for x in several)
+        longest = max(x.options["max_new_tokens"] for x in several)
+        return all(map(stands_alone, several)) and columns + longest <= self._limit
+
+    def answer_rows(
+        self,
+        together: Sequence[Prepared],
+        gives: Sequence[Callable[[str], None]],
+        cancelled: Sequence[Callable[[], bool]],
+        done: Done,
+    ) -> None:
+        """See `Engine`. A client that goes away hears it within one step; its row is padding until the others end."""
+        ends = self._ends()
+        ids, mask = padded([x.inputs["input_ids"] for x in together], ends[0] if ends else 0)
+        each = zip(together, gives, cancelled, strict=True)
+        rows = [
+            Row(_Growing(Answer(self._text, x.stop), give, gone, ids.shape[1]), x.options["max_new_tokens"])
+            for x, give, gone in each
+        ]
+
+        def finish(number: int, ended: bool) -> None:
+            row, prompt = rows[number], together[number].inputs["input_ids"].shape[1]
+            if row.growing.left:
+                done(number, Cancelled())
+                return
+            row.growing.finish()
+            done(number, Outcome(row.growing.text, "stop" if ended else "length", prompt, 0, row.tokens))
+
+        options = together[0].options | {"max_new_tokens": max(row.limit for row in rows)}
+        hearing = StoppingCriteriaList([Rows(rows, ends, ids.shape[1], finish)])
+        # Not put on the shelf: rows of one cache cannot go on by themselves.
+        self.shelf.new().generate(
+            ids, attention_mask=mask, stopping_criteria=hearing, pad_token_id=ends[0] if ends else 0, **options
+        )
 
     def _begun(self, prepared: Prepared) -> tuple[Conversation, dict[str, Any], int]:
         """The conversation that a request goes on from, the request in its columns, and by how many these moved."""
@@ -309,11 +299,16 @@ class _Growing(StoppingCriteria):
     left: bool = False
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **ignored: Any) -> torch.Tensor:
-        for token in input_ids[0, self.seen :].tolist():
-            self._give(self.answer.add(token))
+        stopped = self.hear(input_ids[0, self.seen :].tolist())
         self.seen = input_ids.shape[1]
+        return torch.tensor([self.left or stopped], device=input_ids.device)
+
+    def hear(self, tokens: Sequence[int]) -> bool:
+        """Takes tokens; whether a stop string has come."""
+        for token in tokens:
+            self._give(self.answer.add(token))
         self.left = self.cancelled()
-        return torch.tensor([self.left or self.answer.stopped], device=input_ids.device)
+        return self.answer.stopped
 
     def finish(self) -> None:
         """Gives what was held back."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 
-from textkv.serve.engine import Outcome
+from textkv.serve.interface import Outcome
 
 PREFIX = "agentkv"
 

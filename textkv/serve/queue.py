@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from threading import Condition, Event, Thread
 from typing import Any
 
-from textkv.serve.engine import Cancelled, Engine, Outcome
+from textkv.serve.interface import Cancelled, Engine, Outcome
 
 
 class Full(Exception):
@@ -33,7 +33,8 @@ class Job:
 
 
 class Turns:
-    """Jobs of several clients, one at a time: clients take turns, the jobs of each in the order they came.
+    """Jobs of several clients, one at a time, or several where the engine can: clients take turns, the jobs of each in
+    the order they came.
 
     Args:
         engine: what answers.
@@ -71,6 +72,19 @@ class Turns:
             self._ready.notify()
         self._thread.join(patience)
 
+    def _beside(self, first: Job) -> list[Job]:
+        """Waiting jobs that can be answered with `first`, each client's next one, clients in turn."""
+        found: list[Job] = []
+        with self._ready:
+            for client in [*self._waiting] if self.engine.rows > 1 else ():
+                jobs = self._waiting[client]
+                if len(found) + 1 < self.engine.rows and not jobs[0].gone.is_set():
+                    if self.engine.joins([first.prepared, *(job.prepared for job in found)], jobs[0].prepared):
+                        found.append(jobs.popleft())
+                        if not jobs:
+                            del self._waiting[client]
+        return found
+
     def _next(self) -> Job | None:
         with self._ready:
             self._ready.wait_for(lambda: self._waiting or not self._open)
@@ -86,7 +100,30 @@ class Turns:
     def _work(self) -> None:
         while (job := self._next()) is not None:
             if not job.gone.is_set():
-                job.tell(self._answer(job.prepared, job.tell, lambda job=job: job.gone.is_set() or not self._open))
+                others = self._beside(job)
+                if others:
+                    self._rows([job, *others])
+                else:
+                    job.tell(self._answer(job.prepared, job.tell, self._gone(job)))
+
+    def _gone(self, job: Job) -> Callable[[], bool]:
+        return lambda: job.gone.is_set() or not self._open
+
+    def _rows(self, jobs: list[Job]) -> None:
+        """Several jobs together; what goes wrong before a row is over is that row's end."""
+        left = dict(enumerate(jobs))
+
+        def done(number: int, end: Outcome | Exception) -> None:
+            left.pop(number).tell(end)
+
+        try:
+            prepared, gives = [job.prepared for job in jobs], [job.tell for job in jobs]
+            self.engine.answer_rows(prepared, gives, [self._gone(job) for job in jobs], done)
+            error: Exception = RuntimeError("a row did not end")
+        except Exception as problem:
+            error = problem
+        for job in left.values():
+            job.tell(error)
 
     def _answer(self, prepared: Any, give: Callable[[str], None], cancelled: Callable[[], bool]) -> Outcome | Exception:
         try:

@@ -101,7 +101,8 @@ def test_history_is_the_recordings_or_the_models_own(tmp_path: Path, history: st
     answers = Answers(tmp_path / "a.jsonl", {})
     said = [(one.text, [x["type"] for x in one.actions], one.error) for one in bench.run(answers)]
     assert [x[1] for x in said] == [["wait"], [], [], ["terminate"]]
-    assert said[0][2] == "" and said[1][2] != "" and said[2][2] == "refused: no slot" and bench.left(answers) == 0
+    assert said[0][2] == "" and said[1][2] != "" and said[2][2] == "refused: no slot"
+    assert answers.left(tasks[0], bench.cells[0]) == 0
     assert [[shown for shown, _ in past] for past in agent.seen] == [[], [True], [False, True], [False, False, True]]
     words = [text for _, text in agent.seen[-1]]
     if history == OWN:

@@ -10,17 +10,12 @@ import uvicorn
 
 from textkv.mini import load_mini
 from textkv.serve import ChatEngine
-
-# The embedded text model was trained on pages of text: this is a chat to the server, and to the model a text as any.
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:\n{% endif %}"
-)
+from textkv.serve.template import PLAIN
 
 
 def mini_engine(method: str = "snapkv", budget: str | None = "0.5", **options) -> ChatEngine:
     """The embedded text model as a chat model."""
-    return ChatEngine(*load_mini(), method, budget, chat_template=TEMPLATE, **options)
+    return ChatEngine(*load_mini(), method, budget, chat_template=PLAIN, **options)
 
 
 @contextmanager

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from starlette.testclient import TestClient
 
-from tests.textkv.serve.live import TEMPLATE, mini_engine
+from tests.textkv.serve.live import mini_engine
 from textkv.mini import load_mini
 from textkv.serve import ChatEngine, build_app
 from textkv.serve.opening import AnswerOpening
+from textkv.serve.template import PLAIN
 
 # As reasoning models have it: an answer is opened with an empty thought, of which history knows nothing.
 DROPS = (
@@ -33,7 +34,7 @@ def talk(engine, turns=3):
 
 def test_a_template_says_whether_it_keeps_what_opened_an_answer():
     tokenizer = load_mini()[1]
-    assert AnswerOpening.of(tokenizer, TEMPLATE).lasting
+    assert AnswerOpening.of(tokenizer, PLAIN).lasting
     found = AnswerOpening.of(tokenizer, DROPS)
     assert not found.lasting and "think" in tokenizer.decode(found.ids)
 

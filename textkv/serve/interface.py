@@ -1,0 +1,110 @@
+"""What answers a request: the interface of engines, what they are opened with, and what they give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+
+from textkv.serve.protocol import ChatRequest
+from textkv.serve.rows import Done
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An answer that is over. `cached_tokens` of the prompt were not read again."""
+
+    text: str
+    reason: Literal["stop", "length"]
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+    def usage(self) -> dict[str, Any]:
+        """The figures as clients know them."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class Cancelled(Exception):
+    """Nobody waits for this answer any more."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a server is asked to serve.
+
+    Attributes:
+        model: a name, folder or hub id.
+        method, budget: of the cache; None = the engine's own.
+        memory: bytes that conversations may hold between their turns; None = no limit.
+        disk: folder for those that do not fit; None = they are dropped.
+        chat_template: in place of the model's own.
+        rows: requests that may be answered together, where an engine can.
+    """
+
+    model: str
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    method: str | None = None
+    budget: str | None = None
+    memory: int | None = None
+    disk: Path | None = None
+    chat_template: str | None = None
+    rows: int = 1
+
+
+class Engine(Protocol):
+    """One model that answers. `prepare` may be called from any thread, `answer` from one at a time.
+
+    Attributes:
+        reads: the `model_type`s of config.json that are this engine's; none = it is taken for all others.
+        rows: requests that `answer_rows` takes together; 1 = none.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    rows: int = 1
+
+    @classmethod
+    def open(cls, opening: Opening) -> Engine:
+        """Loads a model. Raises ValueError or FileNotFoundError, in one line, for what cannot be served."""
+
+    def prepare(self, request: ChatRequest) -> Any:
+        """What `answer` needs of a request. Raises ValueError for one that this model cannot carry out."""
+
+    def answer(self, prepared: Any, give: Callable[[str], None], cancelled: Callable[[], bool]) -> Outcome:
+        """Answers, handing each text that has become final to `give`. Raises Cancelled within one step after
+        `cancelled` says so.
+        """
+
+    def joins(self, together: Sequence[Any], other: Any) -> bool:
+        """Whether a prepared request can be answered beside those."""
+        return False
+
+    def answer_rows(
+        self,
+        together: Sequence[Any],
+        gives: Sequence[Callable[[str], None]],
+        cancelled: Sequence[Callable[[], bool]],
+        done: Done,
+    ) -> None:
+        """Answers several that join each other; arguments as for `answer`, one each. By default one after another."""
+        for number, (prepared, give, gone) in enumerate(zip(together, gives, cancelled, strict=True)):
+            try:
+                end: Outcome | Exception = self.answer(prepared, give, gone)
+            except Exception as error:  # of this one: the others are answered all the same
+                end = error
+            done(number, end)
+
+    def figures(self) -> Mapping[str, float]:
+        """What it holds now, by name of a metric: `kv_bytes`, `conversations`, ..."""
+
+    def close(self) -> None:
+        """Lets go of what it holds, memory and disk."""
