@@ -118,16 +118,6 @@ def masa() -> str:
     return markdown(["method", "attention weights", "of full", "perplexity"], lines)
 
 
-def masa_converted() -> str:
-    """What fewer attention weights cost SmolLM2 without training."""
-    lines = []
-    for row in rows("masa-converted.json"):
-        within = f"{row['perplexity']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
-        share, ratio = f"{row['attention_share']:.0%}".replace("%", " %"), _within(row, "ratio")
-        lines.append([f"`{row['method']}`", f"{row['attention_parameters']:,}", share, within, ratio])
-    return markdown(["method", "attention weights", "of full", "perplexity", "times full"], lines)
-
-
 def rag() -> str:
     """Answers by each way of searching, and how they differ from a search every so many tokens."""
     lines = []
@@ -207,7 +197,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoding": decoding,
     "cost": cost,
     "masa": masa,
-    "masa-converted": masa_converted,
     "rag": rag,
     "porag": porag,
     "peers": peers,

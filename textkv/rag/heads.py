@@ -58,7 +58,7 @@ class RewardHeads(nn.Module):
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
-        return float(loss)
+        return loss.item()
 
     def save(self, folder: Path) -> None:
         """Writes the weights to a checkpoint's folder; moments of the optimizer begin anew after a restart."""

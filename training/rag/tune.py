@@ -232,6 +232,7 @@ class Job:
         except RewardError as error:
             if trainer.state.global_step:
                 trainer._save_checkpoint(trainer.model, trial=None)
+                trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
             raise RewardError(f"{error}; step {trainer.state.global_step} is kept in {self.folder}") from None
         trainer.state.save_to_json(str(self.folder / "trainer_state.json"))
         trainer.save_model(str(done))
