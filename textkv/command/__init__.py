@@ -35,6 +35,7 @@ from textkv.command.arguments import (
     weight,
 )
 from textkv.command.ending import run, terminable
+from textkv.command.handover import hand_over
 from textkv.command.results import (
     output_file,
     output_folder,
@@ -59,6 +60,7 @@ __all__ = [
     "finite",
     "fraction",
     "fractions",
+    "hand_over",
     "lengths",
     "method",
     "methods",

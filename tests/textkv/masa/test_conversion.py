@@ -9,7 +9,7 @@ import torch
 from tests.textkv.masa.test_atoms import logits, tiny
 from tests.textkv.test_conformance import OURS, SPELLED
 from textkv import MethodCache, models, use
-from textkv.masa import Conversion, Sharing, convert, export, load, plan, save, share
+from textkv.masa import Conversion, Sharing, convert, export, groups_of, load, plan, save, share
 from textkv.masa.command import main
 from textkv.mini import load_mini
 from textkv.models.atoms import FILE
@@ -138,7 +138,9 @@ def test_the_command_writes_what_every_command_reads(converted, tmp_path, capsys
 def both():
     """A model with atoms, still combined in every forward, and the plain one that it exports to."""
     model = share(tiny(), Sharing(atoms=2))
-    return model, export(copy.deepcopy(model))
+    plain = export(copy.deepcopy(model))
+    assert groups_of(model) and not groups_of(plain)  # what becomes of a copy is no matter of the original's
+    return model, plain
 
 
 @pytest.mark.parametrize("method", OURS)
@@ -168,6 +170,7 @@ def test_every_cache_works_on_it_unchanged(both, method):
         ("convert --model mini --atoms 1 --projections xyz --out {out}", "qkvo"),
         ("convert --model mini --atoms 1 --text {out}/none --out {out}", "no file"),
         ("export --model mini --out {out}", "plain weights already"),
+        ("train --layers 2 --atoms 3", "atoms=3 is more than the 2 layers"),
         ("", "command"),
     ],
 )
