@@ -117,6 +117,7 @@ def plan(model: PreTrainedModel, conversion: Conversion, rows: Tensor) -> Plan:
     layers = len(next(iter(found.values())))
     # A group has as many layers as atoms at least, so that this is known before anything is measured.
     smallest = max(SMALLEST, conversion.atoms)
+    check_groups(conversion.groups, layers)
     check_atoms(conversion.atoms, layers // conversion.groups, f"layers of a group (groups={conversion.groups})")
     check_groups(conversion.groups, layers, smallest)
     total = sum(module.weight.numel() for modules in everything.values() for module in modules.values())

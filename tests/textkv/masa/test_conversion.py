@@ -103,6 +103,7 @@ def test_a_conversion_that_cannot_be_is_refused(wrong, says):
     [
         (dict(atoms=3, groups=2), "atoms=3 is more than the 2 layers of a group"),
         (dict(atoms=1, groups=3), "group of one layer"),
+        (dict(atoms=1, groups=9), "groups=9 of 4 layers would leave a group of one layer; use 1 to 2"),
         (dict(atoms=2, reduction=0.9), "fewer atoms or a smaller cut"),
     ],
 )
