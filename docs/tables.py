@@ -1,4 +1,4 @@
-"""`python docs/tables.py`: the tables of results.md, each from the rows of its JSON file (`make tables`).
+"""`python docs/tables.py`: the tables of results.md and rag.md, each from the rows of its JSON file (`make tables`).
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; `TABLES` says how it is made.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGE = HERE / "results.md"
+PAGES = (HERE / "results.md", HERE / "rag.md")
 _PLACE = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -118,6 +118,51 @@ def masa() -> str:
     return markdown(["method", "attention weights", "of full", "perplexity"], lines)
 
 
+def rag() -> str:
+    """Answers by each way of searching, and how they differ from a search every so many tokens."""
+    lines = []
+    for row in rows("rag.json"):
+        told = [f"`{row['method']}`", _within(row, "accuracy", "low", "high"), f"{row['retrievals']:.2f}"]
+        told += [f"{row['tokens']:.0f}", f"{row['seconds']:.1f}"]
+        for name in ("accuracy_change", "retrievals_change"):
+            told.append(_within(row, name, sign="+") if name in row else "")
+        lines.append(told)
+    heads = [
+        "method",
+        "accuracy",
+        "retrievals",
+        "tokens",
+        "seconds",
+        "accuracy less `fixed`",
+        "retrievals less `fixed`",
+    ]
+    return markdown(heads, lines)
+
+
+def porag() -> str:
+    """Reward and exact match before and after training, all seeds together."""
+    lines = [
+        [
+            f"`{row['method']}`",
+            str(row["seeds"]),
+            f"{row['steps']:.0f}",
+            f"{row['seconds']:.0f}",
+            _within(row, "reward"),
+            _within(row, "exact_match"),
+            ", ".join(f"{value:.2f}" for value in row["exact_match_of_seeds"]),
+        ]
+        for row in rows("porag.json")
+    ]
+    return markdown(["method", "seeds", "steps", "seconds", "reward", "exact match", "of each seed"], lines)
+
+
+def _within(row: Row, name: str, low: str = "", high: str = "", sign: str = "") -> str:
+    """A figure with its interval."""
+    figures = (row[name], row[low or f"{name}_low"], row[high or f"{name}_high"])
+    mean, least, most = (f"{value:{sign}.2f}" for value in figures)
+    return f"{mean} ({least} to {most})"
+
+
 def peers() -> str:
     """kvpress and ours on the same prompts, a line each way."""
     found = [row for row in rows("peers.json") if "recall" in row]
@@ -152,6 +197,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoding": decoding,
     "cost": cost,
     "masa": masa,
+    "rag": rag,
+    "porag": porag,
     "peers": peers,
 }
 
@@ -162,4 +209,5 @@ def renewed(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")

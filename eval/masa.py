@@ -5,17 +5,21 @@ python -m eval.masa --trained runs/full/latest,runs/masa/latest --text FILE   # 
 
 A pretrained model is converted two ways at each reduction: `masa`, atoms that groups of layers share with low-rank
 rests, and `low-rank`, each layer's own weights at a lower rank in the norm of its inputs (as SVD-LLM does). Calibration
-reads the first nine tenths of the text, the perplexity is of the last. Intervals: rows of the text resampled, 95 %.
+reads the first nine tenths of the text, the perplexity is of the last. Intervals: rows of the text resampled, 95 %;
+those of `ratio`, perplexity over that of the full model, with both models' losses of a row together. Every conversion
+is written to FILE.jsonl as soon as it is measured; the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from textkv import models
 from textkv.command import count, fractions, names, readable, run, some_text, write_rows
-from textkv.masa import Conversion, convert
+from textkv.masa import Conversion, Converted, Plan, attach, export, plan
 from textkv.masa.command import rows_of
 from textkv.masa.projections import find_projections
 from textkv.models.atoms import is_atoms, read_atoms
@@ -37,6 +41,7 @@ from textkv.provenance import run_meta
 
 from .arguments import add_outputs
 from .bootstrap import resampled
+from .outcomes import Store
 from .textbench import load_text_model, text_rows
 
 ROWS_AT_ONCE = 4
@@ -79,21 +84,66 @@ def full_attention_parameters(config: PreTrainedConfig) -> int:
     return 4 * config.num_hidden_layers * config.hidden_size * config.num_attention_heads * config.head_dim
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Losses of one model on all rows of the text, and the numbers that its attention weights keep."""
+
+    method: str
+    reduction: float
+    parameters: int
+    nll: list[float]
+
+    @property
+    def key(self) -> tuple[str, float]:
+        """What tells models apart."""
+        return self.method, self.reduction
+
+
+class Losses(Store):
+    """What was measured of one pretrained model on one text."""
+
+    kind = Measured
+
+
 def converted(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of a pretrained model: as it is, then both ways at each reduction."""
+    """Rows of a pretrained model: as it is, then both ways at each reduction. What stands in the file of lines is not
+    measured again."""
     model, tokenizer = load_text_model(args.model, args.device)
     ids = text_rows(tokenizer, args.text, args.rows, args.length)
     text = args.text.read_text(encoding="utf-8") if args.text else None
-    seen = rows_of(tokenizer, text, *CALIBRATION)
-    plain = attention_parameters(model)
-    yield row("full", plain, plain, losses(model, ids, "full"), args.length)
-    for reduction in args.reductions:
-        for method, atoms, groups in (("masa", args.atoms, args.groups), ("low-rank", 0, 1)):
-            wanted = Conversion(atoms=atoms, groups=groups, reduction=reduction)
-            changed = copy.deepcopy(model)
-            made = convert(changed, wanted, seen)
-            nll = losses(changed, ids, f"{method} {reduction:.0%}")
-            yield row(method, made.parameters, plain, nll, args.length, atoms=atoms, groups=groups)
+    board = {name: str(getattr(args, name)) for name in ("model", "rows", "length", "atoms", "groups")}
+    board["text"] = hashlib.sha256((text or "").encode()).hexdigest()[:16]
+    there = Losses(args.json.with_suffix(".jsonl"), board)
+    seen, plain = rows_of(tokenizer, text, *CALIBRATION), attention_parameters(model)
+    if ("full", 0.0) not in there.done:
+        there.add(Measured("full", 0.0, plain, losses(model, ids, "full").tolist()))
+    yield _row(there, ("full", 0.0), args, {})
+    for method, atoms, groups in (("masa", args.atoms, args.groups), ("low-rank", 0, 1)):
+        planned: Plan | None = None
+        for reduction in args.reductions:
+            if (method, reduction) not in there.done:
+                # What a conversion misses is factored once for all reductions.
+                wanted = Conversion(atoms=atoms, groups=groups, reduction=reduction)
+                planned = planned or plan(model, wanted, seen)
+                there.add(_measured(method, reduction, model, planned.at(reduction), ids))
+            yield _row(there, (method, reduction), args, {"reduction": reduction, "atoms": atoms, "groups": groups})
+
+
+def _measured(method: str, reduction: float, model: PreTrainedModel, made: Converted, ids: torch.Tensor) -> Measured:
+    changed = copy.deepcopy(model)
+    for group in made.groups:
+        attach(changed, group)
+    # Combined once: otherwise every batch of rows would combine anew.
+    nll = losses(export(changed), ids, f"{method} {reduction:.0%}")
+    return Measured(method, reduction, made.parameters, nll.tolist())
+
+
+def _row(there: Losses, key: tuple[str, float], args: argparse.Namespace, more: dict[str, Any]) -> dict[str, Any]:
+    """The row of a model, with `ratio`: its perplexity over the full model's, paired over the pieces of the text."""
+    full, found = there.done["full", 0.0], there.done[key]
+    mean, low, high = resampled(np.array(found.nll) - np.array(full.nll))
+    ratio = {"ratio": math.exp(mean), "ratio_low": math.exp(low), "ratio_high": math.exp(high)}
+    return row(found.method, found.parameters, full.parameters, np.array(found.nll), args.length, **ratio, **more)
 
 
 def trained(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -153,13 +203,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--text", type=readable, help="plain text; default: a small grammar's sentences")
     p.add_argument("--rows", type=count, default=32, help="pieces of the text to measure on (default 32)")
     p.add_argument("--length", type=count, default=256, help="tokens of a piece (default 256)")
-    add_outputs(p)
+    add_outputs(p, when=", after every model", default="runs/masa.json", beside=(".jsonl",))
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command, see `textkv.command.run` for what it returns."""
-    return run("eval.masa", parser(), work, argv)
+    return run("eval.masa", parser(), work, argv, kept="the same command goes on")
 
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:

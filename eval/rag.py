@@ -5,23 +5,26 @@ your own about a folder of documents: `--documents DIR --questions FILE`, a line
 "answer": ..}. Every method has the same examples, the same index and the same number of passages per search; theta is
 a quantile of scores in answers to questions of another world. A row says: `accuracy` (the answer's words stand in
 what was said), `retrievals`, `tokens` (read and written, all that was computed, but for the examples, which are read
-once) and `seconds` of CPU time, all per question. Every answer is written to FILE.jsonl as soon as it is there; the
+once) and `seconds` of CPU time, all per question; `accuracy_change` and `retrievals_change` are differences to `fixed`
+on the same questions, with paired 95 % intervals. Every answer is written to FILE.jsonl as soon as it is there; the
 same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -48,9 +51,12 @@ from textkv.rag.invented import World
 from textkv.rag.trigger import MODES, Trigger
 
 from .arguments import add_choice, add_outputs
+from .bootstrap import resampled
 from .outcomes import Store
+from .paired import difference
 from .textbench import MODEL_HELP
 
+BASELINE = "fixed"  # what the others are compared with
 METHODS = ("none", "single", "fixed", *(f"atlas-{mode}" for mode in MODES))
 EXAMPLES, CALIBRATION = 1_000_003, 1_000_007  # seeds of their worlds
 _EXAMPLES, _CALIBRATED = 4, 4
@@ -171,7 +177,8 @@ class Answers(Store):
     def rows(self, methods: Sequence[str], n: int) -> list[dict[str, Any]]:
         """A row per method over the first n questions; those of cost are means over the questions."""
         found = [[x for x in self.done.values() if x.method == method and x.number < n] for method in methods]
-        return [_row(part) for part in found if part]
+        by = {x.number: x for x in self.done.values() if x.method == BASELINE and x.number < n}
+        return [_row(part) | (_compared(part, by) if BASELINE in methods else {}) for part in found if part]
 
 
 def _row(part: Sequence[Said]) -> dict[str, Any]:
@@ -182,6 +189,20 @@ def _row(part: Sequence[Said]) -> dict[str, Any]:
     for name in ("passages", "prefill_tokens", "decode_tokens", "seconds"):
         row[name] = sum(getattr(x, name) for x in part) / n
     return row | {"tokens": row["prefill_tokens"] + row["decode_tokens"]} | part[0].figures
+
+
+def _compared(part: Sequence[Said], baseline: Mapping[int, Said]) -> dict[str, float]:
+    """Accuracy and retrievals minus those of `fixed` on the questions that both answered, 95 %, paired; nothing for
+    `fixed` itself and where no question was answered by both."""
+    pairs = [(x, baseline[x.number]) for x in part if x.number in baseline and x.method != BASELINE]
+    if not pairs:
+        return {}
+    ours, theirs = ({x.number: bool(x.right) for x in side} for side in zip(*pairs, strict=True))
+    rights = difference(ours, theirs)[:3]
+    searches = resampled(np.array([len(x.queries) - len(y.queries) for x, y in pairs], dtype=float))
+    names = ("change", "change_low", "change_high")
+    made = {f"accuracy_{name}": value for name, value in zip(names, rights, strict=True)}
+    return made | {f"retrievals_{name}": value for name, value in zip(names, searches, strict=True)}
 
 
 def measure(bench: Bench, asked: Sequence[Asked], methods: Sequence[str], answers: Answers) -> Iterator[Said]:
@@ -238,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quantile", type=fraction, default=QUANTILE, help="of the scores of unsure words, for theta")
     p.add_argument("--theta", type=finite, help="of both readings, instead of the quantile")
     p.add_argument("--tokens", type=count, default=48, help="of an answer, at most")
-    add_outputs(p, when=", after every answer", default="runs/rag.json")
+    add_outputs(p, when=", after every answer", default="runs/rag.json", beside=(".jsonl",))
     return p
 
 
@@ -253,6 +274,9 @@ def work(args: argparse.Namespace, argv: Sequence[str]) -> None:
         chunks = world.chunks()
         asked = [Asked(question.text, question.answer) for question in world.questions(2)[: args.n]]
     given = {name: str(value) for name, value in vars(args).items() if name not in ("methods", "n", "json", "device")}
+    if args.documents:  # the same names may hold other texts by now
+        said = "\n".join(repr(one) for one in [*chunks, *asked])
+        given["texts"] = hashlib.sha256(said.encode()).hexdigest()[:16]
     answers = Answers(args.json.with_suffix(".jsonl"), given)
     index = Index.build(chunks, args.embedder)
     model, tokenizer = models.load(args.model, device=args.device)

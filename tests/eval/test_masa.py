@@ -28,17 +28,25 @@ def test_an_interval_of_equal_losses_has_no_width():
     assert resampled(torch.full((5,), 2.0).numpy()) == (2.0, 2.0, 2.0)
 
 
-def test_a_pretrained_model_is_converted_both_ways(tmp_path):
-    out = tmp_path / "rows.json"
-    told = ["--model", "mini", "--reductions", "0.2", "--rows", "2", "--length", "32", "--json", str(out)]
-    assert masa.main([*told, "--device", "cpu"]) == 0
-    full, atoms, rank = json.loads(out.read_text())["rows"]
-    assert [row["method"] for row in (full, atoms, rank)] == ["full", "masa", "low-rank"]
-    assert full["attention_share"] == 1.0
-    for row in (atoms, rank):
-        assert row["attention_share"] == pytest.approx(0.8, abs=0.005)
-        assert row["low"] <= row["perplexity"] <= row["high"]
+def test_a_pretrained_model_is_converted_both_ways_and_nothing_is_measured_twice(tmp_path, capsys, monkeypatch):
+    out, read = tmp_path / "rows.json", []
+    losses = masa.losses
+    monkeypatch.setattr(masa, "losses", lambda *args: read.append(args[2]) or losses(*args))
+    told = ["--model", "mini", "--rows", "2", "--length", "32", "--json", str(out), "--device", "cpu"]
+    for reductions in ("0.2", "0.2,0.4"):
+        assert masa.main([*told, "--reductions", reductions]) == 0
+    assert read == ["full", "masa 20%", "low-rank 20%", "masa 40%", "low-rank 40%"]
+    full, *rest = json.loads(out.read_text())["rows"]
+    assert [row["method"] for row in (full, *rest)] == ["full", "masa", "masa", "low-rank", "low-rank"]
+    assert full["attention_share"] == full["ratio"] == full["ratio_low"] == 1.0
+    for row in rest:
+        assert row["attention_share"] == pytest.approx(1 - row["reduction"], abs=0.005)
+        assert row["low"] <= row["perplexity"] <= row["high"] and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
         assert row["perplexity"] > full["perplexity"]
+        assert row["ratio"] == pytest.approx(row["perplexity"] / full["perplexity"])
+    capsys.readouterr()
+    assert masa.main([*told, "--reductions", "0.2", "--rows", "3"]) == 2
+    assert "another board" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

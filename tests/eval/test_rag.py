@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from eval.rag import METHODS, examples, main, right
+from eval.rag import METHODS, Answers, Said, examples, main, right
 from textkv.models.loading import load
 
 
@@ -30,6 +30,17 @@ def model(tmp_path_factory):
     return str(place)
 
 
+def test_differences_are_of_the_questions_that_both_answered(tmp_path):
+    answers = Answers(tmp_path / "a.jsonl", {})
+    for method, rights, searches in (("fixed", (1, 0, 0), (4, 4, 4)), ("atlas-outgoing", (1, 1), (2, 3))):
+        for number, (hit, count) in enumerate(zip(rights, searches, strict=True)):
+            answers.add(Said(method, number, float(hit), "", ["q"] * count, count, 9, 9, 1.0, {}))
+    fixed, atlas = answers.rows(["fixed", "atlas-outgoing"], 9)
+    assert fixed["n"] == 3 and "accuracy_change" not in fixed
+    assert atlas["accuracy_change"] == 0.5 and atlas["retrievals_change"] == -1.5
+    assert atlas["retrievals_change_low"] == -2 and atlas["retrievals_change_high"] == -1
+
+
 def measured(tmp_path, *more, model="mini"):
     path = tmp_path / "rag.json"
     given = ["--model", model, "--n", "1", "--stories", "4", "--tokens", "10", "--interval", "4", "--json", str(path)]
@@ -44,6 +55,8 @@ def test_a_row_for_each_method_and_a_run_that_goes_on(model, tmp_path, capsys):
     assert list(rows) == list(METHODS)
     assert rows["none"]["retrievals"] == 0 and rows["single"]["retrievals"] == 1
     assert rows["fixed"]["retrievals"] >= 2 and rows["atlas-outgoing"]["theta"] == 0
+    assert rows["single"]["retrievals_change"] == 1 - rows["fixed"]["retrievals"] and "accuracy_change" in rows["none"]
+    assert "accuracy_change" not in rows["fixed"]
     # Asked once, however often the command is given.
     assert len(path.with_suffix(".jsonl").read_text().splitlines()) == 1 + len(METHODS)
     capsys.readouterr()

@@ -36,6 +36,7 @@ from textkv.command.arguments import (
 )
 from textkv.command.crew import Crew, add_crew
 from textkv.command.ending import run, terminable
+from textkv.command.handover import hand_over
 from textkv.command.ray_cluster import cluster
 from textkv.command.results import (
     output_file,
@@ -65,6 +66,7 @@ __all__ = [
     "finite",
     "fraction",
     "fractions",
+    "hand_over",
     "lengths",
     "method",
     "methods",

@@ -10,7 +10,7 @@ top of it.
 """
 
 from textkv.masa.checkpoint import load, save
-from textkv.masa.conversion import Conversion, Converted, convert
+from textkv.masa.conversion import Conversion, Converted, Plan, convert, plan
 from textkv.masa.mixture import Mixture, attach, export, groups_of
 from textkv.masa.pca import matrix_pca
 from textkv.masa.sharing import Sharing, parameters_of, share
@@ -21,6 +21,7 @@ __all__ = [
     "Conversion",
     "Converted",
     "Mixture",
+    "Plan",
     "Sharing",
     "attach",
     "convert",
@@ -29,6 +30,7 @@ __all__ = [
     "load",
     "matrix_pca",
     "parameters_of",
+    "plan",
     "save",
     "share",
 ]

@@ -11,7 +11,6 @@ as the measuring commands read the last; without --text, sentences of a small gr
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -23,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from textkv import models
-from textkv.command import count, device, fraction, natural, output_folder, readable, run, some_text
+from textkv.command import count, device, fraction, hand_over, natural, output_folder, readable, run, some_text
 from textkv.masa.checkpoint import save
 from textkv.masa.conversion import Conversion, convert
 from textkv.mini.filler import sentences
@@ -92,17 +91,6 @@ def _holds(own: str, folder: Path) -> bool:
     return (folder / own).is_file()
 
 
-def train(argv: Sequence[str]) -> int:
-    """Hand over to the trainer of a checkout.
-
-    Trainers are no part of the installed package, which must not know them; the command is here because one looks for
-    it beside `convert`.
-    """
-    if importlib.util.find_spec("training") is None:
-        raise ValueError(f"the trainer is in the repository only; run `python -m {TRAINING}` at the root of a checkout")
-    return importlib.import_module(TRAINING).main(argv)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m textkv.masa", description=__doc__.split("\n\n")[0])
@@ -131,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command, see `textkv.command.run` for what it returns."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["train"]:  # its options are the trainer's own
-        return run("textkv.masa train", argparse.ArgumentParser(), lambda args, rest: train(argv[1:]), [])
+        return run("textkv.masa train", argparse.ArgumentParser(), lambda *_: hand_over(TRAINING, argv[1:]), [])
     return run("textkv.masa", parser(), work, argv)
 
 

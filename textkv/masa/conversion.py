@@ -66,19 +66,58 @@ class Converted:
         return 1 - self.parameters / self.plain_parameters
 
 
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A conversion but for how much goes: what the atoms miss is factored once, whatever reductions follow.
+
+    Attributes:
+        bare: the groups with their atoms alone.
+        rests: what they miss, by the name of the weight; none for a conversion of atoms alone.
+        kept: numbers of the attention weights that are not converted.
+        plain_parameters: numbers of all attention weights.
+    """
+
+    bare: list[AtomGroup]
+    cuts: list[tuple[int, int]]
+    rests: dict[str, Rest]
+    kept: int
+    plain_parameters: int
+
+    def at(self, reduction: float | None) -> Converted:
+        """The groups at a reduction (see `Conversion`).
+
+        Raises:
+            ValueError: the atoms alone cost more than is left.
+        """
+        spent = self.kept + sum(group.parameters for group in self.bare)
+        groups = self.bare
+        if reduction is not None:
+            offers = [(rest.values, rest.price, rest.most) for rest in self.rests.values()]
+            ranks = deal(offers, int((1 - reduction) * self.plain_parameters) - spent)
+            groups = [self._with_rests(group, dict(zip(self.rests, ranks, strict=True))) for group in self.bare]
+        return Converted(
+            groups, self.cuts, self.kept + sum(group.parameters for group in groups), self.plain_parameters
+        )
+
+    def _with_rests(self, group: AtomGroup, ranks: dict[str, int]) -> AtomGroup:
+        pairs = (self.rests[name].cut(ranks[name]) for name in group.names)
+        rests = tuple((left.to(group.atoms), right.to(group.atoms)) for left, right in pairs)
+        return AtomGroup(group.projection, group.names, group.atoms, group.coefficients, rests)
+
+
 @torch.no_grad()
-def convert(model: PreTrainedModel, conversion: Conversion, rows: Tensor) -> Converted:
-    """Replace the attention weights of `model` by combinations of atoms, calibrated on `rows` int64 [texts, tokens].
+def plan(model: PreTrainedModel, conversion: Conversion, rows: Tensor) -> Plan:
+    """Measure a conversion of `model` on `rows` int64 [texts, tokens]; the model is left as it is.
 
     Raises:
-        ValueError: projections that cannot be shared, more atoms than layers in a group, groups of one layer, or a
-            reduction that the atoms alone exceed; nothing is changed then.
+        ValueError: projections that cannot be shared, more atoms than layers in a group, or groups of one layer.
     """
     everything = find_projections(model)
     found = {letter: everything[letter] for letter in conversion.projections}
     layers = len(next(iter(found.values())))
     # A group has as many layers as atoms at least, so that this is known before anything is measured.
     smallest = max(SMALLEST, conversion.atoms)
+    check_groups(conversion.groups, layers)
     check_atoms(conversion.atoms, layers // conversion.groups, f"layers of a group (groups={conversion.groups})")
     check_groups(conversion.groups, layers, smallest)
     total = sum(module.weight.numel() for modules in everything.values() for module in modules.values())
@@ -86,13 +125,21 @@ def convert(model: PreTrainedModel, conversion: Conversion, rows: Tensor) -> Con
     seen = calibrate(model, rows, found)
     cuts = cut(seen.drifts, conversion.groups, smallest)
     bare = [_group(letter, found[letter], span, conversion.atoms) for span in cuts for letter in conversion.projections]
-    spent = kept + sum(group.parameters for group in bare)
-    groups = bare
-    if conversion.reduction is not None:
-        groups = _with_rests(bare, model, seen, int((1 - conversion.reduction) * total) - spent)
-    for group in groups:
+    rests = {} if conversion.reduction is None else _rests(bare, model, seen)
+    return Plan(bare, cuts, rests, kept, total)
+
+
+@torch.no_grad()
+def convert(model: PreTrainedModel, conversion: Conversion, rows: Tensor) -> Converted:
+    """Replace the attention weights of `model` by combinations of atoms, calibrated on `rows` int64 [texts, tokens].
+
+    Raises:
+        ValueError: as `plan` and `Plan.at`; nothing is changed then.
+    """
+    made = plan(model, conversion, rows).at(conversion.reduction)
+    for group in made.groups:
         attach(model, group)
-    return Converted(groups, cuts, kept + sum(group.parameters for group in groups), total)
+    return made
 
 
 def _group(letter: str, modules: dict[str, nn.Linear], span: tuple[int, int], atoms: int) -> AtomGroup:
@@ -101,8 +148,8 @@ def _group(letter: str, modules: dict[str, nn.Linear], span: tuple[int, int], at
     return AtomGroup(letter, tuple(f"{name}.weight" for name in names), basis, coefficients)
 
 
-def _with_rests(bare: list[AtomGroup], model: nn.Module, seen: Calibration, budget: int) -> list[AtomGroup]:
-    """The groups with low rank rests that cost `budget` numbers together."""
+def _rests(bare: list[AtomGroup], model: nn.Module, seen: Calibration) -> dict[str, Rest]:
+    """What the atoms of the groups miss of each weight, by its name."""
     rests: dict[str, Rest] = {}
     # Q, K and V of a layer have one moment, which is factored once.
     roots: dict[int, Tensor] = {}
@@ -111,15 +158,4 @@ def _with_rests(bare: list[AtomGroup], model: nn.Module, seen: Calibration, budg
         if id(moment) not in roots:
             roots[id(moment)] = factor(moment)
         rests[name] = Rest.of(model.get_parameter(name).cpu() - made.cpu(), roots[id(moment)])
-    offers = [(rest.values, rest.price, rest.most) for rest in rests.values()]
-    ranks = dict(zip(rests, deal(offers, budget), strict=True))
-    return [
-        AtomGroup(
-            group.projection,
-            group.names,
-            group.atoms,
-            group.coefficients,
-            tuple(tuple(part.to(group.atoms) for part in rests[name].cut(ranks[name])) for name in group.names),
-        )
-        for group in bare
-    ]
+    return rests

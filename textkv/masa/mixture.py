@@ -137,7 +137,16 @@ def export(model: nn.Module) -> nn.Module:
     """Turn the combinations into plain weights, in `model` itself, which then knows nothing of atoms; returns it."""
     for _, module, _ in mixtures(model):
         weight = module.weight.detach().clone()
+        _own_class(module)
         parametrize.remove_parametrizations(module, "weight")
         del module.weight  # left as a buffer where no gradient is wanted
         module.register_parameter("weight", nn.Parameter(weight))
     return model
+
+
+def _own_class(module: nn.Module) -> None:
+    """Gives a parametrised module a class that no other has: copies share the one that `parametrize` made, and taking
+    the weight's property off that would leave the original without a weight."""
+    shared = type(module)
+    parts = {name: part for name, part in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, parts)

@@ -8,13 +8,22 @@ python -m textkv.rag train --model mini     # at the root of a checkout
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
-import runpy
 import sys
 from collections.abc import Sequence
 
-from textkv.command import budget, checked, count, finite, method, output_folder, readable_folder, run, some_text
+from textkv.command import (
+    budget,
+    checked,
+    count,
+    finite,
+    hand_over,
+    method,
+    output_folder,
+    readable_folder,
+    run,
+    some_text,
+)
 from textkv.models.loading import load
 from textkv.rag.answer import Answer, Reader
 from textkv.rag.atlas import Atlas
@@ -102,18 +111,9 @@ def answered(reader: Reader, index: Index, args: argparse.Namespace) -> Answer:
     return DynamicReader(reader, index, Atlas(trigger), limits).ask(args.question)
 
 
-def train(argv: Sequence[str]) -> None:
-    """Hand over to the trainer of a checkout: trainers are no part of the installed package, which must not know
-    them."""
-    if importlib.util.find_spec("training") is None:
-        raise ValueError(f"the trainer is in the repository only; run `python -m {TRAINING}` at the root of a checkout")
-    sys.argv = [TRAINING, *argv]
-    runpy.run_module(TRAINING, run_name="__main__")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 done, 2 and one line for a request that cannot be carried out."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["train"]:  # its options are the trainer's own
-        return run("textkv.rag", argparse.ArgumentParser(), lambda args, rest: train(argv[1:]), [])
+        return run("textkv.rag", argparse.ArgumentParser(), lambda *_: hand_over(TRAINING, argv[1:]), [])
     return run("textkv.rag", parser(), work, argv)

@@ -8,6 +8,7 @@ behind the old ones, and only the question and the answer so far are read again,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -170,10 +171,13 @@ class Desk:
         # The second fact of a chain is often the next best after the first, which is known.
         found = self.index.search(query, self.each + len(have))
         new = [passage for passage in found if passage.chunk not in have][: self.each]
-        before = len(self.text.ids)
+        reader, pieces = self.text.reader, []
         for number, passage in enumerate(new, len(self.passages) + 1):
-            self.text.read(plain_ids(self.text.reader, f"[{number}]"), telling=False)
-            self.text.read(plain_ids(self.text.reader, f" {passage.chunk.text}\n"))
+            pieces += [(plain_ids(reader, f"[{number}]"), False)]
+            pieces += [(plain_ids(reader, f" {passage.chunk.text}\n"), True)]
+        before = len(self.text.ids)
+        if new:
+            read_pieces(self.text, pieces)
         self.read += len(self.text.ids) - before
         self.passages += new
         return bool(new)
@@ -182,6 +186,15 @@ class Desk:
 def plain_ids(reader: Reader, text: str, special: bool = False) -> list[int]:
     """Token ids of a piece of text; `special` adds what begins a text."""
     return reader.tokenizer(text, add_special_tokens=special).input_ids
+
+
+def read_pieces(text: Watched, pieces: Sequence[tuple[list[int], bool]]) -> torch.Tensor:
+    """Reads pieces (token ids, telling or not) in one forward: each forward reads all weights.
+
+    Returns what `Watched.read` does.
+    """
+    ids = [token for piece, _ in pieces for token in piece]
+    return text.read(ids, [telling for piece, telling in pieces for _ in piece])
 
 
 class DynamicReader:
@@ -262,15 +275,15 @@ class DynamicReader:
 
     def _begin(self, desk: Desk, question: str, before: Draft | None = None, cut: int = 0) -> Draft:
         """Reads the question, and what an earlier draft wrote before place `cut`, on a fork of what lies before."""
-        text = desk.text.fork()
-        text.read(plain_ids(self.reader, self._asked), telling=False)
-        text.read(plain_ids(self.reader, f" {question}"))
-        logits = text.read(plain_ids(self.reader, self._end), telling=False)
-        start, sure = len(text.ids), {}
+        text, reader = desk.text.fork(), self.reader
+        pieces = [(plain_ids(reader, self._asked), False), (plain_ids(reader, f" {question}"), True)]
+        pieces += [(plain_ids(reader, self._end), False)]
+        start, sure = len(text.ids) + sum(len(piece) for piece, _ in pieces), {}
         if before is not None and cut > before.start:
             kept = before.text.ids[before.start : cut]
-            logits = text.read(kept)
+            pieces += [(kept, True)]
             sure = {start + n: before.sure[before.start + n] for n in range(len(kept))}
+        logits = read_pieces(text, pieces)
         place = len(text.ids)
         desk.read += place - len(desk.text.ids)
         guarded = place if before is None else place + self.limits.guard

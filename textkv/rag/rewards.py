@@ -1,10 +1,10 @@
 """What an answer is worth: fidelity to the passages and quality beside the reference (PORAG, arXiv 2504.01281, 2A).
 
-    R = clip(0.7 fidelity + 0.3 quality, -10, 10)
+    R = scale clip(0.7 fidelity + 0.3 quality, -10, 10)
 
 Fidelity is the overlap of the answer with the passages by ROUGE-1, -2 and -L; quality is exact match, F1 of words and,
 with an embedder, the cosine of the two texts. The paper does not say how the figures are joined: each is their mean
-here. It trains two heads that predict these figures; they are given directly here, so that no head can be played
+here. It trains two heads that predict these figures (`textkv.rag.heads`); given directly, no head can be played
 against. ROUGE is taken as precision: a short answer of the passages' own words is faithful however long they are.
 """
 
@@ -89,15 +89,17 @@ class Reward:
     Attributes:
         faithful, good: weights of fidelity and quality; 0.7 and 0.3 in the paper.
         limit: rewards are cut to -limit..limit.
+        scale: what they are multiplied by after that; the paper's gamma, whose value it does not give.
         embeds: what the cosine is taken with; None leaves it out.
 
     Raises:
-        ValueError: a negative weight, both 0, or a limit that is not positive.
+        ValueError: a negative weight, both 0, or a limit or scale that is not positive.
     """
 
     faithful: float = 0.7
     good: float = 0.3
     limit: float = 10.0
+    scale: float = 1.0
     embeds: Embeds | None = None
 
     def __post_init__(self) -> None:
@@ -105,6 +107,8 @@ class Reward:
             raise ValueError(f"faithful={self.faithful}, good={self.good}: weights are at least 0, and not both 0")
         if not self.limit > 0:
             raise ValueError(f"limit={self.limit} must be positive; use 10")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale={self.scale} must be positive; use 1")
 
     def quality(self, answers: Sequence[str], references: Sequence[str]) -> list[float]:
         """Mean of exact match, F1 and, with an embedder, the cosine: one figure for each answer."""
@@ -124,11 +128,25 @@ class Reward:
         Raises:
             RewardError: one of them is no number.
         """
+        return self.joined(self.parts(answers, references, passages), answers)
+
+    def parts(
+        self, answers: Sequence[str], references: Sequence[str], passages: Sequence[Sequence[str]]
+    ) -> list[tuple[float, float]]:
+        """(fidelity, quality) of each answer."""
         quality = self.quality(answers, references)
+        return [(fidelity(a, given), good) for a, given, good in zip(answers, passages, quality, strict=True)]
+
+    def joined(self, parts: Sequence[tuple[float, float]], answers: Sequence[str]) -> list[float]:
+        """One reward for each (fidelity, quality), measured or predicted.
+
+        Raises:
+            RewardError: one of them is no number; the message has the answer.
+        """
         rewards = []
-        for answer, given, good in zip(answers, passages, quality, strict=True):
-            value = self.faithful * fidelity(answer, given) + self.good * good
-            rewards.append(max(-self.limit, min(self.limit, checked(value, answer))))
+        for (faithful, good), answer in zip(parts, answers, strict=True):
+            value = checked(self.faithful * faithful + self.good * good, answer)
+            rewards.append(self.scale * max(-self.limit, min(self.limit, value)))
         return rewards
 
 

@@ -13,6 +13,8 @@ import torch
 from textkv.cache import MethodCache
 from textkv.rag.answer import Reader
 
+ALIKE = 0.8  # of the characters of two answers, which then say the same
+
 
 class Prefix:
     """A prompt that has been read.
@@ -90,9 +92,14 @@ def samples(prefix: Prefix, n: int, temperature: float = 1.0, most: int = 48, se
     return [prefix.sample(temperature, most, seed + number) for number in range(n)]
 
 
-def self_consistent(answers: Sequence[str], alike: float = 0.8) -> str:
-    """The first member of the largest cluster; an answer joins the first cluster whose first member is `alike` to it
-    (ratio of matching characters). Ties go to the earlier cluster.
+def alike(one: str, other: str, least: float = ALIKE) -> bool:
+    """Whether two answers have at least that ratio of matching characters."""
+    return SequenceMatcher(None, one, other).ratio() >= least
+
+
+def self_consistent(answers: Sequence[str], least: float = ALIKE) -> str:
+    """The first member of the largest cluster; an answer joins the first cluster whose first member is `alike` to it.
+    Ties go to the earlier cluster.
 
     Raises:
         ValueError: no answers.
@@ -101,7 +108,7 @@ def self_consistent(answers: Sequence[str], alike: float = 0.8) -> str:
         raise ValueError("0 answers agree on nothing; give at least 1")
     clusters: list[list[str]] = []
     for answer in answers:
-        near = (c for c in clusters if SequenceMatcher(None, c[0], answer).ratio() >= alike)
+        near = (c for c in clusters if alike(c[0], answer, least))
         home = next(near, None)
         if home is None:
             clusters.append([answer])

@@ -7,6 +7,7 @@ still holds: a token that was evicted has no column.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,8 +55,11 @@ class Watched:
         )
 
     @torch.inference_mode()
-    def read(self, ids: list[int], telling: bool = True) -> torch.Tensor:
-        """Reads tokens; the logits after the last one, fp32 [vocabulary] on the CPU.
+    def read(self, ids: list[int], telling: bool | Sequence[bool] = True) -> torch.Tensor:
+        """Reads tokens in one forward; the logits after the last one, fp32 [vocabulary] on the CPU.
+
+        Args:
+            telling: of all of them, or of each.
 
         Raises:
             ValueError: no tokens.
@@ -72,7 +76,7 @@ class Watched:
         if len(ids) == 1:
             self.queries[len(self.ids)] = torch.stack([seen[layer.kind.number][1][0] for layer in self.layers])
         self.ids += ids
-        self.telling += [telling] * len(ids)
+        self.telling += [telling] * len(ids) if isinstance(telling, bool) else telling
         return out.logits[0, -1].float().cpu()
 
     @property

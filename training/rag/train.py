@@ -40,10 +40,11 @@ from textkv.rag.rewards import Reward
 from training.rag.curve import draw
 from training.rag.data import HELD_OUT, KINDS, tasks
 from training.rag.measure import measure
-from training.rag.tune import CPU_SECONDS, METHODS, Tuning, tune
+from training.rag.tune import CPU_SECONDS, METHODS, Job, Tuning
 
 MODULE = "training.rag.train"
 BEFORE = "before"
+METRIC, HEADS = "metric", "heads"
 _TASKS = 4096  # to learn from; more than a training of minutes reads
 _RESAMPLES = 10_000
 
@@ -60,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--n", type=count, default=200, help="held-out tasks")
     p.add_argument("--passages", type=count, default=3, help="in a prompt")
     p.add_argument("--embedder", type=some_text, help="adds the cosine to the quality of an answer, e.g. minilm")
+    told = "what answers are judged by: measured figures, or what heads predict of them that learn beside the model"
+    p.add_argument("--reward", choices=(METRIC, HEADS), default=METRIC, help=told)
     p.add_argument("--rate", type=positive, default=Tuning.rate, help="learning rate")
     p.add_argument("--rank", type=count, default=Tuning.rank, help="of the adapters")
     p.add_argument("--prompts", type=count, default=Tuning.prompts, help="of a step")
@@ -87,7 +90,7 @@ class Study:
 
     def _tuning(self, seed: int) -> Tuning:
         taken = ("seconds", "rate", "rank", "prompts", "group", "most", "temperature")
-        return Tuning(**{name: getattr(self.args, name) for name in taken}, seed=seed)
+        return Tuning(**{name: getattr(self.args, name) for name in taken}, heads=self.args.reward == HEADS, seed=seed)
 
     def row(self, method: str, seed: int) -> dict[str, Any]:
         """The figures of one training, made now or read where it was made."""
@@ -113,7 +116,10 @@ class Study:
             # No seed sees the tasks of another.
             given = tasks(self.kind, tokenizer, _TASKS, seed * 10_000, self.args.passages)
             folder = self.args.runs / f"seed-{seed}" / method
-            model = tune(method, model, tokenizer, given, self.tunings[seed], self.reward, folder)
+            model = Job(
+                method=method, model=model, tokenizer=tokenizer, tasks=given, tuning=self.tunings[seed],
+                reward=self.reward, folder=folder,
+            ).run()  # fmt: skip
             history = _history(folder)
             steps, used = history[-1]["step"], history[-1][CPU_SECONDS]
         held = tasks(self.kind, tokenizer, self.args.n, HELD_OUT, self.args.passages)

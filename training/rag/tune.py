@@ -8,6 +8,7 @@ days of an H100; ours moves a small model within minutes.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,16 +17,18 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+from textkv.rag.heads import RewardHeads, last_states
 from textkv.rag.rewards import Reward, RewardError, advantages, exact_match
 from training.rag.data import Task, said
 
 METHODS = ("porag", "supervised")
 LATEST, CPU_SECONDS = "latest", "cpu_seconds"
 _ENDLESS = 1_000_000  # steps; the clock ends a training
+_SHOWN = ("plain_reward", "exact_match", "head_error", "loss")  # of what trl logs
 _LAYERS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]  # as in the paper
 
 
@@ -41,6 +44,9 @@ class Tuning:
         most: tokens of an answer.
         temperature: answers are drawn at.
         save_steps: steps between two checkpoints.
+        heads: answers are judged by what two heads predict of their figures, which learn beside the model; False = by
+            the figures themselves.
+        head_rate: learning rate of the heads.
 
     Raises:
         ValueError: a group of one, or a figure that is not positive.
@@ -55,12 +61,14 @@ class Tuning:
     most: int = 8
     temperature: float = 1.0
     save_steps: int = 10
+    heads: bool = False
+    head_rate: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.group < 2:
             raise ValueError(f"group={self.group}: an answer is compared with others to its prompt; use at least 2")
-        for name in ("seconds", "rate", "rank", "prompts", "most", "temperature", "save_steps"):
+        for name in ("seconds", "rate", "rank", "prompts", "most", "temperature", "save_steps", "head_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
 
@@ -101,15 +109,36 @@ class Clock(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Writes the seconds beside the figures of a step."""
+        """Writes the seconds beside the figures of a step, and says some of them."""
         if state.log_history:
             state.log_history[-1][CPU_SECONDS] = self.used
+            shown = [f"{name} {float(logs[name]):.3f}" for name in _SHOWN if name in logs]
+            print(f"step {state.global_step}, {self.used:.0f} s: {', '.join(shown)}", file=sys.stderr, flush=True)
 
 
-def grouped(reward: Reward, group: int) -> Callable[..., list[float]]:
-    """The reward function that trl calls: advantages within each group, the plain rewards among its metrics."""
+class HeadsBeside(TrainerCallback):
+    """Keeps the heads' weights in every checkpoint."""
+
+    def __init__(self, heads: RewardHeads) -> None:
+        self.heads = heads
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """Called when a checkpoint is there."""
+        self.heads.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def grouped(
+    reward: Reward, group: int, predicts: Callable[[list[str], list[str]], Any] | None = None,
+    heads: RewardHeads | None = None,
+) -> Callable[..., list[float]]:  # fmt: skip
+    """The reward function that trl calls: advantages within each group, the plain rewards among its metrics.
+
+    Args:
+        predicts: the hidden states [n, width] of prompts with their answers, for `heads`; None = no heads.
+    """
 
     def porag(
+        prompts: list[str],
         completions: list[str],
         passages: list[list[str]],
         reference: list[str],
@@ -117,76 +146,94 @@ def grouped(reward: Reward, group: int) -> Callable[..., list[float]]:
         **rest: Any,
     ) -> list[float]:
         answers = [said(text) for text in completions]
-        rewards = reward(answers, reference, passages)
+        parts = reward.parts(answers, reference, passages)
+        rewards = reward.joined(parts, answers)
         matches = [exact_match(a, r) for a, r in zip(answers, reference, strict=True)]
         log_metric("plain_reward", sum(rewards) / len(rewards))
         log_metric("exact_match", sum(matches) / len(matches))
+        if heads is not None and predicts is not None:
+            states = predicts(prompts, completions)
+            rewards = reward.joined(heads.predicted(states), answers)
+            log_metric("head_error", heads.learn(states, parts))
         return advantages(rewards, group)
 
     return porag
 
 
-def trainer_of(
-    method: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task],
-    tuning: Tuning,
-    reward: Reward,
-    folder: Path,
-) -> Trainer:
-    """trl's trainer for one of `METHODS`, whose checkpoints lie in `folder`.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A model to be tuned: by what, on what, how, and where its checkpoints lie.
+
+    Attributes:
+        method: one of `METHODS`.
+        folder: of checkpoints; the adapters that were trained to the end lie in its `LATEST`.
 
     Raises:
         ValueError: another method.
     """
-    shared, clock = tuning.shared(folder), Clock(tuning.seconds)
-    if method == "porag":
+
+    method: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    tasks: Sequence[Task]
+    tuning: Tuning
+    reward: Reward
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is not known; use {' or '.join(METHODS)}")
+
+    def trainer(self, last: str | None = None) -> Trainer:
+        """trl's trainer for the method; `last`: the checkpoint that it is to go on from."""
+        shared = self.tuning.shared(self.folder)
+        told = {
+            "processing_class": self.tokenizer, "peft_config": self.tuning.adapters(),
+            "callbacks": [Clock(self.tuning.seconds)],
+        }  # fmt: skip
+        if self.method == "supervised":
+            data = Dataset.from_list([task.supervised() for task in self.tasks])
+            made = SFTTrainer(self.model, SFTConfig(**shared, completion_only_loss=True), train_dataset=data, **told)
+        else:
+            made = self._by_rewards(shared, told, last)
+        made.remove_callback(PrinterCallback)  # a screenful for each step
+        return made
+
+    def _by_rewards(self, shared: dict[str, Any], told: dict[str, Any], last: str | None) -> GRPOTrainer:
+        tuning = self.tuning
         config = GRPOConfig(
             **shared, num_generations=tuning.group, max_completion_length=tuning.most, temperature=tuning.temperature,
             beta=0.0, epsilon=0.2, loss_type="grpo", scale_rewards="none",
         )  # fmt: skip
-        data = Dataset.from_list([task.row() for task in tasks])
-        return GRPOTrainer(
-            model, grouped(reward, tuning.group), config, data, processing_class=tokenizer, callbacks=[clock],
-            peft_config=tuning.adapters(),
-        )  # fmt: skip
-    if method == "supervised":
-        data = Dataset.from_list([task.supervised() for task in tasks])
-        config = SFTConfig(**shared, completion_only_loss=True)
-        return SFTTrainer(
-            model, config, train_dataset=data, processing_class=tokenizer, callbacks=[clock],
-            peft_config=tuning.adapters(),
-        )  # fmt: skip
-    raise ValueError(f"method={method!r} is not known; use {' or '.join(METHODS)}")
+        data = Dataset.from_list([task.row() for task in self.tasks])
+        if not tuning.heads:
+            return GRPOTrainer(self.model, grouped(self.reward, tuning.group), config, data, **told)
+        heads = RewardHeads(self.model.config.hidden_size, tuning.head_rate, tuning.seed)
+        if last is not None:
+            heads.load(Path(last))
+        told["callbacks"].append(HeadsBeside(heads))
+        # The adapters are on: peft puts them into the model's own layers.
+        states = lambda prompts, answers: last_states(self.model, self.tokenizer, prompts, answers)  # noqa: E731
+        return GRPOTrainer(self.model, grouped(self.reward, tuning.group, states, heads), config, data, **told)
 
+    def run(self) -> PreTrainedModel:
+        """The model with its trained adapters; goes on from the last checkpoint, and trains no more what is done.
 
-def tune(
-    method: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task],
-    tuning: Tuning,
-    reward: Reward,
-    folder: Path,
-) -> PreTrainedModel:
-    """The model with its trained adapters; goes on from the last checkpoint in `folder`, and trains no more what is
-    done there.
-
-    Raises:
-        RewardError: a reward is no number. A checkpoint of the step before it is written first.
-    """
-    done = folder / LATEST
-    if done.is_dir():
-        return PeftModel.from_pretrained(model, done)
-    trainer = trainer_of(method, model, tokenizer, tasks, tuning, reward, folder)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    try:
-        trainer.train(resume_from_checkpoint=last)
-    except RewardError as error:
-        if trainer.state.global_step:
-            trainer._save_checkpoint(trainer.model, trial=None)
-        raise RewardError(f"{error}; step {trainer.state.global_step} is kept in {folder}") from None
-    trainer.state.save_to_json(str(folder / "trainer_state.json"))
-    trainer.save_model(str(done))
-    return trainer.model
+        Raises:
+            RewardError: a reward is no number. A checkpoint of the step before it is written first.
+        """
+        done = self.folder / LATEST
+        if done.is_dir():
+            return PeftModel.from_pretrained(self.model, done)
+        last = get_last_checkpoint(str(self.folder)) if self.folder.is_dir() else None
+        trainer = self.trainer(last)
+        try:
+            trainer.train(resume_from_checkpoint=last)
+        except RewardError as error:
+            if trainer.state.global_step:
+                trainer._save_checkpoint(trainer.model, trial=None)
+                trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+            raise RewardError(f"{error}; step {trainer.state.global_step} is kept in {self.folder}") from None
+        trainer.state.save_to_json(str(self.folder / "trainer_state.json"))
+        trainer.save_model(str(done))
+        return trainer.model

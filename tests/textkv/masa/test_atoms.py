@@ -126,19 +126,23 @@ def test_atoms_learn_and_what_is_fixed_stays(how):
     assert torch.equal(after.coefficients, before[1]) == (how == "sequential")
 
 
-def test_a_vision_transformer_shares_too():
+def test_a_vision_transformer_shares_learns_and_exports():
     config = ViTConfig(
         hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
     )
     model = ViTModel(config).eval()
-    try:
-        share(model, Sharing(atoms=2))
-    except ValueError as error:
-        pytest.skip(f"this transformers names the projections of a ViT otherwise: {error}")
-    picture = drawn(1, 3, 16, 16)
+    whole = sum(p.numel() for p in model.parameters())
+    share(model, Sharing(atoms=2))
+    kept = parameters_of(Sharing(atoms=2), 4, dict.fromkeys("qkvo", (32, 32)))
+    assert sum(group.parameters for group in groups_of(model)) == kept
+    picture, first = drawn(1, 3, 16, 16), groups_of(model)[0].atoms.clone()
+    model(picture).last_hidden_state.square().mean().backward()
+    torch.optim.SGD([p for p in model.parameters() if p.grad is not None], 0.5).step()
+    assert not torch.equal(groups_of(model)[0].atoms, first)
     with torch.no_grad():
         before = model(picture).last_hidden_state
         torch.testing.assert_close(export(model)(picture).last_hidden_state, before, atol=1e-5, rtol=1e-5)
+    assert sum(p.numel() for p in model.parameters()) == whole
 
 
 @pytest.mark.parametrize(

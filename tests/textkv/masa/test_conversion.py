@@ -1,13 +1,15 @@
 """A pretrained model in terms of atoms: exact where it must be, smaller on disk, read by every command."""
 
+import copy
 import json
 
 import pytest
 import torch
 
 from tests.textkv.masa.test_atoms import logits, tiny
-from textkv import MethodCache, models
-from textkv.masa import Conversion, convert, export, load, save
+from tests.textkv.test_conformance import OURS, SPELLED
+from textkv import MethodCache, models, use
+from textkv.masa import Conversion, Sharing, convert, export, groups_of, load, plan, save, share
 from textkv.masa.command import main
 from textkv.mini import load_mini
 from textkv.models.atoms import FILE
@@ -34,6 +36,19 @@ def test_the_budget_holds_and_rests_help(atoms):
         weights = {name: weight for group in made.groups for name, weight in group.weights().items()}
         errors.append(sum(float((plain[name] - weight).norm() ** 2) for name, weight in weights.items()))
     assert errors[0] > errors[1] > errors[2]
+
+
+def test_a_plan_serves_every_reduction_and_leaves_the_model_alone():
+    model = tiny()
+    before, planned = logits(model), plan(model, Conversion(atoms=1, groups=2), rows())
+    for reduction in (0.4, 0.1):
+        made = convert(tiny(), Conversion(atoms=1, groups=2, reduction=reduction), rows())
+        found = planned.at(reduction)
+        assert (found.parameters, found.cuts) == (made.parameters, made.cuts)
+        for ours, theirs in zip(found.groups, made.groups, strict=True):
+            for name, weight in ours.weights().items():
+                assert torch.equal(weight, theirs.weights()[name])
+    assert torch.equal(logits(model), before)
 
 
 def test_what_is_written_is_smaller_and_comes_back(tmp_path):
@@ -88,6 +103,7 @@ def test_a_conversion_that_cannot_be_is_refused(wrong, says):
     [
         (dict(atoms=3, groups=2), "atoms=3 is more than the 2 layers of a group"),
         (dict(atoms=1, groups=3), "group of one layer"),
+        (dict(atoms=1, groups=9), "groups=9 of 4 layers would leave a group of one layer; use 1 to 2"),
         (dict(atoms=2, reduction=0.9), "fewer atoms or a smaller cut"),
     ],
 )
@@ -119,15 +135,29 @@ def test_the_command_writes_what_every_command_reads(converted, tmp_path, capsys
         torch.testing.assert_close(plain(ids).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["full", "snapkv", "kivi(4)", "streaming_llm"])
-def test_every_cache_works_on_it_unchanged(converted, method):
-    model, tokenizer = models.load(str(converted))
-    ids = torch.randint(5, 60, (1, 80), generator=torch.Generator().manual_seed(1))
-    cache = MethodCache(model, method, None if method in ("full", "kivi(4)") else 0.5)
-    out = model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=5)
-    if method == "full":
-        assert torch.equal(out, model.generate(ids, do_sample=False, max_new_tokens=5))
-    assert cache.tokens_seen == out.shape[1] - 1
+@pytest.fixture(scope="module")
+def both():
+    """A model with atoms, still combined in every forward, and the plain one that it exports to."""
+    model = share(tiny(), Sharing(atoms=2))
+    plain = export(copy.deepcopy(model))
+    assert groups_of(model) and not groups_of(plain)  # what becomes of a copy is no matter of the original's
+    return model, plain
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_every_cache_works_on_it_unchanged(both, method):
+    ids = torch.randint(0, 60, (1, 64), generator=torch.Generator().manual_seed(1))
+    seen = []
+    for model in both:
+        use(model)
+        cache = MethodCache(model, SPELLED.get(method, method), 0.5)
+        with torch.no_grad():
+            first = model(ids[:, :-4], past_key_values=cache).logits[:, -1:]
+            rest = [model(ids[:, n : n + 1], past_key_values=cache).logits for n in range(60, 64)]
+        assert cache.tokens_seen == 64
+        seen.append((torch.cat([first, *rest], 1), cache.kv_bytes()))
+    torch.testing.assert_close(seen[0][0], seen[1][0], atol=1e-4, rtol=1e-4)
+    assert seen[0][1] == seen[1][1]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +171,7 @@ def test_every_cache_works_on_it_unchanged(converted, method):
         ("convert --model mini --atoms 1 --projections xyz --out {out}", "qkvo"),
         ("convert --model mini --atoms 1 --text {out}/none --out {out}", "no file"),
         ("export --model mini --out {out}", "plain weights already"),
+        ("train --layers 2 --atoms 3", "atoms=3 is more than the 2 layers"),
         ("", "command"),
     ],
 )

@@ -105,3 +105,13 @@ def test_refusals_are_one_line(folder, tmp_path, capsys):
         assert main(given) == 2
         line = capsys.readouterr().err
         assert said in line and line.count("\n") == 1
+
+
+def test_training_is_a_command_of_its_own_where_there_is_a_checkout(capsys, monkeypatch):
+    pytest.importorskip("trl", reason="needs the extra porag: pip install 'agentkv[porag]'")
+    assert main(["train", "--group", "1"]) == 2
+    assert "group=1" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["train"]) == 2
+    line = capsys.readouterr().err
+    assert "python -m training.rag.train" in line and line.count("\n") == 1

@@ -1,6 +1,7 @@
 """Decoders over a forked prefix: one of anything is plain decoding, and calls are as many as the paper counts."""
 
 import math
+import re
 
 import pytest
 
@@ -61,6 +62,48 @@ def test_calls_are_counted_and_one_is_a_plain_sample(reader, prefixes, decoder, 
     assert decoder(reader, PROMPT, 1, most=4) == Prefix(reader, PROMPT).sample(most=4)
     with pytest.raises(ValueError, match="n=0"):
         decoder(reader, PROMPT, 0)
+
+
+@pytest.mark.parametrize("decoder, calls", [(s.reflected, [1]), (s.round_trip, [3, 4]), (s.plan_searched, [4])])
+def test_chains_of_prompts_have_the_papers_number_of_calls(reader, prefixes, decoder, calls):
+    made = decoder(reader, PROMPT, most=4)
+    assert len(prefixes) in calls and made == decoder(reader, PROMPT, most=4)
+
+
+def test_a_round_trip_that_comes_back_stands_and_another_is_merged(monkeypatch):
+    said, asked = [], []
+
+    class Says:
+        def __init__(self, reader, prompt):
+            asked.append(prompt)
+
+        def sample(self, *settings):
+            return said[len(asked) - 1]
+
+    monkeypatch.setattr(s, "Prefix", Says)
+    said[:] = ["amber 47", "the code of falcon", "amber 47."]
+    assert s.round_trip(None, PROMPT) == "amber 47" and PROMPT not in asked[2]
+    asked.clear()
+    said[:] = ["amber 47", "the code of falcon", "blue 12", "joined"]
+    assert s.round_trip(None, PROMPT) == "joined" and {"amber 47", "blue 12"} <= set(re.findall(r"\w+ \d+", asked[3]))
+    asked.clear()
+    with pytest.raises(ValueError, match="first=0"):
+        s.plan_searched(None, PROMPT, first=0)
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    "said, output",
+    [
+        ("<thinking>a</thinking><reflection>b</reflection><output> c </output>", "c"),
+        ("<thinking>a</thinking> <output>c, cut sh", "c, cut sh"),
+        ("<thinking>a</thinking>\nc", "c"),
+        ("<thinking>cut sh", ""),
+        ("c", "c"),
+    ],
+)
+def test_the_output_section_is_what_is_returned(said, output):
+    assert s.output_of(said) == output
 
 
 def test_reading_twice_says_it_twice():

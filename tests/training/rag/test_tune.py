@@ -4,15 +4,18 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("trl", reason="needs the extra porag: pip install 'agentkv[porag]'")
 
 from textkv.models.loading import load  # noqa: E402 - after the skip
+from textkv.rag.heads import FILE, RewardHeads  # noqa: E402
 from textkv.rag.rewards import Reward, RewardError  # noqa: E402
 from training.rag.data import HELD_OUT, said, tasks  # noqa: E402
 from training.rag.measure import measure  # noqa: E402
 from training.rag.train import main  # noqa: E402
-from training.rag.tune import LATEST, Tuning, tune  # noqa: E402
+from training.rag.tune import LATEST, Job, Tuning  # noqa: E402
 
 SMALL = {"prompts": 2, "group": 2, "most": 4, "rank": 2, "save_steps": 1}
 ONE_STEP = 1e-6  # seconds
@@ -27,10 +30,12 @@ def steps(folder):
     ]
 
 
-def trained(folder, seconds=ONE_STEP, reward=None, method="porag"):
+def trained(folder, seconds=ONE_STEP, reward=None, method="porag", **more):
     model, tokenizer = load("mini")
-    given = tasks("recall", tokenizer, 8, 0)
-    return tune(method, model, tokenizer, given, Tuning(seconds=seconds, **SMALL), reward or Reward(), folder)
+    return Job(
+        method=method, model=model, tokenizer=tokenizer, tasks=tasks("recall", tokenizer, 8, 0),
+        tuning=Tuning(seconds=seconds, **SMALL, **more), reward=reward or Reward(), folder=folder,
+    ).run()  # fmt: skip
 
 
 def test_tasks_repeat_and_hold_their_answers():
@@ -60,15 +65,28 @@ def test_a_training_goes_on_from_its_checkpoint(tmp_path):
 
 def test_a_reward_that_is_no_number_stops_and_keeps_the_steps_before(tmp_path):
     class Breaks(Reward):
-        def __call__(self, answers, references, passages):
+        def parts(self, answers, references, passages):
             object.__setattr__(self, "calls", getattr(self, "calls", 0) + 1)
             if self.calls > 1:
                 raise RewardError("the reward of 'x' is nan")
-            return super().__call__(answers, references, passages)
+            return super().parts(answers, references, passages)
 
     with pytest.raises(RewardError, match="^the reward of 'x' is nan; step 1 is kept in [^\n]*$"):
-        trained(tmp_path, seconds=60.0, reward=Breaks())
-    assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").is_file()
+        trained(tmp_path, seconds=60.0, reward=Breaks(), heads=True)
+    assert {"adapter_model.safetensors", FILE} <= {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
+
+
+def test_heads_lie_in_every_checkpoint_and_are_gone_on_with(tmp_path, monkeypatch):
+    trained(tmp_path, heads=True)
+    [(_, used)] = steps(tmp_path)
+    shutil.rmtree(tmp_path / LATEST)
+    read, load_heads = [], RewardHeads.load
+    monkeypatch.setattr(RewardHeads, "load", lambda self, place: read.append(place.name) or load_heads(self, place))
+    trained(tmp_path, seconds=used + ONE_STEP, heads=True)
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert read == ["checkpoint-1"] and all(entry["head_error"] > 0 for entry in log if "plain_reward" in entry)
+    first, second = (load_file(tmp_path / f"checkpoint-{n}" / FILE) for n in (1, 2))
+    assert not torch.equal(first["heads.0.0.weight"], second["heads.0.0.weight"])
 
 
 def test_supervised_tuning_trains_adapters_alone(tmp_path):
@@ -96,12 +114,21 @@ def test_the_command_measures_once_and_draws(tmp_path, capsys):
     assert "other settings" in capsys.readouterr().err
 
 
-def test_refusals_are_one_line(capsys):
+class Broken:
+    """An embedder that answers with no numbers."""
+
+    def embed(self, texts):
+        """NaN for every text."""
+        return torch.full((len(texts), 2), float("nan"))
+
+
+def test_refusals_are_one_line(tmp_path, capsys):
     for given, told in (
         (["--group", "1"], "group=1"),
         (["--methods", "dpo"], "'dpo' is not known"),
         (["--embedder", "nowhere:X"], "No module named"),
+        (["--embedder", f"{__name__}:Broken", "--n", "1", "--most", "2"], "is nan; mend the embedder"),
     ):
-        assert main(given) == 2
+        assert main([*given, "--runs", str(tmp_path / "runs")]) == 2
         line = capsys.readouterr().err
         assert told in line and line.count("\n") == 1
