@@ -58,6 +58,16 @@ def test_an_agent_solves_its_task_with_less_than_half_of_the_cache():
     assert end.endswith(f"solved in {len(steps)} steps (done)")
 
 
+@pytest.mark.browser
+def test_two_agents_read_a_screenshot_once():
+    lines = [re.match(r"step \d: (\d+) of (\d+) tokens read, answer (\w+): Action: click", x) for x in
+             said_by("shared_screenshot.py")]  # fmt: skip
+    read, whole = ([int(line[number]) for line in lines] for number in (1, 2))
+    # Two screenshots are read densely and become anchors; of each prompt behind them the last token alone is read.
+    assert read == whole[:2] + [2] * 4 and min(whole) > 400
+    assert [line[3] for line in lines] == ["unchanged"] * 6
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_is_short_and_takes_a_model(path):
     text = path.read_text(encoding="utf-8")
