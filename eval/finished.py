@@ -29,6 +29,6 @@ def finished(path: Path | None, board: dict[str, Any], whole: Callable[[Row], bo
         told = checked(parse(path.read_bytes()), {"meta": dict, "rows": list})
     except ValueError:
         raise ValueError(f"{path} holds no rows; give another --json") from None
-    if told["meta"].get("board") != board:
+    if told["rows"] and told["meta"].get("board") != board:
         raise ValueError(f"{path} holds another board ({told['meta'].get('board')}); give another --json")
     return [row for row in told["rows"] if whole(row)]
