@@ -146,6 +146,99 @@ def peers() -> str:
     return markdown(heads, lines)
 
 
+def retrieval() -> str:
+    """What indexes find and compare, for drawn keys and those of a real model."""
+    found = [row for row in rows("text-retrieval.json") if row["index"] != "exact"]
+    datas = list(dict.fromkeys(row["data"] for row in found))
+    lines = []
+    for index, effort in dict.fromkeys((row["index"], row["effort"]) for row in found):
+        at = {row["data"]: row for row in found if (row["index"], row["effort"]) == (index, effort)}
+        lines.append([f"`{index}`", str(effort)])
+        for data in datas:
+            row = at[data]
+            lines[-1].append(f"{row['recall']:.2f} at {100 * row['scanned']:.1f} % ({row['error']:.2f})")
+    return markdown(["index", "effort", *(f"{data.split()[0]}, {_keys(found, data):,} keys" for data in datas)], lines)
+
+
+def _keys(found: Sequence[Row], data: str) -> int:
+    return next(row["keys"] for row in found if row["data"] == data)
+
+
+def conversations() -> str:
+    """Answers about long conversations under a fixed budget."""
+    return markdown(
+        ["method", "budget", "right (95 %)", "digits", "MB held", "MB at most", "full, MB"],
+        [
+            [
+                f"`{row['method']}`",
+                row["budget"],
+                f"{row['accuracy']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+                f"{row['score']:.2f}",
+                *(f"{row[name] / 1e6:.1f}" for name in ("kv_bytes", "kv_bytes_peak", "kv_bytes_full")),
+            ]
+            for row in rows("text-conversations.json")
+        ],
+    )
+
+
+def lengths() -> str:
+    """The most bytes that conversations of several lengths take."""
+    found = rows("text-conversations-length.json")
+    tokens = sorted({row["tokens"] for row in found})
+    lines = []
+    for method, budget in dict.fromkeys((row["method"], row["budget"]) for row in found):
+        at = {row["tokens"]: row for row in found if (row["method"], row["budget"]) == (method, budget)}
+        lines.append(
+            [f"`{method}`", budget, *(f"{at[n]['kv_bytes_peak'] / 1e6:.1f}" if n in at else "" for n in tokens)]
+        )
+    return markdown(["method", "budget", *(f"MB at most, {n:,} tokens" for n in tokens)], lines)
+
+
+def teams() -> str:
+    """What sharing texts between agents saves and changes."""
+    lines = []
+    for row in rows("text-multiagent.json"):
+        short = row["ttft_ratio_reused"]
+        lines.append(
+            [
+                f"`{row['method']}`",
+                str(row["agents"]),
+                f"{row['shared']:,}",
+                str(row["calls"]),
+                f"{row['reuse']:.2f}",
+                f"{row['unchanged']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+                f"{row['ttft_ratio']:.2f}",
+                "" if short is None else f"{short:.2f}",
+            ]
+        )
+    heads = ["method", "agents", "shared tokens", "calls", "short way", "answers unchanged (95 %)"]
+    return markdown([*heads, "first token, x faster", "of calls on the short way"], lines)
+
+
+def sentences() -> str:
+    """SentenceKV by budget and length: what is found, and the bytes on either side."""
+    lines = []
+    for length in (1024, 4096):
+        for row in rows(f"text-sentences-{length}.json"):
+            if row["task"] != "all":
+                continue
+            held = [row["kv_bytes"], row.get("host_bytes", 0), row["kv_bytes_full"]]
+            told = [f"{row['recall']:.2f}", f"{row['digits']:.2f}", *(f"{x / 1e6:.1f}" for x in held)]
+            lines.append([f"`{row['method']}`", row["budget"], f"{length:,}", str(row["n"]), *told])
+    heads = [
+        "method",
+        "budget",
+        "prompt",
+        "questions",
+        "right",
+        "digits",
+        "MB on the device",
+        "MB on the host",
+        "full, MB",
+    ]
+    return markdown(heads, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "agents": agents,
     "board": board,
@@ -153,6 +246,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "masa": masa,
     "peers": peers,
+    "retrieval": retrieval,
+    "conversations": conversations,
+    "lengths": lengths,
+    "teams": teams,
+    "sentences": sentences,
 }
 
 
