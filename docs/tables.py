@@ -56,8 +56,11 @@ def board() -> str:
     for method, asked in sorted(cells.items(), key=lambda cell: -cell[1]["known"]["recall"]):
         known = asked["known"]
         shares = [f"{asked[kind]['recall']:.2f}" if kind in asked else "-" for kind in ("known", "unknown")]
-        lines.append([f"`{method}`", *shares, f"{known['low']:.2f} to {known['high']:.2f}", f"{known['kv_share']:.2f}"])
-    return markdown(["method at 0.25", "known", "unknown", "95 % (known)", "bytes of full"], lines)
+        host = known.get("host_bytes", 0) / known["kv_bytes_full"]
+        told = [f"{known['low']:.2f} to {known['high']:.2f}", str(known["n"]), f"{known['kv_share']:.2f}"]
+        lines.append([f"`{method}`", *shares, *told, f"{host:.2f}" if host else ""])
+    heads = ["method at 0.25", "known", "unknown", "95 % (known)", "questions", "bytes of full", "on the host"]
+    return markdown(heads, lines)
 
 
 def decoding() -> str:
