@@ -198,9 +198,10 @@ def lengths() -> str:
 
 
 def teams() -> str:
-    """What sharing texts between agents saves and changes."""
-    lines = []
-    for row in rows("text-multiagent.json"):
+    """What sharing texts between agents saves and changes, for teams that were asked everything."""
+    lines, found = [], rows("text-multiagent.json")
+    whole = max(row["n"] for row in found)
+    for row in (row for row in found if row["n"] == whole):
         short = row["ttft_ratio_reused"]
         lines.append(
             [
