@@ -184,19 +184,6 @@ def conversations() -> str:
     )
 
 
-def lengths() -> str:
-    """The most bytes that conversations of several lengths take."""
-    found = rows("text-conversations-length.json")
-    tokens = sorted({row["tokens"] for row in found})
-    lines = []
-    for method, budget in dict.fromkeys((row["method"], row["budget"]) for row in found):
-        at = {row["tokens"]: row for row in found if (row["method"], row["budget"]) == (method, budget)}
-        lines.append(
-            [f"`{method}`", budget, *(f"{at[n]['kv_bytes_peak'] / 1e6:.1f}" if n in at else "" for n in tokens)]
-        )
-    return markdown(["method", "budget", *(f"MB at most, {n:,} tokens" for n in tokens)], lines)
-
-
 def teams() -> str:
     """What sharing texts between agents saves and changes, for teams that were asked everything."""
     lines, found = [], rows("text-multiagent.json")
@@ -219,30 +206,6 @@ def teams() -> str:
     return markdown([*heads, "first token, x faster", "of calls on the short way"], lines)
 
 
-def sentences() -> str:
-    """SentenceKV by budget and length: what is found, and the bytes on either side."""
-    lines = []
-    for length in (1024, 4096):
-        for row in rows(f"text-sentences-{length}.json"):
-            if row["task"] != "all":
-                continue
-            held = [row["kv_bytes"], row.get("host_bytes", 0), row["kv_bytes_full"]]
-            told = [f"{row['recall']:.2f}", f"{row['digits']:.2f}", *(f"{x / 1e6:.1f}" for x in held)]
-            lines.append([f"`{row['method']}`", row["budget"], f"{length:,}", str(row["n"]), *told])
-    heads = [
-        "method",
-        "budget",
-        "prompt",
-        "questions",
-        "right",
-        "digits",
-        "MB on the device",
-        "MB on the host",
-        "full, MB",
-    ]
-    return markdown(heads, lines)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "agents": agents,
     "board": board,
@@ -252,9 +215,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "retrieval": retrieval,
     "conversations": conversations,
-    "lengths": lengths,
     "teams": teams,
-    "sentences": sentences,
 }
 
 
