@@ -206,6 +206,20 @@ def teams() -> str:
     return markdown([*heads, "first token, x faster", "of calls on the short way"], lines)
 
 
+def sentences() -> str:
+    """SentenceKV by budget, at two lengths: what is found, and the bytes on either side."""
+    lengths = (1024, 4096)
+    at = {n: [row for row in rows(f"text-sentences-{n}.json") if row["task"] == "all"] for n in lengths}
+    lines = []
+    for short, long in zip(*at.values(), strict=True):
+        told = [f"{short['recall']:.2f} / {long['recall']:.2f}", f"{short['digits']:.2f} / {long['digits']:.2f}"]
+        for name in ("kv_bytes", "host_bytes"):
+            told.append(" / ".join(f"{row.get(name, 0) / 1e6:.1f}" for row in (short, long)))
+        lines.append([f"`{short['method']}`", short["budget"], *told])
+    heads = ["method", "budget", "right, 1,024 / 4,096", "digits", "MB on the device", "MB on the host"]
+    return markdown(heads, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "agents": agents,
     "board": board,
@@ -216,6 +230,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "retrieval": retrieval,
     "conversations": conversations,
     "teams": teams,
+    "sentences": sentences,
 }
 
 
