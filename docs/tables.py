@@ -170,11 +170,12 @@ def _keys(found: Sequence[Row], data: str) -> int:
 def conversations() -> str:
     """Answers about long conversations under a fixed budget."""
     return markdown(
-        ["method", "budget", "right (95 %)", "digits", "MB held", "MB at most", "full, MB"],
+        ["method", "budget", "questions", "right (95 %)", "digits", "MB held", "MB at most", "full, MB"],
         [
             [
                 f"`{row['method']}`",
                 row["budget"],
+                str(row["n"]),
                 f"{row['accuracy']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
                 f"{row['score']:.2f}",
                 *(f"{row[name] / 1e6:.1f}" for name in ("kv_bytes", "kv_bytes_peak", "kv_bytes_full")),
