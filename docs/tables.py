@@ -56,8 +56,11 @@ def board() -> str:
     for method, asked in sorted(cells.items(), key=lambda cell: -cell[1]["known"]["recall"]):
         known = asked["known"]
         shares = [f"{asked[kind]['recall']:.2f}" if kind in asked else "-" for kind in ("known", "unknown")]
-        lines.append([f"`{method}`", *shares, f"{known['low']:.2f} to {known['high']:.2f}", f"{known['kv_share']:.2f}"])
-    return markdown(["method at 0.25", "known", "unknown", "95 % (known)", "bytes of full"], lines)
+        host = known.get("host_bytes", 0) / known["kv_bytes_full"]
+        told = [f"{known['low']:.2f} to {known['high']:.2f}", str(known["n"]), f"{known['kv_share']:.2f}"]
+        lines.append([f"`{method}`", *shares, *told, f"{host:.2f}" if host else ""])
+    heads = ["method at 0.25", "known", "unknown", "95 % (known)", "questions", "bytes of full", "on the host"]
+    return markdown(heads, lines)
 
 
 def decoding() -> str:
@@ -191,6 +194,78 @@ def peers() -> str:
     return markdown(heads, lines)
 
 
+def retrieval() -> str:
+    """What indexes find and compare, for drawn keys and those of a real model."""
+    found = [row for row in rows("text-retrieval.json") if row["index"] != "exact"]
+    datas = list(dict.fromkeys(row["data"] for row in found))
+    lines = []
+    for index, effort in dict.fromkeys((row["index"], row["effort"]) for row in found):
+        at = {row["data"]: row for row in found if (row["index"], row["effort"]) == (index, effort)}
+        lines.append([f"`{index}`", str(effort)])
+        for data in datas:
+            row = at[data]
+            lines[-1].append(f"{row['recall']:.2f} at {100 * row['scanned']:.1f} % ({row['error']:.2f})")
+    return markdown(["index", "effort", *(f"{data.split()[0]}, {_keys(found, data):,} keys" for data in datas)], lines)
+
+
+def _keys(found: Sequence[Row], data: str) -> int:
+    return next(row["keys"] for row in found if row["data"] == data)
+
+
+def conversations() -> str:
+    """Answers about long conversations under a fixed budget."""
+    return markdown(
+        ["method", "budget", "questions", "right (95 %)", "digits", "MB held", "MB at most", "full, MB"],
+        [
+            [
+                f"`{row['method']}`",
+                row["budget"],
+                str(row["n"]),
+                f"{row['accuracy']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+                f"{row['score']:.2f}",
+                *(f"{row[name] / 1e6:.1f}" for name in ("kv_bytes", "kv_bytes_peak", "kv_bytes_full")),
+            ]
+            for row in rows("text-conversations.json")
+        ],
+    )
+
+
+def teams() -> str:
+    """What sharing texts between agents saves and changes, for teams that were asked everything."""
+    lines, found = [], rows("text-multiagent.json")
+    whole = max(row["n"] for row in found)
+    for row in (row for row in found if row["n"] == whole):
+        short = row["ttft_ratio_reused"]
+        lines.append(
+            [
+                f"`{row['method']}`",
+                str(row["agents"]),
+                f"{row['shared']:,}",
+                str(row["calls"]),
+                f"{row['reuse']:.2f}",
+                f"{row['unchanged']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+                f"{row['ttft_ratio']:.2f}",
+                "" if short is None else f"{short:.2f}",
+            ]
+        )
+    heads = ["method", "agents", "shared tokens", "calls", "short way", "answers unchanged (95 %)"]
+    return markdown([*heads, "first token, x faster", "of calls on the short way"], lines)
+
+
+def sentences() -> str:
+    """SentenceKV by budget, at two lengths: what is found, and the bytes on either side."""
+    lengths = (1024, 4096)
+    at = {n: [row for row in rows(f"text-sentences-{n}.json") if row["task"] == "all"] for n in lengths}
+    lines = []
+    for short, long in zip(*at.values(), strict=True):
+        told = [f"{short['recall']:.2f} / {long['recall']:.2f}", f"{short['digits']:.2f} / {long['digits']:.2f}"]
+        for name in ("kv_bytes", "host_bytes"):
+            told.append(" / ".join(f"{row.get(name, 0) / 1e6:.1f}" for row in (short, long)))
+        lines.append([f"`{short['method']}`", short["budget"], *told])
+    heads = ["method", "budget", "right, 1,024 / 4,096", "digits", "MB on the device", "MB on the host"]
+    return markdown(heads, lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "agents": agents,
     "board": board,
@@ -200,6 +275,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "rag": rag,
     "porag": porag,
     "peers": peers,
+    "retrieval": retrieval,
+    "conversations": conversations,
+    "teams": teams,
+    "sentences": sentences,
 }
 
 

@@ -179,8 +179,9 @@ class Bench:
 
 
 def lines(rows: Sequence[dict[str, Any]], asked: str, tasks: Sequence[str]) -> list[list[str]]:
-    """The table of one way of asking, heads first: shares of right answers, right digits, and the full bytes."""
-    told = [["method", "budget", *tasks, ALL, "95 %", "digits", "bytes of full", "on the host", "scanned"]]
+    """The table of one way of asking, heads first: shares of right answers, right digits, questions, and bytes as
+    shares of the full cache's."""
+    told = [["method", "budget", *tasks, ALL, "95 %", "digits", "n", "bytes of full", "on the host", "scanned"]]
     mine = [row for row in rows if row["asked"] == asked]
     for cell in dict.fromkeys((row["method"], row["budget"]) for row in mine):
         at = {row["task"]: row for row in mine if (row["method"], row["budget"]) == cell}
@@ -190,9 +191,9 @@ def lines(rows: Sequence[dict[str, Any]], asked: str, tasks: Sequence[str]) -> l
         whole = at[ALL]
         shares = [f"{at[task]['recall']:.2f}" if task in at else "-" for task in (*tasks, ALL)]
         interval = f"{whole['low']:.2f}-{whole['high']:.2f}"
-        told.append([*cell, *shares, interval, f"{whole['digits']:.2f}", f"{whole['kv_share']:.3f}"])
+        told.append([*cell, *shares, interval, f"{whole['digits']:.2f}", str(whole["n"])])
         host = f"{whole['host_bytes'] / whole['kv_bytes_full']:.3f}" if whole.get("host_bytes") else ""
-        told[-1] += [host, f"{whole['scanned']:.3f}" if "scanned" in whole else ""]
+        told[-1] += [f"{whole['kv_share']:.3f}", host, f"{whole['scanned']:.3f}" if "scanned" in whole else ""]
     return told
 
 
@@ -215,8 +216,7 @@ def markdown(rows: Sequence[dict[str, Any]], board: Board, command: str) -> str:
     told = [f"`{command}`"]
     for asked in board.asked:
         heads, *cells = lines(rows, asked, board.tasks)
-        n = max((row.get("n", 0) for row in rows if row["asked"] == asked), default=0)
-        told += ["", f"{title(asked).capitalize()}; {n} prompts of {board.length:,} tokens in each row:", ""]
+        told += ["", f"{title(asked).capitalize()}; n prompts of {board.length:,} tokens in a row:", ""]
         told += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
         told += [f"| {' | '.join([f'`{cell[0]}`', *cell[1:]])} |" for cell in cells]
     return "\n".join(told) + "\n"

@@ -30,7 +30,7 @@ from textkv.reuse.chat import ends
 from textkv.reuse.epicache import EpiCache, Settings, own_vectors
 from textkv.reuse.epicache.prompts import Prompts
 
-from .arguments import add_outputs
+from .arguments import add_dtype, add_outputs
 from .dialogues import DIGITS, SEED, Question, Talk, generate, graded, read_talks
 from .outcomes import Outcome, Outcomes
 from .textbench import MODEL_HELP, check_model, load_text_model
@@ -51,6 +51,7 @@ class Board:
     data: str | None
     questions: int
     level: str
+    dtype: str | None
 
 
 class Reader:
@@ -62,7 +63,7 @@ class Reader:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.model, self.tokenizer = load_text_model(args.model, args.device)
+        self.model, self.tokenizer = load_text_model(args.model, args.device, args.dtype)
         self.prompts = Prompts(self.tokenizer)
         self._ends = ends(self.model, self.tokenizer)
         name = args.embedder
@@ -206,6 +207,7 @@ def parser() -> argparse.ArgumentParser:
         help="own: the model's token embeddings; minilm, a folder, or a hub id",
     )
     p.add_argument("--max-new", type=count, default=DIGITS + 4, help=f"tokens of an answer (default {DIGITS + 4})")
+    add_dtype(p)
     add_outputs(p, when="; gone on with if it exists", default="runs/conversations.json", beside=(".jsonl",))
     return p
 
@@ -223,7 +225,7 @@ def checked(args: argparse.Namespace) -> tuple[Board, list[tuple[str, str]]]:
     Settings(block=args.block, probe=min(args.probe, args.block), episodes=args.episodes, level=args.level)
     check_model(args.model)
     data = str(args.data) if args.data else None
-    fields = ("model", "block", "probe", "episodes", "embedder", "questions", "level")
+    fields = ("model", "block", "probe", "episodes", "embedder", "questions", "level", "dtype")
     board = Board(**{name: getattr(args, name) for name in fields}, data=data)
     return board, cells
 

@@ -6,7 +6,8 @@ another prompt), `recompute` (bases put together, 15 % of the tokens read again)
 the last token read) and `kvcomm-fresh` (the last tokens read: the question and the answers of others).
 
 `reuse` is the share of calls on the short way, `unchanged` the share of calls that answer as the dense team did, and
-`ttft_ratio` the dense team's time to first tokens over the engine's, reading texts by themselves included.
+`ttft_ratio` the dense team's time to first tokens over the engine's, reading texts by themselves included. The same
+command goes on behind the teams and lengths that its file has wholly.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from textkv.provenance import run_meta
 from textkv.reuse.kvcomm import Call, Criteria, Dense, KVComm, Prefix, Recompute, Team
 
 from .arguments import add_choice, add_outputs
+from .finished import finished
 from .ruler import DIGITS, SEED
 from .textbench import MODEL_HELP, check_model, load_text_model
 
@@ -154,14 +156,17 @@ def row(made: Side, dense: Side, requests: Sequence[Request]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(args: argparse.Namespace, methods: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
-    """All rows so far, after every request: one for each method, number of agents and length.
+def measure(
+    args: argparse.Namespace, methods: Sequence[str], rows: list[dict[str, Any]]
+) -> Iterator[list[dict[str, Any]]]:
+    """All rows so far, after every request: one for each method, number of agents and length; `rows` are there already.
 
     Every request goes through all engines before the next: what else the machine does slows all of them alike.
     """
     model, tokenizer = load_text_model(args.model, args.device)
-    rows: list[dict[str, Any]] = []
     for length, agents in product(args.shared, args.agents):
+        if any((row["shared"], row["agents"]) == (length, agents) for row in rows):
+            continue
         requests = Workload(length, args.documents, args.requests).make(tokenizer)
         sides = [Side(method, model, tokenizer, args) for method in dict.fromkeys((DENSE, *methods))]
         for side in sides:
@@ -173,7 +178,7 @@ def measure(args: argparse.Namespace, methods: Sequence[str]) -> Iterator[list[d
                 side.answer(asked)
             now = [row(side, sides[0], requests) | about for side in sides]
             yield rows + now
-        rows += now
+        rows = rows + now
 
 
 def crossover(rows: Sequence[dict[str, Any]], method: str) -> float | None:
@@ -216,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--pool-bytes", type=natural, default=3_000_000_000, help="kvcomm: bytes of each pool (default 3e9)")
     p.add_argument("--share", type=fraction, default=0.15, help="recompute: tokens read again (default 0.15)")
     p.add_argument("--fresh", type=count, default=96, help="kvcomm-fresh: last tokens that are read (default 96)")
-    add_outputs(p, when=" after every request")
+    add_outputs(p, when=" after every request; a team and length that are whole there are not asked again")
     return p
 
 
@@ -238,9 +243,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Measure and print."""
     check(args)
-    meta = run_meta("eval.multiagent", argv, SEED)
-    rows: list[dict[str, Any]] = []
-    for rows in measure(args, args.methods):
+    board = {name: value for name, value in vars(args).items() if name not in ("json", "agents", "shared", "device")}
+    meta = run_meta("eval.multiagent", argv, SEED, board=board)
+    rows = finished(args.json, board, lambda row: row["n"] == args.requests)
+    for now in measure(args, args.methods, rows):
+        rows = now
         write_rows(args.json, meta, rows)
     Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
     for method in args.methods:

@@ -6,6 +6,8 @@ RetrievalAttention paper (arXiv 2409.10516) finds in long prompts. `recall` is o
 `scanned` counts keys compared, of all that are indexed; `mass` is the softmax mass on the tokens seen, `error` the
 distance of the attention output from that over all tokens, relative to it; for the text both include the first 128 and
 last 512 tokens, which no method retrieves. `seconds_build` is for one KV head.
+
+Every length is written as soon as it is measured; the same command goes on behind it.
 """
 
 from __future__ import annotations
@@ -28,14 +30,17 @@ from textkv.reading import NAME, Recorder
 from textkv.retrievers.vectors import Vectors
 
 from .arguments import add_outputs
+from .finished import finished
 from .textbench import MODEL_HELP, load_text_model, text_rows
 
 SOUGHT = 100
 FIRST, RECENT = 128, 512
 SEED = 0
 FIGURES = ("recall", "scanned", "mass", "error", "seconds_build")
-SETTINGS = {"exact": (0,), "hnsw": (100, 200, 400), "ivf": (4, 8, 16, 32), "graph": (100, 200, 400)}
-"""Indexes and how much of each is searched: nodes in view, or lists read."""
+SETTINGS = {
+    "exact": (0,), "hnsw": (25, 50, 100, 200, 400), "ivf": (1, 2, 4, 8, 16, 32), "graph": (25, 50, 75, 100, 150, 200),
+}  # fmt: skip
+"""Indexes and how much of each is searched: nodes followed, or lists read."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--asked", type=count, default=32, help="positions that ask (default 32)")
     p.add_argument("--degree", type=count, default=16, help="edges of a node (default 16)")
     p.add_argument("--text", type=readable, help="the text (its last tenth is read); default: held-out plain sentences")
-    add_outputs(p, when=", after every length")
+    add_outputs(p, when=", after every length; gone on with if it exists")
     return p
 
 
@@ -189,13 +194,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Measure and print."""
-    rows: list[dict[str, Any]] = []
     models.resolve(args.model)
-    sources = [of_draw(args.drawn, args.asked)] if args.drawn else []
-    sources += [of_text(args.model, args.text, n, args.layers, args.asked, args.device) for n in args.tokens if n]
-    for source in sources:
-        rows += rows_of(list(source), args.degree)
-        write_rows(args.json, run_meta("eval.retrieval", argv, SEED), rows)
+    board = {name: getattr(args, name) for name in ("model", "layers", "asked", "degree")}
+    board["text"] = str(args.text) if args.text else None
+    rows = finished(args.json, board, lambda row: True)
+    sources = {f"drawn {args.drawn}": of_draw(args.drawn, args.asked)} if args.drawn else {}
+    sources |= {
+        f"{args.model} {n}": of_text(args.model, args.text, n, args.layers, args.asked, args.device)
+        for n in args.tokens
+        if n
+    }
+    for data, source in sources.items():
+        if all(row["data"] != data for row in rows):
+            rows += rows_of(list(source), args.degree)
+            write_rows(args.json, run_meta("eval.retrieval", argv, SEED, board=board), rows)
     Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
 
 

@@ -70,6 +70,16 @@ def test_recorded_tasks_go_from_table_to_table(tmp_path):
     assert out.stat().st_size > 1000
 
 
+@pytest.mark.browser
+def test_two_agents_read_a_screenshot_once():
+    lines = [re.match(r"step \d: (\d+) of (\d+) tokens read, answer (\w+): Action: click", x) for x in
+             said_by("shared_screenshot.py")]  # fmt: skip
+    read, whole = ([int(line[number]) for line in lines] for number in (1, 2))
+    # Two screenshots are read densely and become anchors; of each prompt behind them the last token alone is read.
+    assert read == whole[:2] + [2] * 4 and min(whole) > 400
+    assert [line[3] for line in lines] == ["unchanged"] * 6
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_is_short_and_takes_a_model(path):
     text = path.read_text(encoding="utf-8")

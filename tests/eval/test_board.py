@@ -157,7 +157,12 @@ def test_from_command_to_rows_and_on_again(folder: str, tmp_path: Path, monkeypa
     assert run(folder, path, "snapkv", "--markdown", str(page)) == 0
     assert "question unknown to the cache" in capsys.readouterr().out
     told = page.read_text()
-    assert told.count("| `snapkv` | 0.3 |") == 2 and "4 prompts of 384 tokens" in told and "eval.board" in told
+    assert (
+        told.count("| `snapkv` | 0.3 |") == 2
+        and "n prompts of 384 tokens" in told
+        and "| digits | n |" in told
+        and "eval.board" in told
+    )
     made = json.loads(path.read_text())
     rows = made["rows"]
     assert made["meta"]["seed"] == ruler.SEED and made["meta"]["board"]["length"] == LENGTH

@@ -25,7 +25,7 @@ def test_a_workload_is_the_same_every_time_and_holds_its_answers() -> None:
         multiagent.Workload(200, 2, 13)
 
 
-def test_rows_of_all_methods(tmp_path) -> None:
+def test_rows_of_all_methods(tmp_path, monkeypatch, capsys) -> None:
     path = tmp_path / "rows.json"
     assert multiagent.main([*SMALL, "--json", str(path)]) == 0
     told = json.loads(path.read_text())
@@ -40,6 +40,12 @@ def test_rows_of_all_methods(tmp_path) -> None:
     # The second question about the only document: its text is known to both agents, and the rest is read anew.
     assert rows["kvcomm-fresh"]["reuse"] == 0.5 and rows["kvcomm-fresh"]["unchanged"] == 1
     assert rows["kvcomm-fresh"]["kv_bytes"] > 0
+    # Again: everything is there, and nobody is asked.
+    monkeypatch.setattr(multiagent, "Side", None)
+    assert multiagent.main([*SMALL, "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["rows"] == told["rows"]
+    assert multiagent.main([*SMALL, "--gamma", "1", "--json", str(path)]) == 2
+    assert "holds another board" in capsys.readouterr().err
 
 
 def test_the_crossover_lies_between_the_lengths_measured() -> None:

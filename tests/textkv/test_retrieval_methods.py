@@ -106,6 +106,24 @@ def test_the_host_has_a_limit():
     kinds.logits(model, kinds.ids(20), MethodCache(model, "quest(dense=0,host_gib=1e-5)", "32t"))
 
 
+def test_no_token_is_lost_when_the_host_is_full_in_the_middle_of_a_text():
+    free, bound = "quest(dense=0,page=4)", "quest(dense=0,page=4,host_gib=1e-4)"
+    model, cache, _ = read(bound, "32t", kinds.ids(80))
+    _, other, _ = read(free, "32t", kinds.ids(80))
+    new = kinds.ids(200, seed=1)
+    with pytest.raises(ValueError, match="host memory: .* raise the limit, or evict"):
+        for step in range(200):
+            kinds.logits(model, new[:, step : step + 1], cache)
+            kinds.logits(model, new[:, step : step + 1], other)
+    assert 0 < step < 199
+    for layer in cache.context.layers:
+        for head in layer.held_positions()[0]:
+            assert set(range(80 + step)) <= set(head[head >= 0].tolist())
+    # What the host held is as it was, index and all.
+    for segment in tiers(cache):
+        assert segment.host.retriever.length == segment.host.rows.used
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [

@@ -2,11 +2,12 @@
 
 First and recent tokens stay on the device; of all others each query head finds the keys of largest product, and the
 attention over both is merged exactly. Queries lie far from the keys, so that an index built from keys alone compares
-many of them; the paper's graph also joins keys that the prompt's queries wanted together (`textkv.retrievers`).
+many of them; the graph also joins keys that the prompt's queries wanted together (`textkv.retrievers.projection`).
 
 No code was released (the repository of that name holds RetroInfer). Here one graph serves the query heads of a KV head,
 the paper builds one for each; its connectivity phase, a search for every key, is replaced by the lowest level of faiss'
-HNSW; pivots are spread. What is retrieved is attended on the model's device, not on the CPU.
+HNSW; its pivots, by how much more often than by chance two keys are wanted together, which finds more at less. What is
+retrieved is attended on the model's device, not on the CPU.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ class RetrievalAttention(Retrieval):
     Attributes:
         index: "graph" (the paper's), "hnsw", "ivf" (faiss' own), or "exact", which compares every key and needs no
             faiss.
-        effort: nodes that a search of a graph keeps in view (at least as many as it retrieves), or lists of an ivf that
-            it reads; 0 = twice the retrieved tokens, or an eighth of the lists.
-        degree: edges of a node of hnsw; the graph adds as many of its own.
+        effort: nodes that a search of a graph follows, or lists of an ivf that it reads; 0 = as many as the retrieved
+            tokens (hnsw: twice as many), or an eighth of the lists.
+        degree: edges of a node by distance; the graph adds twice as many of its own.
         few: a head with at most so many tokens on the host is searched exactly.
         sample: every how many-th query of the prompt trains the graph; 4 = a quarter.
     """

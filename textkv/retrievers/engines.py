@@ -71,9 +71,10 @@ class Graph(Engine):
     Args:
         keys: fp32 [n, head_dim].
         degree: edges of a node on the upper levels; twice as many on the lowest.
-        effort: nodes that a search keeps in view; more find more and compare more. 0 = twice as many as are asked for,
-            which are the least.
-        edges: int32 [n, d], -1 = none: then the lowest level alone is searched, from one node, with these edges too.
+        effort: nodes that a search follows; more find more and compare more. 0 = twice as many as are asked for, with
+            edges of ours as many.
+        edges: int32 [n, d], -1 = none: then the lowest level alone is searched, with these edges too, from the node to
+            which most of them lead.
     """
 
     def __init__(self, keys: torch.Tensor, degree: int, effort: int, edges: torch.Tensor | None = None) -> None:
@@ -96,7 +97,7 @@ class Graph(Engine):
     def search(self, q: torch.Tensor, k: int) -> tuple[torch.Tensor, int]:
         """Best first; the greedy walk of HNSW."""
         index, stats = self._joined or self._base, library().cvar.hnsw_stats
-        how = library().SearchParametersHNSW(efSearch=max(self.effort or 2 * k, k))
+        how = library().SearchParametersHNSW(efSearch=self.effort or (k if self._joined else 2 * k))
         stats.reset()
         with _alone(library()):
             _, found = index.search(q.numpy(), k, params=how)
@@ -128,7 +129,7 @@ class Graph(Engine):
         near = torch.from_numpy(faiss.vector_to_array(hnsw.neighbors))[lowest]
         ours = torch.full((n, self._edges.shape[1]), -1, dtype=torch.int32)
         ours[: len(self._edges)] = self._edges
-        edges = without_repeats(torch.cat([near, ours], 1))
+        edges = without_repeats(torch.cat([ours, near], 1))
         width = edges.shape[1]
         joined = faiss.IndexHNSW(self._keys, max(2, width // 2))
         joined.metric_type, joined.ntotal, joined.is_trained = faiss.METRIC_INNER_PRODUCT, n, True
@@ -141,7 +142,9 @@ class Graph(Engine):
         ):
             array = numbers.numpy()
             faiss.copy_array_to_vector(array.astype("uint64") if array.dtype == "int64" else array, place)
-        graph.entry_point, graph.max_level = hnsw.entry_point, 0
+        led = ours[ours >= 0]
+        graph.entry_point = int(led.bincount().argmax()) if len(led) else hnsw.entry_point
+        graph.max_level = 0
         return joined
 
 

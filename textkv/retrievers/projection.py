@@ -1,41 +1,64 @@
 """Edges between keys that the same queries want: the attention-aware part of a graph (arXiv 2409.10516, RoarGraph).
 
-Queries of a head lie far from its keys, so that keys which are close to each other need not be wanted together. Each
-training query joins its nearest keys: one of them, the pivot, gets edges to the others. A few keys of large norm are
-the nearest of most queries; published code lets queries of one pivot overwrite each other. Here the pivot is the first
-key of a query's list that is not taken too often yet, and the candidates of all queries of a pivot are united.
+Queries of a head lie far from its keys, so that keys which are close to each other need not be wanted together. The
+paper's build joins the keys of a training query to one of them, its pivot, and prunes by products of keys. But a few
+keys are wanted by most queries: they fill the edges of all others, although any search meets them at its first step.
+Here a key leads to those that are wanted with it more often than they are wanted anyway: the number of training queries
+that want both, over the root of the number that want the other (`python -m eval.retrieval` measures it).
 """
 
 from __future__ import annotations
 
 import torch
 
-_PIVOTS = 256  # pivots that are pruned together
+_KEYS, _QUERIES = 512, 1024
+"""Keys, and queries of one key, whose numbers are made together."""
 
 
-def projected(keys: torch.Tensor, queries: torch.Tensor, nearest: int, degree: int, most: int = 4) -> torch.Tensor:
-    """Edges int32 [n, 2 * degree] among keys fp32 [n, head_dim], each row's own first and -1 behind them.
+def wanted_together(
+    keys: torch.Tensor, queries: torch.Tensor, nearest: int, degree: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Edges int32 [n, degree] among keys fp32 [n, head_dim], best first and -1 behind them; and int64 [n], how many
+    queries want each key.
 
     Args:
         queries: fp32 [nq, head_dim], of all query heads that read these keys.
-        nearest: keys of largest product that a query joins.
-        degree: most edges that leave a pivot; as many that lead back are added.
-        most: queries that may choose the same pivot while others of their list are free.
+        nearest: keys of largest product that a query wants.
+        degree: most edges that leave a key.
     """
     n = len(keys)
+    edges, none = torch.full((n, degree), -1, dtype=torch.int32), torch.zeros(n, dtype=torch.int64)
     nearest = min(nearest, n)
-    none = torch.full((n, 2 * degree), -1, dtype=torch.int32)
     if not len(queries) or nearest < 2:
-        return none
-    lists = torch.cat([(part @ keys.T).topk(nearest).indices for part in queries.split(1024)])
-    pivots = _spread(lists, n, most)
-    pairs = torch.stack([pivots[:, None].expand_as(lists), lists], -1).flatten(0, 1)
-    pairs = pairs[pairs[:, 0] != pairs[:, 1]].unique(dim=0)
-    out = torch.full((n, degree), -1, dtype=torch.int64)
-    own, candidates = _by_pivot(pairs, keys, 3 * degree)
-    for rows, some in zip(own.split(_PIVOTS), candidates.split(_PIVOTS), strict=True):
-        out[rows] = _pruned(keys, rows, some, degree)
-    return torch.cat([out, _reversed(out)], 1).int()
+        return edges, none
+    lists = torch.cat([(part @ keys.T).topk(nearest).indices for part in queries.split(_QUERIES)])
+    wanted = torch.bincount(lists.flatten(), minlength=n)
+    # By key, the queries that want it.
+    by_key = lists.flatten().argsort(stable=True) // nearest
+    ends = wanted.cumsum(0)
+    weight = wanted.clamp(min=1).float().rsqrt()
+    for first in range(0, n, _KEYS):
+        rows = torch.arange(first, min(first + _KEYS, n))
+        both = _together(lists, by_key, wanted[rows], int(ends[rows[0]] - wanted[rows[0]]), n) * weight
+        both[torch.arange(len(rows)), rows] = 0
+        best = both.topk(min(degree, n), dim=1)
+        edges[rows, : best.indices.shape[1]] = best.indices.masked_fill(best.values == 0, -1).int()
+    return edges, wanted
+
+
+def _together(lists: torch.Tensor, by_key: torch.Tensor, counts: torch.Tensor, start: int, n: int) -> torch.Tensor:
+    """How many queries want each of these keys and each key: fp32 [len(counts), n].
+
+    Args:
+        by_key: queries in the order of the keys that want them, those of the first of these keys from `start` on.
+        counts: of the queries of each.
+    """
+    both = torch.zeros(len(counts) * n)
+    row = torch.arange(len(counts)).repeat_interleave(counts)
+    queries = by_key[start : start + len(row)]
+    for some, of in zip(row.split(_QUERIES), queries.split(_QUERIES), strict=True):
+        both.scatter_add_(0, (some[:, None] * n + lists[of]).flatten(), torch.ones(lists[of].numel()))
+    return both.view(len(counts), n)
 
 
 def without_repeats(edges: torch.Tensor) -> torch.Tensor:
@@ -46,58 +69,3 @@ def without_repeats(edges: torch.Tensor) -> torch.Tensor:
     again[:, 1:] = order.values[:, 1:] == order.values[:, :-1]
     edges = edges.masked_fill(torch.zeros_like(again).scatter(1, order.indices, again), -1)
     return edges.gather(1, (edges < 0).int().sort(dim=1, stable=True).indices)
-
-
-def _spread(lists: torch.Tensor, n: int, most: int) -> torch.Tensor:
-    """The pivot of each list int64 [nq, nearest]: the first key that fewer than `most` lists have taken, else the first
-    of all."""
-    taken, pivots = [0] * n, []
-    for wanted in lists.tolist():
-        pivot = next((x for x in wanted if taken[x] < most), wanted[0])
-        taken[pivot] += 1
-        pivots.append(pivot)
-    return torch.tensor(pivots)
-
-
-def _by_pivot(pairs: torch.Tensor, keys: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pivots int64 [p] and the candidates of each, [p, most], by falling product with it, -1 behind them."""
-    product = (keys[pairs[:, 0]] * keys[pairs[:, 1]]).sum(1)
-    # Two stable sorts: by product, then by pivot.
-    order = product.sort(descending=True, stable=True).indices
-    order = order[pairs[order, 0].sort(stable=True).indices]
-    pivot, candidate = pairs[order].unbind(1)
-    own, row, count = pivot.unique(return_inverse=True, return_counts=True)
-    rank = torch.arange(len(pivot)) - (count.cumsum(0) - count)[row]
-    made = torch.full((len(own), most), -1, dtype=torch.int64)
-    kept = rank < most
-    made[row[kept], rank[kept]] = candidate[kept]
-    return own, made
-
-
-def _pruned(keys: torch.Tensor, pivots: torch.Tensor, candidates: torch.Tensor, degree: int) -> torch.Tensor:
-    """At most `degree` of each pivot's candidates: one is left out while an accepted one is closer to it than the pivot
-    is; free places are filled with the best of those."""
-    there = candidates >= 0
-    points = keys[candidates.clamp(min=0)]
-    to_pivot = (points @ keys[pivots][..., None])[..., 0]
-    between = points @ points.mT
-    accepted = torch.zeros_like(there)
-    for i in range(candidates.shape[1]):
-        covered = (accepted & (between[:, i] > to_pivot[:, i : i + 1])).any(1)
-        accepted[:, i] = there[:, i] & ~covered & (accepted.sum(1) < degree)
-    # Accepted ones first, then the others, each in their order.
-    place = torch.where(accepted, 0, torch.where(there, 1, 2)).sort(dim=1, stable=True).indices[:, :degree]
-    chosen = candidates.gather(1, place)
-    return torch.nn.functional.pad(chosen, (0, degree - chosen.shape[1]), value=-1)
-
-
-def _reversed(edges: torch.Tensor) -> torch.Tensor:
-    """Edges [n, d] the other way round, at most d for each."""
-    source = torch.arange(len(edges))[:, None].expand_as(edges)[edges >= 0]
-    target, order = edges[edges >= 0].sort(stable=True)
-    count = torch.bincount(target, minlength=len(edges))
-    rank = torch.arange(len(target)) - (count.cumsum(0) - count)[target]
-    back = torch.full_like(edges, -1)
-    kept = rank < edges.shape[1]
-    back[target[kept], rank[kept]] = source[order][kept]
-    return back

@@ -14,11 +14,11 @@ import torch
 
 from textkv.retrievers.base import Retriever, register_retriever
 from textkv.retrievers.engines import Engine, Graph, Lists
-from textkv.retrievers.projection import projected
+from textkv.retrievers.projection import wanted_together
 
 Kind = Literal["exact", "hnsw", "ivf", "graph"]
-NEAREST = 100
-"""Keys that a training query joins."""
+NEAREST = 200
+"""Keys that a training query wants: more than a search asks for, so that the edge of a list is no edge of the graph."""
 
 
 @register_retriever("vectors")
@@ -28,8 +28,8 @@ class Vectors(Retriever):
     Args:
         kind: "exact" compares all; "hnsw" and "ivf" are the library's; "graph" is hnsw's lowest level with edges
             between keys that the prompt's queries wanted together.
-        effort: of a search: nodes in view of a graph, clusters read of an ivf.
-        degree: edges of a node.
+        effort: of a search: nodes that it follows in a graph, clusters that it reads of an ivf.
+        degree: edges of a node; in a "graph", of the library's on its lowest level, beside twice as many of ours.
         few: up to so many tokens of a head are compared one by one.
         queries: [batch, heads, s, head_dim] of the prompt, for "graph"; let go of when the index is built.
         queries_at: int32 [batch, s], -1 = none.
@@ -186,7 +186,7 @@ class Vectors(Retriever):
         group = queries.shape[1] // keys.shape[1]
         own = queries[b, g * group : (g + 1) * group][:, at[b] >= 0].flatten(0, 1).float()
         slots = _slots(positions[b, g])
-        found = projected(keys[b, g, slots].float(), own, NEAREST, self.degree)
+        found, _ = wanted_together(keys[b, g, slots].float(), own, NEAREST, 2 * self.degree)
         edges = torch.full((self.length, found.shape[1]), -1, dtype=torch.int32)
         edges[slots] = slots[found.clamp(min=0).long()].int().masked_fill(found < 0, -1)
         return edges
@@ -208,7 +208,8 @@ class Vectors(Retriever):
         number = torch.full((self.length,), -1, dtype=torch.int32)
         number[slots] = torch.arange(len(slots), dtype=torch.int32)
         edges = self.edges[b, g, slots[slots < self.edges.shape[2]]].long()
-        return Graph(own, self.degree, self.effort, number[edges.clamp(min=0)].masked_fill(edges < 0, -1))
+        edges = number[edges.clamp(min=0)].masked_fill(edges < 0, -1)
+        return Graph(own, max(1, self.degree // 2), self.effort, edges)
 
 
 def _slots(positions: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from transformers import PreTrainedModel
@@ -59,11 +60,11 @@ class Spans:
     """Cuts spans out of the caches of one model and makes caches of spans.
 
     Args:
-        model: a text decoder whose layers all have full attention, alike in heads.
+        model: a decoder whose layers all have full attention, alike in heads. One with M-RoPE may be: a text, and a
+            whole picture, moves by one number on all axes.
 
     Raises:
-        ValueError: a layer that keeps no key per token, more than one rotary position for a token, or keys whose
-            rotation is not known or changes with the length.
+        ValueError: a layer that keeps no key per token, or keys whose rotation is not known or changes with the length.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -73,11 +74,6 @@ class Spans:
                 f"{type(model).__name__}: layer {other.number} is of kind {other.name} and keeps no key for every "
                 "token; texts can be shared only between layers of full attention"
             )
-        if rotary.axes_of(model) is not None:
-            raise ValueError(
-                f"{type(model).__name__} gives tokens three rotary positions, which no shift of a text preserves; use "
-                "a model with one position for a token"
-            )
         self.model = model
         self._modules = attention_modules(model)
         specs = rotary.proven(model, sorted(self._modules))
@@ -85,12 +81,16 @@ class Spans:
 
     # ---- cutting and placing -----------------------------------------------------------------------------------
 
-    def cut(self, cache: MethodCache, start: int, stop: int) -> Span:
-        """A copy of the tokens at positions [start, stop) of a full cache of one row, in their own frame."""
+    def cut(self, cache: MethodCache, start: int, stop: int, place: int | None = None) -> Span:
+        """A copy of the tokens [start, stop) of a full cache of one row, in their own frame.
+
+        Args:
+            place: rotary position of the first of them; None = its number.
+        """
         held = [layer.stored() for layer in cache.layers]
         keys = torch.cat([x.keys[:, :, start:stop] for x in held])
         values = torch.cat([x.values[:, :, start:stop] for x in held])
-        return Span(self.turned(keys, -start), values)
+        return Span(self.turned(keys, -(start if place is None else place)), values)
 
     def turned(self, keys: torch.Tensor, by: int) -> torch.Tensor:
         """Keys [layers, kv_heads, tokens, head_dim] moved by so many positions, either way; angles in fp64."""
@@ -105,12 +105,15 @@ class Spans:
             out[numbers] = part.view(len(numbers), *keys.shape[1:])
         return out
 
-    def placed(self, parts: Sequence[Span]) -> Span:
-        """The parts one behind another as one span."""
-        keys, start = [], 0
-        for part in parts:
-            keys.append(self.turned(part.keys, start))
-            start += part.tokens
+    def placed(self, parts: Sequence[Span], places: Sequence[int] | None = None) -> Span:
+        """The parts one behind another as one span.
+
+        Args:
+            places: rotary position at which each begins; None = each takes as many positions as it has tokens.
+        """
+        if places is None:
+            places = [0, *accumulate(part.tokens for part in parts)][: len(parts)]
+        keys = [self.turned(part.keys, place) for part, place in zip(parts, places, strict=True)]
         return Span(torch.cat(keys, 2), torch.cat([part.values for part in parts], 2))
 
     def cache(self, whole: Span, method: str | Method = "full", budget: Budget | float | str | None = None):
@@ -127,8 +130,8 @@ class Spans:
         cache = MethodCache(self.model, method, budget)
         if cache.context.needs != Needs():
             raise ValueError(
-                f"{cache.method.expression} looks at the queries of a prompt, and a cache put together of spans has "
-                "none; use a method that goes by keys and values, e.g. keydiff or knorm"
+                f"{cache.method.expression} looks at the queries of a prompt, or at where its tokens lie, and a cache "
+                "put together of spans knows neither; use a method that goes by keys and values, e.g. keydiff or knorm"
             )
         at = torch.arange(whole.tokens, device=whole.keys.device, dtype=torch.int32)[None]
         seen = torch.tensor([whole.tokens])

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from textkv.retrievers.projection import projected, without_repeats
+from textkv.retrievers.projection import wanted_together, without_repeats
 from textkv.retrievers.vectors import Vectors
 
 faiss = pytest.importorskip("faiss", reason="faiss is not installed")
@@ -71,17 +71,34 @@ def test_edges_of_ours_find_more_than_the_librarys_graph():
     assert ours > theirs and compared < 0.3
 
 
-def test_projected_edges_are_bounded_and_lead_to_others():
-    keys, training, _ = skewed(200)
-    edges = projected(keys[0, 0], training.flatten(1, 2)[0], 30, 6)
-    assert edges.shape == (200, 12) and bool((edges < 200).all())
-    assert not bool((edges == torch.arange(200)[:, None]).any())
-    out, back = edges[:, :6].long(), edges[:, 6:].long()
-    for node in range(200):
-        assert all(node in out[x].tolist() for x in back[node].tolist() if x >= 0)
-    # Spread: far more keys have edges than are the nearest of a query.
-    nearest = (training.flatten(1, 2)[0] @ keys[0, 0].T).argmax(1).unique()
-    assert int((out >= 0).any(1).sum()) > 2 * len(nearest)
+def test_edges_lead_to_what_is_wanted_together_more_than_by_chance():
+    keys, training, _ = skewed(700)  # more than are made together
+    queries = training.flatten(1, 2)[0]
+    edges, wanted = wanted_together(keys[0, 0], queries, 30, 12)
+    assert edges.shape == (700, 12) and bool((edges < 700).all())
+    assert not bool((edges == torch.arange(700)[:, None]).any())
+    # The same by its definition, key by key.
+    lists = (queries @ keys[0, 0].T).topk(30).indices
+    wants = torch.zeros(len(queries), 700).scatter_(1, lists, 1)
+    assert torch.equal(wanted, wants.sum(0).long())
+    both = (wants.T @ wants) / wants.sum(0).clamp(min=1).sqrt()
+    both.fill_diagonal_(0)
+    for node in range(700):
+        mine = edges[node][edges[node] >= 0].long()
+        assert len(mine) == min(12, int((both[node] > 0).sum()))
+        torch.testing.assert_close(both[node, mine], both[node].topk(12).values[: len(mine)])
+    # Spread: the key that most queries want is not in every list, as it would be by plain numbers.
+    plain = (wants.T @ wants).fill_diagonal_(0).topk(12).indices
+    assert (edges == wanted.argmax()).sum() < 0.7 * (plain == wanted.argmax()).sum()
+
+
+def test_keys_that_no_query_wants_are_found_all_the_same():
+    keys, training, asking = skewed()
+    made = index("graph", N, keys, training[:, :, :2])
+    assert int((made.edges[0, 0] >= 0).any(1).sum()) < N
+    assert recall(made, keys, -asking)[0] == pytest.approx(1.0, abs=0.005)
+    without = index("graph", N, keys, training[:, :, :0])
+    assert recall(without, keys, asking)[0] == pytest.approx(1.0, abs=0.005)
 
 
 def test_neighbours_come_once_and_holes_last():

@@ -219,7 +219,7 @@ def test_an_embedder_that_fails_changes_nothing(mini) -> None:
         (lambda texts: torch.full((len(texts), 3), float("nan")), "not finite"),
     ):
         state["embed"] = embed
-        for act in (lambda: made.ask("the heron", 3), lambda: made.add(TURNS[:1])):
+        for act in (lambda: made.ask("the heron", 3), lambda: made.add(TURNS[:1]), lambda: made.read(TURNS[:1])):
             with pytest.raises(ValueError, match=match):
                 act()
     state["embed"] = by_words

@@ -75,5 +75,17 @@ def test_models_whose_texts_cannot_move_are_refused() -> None:
     windows = Gemma3ForCausalLM(Gemma3TextConfig(**TEXT, head_dim=16, sliding_window=8, layer_types=None))
     with pytest.raises(ValueError, match="is of kind sliding"):
         Spans(windows)
-    with pytest.raises(ValueError, match="three rotary positions"):
-        Spans(build("qwen2_5_vl"))
+
+
+def test_a_text_moves_by_one_number_where_tokens_have_three_positions() -> None:
+    model = build("qwen2_5_vl")
+    spans, ids = Spans(model), torch.arange(3, 9)[None]
+    places = [torch.arange(first, first + 6).expand(3, 1, 6) for first in (0, 11)]
+    with torch.inference_mode():
+        caches = [MethodCache(model, "full") for _ in places]
+        for cache, at in zip(caches, places, strict=True):
+            model(ids, position_ids=at, past_key_values=cache, logits_to_keep=1)
+    alone, moved = (spans.cut(cache, 0, 6, at) for cache, at in zip(caches, (0, 11), strict=True))
+    # Attention goes by distances alone, so that all layers are the same but for the turn.
+    torch.testing.assert_close(alone.keys, moved.keys, atol=1e-4, rtol=1e-3)
+    assert (spans.cut(caches[1], 0, 6, 10).keys - alone.keys).abs().max() > 0.01

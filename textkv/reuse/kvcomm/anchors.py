@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from textkv.reuse.kvcomm.template import Ids, Segment
+from textkv.reuse.kvcomm.template import Key, Segment
 from textkv.reuse.spans import Span
 
 
@@ -75,9 +75,11 @@ class Offset:
 
 @dataclass(eq=False)
 class Anchor:
-    """A text that was read densely: tokens, base KV, offsets by agent, and how often it was used since."""
+    """A text that was read densely: what tells it from others, the shape of a picture (None = text), base KV, offsets
+    by agent, and how often it was used since."""
 
-    ids: Ids
+    ids: Key
+    shape: tuple[int, ...] | None
     base: Span
     offsets: dict[str, Offset] = field(default_factory=dict)
     uses: int = 0
@@ -137,10 +139,12 @@ class AnchorPool:
             return Verdict(True, "an empty text has nothing to estimate")
         # An anchor may lack the offsets of an agent that took the short way when it was made.
         known = [anchor for anchor in self.anchors if agent in anchor.offsets]
-        same = next((anchor for anchor in known if anchor.ids == text.ids), None)
+        same = next((anchor for anchor in known if anchor.ids == text.key), None)
         if same is not None:
             return Verdict(True, "the same text was read before", (same,), torch.ones(1))
-        long_enough = tuple(anchor for anchor in known if anchor.base.tokens >= len(text.ids))
+        # Patches of pictures of another shape lie at other positions: nothing of them can be compared.
+        alike = [anchor for anchor in known if anchor.shape == _shape(text)]
+        long_enough = tuple(anchor for anchor in alike if anchor.base.tokens >= len(text.ids))
         if len(long_enough) < 2:
             return Verdict(False, f"{len(long_enough)} anchors of at least {len(text.ids)} tokens, 2 are needed")
         distances = torch.stack([self._distance(text.base, anchor.base) for anchor in long_enough])
@@ -172,9 +176,9 @@ class AnchorPool:
 
         Whoever must leave for it leaves first: at no moment are there more anchors than `capacity`.
         """
-        anchor = next((a for a in self.anchors if a.ids == text.ids), None)
+        anchor = next((a for a in self.anchors if a.ids == text.key), None)
         fresh = anchor is None
-        anchor = anchor or Anchor(text.ids, text.base)
+        anchor = anchor or Anchor(text.key, _shape(text), text.base)
         size = offset.own.nbytes + offset.behind.nbytes
         alone = anchor.nbytes + size
         if self.capacity == 0 or (self.most_bytes is not None and alone > self.most_bytes):
@@ -193,6 +197,10 @@ class AnchorPool:
         """Of the oldest anchors the least used one leaves, of equal ones the oldest."""
         old = [a for a in self.anchors if a is not but][: self.oldest]
         self.anchors.remove(min(old, key=lambda a: a.uses))
+
+
+def _shape(text: Segment) -> tuple[int, ...] | None:
+    return None if text.picture is None else text.picture.shape
 
 
 def nucleus(weights: torch.Tensor, mass: float) -> list[int]:

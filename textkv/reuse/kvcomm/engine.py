@@ -7,7 +7,7 @@ call = engine.call("judge", {"question": engine.segment("Is it so?")})
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -16,7 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv.cache import MethodCache
 from textkv.reuse.chat import ends, words
-from textkv.reuse.kvcomm.template import Ids, Part, PromptTemplate, Segment, ids_of
+from textkv.reuse.kvcomm.template import (
+    Ids,
+    Part,
+    PromptTemplate,
+    Segment,
+    ids_of,
+    marks_of,
+    outside_pictures,
+    places_of,
+)  # fmt: skip
+from textkv.reuse.pictures import Picture
+from textkv.rotary import axes_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +76,7 @@ class Dense:
     """Reads every prompt from its first token to its last: the reference, and what other engines fall back to.
 
     Args:
-        model: a text decoder; prompts run one at a time.
+        model: a decoder of text, or of the Qwen-VL families, which may be given pictures; prompts run one at a time.
         tokenizer: its own.
         max_new: most tokens of an answer.
     """
@@ -76,6 +87,7 @@ class Dense:
         self.model, self.tokenizer, self.max_new = model, tokenizer, max_new
         self.templates: dict[str, PromptTemplate] = {}
         self._ends = ends(model, tokenizer)
+        self._axes = axes_of(model) is not None  # then positions are always told: the model remembers another prompt's
 
     def add(self, agent: str, template: str) -> None:
         """Makes an agent known by its prompt; see `PromptTemplate.parse`.
@@ -87,9 +99,11 @@ class Dense:
             raise ValueError(f"agent {agent!r} is there already; give each agent its own name")
         self.templates[agent] = PromptTemplate.parse(template, self.tokenizer)
 
-    def segment(self, text: str) -> Segment:
-        """A text for placeholders. What looks like a special token in it is text."""
-        return Segment(words(self.tokenizer, text))
+    def segment(self, given: str | Picture) -> Segment:
+        """A text for placeholders, in which what looks like a special token is text; or a picture."""
+        if isinstance(given, Picture):
+            return Segment(given.ids, picture=given)
+        return Segment(words(self.tokenizer, given))
 
     @torch.inference_mode()
     def call(self, agent: str, given: Mapping[str, Segment]) -> Call:
@@ -104,41 +118,58 @@ class Dense:
         if agent not in self.templates:
             raise ValueError(f"unknown agent {agent!r}; there are {', '.join(self.templates) or 'none'}")
         begun = perf_counter()
-        parts = self.templates[agent].parts({name: segment.ids for name, segment in given.items()})
+        parts = self.templates[agent].parts(given)
         reading = self._read(agent, parts, given)
         first = int(reading.logits.argmax())
         seconds = perf_counter() - begun
-        said = self._decode(reading.cache, first)
+        said = self._decode(reading.cache, first, parts[-1].behind)
         self._after(agent, parts, given, reading)
         return Call(
-            agent, self._answer(said, parts[-1].stop, reading.cache), self.tokenizer.decode(said), parts[-1].stop,
+            agent, self._answer(said, parts[-1], reading.cache), self.tokenizer.decode(said), parts[-1].stop,
             reading.computed, reading.reused, reading.why, seconds,
         )  # fmt: skip
 
-    def _decode(self, cache: MethodCache, token: int) -> Ids:
+    def _decode(self, cache: MethodCache, token: int, place: int) -> Ids:
+        """The answer that begins with a token, which gets rotary position `place`."""
         said: list[int] = []
         while token not in self._ends and len(said) < self.max_new:
-            said.append(token)
             # The last one too: its keys belong to the answer, which others read.
-            token = int(self._forward([token], cache).argmax())
+            at = torch.full((3, 1), place + len(said))
+            said.append(token)
+            token = int(self._forward([token], cache, at).argmax())
         return tuple(said)
 
-    def _forward(self, ids: list[int], cache: MethodCache) -> torch.Tensor:
-        """Logits [vocabulary] after these tokens."""
-        given = torch.tensor([ids], device=self.model.device)
-        return self.model(given, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    def _run(self, parts: tuple[Part, ...], cache: MethodCache, first: int = 0) -> torch.Tensor:
+        """Logits [vocabulary] after a prompt, of which the cache holds the tokens before `first`, a place between
+        pictures."""
+        shown = [x.picture for x in parts if x.picture is not None and x.start >= first]
+        return self._forward(ids_of(parts)[first:], cache, places_of(parts)[:, first:], shown)
+
+    def _forward(
+        self, ids: list[int], cache: MethodCache, places: torch.Tensor, shown: Sequence[Picture] = ()
+    ) -> torch.Tensor:
+        """Logits [vocabulary] after these tokens, at rotary positions int64 [3, tokens], with the pictures in them."""
+        device, given = self.model.device, {}
+        if self._axes:
+            number = cache.tokens_seen + torch.arange(len(ids))
+            given["position_ids"] = torch.cat([number[None], places])[:, None].to(device)
+        if shown:
+            given["pixel_values"] = torch.cat([x.pixels for x in shown]).to(device)
+            given["image_grid_thw"] = torch.cat([x.grid for x in shown]).to(device)
+        read = torch.tensor([ids], device=device)
+        return self.model(read, past_key_values=cache, logits_to_keep=1, **given).logits[0, -1]
 
     # ---- what other engines do otherwise -----------------------------------------------------------------------
 
     def _read(self, agent: str, parts: tuple[Part, ...], given: Mapping[str, Segment]) -> Reading:
-        cache, ids = MethodCache(self.model, "full"), ids_of(parts)
-        return Reading(cache, self._forward(ids, cache), len(ids))
+        cache = MethodCache(self.model, "full")
+        return Reading(cache, self._run(parts, cache), parts[-1].stop)
 
     def _after(self, agent: str, parts: tuple[Part, ...], given: Mapping[str, Segment], reading: Reading) -> None:
         """The answer is there."""
 
-    def _answer(self, said: Ids, start: int, cache: MethodCache) -> Segment:
-        """The answer as a segment; its first token lies at `start`."""
+    def _answer(self, said: Ids, last: Part, cache: MethodCache) -> Segment:
+        """The answer as a segment; it lies behind the last part of the prompt."""
         return Segment(said)
 
 
@@ -148,20 +179,20 @@ class Prefix(Dense):
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new: int = 32) -> None:
         super().__init__(model, tokenizer, max_new)
-        self._ids_before: list[int] = []
+        self._before: list = []
         self._cache: MethodCache | None = None
 
     def _read(self, agent: str, parts: tuple[Part, ...], given: Mapping[str, Segment]) -> Reading:
-        ids, before = ids_of(parts), self._ids_before
+        marks, before = marks_of(parts), self._before
         same = next(
-            (n for n, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b), min(len(ids), len(before))
+            (n for n, (a, b) in enumerate(zip(marks, before, strict=False)) if a != b), min(len(marks), len(before))
         )
         # A model needs a token to go on from.
-        same = min(same, len(ids) - 1)
+        same = outside_pictures(parts, min(same, len(marks) - 1))
         if self._cache is None:
             self._cache = MethodCache(self.model, "full")
         if self._cache.tokens_seen:
             self._cache.crop(same - self._cache.tokens_seen)
-        self._ids_before = ids
-        logits = self._forward(ids[same:], self._cache)
-        return Reading(self._cache, logits, len(ids) - same, same > 0, f"{same} of {len(ids)} tokens were there")
+        self._before = marks
+        logits = self._run(parts, self._cache, same)
+        return Reading(self._cache, logits, len(marks) - same, same > 0, f"{same} of {len(marks)} tokens were there")

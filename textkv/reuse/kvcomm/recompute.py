@@ -44,6 +44,10 @@ class Recompute(Based):
         self.share = share
 
     def _read(self, agent: str, parts: tuple[Part, ...], given: Mapping[str, Segment]) -> Reading:
+        if self._axes:
+            raise ValueError(
+                f"{type(self.model).__name__}: tokens of pictures cannot be read again one by one; use Prefix or KVComm"
+            )
         ids = torch.tensor([ids_of(parts)], device=self.model.device)
         whole = self.spans.placed([self._base(agent, part, given) for part in parts])
         keys, values = whole.keys.clone(), whole.values.clone()

@@ -14,7 +14,7 @@ from textkv.reuse.chat import words
 from textkv.reuse.kvcomm.anchors import AnchorPool, Criteria, Offset
 from textkv.reuse.kvcomm.blend import blended
 from textkv.reuse.kvcomm.engine import Dense, Reading
-from textkv.reuse.kvcomm.template import Ids, Part, Segment, ids_of
+from textkv.reuse.kvcomm.template import Ids, Key, Part, PromptTemplate, Segment, outside_pictures
 from textkv.reuse.spans import Span, Spans
 
 DUMMY = "some text"
@@ -28,7 +28,7 @@ class Based(Dense):
     wrote them (as in the released code: it is free, and is what was measured).
 
     Args:
-        model: a text decoder of full attention.
+        model: a decoder of full attention.
         most_bytes: of the base KV of texts; the text that was not asked for longest leaves first, and is read again
             when it comes back. None = no bound.
     """
@@ -44,7 +44,7 @@ class Based(Dense):
         self.spans = Spans(model)
         self._most_bytes = most_bytes
         self._fixed: dict[str, list[Span]] = {}
-        self._texts: OrderedDict[Ids, Span] = OrderedDict()
+        self._texts: OrderedDict[Key, Span] = OrderedDict()
 
     @torch.inference_mode()
     def add(self, agent: str, template: str) -> None:
@@ -53,7 +53,7 @@ class Based(Dense):
         dummy = words(self.tokenizer, DUMMY)
         parts = self.templates[agent].parts(dict.fromkeys(self.templates[agent].names, dummy))
         cache = MethodCache(self.model, "full")
-        self._forward(ids_of(parts), cache)
+        self._run(parts, cache)
         self._fixed[agent] = [self.spans.cut(cache, part.start, part.stop) for part in parts if part.name is None]
 
     @property
@@ -73,30 +73,32 @@ class Based(Dense):
         if base is not None:
             self.spans.check(base)
             return base
-        if part.ids not in self._texts:
-            self._texts[part.ids] = self._alone(part.ids)
-        self._texts.move_to_end(part.ids)
-        base = self._texts[part.ids]
+        text = part.segment
+        if text.key not in self._texts:
+            self._texts[text.key] = self._alone(text)
+        self._texts.move_to_end(text.key)
+        base = self._texts[text.key]
         while self._most_bytes is not None and self.text_bytes > self._most_bytes and self._texts:
             self._texts.popitem(last=False)
         return base
 
-    def _alone(self, ids: Ids) -> Span:
+    def _alone(self, text: Segment) -> Span:
         start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        header = [*start, *self.tokenizer(HEADER, add_special_tokens=False)["input_ids"]]
+        header = (*start, *self.tokenizer(HEADER, add_special_tokens=False)["input_ids"])
+        parts = PromptTemplate((header, ()), ("text",)).parts({"text": text})
         cache = MethodCache(self.model, "full")
-        self._forward([*header, *ids], cache)
-        return self.spans.cut(cache, len(header), len(header) + len(ids))
+        self._run(parts, cache)
+        return self.spans.cut(cache, parts[1].start, parts[1].stop, parts[1].place)
 
-    def _answer(self, said: Ids, start: int, cache: MethodCache) -> Segment:
-        return Segment(said, self.spans.cut(cache, start, start + len(said)))
+    def _answer(self, said: Ids, last: Part, cache: MethodCache) -> Segment:
+        return Segment(said, self.spans.cut(cache, last.stop, last.stop + len(said), last.behind))
 
 
 class KVComm(Based):
     """Shares KV between agents where their anchors allow it, and reads densely where not.
 
     Args:
-        model: a text decoder of full attention.
+        model: a decoder of full attention.
         criteria: when a text is estimated, and how anchors are weighted.
         capacity: anchors of each placeholder; 0 = every prompt is read densely.
         oldest: of so many oldest anchors the least used one leaves.
@@ -146,15 +148,19 @@ class KVComm(Based):
         fixed = sum(span.nbytes for pieces in self._fixed.values() for span in pieces)
         return self.text_bytes + fixed + sum(pool.nbytes for pool in self.pools.values())
 
+    def _known(self, parts: tuple[Part, ...]) -> int:
+        """The first of the tokens that are always read: the last `fresh` ones, and the picture that they cut."""
+        return outside_pictures(parts, max(0, parts[-1].stop - self.fresh))
+
     def _stored(self, parts: tuple[Part, ...]) -> tuple[Part, ...]:
         """The parts that begin before the tokens that are always read."""
-        return tuple(part for part in parts if part.start < parts[-1].stop - self.fresh)
+        return tuple(part for part in parts if part.start < self._known(parts))
 
     def _read(self, agent: str, parts: tuple[Part, ...], given: Mapping[str, Segment]) -> Reading:
         stored = self._stored(parts)
         bases = [self._base(agent, part, given) for part in stored]
         verdicts = {
-            number: self.pools[part.name].judge(agent, Segment(part.ids, bases[number]))
+            number: self.pools[part.name].judge(agent, replace(part.segment, base=bases[number]))
             for number, part in enumerate(stored)
             if part.name is not None
         }
@@ -169,10 +175,10 @@ class KVComm(Based):
             behind = bases[number + 1] if number + 1 < len(bases) else None
             found = blended(bases[number], behind, verdict.anchors, agent, pool.criteria, self.spans.turned)
             bases[number : number + 2] = [span for span in found if span is not None]
-        ids = ids_of(parts)
-        known = len(ids) - self.fresh
-        cache = self.spans.cache(self.spans.placed(bases).first(known))
-        return Reading(cache, self._forward(ids[known:], cache), self.fresh, True, why)
+        known = self._known(parts)
+        placed = self.spans.placed(bases, [part.place for part in stored])
+        cache = self.spans.cache(placed.first(known))
+        return Reading(cache, self._run(parts, cache, known), parts[-1].stop - known, True, why)
 
     def _after(self, agent: str, parts: tuple[Part, ...], given: Mapping[str, Segment], reading: Reading) -> None:
         """A prompt that was read densely teaches: each text that could not be estimated becomes an anchor."""
@@ -181,11 +187,11 @@ class KVComm(Based):
         for number, part in enumerate(self._stored(parts)):
             if part.name is None:
                 continue
-            text = Segment(part.ids, self._base(agent, part, given))
+            text = replace(part.segment, base=self._base(agent, part, given))
             if self.pools[part.name].judge(agent, text).share:
                 continue
             offsets = [
-                self.spans.cut(reading.cache, x.start, x.stop) - self._base(agent, x, given)
+                self.spans.cut(reading.cache, x.start, x.stop, x.place) - self._base(agent, x, given)
                 for x in parts[number : number + 2]
             ]
             self.pools[part.name].add(agent, text, Offset(*offsets))

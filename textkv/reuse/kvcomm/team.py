@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from textkv.reuse.chat import chat
 from textkv.reuse.kvcomm.engine import Call, Dense
 from textkv.reuse.kvcomm.template import Segment
+from textkv.reuse.pictures import Picture
 
 Layout = Literal["role", "shared"]
 
@@ -89,11 +90,11 @@ class Team:
         names = list(roles)
         return cls(engine, roles, [(a, b) for number, b in enumerate(names) for a in names[:number]], **options)
 
-    def run(self, given: Mapping[str, str]) -> list[Call]:
+    def run(self, given: Mapping[str, str | Picture]) -> list[Call]:
         """One request: the calls in `order`, the last of which is the team's answer.
 
         Args:
-            given: a text for each shared name.
+            given: a text for each shared name, or a picture (`textkv.reuse.kvcomm.picture`).
 
         Raises:
             ValueError: a shared text is missing, or one is not shared.

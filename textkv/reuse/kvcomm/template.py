@@ -13,26 +13,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from textkv.reuse.pictures import Picture
 from textkv.reuse.spans import Span
 
 _PLACEHOLDER = re.compile(r"\{([a-z][a-z0-9_]*)\}")
 
 Ids = tuple[int, ...]
+Key = tuple[int | str, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A text that several prompts share.
+    """A text, or a picture, that several prompts share.
 
     Attributes:
         ids: its tokens.
         base: their keys and values as they were read first, wherever that was; None = not read yet.
+        picture: what the tokens show; None = a text.
     """
 
     ids: Ids
     base: Span | None = None
+    picture: Picture | None = None
+
+    @property
+    def key(self) -> Key:
+        """What tells it from others. Pictures of one size have the same tokens, but not the same pixels."""
+        return self.ids if self.picture is None else (*self.ids, self.picture.digest)
 
 
 @dataclass(frozen=True)
@@ -43,18 +53,32 @@ class Part:
         name: of the placeholder that it fills; None = a fixed piece.
         number: of the placeholder, or of the fixed piece, in its template.
         ids: its tokens; may be empty.
-        start: position of its first token.
+        start: number of its first token in the prompt.
+        place: rotary position of that token: its number, but behind pictures, which take fewer positions than tokens.
+        picture: what the tokens show; None = text.
     """
 
     name: str | None
     number: int
     ids: Ids
     start: int
+    place: int
+    picture: Picture | None = None
 
     @property
     def stop(self) -> int:
-        """Position behind its last token."""
+        """Number of the token behind its last."""
         return self.start + len(self.ids)
+
+    @property
+    def behind(self) -> int:
+        """Rotary position of the token behind its last."""
+        return self.place + (len(self.ids) if self.picture is None else self.picture.extent)
+
+    @property
+    def segment(self) -> Segment:
+        """The part as it may stand in other prompts, without KV."""
+        return Segment(self.ids, picture=self.picture)
 
 
 @dataclass(frozen=True)
@@ -87,8 +111,11 @@ class PromptTemplate:
         pieces = tuple(tuple(tokenizer(piece, add_special_tokens=False)["input_ids"]) for piece in found[::2])
         return cls(pieces, tuple(found[1::2]))
 
-    def parts(self, given: Mapping[str, Ids]) -> tuple[Part, ...]:
+    def parts(self, given: Mapping[str, Ids | Segment]) -> tuple[Part, ...]:
         """The prompt's parts p0, ph1, p1, .., pI with the tokens of what was given.
+
+        Args:
+            given: for each placeholder the tokens of a text, or a segment.
 
         Raises:
             ValueError: a placeholder without a text, or a text without a placeholder.
@@ -97,16 +124,35 @@ class PromptTemplate:
         if wrong:
             what = "got no text" if wrong[0] in self.names else "is not in the template"
             raise ValueError(f"placeholder {{{wrong[0]}}} {what}; this template has {', '.join(self.names) or 'none'}")
-        fixed = [(None, number, ids) for number, ids in enumerate(self.pieces)]
-        filled = [(name, number, tuple(given[name])) for number, name in enumerate(self.names)]
+        told = {name: x if isinstance(x, Segment) else Segment(tuple(x)) for name, x in given.items()}
+        fixed = [(None, number, Segment(ids)) for number, ids in enumerate(self.pieces)]
+        filled = [(name, number, told[name]) for number, name in enumerate(self.names)]
         order = [fixed[0], *chain.from_iterable(zip(filled, fixed[1:], strict=True))]
-        parts, start = [], 0
-        for name, number, ids in order:
-            parts.append(Part(name, number, ids, start))
-            start += len(ids)
+        parts: list[Part] = []
+        for name, number, segment in order:
+            start, place = (parts[-1].stop, parts[-1].behind) if parts else (0, 0)
+            parts.append(Part(name, number, segment.ids, start, place, segment.picture))
         return tuple(parts)
 
 
 def ids_of(parts: tuple[Part, ...]) -> list[int]:
     """All tokens of a prompt."""
     return [token for part in parts for token in part.ids]
+
+
+def marks_of(parts: tuple[Part, ...]) -> list[int | tuple[int, str]]:
+    """What tells a prompt's tokens from another's: a token of a picture goes with its picture."""
+    return [mark for x in parts for mark in (x.ids if x.picture is None else [(i, x.picture.digest) for i in x.ids])]
+
+
+def places_of(parts: tuple[Part, ...]) -> torch.Tensor:
+    """Rotary positions of a prompt's tokens, int64 [3, tokens]: alike on all axes, but within pictures."""
+    return torch.cat(
+        [x.place + (torch.arange(len(x.ids)).expand(3, -1) if x.picture is None else x.picture.offsets) for x in parts],
+        1,
+    )
+
+
+def outside_pictures(parts: tuple[Part, ...], token: int) -> int:
+    """The last token, not after `token`, at which a prompt may be cut: a model reads a picture as one piece."""
+    return next((x.start for x in parts if x.picture is not None and x.start < token < x.stop), token)
