@@ -21,6 +21,7 @@ from transformers.utils import cached_file, logging
 from textkv.checkpoints import read_object
 from textkv.command import budget, checked, count, device, port, run, seconds, size, some_text, writable_folder
 from textkv.models.loading import resolve
+from textkv.records import read_text
 
 MINI = {"mini": "vision", "mini-text": "text", "mini-dlm": "diffusion", "mini-dream": "diffusion"}
 OWN_NAME = {"mini-text": "mini", "mini-dlm": "mini"}  # what an engine calls it by itself
@@ -119,8 +120,8 @@ def engine_of(model: str) -> str:
 def keys(text: str) -> tuple[str, ...]:
     """The keys in a file, one a line."""
     try:
-        found = tuple(line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
+        found = tuple(line.strip() for line in read_text(Path(text)).splitlines() if line.strip())
+    except (OSError, ValueError) as error:
         raise ValueError(f"no keys can be read from {text!r}: {error}") from None
     if not found:
         raise ValueError(f"{text} holds no key; write one a line")

@@ -65,6 +65,14 @@ def read(path: Path, limit: int = MAX_BYTES) -> Any:
         raise ValueError(f"{path}: {error}") from None
 
 
+def read_text(path: Path) -> str:
+    """The text in a file. Raises ValueError, which names it, if that is not UTF-8, and OSError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or name another file") from None
+
+
 def read_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(meta, rows) of a file of results that is to be gone on with. Raises ValueError for what is none."""
     try:

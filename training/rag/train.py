@@ -37,6 +37,7 @@ from textkv.models.loading import MINI, load
 from textkv.provenance import run_meta
 from textkv.rag.embedders import load_embedder
 from textkv.rag.rewards import Reward
+from textkv.records import checked, listed, read
 from training.rag.curve import draw
 from training.rag.data import HELD_OUT, KINDS, tasks
 from training.rag.measure import measure
@@ -95,7 +96,7 @@ class Study:
         same = {"settings": vars(self.tunings[seed]), "n": self.args.n, "model": self.args.model, "tasks": self.kind}
         known = folder / "row.json"
         if known.is_file():
-            found = json.loads(known.read_text(encoding="utf-8"))
+            found = checked(read(known), {"about": dict, "row": dict})
             if found["about"] != same:
                 raise ValueError(f"{folder} was made with other settings; use another --runs folder")
             return found["row"]
@@ -139,8 +140,8 @@ class Study:
 
 
 def _history(folder: Path) -> list[dict]:
-    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    return [entry for entry in state["log_history"] if CPU_SECONDS in entry]
+    state = checked(read(folder / "trainer_state.json"), {"log_history": list})
+    return [entry for entry in listed(state["log_history"], dict, "log_history") if CPU_SECONDS in entry]
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
