@@ -33,7 +33,7 @@ from textkv.masa.command import rows_of
 from textkv.masa.projections import find_projections
 from textkv.models.atoms import is_atoms, read_atoms
 from textkv.provenance import run_meta
-from textkv.records import checked, read, read_text
+from textkv.records import read_fields, read_text
 
 from .arguments import add_outputs
 from .bootstrap import resampled
@@ -114,7 +114,7 @@ def _told(folder: Path) -> dict[str, Any]:
     path = folder / TOLD
     if not path.is_file():
         return {}
-    return checked(read(path), {}, {"settings": dict}).get("settings", {})
+    return read_fields(path, {}, {"settings": dict}).get("settings", {})
 
 
 def _method(about: dict[str, Any], folder: str) -> str:

@@ -128,7 +128,7 @@ CASES = {
     "envs.record": Case("--episodes 5000 --out recordings", browses, KILL, browser=True),
     "envs.shop": Case("--port {port}", listens, STOP),
     "envs.sites,install": Case("install", sleeps, KILL, ("npm",), elsewhere),
-    "envs.sites,serve": Case("serve tabler --port {port}", listens, STOP),
+    "envs.sites,serve": Case("serve gentelella --port {port}", listens, STOP),
     "eval.conversations": Case("--methods epicache --tokens 512 --conversations 50", fills, END),
     "eval.leaderboard": Case(
         "--methods snapkv --budgets 0.5 --length 128 --n 5000 --json b.json",
@@ -136,7 +136,7 @@ CASES = {
         lambda command: len(command.children) > 2, KILL,
     ),
     "eval.peers,install": Case("install", lambda command: command.has("venv"), STOP, before=elsewhere),
-    "eval.peers,compare": Case("compare --n 1 --length 128", sleeps, END, before=peer),
+    "eval.peers,compare": Case("compare --n 1 --length 256", sleeps, END, before=peer),
     "eval.serving": Case("--conversations 500", fills, END),
     "eval.serving,peer": Case(f"{FEW} --peer", lambda command: command.has("transformers"), None),
     "eval.webtasks": Case(

@@ -65,6 +65,15 @@ def read(path: Path, limit: int = MAX_BYTES) -> Any:
         raise ValueError(f"{path}: {error}") from None
 
 
+def read_fields(path: Path, must: Mapping[str, Kind], may: Mapping[str, Kind] | None = None) -> dict[str, Any]:
+    """The object in a file, see `read` and `checked`. Raises ValueError, which names the file, for anything else."""
+    value = read(path)
+    try:
+        return checked(value, must, may)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def read_text(path: Path) -> str:
     """The text in a file. Raises ValueError, which names it, if that is not UTF-8, and OSError if it cannot be read."""
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from textkv.disk import move_files
-from textkv.records import checked, read
+from textkv.records import read_fields
 from training.export import read_trained
 
 FIGURES = "evaluation.json"
@@ -19,7 +19,7 @@ Rows = Sequence[dict[str, Any]]
 def recorded(folder: Path) -> float:
     """The score written beside the weights in `folder`, -1 if they were never measured."""
     path = folder / FIGURES
-    return float(checked(read(path), {"score": float})["score"]) if path.is_file() else -1.0
+    return float(read_fields(path, {"score": float})["score"]) if path.is_file() else -1.0
 
 
 def consider(

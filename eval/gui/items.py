@@ -131,7 +131,11 @@ class Reader:
                 if path.stat().st_size > MAX_BYTES:
                     raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
                 data = path.read_bytes()
-                values = list(self._lines(path, data)) if path.suffix == ".jsonl" else listed(parse(data), Any, "it")
+                values = (
+                    list(self._lines(path, data))
+                    if path.suffix == ".jsonl"
+                    else listed(parse(data, finite=False), Any, "it")
+                )
             except (OSError, ValueError) as error:
                 self.left_out(str(path), error)
                 continue
@@ -147,7 +151,7 @@ class Reader:
         for number, line in enumerate(data.splitlines(), 1):
             try:
                 if line.strip():
-                    yield parse(line)
+                    yield parse(line, finite=False)  # an entry may be refused for it, the file must not
             except ValueError as error:
                 self.left_out(f"{path}:{number}", error)
 

@@ -23,7 +23,11 @@ from textkv.command import count, names, results_file, run, seed, write_rows
 from textkv.provenance import run_meta
 from textkv.records import read_results
 
+from .files import Files
 from .targets import Target, one_line, opened
+
+READERS = {kind.__name__: kind for kind in dict.fromkeys([*Target.__subclasses__(), Files])}
+"""All of them, by name."""
 
 LIMIT = 5.0  # seconds of processor time for one input; a sweep of the garbage collector takes less
 SHOWN = 10  # exceptions after which a reader is left
@@ -85,11 +89,10 @@ def parser() -> argparse.ArgumentParser:
 def work(args: argparse.Namespace, argv: list[str]) -> int:
     """Fuzz; 1 if anything but the promised was raised."""
     warnings.simplefilter("ignore")
-    known = {kind.__name__: kind for kind in Target.__subclasses__()}
-    chosen = [kind for name, kind in known.items() if name in (args.only or known)]
-    unknown = [name for name in args.only if name not in known]
+    chosen = [kind for name, kind in READERS.items() if name in (args.only or READERS)]
+    unknown = [name for name in args.only if name not in READERS]
     if unknown:
-        raise ValueError(f"there is no reader {unknown[0]!r}; use {', '.join(known)}")
+        raise ValueError(f"there is no reader {unknown[0]!r}; use {', '.join(READERS)}")
     known_rows = begun(args.json, args.seed) if args.resume else {}
     meta, rows = run_meta("tests.fuzz", argv, args.seed), []
     for kind in chosen:

@@ -7,14 +7,14 @@ import pytest
 
 from textkv import Budget
 
-from .__main__ import fuzz, main
+from .__main__ import READERS, fuzz, main
 from .inputs import bent, mangled, spelled
-from .targets import Spans, Target, opened
+from .targets import Spans, opened
 
 COUNTS = "inputs", "accepted", "refused", "other"
 
 
-@pytest.mark.parametrize("kind", Target.__subclasses__(), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", READERS.values(), ids=READERS)
 def test_nothing_but_the_promised_is_raised(kind, reliability):
     with opened(kind) as target:
         report = fuzz(target, 200, 7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ from agentkv.eval.agentnetbench import records as recordings
 from agentkv.eval.dialogues import read_talks
 from agentkv.eval.gsm8k import read_questions
 from agentkv.eval.gui import items
+from agentkv.eval.gui.__main__ import BENCHMARKS
 from agentkv.eval.masa import _told
 from agentkv.eval.outcomes import Outcome, Outcomes
 from agentkv.eval.rag import own_questions
 from agentkv.reading import read_run
 from dlm.batch import read_items
+from dlm.mini import WEIGHTS as DLM
 from dlm.sources import model_info
 from tests.agentkv.fake_episodes import FakePolicy, fake_run
 from tests.textkv import tiny
@@ -40,7 +43,7 @@ from textkv.records import read_results
 from textkv.reuse.epicache import snapshots
 from textkv.store import FILE, _checksum
 from textkv.tri_attention.centres import Centres
-from training.agent.episodes import Episodes
+from training.agent.episodes import EpisodeStore
 from training.export import read_trained
 from training.keep import recorded
 from training.rag.train import Study, _history
@@ -265,7 +268,7 @@ def _():
         return folder / "a.json", [value]
 
     def read(folder):
-        found, told = items.read(items.BENCHMARKS.find("screenspot")(), folder)
+        found, told = items.read(BENCHMARKS.find("screenspot")(), folder)
         return len(found), told
 
     return right, read
@@ -299,7 +302,7 @@ def _():
         return folder / "a.npz", value
 
     def read(folder):
-        made = Episodes(folder)
+        made = EpisodeStore(folder)
         made.refresh()
         return len(made), None
 
@@ -309,6 +312,15 @@ def _():
 READERS["recorded episodes (training.agent)"] = Reader(
     **{**vars(READERS["recorded episodes (training.agent)"]), "text": True}
 )
+
+
+@reader("config.json (dlm.generate)")
+def _():
+    def right(folder):
+        shutil.copytree(DLM / "llada", folder / "m")
+        return folder / "m" / "config.json", json.loads((folder / "m" / "config.json").read_text())
+
+    return right, lambda folder: model_info(folder / "m", None)
 
 
 @reader("rewards of a training (training.rag)")
@@ -333,6 +345,7 @@ RESULTS = {"meta": {"command": "python -m eval.x"}, "rows": [{"a": 1}]}
 LOCOMO = {"conversation": {"session_1": [{"speaker": "A", "text": "x"}]}, "qa": [{"question": "q", "answer": "a"}]}
 TRAINED = {"step": 1, "seconds": 0.5, "before": {"step": 0, "seconds": 0.0}}
 PROBLEM = {"question": "1+1?", "answer": "It is 2.\n#### 2"}
+SETTINGS, SCORE = {"settings": {"atoms": 1}}, {"score": 0.5, "rows": []}
 CONFIG = {"model_type": "llada", "d_model": 8}
 for _name, _made in {
     "a training's log (training.rag)": file("trainer_state.json", FIGURES, lambda path: _history(path.parent)),
@@ -340,12 +353,11 @@ for _name, _made in {
     "conversations (eval.conversations)": file("l.json", [LOCOMO], read_talks),
     "problems (eval.decoding)": file("test.jsonl", PROBLEM, read_questions),
     "questions (eval.rag)": file("q.jsonl", {"question": "who?", "answer": "I"}, own_questions),
-    "settings of a training (eval.masa)": file("training.json", {"settings": {"atoms": 1}}, lambda p: _told(p.parent)),
+    "settings of a training (eval.masa)": file("training.json", SETTINGS, lambda path: _told(path.parent)),
     "training.json": file("training.json", TRAINED, lambda path: read_trained(path.parent)),
     "figures of weights (training.keep)": file(
-        "figures.json", {"score": 0.5, "rows": []}, lambda p: recorded(p.parent)
+        "evaluation.json", {"score": 0.5, "rows": []}, lambda p: recorded(p.parent)
     ),
     "config.json (agentkv.serve)": file("config.json", CONFIG, read_object),
-    "config.json (dlm.generate)": file("config.json", CONFIG, lambda path: model_info(path.parent, None)),
 }.items():
     READERS[_name] = Reader(*_made)

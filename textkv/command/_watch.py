@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 
 GRACE = 1.0  # seconds that the command has to end by itself: Ctrl-C is answered within three
@@ -18,14 +19,17 @@ def main() -> int:
     # Heard and passed over, as the one who holds the pipe decides; what is ignored would be ignored by the command too.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    try:
-        process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
-    except OSError as error:
-        print(f"{sys.argv[1]} cannot be started ({error.strerror})", file=sys.stderr)
-        return 127
-    threading.Thread(target=_watch, args=(process,), daemon=True).start()
-    code = process.wait()
-    _send(process, "SIGKILL")  # what it left behind would have nobody
+    # What is ended in the middle leaves its temporary files: they are made in a folder that goes with it.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), folder)
+        try:
+            process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True, env=env)
+        except OSError as error:
+            print(f"{sys.argv[1]} cannot be started ({error.strerror})", file=sys.stderr)
+            return 127
+        threading.Thread(target=_watch, args=(process,), daemon=True).start()
+        code = process.wait()
+        _send(process, "SIGKILL")  # what it left behind would have nobody
     return code if code >= 0 else 128 - code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
@@ -138,6 +139,8 @@ def terminable(stopped: str = "stopped") -> Iterator[None]:
 def _go(code: int) -> None:
     """End a process that was started for the command alone: to take torch apart costs the interpreter a second."""
     if command(sys.orig_argv) and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # it is ending already
         _leave(code, "")
 
 
@@ -157,3 +160,4 @@ def _tidy() -> None:
     for process in multiprocessing.active_children():
         process.terminate()
     weakref.finalize._exitfunc()  # the folders of `tempfile`, beside others
+    multiprocessing.util._run_finalizers(0)  # semaphores, of which its tracker would complain

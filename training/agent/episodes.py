@@ -64,6 +64,8 @@ class EpisodeStore:
         """All episodes of a file, or none."""
         with np.load(path) as data:
             screens, found = data["screens"], listed(parse(str(data["episodes"])), dict, "episodes")
+        if not found:
+            raise ValueError("it holds no episode")
         for episode in found:
             checked(episode, {"task": str, "goal": str, "steps": list})
             for step in listed(episode["steps"], dict, "steps"):
