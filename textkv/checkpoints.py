@@ -80,10 +80,15 @@ def load_tokenizer(load: Callable[..., Any], source: str | Path, **options: Any)
     return tokenizer
 
 
+NAMED = {"model_type": (str, type(None)), "architectures": (list[str], type(None)),
+         "eos_token_id": (int, list[int], type(None))}  # fmt: skip
+"""What is looked at here before transformers reads the same file."""
+
+
 def read_object(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file beside weights, as config.json. Raises ValueError, with the file, for anything else."""
     try:
-        return checked(parse(Path(path).read_bytes(), finite=False), {})
+        return checked(parse(Path(path).read_bytes(), finite=False), {}, NAMED)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); download it again") from None
 

@@ -161,7 +161,11 @@ def _is_tuple(hint: Any) -> bool:
 def _check(name: str, value: Any, kind: Kind) -> None:
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not any(fits(value, one) for one in kinds):
-        raise ValueError(f"{name} is {_said(value)}, not {' or '.join(one.__name__ for one in kinds)}")
+        raise ValueError(f"{name} is {_said(value)}, not {' or '.join(map(_named, kinds))}")
+
+
+def _named(kind: Kind) -> str:
+    return str(kind) if get_origin(kind) else kind.__name__
 
 
 def _said(value: Any) -> str:

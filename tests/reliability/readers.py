@@ -203,7 +203,8 @@ def _episode(name: str) -> tuple[Callable, Callable]:
     def right(folder):
         run = fake_run(folder / "r", {"full": FakePolicy()})
         path = sorted(run.rglob(name))[0]
-        return path, json.loads(path.read_text().splitlines()[0])
+        text = path.read_text()
+        return path, json.loads(text.splitlines()[0] if path.suffix == ".jsonl" else text)
 
     def read(folder):
         found = read_run(folder / "r")
