@@ -77,7 +77,7 @@ class Registry(dict[str, type]):
         module, _, attribute = told.partition(":")
         try:
             cls = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
+        except (ImportError, AttributeError, ValueError, TypeError) as error:  # TypeError: ".a:B", relative to nothing
             raise ValueError(f"{self.kind} {name!r}: cannot import {told!r}: {type(error).__name__}: {error}") from None
         bases = [parent.__name__ for parent in inspect.getmro(cls)] if inspect.isclass(cls) else []
         if not bases or (self.base is not None and self.base not in bases):
