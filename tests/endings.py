@@ -120,7 +120,7 @@ FEW = "--conversations 1 --steps 1 --holds 1 --clients 1 --requests 1 --methods 
 CASES = {
     "agentkv.report.picture": Case("run p.png", sleeps, STOP, before=recorded, browser=True),
     "agentkv.run": Case(f"{PLAYED} --out run", plays, STOP, browser=True),
-    "agentkv.serve": Case("--model mini-text --disk d --port {port}", listens, STOP),
+    "agentkv.serve": Case("--model mini --disk d --port {port}", listens, STOP),
     "dlm.check_models": Case("", fills, END),
     "envs.install": Case("", sleeps, KILL, ("apt-get", "sudo"), elsewhere, browser=True),
     "envs.oracle": Case("--seeds 5000 --task click-test", browses, STOP, browser=True),
@@ -137,7 +137,7 @@ CASES = {
     ),
     "eval.peers,install": Case("install", lambda command: command.has("venv"), STOP, before=elsewhere),
     "eval.peers,compare": Case("compare --n 1 --length 256", sleeps, END, before=peer),
-    "eval.serving": Case("--conversations 500", fills, END),
+    "eval.serving": Case("--conversations 4 --steps 2 --holds 1 --methods full", fills, END),
     "eval.serving,peer": Case(f"{FEW} --peer", lambda command: command.has("transformers"), None),
     "eval.webtasks": Case(
         "--tasks click-test --episodes 40 --methods full --history 1 --workers 1 --out study", plays, END, browser=True
