@@ -136,7 +136,7 @@ CASES = {
         lambda command: len(command.children) > 2, KILL,
     ),
     "eval.peers,install": Case("install", lambda command: command.has("venv"), STOP, before=elsewhere),
-    "eval.peers,compare": Case("compare --n 1 --length 256", sleeps, END, before=peer),
+    "eval.peers,compare": Case("compare --n 1 --length 512", sleeps, END, before=peer),
     "eval.serving": Case("--conversations 4 --steps 2 --holds 1 --methods full", fills, END),
     "eval.serving,peer": Case(f"{FEW} --peer", lambda command: command.has("transformers"), None),
     "eval.webtasks": Case(
