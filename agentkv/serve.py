@@ -37,6 +37,7 @@ from textkv.command import (
     writable_folder,
 )  # fmt: skip
 from textkv.models.loading import resolve
+from textkv.records import read_text
 
 MINI = {"mini": "vision", "mini-text": "text", "mini-dlm": "diffusion", "mini-dream": "diffusion"}
 OWN_NAME = {"mini-text": "mini", "mini-dlm": "mini"}  # what an engine calls it by itself
@@ -166,8 +167,8 @@ def template(text: str) -> str:
 def keys(text: str) -> tuple[str, ...]:
     """The keys in a file, one a line."""
     try:
-        found = tuple(line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
+        found = tuple(line.strip() for line in read_text(Path(text)).splitlines() if line.strip())
+    except (OSError, ValueError) as error:
         raise ValueError(f"no keys can be read from {text!r}: {error}") from None
     if not found:
         raise ValueError(f"{text} holds no key; write one a line")

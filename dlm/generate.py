@@ -35,9 +35,11 @@ from textkv.command import (
     run,
     seed,
     some_text,
+    text_file,
     write_rows,
 )
 from textkv.provenance import run_meta
+from textkv.records import read_text
 
 NO_GUIDE = "none"
 STDOUT = Path("-")
@@ -111,7 +113,7 @@ class Writer:
 
 
 def _prompt(text: str) -> Path:
-    return STDOUT if text == str(STDOUT) else readable(text)
+    return STDOUT if text == str(STDOUT) else text_file(text)
 
 
 def _json(text: str) -> Path:
@@ -218,7 +220,7 @@ def read_prompt(args: argparse.Namespace) -> str:
     elif str(args.prompt_file) == "-":
         text, where = sys.stdin.read(), "stdin"
     else:
-        text, where = args.prompt_file.read_text(encoding="utf-8"), str(args.prompt_file)
+        text, where = read_text(args.prompt_file), str(args.prompt_file)
     if not text.strip():
         raise ValueError(f"the prompt in {where} is empty; give some text to go on from")
     # A file ends with a line break that its author did not mean as a part of the prompt.

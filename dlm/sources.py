@@ -7,7 +7,6 @@ never run.
 
 from __future__ import annotations
 
-import json
 import socket
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -31,6 +30,7 @@ from dlm.models.loading import MODELS
 from dlm.prompts import check_prompt, gap_ids, prompt_ids
 from dlm.unmask import Guider
 from textkv import checkpoints
+from textkv.checkpoints import read_object
 
 MINI_MODELS = {"mini": "llada", "mini-dream": "dream"}
 MINI_GUIDES = {"mini": "guider"}
@@ -183,7 +183,4 @@ def _kind(name: str, embedded: Mapping[str, str]) -> str | None:
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{folder} has no config.json; give the folder that holds the model's files")
-    try:
-        return json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except ValueError as error:
-        raise ValueError(f"{config} is no JSON ({error}); copy the model again") from error
+    return read_object(config).get("model_type")

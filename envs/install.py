@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from textkv.command import run
+from textkv.command import ran, run
 
 from .browser import ChromiumMissing, find_chromium
 
@@ -60,7 +59,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     path = look()
     for way in ways() if path is None else []:
         print(f"no Chromium found; trying: {' '.join(way[-1])}", file=sys.stderr)
-        if all(subprocess.run(command, check=False).returncode == 0 for command in way):
+        if all(ran(command)[0] == 0 for command in way):
             path = look()
             if path is not None:
                 break

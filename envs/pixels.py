@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from textkv.command import run, write_text
+from textkv.records import read
 
 from . import catalogue
 from .browser import Browser, ChromiumMissing
@@ -123,7 +124,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> int:
         now = record(draw(browser, names()), browser.version)
     if args.write:
         write_text(RECORD, json.dumps(now, indent=2) + "\n")
-    then = json.loads(RECORD.read_text(encoding="utf-8"))
+    then = read(RECORD)
     verdicts = compare(now, then)
     Console().print(table(now, verdicts))
     same = sum(verdict == "same" for verdict in verdicts.values())

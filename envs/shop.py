@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import html
-import json
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
@@ -21,6 +19,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from textkv.command import port, run
+from textkv.records import listed, parse
 
 FOLDER = Path(str(files("agentkv.envs"))) / "pages" / "shop"
 MAX_FORM = 10_000  # bytes
@@ -75,7 +74,8 @@ class _Counter(SimpleHTTPRequestHandler):
 def _order(form: bytes) -> dict[str, Any] | None:
     fields = {name: values[0] for name, values in parse_qs(form.decode("utf-8", "replace")).items()}
     try:
-        lines = [(int(line["count"]), str(line["id"]), str(line["colour"])) for line in json.loads(fields["basket"])]
+        basket = listed(parse(fields["basket"]), dict, "basket")
+        lines = [(int(line["count"]), str(line["id"]), str(line["colour"])) for line in basket]
         person = {name: fields[name] for name in ("name", "street", "delivery")}
     except (KeyError, TypeError, ValueError):
         return None
@@ -105,8 +105,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Serve until Ctrl-C."""
     with Shop(args.port) as shop:
         print(f"the shop is open at {shop.url} (Ctrl-C closes it)", flush=True)
-        with suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        threading.Event().wait()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from textkv import Method, MethodCache, list_methods, resolve_method
-from textkv.command import budgets, count, methods, readable, run, some_text, write_rows, write_text
+from textkv.command import budgets, count, methods, run, some_text, text_file, write_rows, write_text
 from textkv.provenance import run_meta
 from textkv.reading import Reading, ReadsItself
 from textkv.report import scanned
@@ -255,7 +255,7 @@ def parser() -> argparse.ArgumentParser:
     add_choice(p, "asked", (KNOWN, UNKNOWN), ": is the question there when it cuts?")
     p.add_argument("--length", type=count, default=1024, help="tokens of a prompt, question included (default 1024)")
     p.add_argument("--n", type=count, default=48, help="prompts per task (default 48)")
-    p.add_argument("--text", type=readable, help="text whose lines stand between the facts; default: plain sentences")
+    p.add_argument("--text", type=text_file, help="text whose lines stand between the facts; default: plain sentences")
     add_dtype(p)
     add_outputs(p, "markdown", when="; gone on with if it exists", default="runs/board.json", beside=(".jsonl",))
     return p

@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from textkv import Budget, MethodCache, resolve_method
-from textkv.command import budgets, count, lengths, methods, readable, run, some_text, write_rows
+from textkv.command import budgets, count, lengths, methods, run, some_text, text_file, write_rows
 from textkv.models.embedder import Embedder
 from textkv.provenance import run_meta
 from textkv.reuse.chat import ends
@@ -195,7 +195,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--conversations", type=count, default=4, help="of each length (default 4)")
     p.add_argument("--questions", type=count, default=8, help="about each generated one (default 8)")
-    p.add_argument("--data", type=readable, help="LoCoMo or LongMemEval JSON in place of generated conversations")
+    p.add_argument("--data", type=text_file, help="LoCoMo or LongMemEval JSON in place of generated conversations")
     p.add_argument("--block", type=count, default=256, help="tokens read at a time (default 256)")
     p.add_argument("--probe", type=count, default=128, help="epicache: most tokens of a probe (default 128)")
     p.add_argument("--episodes", type=count, default=4, help="epicache: topics (default 4)")

@@ -13,7 +13,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from textkv.records import parse
+from textkv.records import parse, read_text
 
 FINAL = "####"
 REQUEST = f"Solve the problem step by step. End with a line that holds only {FINAL} and the number."
@@ -40,7 +40,7 @@ def read_questions(path: Path) -> list[Question]:
     path = path / "test.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; give GSM8K's test.jsonl (openai/grade-school-math) as --data")
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    lines = enumerate(read_text(path).splitlines(), 1)
     found = [_question(line, f"{path}:{number}") for number, line in lines if line.strip()]
     if not found:
         raise ValueError(f"{path} has no problems")

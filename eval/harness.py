@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlm.config import add_arguments, from_arguments
 from dlm.sources import dtype_of, model_info, open_model
 from textkv import MethodCache, use
-from textkv.command import count, names, readable_folder, run, some_text, write_rows
+from textkv.command import budget, count, existing_path, names, readable_folder, run, some_text, write_rows
 from textkv.devices import device_of
 from textkv.provenance import run_meta
 
@@ -97,12 +96,12 @@ def measure(args: argparse.Namespace, methods: Sequence[str]) -> list[dict[str, 
     model, tokenizer = load_text_model(args.model, args.device)
     tasks, rows = Tasks(args), []
     for method in methods:
-        budget = "1.0" if method == FULL else args.budget
-        lm = CachedLM(model, tokenizer, method, budget, args.batch)
+        share = "1.0" if method == FULL else args.budget
+        lm = CachedLM(model, tokenizer, method, share, args.batch)
         scores = list(tasks.scores(lm))
         names = dict.fromkeys(name for x in lm.held for name in x)  # a hook that never ran took no time
         figures = {name: sum(x.get(name, 0.0) for x in lm.held) / len(lm.held) for name in names}
-        rows += [{"method": method, "budget": budget} | score | figures for score in scores]
+        rows += [{"method": method, "budget": share} | score | figures for score in scores]
     return rows
 
 
@@ -165,12 +164,12 @@ def parser() -> argparse.ArgumentParser:
     )
     # Checked once the model is known: caches and rules of a diffusion model are no methods.
     p.add_argument("--methods", type=names, help=f"methods ({TEXT_METHODS}), or caches and rules ({DIFFUSION_METHODS})")
-    p.add_argument("--budget", default="0.2", help="share of the prompt's tokens to keep, or a number as 64t")
+    p.add_argument("--budget", type=budget, default="0.2", help="share of the prompt's tokens to keep, or 64t")
     p.add_argument(
         "--tasks", type=names, required=True, help="comma-separated task names of the harness, e.g. longbench_qasper"
     )
     p.add_argument("--include", type=readable_folder, help="folder with task files of your own")
-    p.add_argument("--data", type=Path, metavar="FILE", help="problems of gsm8k: its test.jsonl, or their folder")
+    p.add_argument("--data", type=existing_path, metavar="FILE", help="of gsm8k: its test.jsonl, or the folder")
     p.add_argument("--limit", type=count, help="examples per task (default: all)")
     p.add_argument("--batch", type=count, default=1, help="prompts that run together (default 1)")
     add_outputs(p)

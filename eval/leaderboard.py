@@ -30,9 +30,9 @@ from textkv.command import (
     count,
     methods,
     natural,
-    readable,
     run,
     some_text,
+    text_file,
     write_rows,
     write_text,
 )
@@ -244,7 +244,7 @@ def parser() -> argparse.ArgumentParser:
     add_choice(p, "tasks", TASKS)
     p.add_argument("--length", type=count, default=1024, help="tokens of a prompt with its answer (default 1024)")
     p.add_argument("--n", type=count, default=16, help="examples per task (default 16)")
-    p.add_argument("--text", type=readable, help="text for the perplexity; its last tenth is used")
+    p.add_argument("--text", type=text_file, help="text for the perplexity; its last tenth is used")
     p.add_argument(
         "--memory",
         type=natural,

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,12 +31,13 @@ from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from textkv import models
-from textkv.command import count, fractions, names, readable, run, some_text, write_rows
+from textkv.command import count, fractions, names, run, some_text, text_file, write_rows
 from textkv.masa import Conversion, Converted, Plan, attach, export, plan
 from textkv.masa.command import rows_of
 from textkv.masa.projections import find_projections
 from textkv.models.atoms import is_atoms, read_atoms
 from textkv.provenance import run_meta
+from textkv.records import read_fields, read_text
 
 from .arguments import add_outputs
 from .bootstrap import resampled
@@ -110,7 +110,7 @@ def converted(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     measured again."""
     model, tokenizer = load_text_model(args.model, args.device)
     ids = text_rows(tokenizer, args.text, args.rows, args.length)
-    text = args.text.read_text(encoding="utf-8") if args.text else None
+    text = read_text(args.text) if args.text else None
     board = {name: str(getattr(args, name)) for name in ("model", "rows", "length", "atoms", "groups")}
     board["text"] = hashlib.sha256((text or "").encode()).hexdigest()[:16]
     there = Losses(args.json.with_suffix(".jsonl"), board)
@@ -164,7 +164,7 @@ def _told(folder: Path) -> dict[str, Any]:
     path = folder / TOLD
     if not path.is_file():
         return {}
-    return dict(json.loads(path.read_text(encoding="utf-8")).get("settings", {}))
+    return read_fields(path, {}, {"settings": dict}).get("settings", {})
 
 
 def _method(about: dict[str, Any], folder: str) -> str:
@@ -200,7 +200,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--reductions", type=fractions, default="0.1,0.2,0.33", help="shares of the weights that go")
     p.add_argument("--atoms", type=count, default=1, help="matrices of each group and projection (default 1)")
     p.add_argument("--groups", type=count, default=1, help="groups of consecutive layers (default 1)")
-    p.add_argument("--text", type=readable, help="plain text; default: a small grammar's sentences")
+    p.add_argument("--text", type=text_file, help="plain text; default: a small grammar's sentences")
     p.add_argument("--rows", type=count, default=32, help="pieces of the text to measure on (default 32)")
     p.add_argument("--length", type=count, default=256, help="tokens of a piece (default 256)")
     add_outputs(p, when=", after every model", default="runs/masa.json", beside=(".jsonl",))

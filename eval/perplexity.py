@@ -26,7 +26,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from textkv import MethodCache, use
-from textkv.command import count, methods, readable, run, some_text, write_rows
+from textkv.command import count, methods, run, some_text, text_file, write_rows
 from textkv.provenance import run_meta
 
 from .arguments import add_outputs, checked_budget
@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cache", type=count, default=256, help="tokens to keep per layer and head (default 256)")
     p.add_argument("--tokens", type=count, default=8192, help="length of the text (default 8192)")
     p.add_argument("--stretches", type=count, default=8, help="parts of the text to be told apart (default 8)")
-    p.add_argument("--text", type=readable, help="the text (its last tenth is read); default: held-out plain sentences")
+    p.add_argument("--text", type=text_file, help="its last tenth is read; default: held-out plain sentences")
     add_outputs(p, "plot")
     return p
 

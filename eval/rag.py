@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import re
 import sys
 import time
@@ -34,11 +33,11 @@ from textkv.command import (
     finite,
     fraction,
     method,
-    readable,
     readable_folder,
     run,
     seed,
     some_text,
+    text_file,
     write_rows,
 )
 from textkv.intervals import wilson
@@ -49,6 +48,7 @@ from textkv.rag.dynamic import DynamicReader, Interval, Limits, Never, Policy
 from textkv.rag.index import words_of
 from textkv.rag.invented import World
 from textkv.rag.trigger import MODES, Trigger
+from textkv.records import parse, read_text
 
 from .arguments import add_choice, add_outputs
 from .bootstrap import resampled
@@ -98,10 +98,10 @@ def own_questions(path: Path) -> list[Asked]:
         ValueError: a line that is something else, or no line.
     """
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = parse(line)
                 found.append(Asked(str(row["question"]), str(row["answer"])))
             except (ValueError, TypeError, KeyError):
                 told = 'write {"question": "..", "answer": ".."}'
@@ -244,7 +244,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", type=some_text, default="smollm2", help=MODEL_HELP)
     add_choice(p, "methods", METHODS)
     p.add_argument("--documents", type=readable_folder, help="a folder of .txt and .md files, with --questions")
-    p.add_argument("--questions", type=readable, help="lines of JSON with a question and its answer")
+    p.add_argument("--questions", type=text_file, help="lines of JSON with a question and its answer")
     p.add_argument("--n", type=count, default=24, help="questions of the invented world")
     p.add_argument("--stories", type=count, default=16, help="chains of three facts in it")
     p.add_argument("--seed", type=seed, default=0, help="of the invented world")

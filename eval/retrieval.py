@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from textkv import MethodCache, Needs, models, use
-from textkv.command import count, natural, naturals, readable, run, some_text, write_rows
+from textkv.command import count, natural, naturals, run, some_text, text_file, write_rows
 from textkv.provenance import run_meta
 from textkv.reading import NAME, Recorder
 from textkv.retrievers.vectors import Vectors
@@ -182,7 +182,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--drawn", type=natural, default=20_000, help="keys of the drawn head (default 20,000; 0 = none)")
     p.add_argument("--asked", type=count, default=32, help="positions that ask (default 32)")
     p.add_argument("--degree", type=count, default=16, help="edges of a node (default 16)")
-    p.add_argument("--text", type=readable, help="the text (its last tenth is read); default: held-out plain sentences")
+    p.add_argument(
+        "--text", type=text_file, help="the text (its last tenth is read); default: held-out plain sentences"
+    )
     add_outputs(p, when=", after every length; gone on with if it exists")
     return p
 

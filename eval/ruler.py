@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from textkv.mini.filler import Filler, sentences
 from textkv.mini.tasks import place
 from textkv.mini.words import KEYS
+from textkv.records import read_text
 
 SEED = 2_000_000
 DIGITS = 4
@@ -155,7 +156,7 @@ class Maker:
             raise ValueError(f"length={length} leaves no room for facts; use at least {MIN_LENGTH}")
         self.tokenizer, self.length = tokenizer, length
         self._before, self._after = _frame(tokenizer)
-        text = _plain() if filler is None else filler.read_text(encoding="utf-8")
+        text = _plain() if filler is None else read_text(filler)
         self._filler = _Lines.text(tokenizer, text)
         if len(self._filler.ids) < length:
             raise ValueError(

@@ -30,7 +30,7 @@ import torch
 
 from agentkv.serve import engine_of
 from textkv import Conversation, resolve_method
-from textkv.command import budget, count, lengths, methods, run, some_text, write_rows
+from textkv.command import budget, count, lengths, methods, run, some_text, started, write_rows
 from textkv.crowd import Turns, order_of, play
 from textkv.mini import load_mini
 from textkv.provenance import run_meta
@@ -231,13 +231,13 @@ class Client:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
 
     def ask(self, told: dict[str, Any]) -> Reply:
-        """Sends a request and waits for its answer. Raises RuntimeError if it is an error."""
+        """Sends a request and waits for its answer. Raises ChildProcessError if it is an error."""
         begun = time.perf_counter()
         self._connection.request("POST", "/v1/chat/completions", json.dumps(told), {"Content-Type": "application/json"})
         answer = self._connection.getresponse()
         got = json.loads(answer.read())
         if answer.status != 200:
-            raise RuntimeError(f"the server says {answer.status}: {got}")
+            raise ChildProcessError(f"the server says {answer.status}: {got}")
         usage, text = got["usage"], got["choices"][0]["message"]["content"]
         cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
         return Reply(text, usage["prompt_tokens"], cached, time.perf_counter() - begun)
@@ -254,7 +254,7 @@ def serving(engine: ChatEngine) -> Iterator[int]:
     thread.start()
     while not server.started:
         if not thread.is_alive():
-            raise RuntimeError("the server did not start")
+            raise ChildProcessError("the server did not start")
         time.sleep(0.01)
     try:
         yield server.servers[0].sockets[0].getsockname()[1]
@@ -268,7 +268,7 @@ def transformers_serving(patience: float = 120.0) -> Iterator[tuple[int, str]]:
     """`transformers serve` with the embedded text model, while it is needed: its port, and the model's name there.
 
     Raises:
-        RuntimeError: it did not start, or did not answer in `patience` seconds.
+        ChildProcessError: it did not start, or did not answer in `patience` seconds.
     """
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
         model, tokenizer = load_mini()
@@ -278,17 +278,14 @@ def transformers_serving(patience: float = 120.0) -> Iterator[tuple[int, str]]:
         port = free.getsockname()[1]
         free.close()
         command = [str(Path(sys.executable).parent / "transformers"), "serve", folder, "--port", str(port)]
-        process = subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with started([*command, "--device", "cpu"], **quiet) as process:
             until = time.monotonic() + patience
             while not _open(port):
                 if process.poll() is not None or time.monotonic() > until:
-                    raise RuntimeError("transformers serve did not start")
+                    raise ChildProcessError("transformers serve did not start")
                 time.sleep(0.2)
             yield port, folder
-        finally:
-            process.terminate()
-            process.wait(20)
 
 
 def _open(port: int) -> bool:

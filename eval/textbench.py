@@ -23,6 +23,7 @@ from textkv.kinds import text_model
 from textkv.mini.filler import Filler
 from textkv.mini.speller import Speller
 from textkv.mini.tasks import EVALUATION_FILLER, FIRST_EVALUATION_SEED, Example, make_example
+from textkv.records import read_text
 
 from .biased import PLACEMENTS, biased_mini
 from .quantized import ForeignCache, open_cache
@@ -165,7 +166,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: Path | None) -> np.ndarra
     """Ids int64 of a text's last tenth (the embedded model never saw it), or of held-out plain sentences."""
     if text is None:
         return Filler.grammar(Speller(tokenizer), EVALUATION_FILLER).ids
-    whole = text.read_text(encoding="utf-8")
+    whole = read_text(text)
     return np.asarray(tokenizer(whole[-len(whole) // 10 :], add_special_tokens=False)["input_ids"], dtype=np.int64)
 
 

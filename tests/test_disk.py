@@ -14,7 +14,7 @@ from agentkv.play import Plan, Play, open_folder
 from agentkv.reading import read_run
 from dlm.batch import answer_all, read_items
 from tests.agentkv.fake_episodes import META, FakeEnv, FakePolicy
-from textkv.disk import NoSpace, write_whole
+from textkv.disk import NoSpace, whole_folder, write_whole
 from training.state import read_counters, save_state
 
 resource = pytest.importorskip("resource", reason="limits of a process are POSIX's")
@@ -121,6 +121,28 @@ def test_a_training_keeps_its_last_state(tmp_path, reliability):
         save_state(path, model, average, (), {"step": 2})
     assert read_counters(path) == {"step": 1} and os.listdir(tmp_path) == ["state.safetensors"]
     reliability(5, "no file over 5,000 bytes", "training", "one line, and the last state is whole")
+
+
+def test_a_folder_is_whole_or_as_it_was(tmp_path, reliability):
+    folder = tmp_path / "new" / "model"
+    for fault in (NoSpace, KeyboardInterrupt):
+        with pytest.raises(fault), full(100), whole_folder(folder) as draft:
+            (draft / "config.json").write_text("{}")
+            if fault is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            (draft / "model.safetensors").write_bytes(b"x" * 1_000)
+        assert not list((tmp_path / "new").iterdir())
+    for content in ("old", "newer"):
+        with whole_folder(folder) as draft:
+            (draft / "config.json").write_text(content)
+        assert (folder / "config.json").read_text() == content
+    (folder / "mine.txt").write_text("kept")
+    with pytest.raises(NoSpace, match="model: the disk is full"), full(100), whole_folder(folder) as draft:
+        (draft / "config.json").write_text("x" * 1_000)
+    assert sorted(os.listdir(folder)) == ["config.json", "mine.txt"] and os.listdir(tmp_path / "new") == ["model"]
+    assert (folder / "config.json").read_text() == "newer"
+    for command in ("textkv.masa convert", "textkv.masa export", "training"):
+        reliability(5, "no file over 100 bytes", command, "one line, and the folder is as it was")
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):

@@ -369,13 +369,12 @@ class MethodCache(Rollback):
 
     @classmethod
     def load(cls, folder: str | Path, model: PreTrainedModel) -> MethodCache:
-        """Reads what `save` wrote, for the same model.
-
-        Raises:
-            ValueError: damaged, of another format, or of another model.
-        """
+        """Reads what `save` wrote, for the same model. Raises ValueError: damaged, of another format or model."""
         header = store.read_header(Path(folder))
-        cache = cls(model, header["method"], header["budget"])
+        try:
+            cache = cls(model, header["method"], header["budget"])
+        except ValueError as error:
+            raise ValueError(f"{folder} cannot be gone on with: {error}") from None
         store.fill(cache.context, Path(folder), header, model)
         return cache
 

@@ -7,7 +7,6 @@ line that says what is wrong with which files.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from textkv.records import checked, parse
 
 FAULTS = {"missing_keys": "missing", "unexpected_keys": "unknown", "mismatched_keys": "of another shape"}
 TOKENIZERS = (
@@ -31,7 +32,10 @@ TOKENIZERS = (
 SHOWN = 4  # names of each kind
 LINE = 300  # characters of what a library says
 # Whatever a damaged config or file makes transformers stumble over.
-_STUMBLES = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError)
+_STUMBLES = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
+    ImportError, SafetensorError,
+)  # fmt: skip
 
 
 def load_model(load: Callable[..., Any], source: str | Path, *, unused: str = "", **options: Any) -> PreTrainedModel:
@@ -76,21 +80,24 @@ def load_tokenizer(load: Callable[..., Any], source: str | Path, **options: Any)
     return tokenizer
 
 
+NAMED = {"model_type": (str, type(None)), "architectures": (list[str], type(None)),
+         "eos_token_id": (int, list[int], type(None))}  # fmt: skip
+"""What is looked at here before transformers reads the same file."""
+
+
 def read_object(path: str | Path) -> dict[str, Any]:
     """The JSON object in a file beside weights, as config.json. Raises ValueError, with the file, for anything else."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        told = "nested too deep" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{path} cannot be read ({told}); download it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, no object; download it again")
-    return value
+        return checked(parse(Path(path).read_bytes(), finite=False), {}, NAMED)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); download it again") from None
 
 
 @contextmanager
-def readable_files(source: str | Path) -> Iterator[None]:
-    """What libraries say of files that they cannot read becomes one line with their place."""
+def readable_files(
+    source: str | Path, what: str = "a model", mend: str = "download or convert it again"
+) -> Iterator[None]:
+    """What libraries say of files that they cannot read as `what` becomes one line with their place."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -98,7 +105,7 @@ def readable_files(source: str | Path) -> Iterator[None]:
     except _STUMBLES as error:
         told = " ".join(str(error).split("\n\n")[0].split())[:LINE] or type(error).__name__
         kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-        raise kind(f"{source} cannot be read as a model ({told}); download or convert it again") from error
+        raise kind(f"{source} cannot be read as {what} ({told}); {mend}") from error
 
 
 def check_family(source: str | Path, load: Callable[..., Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,3 +68,35 @@ def replace_whole(path: Path, data: bytes) -> None:
         with suppress(OSError):
             part.unlink()  # it would keep the disk full
         raise
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A draft of `folder`, beside it, that becomes it when the context ends without an error, and is gone otherwise.
+
+    Where `folder` has files already, those of the draft take their place, weights last.
+
+    Raises:
+        NoSpace: see `disk_errors`.
+        OSError: it cannot be written for another reason.
+    """
+    with disk_errors(folder, "run the same command again"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name[:20]}-") as place:
+            draft = Path(place) / "draft"
+            draft.mkdir()
+            yield draft
+            move_files(draft, folder)
+
+
+def move_files(draft: Path, folder: Path) -> None:
+    """Move every file of `draft` into `folder`, over what is there: no moment lacks one of them."""
+    for path in draft.iterdir():
+        # Whatever the writing library and the umask made of it: others may read a model too.
+        path.chmod(0o644)
+    if not folder.exists():
+        draft.rename(folder)
+        draft.mkdir()  # as after moving what was in it
+        return
+    for path in sorted(draft.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
+        os.replace(path, folder / path.name)

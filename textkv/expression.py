@@ -41,8 +41,10 @@ def parse_call(part: str) -> tuple[str, list, dict]:
         return name, [], {}
     try:
         call = ast.parse(f"f({part[len(name) + 1 : -1]})", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError("brackets that are another's: f(1)(2), f(1) > (2)")
         args = [ast.literal_eval(a) for a in call.args]
         kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ValueError(f"method {part!r}: arguments must be plain numbers, strings or True/False") from None
     return name, args, kwargs

@@ -65,6 +65,23 @@ def read(path: Path, limit: int = MAX_BYTES) -> Any:
         raise ValueError(f"{path}: {error}") from None
 
 
+def read_fields(path: Path, must: Mapping[str, Kind], may: Mapping[str, Kind] | None = None) -> dict[str, Any]:
+    """The object in a file, see `read` and `checked`. Raises ValueError, which names the file, for anything else."""
+    value = read(path)
+    try:
+        return checked(value, must, may)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_text(path: Path) -> str:
+    """The text in a file. Raises ValueError, which names it, if that is not UTF-8, and OSError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or name another file") from None
+
+
 def read_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(meta, rows) of a file of results that is to be gone on with. Raises ValueError for what is none."""
     try:
@@ -144,7 +161,11 @@ def _is_tuple(hint: Any) -> bool:
 def _check(name: str, value: Any, kind: Kind) -> None:
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not any(fits(value, one) for one in kinds):
-        raise ValueError(f"{name} is {_said(value)}, not {' or '.join(one.__name__ for one in kinds)}")
+        raise ValueError(f"{name} is {_said(value)}, not {' or '.join(map(_named, kinds))}")
+
+
+def _named(kind: Kind) -> str:
+    return str(kind) if get_origin(kind) else kind.__name__
 
 
 def _said(value: Any) -> str:

@@ -138,6 +138,8 @@ def _fill(context: Context, header: dict[str, Any], model: PreTrainedModel) -> N
         layer.device = next((x.device for x in layer.tensors().values()), model.device)
         if layer.is_initialized and len(layer.held_positions()) != len(layer.real_seen):
             raise ValueError(f"layer {layer.kind.number} has tokens of {len(layer.held_positions())} rows")
+        if layer.is_initialized:
+            layer.lengths()  # asks each segment, which may lack what its header should have said
 
 
 def _line(error: Exception) -> str:

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from textkv import command
+from textkv.records import read_text
 from training.trainer import Settings
 
 S = TypeVar("S", bound=Settings)
@@ -50,7 +51,7 @@ def settings_of(args: argparse.Namespace, settings: type[S]) -> S:
 
 def text_of(args: argparse.Namespace) -> str | None:
     """What the file of `--text` holds, None without one."""
-    return args.text.read_text(encoding="utf-8") if args.text else None
+    return read_text(args.text) if args.text else None
 
 
 def _is_runs(folder: Path) -> bool:

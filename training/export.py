@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from textkv.disk import whole_folder
+from textkv.records import checked, parse
 
 TRAINED = "training.json"
 
@@ -21,6 +22,17 @@ def trained_folder(text: str) -> Path:
     if not (Path(text) / TRAINED).is_file():
         raise ValueError(f"{text!r} has no {TRAINED}; give the `latest` folder of a training")
     return Path(text)
+
+
+def read_trained(folder: Path) -> dict[str, Any]:
+    """What training.json says of a training. Raises ValueError, with the file, unless `export` wrote it."""
+    path = folder / TRAINED
+    try:
+        value = checked(parse(path.read_bytes()), {"step": int, "seconds": float}, {"model": str, "before": dict})
+        checked(value.get("before", {"step": 0, "seconds": 0.0}), {"step": int, "seconds": float})
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, or of another version: {error}; export the training again") from None
+    return value
 
 
 def export(
@@ -38,29 +50,16 @@ def export(
         trained: what training.json says of the training.
         settings: further JSON files by name, such as `generation_config={...}`.
     """
-    draft = folder.with_name(folder.name + ".draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    weights = {name: tensor.detach().half().cpu().contiguous() for name, tensor in average.items()}
-    save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": "float32"}
-    generation = getattr(model, "generation_config", None)
-    made = {"config": config} | ({"generation_config": generation.to_diff_dict()} if generation else {})
-    for name, values in (made | settings).items():
-        _write(draft / f"{name}.json", json.dumps(values, indent=2, sort_keys=True))
-    _write(draft / TRAINED, json.dumps(trained, indent=2))
-    tokenizer.save_pretrained(draft)
-    replace(draft, folder)
-    draft.rmdir()
-
-
-def replace(draft: Path, folder: Path) -> None:
-    """Move every file of `draft` into `folder`, over what is there: the package never lacks one of them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in draft.iterdir():
-        # Whatever the writing library and the umask made of it: a package's data must be readable to all.
-        path.chmod(0o644)
-        os.replace(path, folder / path.name)
+    with whole_folder(folder) as draft:
+        weights = {name: tensor.detach().half().cpu().contiguous() for name, tensor in average.items()}
+        save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
+        config = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": "float32"}
+        generation = getattr(model, "generation_config", None)
+        made = {"config": config} | ({"generation_config": generation.to_diff_dict()} if generation else {})
+        for name, values in (made | settings).items():
+            _write(draft / f"{name}.json", json.dumps(values, indent=2, sort_keys=True))
+        _write(draft / TRAINED, json.dumps(trained, indent=2))
+        tokenizer.save_pretrained(draft)
 
 
 def _write(path: Path, text: str) -> None:

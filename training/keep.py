@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.export import TRAINED, replace
+from textkv.disk import move_files
+from textkv.records import read_fields
+from training.export import read_trained
 
 FIGURES = "evaluation.json"
 Rows = Sequence[dict[str, Any]]
@@ -17,7 +19,7 @@ Rows = Sequence[dict[str, Any]]
 def recorded(folder: Path) -> float:
     """The score written beside the weights in `folder`, -1 if they were never measured."""
     path = folder / FIGURES
-    return float(json.loads(path.read_text(encoding="utf-8"))["score"]) if path.is_file() else -1.0
+    return float(read_fields(path, {"score": float})["score"]) if path.is_file() else -1.0
 
 
 def consider(
@@ -40,11 +42,11 @@ def consider(
         score, rows = measure(draft)
         # Strictly better: equal weights would only make the repository grow.
         if score > recorded(place):
-            trained = json.loads((draft / TRAINED).read_text(encoding="utf-8"))
+            trained = read_trained(draft)
             figures = {"score": score, "rows": list(rows)}
             (draft / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
             (draft / "README.md").write_text(readme(rows, trained), encoding="utf-8")
-            replace(draft, place)
+            move_files(draft, place)
     finally:
         shutil.rmtree(draft)
     return score

@@ -12,10 +12,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from textkv.checkpoints import listed, readable_files
 from textkv.disk import disk_errors
+from textkv.records import checked, parse
 
 Optimizers = Sequence[torch.optim.Optimizer]
 Average = dict[str, torch.Tensor]
+
+
+WHAT, MEND = "the state of a training", "move it away to begin anew, or use another --runs folder"
+COUNTERS = {"model": str, "step": int, "seconds": float}
 
 
 def save_state(
@@ -44,16 +50,23 @@ def save_state(
 
 
 def read_counters(path: Path) -> dict[str, Any]:
-    """The counters that `save_state` wrote to `path`."""
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["counters"])
+    """The counters that `save_state` wrote to `path`. Raises ValueError for a file that it did not write."""
+    with readable_files(path, WHAT, MEND), safe_open(path, framework="pt") as file:
+        return checked(parse((file.metadata() or {})["counters"]), {}, COUNTERS)
 
 
 def load_state(path: Path, model: torch.nn.Module, average: Average, optimizers: Optimizers) -> None:
-    """Read weights and moments that `save_state` wrote into the given objects."""
+    """Read weights and moments that `save_state` wrote into the given objects.
+
+    Raises:
+        ValueError: a file that it did not write, or with other weights than the model's.
+    """
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     weights = {"model": dict(model.named_parameters()), "average": average}
-    with safe_open(path, framework="pt") as file, torch.no_grad():
+    with readable_files(path, WHAT, MEND), safe_open(path, framework="pt") as file, torch.no_grad():
+        if missing := [f"{kind}.{name}" for kind, own in weights.items() for name in own
+                       if f"{kind}.{name}" not in file.keys()]:  # fmt: skip
+            raise ValueError(f"it lacks {listed(missing)}")
         for entry in file.keys():
             kind, _, rest = entry.partition(".")
             if kind in weights:

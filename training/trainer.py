@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from textkv import checkpoints, command
+from textkv.checkpoints import readable_files
 from training.export import export
-from training.state import load_state, read_counters, save_state
+from training.state import MEND, WHAT, load_state, read_counters, save_state
 
 
 def option(default: Any, told: str, kind: Callable[[str], Any] | None = None) -> Any:
@@ -116,13 +117,14 @@ class Trainer(ABC):
         self.average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         if self.state.exists():
             counters = read_counters(self.state)
-            if counters["model"] != self.kind:
+            if counters.get("model") != self.kind:
                 raise ValueError(
-                    f"model={self.kind!r}, but {self.state} holds a {counters['model']!r} training; "
+                    f"model={self.kind!r}, but {self.state} holds a {counters.get('model')!r} training; "
                     "use another --runs folder"
                 )
             load_state(self.state, model, self.average, optimizers)
-            self.restore(counters)
+            with readable_files(self.state, WHAT, MEND):
+                self.restore(counters)
 
     def counters(self) -> dict[str, Any]:
         """What else than tensors a restart needs."""

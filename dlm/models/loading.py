@@ -95,7 +95,8 @@ def _read(
     kind = _kind(source)
     with checkpoints.readable_files(source):
         config = kind.config_class.from_pretrained(source)
-    tokenizer = load_tokenizer(source, config.model_type, kind.decoding_spec_of(config))
+        spec = kind.decoding_spec_of(config)
+    tokenizer = load_tokenizer(source, config.model_type, spec)
     ends = generation_ends(source) + (() if tokenizer is None else end_ids(tokenizer, config.model_type))
     return kind, config, tokenizer, tuple(dict.fromkeys(ends))
 

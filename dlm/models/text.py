@@ -86,9 +86,10 @@ def load_tokenizer(source: str, model_type: str, spec: DecodingSpec) -> PreTrain
             f"the tokenizer at {source} has {len(tokenizer)} tokens, the model's mask is {spec.mask_id}: "
             "they do not belong together; use the tokenizer that came with the model"
         )
-    tokenizer.mask_token = tokenizer.convert_ids_to_tokens(spec.mask_id)
-    if tokenizer.pad_token_id is None and spec.pad_id < len(tokenizer):
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spec.pad_id)
+    with checkpoints.readable_files(source):  # a config may hold no whole numbers there
+        tokenizer.mask_token = tokenizer.convert_ids_to_tokens(spec.mask_id)
+        if tokenizer.pad_token_id is None and spec.pad_id < len(tokenizer):
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spec.pad_id)
     # A base model's tokenizer lacks the marks; with the template it would spell them out in letters.
     if (
         tokenizer.chat_template is None

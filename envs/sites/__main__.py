@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 
 from textkv.command import port, run
 
@@ -49,8 +48,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
 def _serve(template: Template, port: int) -> None:
     with SiteServer(template, port) as server:
         print(f"{template.package.name} is at {server.address('index.html')} (Ctrl-C closes it)", flush=True)
-        with suppress(KeyboardInterrupt):
-            server.wait()
+        server.wait()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 
+from textkv.command import ran
+from textkv.disk import replace_whole
+
 REGISTRY = "https://registry.npmjs.org"  # npm's own default; `npm config set registry` or NPM_CONFIG_REGISTRY change it
 _TIMEOUT = 60  # seconds without an answer
 _SERVED = (".html", ".css", ".js", ".svg", ".png", ".jpg", ".ico", ".woff", ".woff2", ".ttf", ".webmanifest")
@@ -90,11 +93,7 @@ def install(package: Package) -> Path:
         return package.path
     archive = _by_npm(package) if shutil.which("npm") else _by_hand(package)
     _check(package, archive, "what came from the registry")
-    package.path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, so that the rename stays on one disk and nobody ever sees half a file.
-    with tempfile.NamedTemporaryFile(dir=package.path.parent, delete=False) as file:
-        file.write(archive)
-    os.replace(file.name, package.path)
+    replace_whole(package.path, archive)
     return package.path
 
 
@@ -103,10 +102,10 @@ def _by_npm(package: Package) -> bytes:
     wanted = f"{package.name}@{package.version}"
     with tempfile.TemporaryDirectory() as folder:
         command = ["npm", "pack", wanted, "--pack-destination", folder, "--ignore-scripts", "--loglevel", "error"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        code, told = ran(command, hear=True, cwd=folder, stdout=subprocess.DEVNULL)
         archives = list(Path(folder).glob("*.tgz"))
-        if done.returncode or len(archives) != 1:
-            said = [line for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"]
+        if code or len(archives) != 1:
+            said = [line for line in told.splitlines() if line.strip()] or ["it gave no reason"]
             raise SitesMissing(
                 f"npm could not fetch {wanted} ({said[0].strip()[:200]}): is the network there, and does npm's "
                 "registry have it? (npm config get registry)"

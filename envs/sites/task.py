@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from textkv.records import checked, parse
+
 from ..allow import AllowList
 from ..tab import Tab
 from ..task import Task, Verdict
@@ -148,6 +150,8 @@ class SiteTask(Task):
     def verdict(self, tab: Tab, answer: str | None = None) -> Verdict:
         """Solved once the data are as they should become; until then the episode goes on."""
         stored = tab.evaluate(_READ)
-        if stored is not None and facts(json.loads(stored)["data"]) == self._solved:
-            return Verdict(True, 1.0, "everything is as it was asked for")
-        return Verdict(False)
+        try:
+            solved = stored is not None and facts(checked(parse(stored), {"data": dict})["data"]) == self._solved
+        except (ValueError, TypeError, LookupError, AttributeError):  # a page may store whatever it likes
+            solved = False
+        return Verdict(True, 1.0, "everything is as it was asked for") if solved else Verdict(False)

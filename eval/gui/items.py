@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any, ClassVar
 from PIL import Image, UnidentifiedImageError
 
 from agentkv.envs.actions import Single
+from textkv.records import listed, parse
 from textkv.registry import Registry
 
 MAX_BYTES = 512_000_000  # of one annotation file; the largest published one has 34 MB
@@ -130,13 +130,14 @@ class Reader:
             try:
                 if path.stat().st_size > MAX_BYTES:
                     raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
-                text = path.read_text(encoding="utf-8")
-                lines = path.suffix == ".jsonl"
-                values = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
-                if not isinstance(values, list):
-                    raise ValueError("it is no list")
-            except (OSError, ValueError, RecursionError) as error:
-                self.problems.append(f"{path}: {str(error).splitlines()[0]}; left out")
+                data = path.read_bytes()
+                values = (
+                    list(self._lines(path, data))
+                    if path.suffix == ".jsonl"
+                    else listed(parse(data, finite=False), Any, "it")
+                )
+            except (OSError, ValueError) as error:
+                self.left_out(str(path), error)
                 continue
             for number, value in enumerate(values):
                 where = f"{path.name} entry {number}"
@@ -144,6 +145,15 @@ class Reader:
                     yield where, value
                 else:
                     self.problems.append(f"{where}: it is no object; left out")
+
+    def _lines(self, path: Path, data: bytes) -> Iterator[Any]:
+        """The values of the lines; one that is damaged is left out alone."""
+        for number, line in enumerate(data.splitlines(), 1):
+            try:
+                if line.strip():
+                    yield parse(line, finite=False)  # an entry may be refused for it, the file must not
+            except ValueError as error:
+                self.left_out(f"{path}:{number}", error)
 
     def left_out(self, where: str, why: object) -> None:
         """Takes down what was left out."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from textkv.command import count, fractions, natural, readable, results_file, run, some_text, write_rows
+from textkv.command import count, fractions, natural, results_file, run, some_text, text_file, write_rows
 from textkv.provenance import run_meta
 
 from ..arguments import add_choice
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     beside.add_argument("--length", type=count, default=1024, help="tokens of a prompt, question included (1024)")
     beside.add_argument("--n", type=count, default=4, help="prompts of each task (default 4)")
     beside.add_argument("--overlap", type=natural, default=2, help="prompts whose kept tokens are compared (default 2)")
-    beside.add_argument("--text", type=readable, help="text to fill prompts with; default: a small grammar's sentences")
+    beside.add_argument("--text", type=text_file, help="text to fill prompts with (a small grammar's sentences)")
     beside.add_argument("--json", type=results_file("eval.peers"), help="write the rows here")
     return p
 

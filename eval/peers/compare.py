@@ -7,7 +7,6 @@ hold; overlap is the share of kept (layer, head, token) that both sides keep.
 from __future__ import annotations
 
 import json
-import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +19,9 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from textkv import models
+from textkv.command import ran
 from textkv.intervals import wilson
+from textkv.records import parse
 
 from ..board import SPOKEN
 from ..ruler import Maker, score
@@ -60,17 +61,15 @@ def peer_lines(job: dict[str, Any]) -> list[dict[str, Any]]:
     """What the other side says.
 
     Raises:
-        RuntimeError: it did not come to its end; with its last line.
+        ChildProcessError: it did not come to its end; with its last line.
     """
     with tempfile.TemporaryDirectory() as folder:
         asked, out = Path(folder) / "job.json", Path(folder) / "out.jsonl"
         asked.write_text(json.dumps(job), encoding="utf-8")
-        ran = subprocess.run(
-            [str(python()), str(SIDE), str(asked), str(out)], stderr=subprocess.PIPE, text=True, check=False
-        )
-        if ran.returncode:
-            raise RuntimeError(f"kvpress ended with {ran.returncode}: {(ran.stderr.strip().splitlines() or [''])[-1]}")
-        return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        code, said = ran([str(python()), str(SIDE), str(asked), str(out)], hear=True)
+        if code:
+            raise ChildProcessError(f"kvpress ended with {code}: {(said.strip().splitlines() or [''])[-1]}")
+        return [parse(line) for line in out.read_bytes().splitlines()]
 
 
 def our_lines(job: dict[str, Any], name: str) -> tuple[list[dict[str, Any]], PreTrainedTokenizerBase]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from textkv.command import ran
 from textkv.models import root
 
 KVPRESS = "kvpress==0.5.5"
@@ -36,10 +36,17 @@ def install() -> Path:
     place = folder()
     if (place / _READY).is_file():
         return place
-    subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+    _run([sys.executable, "-m", "venv", str(place)])
     pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     torch = version("torch").partition("+")[0]
-    subprocess.run([*pip, f"torch=={torch}"], check=True)
-    subprocess.run([*pip, f"torch=={torch}", KVPRESS, TRANSFORMERS], check=True)
+    _run([*pip, f"torch=={torch}"])
+    _run([*pip, f"torch=={torch}", KVPRESS, TRANSFORMERS])
     (place / _READY).touch()
     return place
+
+
+def _run(command: list[str]) -> None:
+    """Raises ChildProcessError if the command fails; what it says is seen."""
+    code, _ = ran(command)
+    if code:
+        raise ChildProcessError(f"{' '.join(command[1:4])} ended with {code}; see above, then run `{COMMAND}` again")

@@ -1,7 +1,8 @@
 """`python -m tests.fuzz --inputs 1000000`: random input for all that reads a person, a model or a file.
 
 Each reader gets its share of the inputs, near right ones and far from them. It may accept one, or refuse it with the
-error that it promises. For each reader a line: inputs, accepted, refused, other exceptions, and the slowest input.
+error that it promises. For each reader a line: inputs, accepted, refused, other exceptions, processor time, and the
+slowest input. With --json the figures are written as they come, and --resume goes on with them.
 Exit code 1 for any other exception, or an input that took longer than the limit.
 """
 
@@ -15,43 +16,63 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from textkv.command import count, names, results_file, run, seed, write_rows
 from textkv.provenance import run_meta
+from textkv.records import read_results
 
+from .files import Files
 from .targets import Target, one_line, opened
 
+READERS = {kind.__name__: kind for kind in dict.fromkeys([*Target.__subclasses__(), Files])}
+"""All of them, by name."""
+
 LIMIT = 5.0  # seconds of processor time for one input; a sweep of the garbage collector takes less
-SHOWN = 10
+SHOWN = 10  # exceptions after which a reader is left
+PIECE = 5_000  # inputs after which the figures are written
 
 
-def fuzz(target: Target, inputs: int, first: int) -> dict[str, Any]:
-    """A report of `inputs` inputs; the same `first` seed gives the same ones."""
-    done = accepted = refused = 0
-    slowest, raised = 0.0, []
-    begin = time.perf_counter()
-    while done < inputs:
-        number = f"{target.name}/{first}/{done}"
+def fuzz(target: Target, inputs: int, first: int, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A report of `inputs` inputs; the same `first` seed gives the same ones. `known` is the report of the first of
+    them, which is gone on with.
+    """
+    report = known or {"reader": target.name, "inputs": 0, "accepted": 0, "refused": 0, "other": 0, "slowest": 0.0,
+                       "slowest_input": "", "seconds": 0.0, "raised": []}  # fmt: skip
+    begin = time.process_time()
+    while report["inputs"] < inputs and report["other"] < SHOWN:
+        number = f"{target.name}/{first}/{report['inputs']}"
         made = target.make(random.Random(number))
-        done += target.batch
+        report["inputs"] += target.batch
         start = time.process_time()
         try:
             target.read(made)
-            accepted += target.batch
+            report["accepted"] += target.batch
         except target.promised as error:
-            refused += target.batch
+            report["refused"] += target.batch
             one_line(error)
         except Exception as error:
             where = traceback.format_exc(limit=-3)
-            if len(raised) < SHOWN and where not in (other["trace"] for other in raised):
-                raised.append({"input": number, "error": repr(error)[:200], "trace": where, "made": repr(made)[:300]})
-            elif len(raised) == SHOWN:
-                break
-        slowest = max(slowest, time.process_time() - start)
-    seconds = time.perf_counter() - begin
-    about = {"reader": target.name, "inputs": done, "accepted": accepted, "refused": refused}
-    return about | {"other": len(raised), "slowest": round(slowest, 3), "seconds": round(seconds, 1), "raised": raised}
+            if where not in (other["trace"] for other in report["raised"]):
+                report["other"] += 1
+                about = {"input": number, "error": repr(error)[:200], "trace": where, "made": repr(made)[:300]}
+                report["raised"].append(about)
+        took = time.process_time() - start
+        if took > report["slowest"]:
+            report["slowest"], report["slowest_input"] = round(took, 3), number
+    report["seconds"] = round(report["seconds"] + time.process_time() - begin, 1)
+    return report
+
+
+def begun(path: Path | None, first: int) -> dict[str, dict[str, Any]]:
+    """Reports by reader from the file of an earlier start with the same seed; those that found nothing to mend."""
+    if path is None or not path.is_file():
+        return {}
+    meta, rows = read_results(path)
+    if meta.get("seed") != first:
+        raise ValueError(f"{path} is of seed {meta.get('seed')}, not {first}; give another --json, or that --seed")
+    return {row["reader"]: row for row in rows if not row["raised"]}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,29 +81,34 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--inputs", type=count, default=1_000_000, help="in total (default 1000000)")
     p.add_argument("--only", type=names, default=[], help="comma-separated readers (default: all)")
     p.add_argument("--seed", type=seed, default=0, help="first seed; the same one gives the same inputs (0)")
-    p.add_argument("--json", type=results_file("tests.fuzz"), help="write the figures here too")
+    p.add_argument("--json", type=results_file("tests.fuzz"), help="write the figures here too, as they come")
+    p.add_argument("--resume", action="store_true", help="go on with the readers and inputs that --json does not hold")
     return p
 
 
 def work(args: argparse.Namespace, argv: list[str]) -> int:
     """Fuzz; 1 if anything but the promised was raised."""
     warnings.simplefilter("ignore")
-    known = {kind.__name__: kind for kind in Target.__subclasses__()}
-    chosen = [kind for name, kind in known.items() if name in (args.only or known)]
-    unknown = [name for name in args.only if name not in known]
+    chosen = [kind for name, kind in READERS.items() if name in (args.only or READERS)]
+    unknown = [name for name in args.only if name not in READERS]
     if unknown:
-        raise ValueError(f"there is no reader {unknown[0]!r}; use {', '.join(known)}")
-    rows: list[dict[str, Any]] = []
+        raise ValueError(f"there is no reader {unknown[0]!r}; use {', '.join(READERS)}")
+    known_rows = begun(args.json, args.seed) if args.resume else {}
+    meta, rows = run_meta("tests.fuzz", argv, args.seed), []
     for kind in chosen:
+        wanted, row = round(args.inputs * kind.share / sum(one.share for one in chosen)), known_rows.get(kind.__name__)
+        rows.append(row or {})
         with opened(kind) as target:
-            row = fuzz(target, round(args.inputs * kind.share / sum(one.share for one in chosen)), args.seed)
+            while row is None or (row["inputs"] < wanted and row["other"] < SHOWN):
+                row = fuzz(target, min((row or {"inputs": 0})["inputs"] + PIECE, wanted), args.seed, row)
+                rows[-1] = row | {"raised": [one["error"] for one in row["raised"]]}
+                write_rows(args.json, meta, rows)
         for one in row["raised"]:
             print(f"{one['input']}: {one['error']}\n  {one['made']}\n{one['trace']}", file=sys.stderr)
-        rows.append(row | {"raised": [one["error"] for one in row["raised"]]})
         print(json.dumps(rows[-1]), flush=True)
     total = {name: sum(row[name] for row in rows) for name in ("inputs", "accepted", "refused", "other")}
     print(json.dumps({"reader": "all"} | total))
-    write_rows(args.json, run_meta("tests.fuzz", argv, args.seed), rows)
+    write_rows(args.json, meta, rows)
     return int(total["other"] > 0 or any(row["slowest"] > LIMIT for row in rows))
 
 

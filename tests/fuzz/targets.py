@@ -355,7 +355,7 @@ class Saves(Target):
         data, header, tensors = made
         place = self.folder / "x"
         place.mkdir(exist_ok=True)
-        if data:
+        if header is None:
             (place / FILE).write_bytes(data)
         else:
             text = json.dumps(header)

@@ -2,7 +2,8 @@
 and write docs/reliability.json and docs/reliability.md.
 
 `python -m tests.reliability add ROWS.json` takes the rows of a command in instead: {"rows": [{"kind", "fault",
-"command", "outcome", "by", "n"}]}. `python -m tests.reliability page` only draws the page.
+"command", "outcome", "by", "n"}]}. `python -m tests.reliability page` only draws the page. Each time
+the rows of docs/fuzz.json and docs/soak.json are taken in.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from .measured import measured
 from .rows import Row, merge, read
 
 TESTS = Path(__file__).parents[1]
@@ -38,7 +40,7 @@ class Collector:
 def main(argv: list[str]) -> int:
     """The command; pytest's exit code."""
     if argv == ["page"]:
-        merge([])
+        merge(measured())
         return 0
     if argv[:1] == ["add"]:
         merge(row for name in argv[1:] for row in read(Path(name)))
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
     told = [str(path) for path in sorted(TESTS.rglob("test_*.py")) if f"{FIXTURE}(" in path.read_text(encoding="utf-8")]
     collector = Collector()
     code = pytest.main(["-q", *(argv or told)], plugins=[collector])
-    merge(collector.rows)
+    merge([*collector.rows, *measured()])
     print(f"{len(collector.rows)} cases")
     return int(code)
 

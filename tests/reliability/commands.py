@@ -6,21 +6,25 @@ import argparse
 import ast
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
-from textkv._start import missing_extra
+from textkv._start import EXTRAS, missing_extra
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("agentkv", "dlm", "envs", "eval", "kernels", "textkv", "training")
 HANDED_ON = {("eval.speed", "decode"): "eval.decode_speed"}
 """Commands that another one hands its arguments to, with the module that they are in."""
 
-INNER = {"eval.peers.kvpress_side"}
-"""Run by `eval.peers` alone, in an environment of its own."""
+INNER = {"eval.peers.kvpress_side", "textkv.command._watch"}
+"""Started by other commands alone, by their paths."""
 ELSEWHERE = {"textkv.methods.duo_attention": "textkv.duo.identify"}
 """Where `main` is, for a method that is a command only as it is run."""
 
@@ -61,12 +65,15 @@ def _is_guard(node: ast.stmt) -> bool:
 @cache
 def commands() -> tuple[Command, ...]:
     """All of them, those below others in their place."""
-    return tuple(x for name in names() if name not in lacking() for x in _commands_of(name))
+    lacking()
+    return tuple(x for name in names() for x in _commands_of(name))
 
 
 @cache
 def lacking() -> dict[str, str]:
-    """The commands that cannot begin here, with the line that names the extra that is not installed."""
+    """The commands that cannot begin here, with the line that names the extra that is not installed; their modules can
+    be imported afterwards.
+    """
     found = {}
     for name in names():
         try:
@@ -76,7 +83,49 @@ def lacking() -> dict[str, str]:
             if told is None:
                 raise
             found[name] = told
+            with extras_played():
+                _module(name)
     return found
+
+
+class _Anything(ModuleType):
+    """A package that is not installed: each of its names is an empty class."""
+
+    __path__: ClassVar[list[str]] = []
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class _Player(MetaPathFinder, Loader):
+    """Finds packages of extras that are not installed."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """A stand-in, for those alone."""
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in EXTRAS else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """An empty one."""
+        return _Anything(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing to run."""
+
+
+@contextmanager
+def extras_played() -> Iterator[None]:
+    """A context in which what lacks an extra can be imported, so that its options are looked at too."""
+    player, before = _Player(), set(sys.modules)
+    sys.meta_path.append(player)  # last: what is installed is found first
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(player)
+        for name in set(sys.modules) - before:
+            if isinstance(sys.modules[name], _Anything):
+                del sys.modules[name]
 
 
 def _module(name: str) -> ModuleType:

@@ -19,6 +19,7 @@ FROM_ONE = [*COUNTS, ("zero", "0")]
 LISTS = [EMPTY, ("empty list", ","), ("empty list", " , ")]
 BUDGETS = [*NUMBERS, ("zero", "0"), ("percent", "40"), ("no tokens", "0t"), ("half a token", "12.5t")]
 METHODS = [("unknown name", "snapvk"), ("malformed", "snapkv("), ("unknown argument", "snapkv(x=1)")]
+READABLE = [EMPTY, ("missing", "{nowhere}"), ("folder for a file", "{folder}")]
 TEXTS = [EMPTY, ("blank", "  ")]
 
 WRONG: dict[str, list[tuple[str, str]]] = {
@@ -57,7 +58,8 @@ WRONG: dict[str, list[tuple[str, str]]] = {
     "sizes_of": [*NUMBERS, *LISTS, ("zero", "0B"), ("no unit", "512"), ("one of a list", "8GB,nan")],
     "rates": [*COUNTS, *LISTS, ("too few", "4000,50"), ("zero", "0,50,1GB"), ("nan", "nan,50,1GB")],
     "device": [("unknown device", "toaster"), ("device that is not there", "cuda:77")],
-    **dict.fromkeys(("readable", "_prompt"), [EMPTY, ("missing", "{nowhere}"), ("folder for a file", "{folder}")]),
+    "readable": READABLE,
+    **dict.fromkeys(("text_file", "_prompt"), [*READABLE, ("not UTF-8", "{binary}")]),
     "readable_folder": [EMPTY, ("missing", "{nowhere}"), ("file for a folder", "{file}")],
     **dict.fromkeys(("existing_path", "trained_folder"), [EMPTY, ("missing", "{nowhere}")]),
     "cluster": [*TEXTS, ("no port", "somewhere"), ("no port", "host:"), ("beyond the last port", "host:65536")],
@@ -85,7 +87,8 @@ def places(tmp_path_factory):
     (root / "folder" / "thesis.tex").write_text("chapter 7")
     (root / "file").write_text('{"chapters": 7}')
     (root / "empty").write_text("")
-    return {name: str(root / name) for name in ("folder", "file", "empty", "nowhere")}
+    (root / "binary").write_bytes(b"a\xff")
+    return {name: str(root / name) for name in ("folder", "file", "empty", "binary", "nowhere")}
 
 
 def refused(command: Command, argv: list[str], capsys) -> str:

@@ -31,9 +31,11 @@ from textkv.command.arguments import (
     seed,
     size,
     some_text,
+    text_file,
     threads,
     weight,
 )
+from textkv.command.below import ran, started
 from textkv.command.crew import Crew, add_crew
 from textkv.command.ending import run, terminable
 from textkv.command.handover import hand_over
@@ -79,6 +81,7 @@ __all__ = [
     "port",
     "positive",
     "processes",
+    "ran",
     "readable",
     "readable_folder",
     "results_file",
@@ -88,7 +91,9 @@ __all__ = [
     "seed",
     "size",
     "some_text",
+    "started",
     "terminable",
+    "text_file",
     "threads",
     "weight",
     "writable_folder",

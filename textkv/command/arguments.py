@@ -5,6 +5,7 @@ No option of a command has a bare `int`, `float`, `str` or `Path`: what a type h
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import math
 import re
@@ -28,6 +29,7 @@ _UNITS = {"b": 1, "ib": 1} | {
     for middle, base in (("", 1000), ("i", 1024))
 }
 LARGEST = 2**31 - 1  # of a count or a seed: what numpy, torch and Chromium all take
+PIECE = 1 << 20  # bytes that are read at once
 LONGEST = 10**9  # seconds, minutes: more than a clock's sleep takes is no time
 
 
@@ -243,6 +245,19 @@ def readable(text: str) -> Path:
         path.open("rb").close()
     except OSError as error:
         raise ArgumentTypeError(f"{path} cannot be read ({error.strerror}); name another file") from None
+    return path
+
+
+def text_file(text: str) -> Path:
+    """An existing file of UTF-8 text."""
+    path, decoder = readable(text), codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        try:
+            while piece := file.read(PIECE):
+                decoder.decode(piece)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            raise ArgumentTypeError(f"{path} is not UTF-8 text; convert it, or name another file") from None
     return path
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-from textkv._start import missing_extra
+from textkv._start import command, missing_extra
 
 REFUSED, STOPPED, TERMINATED = 2, 130, 143  # the latter two: 128 + number of the signal
-PATIENCE = 2.5  # seconds in which what is open may be closed after a signal
+PATIENCE = 2.0  # seconds in which what is open may be closed after a signal
+TIDYING = 0.5  # further seconds for temporary folders of what did not let itself be closed: three in all
 LINE = 400  # characters of a line that tells an error
 
 
@@ -59,7 +63,12 @@ def run(
             return REFUSED
         except KeyboardInterrupt:
             print(stopped, file=sys.stderr)
+            _go(STOPPED)
             return STOPPED
+        except SystemExit as end:
+            if end.code == TERMINATED:
+                _go(TERMINATED)
+            raise
 
 
 def one_line(error: BaseException) -> str:
@@ -101,7 +110,7 @@ def _refuse(message: str) -> NoReturn:
 def terminable(stopped: str = "stopped") -> Iterator[None]:
     """A context in which SIGTERM and Ctrl-C end the process as an exception does: what is open is closed, workers are
     ended. What has not let itself be closed after `PATIENCE` is left, with the line `stopped` after a Ctrl-C: workers
-    and browsers end by themselves when this process has gone.
+    and browsers end by themselves when this process has gone, and temporary folders are removed still.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -127,7 +136,28 @@ def terminable(stopped: str = "stopped") -> Iterator[None]:
             timer.cancel()
 
 
+def _go(code: int) -> None:
+    """End a process that was started for the command alone: to take torch apart costs the interpreter a second."""
+    if command(sys.orig_argv) and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # it is ending already
+        _leave(code, "")
+
+
 def _leave(code: int, line: str) -> None:
     sys.stderr.write(line)
-    sys.stderr.flush()
+    tidying = threading.Thread(target=_tidy, daemon=True)
+    tidying.start()
+    tidying.join(TIDYING)
     os._exit(code)
+
+
+def _tidy() -> None:
+    """What is otherwise left to the end of the interpreter, which does not come."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    for process in multiprocessing.active_children():
+        process.terminate()
+    weakref.finalize._exitfunc()  # the folders of `tempfile`, beside others
+    multiprocessing.util._run_finalizers(0)  # semaphores, of which its tracker would complain

@@ -38,10 +38,10 @@ from textkv.command import (
     natural,
     output_file,
     positive,
-    readable,
     run,
     seed,
     some_text,
+    text_file,
     threads,
 )
 from textkv.duo.mean_qk import mean_qk_scores
@@ -50,6 +50,7 @@ from textkv.duo.pattern import FILE, Pattern
 from textkv.duo.training import GateTraining, Progress, train_gates
 from textkv.mini.rows import Rows
 from textkv.mini.tasks import MIN_LENGTH
+from textkv.records import read_text
 
 TEXT_ROWS = 50
 """Rows of text that `mean_qk` averages over."""
@@ -139,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--how", choices=("distillation", "mean_qk"), default="distillation")
     command.add_argument("--task", choices=("passkeys", "recall"), default="passkeys", help="recall: the mini model's")
-    command.add_argument("--text", type=readable, help="haystack; default: sentences of a small grammar")
+    command.add_argument("--text", type=text_file, help="haystack; default: sentences of a small grammar")
     command.add_argument("--passkeys", type=count, default=PasskeyConfig.count, help="passkeys hidden in a sample")
     command.add_argument("--words", type=count, default=PasskeyConfig.words, help="words of a passkey")
     command.add_argument("--shortest", type=count, default=PasskeyConfig.shortest, help="shortest haystack, in tokens")
@@ -176,7 +177,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     known = model.config.get_text_config().max_position_embeddings
     longest = args.longest or min(PasskeyConfig.longest, known)
     config = PasskeyConfig(args.passkeys, args.words, min(args.shortest, longest), longest)
-    text = args.text.read_text(encoding="utf-8") if args.text else None
+    text = read_text(args.text) if args.text else None
     pattern = _with_progress(model, drawer(args.task, tokenizer, config, text, args.seed), args.how, settings)
     pattern.save(out)
     told = ", ".join(f"{name} {value:.3f}" for name, value in pattern.summary().items())

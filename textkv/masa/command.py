@@ -22,11 +22,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from textkv import models
-from textkv.command import count, device, fraction, hand_over, natural, output_folder, readable, run, some_text
+from textkv.command import count, device, fraction, hand_over, natural, output_folder, run, some_text, text_file
+from textkv.disk import whole_folder
 from textkv.masa.checkpoint import save
 from textkv.masa.conversion import Conversion, convert
 from textkv.mini.filler import sentences
 from textkv.models.atoms import FILE, is_atoms
+from textkv.records import read_text
 
 TRAINING = "training.masa.train"
 PLAIN = "model.safetensors"
@@ -61,7 +63,7 @@ def converted(args: argparse.Namespace) -> None:
         projections=args.projections,
     )
     model, tokenizer = models.load(args.model, device=args.device)
-    text = args.text.read_text(encoding="utf-8") if args.text else None
+    text = read_text(args.text) if args.text else None
     made = convert(model, wanted, rows_of(tokenizer, text, args.texts, args.length))
     about = {"model": args.model, "cuts": made.cuts, "reduction": made.reduction, "atoms": args.atoms}
     file = save(model, args.out, tokenizer, getattr(torch, args.dtype), about)
@@ -82,8 +84,9 @@ def exported(args: argparse.Namespace) -> None:
     if not is_atoms(place):
         raise ValueError(f"model {args.model} holds no {FILE}; it has plain weights already")
     model, tokenizer = models.load(args.model, dtype=getattr(torch, args.dtype))
-    model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    with whole_folder(args.out) as draft:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
     print(args.out)
 
 
@@ -101,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--reduction", type=fraction, default=0.2, help="share of attention weights to go (default 0.2)")
     make.add_argument("--atoms-only", action="store_true", help="no low rank rests, whatever the reduction is then")
     make.add_argument("--projections", type=some_text, default="qkvo", help="which are converted (default qkvo)")
-    make.add_argument("--text", type=readable, help="plain text to calibrate on; default: a small grammar's sentences")
+    make.add_argument("--text", type=text_file, help="plain text to calibrate on; default: a small grammar's sentences")
     make.add_argument("--texts", type=count, default=32, help="pieces of it (default 32)")
     make.add_argument("--length", type=count, default=256, help="tokens of a piece (default 256)")
     make.add_argument("--device", type=device, default="", help="cpu, cuda ... (default: a GPU where there is one)")

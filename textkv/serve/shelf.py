@@ -78,10 +78,14 @@ class Shelf:
         self._stored: list[_OnDisk] = []
         self._lock, self._number, self.peak_bytes = Lock(), 0, 0
         self._own: Path | None = None
+        self._folder: tempfile.TemporaryDirectory | None = None
         if self.disk is not None:
             self.disk.mkdir(parents=True, exist_ok=True)
             # Of this process alone: prompts of others are none of its business, and it removes what it made.
-            self._own = Path(tempfile.mkdtemp(prefix="conversations-", dir=self.disk))
+            self._folder = tempfile.TemporaryDirectory(
+                prefix="conversations-", dir=self.disk, ignore_cleanup_errors=True
+            )
+            self._own = Path(self._folder.name)
 
     def take(self, told: Dialogue) -> Conversation:
         """The conversation that is best gone on from, or a new one. Give it back with `put`, unless it failed."""
@@ -131,8 +135,8 @@ class Shelf:
         """Forgets all, and removes what lies on disk."""
         with self._lock:
             self._kept, self._stored = [], []
-            if self._own is not None:
-                shutil.rmtree(self._own, ignore_errors=True)
+            if self._folder is not None:
+                self._folder.cleanup()
 
     def __len__(self) -> int:
         return len(self._kept) + len(self._stored)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv.attention import release, runs_on_ours
 from textkv.cache import MethodCache
-from textkv.command import count, output_file, readable, run, some_text
+from textkv.command import count, output_file, run, some_text, text_file
 from textkv.duo.identify import add_running, load_model
 from textkv.evidence import Evidence, Needs, QueryCentres
 from textkv.kinds import text_config, text_model
@@ -34,6 +34,7 @@ from textkv.layer import Layer
 from textkv.method import Method
 from textkv.mini.filler import sentences
 from textkv.positions import RotarySpec
+from textkv.records import read_text as file_text
 from textkv.tri_attention.centres import FILE, Centres
 
 TOKENS = 32_768
@@ -138,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n\n")[0],
     )
     command.add_argument("--model", type=some_text, required=True, help='"mini", a model folder, or a hub id')
-    command.add_argument("--text", type=readable, help="plain text; default: sentences of a small grammar")
+    command.add_argument("--text", type=text_file, help="plain text; default: sentences of a small grammar")
     command.add_argument(
         "--out",
         type=OUT,
@@ -162,7 +163,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     folder = Path(args.model)
     out = args.out or OUT(str(folder / FILE if folder.is_dir() else FILE))
     model, tokenizer = load_model(args.model, getattr(torch, args.dtype), args.device)
-    text = args.text.read_text(encoding="utf-8") if args.text else None
+    text = file_text(args.text) if args.text else None
     ids = read_text(tokenizer, text, args.tokens)
     name = folder.resolve().name if folder.is_dir() else args.model
     made = calibrate(model, ids, args.length, tokenizer.bos_token_id, name)

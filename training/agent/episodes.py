@@ -10,11 +10,14 @@ import json
 import os
 import random
 import re
+import sys
 import time
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
+from textkv.records import checked, listed, parse
 from training.agent.drawn import think
 from training.agent.packing import Ask, Turn
 from training.agent.tasks import MEMORY
@@ -52,10 +55,24 @@ class EpisodeStore:
         for path in sorted(self.folder.glob("*.npz")):
             if path.name not in self._known:
                 self._known.add(path.name)
-                with np.load(path) as data:
-                    screens = data["screens"]
-                    for episode in json.loads(str(data["episodes"])):
-                        self.by_task.setdefault(episode["task"], []).append((screens, episode))
+                try:
+                    self._take(path)
+                except (OSError, ValueError, LookupError, EOFError, BadZipFile) as error:
+                    print(f"{path}: {' '.join(str(error).split())}; left out", file=sys.stderr)
+
+    def _take(self, path: Path) -> None:
+        """All episodes of a file, or none."""
+        with np.load(path) as data:
+            screens, found = data["screens"], listed(parse(str(data["episodes"])), dict, "episodes")
+        if not found:
+            raise ValueError("it holds no episode")
+        for episode in found:
+            checked(episode, {"task": str, "goal": str, "steps": list})
+            for step in listed(episode["steps"], dict, "steps"):
+                if not 0 <= checked(step, {"screen": int, "answer": str, "asks": list})["screen"] < len(screens):
+                    raise ValueError(f"there is no screen {step['screen']}")
+        for episode in found:
+            self.by_task.setdefault(episode["task"], []).append((screens, episode))
 
     def sample(self, rng: random.Random) -> list[Turn]:
         """A random task's random episode as turns; long episodes keep the screenshots of one window of steps, as

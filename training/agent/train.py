@@ -7,7 +7,6 @@ training.agent.collect`). The averaged weights are exported to `RUNS/latest`.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections import defaultdict
@@ -33,7 +32,7 @@ from training.agent.shape import mini_config
 from training.agent.tokenizer import MAX_NUMBER, build_tokenizer
 from training.agent.words import tokenizer_texts
 from training.command import parser_of, set_threads, settings_of
-from training.export import TRAINED
+from training.export import read_trained
 from training.trainer import Settings, Trainer, kept_tokenizer, loader, option
 
 
@@ -222,7 +221,7 @@ def _optimizers(names: dict[str, torch.nn.Parameter], rate: float) -> list[torch
 
 def _trained(start: Path | None) -> dict[str, float]:
     """Steps and seconds that the weights in `start` have seen, which the README of the weights tells."""
-    told = json.loads((start / TRAINED).read_text(encoding="utf-8")) if start else {"step": 0, "seconds": 0.0}
+    told = read_trained(start) if start else {"step": 0, "seconds": 0.0}
     before = told.get("before", {"step": 0, "seconds": 0.0})
     return {name: told[name] + before[name] for name in before}
 

@@ -7,7 +7,6 @@ if it answers more of them than what lies there. The figures go beside it, into 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from dlm.mini.problems import FIRST_EVALUATION_SEED
 from textkv.command import checked, count, run, some_text
 from training.command import add_threads, set_threads
 from training.dlm.evaluate import measure
-from training.export import TRAINED, trained_folder
+from training.export import read_trained, trained_folder
 from training.keep import Rows, consider, recorded
 
 TITLES = {"llada": "LLaDA", "dream": "Dream", "guider": "guider (Qwen2)"}
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Measure, install."""
     set_threads(args)
-    kind = json.loads((args.latest / TRAINED).read_text(encoding="utf-8"))["model"]
+    kind = read_trained(args.latest)["model"]
     before = recorded(WEIGHTS / kind)
     told = partial(readme, hardware=args.hardware)
     exact = consider(args.latest, WEIGHTS / kind, solved(args.n, args.gen_length), told)

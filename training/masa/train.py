@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from textkv.command import count, fraction, positive, readable, run
+from textkv.command import count, fraction, positive, run, text_file
 from textkv.masa import Sharing, save, share
 from textkv.mini import WEIGHTS
 from textkv.mini.filler import sentences
@@ -169,7 +169,7 @@ def _config(settings: MasaSettings, tokenizer: PreTrainedTokenizerFast) -> Llama
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = parser_of(MasaSettings, "training.masa.train", __doc__, "runs/masa")
-    p.add_argument("--text", type=readable, help="the text; its last tenth is held out")
+    p.add_argument("--text", type=text_file, help="the text; its last tenth is held out")
     return p
 
 

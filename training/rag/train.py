@@ -37,6 +37,7 @@ from textkv.models.loading import MINI, load
 from textkv.provenance import run_meta
 from textkv.rag.embedders import load_embedder
 from textkv.rag.rewards import Reward
+from textkv.records import listed, read_fields
 from training.rag.curve import draw
 from training.rag.data import HELD_OUT, KINDS, tasks
 from training.rag.measure import measure
@@ -98,7 +99,7 @@ class Study:
         same = {"settings": vars(self.tunings[seed]), "n": self.args.n, "model": self.args.model, "tasks": self.kind}
         known = folder / "row.json"
         if known.is_file():
-            found = json.loads(known.read_text(encoding="utf-8"))
+            found = read_fields(known, {"about": dict, "row": dict})
             if found["about"] != same:
                 raise ValueError(f"{folder} was made with other settings; use another --runs folder")
             return found["row"]
@@ -145,8 +146,9 @@ class Study:
 
 
 def _history(folder: Path) -> list[dict]:
-    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    return [entry for entry in state["log_history"] if CPU_SECONDS in entry]
+    path = folder / "trainer_state.json"
+    logged = read_fields(path, {"log_history": list})["log_history"]
+    return [entry for entry in listed(logged, dict, f"log_history of {path}") if CPU_SECONDS in entry]
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

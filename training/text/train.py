@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 
-from textkv.command import count, fraction, positive, readable, run, threads
+from textkv.command import count, fraction, positive, run, text_file, threads
 from textkv.mini.facts import TASKS
 from textkv.mini.filler import sentences
 from training.command import parser_of, set_threads, settings_of, text_of
@@ -185,7 +185,7 @@ def _tokenizer(start: Path | None, text: str | None) -> PreTrainedTokenizerFast:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = parser_of(TextSettings, "training.text.train", __doc__, "runs/mini_text")
-    p.add_argument("--text", type=readable, help="ordinary text to learn as well (its last tenth is left out)")
+    p.add_argument("--text", type=text_file, help="ordinary text to learn as well (its last tenth is left out)")
     return p
 
 

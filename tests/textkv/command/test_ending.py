@@ -127,6 +127,31 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} >= {"begun", "closed"}
 
 
+STUCK = """
+    import sys, tempfile, time
+    from pathlib import Path
+    from textkv.command import terminable
+
+    with terminable("t: stopped"), tempfile.TemporaryDirectory(dir=sys.argv[1]):
+        try:
+            (Path(sys.argv[1]) / "begun").touch()
+            time.sleep(600)
+        finally:
+            time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills by signal")
+def test_what_cannot_be_closed_leaves_no_temporary_folder(tmp_path):
+    root = Path(__file__).parents[3]
+    words = [sys.executable, "-c", textwrap.dedent(STUCK), tmp_path]
+    stuck = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(root)}, stderr=subprocess.PIPE, text=True)
+    _wait(tmp_path / "begun")
+    stuck.send_signal(signal.SIGINT)
+    assert stuck.communicate()[1] == "t: stopped\n" and stuck.returncode == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["begun"]
+
+
 def _wait(path, seconds=240):
     end = time.monotonic() + seconds
     while not path.exists():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import subprocess
 import sys
 import zipfile
 from importlib.util import find_spec
@@ -132,9 +131,9 @@ def test_no_network_is_called_that(index, listed, capsys, monkeypatch) -> None:
 
 def test_pip_may_be_missing(index, listed, capsys, monkeypatch) -> None:
     def run(command, **options):
-        return subprocess.CompletedProcess(command, 1, "", f"{sys.executable}: No module named pip\n")
+        return 1, f"{sys.executable}: No module named pip\n"
 
-    monkeypatch.setattr(fetch.subprocess, "run", run)
+    monkeypatch.setattr(fetch, "ran", run)
     assert "No module named pip" in refused(["install", "tiny"], capsys)
 
 
