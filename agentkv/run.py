@@ -34,13 +34,11 @@ from agentkv.stats import UNITS, summarise
 from agentkv.tables import method_table, stdout_console, task_table
 from agentkv.trace import RUN, need_space
 from textkv import resolve_method
+from textkv.arguments import budget, device, methods
 from textkv.command import (
-    budget,
     count,
-    device,
     episodes,
     existing_path,
-    methods,
     names,
     output_folder,
     readable_folder,

@@ -21,21 +21,9 @@ from safetensors import SafetensorError
 from transformers.utils import cached_file, logging
 
 from textkv import resolve_method
+from textkv.arguments import budget, device
 from textkv.checkpoints import read_object
-from textkv.command import (
-    budget,
-    checked,
-    cluster,
-    count,
-    device,
-    port,
-    processes,
-    run,
-    seconds,
-    size,
-    some_text,
-    writable_folder,
-)  # fmt: skip
+from textkv.command import checked, cluster, count, port, processes, run, seconds, size, some_text, writable_folder
 from textkv.models.loading import resolve
 from textkv.records import read_text
 

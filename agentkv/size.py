@@ -22,20 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from agentkv.models import AGENTS, MINI, OWN_AGENT
 from textkv import resolve_method
+from textkv.arguments import budgets, method
 from textkv.capacity import ModelShape
-from textkv.command import (
-    budgets,
-    count,
-    lengths,
-    method,
-    names,
-    natural,
-    results_file,
-    run,
-    size,
-    some_text,
-    write_rows,
-)
+from textkv.command import count, lengths, names, natural, results_file, run, size, some_text, write_rows
 from textkv.crowd import Rates, Turns, order_of, play
 from textkv.models.loading import resolve
 from textkv.provenance import run_meta

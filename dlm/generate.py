@@ -26,18 +26,8 @@ from dlm.models import answer_text
 from dlm.show import Painter
 from dlm.sources import DTYPES, ModelInfo, dtype_of, model_info, open_guide, open_model
 from dlm.unmask import Guider
-from textkv.command import (
-    count,
-    device,
-    output_file,
-    readable,
-    results_file,
-    run,
-    seed,
-    some_text,
-    text_file,
-    write_rows,
-)
+from textkv.arguments import device
+from textkv.command import count, output_file, readable, results_file, run, seed, some_text, text_file, write_rows
 from textkv.provenance import run_meta
 from textkv.records import read_text
 

@@ -21,7 +21,7 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGEL
 """Files at the root, and the pages that they become."""
 REFERENCE = (
     "textkv", "textkv.method", "textkv.segments.base", "textkv.retrievers.base", "textkv.conformance", "textkv.command",
-    "textkv.reuse.kvcomm", "textkv.reuse.epicache", "agentkv", "dlm",
+    "textkv.arguments", "textkv.reuse.kvcomm", "textkv.reuse.epicache", "agentkv", "dlm",
 )  # fmt: skip
 KERNELS = "textkv.kernels"
 TITLE = "    options:\n      heading_level: 1\n      show_root_full_path: true\n"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from agentkv.models import AGENTS
-from textkv.command import budgets, device, methods, readable_folder, some_text
+from textkv.arguments import budgets, device, methods
+from textkv.command import readable_folder, some_text
 
 
 def add_data(p: argparse.ArgumentParser, told: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 
-from textkv import Budget, command, resolve_method
+from textkv import Budget, arguments, command, resolve_method
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -15,12 +15,15 @@ def add_methods(p: argparse.ArgumentParser, methods: str, budget: str, *, all_kn
     choice = "all, or comma-separated" if all_known else "comma-separated"
     p.add_argument(
         "--methods",
-        type=command.methods(*all_known * ["all"]),
+        type=arguments.methods(*all_known * ["all"]),
         default=methods,
         help=f"{choice} methods and compositions",
     )
     p.add_argument(
-        "--budget", type=command.budget, default=budget, help="share of the prompt's tokens to keep, or a number as 64t"
+        "--budget",
+        type=arguments.budget,
+        default=budget,
+        help="share of the prompt's tokens to keep, or a number as 64t",
     )
 
 
@@ -37,7 +40,7 @@ def add_outputs(
     module = p.prog.removeprefix("python -m ").partition(" ")[0]
     written, rows = command.results_file(module), command.results_file(module, beside)
     p.add_argument(
-        "--device", type=command.device, default="", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)"
+        "--device", type=arguments.device, default="", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)"
     )
     p.add_argument("--json", type=rows, default=default, help=f"write the rows here{when}")
     told = {"markdown": "write the table here too", "plot": "write a picture here, as PNG"}

@@ -26,7 +26,8 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from textkv import Method, MethodCache, list_methods, resolve_method
-from textkv.command import budgets, count, methods, run, some_text, text_file, write_rows, write_text
+from textkv.arguments import budgets, methods
+from textkv.command import count, run, some_text, text_file, write_rows, write_text
 from textkv.provenance import run_meta
 from textkv.reading import Reading, ReadsItself
 from textkv.report import scanned

@@ -23,7 +23,8 @@ from rich.progress import track
 from rich.table import Table
 
 from textkv import Budget, MethodCache, resolve_method
-from textkv.command import budgets, count, lengths, methods, run, some_text, text_file, write_rows
+from textkv.arguments import budgets, methods
+from textkv.command import count, lengths, run, some_text, text_file, write_rows
 from textkv.models.embedder import Embedder
 from textkv.provenance import run_meta
 from textkv.reuse.chat import ends

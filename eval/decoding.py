@@ -32,7 +32,7 @@ from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
 from dlm.models import DecodingSpec, answer_text
 from dlm.sources import DTYPES, MINI_GUIDES, MINI_MODELS, dtype_of, model_info, open_guide, open_model
 from dlm.unmask import Guider, is_rule, list_rules, parse_rule
-from textkv import command
+from textkv import arguments, command
 from textkv.expression import parse_call, split_parts
 from textkv.provenance import run_meta
 
@@ -316,7 +316,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=command.seed, default=0, help="of the random numbers (0)")
     command.add_crew(p, 1, "each with the models; 1 = this one")
     p.add_argument(
-        "--device", type=command.device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)"
+        "--device", type=arguments.device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)"
     )
     p.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     p.add_argument(

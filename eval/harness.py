@@ -30,7 +30,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dlm.config import add_arguments, from_arguments
 from dlm.sources import dtype_of, model_info, open_model
 from textkv import MethodCache, use
-from textkv.command import budget, count, existing_path, names, readable_folder, run, some_text, write_rows
+from textkv.arguments import budget
+from textkv.command import count, existing_path, names, readable_folder, run, some_text, write_rows
 from textkv.devices import device_of
 from textkv.provenance import run_meta
 

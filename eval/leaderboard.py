@@ -23,19 +23,8 @@ from rich.progress import track
 from rich.table import Table
 
 from textkv import list_methods
-from textkv.command import (
-    Crew,
-    add_crew,
-    budgets,
-    count,
-    methods,
-    natural,
-    run,
-    some_text,
-    text_file,
-    write_rows,
-    write_text,
-)
+from textkv.arguments import budgets, methods
+from textkv.command import Crew, add_crew, count, natural, run, some_text, text_file, write_rows, write_text
 from textkv.intervals import wilson
 from textkv.mini.facts import TASKS
 from textkv.mini.tasks import FIRST_EVALUATION_SEED

@@ -26,7 +26,8 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from textkv import MethodCache, use
-from textkv.command import count, methods, run, some_text, text_file, write_rows
+from textkv.arguments import methods
+from textkv.command import count, run, some_text, text_file, write_rows
 from textkv.provenance import run_meta
 
 from .arguments import add_outputs, checked_budget

@@ -28,18 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from textkv import models
-from textkv.command import (
-    count,
-    finite,
-    fraction,
-    method,
-    readable_folder,
-    run,
-    seed,
-    some_text,
-    text_file,
-    write_rows,
-)
+from textkv.arguments import method
+from textkv.command import count, finite, fraction, readable_folder, run, seed, some_text, text_file, write_rows
 from textkv.intervals import wilson
 from textkv.provenance import run_meta
 from textkv.rag import Index, Reader, read_folder

@@ -30,7 +30,8 @@ import torch
 
 from agentkv.serve import engine_of
 from textkv import Conversation, resolve_method
-from textkv.command import budget, count, lengths, methods, run, some_text, started, write_rows
+from textkv.arguments import budget, methods
+from textkv.command import count, lengths, run, some_text, started, write_rows
 from textkv.crowd import Turns, order_of, play
 from textkv.mini import load_mini
 from textkv.provenance import run_meta

@@ -33,14 +33,13 @@ from agentkv.stats import UNITS, summarise
 from agentkv.tables import stdout_console
 from agentkv.trace import RUN, episode_folder
 from textkv import Budget, resolve_method
+from textkv.arguments import budgets, methods
 from textkv.command import (
     Crew,
     add_crew,
-    budgets,
     count,
     episodes,
     lengths,
-    methods,
     names,
     output_folder,
     results_file,

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from textkv import checkpoints, command
+from textkv import arguments, checkpoints, command
 from textkv.checkpoints import readable_files
 from training.export import export
 from training.state import MEND, WHAT, load_state, read_counters, save_state
@@ -49,7 +49,7 @@ class Settings:
     check_steps: int = option(500, "steps between held-out checks", command.count)
     workers: int = option(1, "processes that make the data", command.threads)
     seed: int = option(7, "of the data and the first weights", command.seed)
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where it computes", command.device)
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where it computes", arguments.device)
 
     def __post_init__(self) -> None:
         if self.minutes <= 0:

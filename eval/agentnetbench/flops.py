@@ -22,7 +22,8 @@ from transformers.initialization import no_init_weights
 
 from agentkv.tables import stdout_console
 from textkv import MethodCache, use
-from textkv.command import budget, count, methods, results_file, run, write_rows
+from textkv.arguments import budget, methods
+from textkv.command import count, results_file, run, write_rows
 from textkv.provenance import run_meta
 
 from ..arguments import checked_budget

@@ -1,6 +1,7 @@
 """Every option of every command meets everything that cannot be right for its type: one line, exit code 2, no work.
 
-The types are those of `textkv.command`; an option with any other type fails here, so that a new one is checked too.
+The types are those of `textkv.command` and `textkv.arguments`; an option with any other type fails here, so that a new
+one is checked too.
 """
 
 import argparse
@@ -119,7 +120,7 @@ def request(command: Command, option: argparse.Action, value: str, places: dict[
 def test_everything_that_cannot_be_right_is_refused_by_its_type(command, places, capsys, reliability):
     for option in command.options:
         name, kind = "/".join(option.option_strings) or option.metavar or option.dest, kind_of(option)
-        assert kind in ALL, f"{command.title} {name}: type {kind} is none of textkv.command that is tested here"
+        assert kind in ALL, f"{command.title} {name}: type {kind} is none of ours that is tested here"
         for fault, value in ALL[kind]:
             said = value.format(**places)
             line = refused(command, request(command, option, said, places), capsys)

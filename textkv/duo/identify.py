@@ -31,19 +31,8 @@ from transformers import (
 )
 
 from textkv import checkpoints, models
-from textkv.command import (
-    count,
-    device,
-    finite,
-    natural,
-    output_file,
-    positive,
-    run,
-    seed,
-    some_text,
-    text_file,
-    threads,
-)
+from textkv.arguments import device
+from textkv.command import count, finite, natural, output_file, positive, run, seed, some_text, text_file, threads
 from textkv.duo.mean_qk import mean_qk_scores
 from textkv.duo.passkeys import PasskeyConfig, Passkeys, Sample, recall_sample
 from textkv.duo.pattern import FILE, Pattern

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from textkv import models
-from textkv.command import count, device, fraction, hand_over, natural, output_folder, run, some_text, text_file
+from textkv.arguments import device
+from textkv.command import count, fraction, hand_over, natural, output_folder, run, some_text, text_file
 from textkv.disk import whole_folder
 from textkv.masa.checkpoint import save
 from textkv.masa.conversion import Conversion, convert

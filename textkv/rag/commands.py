@@ -12,18 +12,8 @@ import re
 import sys
 from collections.abc import Sequence
 
-from textkv.command import (
-    budget,
-    checked,
-    count,
-    finite,
-    hand_over,
-    method,
-    output_folder,
-    readable_folder,
-    run,
-    some_text,
-)
+from textkv.arguments import budget, method
+from textkv.command import checked, count, finite, hand_over, output_folder, readable_folder, run, some_text
 from textkv.models.loading import load
 from textkv.rag.answer import Answer, Reader
 from textkv.rag.atlas import Atlas

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from textkv.command import checked, count, device, lengths, results_file, run, some_text, write_rows
+from textkv.arguments import device
+from textkv.command import checked, count, lengths, results_file, run, some_text, write_rows
 from textkv.intervals import wilson
 from textkv.mini import load_mini
 from textkv.mini.facts import TASKS, check_task

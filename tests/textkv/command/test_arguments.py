@@ -4,7 +4,8 @@ from argparse import ArgumentTypeError
 
 import pytest
 
-from textkv.command import count, device, fraction, lengths, names, numbers, readable, seed
+from textkv.arguments import device
+from textkv.command import count, fraction, lengths, names, numbers, readable, seed
 
 
 @pytest.mark.parametrize(
