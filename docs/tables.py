@@ -121,6 +121,17 @@ def masa() -> str:
     return markdown(["method", "attention weights", "of full", "perplexity"], lines)
 
 
+def masa_converted() -> str:
+    """What fewer attention weights cost SmolLM2 without training."""
+    lines = []
+    for row in rows("masa-converted.json"):
+        within = f"{row['perplexity']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
+        share = f"{row['attention_share']:.0%}".replace("%", " %")
+        ratio = f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+        lines.append([f"`{row['method']}`", f"{row['attention_parameters']:,}", share, within, ratio])
+    return markdown(["method", "attention weights", "of full", "perplexity", "times full"], lines)
+
+
 def rag() -> str:
     """Answers by each way of searching, and how they differ from a search every so many tokens."""
     lines = []
@@ -272,6 +283,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoding": decoding,
     "cost": cost,
     "masa": masa,
+    "masa-converted": masa_converted,
     "rag": rag,
     "porag": porag,
     "peers": peers,
