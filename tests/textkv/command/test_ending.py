@@ -145,10 +145,15 @@ STUCK = """
 def test_what_cannot_be_closed_leaves_no_temporary_folder(tmp_path):
     root = Path(__file__).parents[3]
     words = [sys.executable, "-c", textwrap.dedent(STUCK), tmp_path]
-    stuck = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(root)}, stderr=subprocess.PIPE, text=True)
+    # What ignores Ctrl-C here, as whatever a shell starts in the background, would ignore it there.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        stuck = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(root)}, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     _wait(tmp_path / "begun")
     stuck.send_signal(signal.SIGINT)
-    assert stuck.communicate()[1] == "t: stopped\n" and stuck.returncode == 130
+    assert stuck.communicate(timeout=60)[1] == "t: stopped\n" and stuck.returncode == 130
     assert [path.name for path in tmp_path.iterdir()] == ["begun"]
 
 
