@@ -26,7 +26,7 @@ class Case:
 
     Attributes:
         ready: whether it has started what is below it.
-        ci: the signal that it meets in CI, None where its start takes too long for that.
+        ci: the signal that it meets in CI; None where its start takes too long, or others there start the same things.
         programs: names under which a program that sleeps is found first on the PATH.
         before: makes in its folder what it needs, and gives further environment variables.
         browser: whether it needs a real one.
@@ -132,15 +132,15 @@ CASES = {
     "agentkv.run": Case(f"{PLAYED} --out run", plays, STOP, browser=True),
     "agentkv.serve": Case("--model mini --disk d --port {port}", listens, STOP),
     "agentkv.serve,ray": Case("--model mini-text --ray local --replicas 1 --port {port}", serves, None),
-    "dlm.check_models": Case("", fills, END),
+    "dlm.check_models": Case("", fills, None),
     "envs.install": Case("", sleeps, KILL, ("apt-get", "sudo"), elsewhere, browser=True),
-    "envs.oracle": Case("--seeds 5000 --task click-test", browses, STOP, browser=True),
-    "envs.pixels": Case("", browses, END, browser=True),
-    "envs.record": Case("--episodes 5000 --out recordings", browses, KILL, browser=True),
+    "envs.oracle": Case("--seeds 5000 --task click-test", browses, None, browser=True),
+    "envs.pixels": Case("", browses, None, browser=True),
+    "envs.record": Case("--episodes 5000 --out recordings", browses, None, browser=True),
     "envs.shop": Case("--port {port}", listens, STOP),
-    "envs.sites,install": Case("install", sleeps, KILL, ("npm",), elsewhere),
+    "envs.sites,install": Case("install", sleeps, None, ("npm",), elsewhere),
     "envs.sites,serve": Case("serve gentelella --port {port}", listens, STOP),
-    "eval.conversations": Case("--methods epicache --tokens 512 --conversations 50", fills, END),
+    "eval.conversations": Case("--methods epicache --tokens 512 --conversations 50", fills, None),
     "eval.leaderboard": Case(
         "--methods snapkv --budgets 0.5 --length 128 --n 5000 --json b.json",
         # Two workers and multiprocessing's own tracker; a worker that still imports must end too.
@@ -150,7 +150,7 @@ CASES = {
         "--methods full --length 128 --n 5000 --json b.json --workers 1 --ray local", acts, END,
     ),
     "eval.peers,install": Case("install", lambda command: command.has("venv"), STOP, before=elsewhere),
-    "eval.peers,compare": Case("compare --n 1 --length 512", sleeps, END, before=peer),
+    "eval.peers,compare": Case("compare --n 1 --length 512", sleeps, None, before=peer),
     "eval.serving": Case("--conversations 4 --steps 2 --holds 1 --methods full", fills, END),
     "eval.serving,peer": Case(f"{FEW} --peer", lambda command: command.has("transformers"), None),
     "eval.webtasks": Case(
@@ -161,9 +161,9 @@ CASES = {
         lambda command: plays(command) and acts(command), None, browser=True,
     ),
     "textkv.models": Case("install smollm2 --out m", lambda command: command.has("pip"), KILL, before=elsewhere),
-    "training.agent.collect": Case("--folder episodes", browses, END, browser=True),
-    "training.agent.evaluate": Case("--episodes 5000", browses, KILL, browser=True),
-    "training.agent.keep": Case("--latest none", browses, STOP, browser=True),
+    "training.agent.collect": Case("--folder episodes", browses, None, browser=True),
+    "training.agent.evaluate": Case("--episodes 5000", browses, None, browser=True),
+    "training.agent.keep": Case("--latest none", browses, None, browser=True),
     "training.text.train": Case("--runs r --workers 2", lambda command: len(command.children) > 1, None),
 }  # fmt: skip
 """By name; behind a comma is what tells cases of one command apart."""
