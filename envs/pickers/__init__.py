@@ -1,4 +1,4 @@
-"""What Chromium shows outside of the page's own picture, drawn in it: lists, calendars, colours, tips, form complaints.
+"""What Chromium shows outside of the page's own picture, drawn inside it: lists, calendars, colours, form complaints.
 
 The scripts of this folder run in a world of their own in every frame of a page. Chromium opens its popup as it does for
 a person (by mouse, by keys, by `showPicker()`); they notice it by `:open`, close it and draw theirs in the same place.
@@ -18,7 +18,7 @@ from playwright.sync_api import CDPSession
 
 WORLD = "agentkv"
 BINDING = "agentkvHear"
-_PARTS = ("stage", "lists", "dates", "colours", "tips", "keys", "events")
+_PARTS = ("stage", "lists", "dates", "colours", "keys", "events")
 _FOLDER = Path(str(files("agentkv.envs"))) / "pickers"
 
 

@@ -3,7 +3,7 @@ const MOUSE = "pointerdown mousedown pointerup mouseup click dblclick auxclick c
 let refused = null; // the owner whose popup was just closed by a press on it
 
 function openFor(owner) {
-  if (owner === refused || (stage.shown?.owner === owner && !stage.shown.tip)) return;
+  if (owner === refused || stage.shown?.owner === owner) return;
   if (owner.localName === "select") openSelect(owner);
   else if (owner.type === "color") openColours(owner);
   else if (owner.type in AS || owner.type === "time") openDates(owner);
@@ -34,9 +34,8 @@ function rootsOf(event) {
 }
 
 function onMouse(event) {
+  const popup = stage.shown;
   if (!event.isTrusted) return;
-  if (event.type === "mousedown" || event.type === "wheel") hideTip();
-  const popup = stage.shown?.tip ? null : stage.shown;
   if (popup && window === outer && popup.inside(event.clientX, event.clientY)) {
     event.stopImmediatePropagation();
     // a pointer event that is prevented has no mouse events after it, and the wheel shall turn the popup's own rows
@@ -54,13 +53,11 @@ function onMouse(event) {
     if (suggests && event.button === 0 && refused !== target) setTimeout(() => event.defaultPrevented || openSuggestions(target));
   }
   if (event.type === "wheel" && popup) popup.close();
-  if (event.type === "mousemove") onRest(event);
   if (event.type === "mousedown" || event.type === "click") setTimeout(replaceNative, 0, ...rootsOf(event));
 }
 
 function onKey(event) {
   if (!event.isTrusted) return;
-  hideTip();
   const popup = stage.shown;
   const roots = rootsOf(event);
   refused = null;

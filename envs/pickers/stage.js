@@ -31,7 +31,6 @@ const LOOK = `
   .grid > * { padding: 5px; border-radius: 3px; }
   .day { color: #5f6368; }
   .side { display: flex; }
-  .tip { padding: 2px 6px; max-width: 320px; font-size: 12px; white-space: pre-wrap; }
   .bubble { padding: 8px 12px; max-width: 300px; border-radius: 4px; white-space: pre-wrap; }
 `;
 
@@ -61,8 +60,8 @@ function holder(owner) {
   return outer.document.documentElement;
 }
 
-// `popup`: {owner, body, modal, key(event) -> taken, choose(part), hover(part), closed(), spot() -> its place, tip};
-// its parts are elements with `part`, an object of the popup's own
+// `popup`: {owner, body, modal, key(event) -> taken, choose(part), hover(part), closed()}; its parts are elements with
+// `part`, an object of the popup's own
 function show(popup) {
   stage.shown?.close();
   const host = outer.document.createElement("div");
@@ -83,7 +82,7 @@ function show(popup) {
     return null;
   };
   popup.place = () => {
-    const [at, size] = [popup.spot?.() ?? placeOf(popup.owner), host.getBoundingClientRect()];
+    const [at, size] = [placeOf(popup.owner), host.getBoundingClientRect()];
     const below = at.top + at.height + size.height <= outer.innerHeight || at.top < size.height;
     const top = below ? Math.min(at.top + at.height, outer.innerHeight - size.height) : at.top - size.height;
     const left = Math.min(at.left, outer.innerWidth - size.width);

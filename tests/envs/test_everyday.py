@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from agentkv.envs import live
-from agentkv.envs.actions import Action, Click, Drag, Hotkey, KeyDown, KeyUp, Move, Scroll, Type
+from agentkv.envs.actions import Action, Click, Drag, Hotkey, KeyDown, KeyUp, Scroll, Type
 from agentkv.envs.browser import Browser
 from agentkv.envs.web import WebEnv
 
@@ -60,10 +60,6 @@ class Person:
         quad = session.send("DOM.getBoxModel", {"nodeId": parts[0]["nodeId"]})["model"]["content"]
         session.detach()
         return (quad[0] + quad[4]) / 2, (quad[1] + quad[5]) / 2
-
-    def rest(self, selector: str) -> dict[str, Any]:
-        box = self.env.page.locator(selector).bounding_box()
-        return self.do(Move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2))
 
     def choose(self, *texts: str) -> dict[str, Any]:
         for text in texts:
@@ -303,18 +299,6 @@ def a_number_by_its_arrows(who: Person) -> None:
     who.click("#number")
     who.do(Hotkey(("ArrowUp",)), Hotkey(("ArrowUp",)))
     assert who.value("number") == "7"
-
-
-def a_tip_is_shown_to_a_pointer_that_rests(who: Person) -> None:
-    who.rest("#plain")
-    before = who.env.render()
-    who.rest("#tip")
-    assert who.open() and not np.array_equal(before, who.env.render())
-    who.rest("#plain")
-    assert not who.open() and np.array_equal(before, who.env.render())
-    who.rest("#tip")
-    who.click("#tip", right=3)  # a press takes it away for as long as the pointer stays
-    assert not who.open()
 
 
 def what_is_folded_opens(who: Person) -> None:
