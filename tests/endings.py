@@ -147,7 +147,7 @@ CASES = {
         lambda command: len(command.children) > 2, KILL,
     ),
     "eval.leaderboard,ray": Case(
-        "--methods full --length 128 --n 5000 --json b.json --workers 1 --ray local", acts, END,
+        "--methods full --length 128 --n 5000 --json b.json --workers 1 --ray local", acts, None,
     ),
     "eval.peers,install": Case("install", lambda command: command.has("venv"), STOP, before=elsewhere),
     "eval.peers,compare": Case("compare --n 1 --length 512", sleeps, None, before=peer),

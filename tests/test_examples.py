@@ -60,7 +60,7 @@ def test_an_agent_solves_its_task_with_less_than_half_of_the_cache():
     assert end.endswith(f"solved in {len(steps)} steps (done)")
 
 
-@pytest.mark.skipif(find_spec("ray") is None, reason="the extra ray is not installed")
+@pytest.mark.skipif(find_spec("ray") is None or not os.environ.get("RAY_TESTS"), reason="starts Ray: RAY_TESTS=1")
 def test_recorded_tasks_go_from_table_to_table(tmp_path):
     folder, out = write(tmp_path / "data", FORM, SHELL), tmp_path / "answers.parquet"
     lines = said_by("ray_data.py", "--data", str(folder), "--max-new-tokens", "2", "--out", str(out))

@@ -17,8 +17,10 @@ import psutil
 import pytest
 
 # Not imported: it reads its settings when it is.
-if importlib.util.find_spec("ray") is None:
-    pytest.skip("the extra ray is not installed", allow_module_level=True)
+if importlib.util.find_spec("ray") is None or not os.environ.get("RAY_TESTS"):
+    pytest.skip(
+        "starts Ray, a minute's work for a small machine: install the extra ray, RAY_TESTS=1", allow_module_level=True
+    )
 
 from agentkv.eval.agentnetbench.__main__ import main as agentnetbench
 from agentkv.eval.decoding import main as decoding
