@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 
 GRACE = 1.0  # seconds that the command has to end by itself: Ctrl-C is answered within three
 
@@ -42,13 +43,11 @@ def _watch(process: subprocess.Popen) -> None:
 
 def _send(process: subprocess.Popen, name: str) -> None:
     """To the whole group, where a system has groups."""
-    try:
+    with suppress(ProcessLookupError, PermissionError):  # it has ended meanwhile, which macOS may tell by the latter
         if hasattr(os, "killpg"):
             os.killpg(process.pid, getattr(signal, name))
         else:
             process.kill()
-    except OSError:
-        pass  # it has ended meanwhile
 
 
 if __name__ == "__main__":
