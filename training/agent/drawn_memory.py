@@ -142,7 +142,8 @@ class Episode:
         here = [ask for ask in screen.asks if ask.task != "memory-recall"]
         here = self.rng.sample(here, min(1 if recall else 2, len(here)))
         answer, task = think(name, action), self.task if looks else "drawn-next"
-        self.turns.append(Turn(screen.pixels(), [Ask(self.goal, answer, task, looks), *recall, *here], answer))
+        asks = [Ask(self.goal, answer, task, looks), *recall, *here]
+        self.turns.append(Turn(screen.pixels(), asks, answer, self.goal))
         self.screens.append(screen)
 
     def next(self, screen: Screen) -> None:

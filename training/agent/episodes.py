@@ -124,5 +124,5 @@ def turns_of(screens: np.ndarray, episode: dict, rng: random.Random) -> list[Tur
             asks = [Ask(goal, *said[index])]
             extra = step.get("asks", [])
             asks += [Ask(*ask) for ask in rng.sample(extra, min(len(extra), 6))]
-        turns.append(Turn(image, asks, said[index][0] if index < last else None))
+        turns.append(Turn(image, asks, said[index][0] if index < last else None, goal))
     return turns

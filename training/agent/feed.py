@@ -18,6 +18,7 @@ from training.agent.drawn import drawn_turn
 from training.agent.drawn_memory import drawn_episode, drawn_screen
 from training.agent.episodes import EpisodeStore
 from training.agent.packing import Batch, Packed, Packer, Turn, collate
+from training.agent.rounds import drawn_rounds
 
 POOL = 8
 # share of the single drawn pages that are screens of memory episodes
@@ -28,14 +29,21 @@ SCREENS = 0.35
 class Mix:
     """How the data is composed: `images` screenshots per batch; shares of sequences that are single drawn pages (with
     `asks` questions each) and drawn memory episodes; the rest are recorded episodes (drawn pages while there are none).
+    `rounds`: share of the memory episodes that are several in a row. `growing`: share of all sequences that are told in
+    the chat that only grows.
     """
 
     images: int = 12
     drawn: float = 0.4
     memory: float = 0.3
     asks: int = 8
+    rounds: float = 0.0
+    growing: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("rounds", "growing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not a share; use e.g. 0.5")
         if min(self.drawn, self.memory) < 0 or self.drawn + self.memory > 1:
             raise ValueError(
                 f"drawn={self.drawn} and memory={self.memory} are not shares of one whole; use e.g. 0.4 and 0.3"
@@ -62,7 +70,7 @@ class Feed(IterableDataset):
             store.refresh()
             pool, images = [], 0
             while images < POOL * self.mix.images:
-                packed = packer.pack(self._turns(store, rng))
+                packed = packer.pack(self._turns(store, rng), growing=rng.random() < self.mix.growing)
                 if packed.images:
                     pool.append(packed)
                     images += len(packed.images)
@@ -87,7 +95,7 @@ class Feed(IterableDataset):
     def _turns(self, store: EpisodeStore, rng: random.Random) -> list[Turn]:
         roll = rng.random()
         if roll < self.mix.memory:
-            return drawn_episode(rng)
+            return drawn_rounds(rng) if rng.random() < self.mix.rounds else drawn_episode(rng)
         if roll < self.mix.memory + self.mix.drawn or not len(store):
             return drawn_screen(rng) if rng.random() < SCREENS else [drawn_turn(rng, self.mix.asks)]
         return store.sample(rng)

@@ -55,11 +55,14 @@ class Ask(NamedTuple):
 
 @dataclass
 class Turn:
-    """One step: `image` uint8 [height, width, 3] of SCREEN's size, or None for a step that is kept as text only."""
+    """One step: `image` uint8 [height, width, 3] of SCREEN's size, or None for a step that is kept as text only; `goal`
+    stands beside it once it is past, in a chat that only grows.
+    """
 
     image: np.ndarray | None
     asks: list[Ask] = field(default_factory=list)
     reply: str | None = None
+    goal: str = ""
 
 
 @dataclass
@@ -115,12 +118,17 @@ class Packer:
                 return at, x // _UNIT, y // _UNIT
         return None
 
-    def pack(self, turns: list[Turn]) -> Packed:
-        """Pack one episode (or one screenshot with many questions); token order is the order of the trunk."""
+    def pack(self, turns: list[Turn], growing: bool = False) -> Packed:
+        """Pack one episode (or one screenshot with many questions); token order is the order of the trunk.
+
+        Args:
+            growing: the goal stays beside every screenshot, as in the chat of `agentkv.persistent`; of a screenshot
+                that is forgotten its place stays.
+        """
         draft = _Draft()
         draft.text(self.system)
         for turn in turns:
-            if turn.image is not None:
+            if turn.image is not None or growing:
                 draft.text(self.open_user + self.open_image)
                 draft.image(turn.image, self.image_id)
                 draft.text(self.close_image)
@@ -128,7 +136,9 @@ class Packer:
                 question, answer = self._text(ask.goal) + self.to_assistant, self._text(ask.answer) + self.end
                 draft.ask(question, answer, ask.task, self._place(question), self._place(answer), ask.looks)
             if turn.reply is not None:
-                draft.text(self.to_assistant if turn.image is not None else self.open_assistant)
+                if growing:
+                    draft.text(self._text(turn.goal))
+                draft.text(self.open_assistant if turn.image is None and not growing else self.to_assistant)
                 draft.text(self._text(turn.reply) + self.end + self.newline)
         return draft.done()
 
@@ -160,10 +170,15 @@ class _Draft:
         self._add(ids, [IGNORE] * len(ids), 0, steps)
         self.at += len(ids)
 
-    def image(self, image: np.ndarray, image_id: int) -> None:
-        """Add a screenshot to the trunk: one placeholder per visual token, rows and columns on two M-RoPE axes."""
+    def image(self, image: np.ndarray | None, image_id: int) -> None:
+        """Add a screenshot to the trunk: one placeholder per visual token, rows and columns on two M-RoPE axes; of None
+        only its place.
+        """
         columns, rows = CELLS
         count = rows * columns
+        if image is None:
+            self.at += max(rows, columns)
+            return
         grid = np.stack(
             [np.zeros(count, dtype=int), np.repeat(np.arange(rows), columns), np.tile(np.arange(columns), rows)]
         )

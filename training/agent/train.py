@@ -46,6 +46,8 @@ class AgentSettings(Settings):
     images: int = option(Mix.images, "screenshots per batch", count)
     drawn: float = option(Mix.drawn, "share of sequences that are drawn pages", fraction)
     memory: float = option(Mix.memory, "share of sequences that are drawn memory episodes", fraction)
+    rounds: float = option(Mix.rounds, "share of these that are several in a row", fraction)
+    growing: float = option(Mix.growing, "share of sequences told in the chat that only grows", fraction)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +55,7 @@ class AgentSettings(Settings):
 
     def mix(self) -> Mix:
         """How the data is composed."""
-        return Mix(images=self.images, drawn=self.drawn, memory=self.memory)
+        return Mix(self.images, self.drawn, self.memory, rounds=self.rounds, growing=self.growing)
 
 
 def soft_targets(

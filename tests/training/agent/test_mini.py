@@ -5,6 +5,7 @@ weights.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,14 @@ from agentkv.models import MINI, AgentText, load_adapter
 from agentkv.models.ui_tars import UiTarsAdapter
 from training.agent.drawn import click, drawn_turn, face
 from training.agent.drawn_memory import drawn_episode
-from training.agent.episodes import EpisodeStore, thoughtful, write_episodes
+from training.agent.episodes import HISTORY_FRAMES, EpisodeStore, thoughtful, write_episodes
 from training.agent.feed import Mix
 from training.agent.files import AGENT, SYSTEM, processor_settings
 from training.agent.forward import answer_logits, read
 from training.agent.hints import Hints, looks
 from training.agent.packing import Ask, Look, Packer, Turn, collate
+from training.agent.rounds import drawn_rounds
+from training.agent.shape import CELLS
 from training.agent.tokenizer import build_tokenizer
 from training.agent.train import AgentSettings, AgentTrainer, Meter, fresh_model, soft_targets
 
@@ -60,13 +63,15 @@ def shots(count: int) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 255, (210, 160, 3), dtype=np.uint8)) for _ in range(count)]
 
 
-def test_every_packed_step_is_the_prompt_of_that_step(adapter: UiTarsAdapter) -> None:
+@pytest.mark.parametrize("growing", [False, True])
+def test_every_packed_step_is_the_prompt_of_that_step(adapter: UiTarsAdapter, growing: bool) -> None:
     images, other = shots(2), Ask("Remember the code, then type it.", "Action: type(content='48')", "copy")
+    asks = [Ask(GOAL, ANSWER, "a")] if growing else [other, Ask(GOAL, ANSWER, "a")]
     turns = [
-        Turn(np.asarray(images[0]), [Ask(GOAL, ANSWER, "a"), other], "Action: wait()"),
-        Turn(np.asarray(images[1]), [other, Ask(GOAL, ANSWER, "a")]),
+        Turn(np.asarray(images[0]), asks, "Action: wait()", GOAL),
+        Turn(np.asarray(images[1]), asks, goal=GOAL),
     ]
-    packed = Packer(adapter.tokenizer, SYSTEM).pack(turns)
+    packed = Packer(adapter.tokenizer, SYSTEM).pack(turns, growing)
     batch = collate([packed], adapter.tokenizer.pad_token_id)
     history: list[tuple[Image.Image, str]] = []
     with torch.no_grad():
@@ -75,6 +80,9 @@ def test_every_packed_step_is_the_prompt_of_that_step(adapter: UiTarsAdapter) ->
         for turn, image in zip(turns, images, strict=True):
             for ask in turn.asks:
                 prompt = adapter.prompt(ask.goal, history, image)
+                if growing:
+                    shown, answers = [shot for shot, _ in history], [answer for _, answer in history]
+                    prompt = adapter.growing(ask.goal, answers, [*shown, image], [], [])
                 said = adapter.tokenizer(ask.answer + "<|im_end|>", return_tensors="pt")["input_ids"]
                 inputs = dict(prompt.inputs)
                 inputs["input_ids"] = torch.cat([inputs["input_ids"], said], 1)
@@ -86,6 +94,27 @@ def test_every_packed_step_is_the_prompt_of_that_step(adapter: UiTarsAdapter) ->
     torch.testing.assert_close(logits, torch.cat(expected), atol=2e-3, rtol=1e-3)
     said = "".join(ask.answer + "<|im_end|>" for turn in turns for ask in turn.asks)
     assert adapter.tokenizer.decode(targets) == said
+
+
+def test_a_forgotten_screenshot_leaves_its_place(adapter: UiTarsAdapter) -> None:
+    images = [np.asarray(image) for image in shots(2)]
+    turns = [Turn(images[0], reply="Action: wait()", goal=GOAL), Turn(images[1], [Ask(GOAL, ANSWER, "a")])]
+    packer = Packer(adapter.tokenizer, SYSTEM)
+    whole, gone = packer.pack(turns, True), packer.pack([replace(turns[0], image=None), turns[1]], True)
+    first = whole.ids.index(packer.image_id)
+    kept = [i for i in range(len(whole.ids)) if not first <= i < first + CELLS[0] * CELLS[1]]
+    assert gone.ids == [whole.ids[i] for i in kept]
+    np.testing.assert_array_equal(gone.positions, whole.positions[:, kept])
+
+
+def test_rounds_ask_for_nothing_that_is_gone() -> None:
+    rng = random.Random(4)
+    for _ in range(20):
+        turns = drawn_rounds(rng)
+        shown = [turn.image is not None for turn in turns]
+        assert sum(shown) <= max(HISTORY_FRAMES) + 1 and shown == sorted(shown) and turns[-1].asks
+        looks = [look for turn in turns for ask in turn.asks for look in ask.looks]
+        assert all(0 <= look.screen < sum(shown) for look in looks)
 
 
 def test_hints_measure_the_attention_that_the_layer_pays(adapter: UiTarsAdapter) -> None:
