@@ -38,6 +38,7 @@ PAGES = {
     "memory-changed": MemoryPage("memory-changed", 2, 1 / 3),
     "memory-colour": MemoryPage("memory-colour", 3, 1 / 4),
     "memory-colour-long": MemoryPage("memory-colour", 6, 1 / 4, (("between", 4),)),
+    "memory-colour-rounds": MemoryPage("memory-colour", 40, 1 / 4**10, (("between", 2), ("rounds", 10))),
     "memory-place": MemoryPage("memory-place", 3, 1 / 9),
     "memory-order": MemoryPage("memory-order", 6, 1 / 6),
     "memory-first": MemoryPage("memory-order", 4, 1 / 3, (("asked", 1),)),

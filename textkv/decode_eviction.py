@@ -79,18 +79,31 @@ def attention_row(layer: Layer, query: torch.Tensor) -> torch.Tensor:
     A row of the batch to which the step brought padding has 0 everywhere.
 
     Args:
-        query: [batch, heads, 1, head_dim] of the token stored last; the layer holds the same number of slots per head.
+        query: [batch, heads, 1, head_dim] of the token stored last.
     """
     held = layer.stored()
     how = {"scale": layer.scale, "softcap": layer.softcap}
     if layer.whole is not None:
         return last_row(query, held.keys, **how)
     real = held.positions >= 0
-    row = window_mass(query, held.keys, valid=None if bool(real.all()) else real, **how)
+    row = window_mass(query, held.keys, **how) if bool(real.all()) else _row_over_holes(query, held.keys, real, how)
     if layer.came is None:
         return row
     # Padding looks at nothing.
     return row.masked_fill((layer.came == 0).to(row.device)[:, None, None], 0)
+
+
+def _row_over_holes(query: torch.Tensor, keys: torch.Tensor, real: torch.Tensor, how: dict) -> torch.Tensor:
+    """`window_mass` of one query over keys [batch, kv_heads, n, head_dim] of which `real` [batch, kv_heads, n] are no
+    holes."""
+    if bool(real[..., -1].all()):
+        return window_mass(query, keys, valid=real, **how)
+    # The last slot is taken for the query's own, whose mass a hole there would lose: rows that store fewer tokens than
+    # others have their holes behind these, so the holes are moved in front.
+    order = real.byte().argsort(stable=True, dim=-1)
+    keys = keys.gather(2, order[..., None].expand_as(keys))
+    row = window_mass(query, keys, valid=real.gather(-1, order), **how)
+    return torch.empty_like(row).scatter_(-1, order.repeat_interleave(row.shape[1] // order.shape[1], 1), row)
 
 
 def last_row(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:

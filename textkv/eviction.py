@@ -18,6 +18,7 @@ from textkv.evidence import Evidence
 from textkv.layer import Layer
 from textkv.method import Capabilities, Method
 from textkv.segments.base import Stored
+from textkv.segments.dense import fills_rectangle
 
 PROTECTED = float("inf")
 """Score of a token that must be kept. One number for all of them, so that it can be told from every other score; which
@@ -83,8 +84,10 @@ class Eviction(Method):
         return torch.tensor([self.budget.count(int(seen)) for seen in evidence.remaining])
 
 
-def keep_best(layer: Layer, scores: torch.Tensor, counts: torch.Tensor) -> None:
+def keep_best(layer: Layer, scores: torch.Tensor, counts: torch.Tensor, rectangle: bool = False) -> None:
     """Keeps the `counts` highest scores of each head: counts int64 [batch, 1 or kv_heads] on the CPU.
+
+    `rectangle`: what is kept stays in slots of one number, for a method that moves it on by slots.
 
     A head that keeps fewer tokens than are PROTECTED in it (layers and heads that share a budget may get less than a
     window that was fitted before) keeps the newest count - 1 of these and its best other token, as `fit_window` does.
@@ -99,7 +102,7 @@ def keep_best(layer: Layer, scores: torch.Tensor, counts: torch.Tensor) -> None:
     limit = counts.to(scores.device)
     # A stable sort breaks ties by the lower index, on every device; topk does not.
     order = _fit_protection(scores, limit).sort(dim=-1, descending=True, stable=True).indices
-    if counts.shape[1] == 1 or bool((counts == counts[:, :1]).all()):
+    if rectangle or fills_rectangle(counts):
         longest = int(counts.max())
         index = order[..., :longest]
         rank = torch.arange(longest, device=scores.device)

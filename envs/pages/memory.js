@@ -102,8 +102,9 @@ const memory = (() => {
       if (state.done) return;
       Object.assign(state, {done: true, reward: won ? 1 : -1, reason});
     };
+    const onward = () => { if (!state.done) show(current + 1); };
     const next = () => {
-      const element = button(NEXT, [10, 160, 140, 44], 26, () => { if (!state.done) show(current + 1); });
+      const element = button(NEXT, [10, 160, 140, 44], 26, onward);
       element.className = 'next';
       element.style.fontSize = '';
     };
@@ -111,7 +112,7 @@ const memory = (() => {
 
     window.task = {
       start(seed) {
-        const tools = {...draws(generator(seed)), button, figure, swatch, glyph, place, next, end, parameter};
+        const tools = {...draws(generator(seed)), button, figure, swatch, glyph, place, next, onward, end, parameter};
         tools.colours = Object.keys(COLOURS);
         tools.shapes = Object.keys(SHAPES);
         screens = build(tools);

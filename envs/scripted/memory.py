@@ -39,11 +39,12 @@ def changed(look: Look) -> Iterator[Action]:
 
 
 def colour(look: Look) -> Iterator[Action]:
-    """Clicks the colour of the first page."""
-    seen = look.one("[data-colour]")["data-colour"]
+    """Clicks the colour of the first page, and again as long as another round begins."""
     while look.visible(_NEXT):
-        yield look.click(look.one(_NEXT))
-    yield look.click(look.one("[data-colour]", lambda swatch: swatch["data-colour"] == seen))
+        seen = look.one("[data-colour]")["data-colour"]
+        while look.visible(_NEXT):
+            yield look.click(look.one(_NEXT))
+        yield look.click(look.one("[data-colour]", lambda swatch, seen=seen: swatch["data-colour"] == seen))
 
 
 def place(look: Look) -> Iterator[Action]:
@@ -72,6 +73,7 @@ SCRIPTS = {
     "memory-changed": changed,
     "memory-colour": colour,
     "memory-colour-long": colour,
+    "memory-colour-rounds": colour,
     "memory-place": place,
     "memory-order": order,
     "memory-first": order,

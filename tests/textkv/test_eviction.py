@@ -142,3 +142,20 @@ def test_holes_never_win():
     scores = torch.tensor([[[3.0, 1.0, 2.0, 5.0]], [[NEVER, NEVER, 2.0, 1.0]]])
     keep_best(layer, scores, torch.tensor([[3], [3]]))
     assert layer.index_kept.tolist() == [[[0, 2, 3]], [[2, 3, -1]]]
+
+
+@pytest.mark.parametrize("method", ["snapkv", "cake", "h2o"])
+def test_rows_of_unequal_prompts_hold_what_they_would_alone(model_of, method):
+    """A rectangle of the longest row's width would hold a third more."""
+    model, lengths = model_of("llama"), (120, 60, 48)
+    ids, mask = torch.ones(3, 120, dtype=torch.long), torch.ones(3, 120, dtype=torch.long)
+    for row, n in enumerate(lengths):
+        ids[row, -n:], mask[row, :-n] = tiny.text_ids(n)[0], 0
+    together, alone = MethodCache(model, method, 0.5), 0
+    with torch.no_grad():
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=together)
+        for row, n in enumerate(lengths):
+            cache = MethodCache(model, method, 0.5)
+            model(ids[row : row + 1, -n:], past_key_values=cache)
+            alone += cache.kv_bytes()
+    assert together.kv_bytes() <= 1.05 * alone

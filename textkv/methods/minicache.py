@@ -155,7 +155,7 @@ class MiniCache(Method):
         other = self.partner(layer.index, layer.context.governed)
         if other is None:
             if wanted is not None:
-                keep_best(layer, *wanted)
+                keep_best(layer, *wanted, rectangle=True)
         elif other > layer.index:
             layer.notes[NAME] = wanted
         else:
@@ -184,7 +184,7 @@ class MiniCache(Method):
         # The mean: a pair then holds as much as its layers would alone.
         counts = (of_first[1] + of_second[1]) // 2
         for layer in (first, second):
-            keep_best(layer, scores, counts)
+            keep_best(layer, scores, counts, rectangle=True)
 
     # ---- while decoding ----------------------------------------------------------------------------------------
 

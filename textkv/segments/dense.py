@@ -91,10 +91,9 @@ class DenseSegment(Segment):
         self.k, self.v, self.used = rows.k, rows.v, index.shape[-1]
 
     def keep_mask(self, mask: torch.Tensor) -> Segment:
-        """Stays a rectangle if all heads of a row keep equally many; else what stays becomes a `RaggedSegment`."""
+        """Stays a rectangle where that `fills_rectangle`; else what stays becomes a `RaggedSegment`."""
         counts = mask.sum(-1)
-        # Heads of one length stay a rectangle, which every kernel reads faster than ragged rows.
-        if bool((counts == counts[:, :1]).all()):
+        if fills_rectangle(counts):
             return super().keep_mask(mask)
         rows = compact(self._k(), self._v(), mask)
         return RaggedSegment(rows.k, rows.v, self.held_positions()[mask], counts.cpu())
@@ -164,3 +163,17 @@ class DenseSegment(Segment):
         self.k = F.pad(self._k(), (0, 0, 0, slack))
         self.v = F.pad(self._v(), (0, 0, 0, slack))
         self.positions = F.pad(self._positions(), (0, slack), value=-1)
+
+
+def fills_rectangle(counts: torch.Tensor) -> bool:
+    """Whether heads that keep `counts` tokens, int64 [batch, 1 or kv_heads], are better held as one rectangle.
+
+    Every kernel reads that faster than ragged rows. Its missing slots are bytes too: more of them than would idle in
+    the pages of a `RaggedSegment` are not worth it.
+    """
+    if not bool((counts == counts[:, :1]).all()):
+        return False
+    if not counts.numel():
+        return True
+    mean = float(counts.float().mean())
+    return int(counts.max()) - mean <= max(8.0, mean / 8)
