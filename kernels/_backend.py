@@ -29,7 +29,7 @@ else:
 # tokens of one program of a split-KV kernel, at least: below this the merge costs more than the balance brings
 MIN_SPLIT = 256
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 512
+MAX_HEAD_DIM = 512  # larger tiles do not fit a GPU's shared memory
 LOG2_E = 1.4426950408889634
 
 

@@ -17,6 +17,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
+from textkv.kernels._backend import MAX_HEAD_DIM
+
 Name = Literal["full", "sliding", "chunked", "state", "hybrid", "hybrid_sliding", "shared", "none"]
 _NAMES: dict[str, Name] = {
     "full_attention": "full", "sliding_attention": "sliding", "chunked_attention": "chunked",
@@ -141,6 +143,8 @@ def describe(model: PreTrainedModel) -> tuple[LayerKind, ...]:
     decoder, config, who = text_model(model), text_config(model), type(model).__name__
     _refuse_adapters(model)
     _refuse_model(decoder, config, who)
+    if model.dtype == torch.float64:
+        raise ValueError(f"{who} computes in float64, the cache in float16, bfloat16 or float32; use model.float()")
     types, options = get_layer_types_and_kwargs(config)
     if isinstance(options, dict):  # transformers before 5.20 gives one for all layers
         options = [options] * len(types)
@@ -207,6 +211,9 @@ def _refuse_layer(module: torch.nn.Module | None, number: int, who: str) -> None
             f"{who}: layer {number} does not hand its attention to transformers' registry, so no cache can attend "
             "for it"
         )
+    wide = getattr(module, "head_dim", None)
+    if isinstance(wide, int) and wide > MAX_HEAD_DIM:
+        raise ValueError(f"{who}: layer {number} has head_dim={wide}; the limit of the cache's kernels is {MAX_HEAD_DIM}")
     if not getattr(module, "is_causal", True):
         raise ValueError(f"{who}: layer {number} attends in both directions: its past changes with every token")
     if _changes_what_is_stored(type(module)):

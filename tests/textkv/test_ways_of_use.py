@@ -35,6 +35,11 @@ def talk(model, cache, seed: int = 0):
 # ---- precision ---------------------------------------------------------------------------------------------------
 
 
+def test_float64_is_refused_when_the_cache_is_built():
+    with pytest.raises(ValueError, match=r"computes in float64.*use model.float\(\)"):
+        MethodCache(model_alike().double())
+
+
 @pytest.mark.parametrize("kind", list(kinds.KINDS))
 @pytest.mark.parametrize(("method", "budget"), kinds.METHODS)
 def test_autocast(kind, method, budget):
