@@ -39,8 +39,12 @@ from textkv.serve import ENGINES, ChatEngine, Limits, Opening, build_app
 from textkv.serve.protocol import read_request
 
 from .arguments import add_outputs
+from .finished import finished
 
 SEED = 7
+PEER = "transformers serve"
+BOARD = ("model", "budget", "conversations", "steps", "holds", "words", "answer", "requests")
+"""What all rows of a file have in common."""
 WORDS = "the man who came home saw his old house and a light in the window of that night".split()
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}"
@@ -73,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--clients", type=lengths, default="1,4,16", help="at once, for the load (1,4,16)")
     p.add_argument("--requests", type=count, default=96, help="of each load (96)")
     p.add_argument("--peer", action="store_true", help="the load on `transformers serve` too, with the same weights")
-    add_outputs(p)
+    add_outputs(p, when=", after every row; gone on with if it exists")
     return p
 
 
@@ -83,32 +87,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:
-    """Measures, prints, writes."""
+    """Measures what is missing, prints, writes after every row."""
     if args.peer and args.model != "mini-text":
         raise ValueError(f"--peer compares the embedded text model, not {args.model}; use --model mini-text")
     for method in args.methods:
         resolve_method(method, args.budget)
-    rows: list[dict[str, Any]] = []
-    for row in measured(args):
+    rows = finished(args.json, {name: getattr(args, name) for name in BOARD}, lambda row: True)
+    meta = run_meta("eval.serving", argv, seed=SEED, board={name: getattr(args, name) for name in BOARD})
+    for row in measured(args, {_key(row) for row in rows}):
         rows.append(row)
         print(json.dumps(row), flush=True)
-    write_rows(args.json, run_meta("eval.serving", argv, seed=SEED), rows)
+        write_rows(args.json, meta, rows)
 
 
-def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All rows, method after method."""
+def measured(args: argparse.Namespace, known: set[tuple] = frozenset()) -> Iterator[dict[str, Any]]:
+    """All rows but the `known` ones, method after method."""
     for method in args.methods:
         args.method = method
-        alone = Alone(args)
-        for disk in (False, True):
+        tiers = [disk for disk in (False, True) if ("many", method, disk) not in known]
+        alone = Alone(args) if tiers else None
+        for disk in tiers:
             yield many(args, alone, disk)
         for clients in args.clients:
-            with serving(open_engine(args)) as port:
-                yield load(args, clients, port)
-    if args.peer:
+            if ("load", "agentkv", method, clients) not in known:
+                with serving(open_engine(args)) as port:
+                    yield load(args, clients, port)
+    left = [clients for clients in args.clients if args.peer and ("load", PEER, None, clients) not in known]
+    if left:
         with transformers_serving() as (port, name):
-            for clients in args.clients:
-                yield load(args, clients, port, "transformers serve", name)
+            for clients in left:
+                yield load(args, clients, port, PEER, name)
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    """What tells rows of one board apart."""
+    if row["what"] == "many":
+        return "many", row["method"], row["disk"]
+    return "load", row["server"], row.get("method"), row["clients"]
 
 
 def open_engine(args: argparse.Namespace, memory: int | None = None, disk: Path | None = None) -> ChatEngine:

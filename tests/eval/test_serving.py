@@ -13,6 +13,9 @@ def test_every_answer_is_the_librarys_and_the_limit_holds(tmp_path):
     file = tmp_path / "rows.json"
     asked = ["--conversations", "4", "--steps", "3", "--holds", "2", "--words", "8", "--answer", "4"]
     assert serving.main([*asked, "--methods", "full", "--clients", "2", "--requests", "4", "--json", str(file)]) == 0
+    again = file.stat().st_mtime_ns
+    assert serving.main([*asked, "--methods", "full", "--clients", "2", "--requests", "4", "--json", str(file)]) == 0
+    assert file.stat().st_mtime_ns == again  # it is whole: nothing is measured once more
     dropped, kept, load = json.loads(file.read_text())["rows"]
     for row in (dropped, kept):
         assert row["answers_equal"] == row["n"] == 12
