@@ -24,7 +24,7 @@ from agentkv.agent import Agent
 from agentkv.envs.browser import Browser
 from agentkv.envs.dialogs import POLICIES
 from agentkv.errors import EXPLAINED, user_errors
-from agentkv.models import AGENTS, ModelAdapter, load_adapter
+from agentkv.models import AGENTS, EMBEDDED, ModelAdapter, load_adapter
 from agentkv.persistent import PersistentAgent
 from agentkv.play import LIVE, Plan, Play, open_env, open_folder, task_of
 from agentkv.reading import Recorded, read_about, read_run
@@ -122,8 +122,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--cache",
         choices=tuple(AGENTS_BY_CACHE),
-        default="fresh",
-        help="fresh reads the whole prompt at every step, in the authors' layout; persistent only what is new (fresh)",
+        help="fresh reads the whole prompt at every step, in the authors' layout; persistent only what is new "
+        "(default: what the checkpoint was trained for, as its agent.json says, else fresh)",
     )
     _add_live_page(p)
     p.add_argument("--headed", action="store_true", help="show the browser window")
@@ -204,7 +204,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         max_steps=args.max_steps,
         max_new_tokens=ANSWER if args.max_new_tokens is None else args.max_new_tokens,
         device=args.device,
-        device_scale=args.device_scale or (1.0 if args.model == "mini" or args.url else VLM_SCALE),
+        device_scale=args.device_scale or (1.0 if args.model in EMBEDDED or args.url else VLM_SCALE),
         url=args.url or "",
         goal=args.goal or "",
         allow=tuple(args.allow),
@@ -212,7 +212,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         agent=args.agent,
         dialogs=args.dialogs,
         files=str(args.files or ""),
-        cache=args.cache,
+        cache=args.cache or "fresh",
     )
     for task in plan.tasks:
         task_of(task, plan)
@@ -245,12 +245,14 @@ def load(plan: Plan) -> ModelAdapter:
 
 
 def fitted(plan: Plan, args: argparse.Namespace, adapter: ModelAdapter) -> Plan:
-    """The plan with what the command line left to the family: scale, screenshots in a prompt, length of an answer."""
+    """The plan with what the command line left to the family: scale, screenshots in a prompt, length of an answer, and
+    whether the cache lives from step to step."""
     return replace(
         plan,
         device_scale=args.device_scale or fitting_scale(plan, adapter),
         history=args.history or min(HISTORY, adapter.history_frames),
         max_new_tokens=args.max_new_tokens or adapter.answer_tokens,
+        cache=args.cache or adapter.cache,
     )
 
 

@@ -25,7 +25,7 @@ from agentkv.play import LIVE, Plan, Play, open_folder, task_of
 from agentkv.reading import read_run
 from agentkv.run import AGENTS_BY_CACHE, EVALUATION_SEEDS, HISTORY, budget_of, fitting_scale, load
 from agentkv.tables import stdout_console
-from textkv.arguments import methods
+from textkv.arguments import budget, methods
 from textkv.command import count, episodes, natural, output_folder, run, seed, some_text, write_rows
 from textkv.intervals import wilson
 from textkv.provenance import run_meta
@@ -207,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--wide", type=natural, default=0, help=wide)
     p.add_argument("--task", type=some_text, default="memory-colour-rounds", help="what is played (%(default)s)")
     p.add_argument("--methods", type=methods(), default="full,gui-kv", help="methods or compositions (full,gui-kv)")
-    p.add_argument("--budget", type=some_text, default="0.2", help="share of the prompt to keep, or tokens as 512t")
+    p.add_argument("--budget", type=budget, default="0.2", help="share of the prompt to keep, or tokens as 512t")
     p.add_argument("--history", type=count, default=HISTORY, help="screenshots in a prompt (5)")
     p.add_argument("--episodes", type=episodes, default=10, help="per arm (10)")
     p.add_argument("--max-steps", type=count, help="of an episode (default: the task's own limit)")

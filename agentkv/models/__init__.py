@@ -48,6 +48,8 @@ OWN_AGENT = {kind.model_type: name for name, kind in AGENTS.items() if not kind.
 # what is known by name, but whose words nobody outside its makers knows
 CLOSED = {"holo3": "Holo3's tool schema", "holo4": "Holo4's tool schema"}
 MINI = Path(__file__).parent.parent / "mini" / "weights"
+EMBEDDED = {"mini": MINI, "mini-growing": MINI.with_name("growing")}
+"""Models that are shipped with this package; the second one also knows the chat that only grows."""
 
 
 def load_adapter(
@@ -56,14 +58,14 @@ def load_adapter(
     dtype: torch.dtype | None = None,
     agent: str | None = None,
 ) -> ModelAdapter:
-    """The model at `path_or_id`: "mini" (shipped with this package), a folder, or a hub id. Safetensors only, no remote
-    code. `agent` is one of `AGENTS`; None finds it out as the module docstring says.
+    """The model at `path_or_id`: one of `EMBEDDED` ("mini"), a folder, or a hub id. Safetensors only, no remote code.
+    `agent` is one of `AGENTS`; None finds it out as the module docstring says.
 
     Raises FileNotFoundError for a folder without config, weights or a tokenizer that is no code, and for a name that is
     neither a folder nor on a reachable hub; ValueError for a model family without an adapter or an agent that is not of
     this family.
     """
-    source = str(MINI) if str(path_or_id) == "mini" else str(path_or_id)
+    source = str(EMBEDDED.get(str(path_or_id), path_or_id))
     checkpoint = Checkpoint.at(source)
     if agent is None and checkpoint.model_type not in OWN_AGENT:
         families = ", ".join(OWN_AGENT)

@@ -31,7 +31,8 @@ class AgentText:
     the number of the current step from 1, and `{steps}`, the earlier steps whose screenshot is no longer shown, as
     lines. `later` stands beside every other screenshot. All may hold `{width}` and `{height}`, the current screenshot's
     size in the numbers in which the model names points. `history_frames` counts screenshots, the current one included;
-    `answer_tokens` is the length limit of one answer.
+    `answer_tokens` is the length limit of one answer. `cache`: "fresh" for a model that was trained on prompts in the
+    layout of its authors, "persistent" for one that also knows the chat that only grows (`agentkv.persistent`).
     """
 
     system: str
@@ -39,6 +40,7 @@ class AgentText:
     history_frames: int = 5
     answer_tokens: int = 1024
     later: str = ""
+    cache: str = "fresh"
 
     def __post_init__(self) -> None:
         if "{goal}" not in self.prompt:
@@ -47,6 +49,8 @@ class AgentText:
             raise ValueError(f"history_frames={self.history_frames} shows nothing; use at least 1")
         if self.answer_tokens < 1:
             raise ValueError(f"answer_tokens={self.answer_tokens} leaves no room for an answer; use 1024")
+        if self.cache not in ("fresh", "persistent"):
+            raise ValueError(f"cache={self.cache!r} of agent.json is unknown; use fresh or persistent")
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Prompt:
 
 class ModelAdapter(Protocol):
     """One model with its tokenizer and image processor; `history_frames` = screenshots per prompt that it was
-    trained for, `answer_tokens` = the longest answer that it is given room for.
+    trained for, `answer_tokens` = the longest answer that it is given room for, `cache` = see `AgentText`.
     """
 
     model: PreTrainedModel
@@ -74,6 +78,7 @@ class ModelAdapter(Protocol):
     processor: Any
     history_frames: int
     answer_tokens: int
+    cache: str
 
     def prompt(
         self, goal: str, history: History, screenshot: Image.Image, css_size: tuple[int, int] | None = None

@@ -63,6 +63,7 @@ class ChatAdapter:
         self.model, self.tokenizer, self.processor = model, tokenizer, processor
         self.text = text or self.words
         self.history_frames, self.answer_tokens = self.text.history_frames, self.text.answer_tokens
+        self.cache = self.text.cache
         ends = [model.generation_config.eos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
         marks = [*tokenizer.convert_tokens_to_ids(list(self.markers)), *ends]
         self._silent = {i for mark in marks for i in (mark if isinstance(mark, list) else [mark])}

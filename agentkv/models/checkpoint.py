@@ -13,15 +13,15 @@ from transformers.utils import cached_file
 from agentkv.models.base import AgentText
 from textkv.checkpoints import read_object
 
-_WORDS = ("system", "prompt", "history_frames", "answer_tokens", "later")
+_WORDS = ("system", "prompt", "history_frames", "answer_tokens", "later", "cache")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A model folder or hub id. `config` is its config.json; `agent` its agent.json, None if it has none.
 
-    agent.json may name the agent ("agent") and change its words ("system", "prompt", "later") and lengths
-    ("history_frames", "answer_tokens"); other keys are notes.
+    agent.json may name the agent ("agent") and change its words ("system", "prompt", "later"), lengths
+    ("history_frames", "answer_tokens") and which cache it was trained for ("cache"); other keys are notes.
     """
 
     source: str

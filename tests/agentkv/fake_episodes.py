@@ -122,6 +122,7 @@ class TinyAdapter:
     model: LlamaForCausalLM
     history_frames: int = 5
     answer_tokens: int = 64
+    cache: str = "fresh"
 
     def __post_init__(self) -> None:
         self.tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))

@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tokenizer([GOAL, "system\nuser\nassistant\n"] * 3)
     model = fresh_model(tokenizer)
     place = tmp_path_factory.mktemp("models") / "tiny"
-    export(model, dict(model.named_parameters()), tokenizer, place, {}, **folder_files(tokenizer))
+    export(model, dict(model.named_parameters()), tokenizer, place, {}, **folder_files(tokenizer, "fresh"))
     return place
 
 
@@ -294,3 +294,5 @@ def test_agent_text_is_checked() -> None:
         AgentText("system", "do it")
     with pytest.raises(ValueError, match="history_frames=0 shows nothing"):
         AgentText("system", "{goal}", 0)
+    with pytest.raises(ValueError, match="cache='new' of agent.json is unknown; use fresh or persistent"):
+        AgentText("system", "{goal}", cache="new")

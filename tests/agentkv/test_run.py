@@ -54,6 +54,13 @@ def finished(tmp_path_factory, browser):
     return out
 
 
+@pytest.mark.parametrize(("asked", "cache"), [([], "persistent"), (["--cache", "fresh"], "fresh")])
+def test_a_checkpoint_says_which_cache_it_was_trained_for(asked, cache):
+    args = run.parser().parse_args(asked)
+    adapter = replace(tiny_adapter(), cache="persistent")
+    assert run.fitted(run.make_plan(args), args, adapter).cache == cache
+
+
 def test_only_a_live_page_has_the_fonts_of_the_machine():
     args = run.parser().parse_args([])
     plan = Plan("mini", ("full",), "0.4", TASKS, (SEED,))

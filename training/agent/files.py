@@ -12,13 +12,15 @@ SYSTEM = "GUI agent"
 AGENT = {"agent": "ui-tars", "system": SYSTEM, "prompt": "{goal}", "history_frames": 9, "answer_tokens": 64}
 
 
-def folder_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
-    """By name: what `agentkv.models.load_adapter` reads beside the weights and the tokenizer."""
+def folder_files(tokenizer: PreTrainedTokenizerBase, cache: str) -> dict[str, dict[str, Any]]:
+    """By name: what `agentkv.models.load_adapter` reads beside the weights and the tokenizer; `cache`: which one the
+    agent runs with by itself.
+    """
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     return {
         "generation_config": {"do_sample": False, "eos_token_id": ends, "pad_token_id": ends[1]},
         "preprocessor_config": processor_settings(),
-        "agent": AGENT,
+        "agent": AGENT | {"cache": cache},
     }
 
 

@@ -11,12 +11,12 @@ from training.agent.packing import Ask, Turn
 
 
 def drawn_rounds(rng: random.Random) -> list[Turn]:
-    """Two to five episodes with the same goal; the screenshots before the last few are gone, and with them all
+    """Two to twelve episodes with the same goal; the screenshots before the last few are gone, and with them all
     questions about them.
     """
     kind = rng.choice((colour, colour, place))
     turns: list[Turn] = []
-    for _ in range(rng.randint(2, 5)):
+    for _ in range(rng.choice((2, 3, 4, 6, 9, 12))):
         told = len(turns)
         turns += [replace(turn, asks=[_moved(ask, told) for ask in turn.asks]) for turn in kind(rng).turns]
     gone = max(0, len(turns) - rng.choice(HISTORY_FRAMES) - 1)

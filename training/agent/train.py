@@ -198,7 +198,7 @@ class AgentTrainer(Trainer):
 
     def files(self) -> dict[str, dict[str, Any]]:
         """The processor's, the agent's and the generation's settings."""
-        return folder_files(self.tokenizer)
+        return folder_files(self.tokenizer, "persistent" if self.settings.growing else "fresh")
 
 
 def _optimizers(names: dict[str, torch.nn.Parameter], rate: float) -> list[torch.optim.Optimizer]:
