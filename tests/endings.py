@@ -174,6 +174,7 @@ SOURCES = {
     "agentkv/serve.py": "agentkv.serve",
     "dlm/check_models.py": "dlm.check_models",
     "envs/browser.py": "agentkv.run",
+    "envs/driver.py": "agentkv.report.picture",
     "envs/install.py": "envs.install",
     "envs/oracle.py": "envs.oracle",
     "envs/pixels.py": "envs.pixels",
@@ -200,6 +201,7 @@ SOURCES = {
     "training/trainer.py": "training.text.train",
 }
 OWN = {
+    "textkv/command/_guard.py": "tests/textkv/command/test_below.py",
     "textkv/command/_watch.py": "tests/textkv/command/test_below.py",
     "textkv/command/below.py": "tests/textkv/command/test_below.py",
     "textkv/command/results.py": "tests/textkv/command/test_results.py",

@@ -149,9 +149,7 @@ def before(path: Path | None) -> dict[str, tuple[list[dict[str, Any]], dict[str,
     if path is None or not path.is_file():
         return {}
     told = read_fields(path, {"rows": list, "verdicts": list})
-    return {
-        one["part"]: ([row for row in told["rows"] if row["part"] == one["part"]], one) for one in told["verdicts"]
-    }
+    return {one["part"]: ([row for row in told["rows"] if row["part"] == one["part"]], one) for one in told["verdicts"]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
