@@ -140,7 +140,7 @@ CASES = {
     "envs.shop": Case("--port {port}", listens, STOP),
     "envs.sites,install": Case("install", sleeps, None, ("npm",), elsewhere),
     "envs.sites,serve": Case("serve gentelella --port {port}", listens, STOP),
-    "eval.conversations": Case("--methods epicache --tokens 512 --conversations 50", fills, None),
+    "eval.conversations": Case("--model mini --methods epicache --tokens 512 --conversations 50", fills, None),
     "eval.leaderboard": Case(
         "--methods snapkv --budgets 0.5 --length 128 --n 5000 --json b.json",
         # Two workers and multiprocessing's own tracker; a worker that still imports must end too.
