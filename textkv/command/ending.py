@@ -88,7 +88,8 @@ def _no_memory(error: BaseException) -> str | None:
     told = [line for line in str(error).splitlines() if _NO_MEMORY.search(line)]
     if not isinstance(error, MemoryError) and not told:
         return None
-    return f"there is not enough memory ({one_line(MemoryError(told[-1]) if told else error)}); ask for shorter texts, fewer at once, or a smaller model"
+    said = one_line(MemoryError(told[-1]) if told else error)
+    return f"there is not enough memory ({said}); ask for shorter texts, fewer at once, or a smaller model"
 
 
 def _quiet() -> None:
