@@ -24,6 +24,7 @@ from agentkv.models import AGENTS, MINI, OWN_AGENT
 from textkv import resolve_method
 from textkv.arguments import budgets, method
 from textkv.capacity import ModelShape
+from textkv.checkpoints import check_layers, readable_files
 from textkv.command import count, finite, lengths, names, natural, results_file, run, size, some_text, write_rows
 from textkv.crowd import Rates, Turns, order_of, play
 from textkv.models.loading import resolve
@@ -98,7 +99,9 @@ class Model:
             OSError, ValueError: no config.json or image processor can be had, or no such model can be kept.
         """
         source = str(MINI) if name == "mini" else resolve("mini" if name == "mini-text" else name)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with readable_files(source):
+            check_layers(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         agent = AGENTS.find(OWN_AGENT[config.model_type]) if config.model_type in OWN_AGENT else None
         if screen and agent is None:
             raise ValueError(f"{name} is a {config.model_type} model, which reads no screenshots; use --screenshots 0")
@@ -107,7 +110,8 @@ class Model:
             processor = agent.image_processor.from_pretrained(source)
             tokens = processor.get_number_of_image_patches(screen[1], screen[0]) // processor.merge_size**2
         build = AutoModelForCausalLM.from_config if agent is None else agent.architecture._from_config
-        return cls(ModelShape.of(lambda: build(config), config, TYPES.get(dtype)), tokens)
+        with readable_files(source):
+            return cls(ModelShape.of(lambda: build(config), config, TYPES.get(dtype)), tokens)
 
 
 def sizes(
