@@ -162,8 +162,9 @@ def names(text: str) -> list[str]:
     found = split_commas(text)
     if not any(found):
         raise ArgumentTypeError(f"{text!r} names nothing; give one or more, separated by commas")
+    found = found if found[-1] else found[:-1]  # a comma at the end is how some write lists
     if not all(found):  # something was left out, and only who wrote it knows what
-        raise ArgumentTypeError(f"{text!r} names nothing at one of its commas; leave that comma out")
+        raise ArgumentTypeError(f"{text!r} names nothing before one of its commas; leave that comma out")
     return list(dict.fromkeys(found))
 
 
