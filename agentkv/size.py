@@ -24,12 +24,14 @@ from agentkv.models import AGENTS, MINI, OWN_AGENT
 from textkv import resolve_method
 from textkv.arguments import budgets, method
 from textkv.capacity import ModelShape
-from textkv.command import count, lengths, names, natural, results_file, run, size, some_text, write_rows
+from textkv.checkpoints import check_layers, readable_files
+from textkv.command import count, finite, lengths, names, natural, results_file, run, size, some_text, write_rows
 from textkv.crowd import Rates, Turns, order_of, play
 from textkv.models.loading import resolve
 from textkv.provenance import run_meta
 
 TYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+MOST = 100_000_000  # tokens that are looked at: more than any model reads
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,11 +70,11 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
         raise ValueError("--rates says how long --crowd would take; give both")
     methods = [(args.method, budget) for budget in args.budget if resolve_method(args.method, budget)]
     model = Model.read(args.model, args.screen if args.screenshots else None, args.dtype)
-    seen = [args.system + step * (model.image_tokens + args.text) for step in range(args.screenshots + 1)]
-    if model.shape.limit and seen[-1] > model.shape.limit:
-        raise ValueError(
-            f"{args.screenshots} screenshots are {seen[-1]} tokens, {args.model} reads {model.shape.limit}"
-        )
+    step = model.image_tokens + args.text
+    last, limit = args.system + step * args.screenshots, min(model.shape.limit or MOST, MOST)
+    if last > limit:
+        raise ValueError(f"{args.screenshots} screenshots are {last} tokens, {args.model} reads {limit}")
+    seen = [args.system + step * number for number in range(args.screenshots + 1)]
     rows = list(sizes(model, methods, seen, args.memory, args.screenshots))
     told = f"{args.method} on {args.model}: {_bytes(model.shape.weights)} of weights, {model.image_tokens} tokens a "
     _show_sizes(rows, args.memory, f"{told}screenshot, {seen[-1]:,} in all")
@@ -97,7 +99,9 @@ class Model:
             OSError, ValueError: no config.json or image processor can be had, or no such model can be kept.
         """
         source = str(MINI) if name == "mini" else resolve("mini" if name == "mini-text" else name)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with readable_files(source):
+            check_layers(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         agent = AGENTS.find(OWN_AGENT[config.model_type]) if config.model_type in OWN_AGENT else None
         if screen and agent is None:
             raise ValueError(f"{name} is a {config.model_type} model, which reads no screenshots; use --screenshots 0")
@@ -106,7 +110,8 @@ class Model:
             processor = agent.image_processor.from_pretrained(source)
             tokens = processor.get_number_of_image_patches(screen[1], screen[0]) // processor.merge_size**2
         build = AutoModelForCausalLM.from_config if agent is None else agent.architecture._from_config
-        return cls(ModelShape.of(lambda: build(config), config, TYPES.get(dtype)), tokens)
+        with readable_files(source):
+            return cls(ModelShape.of(lambda: build(config), config, TYPES.get(dtype)), tokens)
 
 
 def sizes(
@@ -143,7 +148,7 @@ def crowds(
 
 def pixels(text: str) -> tuple[int, int]:
     """Width and height, as 1280x720."""
-    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
     if found is None:
         raise ArgumentTypeError(f"{text!r} is no size of a screen; write 1280x720")
     return int(found[1]), int(found[2])
@@ -160,7 +165,7 @@ def rates(text: str) -> Rates:
     if len(told) != 3:
         raise ArgumentTypeError(f"{text!r} are not three rates; write 4000,50,1GB: tokens read, written, bytes loaded")
     try:
-        return Rates(float(told[0]), float(told[1]), size(told[2]))
+        return Rates(finite(told[0]), finite(told[1]), size(told[2]))
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
 

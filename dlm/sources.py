@@ -95,11 +95,12 @@ def model_info(model: str, guide: str | None = None) -> ModelInfo:
         return ModelInfo(spec, tokenizer)
     with _named(f"guide {guide}"):
         source = _source(guide, MINI_GUIDES)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        own = checkpoints.load_tokenizer(AutoTokenizer.from_pretrained, source)
         # Shapes without storage: a guide of 7B parameters is checked in megabytes.
-        with torch.device("meta"):
+        with checkpoints.readable_files(source), torch.device("meta"):
+            checkpoints.check_layers(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             body = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        own = checkpoints.load_tokenizer(AutoTokenizer.from_pretrained, source, body)
     return ModelInfo(spec, tokenizer, Guider(body, own, tokenizer))
 
 
@@ -125,7 +126,7 @@ def open_guide(name: str, device: str, dtype: torch.dtype, dlm_tokenizer: PreTra
             # No pickles and no code of the folder, whatever its config asks for.
             load = AutoModelForCausalLM.from_pretrained
             model = checkpoints.load_model(load, name, dtype=dtype, trust_remote_code=False).to(device).eval()
-            tokenizer = checkpoints.load_tokenizer(AutoTokenizer.from_pretrained, name)
+            tokenizer = checkpoints.load_tokenizer(AutoTokenizer.from_pretrained, name, model)
     return Guider(model, tokenizer, dlm_tokenizer)
 
 

@@ -13,15 +13,16 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from playwright.sync_api import Browser as Chromium
-from playwright.sync_api import Error, Playwright, sync_playwright
+from playwright.sync_api import Error, Playwright
 
 from . import fonts
 from .allow import AllowList
 from .boundary import NOWHERE
+from .driver import driver
 from .tab import BrowserCrashed, Manners, Tab
 
 CHROMIUM_VARIABLE = "AGENTKV_CHROMIUM"
@@ -59,17 +60,18 @@ class ChromiumMissing(RuntimeError):
 
 
 class _Driver(threading.local):
-    """Playwright of this thread: a second `sync_playwright().start()` in one thread is refused, so browsers share
-    it.
-    """
+    """Playwright of this thread: a second driver in one thread is refused, so browsers share it."""
 
     playwright: Playwright | None = None
     users: int = 0
 
+    def __init__(self) -> None:
+        self.stack = ExitStack()
+
     def acquire(self) -> Playwright:
         """The driver, started for its first user."""
         if self.playwright is None:
-            self.playwright = sync_playwright().start()
+            self.playwright = self.stack.enter_context(driver())
         self.users += 1
         return self.playwright
 
@@ -77,8 +79,8 @@ class _Driver(threading.local):
         """One user less; the last one stops the driver."""
         self.users -= 1
         if self.users == 0 and self.playwright is not None:
-            self.playwright.stop()
             self.playwright = None
+            self.stack.close()
 
 
 _DRIVER = _Driver()

@@ -13,11 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
-
 from textkv.command import ran, run
 
 from .browser import ChromiumMissing, find_chromium
+from .driver import driver
 
 
 def ways() -> list[list[list[str]]]:
@@ -35,7 +34,7 @@ def ways() -> list[list[list[str]]]:
 
 def look() -> Path | None:
     """The Chromium that the environments would use, or None."""
-    with sync_playwright() as playwright:
+    with driver() as playwright:
         try:
             return find_chromium(playwright=playwright)
         except ChromiumMissing:

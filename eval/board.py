@@ -37,7 +37,7 @@ from .leaderboard import Cell, cells_of
 from .outcomes import ALL, Outcome, Outcomes
 from .quantized import PREFIX
 from .ruler import DIGITS, SEED, TASKS, Maker, Prompt, score
-from .textbench import BATCH_TOKENS, MODEL_HELP, check_model, held, load_text_model
+from .textbench import BATCH_TOKENS, MODEL_HELP, check_model, check_positions, held, load_text_model
 
 KNOWN, UNKNOWN = "known", "unknown"
 SPOKEN = DIGITS + 3  # tokens of an answer: a blank, the digits one by one, and one more, so that a fifth digit shows
@@ -121,9 +121,7 @@ class Bench:
         self.board, self.n, self.device = board, n, device
         self.cells: dict[Cell, Method] = {cell: resolve_method(*cell) for cell in cells}
         self.model, self.tokenizer = load_text_model(board.model, device, board.dtype)
-        known = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if known and board.length + SPOKEN > known:
-            raise ValueError(f"length={board.length}: the model knows {known} positions; use {known - SPOKEN} or less")
+        check_positions(self.model, board.length, SPOKEN)
         self.maker = Maker(self.tokenizer, board.length, Path(board.text) if board.text else None)
 
     def run(self, outcomes: Outcomes) -> Iterator[Outcome]:

@@ -24,12 +24,14 @@ from transformers.cache_utils import Cache
 
 from textkv import MethodCache, release, use
 from textkv.command import count, lengths, run, write_rows
+from textkv.devices import check_room
 from textkv.provenance import run_meta
 
 from .arguments import add_methods, add_outputs, checked_budget
 
 METHODS = "full,snapkv,adakv,window,streaming_llm,h2o,tova,cake,d2o,kivi(4),turboquant(4)"
 CHUNK = 2048
+LAYER = 2 * 576 * (576 + 192) + 3 * 576 * 1536  # weights of one of `shaped`
 _ASKS = ("aten::_local_scalar_dense",)
 
 
@@ -155,6 +157,9 @@ def main(argv: Sequence[str]) -> int:
 def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Measure and print."""
     rows, budget = [], checked_budget(args.methods, args.budget)
+    most = max(args.lengths)
+    asked = f"--layers {args.layers} --lengths {most}"
+    check_room(args.device, 4 * args.layers * (LAYER + 2 * 3 * 64 * most), asked)
     meta = run_meta("eval.speed", ["decode", *argv], 0)
     model = shaped(args.layers, args.device)
     for length in args.lengths:

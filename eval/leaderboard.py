@@ -40,6 +40,7 @@ from .textbench import (
     MODEL_HELP,
     Continuation,
     check_model,
+    check_positions,
     continuation,
     examples,
     load_text_model,
@@ -80,6 +81,7 @@ class Worker:
     def __init__(self, board: Board) -> None:
         self.board = board
         self.model, tokenizer = load_text_model(board.model, board.device, board.dtype)
+        check_positions(self.model, board.length, 0)
         self.asked = {task: examples(tokenizer, task, board.length, board.n) for task in board.tasks}
         self.rows = text_rows(tokenizer, board.text, TEXTS, board.length + AFTER)
         self.truth: Continuation | None = None

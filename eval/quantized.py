@@ -12,7 +12,7 @@ every 128 tokens all of it, loss included, is quantised again.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from shutil import which
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, QuantizedCache, __version__, cache_uti
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from textkv import AtRest, Budget, MethodCache, resolve_method
-from textkv.expression import parse_call
+from textkv.expression import construct, parse_call
 from textkv.registry import Registry
 from textkv.segments.base import storage_bytes
 
@@ -134,12 +134,7 @@ def parse_foreign(method: str) -> Fp8:
     if "+" in method.partition("(")[0] or ")+" in method:
         raise ValueError(f"method {method!r}: a cache of transformers cannot be put behind or before a method")
     name, args, kwargs = parse_call(method)
-    cls = BACKENDS.find(name)
-    try:
-        found = cls(*args, **kwargs)
-    except TypeError as error:
-        known = ", ".join(f.name for f in fields(cls)) or "none"
-        raise ValueError(f"method {method!r}: {error}; its arguments are: {known}") from None
+    found = construct(BACKENDS.find(name), f"method {method!r}", args, kwargs)
     found.check_installed()
     return found
 

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from textkv import MethodCache, Needs, models, use
 from textkv.command import count, natural, naturals, run, some_text, text_file, write_rows
+from textkv.devices import check_room
 from textkv.provenance import run_meta
 from textkv.reading import NAME, Recorder
 from textkv.retrievers.vectors import Vectors
@@ -197,6 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Measure and print."""
     models.resolve(args.model)
+    if 0 < args.drawn < SOUGHT or not (args.drawn or any(args.tokens)):
+        raise ValueError(f"--drawn {args.drawn}: {SOUGHT} keys are sought; draw as many or more, or 0 with --tokens")
+    check_room("cpu", 8 * 64 * (args.drawn + args.asked), f"--drawn {args.drawn} --asked {args.asked}")
     board = {name: getattr(args, name) for name in ("model", "layers", "asked", "degree")}
     board["text"] = str(args.text) if args.text else None
     rows = finished(args.json, board, lambda row: True)

@@ -195,7 +195,7 @@ def many(args: argparse.Namespace, alone: Alone, disk: bool) -> dict[str, Any]:
                 equal += replies[-1].text == alone.answers[number][step]
             figures = engine.figures()
     played = play(Turns(alone.seen, alone.bytes), order, limit, 10**15 if disk else 0).row()
-    later = len(order) - args.conversations
+    later = max(1, len(order) - args.conversations)  # of one step none comes later, and none is found
     return {
         "what": "many", "model": args.model, "method": args.method, "budget": args.budget,
         "conversations": args.conversations, "steps": args.steps, "holds": args.holds, "disk": disk, "memory": limit,

@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from textkv import MethodCache, list_methods
 from textkv.command import count, run, write_rows
+from textkv.devices import check_room
 from textkv.provenance import run_meta
 
 from . import decode_speed
@@ -35,6 +36,7 @@ from .arguments import add_methods, add_outputs, checked_budget
 from .textbench import FULL
 
 WHOLE = "1.0"
+LAYER = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336  # weights of one of `shaped`
 STEPS = 8  # decoded tokens per round
 TIMES = ("seconds_prefill", "overhead", "seconds_decode", "decode_ratio")  # what a CPU cannot say about a GPU
 
@@ -181,6 +183,8 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
         # Hooks are timed on the host: with this, a kernel is done when its call returns.
         os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")
     length = args.length or (16384 if cuda else 512)
+    numbers = args.layers * (LAYER + 2 * 8 * 128 * length)  # weights, keys and values
+    check_room(args.device, numbers * (2 if cuda else 4), f"--layers {args.layers} --length {length}")
     methods = [x for name in args.methods for x in (list_methods() if name == "all" else [name])]
     budget = checked_budget(methods, args.budget)
     methods = [method for method in methods if can_run(method, budget, length, args.layers)]

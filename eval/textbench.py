@@ -52,6 +52,13 @@ def load_text_model(
     return models.load(name, dtype=kind, device=device)
 
 
+def check_positions(model: PreTrainedModel, length: int, more: int) -> None:
+    """Raises ValueError if a prompt of `length` tokens and `more` behind it are more than the model knows."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if known and length + more > known:
+        raise ValueError(f"length={length}: the model knows {known} positions; use {known - more} or less")
+
+
 def check_model(name: str) -> None:
     """Raises FileNotFoundError, with the mend, if there is no such model here, ValueError for an unknown placement of a
     bias: before anything is measured.

@@ -140,7 +140,7 @@ CASES = {
     "envs.shop": Case("--port {port}", listens, STOP),
     "envs.sites,install": Case("install", sleeps, None, ("npm",), elsewhere),
     "envs.sites,serve": Case("serve gentelella --port {port}", listens, STOP),
-    "eval.conversations": Case("--methods epicache --tokens 512 --conversations 50", fills, None),
+    "eval.conversations": Case("--model mini --methods epicache --tokens 512 --conversations 50", fills, None),
     "eval.leaderboard": Case(
         "--methods snapkv --budgets 0.5 --length 128 --n 5000 --json b.json",
         # Two workers and multiprocessing's own tracker; a worker that still imports must end too.
@@ -174,6 +174,7 @@ SOURCES = {
     "agentkv/serve.py": "agentkv.serve",
     "dlm/check_models.py": "dlm.check_models",
     "envs/browser.py": "agentkv.run",
+    "envs/driver.py": "agentkv.report.picture",
     "envs/install.py": "envs.install",
     "envs/oracle.py": "envs.oracle",
     "envs/pixels.py": "envs.pixels",
@@ -200,6 +201,7 @@ SOURCES = {
     "training/trainer.py": "training.text.train",
 }
 OWN = {
+    "textkv/command/_guard.py": "tests/textkv/command/test_below.py",
     "textkv/command/_watch.py": "tests/textkv/command/test_below.py",
     "textkv/command/below.py": "tests/textkv/command/test_below.py",
     "textkv/command/results.py": "tests/textkv/command/test_results.py",

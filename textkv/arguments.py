@@ -19,8 +19,8 @@ def budget(text: str) -> str:
 
 @checked
 def budgets(text: str) -> list[str]:
-    """Comma-separated budgets, at least one."""
-    return [str(Budget.parse(part)) for part in names(text)]
+    """Comma-separated budgets, at least one, each once."""
+    return list(dict.fromkeys(str(Budget.parse(part)) for part in names(text)))
 
 
 @checked

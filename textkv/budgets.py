@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from textkv.expression import number, whole
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -45,11 +47,10 @@ class Budget:
         if isinstance(value, Budget):
             return value
         if isinstance(value, str):
-            text = value.strip()
             try:
-                if text.endswith("t"):
-                    return cls(tokens=int(text[:-1]))
-                value = float(text)
+                if value.endswith("t"):
+                    return cls(tokens=whole(value[:-1]))
+                value = number(value)
             except ValueError as error:
                 if "budget" in str(error):
                     raise

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv.records import checked, parse
@@ -29,12 +30,14 @@ TOKENIZERS = (
     "spiece.model",
     "tekken.json",
 )
+LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+DEEPEST = 1_000  # layers
 SHOWN = 4  # names of each kind
 LINE = 300  # characters of what a library says
 # Whatever a damaged config or file makes transformers stumble over.
 _STUMBLES = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
-    ImportError, SafetensorError,
+    ImportError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 
 
@@ -50,6 +53,8 @@ def load_model(load: Callable[..., Any], source: str | Path, *, unused: str = ""
         FileNotFoundError: files that are not there.
     """
     with readable_files(source):
+        check_layers(source)
+        check_types(source)
         check_family(source, load)
         # Other shapes are let through here so that the line below names them all.
         model, info = load(
@@ -60,12 +65,17 @@ def load_model(load: Callable[..., Any], source: str | Path, *, unused: str = ""
     return model
 
 
-def load_tokenizer(load: Callable[..., Any], source: str | Path, **options: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    load: Callable[..., Any], source: str | Path, model: PreTrainedModel | None = None, **options: Any
+) -> PreTrainedTokenizerBase:
     """`load(source, **options)`, a `from_pretrained`, of files that are there; no code of the folder is run.
+
+    Args:
+        model: what is to read its tokens, if it is known.
 
     Raises:
         FileNotFoundError: a folder without a tokenizer.
-        ValueError: one that cannot be read, or that knows no token.
+        ValueError: one that cannot be read, that knows no token, or more of them than the model.
     """
     folder = Path(source)
     # transformers would make up a tokenizer that knows nothing.
@@ -77,6 +87,8 @@ def load_tokenizer(load: Callable[..., Any], source: str | Path, **options: Any)
         tokenizer = load(str(source), **options)
     if not tokenizer("0", add_special_tokens=False)["input_ids"]:
         raise ValueError(f"the tokenizer at {source} reads no text; put its tokenizer.json into the folder")
+    if model is not None:
+        check_vocabulary(source, model, tokenizer)
     return tokenizer
 
 
@@ -117,6 +129,57 @@ def check_family(source: str | Path, load: Callable[..., Any]) -> None:
     found = PreTrainedConfig.get_config_dict(str(source))[0].get("model_type")
     if found != wanted:
         raise ValueError(f"it is a {found!r} model, here one of type {wanted!r} is needed")
+
+
+def check_layers(source: str | Path) -> None:
+    """Raises ValueError if the config in a folder asks for more layers than its files have weights, or, without files,
+    than any model has: such a model would be built for hours before its weights are missed.
+    """
+    path = Path(source) / "config.json"
+    if path.is_file():
+        asked = max(_layers(read_object(path)), default=0)
+        most = sum(1 for _ in _stored(source)) or DEEPEST
+        if asked > most:
+            raise ValueError(f"config.json asks for {asked:,} layers, which {most:,} weights cannot fill")
+
+
+def _layers(config: Any) -> Iterator[float]:
+    """Every number of layers that a config names, those of its parts too."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _layers(value)
+        elif name in LAYERS and isinstance(value, int | float):
+            yield value
+
+
+def check_types(source: str | Path) -> None:
+    """Raises ValueError if weights in a folder are whole numbers, and its config tells of no quantisation that they
+    would be codes of: transformers would take the codes for the weights.
+    """
+    path = Path(source) / "config.json"
+    if path.is_file() and not read_object(path).get("quantization_config"):
+        wrong = [f"{name} ({kind})" for name, kind in _stored(source)
+                 if name.endswith((".weight", ".bias")) and not kind.startswith(("F", "BF"))]  # fmt: skip
+        if wrong:
+            raise ValueError(f"{len(wrong):,} weights are no fractions: {listed(wrong)}, and no quantization_config")
+
+
+def _stored(source: str | Path) -> Iterator[tuple[str, str]]:
+    """(name, type) of every tensor in a folder, from the heads of its files."""
+    for path in sorted(Path(source).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_slice(name).get_dtype()
+
+
+def check_vocabulary(source: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError if the tokenizer has ordinary tokens that the model has no row for: it is another model's."""
+    rows = model.get_input_embeddings().num_embeddings
+    special = set(tokenizer.all_special_ids)  # a padding token that was added for training has no row in many models
+    beyond = sum(number >= rows and number not in special for number in tokenizer.get_vocab().values())
+    if beyond:
+        told = f"{beyond:,} of its tokens lie beyond the model's {rows:,}"
+        raise ValueError(f"the tokenizer at {source} is of another model ({told}); take the model's own")
 
 
 def check_names(source: str | Path, info: dict[str, Any], unused: str = "") -> None:

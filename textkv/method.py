@@ -14,7 +14,7 @@ import torch
 from textkv.budgets import Budget
 from textkv.context import Context
 from textkv.evidence import Evidence, Needs
-from textkv.expression import parse_call, split_parts
+from textkv.expression import construct, parse_call, split_parts
 from textkv.layer import Layer
 from textkv.registry import Registry
 
@@ -197,12 +197,8 @@ def resolve_method(expression: str | Method, budget: Budget | float | str | None
     for part in split_parts(expression):
         name, args, kwargs = parse_call(part)
         cls = REGISTRY.find(name)
-        if budget is not None:
-            kwargs["budget"] = Budget.parse(budget)
-        try:
-            method = cls(*args, inner=method, **kwargs)
-        # Python names an argument that is missing or too many, but not those there are.
-        except TypeError as error:
-            known = ", ".join(f.name for f in fields(cls) if f.name not in ("inner", "budget")) or "none"
-            raise ValueError(f"method {part!r}: {error}; its arguments are: {known}") from None
+        if "budget" in kwargs:
+            raise ValueError(f"method {part!r}: a budget is given beside a method, not in its brackets")
+        given = {} if budget is None else {"budget": Budget.parse(budget)}
+        method = construct(cls, f"method {part!r}", args, kwargs, inner=method, **given)
     return method

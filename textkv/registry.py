@@ -80,7 +80,7 @@ class Registry(dict[str, type]):
         except (ImportError, AttributeError, ValueError, TypeError) as error:  # TypeError: ".a:B", relative to nothing
             raise ValueError(f"{self.kind} {name!r}: cannot import {told!r}: {type(error).__name__}: {error}") from None
         bases = [parent.__name__ for parent in inspect.getmro(cls)] if inspect.isclass(cls) else []
-        if not bases or (self.base is not None and self.base not in bases):
+        if not bases or (self.base is not None and self.base not in bases[1:]):
             raise ValueError(
                 f"{self.kind} {name!r}: {told!r} is no {self.base or 'class'}; a {self.kind} is made from it"
             )

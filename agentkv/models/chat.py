@@ -22,7 +22,7 @@ from agentkv.grammars import CoordinateSpace, Frame, ParseError
 from agentkv.grammars.base import Grammar, Reading
 from agentkv.models.base import AgentText, History, Prompt
 from agentkv.spans import find_spans
-from textkv.checkpoints import load_model, load_tokenizer, readable_files
+from textkv.checkpoints import check_vocabulary, load_model, load_tokenizer, readable_files
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class ChatAdapter:
         with readable_files(source):
             processor = cls.image_processor.from_pretrained(source)
         model = load_model(cls.architecture.from_pretrained, source, dtype=dtype or "auto", attn_implementation="sdpa")
+        check_vocabulary(source, model, tokenizer)
         return cls(model.to(device or "cpu").eval(), tokenizer, processor, text)
 
     @classmethod

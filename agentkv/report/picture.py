@@ -13,10 +13,10 @@ from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from playwright.sync_api import sync_playwright
 
 from agentkv.envs.boundary import NOWHERE
 from agentkv.envs.browser import ChromiumMissing, find_chromium
+from agentkv.envs.driver import driver
 from agentkv.report import write_report
 from textkv.command import readable_folder, results_file, run, some_text, write_bytes
 
@@ -27,7 +27,7 @@ WIDTH, COLOURS, MARGIN = 1400, 160, 20
 def take(run: Path, picture: Path, place: str = "") -> None:
     """Draw RUN/report.html and save what it shows at `place` ("task/seed/step"). Raises ValueError, ChromiumMissing."""
     address = f"{write_report(run).resolve().as_uri()}#{place}"
-    with sync_playwright() as playwright:
+    with driver() as playwright:
         found = find_chromium(playwright=playwright)
         browser = playwright.chromium.launch(
             executable_path=found, proxy={"server": NOWHERE}

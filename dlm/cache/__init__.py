@@ -23,7 +23,7 @@ from dlm.cache.plan import Plan
 from dlm.cache.slots import SlotCache
 from dlm.cache.suffix import Suffix
 from textkv.budgets import Budget
-from textkv.expression import parse_call, split_parts
+from textkv.expression import construct, parse_call, split_parts
 from textkv.method import Method
 
 __all__ = [
@@ -67,7 +67,8 @@ def resolve_cache(expression: str | Policy) -> Policy:
         if len(pruned) > 1:
             raise ValueError(f"cache {expression!r} has more than one suffix; leave one")
         _, args, kwargs = parse_call(pruned[0])
-        return _build(Suffix, pruned[0], [resolve_cache("+".join([first, *methods])), *args], kwargs)
+        policy = resolve_cache("+".join([first, *methods]))
+        return construct(Suffix, f"cache {pruned[0]!r}", args, kwargs, policy=policy)
     name, args, kwargs = parse_call(first)
     policy = find(name)
     if methods:
@@ -77,16 +78,8 @@ def resolve_cache(expression: str | Policy) -> Policy:
                 f"cache {expression!r}: only freecache and block freeze slots for good; write "
                 f"freecache+{'+'.join(methods)}"
             )
-        kwargs["method"] = _resolve_methods(methods)
-    return _build(policy, first, args, kwargs)
-
-
-def _build(policy: type[Policy], text: str, args: list, kwargs: dict) -> Policy:
-    try:
-        return policy(*args, **kwargs)
-    except TypeError as error:
-        known = ", ".join(f.name for f in fields(policy) if f.name not in ("method", "policy")) or "none"
-        raise ValueError(f"cache {text!r}: {error}; its arguments are: {known}") from None
+        return construct(policy, f"cache {first!r}", args, kwargs, method=_resolve_methods(methods))
+    return construct(policy, f"cache {first!r}", args, kwargs)
 
 
 def _resolve_methods(parts: list[str]) -> Method:

@@ -40,7 +40,8 @@ def load_mini(
             raise FileNotFoundError(f"{folder} has no tokenizer; put its tokenizer.json into the folder")
         return model, tokenizer
     guider = checkpoints.load_model(Qwen2ForCausalLM.from_pretrained, folder, dtype=dtype)
-    return guider.to(device).eval(), checkpoints.load_tokenizer(PreTrainedTokenizerFast.from_pretrained, folder)
+    tokenizer = checkpoints.load_tokenizer(PreTrainedTokenizerFast.from_pretrained, folder, guider)
+    return guider.to(device).eval(), tokenizer
 
 
 def check_kind(kind: str) -> str:

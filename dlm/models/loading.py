@@ -66,6 +66,8 @@ def load_model(
     model = checkpoints.load_model(
         kind.from_pretrained, source, config=config, dtype=dtype or "auto", device_map=spread
     )
+    if tokenizer is not None:
+        checkpoints.check_vocabulary(source, model, tokenizer)
     if spread is None:
         model.to(device or "cpu")
     model.end_ids = ends
@@ -94,6 +96,7 @@ def _read(
     """All that the files beside the weights say: class, config, tokenizer and its end tokens."""
     kind = _kind(source)
     with checkpoints.readable_files(source):
+        checkpoints.check_layers(source)
         config = kind.config_class.from_pretrained(source)
         spec = kind.decoding_spec_of(config)
     tokenizer = load_tokenizer(source, config.model_type, spec)

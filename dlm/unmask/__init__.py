@@ -9,7 +9,7 @@ may become masks again), "ssd(4)" (the tokens of "confidence" in fewer forwards)
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
@@ -24,7 +24,7 @@ from dlm.unmask.parallel import EntropyBound, Factor, Hierarchical, Threshold
 from dlm.unmask.sampling import Sampling
 from dlm.unmask.ssd import SSD
 from dlm.unmask.wino import WINO
-from textkv.expression import parse_call, split_parts
+from textkv.expression import construct, parse_call, split_parts
 
 __all__ = [
     "KLASS",
@@ -106,10 +106,4 @@ def parse_rule(expression: str) -> Rule:
     if more:
         raise ValueError(f"unmasking rule {expression!r}: a rule stands alone; leave out +{'+'.join(more)}")
     name, args, kwargs = parse_call(part)
-    cls = find(name)
-    try:
-        return cls(*args, **kwargs)
-    # Python names the bad argument but not the good ones.
-    except TypeError as error:
-        known = ", ".join(f.name for f in fields(cls) if f.name not in ("sampling", "guide"))
-        raise ValueError(f"unmasking rule {part!r}: {error}; its arguments are: {known}") from None
+    return construct(find(name), f"unmasking rule {part!r}", args, kwargs)

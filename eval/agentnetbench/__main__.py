@@ -21,13 +21,14 @@ from agentkv.errors import EXPLAINED
 from agentkv.play import Plan
 from agentkv.run import load
 from agentkv.tables import stdout_console
-from textkv import resolve_method, split_list
+from textkv import resolve_method
 from textkv.command import (
     Crew,
     add_crew,
     checked,
     choices,
     count,
+    names,
     results_file,
     run,
     write_rows,
@@ -81,10 +82,12 @@ def parser() -> argparse.ArgumentParser:
 def numbers_of(text: str) -> tuple[int, ...]:
     """ "1..3,5" -> (1, 2, 3, 5). Raises ValueError for anything that is not numbers of screenshots."""
     found: list[int] = []
-    for part in split_list(text):
+    for part in names(text):
         first, _, last = part.partition("..")
-        if not re.fullmatch(r"\d{1,3}", first) or not re.fullmatch(r"\d{1,3}", last or first):
+        if not re.fullmatch(r"[0-9]{1,3}", first) or not re.fullmatch(r"[0-9]{1,3}", last or first):
             raise ValueError(f"screenshots={part!r} is no number up to 999; write 5, or 1,3,5, or 1..5")
+        if int(last or first) < int(first):
+            raise ValueError(f"screenshots={part!r} ends before it begins; write 1..5")
         found += range(int(first), int(last or first) + 1)
     if not found or min(found) < 1:
         raise ValueError(f"screenshots={text!r} shows nothing; use at least 1")

@@ -24,6 +24,7 @@ from agentkv.tables import stdout_console
 from textkv import MethodCache, use
 from textkv.arguments import budget, methods
 from textkv.command import count, results_file, run, write_rows
+from textkv.devices import check_room
 from textkv.provenance import run_meta
 
 from ..arguments import checked_budget
@@ -188,7 +189,10 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Count and print."""
     budget = checked_budget(args.method, args.budget)
     spans_of(args.tokens, SCREENSHOTS, SCREENSHOT)
-    rows = rows_of(QWEN_7B, args.method, budget, args.tokens, args.layers)
+    shape, asked = QWEN_7B, f"--layers {args.layers} --tokens {args.tokens}"
+    weights, kept = 3 * shape.hidden * shape.mlp, shape.hidden * args.tokens  # of a layer, at least, and of the prompt
+    check_room("cpu", 4 * (args.layers * weights + kept), asked)
+    rows = rows_of(shape, args.method, budget, args.tokens, args.layers)
     write_rows(args.json, run_meta("eval.agentnetbench.flops", argv, 0), rows)
     stdout_console().print(table(rows))
 

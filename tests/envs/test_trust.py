@@ -83,7 +83,7 @@ def arena(browser: Browser) -> Iterator[Arena]:
 
 @pytest.mark.browser
 @pytest.mark.parametrize(("kind", "script"), [(kind, script) for kind, all_ in ATTEMPTS.items() for script in all_])
-def test_attempts_are_aborted_and_reported(arena: Arena, kind: str, script: str) -> None:
+def test_attempts_are_aborted_and_reported(arena: Arena, kind: str, script: str, reliability) -> None:
     env = arena.ready(script)
     *_, info = env.step(Click(50, 150))
     blocked = list(info["blocked"])
@@ -96,6 +96,7 @@ def test_attempts_are_aborted_and_reported(arena: Arena, kind: str, script: str)
     assert all(entry["reason"] and entry["url"] for entry in blocked)
     assert arena.elsewhere.hits == []
     assert len(env.page.context.pages) == 1
+    reliability(8, f"a page tries another origin: {kind}", "envs", "not reached, and reported")
 
 
 @pytest.mark.browser
@@ -111,12 +112,13 @@ def test_attempts_are_aborted_and_reported(arena: Arena, kind: str, script: str)
         "document.head.insertAdjacentHTML('beforeend', `<link rel=prefetch href='${B}/x'>`)",
     ],
 )
-def test_what_chromium_itself_refuses(arena: Arena, script: str) -> None:
+def test_what_chromium_itself_refuses(arena: Arena, script: str, reliability) -> None:
     env = arena.ready(script)
     env.step(Click(50, 150))
     *_, info = env.step(Wait(0.3))
     assert info["url"].startswith((arena.site.url, "about:blank", "chrome-error:"))
     assert arena.elsewhere.hits == []
+    reliability(8, "a page tries what Chromium itself refuses", "envs", "not reached")
 
 
 @pytest.mark.browser

@@ -23,7 +23,7 @@ FOLDERS = ("agentkv", "dlm", "envs", "eval", "kernels", "textkv", "training")
 HANDED_ON = {("eval.speed", "decode"): "eval.decode_speed"}
 """Commands that another one hands its arguments to, with the module that they are in."""
 
-INNER = {"eval.peers.kvpress_side", "textkv.command._watch"}
+INNER = {"eval.peers.kvpress_side", "textkv.command._watch", "textkv.command._guard"}
 """Started by other commands alone, by their paths."""
 ELSEWHERE = {"textkv.methods.duo_attention": "textkv.duo.identify"}
 """Where `main` is, for a method that is a command only as it is run."""

@@ -107,7 +107,40 @@ def other_family(folder):
     (folder / "config.json").write_text(json.dumps(BertConfig(**SMALL).to_dict()))
 
 
+def without_a_shard(folder):
+    """An index of two files, of which one is there."""
+    whole, names = file_of(folder), sorted(load_file(file_of(folder)))
+    one, two = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    whole.rename(folder / one)
+    about = {"metadata": {}, "weight_map": {name: two if name == names[-1] else one for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(about))
+
+
+def as_codes(tensors, name):
+    tensors[name] = tensors[name].to(torch.int32)
+
+
+def without_end(folder):
+    """More layers than any file could fill, in every part of the config that has some."""
+    path = folder / "config.json"
+    path.write_text(re.sub(r'"(num_hidden_layers|n_layers)": *\d+', r'"\1": 2000000', path.read_text()))
+
+
+def of_another(folder):
+    """One token more than the model has rows for."""
+    path = folder / "tokenizer.json"
+    told = json.loads(path.read_text())
+    more = {"id": 999_999, "content": "<more>", "special": False}
+    more |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    told["added_tokens"] = [*told.get("added_tokens", []), more]
+    path.write_text(json.dumps(told))
+
+
 DAMAGE = {
+    "an index without one of its files": (without_a_shard, "00002|no weights|no .*safetensors|cannot be|missing"),
+    "whole numbers for weights": (lambda f: changed(f, as_codes), "1 weights are no fractions: .*norm.* \\(I32\\)"),
+    "layers without end": (without_end, "asks for 2,000,000 layers|2000000|missing"),
+    "a tokenizer of another model": (of_another, "1 of its tokens lie beyond"),
     "missing weight": (lambda f: changed(f, lambda t, name: t.pop(name)), "missing"),
     "additional weight": (
         lambda f: changed(f, lambda t, _: t.update(stranger=torch.ones(3))),
@@ -125,13 +158,21 @@ DAMAGE = {
 }
 
 
+NOT_WRONG = {
+    ("dlm.load_model", "no tokenizer"),  # a library may ask for the weights alone
+    ("embedder", "wrong family"),  # a BERT is what an embedder is
+    ("embedder", "a tokenizer of another model"),  # this one has rows to spare
+    ("atoms (textkv.masa)", "an index without one of its files"),  # atoms have no index
+}
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_model_is_whole_or_refused(loader, sources, tmp_path, reliability):
     source, load = LOADERS[loader]
     source = sources / source if isinstance(source, str) else source
     for number, (fault, (damage, line)) in enumerate(DAMAGE.items()):
-        if (loader, fault) in (("dlm.load_model", "no tokenizer"), ("embedder", "wrong family")):
-            continue  # a library may ask for the weights alone; a BERT is what an embedder is
+        if (loader, fault) in NOT_WRONG:
+            continue
         folder = tmp_path / str(number)
         shutil.copytree(source, folder)
         damage(folder)

@@ -13,30 +13,44 @@ from .commands import Command, commands
 
 REFUSED = "one line, exit 2"
 EMPTY, HUGE = ("empty", ""), "9" * 40
-NO_NUMBERS = [EMPTY, ("nan", "nan"), ("no number", "x")]
+# Python itself would read the last three.
+UNREADABLE = [("hexadecimal", "0x10"), ("full-width digits", "５"), ("underscore", "1_0"), ("blanks", " 1 ")]
+NO_NUMBERS = [EMPTY, ("nan", "nan"), ("no number", "x"), *UNREADABLE]
 NUMBERS = [*NO_NUMBERS, ("infinite", "inf"), ("negative", "-1"), ("huge", HUGE), ("overflowing", "1e999")]
 COUNTS = [*NUMBERS, ("no whole number", "1.5")]
 FROM_ONE = [*COUNTS, ("zero", "0")]
-LISTS = [EMPTY, ("empty list", ","), ("empty list", " , ")]
+LISTS = [EMPTY, ("empty list", ","), ("empty list", " , "), ("a comma too many", "1,,2")]
 BUDGETS = [*NUMBERS, ("zero", "0"), ("percent", "40"), ("no tokens", "0t"), ("half a token", "12.5t")]
-METHODS = [("unknown name", "snapvk"), ("malformed", "snapkv("), ("unknown argument", "snapkv(x=1)")]
+METHODS = [
+    ("unknown name", "snapvk"), ("malformed", "snapkv("), ("unknown argument", "snapkv(x=1)"),
+    ("of another type", "snapkv(window=True)"), ("of another type", "snapkv('8')"), ("half a token", "snapkv(8.5)"),
+    ("overflowing", "snapkv(1e400)"), ("huge", f"snapkv({HUGE})"), ("given twice", "snapkv(8,window=8)"),
+    ("given twice", "snapkv(window=8,window=9)"), ("two budgets", "snapkv(budget=0.2)"),
+    ("no method of its own", "textkv.method:Method"),
+]  # fmt: skip
 READABLE = [EMPTY, ("missing", "{nowhere}"), ("folder for a file", "{folder}")]
-TEXTS = [EMPTY, ("blank", "  ")]
+TEXTS = [EMPTY, ("blank", "  "), ("not UTF-8", "\udcff")]
+
+
+def parts(cases: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those that are wrong in a list too, which may have blanks behind its commas."""
+    return [case for case in cases if case[0] != "blanks"]
+
 
 WRONG: dict[str, list[tuple[str, str]]] = {
     **dict.fromkeys(("count", "episodes", "processes"), FROM_ONE),
     **dict.fromkeys(("natural", "seed", "threads"), COUNTS),
     "port": [*FROM_ONE, ("beyond the last port", "65536")],
-    "lengths": [*FROM_ONE, *LISTS, ("one of a list", "256,-1")],
-    "naturals": [*COUNTS, *LISTS, ("one of a list", "256,-1")],
+    "lengths": [*parts(FROM_ONE), *LISTS, ("one of a list", "256,-1")],
+    "naturals": [*parts(COUNTS), *LISTS, ("one of a list", "256,-1")],
     "fraction": [*NUMBERS, ("percent", "40"), ("outside 0 to 1", "1.5"), ("outside 0 to 1", "-0.1")],
-    "fractions": [*NUMBERS, *LISTS, ("percent", "0.1,40")],
+    "fractions": [*parts(NUMBERS), *LISTS, ("percent", "0.1,40")],
     **dict.fromkeys(("seconds", "positive", "scale"), [*NUMBERS, ("zero", "0")]),
     "weight": NUMBERS,
     "finite": [*NO_NUMBERS, ("infinite", "inf"), ("overflowing", "1e999")],
-    "size": [*NUMBERS, ("zero", "0B"), ("no unit", "512")],
+    "size": [*NUMBERS, ("zero", "0B"), ("no unit", "512"), ("huge", f"{HUGE}GB"), ("full-width digits", "１GB")],
     "budget": BUDGETS,
-    "budgets": [*BUDGETS, *LISTS, ("percent", "0.2,40")],
+    "budgets": [*parts(BUDGETS), *LISTS, ("percent", "0.2,40")],
     "method": [EMPTY, *METHODS],
     "methods": [*LISTS, *METHODS, ("unknown name", "full,snapvk")],
     "cache": [
@@ -54,11 +68,14 @@ WRONG: dict[str, list[tuple[str, str]]] = {
     "some_text": TEXTS,
     "question": [*TEXTS, ("no word", "?!")],
     **dict.fromkeys(("check_task", "find"), [EMPTY, ("unknown name", "neither")]),
-    "numbers_of": [*LISTS, ("zero", "0"), ("negative", "-1"), ("no number", "x"), ("huge", f"1..{HUGE}")],
+    "numbers_of": [
+        *LISTS, ("full-width digits", "５"), ("ends before it begins", "1,5..3"), ("zero", "0"), ("negative", "-1"),
+        ("no number", "x"), ("huge", f"1..{HUGE}"),
+    ],
     "pixels": [*COUNTS, ("zero", "0x720"), ("one number", "1280")],
     "sizes_of": [*NUMBERS, *LISTS, ("zero", "0B"), ("no unit", "512"), ("one of a list", "8GB,nan")],
     "rates": [*COUNTS, *LISTS, ("too few", "4000,50"), ("zero", "0,50,1GB"), ("nan", "nan,50,1GB")],
-    "device": [("unknown device", "toaster"), ("device that is not there", "cuda:77")],
+    "device": [("unknown device", "toaster"), ("computes nothing", "meta"), ("device that is not there", "cuda:77")],
     "readable": READABLE,
     **dict.fromkeys(("text_file", "_prompt"), [*READABLE, ("not UTF-8", "{binary}")]),
     "readable_folder": [EMPTY, ("missing", "{nowhere}"), ("file for a folder", "{file}")],

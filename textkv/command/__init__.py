@@ -30,7 +30,7 @@ from textkv.command.arguments import (
     threads,
     weight,
 )
-from textkv.command.below import ran, started
+from textkv.command.below import guarded, ran, started
 from textkv.command.crew import Crew, add_crew
 from textkv.command.ending import run, terminable
 from textkv.command.handover import hand_over
@@ -60,6 +60,7 @@ __all__ = [
     "finite",
     "fraction",
     "fractions",
+    "guarded",
     "hand_over",
     "lengths",
     "names",

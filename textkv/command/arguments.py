@@ -15,11 +15,11 @@ from functools import wraps
 from pathlib import Path
 from typing import TypeVar
 
-from textkv.expression import split_list
+from textkv.expression import number, split_commas, whole
 
 T = TypeVar("T")
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?b)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]?i?b)", re.IGNORECASE | re.ASCII)
 _UNITS = {"b": 1, "ib": 1} | {
     f"{letter}{middle}b": base**power
     for power, letter in enumerate("kmgt", 1)
@@ -27,6 +27,7 @@ _UNITS = {"b": 1, "ib": 1} | {
 }
 LARGEST = 2**31 - 1  # of a count or a seed: what numpy, torch and Chromium all take
 PIECE = 1 << 20  # bytes that are read at once
+ROOM = 10**17  # bytes
 LONGEST = 10**9  # seconds, minutes: more than a clock's sleep takes is no time
 
 
@@ -47,6 +48,8 @@ def some_text(text: str) -> str:
     """Some words: a prompt, a name, an address."""
     if not text.strip():
         raise ArgumentTypeError(f"{text!r} says nothing; give some text, or leave the option out")
+    if not text.isascii() and text.encode("utf-8", "replace").decode("utf-8") != text:
+        raise ArgumentTypeError(f"{text!r} is not UTF-8 text; write it in UTF-8")
     return text
 
 
@@ -143,21 +146,26 @@ def weight(text: str) -> float:
 
 def size(text: str) -> int:
     """A number of bytes, as 512MB, 8GB or 1GiB; at least 1."""
-    found = _SIZE.fullmatch(text.strip())
+    found = _SIZE.fullmatch(text)
     if found is None:
         raise ArgumentTypeError(f"{text!r} is no size; write 512MB or 8GB")
     value = int(float(found[1]) * _UNITS[found[2].lower()])
     if value < 1:
         raise ArgumentTypeError(f"{text} is no room at all; write 512MB or 8GB")
+    if value > ROOM:
+        raise ArgumentTypeError(f"{text} is more than any machine has; use up to {ROOM // _UNITS['tb']:,}TB")
     return value
 
 
 def names(text: str) -> list[str]:
-    """Comma-separated names, at least one; commas inside brackets belong to a name."""
-    found = split_list(text)
-    if not found:
+    """Comma-separated names, at least one, each once; commas inside brackets belong to a name."""
+    found = split_commas(text)
+    if not any(found):
         raise ArgumentTypeError(f"{text!r} names nothing; give one or more, separated by commas")
-    return found
+    found = found if found[-1] else found[:-1]  # a comma at the end is how some write lists
+    if not all(found):  # something was left out, and only who wrote it knows what
+        raise ArgumentTypeError(f"{text!r} names nothing before one of its commas; leave that comma out")
+    return list(dict.fromkeys(found))
 
 
 def lengths(text: str) -> list[int]:
@@ -230,7 +238,7 @@ def existing_path(text: str) -> Path:
 
 def _whole(text: str, least: int, what: str, most: int = LARGEST) -> int:
     try:
-        value = int(text)
+        value = whole(text)
     except ValueError:
         raise ArgumentTypeError(f"{text!r} is not {what}; use a whole number from {least} on") from None
     if not least <= value <= most:
@@ -240,7 +248,7 @@ def _whole(text: str, least: int, what: str, most: int = LARGEST) -> int:
 
 def _number(text: str) -> float:
     try:
-        value = float(text)
+        value = number(text)
     except ValueError:
         raise ArgumentTypeError(f"{text!r} is not a number") from None
     if not math.isfinite(value):

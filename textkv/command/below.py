@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-WATCH = Path(__file__).with_name("_watch.py")
+from textkv.command._guard import children
+
+T = TypeVar("T")
+WATCH, GUARD = (Path(__file__).with_name(name) for name in ("_watch.py", "_guard.py"))
+_STARTING = threading.Lock()
 
 
 @contextmanager
@@ -35,3 +41,30 @@ def ran(command: Sequence[str], *, hear: bool = False, **options: Any) -> tuple[
     with started(command, stderr=subprocess.PIPE if hear else None, text=True, **options) as process:
         said = process.stderr.read() if process.stderr is not None else ""
         return process.wait(), said
+
+
+@contextmanager
+def guarded(open: Callable[[], T], close: Callable[[T], object], word: str) -> Iterator[T]:
+    """What `open()` gives, while the context lasts, of a library that starts processes by itself.
+
+    At the end of the context, or of this process, they have a moment to end by themselves, `close` them; then they are
+    ended with all below them, and a `close` that waits for them comes back.
+
+    Args:
+        word: in the command of what the library starts, by which it is known among the others of this process.
+    """
+    with _STARTING:  # what is new is this context's
+        before = children(os.getpid(), word)
+        opened = open()
+        new = children(os.getpid(), word) - before
+    command = [sys.executable, "-I", "-S", str(GUARD), *map(str, new)]
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield opened
+    finally:
+        assert guard.stdin is not None
+        guard.stdin.close()
+        try:
+            close(opened)
+        finally:
+            guard.wait()

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -21,6 +22,7 @@ from textkv._start import command, missing_extra
 REFUSED, STOPPED, TERMINATED = 2, 130, 143  # the latter two: 128 + number of the signal
 PATIENCE = 2.0  # seconds in which what is open may be closed after a signal
 TIDYING = 0.5  # further seconds for temporary folders of what did not let itself be closed: three in all
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|MemoryError")
 LINE = 400  # characters of a line that tells an error
 
 
@@ -46,6 +48,7 @@ def run(
     with terminable(stopped):
         try:
             args = parser.parse_args(argv)
+            _apart(parser, args)
             _quiet()
             return work(args, argv) or 0
         except BrokenPipeError:
@@ -81,9 +84,12 @@ def one_line(error: BaseException) -> str:
 def _no_memory(error: BaseException) -> str | None:
     """A line for what asks for more memory than there is, else None."""
     # torch has a class for a GPU's memory and none for the host's.
-    if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+    # A worker's error comes as a traceback in words: its last line is the error's.
+    told = [line for line in str(error).splitlines() if _NO_MEMORY.search(line)]
+    if not isinstance(error, MemoryError) and not told:
         return None
-    return f"there is not enough memory ({one_line(error)}); ask for shorter texts, fewer at once, or a smaller model"
+    said = one_line(MemoryError(told[-1]) if told else error)
+    return f"there is not enough memory ({said}); ask for shorter texts, fewer at once, or a smaller model"
 
 
 def _quiet() -> None:
@@ -100,6 +106,28 @@ def _short(parser: argparse.ArgumentParser) -> None:
         if isinstance(action, argparse._SubParsersAction):
             for below in action.choices.values():
                 _short(below)
+
+
+def _apart(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Raises ValueError if two arguments name one place, and what one of them writes would take the other's."""
+    named: dict[str, tuple[str, bool]] = {}
+    for action in _actions(parser):
+        value = getattr(args, action.dest, None)
+        if isinstance(value, Path):
+            name, place = "/".join(action.option_strings) or action.dest, os.path.realpath(value)
+            writes = getattr(action.type, "writes", False)
+            other, wrote = named.setdefault(place, (name, writes))
+            if other != name and (writes or wrote):
+                raise ValueError(f"arguments {other} and {name} both name {value}; give another for one of them")
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Those of a parser and of the ones below it."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from _actions(below)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -56,7 +56,7 @@ for _ in range(100):
 def cluster(text: str) -> str:
     """Where Ray runs: `local`, or HOST:PORT of a cluster that is there."""
     host, _, port = text.rpartition(":")
-    if text != LOCAL and not (re.fullmatch(r"[\w.\[\]:-]+", host) and re.fullmatch(r"\d{1,5}", port)):
+    if text != LOCAL and not (re.fullmatch(r"[\w.\[\]:-]+", host) and re.fullmatch(r"[0-9]{1,5}", port)):
         raise ArgumentTypeError(f"{text!r} is no Ray cluster; write local, or the HOST:PORT that ray start printed")
     if text != LOCAL and not 1 <= int(port) <= 65_535:
         raise ArgumentTypeError(f"{port} is not a port; use 1 to 65,535")

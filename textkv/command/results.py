@@ -43,6 +43,7 @@ def results_file(module: str, beside: Sequence[str] = ()) -> Callable[[str], Pat
         return path
 
     check.__name__ = "results_file"
+    check.writes = True
     return check
 
 
@@ -59,6 +60,7 @@ def output_file(own: Callable[[Path], bool], whose: str) -> Callable[[str], Path
         return Path(text)
 
     check.__name__ = "output_file"
+    check.writes = True
     return check
 
 
@@ -81,6 +83,7 @@ def output_folder(own: Callable[[Path], bool], whose: str) -> Callable[[str], Pa
         return path
 
     check.__name__ = "output_folder"
+    check.writes = True
     return check
 
 
@@ -100,7 +103,10 @@ def check_file(path: Path, text: str, own: Callable[[Path], bool], whose: str) -
         raise ArgumentTypeError("an empty name is no file")
     if path.is_dir():
         raise ArgumentTypeError(f"{path} is a folder; name a file in it")
-    _check_place(path)
+    target = Path(os.path.realpath(path))  # where it is written: a link may lead elsewhere
+    if target.is_symlink():
+        raise ArgumentTypeError(f"{path} is a link that leads to itself; name a file")
+    _check_place(target, path)
     if path.exists() and not path.is_file():
         raise ArgumentTypeError(f"{path} is no file to write results to; name another")
     if path.exists() and path.stat().st_size and not own(path):
@@ -172,7 +178,7 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """As `write_text`, for a picture or weights; what can be saved nowhere is not printed, if it is no text."""
     try:
-        replace_whole(path, data)
+        replace_whole(Path(os.path.realpath(path)), data)  # a link that the user named stays one
     except OSError as error:
         told = f"{path} could not be written ({error.strerror}); the results are {_rescue(path, data)}"
         raise OSError(told) from error

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from textkv.command.ending import TERMINATED
 
-GRACE = 1.5  # seconds in which a worker may close what it has open: Ctrl-C is answered within three
+GRACE = 1.0  # seconds in which a worker may close what it has open: Ctrl-C is answered within three
 
 
 class WorkerFailed(ValueError):

@@ -64,7 +64,7 @@ def load_model(model: str, dtype: torch.dtype, device: str) -> tuple[PreTrainedM
     if not hasattr(config, "vision_config"):
         return models.load(model, dtype=dtype, device=device)
     loaded = checkpoints.load_model(AutoModelForImageTextToText.from_pretrained, place, dtype=dtype)
-    tokenizer = checkpoints.load_tokenizer(AutoTokenizer.from_pretrained, place)
+    tokenizer = checkpoints.load_tokenizer(AutoTokenizer.from_pretrained, place, loaded)
     return loaded.to(device).eval(), tokenizer
 
 

@@ -26,4 +26,4 @@ def load_mini(
     if not (folder / "model.safetensors").exists():
         raise FileNotFoundError(f"no weights in {folder}; train them with `python -m training.text.train`")
     model = load_model(LlamaForCausalLM.from_pretrained, folder, dtype=dtype, attn_implementation="sdpa")
-    return model.to(device).eval(), load_tokenizer(PreTrainedTokenizerFast.from_pretrained, folder)
+    return model.to(device).eval(), load_tokenizer(PreTrainedTokenizerFast.from_pretrained, folder, model)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from textkv.checkpoints import check_tensors, readable_files
+from textkv.checkpoints import check_layers, check_tensors, check_types, readable_files
 from textkv.disk import whole_folder
 from textkv.records import checked, listed, parse
 
@@ -213,6 +213,8 @@ def load_atoms(folder: str | Path, dtype: torch.dtype = torch.float32, device: s
     if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
         raise ValueError(f"{Path(folder) / FILE}: {header.get('architecture')} is no model class of transformers")
     with readable_files(folder):
+        check_layers(folder)
+        check_types(folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with (
         readable_files(folder),

@@ -42,7 +42,7 @@ class Embedder:
             # The pooler and the heads of masked words say nothing about the states that are averaged.
             heads = r"(^|\.)pooler\.|^cls\.|^lm_head\."
             model = load_model(AutoModel.from_pretrained, place, unused=heads, dtype=torch.float32)
-            return cls(model.to(device), load_tokenizer(AutoTokenizer.from_pretrained, place))
+            return cls(model.to(device), load_tokenizer(AutoTokenizer.from_pretrained, place, model))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(f"embedder {name} cannot be loaded: {first_line(error)}") from None
 

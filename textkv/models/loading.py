@@ -72,7 +72,7 @@ def load(
             model = load_model(
                 AutoModelForCausalLM.from_pretrained, place, dtype=dtype, trust_remote_code=False, **here
             )
-        tokenizer = load_tokenizer(AutoTokenizer.from_pretrained, place, **here)
+        tokenizer = load_tokenizer(AutoTokenizer.from_pretrained, place, model, **here)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"model {name} cannot be loaded: {first_line(error)}") from None
     return model.to(device).eval(), tokenizer

@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from textkv.command import ran, started
+from textkv.command import guarded, ran, started
+from textkv.command._guard import children
 
 from .test_ending import _wait
 
@@ -31,6 +32,25 @@ PARENT = """
     ran([sys.executable, "stubborn.py"])
 """
 
+# As a driver of browsers: it ends with its input, but first waits for what is below it and does not answer.
+WAITS = """
+    import subprocess, sys
+    child = subprocess.Popen([sys.executable, "stubborn.py"], start_new_session=True)
+    sys.stdin.read()
+    child.wait()
+    open("tidied", "w").close()
+"""
+OPENS = """
+    import subprocess, sys, time
+    from textkv.command import guarded
+
+    def open():
+        return subprocess.Popen([sys.executable, "waits.py"], stdin=subprocess.PIPE)
+
+    with guarded(open, lambda waits: waits.wait(), "waits.py"):
+        time.sleep(600)
+"""
+
 
 def gone(folder: Path) -> bool:
     """Whether both of them end in a few seconds."""
@@ -43,6 +63,8 @@ def gone(folder: Path) -> bool:
 def folder(tmp_path):
     (tmp_path / "stubborn.py").write_text(textwrap.dedent(STUBBORN))
     (tmp_path / "parent.py").write_text(textwrap.dedent(PARENT))
+    (tmp_path / "waits.py").write_text(textwrap.dedent(WAITS))
+    (tmp_path / "opens.py").write_text(textwrap.dedent(OPENS))
     return tmp_path
 
 
@@ -52,13 +74,36 @@ def test_what_is_below_ends_with_the_context(folder):
     assert gone(folder)
 
 
-def test_what_is_below_ends_with_a_parent_that_was_killed(folder):
+@pytest.mark.parametrize("program", ["parent.py", "opens.py"])
+def test_what_is_below_ends_with_a_parent_that_was_killed(folder, program):
     root = Path(__file__).parents[3]
-    parent = subprocess.Popen([sys.executable, "parent.py"], cwd=folder, env=os.environ | {"PYTHONPATH": str(root)})
+    parent = subprocess.Popen([sys.executable, program], cwd=folder, env=os.environ | {"PYTHONPATH": str(root)})
     _wait(folder / "begun")
     parent.kill()
     parent.wait()
     assert gone(folder)
+
+
+def test_what_a_library_started_is_not_held_up_by_what_does_not_answer(folder):
+    waits = [sys.executable, "waits.py"]
+
+    def close(process):
+        process.stdin.close()
+        process.wait()
+
+    with guarded(lambda: subprocess.Popen(waits, cwd=folder, stdin=subprocess.PIPE), close, "waits.py") as process:
+        _wait(folder / "begun")
+    assert process.returncode == 0 and (folder / "tidied").exists()  # it was left the time to remove its files
+    assert gone(folder)
+
+
+def test_processes_that_ended_and_those_of_others_are_not_taken_for_ours():
+    ended = subprocess.Popen([sys.executable, "-c", "pass", "a-word"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    with subprocess.Popen([sys.executable, "-c", "input()", "a-word"], stdin=subprocess.PIPE) as lives:
+        assert children(os.getpid(), "a-word") == {lives.pid}
+        assert children(os.getppid(), "a-word") == set()
+    ended.wait()
 
 
 def test_code_and_words_come_back():

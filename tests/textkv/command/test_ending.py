@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from textkv.command import Workers, count, run
+from textkv.command import Workers, count, readable, results_file, run
 from textkv.command.workers import WorkerFailed
 
 
@@ -50,6 +50,26 @@ def test_a_wrong_argument_is_one_line_and_2(capsys):
     assert capsys.readouterr().err == "eval.x: argument --n: 0 is not a count; use 1 to 2,147,483,647\n"
     assert run("eval.x", parser, lambda args, argv: 0, ["--m", "0"]) == 2
     assert capsys.readouterr().err == "eval.x: unrecognized arguments: --m 0\n"
+
+
+@pytest.mark.parametrize("other", ["--plot", "--text"])
+def test_what_is_written_takes_no_other_argument_s_place(tmp_path, capsys, other):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=results_file("eval.x"))
+    parser.add_argument("--plot", type=results_file("eval.x"))
+    parser.add_argument("--text", type=readable)
+    path, link = tmp_path / "own.json", tmp_path / "link.json"
+    path.write_text('{"meta": {"command": "python -m eval.x"}, "rows": []}')
+    link.symlink_to(path)
+    work = []
+    assert run("eval.x", parser, lambda args, argv: work.append(args), ["--json", str(path), other, str(link)]) == 2
+    assert capsys.readouterr().err.startswith(f"eval.x: arguments --json and {other} both name ") and not work
+
+
+def test_a_worker_without_memory_is_one_line(capsys):
+    told = "Caught MemoryError in worker 0.\nTraceback:\n  File x\nnumpy.MemoryError: Unable to allocate 7 GiB\n"
+    assert ended(raising(RuntimeError(told))) == 2
+    assert capsys.readouterr().err.startswith("eval.x: there is not enough memory (numpy.MemoryError: Unable to all")
 
 
 def test_ctrl_c_is_one_line_and_130(capsys):

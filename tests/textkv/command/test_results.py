@@ -56,6 +56,21 @@ def test_a_table_and_a_picture_are_known_by_the_command_that_they_name(tmp_path)
     assert check(str(table)) == table and check(str(picture)) == picture
 
 
+def test_a_link_stays_one_and_where_it_leads_is_written(tmp_path):
+    target, link = tmp_path / "new" / "rows.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    for _ in range(2):  # where nothing is yet, and over what the command wrote itself
+        assert check(str(link)) == link
+        write_rows(link, META, [])
+        assert link.is_symlink() and json.loads(target.read_text())["meta"] == META
+    target.write_text("my thesis")
+    with pytest.raises(ArgumentTypeError, match="is there and not of"):
+        check(str(link))
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    with pytest.raises(ArgumentTypeError, match="leads to itself"):
+        check(str(tmp_path / "loop.json"))
+
+
 def test_places_that_cannot_be_written_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for text, line in (
