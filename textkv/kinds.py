@@ -213,7 +213,7 @@ def _refuse_layer(module: torch.nn.Module | None, number: int, who: str) -> None
         )
     wide = getattr(module, "head_dim", None)
     if isinstance(wide, int) and wide > MAX_HEAD_DIM:
-        raise ValueError(f"{who}: layer {number} has head_dim={wide}; the limit of the cache's kernels is {MAX_HEAD_DIM}")
+        raise ValueError(f"{who}: layer {number} has head_dim={wide}; the kernels of the cache take {MAX_HEAD_DIM}")
     if not getattr(module, "is_causal", True):
         raise ValueError(f"{who}: layer {number} attends in both directions: its past changes with every token")
     if _changes_what_is_stored(type(module)):
