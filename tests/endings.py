@@ -151,6 +151,7 @@ CASES = {
     ),
     "eval.peers,install": Case("install", lambda command: command.has("venv"), STOP, before=elsewhere),
     "eval.peers,compare": Case("compare --n 1 --length 512", sleeps, None, before=peer),
+    "eval.persistent": Case("--episodes 40 --methods full --out study", plays, None, browser=True),
     "eval.serving": Case("--conversations 4 --steps 2 --holds 1 --methods full", fills, END),
     "eval.serving,peer": Case(f"{FEW} --peer", lambda command: command.has("transformers"), None),
     "eval.webtasks": Case(
@@ -187,6 +188,7 @@ SOURCES = {
     "eval/conversations.py": "eval.conversations",
     "eval/peers/compare.py": "eval.peers,compare",
     "eval/peers/place.py": "eval.peers,install",
+    "eval/persistent.py": "eval.persistent",
     "eval/serving.py": "eval.serving,peer",
     "eval/webtasks.py": "eval.webtasks",
     "textkv/command/crew.py": "eval.leaderboard",
