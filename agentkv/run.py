@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
         description="Let a GUI agent play web tasks with compressed KV caches; every method plays the same seeds.",
     )
     p.add_argument(
-        "--model", type=some_text, default="mini", help="mini (embedded), a folder, or a hub id of a supported family"
+        "--model", type=some_text, default="mini", help=f"{', '.join(EMBEDDED)}, a folder, or a hub id of a family"
     )
     p.add_argument(
         "--agent",

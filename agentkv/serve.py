@@ -27,7 +27,8 @@ from textkv.command import checked, cluster, count, port, processes, run, second
 from textkv.models.loading import resolve
 from textkv.records import read_text
 
-MINI = {"mini": "vision", "mini-text": "text", "mini-dlm": "diffusion", "mini-dream": "diffusion"}
+MINI = {"mini": "vision", "mini-growing": "vision", "mini-text": "text"}
+MINI |= {"mini-dlm": "diffusion", "mini-dream": "diffusion"}
 OWN_NAME = {"mini-text": "mini", "mini-dlm": "mini"}  # what an engine calls it by itself
 
 

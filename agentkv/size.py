@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from agentkv.models import AGENTS, MINI, OWN_AGENT
+from agentkv.models import AGENTS, EMBEDDED, OWN_AGENT
 from textkv import resolve_method
 from textkv.arguments import budgets, method
 from textkv.capacity import ModelShape
@@ -98,7 +98,7 @@ class Model:
         Raises:
             OSError, ValueError: no config.json or image processor can be had, or no such model can be kept.
         """
-        source = str(MINI) if name == "mini" else resolve("mini" if name == "mini-text" else name)
+        source = str(EMBEDDED.get(name) or resolve("mini" if name == "mini-text" else name))
         with readable_files(source):
             check_layers(source)
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)

@@ -25,7 +25,7 @@ from rich.table import Table
 from agentkv.agent import Agent
 from agentkv.envs.browser import Browser
 from agentkv.errors import EXPLAINED
-from agentkv.models import AGENTS
+from agentkv.models import AGENTS, EMBEDDED
 from agentkv.play import Plan, Play, open_folder, task_of
 from agentkv.reading import is_whole, read_run
 from agentkv.run import ANSWER, DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load
@@ -252,7 +252,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     study = Study(
         tuple(args.tasks or DEFAULT_TASKS), tuple(args.methods),
         tuple(args.budgets), tuple(args.history), args.episodes, args.seed, args.out,
-        args.model, args.agent, args.max_new_tokens or (64 if args.model == "mini" else ANSWER),
+        args.model, args.agent, args.max_new_tokens or (64 if args.model in EMBEDDED else ANSWER),
     )  # fmt: skip
     meta = run_meta("eval.webtasks", argv, args.seed, units=UNITS)
     play(study, Crew.of(args), args.chromium, meta)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedTokenizerFast
 
 from agentkv.envs import fonts
-from agentkv.models import MINI, AgentText, load_adapter
+from agentkv.models import EMBEDDED, AgentText, load_adapter
 from agentkv.models.ui_tars import UiTarsAdapter
 from training.agent.drawn import click, drawn_turn, face
 from training.agent.drawn_memory import drawn_episode
@@ -270,9 +270,11 @@ def test_a_resumed_training_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     assert load_adapter(tmp_path / "latest").history_frames == 9
 
 
-def test_shipped_weights_load_and_answer() -> None:
-    adapter = load_adapter("mini")
-    assert (MINI / "model.safetensors").stat().st_size <= 16 * 2**20
+@pytest.mark.parametrize("name", list(EMBEDDED))
+def test_shipped_weights_load_and_answer(name: str) -> None:
+    adapter = load_adapter(name)
+    assert adapter.cache == {"mini": "fresh", "mini-growing": "persistent"}[name]
+    assert (EMBEDDED[name] / "model.safetensors").stat().st_size <= 16 * 2**20
     assert adapter.model.config.model_type == "qwen2_5_vl"
     assert adapter.history_frames == 9
     prompt = adapter.prompt("Click on Tab #1.", [], Image.new("RGB", (160, 210), "white"))
