@@ -45,6 +45,21 @@ def agents() -> str:
     return markdown(["method", "success", "bytes held, of the full cache"], lines)
 
 
+def persistent() -> str:
+    """Episodes of forty steps: a cache that lives from step to step beside one that is filled anew."""
+    lines = [
+        [
+            f"`{row['method']}`", row["cache"], str(row["n"]),
+            f"{row['success']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+            f"{row['prefill_ratio']:.2f}", f"{row['seconds_ratio']:.2f}", f"{row['kv_bytes'] / 1e6:.2f}",
+        ]
+        for row in sorted(rows("agent-persistent.json"), key=lambda row: row["method"])
+        if "step" not in row
+    ]  # fmt: skip
+    heads = ["method", "cache", "episodes", "success", "tokens read, of the new ones", "seconds from step 5", "MB"]
+    return markdown(heads, lines)
+
+
 def board() -> str:
     """SmolLM2 at a quarter of the cache, the question known and unknown; methods without a budget too."""
     found = [row for row in rows("text-board-smollm2.json") if row["task"] == "all" and "recall" in row]
@@ -279,6 +294,7 @@ def sentences() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "agents": agents,
+    "persistent": persistent,
     "board": board,
     "decoding": decoding,
     "cost": cost,
