@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 
 from agentkv.envs import live
-from agentkv.envs.actions import Action, Click, Finished, Hotkey, PressBack, Type, Wait
+from agentkv.envs.actions import (
+    Action,
+    Click,
+    Finished,
+    Hotkey,
+    KeyDown,
+    MiddleClick,
+    PressBack,
+    Scroll,
+    Type,
+    Wait,
+)
 from agentkv.envs.browser import Browser
 from agentkv.envs.dialogs import Dialogs
 from agentkv.envs.events import Record
@@ -226,3 +237,43 @@ def test_words_of_a_page_are_no_marks_of_a_prompt() -> None:
 def test_an_unknown_policy() -> None:
     with pytest.raises(ValueError, match="dialogs='maybe' is not a policy; use one of accept, dismiss, ask"):
         Dialogs("maybe", Record(), None, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("press", ["Control", "Shift", "middle"])
+def test_a_link_in_a_tab_of_its_own_by_mouse(env: WebEnv, site: Site, press: str) -> None:
+    site.page("<title>second</title>", "/second")
+    begin(env, site, "href=/second")
+    clicks = [MiddleClick(50, 50)] if press == "middle" else [KeyDown(press), Click(50, 50)]
+    said = f"a new tab was opened and is shown: {site.url}/second (2 tabs are open)"
+    assert told(env, *clicks) == [said] and env.page.title() == "second"
+
+
+@pytest.mark.browser
+def test_a_page_that_asks_while_it_is_loaded(env: WebEnv, site: Site) -> None:
+    env.manners = Manners(dialogs="ask")
+    site.page("<body style='background: #0f0'><script>document.title = confirm('enter?')</script>")
+    _, info = env.reset(seed=0)
+    assert "'confirm: enter?'; it waits for an answer" in info["told"][0]
+    asked = env.render()
+    assert asked.shape == (*SIZE[::-1], 3) and len(np.unique(asked.reshape(-1, 3), axis=0)) > 2
+    assert "the answer was OK" in told(env, Hotkey(("Enter",)))[0]
+    assert env.page.title() == "true" and env.render()[290, 10].tolist() == [0, 255, 0]
+
+
+@pytest.mark.browser
+def test_a_page_behind_a_password_is_told(env: WebEnv, site: Site) -> None:
+    site.pages["/private"] = (401, {"WWW-Authenticate": "Basic realm=x"}, "no")
+    begin(env, site, "href=/private")
+    asks = f"{site.url}/private asks for a user name and a password; this browser has none"
+    assert told(env, Click(50, 50)) == [asks]
+    env.step(PressBack())
+    assert env.page.url == site.url + "/"
+
+
+@pytest.mark.browser
+def test_keys_of_a_page_and_a_wheel_that_would_zoom(env: WebEnv, site: Site) -> None:
+    begin(env, site, "accesskey=d onclick=\"document.title = 'pressed'\"")
+    assert told(env, Hotkey(("Alt", "d"))) == [] and env.page.title() == "pressed"
+    zoom = "Control+wheel did nothing: this browser cannot zoom"
+    assert told(env, KeyDown("Control"), Scroll(50, 50, "down", 100)) == [zoom]
