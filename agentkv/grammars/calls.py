@@ -67,7 +67,7 @@ def calls(text: str, begin: int, flags: set[str]) -> Iterator[Found]:
         found, end = _xml(text, function, opening, flags) if function else _json(text, at, opening)
         yield Found(*found, opening, prose)
         closing = _skip(text, end)
-        if tagged and text.startswith("{", closing):  # the next one, between the same tags
+        if text.startswith("{", closing):  # the next one, between the same tags
             opening = closing
         elif tagged:
             if not text.startswith(CLOSE, _fence_end(text, closing)):

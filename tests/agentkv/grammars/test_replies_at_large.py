@@ -178,6 +178,7 @@ def test_all_calls_of_a_reply_are_done() -> None:
         f"<tool_call>{PRESS}\n{second}</tool_call>",
         f"<tool_call>{PRESS}</tool_call>\nand\n<tool_call>{second}</tool_call>",
         f"{PRESS}\n{second}",
+        f"{PRESS} {second}",
         f"```json\n{PRESS}\n```\nthen\n```json\n{second}\n```",
     ):
         check("tool_call", text, both)
