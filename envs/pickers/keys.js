@@ -24,6 +24,12 @@ addEventListener("click", (event) => {
   if (event.composedPath()[0].type === "file") setTimeout(() => event.defaultPrevented || send({ coming: "file" }));
 }, true);
 
+addEventListener("submit", (event) => {
+  const target = event.submitter?.formTarget || event.target.target;
+  const inside = /^(|_self|_top|_parent)$/i.test(target) || outer.document.getElementsByName(target).length;
+  if (!inside) setTimeout(() => event.defaultPrevented || send({ coming: "tab" }));
+}, true);
+
 let complaint = null; // the first field of a form that was not sent
 addEventListener("invalid", (event) => {
   const field = event.composedPath()[0];

@@ -26,6 +26,7 @@ from agentkv.envs.actions import (
 from agentkv.envs.browser import Browser
 from agentkv.envs.dialogs import Dialogs
 from agentkv.envs.events import Record
+from agentkv.envs.sheet import Sheet
 from agentkv.envs.tab import Manners, PageNotLoaded
 from agentkv.envs.web import WebEnv
 from tests.envs.conftest import Site
@@ -277,3 +278,30 @@ def test_keys_of_a_page_and_a_wheel_that_would_zoom(env: WebEnv, site: Site) -> 
     assert told(env, Hotkey(("Alt", "d"))) == [] and env.page.title() == "pressed"
     zoom = "Control+wheel did nothing: this browser cannot zoom"
     assert told(env, KeyDown("Control"), Scroll(50, 50, "down", 100)) == [zoom]
+
+
+def test_a_sheet_is_answered_as_a_window_of_the_browser() -> None:
+    def answered(typed: str | None, *actions: Action) -> tuple[str, str | None]:
+        sheet = Sheet("name?", ("OK", "Cancel"), typed=typed)
+        assert [sheet.act(action) for action in actions] == [""] * len(actions)
+        return sheet.reply, sheet.typed
+
+    enter, tab, space, end = (Hotkey((key,)) for key in ("Enter", "Tab", "Space", "End"))
+    assert answered("old", Type("new\n")) == ("OK", "new")
+    assert answered("old", end, Type("er\n")) == ("OK", "older")
+    assert answered("old", Type("a"), Type("b"), Hotkey(("Backspace",)), enter) == ("OK", "a")
+    assert answered("old", Hotkey(("Delete",)), enter) == ("OK", "")
+    assert answered("old", end, Hotkey(("Control", "a")), enter) == ("OK", "old")
+    assert answered("old", tab, tab, enter) == ("Cancel", "old")
+    assert answered("old", tab, tab, tab, Type("new\n")) == ("OK", "new")
+    assert answered(None, tab, space) == ("Cancel", None)
+    assert answered(None, tab, tab, enter) == ("OK", None)
+
+
+@pytest.mark.browser
+def test_a_form_that_opens_a_tab(env: WebEnv, site: Site) -> None:
+    site.page("<title>second</title>", "/second?q=x")
+    site.page("<form target=_blank action=/second><input autofocus name=q></form>")
+    env.reset(seed=0)
+    said = f"a new tab was opened and is shown: {site.url}/second?q=x (2 tabs are open)"
+    assert told(env, Type("x\n")) == [said] and env.page.title() == "second"
