@@ -23,7 +23,7 @@ another call; of several, none is guessed |
 `navigate`, `navigate_back`, in any case | synonyms of the makers' later kit |
 | Chinese marks: `Action：`, `click（start_box='(1，2)'）` | as the others; values may stand in curly quotes |
 | Markdown around it: `**Action:**`, backticks, a fence behind `Action:` | is passed over |
-| no `Action:` at all | the first line that begins with a call |
+| no `Action:` at all | the first line that begins with a call, if nothing but calls follows |
 | the last bracket is missing | the end of the reply closes a call, unless it ends in a text |
 | a later call that cannot be read | those before it are done, the step says what was left out |
 """
@@ -94,7 +94,8 @@ _FENCE = re.compile(r"\s*+`{1,3}(?:(?:python|code|plaintext|text)?[ \t]*\r?\n)?"
 
 
 def _read(text: str, frame: Frame) -> Reading:
-    scanner = Scanner(text, _start(text), _BUILDERS)
+    start, unmarked = _start(text)
+    scanner = Scanner(text, start, _BUILDERS)
     flags: set[str] = set()
     left: list[str] = []
     actions = [_action(scanner, frame, flags, left)]
@@ -114,15 +115,18 @@ def _read(text: str, frame: Frame) -> Reading:
             scanner.at = begin
             break
     if scanner.at < len(text) and scanner.peek() not in "<;":
+        if unmarked:  # it may be what the model thought of, and then did not do
+            raise Reject("there is no `Action:`, and words stand behind the call", scanner.at)
         flags.add("cut short")
         if not left and _LATER.search(text, scanner.at):
             left.append("a later action of the same answer was left out, since words stand before it")
     return Reading(tuple(actions), frozenset(flags), "; ".join(left))
 
 
-def _start(text: str) -> int:
+def _start(text: str) -> tuple[int, bool]:
     """Where the first call begins: after the first `Action:` that opens a line behind the thought, else after the last
-    one inside a line, else at the first line that begins with a call, else where the reply begins.
+    one inside a line, else at the first line that begins with a call, else where the reply begins. And whether it is
+    such a line, with words before it.
     """
     mark = _MARK.search(text)
     begin = thought_end(text, mark.start() if mark else len(text))
@@ -131,7 +135,7 @@ def _start(text: str) -> int:
     bare = None if mark or inline else _CALL.search(text, begin)
     begin = mark.end() if mark else inline[-1] if inline else bare.start() if bare else begin
     fence = _FENCE.match(text, begin)
-    return fence.end() if fence else begin
+    return (fence.end() if fence else begin), bool(bare and text[: bare.start()].strip())
 
 
 def _action(scanner: Scanner, frame: Frame, flags: set[str], left: list[str]) -> Single:

@@ -83,6 +83,7 @@ UI_TARS: list[tuple[str, Expected]] = [
     ("Action: drag(start='(1,2)', end='(3,4)')", "drag needs start_box"),
     ("Action: scroll(direction='down or up')", "is not one of up, down"),
     ("Thought: I will click. click(start_box='(10,20)')", "is not an action"),
+    ("Thought: either\ntype(content='a')\nor not.", "words stand behind the call"),
 ]  # fmt: skip
 
 
