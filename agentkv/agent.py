@@ -307,7 +307,7 @@ def run_episode(
     if history < 1:
         raise ValueError(f"history={history} would hide the current screenshot too; use 1 for no earlier ones")
     begin = perf_counter()
-    obs, _ = env.reset(seed=seed)
+    obs, begun = env.reset(seed=seed)
     seconds_reset = perf_counter() - begin
     goal = obs["goal"]
     policy.start(env)
@@ -317,6 +317,7 @@ def run_episode(
         screenshot = Image.fromarray(obs["screenshot"])
         decision = policy.decide(goal, shown, screenshot, env.task.viewport)
         step, obs, terminated, truncated = _act(env, obs, decision, len(past))
+        step = step if past else _with(begun, step)
         stop = watch.stop(step, terminated, truncated)
         notes = (f"[{note}]" for note in (step.error, *step.told, decision.left_out) if note)
         past.append((screenshot, "\n".join((decision.text, *notes))))
@@ -324,6 +325,12 @@ def run_episode(
             on_step(step)
     success, reward = (step.success, step.reward) if step else (False, 0.0)
     return EpisodeResult(goal, success, reward, stop, len(past), seconds_reset)
+
+
+def _with(begun: dict[str, Any], step: Step) -> Step:
+    """The first step with what happened while its page was loaded."""
+    names = ("blocked", "dialogs", "files", "told")
+    return replace(step, **{name: (*begun.get(name, ()), *getattr(step, name)) for name in names})
 
 
 def _act(env: Any, obs: dict[str, Any], decision: Decision, index: int) -> tuple[Step, dict[str, Any], bool, bool]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from string import ascii_lowercase, digits
 from typing import Literal
 
 from playwright.sync_api import Page
@@ -53,6 +54,10 @@ MAX_ADDRESS = 2_000
 MAX_GESTURES = 50
 _DRAG_MOVES = 10
 _KEYS = {"\n": "Enter", "\r": "Enter", "\r\n": "Enter", "\t": "Tab"}
+# Playwright's names of the keys themselves: only these does a held Shift change
+_PLACES = {letter: f"Key{letter.upper()}" for letter in ascii_lowercase} | {digit: f"Digit{digit}" for digit in digits}
+_PLACES |= {"-": "Minus", "=": "Equal", "[": "BracketLeft", "]": "BracketRight", "\\": "Backslash", ";": "Semicolon"}
+_PLACES |= {"'": "Quote", ",": "Comma", ".": "Period", "/": "Slash", "`": "Backquote"}
 _WHEEL = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
 
 
@@ -160,14 +165,20 @@ def _type(page: Page, text: str) -> None:
 
 
 def _press(page: Page, keys: tuple[str, ...]) -> None:
+    """Beside other keys a letter is its key, whatever its case: Control and R is Control and r."""
     held: list[str] = []
     try:
         for key in keys:
+            key = _place(key.lower() if len(key) == 1 and len(keys) > 1 else key)
             page.keyboard.down(key)
             held.append(key)
     finally:
         for key in reversed(held):
             page.keyboard.up(key)
+
+
+def _place(key: str) -> str:
+    return _PLACES.get(key, key)
 
 
 def _click(page: Page, action: Clicking) -> None:
@@ -239,9 +250,9 @@ def perform(page: Page, action: Action, size: tuple[int, int]) -> str:
         case Hotkey(keys):
             _press(page, keys)
         case KeyDown(key):
-            page.keyboard.down(key)
+            page.keyboard.down(_place(key))
         case KeyUp(key):
-            page.keyboard.up(key)
+            page.keyboard.up(_place(key))
         case Wait(seconds):
             time.sleep(min(seconds, MAX_WAIT))
         case PressBack():

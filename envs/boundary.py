@@ -55,6 +55,7 @@ class Boundary:
         """Redirects and inline documents, which no route handler sees."""
         page.on("framenavigated", self._on_navigated)
         page.on("request", self._on_redirect)
+        page.on("requestfailed", self._on_failed)
         session.on("Network.requestWillBeSent", self._on_raw_redirect)
         session.send("Network.enable")
 
@@ -85,6 +86,11 @@ class Boundary:
         """Redirects of frames and workers in other processes; the page's own come surely through `_on_raw_redirect`."""
         if request.redirected_from is not None:
             self._refuse_redirect(request.url, request.is_navigation_request())
+
+    def _on_failed(self, request: Request) -> None:
+        """A page behind a question that a browser asks by itself, and this one has no answer to."""
+        if request.failure == "net::ERR_INVALID_AUTH_CREDENTIALS" and request.is_navigation_request():
+            self.record.tell(f"{request.url[:URL_LENGTH]} asks for a user name and a password; this browser has none")
 
     def _on_raw_redirect(self, event: dict[str, Any]) -> None:
         """Playwright loses a redirect whose connection fails at once, so the protocol's own event is read."""

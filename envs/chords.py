@@ -27,7 +27,7 @@ _CANNOT = {
     "open a file of the machine": ("Control+o",),
     "keep bookmarks or a list of downloads": ("Control+d", "Control+h", "Control+j", "Control+Shift+O"),
     "show the developer's tools": ("F12", "Control+u", "Control+Shift+I", "Control+Shift+J", "Control+Shift+C"),
-    "zoom": ("Control++", "Control+=", "Control+-", "Control+0"),
+    "zoom": ("Control++", "Control+=", "Control+-", "Control+0", "Control+wheel"),
     "change its window": ("F11", "Alt+F4", "Control+Shift+W", "Control+q"),
     "show a start page": ("Alt+Home",),
     "delete what it remembers": ("Control+Shift+Delete",),

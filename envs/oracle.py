@@ -139,13 +139,12 @@ def by_chance(env: WebEnv, seed: int) -> tuple[float, int]:
 
 def check(
     ids: Sequence[str], seeds: int, first: int = 0, jitter: bool = False, policy: str = "script"
-) -> list[dict[str, object]]:
+) -> Iterator[dict[str, object]]:
     """Play every task on `seeds` seeds from `first`, by its script or at random (`policy`).
 
-    Rows: policy, task, n, solved, success with its 95 % interval (low, high), steps (mean), failed (the seeds). Each
-    finished task is reported on stderr, because a full check takes minutes.
+    Rows, as they come: policy, task, n, solved, success with its 95 % interval (low, high), steps (mean), failed (the
+    seeds). Each finished task is reported on stderr too, because a full check takes minutes.
     """
-    rows: list[dict[str, object]] = []
     with Browser() as browser:
         for task_id in ids:
             env = catalogue.make(task_id, browser, reuse_tab=True)
@@ -158,9 +157,9 @@ def check(
                     runs[seed] = (0.0, 0)
                     print(f"{task_id} seed {seed}: {error}", file=sys.stderr)
             env.close()
-            rows.append(_row(policy, task_id, runs))
-            print(f"{policy} {task_id}: {rows[-1]['solved']} of {seeds}", file=sys.stderr)
-    return rows
+            row = _row(policy, task_id, runs)
+            print(f"{policy} {task_id}: {row['solved']} of {seeds}", file=sys.stderr)
+            yield row
 
 
 def _row(policy: str, task: str, runs: Mapping[Any, tuple[float, int]]) -> dict[str, object]:
@@ -226,14 +225,18 @@ def work(args: argparse.Namespace, argv: list[str]) -> int:
     ids = args.task or (catalogue.site_ids() if args.sites else task_ids())
     seeds = (3 if args.sites else 50) if args.seeds is None else args.seeds
     chances = (4 if args.sites else 0) if args.random is None else args.random
-    rows = check(ids, seeds, args.first, args.jitter) if seeds else []
-    guessed = check(ids, chances, args.first, policy="random") if chances else []
-    totals = [total(part) for part in (rows, guessed) if part]
-    Console(width=None if sys.stdout.isatty() else 140).print(table([*rows, *guessed, *totals]))
     command = shlex.join(["python", "-m", "envs.oracle", *argv])
     meta = {"command": command, "seeds": seeds, "random": chances, "first": args.first}
-    commands.write_rows(args.json, meta, [*rows, *guessed, *totals])
-    return int(any(row["failed"] for row in rows))
+    rows: list[dict[str, object]] = []
+    for policy, episodes in (("script", seeds), ("random", chances)):
+        for row in check(ids, episodes, args.first, args.jitter and policy == "script", policy) if episodes else ():
+            rows.append(row)
+            commands.write_rows(args.json, meta, rows)
+    parts = [[row for row in rows if row["policy"] == policy] for policy in ("script", "random")]
+    rows += [total(part) for part in parts if part]
+    Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
+    commands.write_rows(args.json, meta, rows)
+    return int(any(row["failed"] for row in parts[0]))
 
 
 if __name__ == "__main__":

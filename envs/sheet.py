@@ -19,7 +19,7 @@ _LINE = 18
 _EDGE = 10
 _WIDEST = 420
 _MOST_LINES = 12
-_SHADE, _FIELD, _BUTTON = (118, 118, 118), (240, 240, 240), (26, 115, 232)
+_SHADE, _FIELD, _BUTTON, _MARK = (118, 118, 118), (240, 240, 240), (26, 115, 232), (11, 67, 150)
 
 Box = tuple[float, float, float, float]
 
@@ -27,7 +27,7 @@ Box = tuple[float, float, float, float]
 @dataclass
 class Sheet:
     """`text` with buttons; the first means yes, the last no. `choices` are rows to choose one of; `typed` is the text
-    of its field, None without one.
+    of its field, None without one. A text that stands there from the start is marked: what is typed replaces it.
     """
 
     text: str
@@ -36,6 +36,11 @@ class Sheet:
     typed: str | None = None
     reply: str = ""  # the button or row that was chosen; "" while it is open
     _boxes: dict[str, Box] = field(default_factory=dict)
+    _marked: bool = field(init=False)
+    _at: int | None = None  # the button that Tab has come to, None for the field, or for none
+
+    def __post_init__(self) -> None:
+        self._marked = bool(self.typed)
 
     def act(self, action: Action) -> str:
         """Let `action` answer; returns "" or why it could not."""
@@ -49,21 +54,40 @@ class Sheet:
             case Click(x, y) | DoubleClick(x, y):
                 self._press(x, y)
             case Hotkey(("Enter",)):
-                self.reply = self.buttons[0]
-            case Hotkey(("Space",)) if self.typed is None:
-                self.reply = self.buttons[0]
+                self.reply = self.buttons[self._at or 0]
+            case Hotkey(("Space",)) if self.typed is None or self._at is not None:
+                self.reply = self.buttons[self._at or 0]
             case Hotkey(("Escape",)):
                 self.reply = self.buttons[-1]
-            case Hotkey(("Control", "a")) if self.typed is not None:
-                self.typed = ""
-            case Hotkey(("Backspace",)) if self.typed is not None:
-                self.typed = self.typed[:-1]
-            case Type(text) if self.typed is not None:
-                self.typed += text.rstrip("\n")
-                if text.endswith("\n"):
-                    self.reply = self.buttons[0]
+            case Hotkey(("Tab",)):
+                self._step()
+            case _ if self.typed is not None and self._at is None:
+                return self._write(action, self.typed)
             case _:
                 return False
+        return True
+
+    def _step(self) -> None:
+        """Tab goes on: from the field to the buttons and back; without a field the first button has the focus."""
+        at = 0 if self._at is None and self.typed is None else -1 if self._at is None else self._at
+        around = self.typed is not None and at + 1 == len(self.buttons)
+        self._at = None if around else (at + 1) % len(self.buttons)
+
+    def _write(self, action: Action, typed: str) -> bool:
+        match action:
+            case Hotkey(("Control", "a" | "A")):
+                self._marked = bool(typed)
+                return True
+            case Hotkey(("Backspace",)) | Hotkey(("Delete",)):
+                self.typed = "" if self._marked else typed[:-1] if action == Hotkey(("Backspace",)) else typed
+            case Hotkey(("End",)) | Hotkey(("ArrowRight",)):
+                pass  # the mark goes away, and writing goes on behind the text
+            case Type(text):
+                self.typed = ("" if self._marked else typed) + text.rstrip("\n")
+                self.reply = self.buttons[0] if text.endswith("\n") else ""
+            case _:
+                return False
+        self._marked = False
         return True
 
     def _press(self, x: float | None, y: float | None) -> None:
@@ -95,17 +119,18 @@ class Sheet:
             pen.text(((left + _EDGE) * scale, y * scale), line, font=letters, fill="black")
             y += _LINE
         if self.typed is not None:
-            box((left + _EDGE, y, left + wide - _EDGE, y + 1.3 * _LINE), (255, 255, 255), self.typed, "black")
+            colours = (_MARK, "white") if self._marked else ((255, 255, 255), "black")
+            box((left + _EDGE, y, left + wide - _EDGE, y + 1.3 * _LINE), colours[0], self.typed, colours[1])
             y += 1.6 * _LINE
         for choice in self.choices:
             self._boxes[choice] = (left + _EDGE, y, left + wide - _EDGE, y + 1.3 * _LINE)
             box(self._boxes[choice], _FIELD, choice, "black")
             y += 1.4 * _LINE
         right = left + wide - _EDGE
-        for name in reversed(self.buttons):
+        for number, name in reversed(list(enumerate(self.buttons))):
             width = letters.getlength(name) / scale + 24
             self._boxes[name] = (right - width, y + 6, right, y + 6 + 1.4 * _LINE)
-            box(self._boxes[name], _BUTTON, name, "white")
+            box(self._boxes[name], _MARK if number == self._at else _BUTTON, name, "white")
             right -= width + 8
         return np.array(image)
 

@@ -176,8 +176,8 @@ class Tab:
         """Keys that the page left to the browser, a form that was not sent."""
         if "invalid" in message:
             self.record.tell(f"the form was not sent: {message['field']}: {message['invalid']}")
-        elif "file" in message:
-            self._await("file")
+        elif "coming" in message:
+            self._await(message["coming"])
         else:
             does, why_not = chords.meaning(message["keys"])
             self._await("keys")
@@ -252,8 +252,10 @@ class Tab:
                 raise PageNotLoaded(f"{url} could not be opened: {reason}") from error
 
     def _load(self, end: float) -> None:
-        """Wait for the load event until `end`; only a moment for a page that went elsewhere, as that broke it off."""
-        while True:
+        """Wait for the load event until `end`; only a moment for a page that went elsewhere, as that broke it off, and
+        for one that asks first.
+        """
+        while self.dialogs.sheet is None:
             try:
                 self.page.wait_for_load_state("load", timeout=max(min(_MOMENT, end - time.monotonic()), 0.001) * 1000)
                 return
@@ -354,6 +356,8 @@ class Tab:
     def _capture(self) -> np.ndarray:
         seen = capture(self.page, self._pages[-1].session)
         seen = self._last if seen is None else seen
+        if seen is None and self.dialogs.sheet is not None:  # it asked before it was drawn
+            seen = np.full([*(round(side * self.device_scale) for side in self.viewport[::-1]), 3], 255, np.uint8)
         if seen is None:
             raise PageNotLoaded(f"{self.page.url} cannot be shown: the page loads itself again and again")
         return seen

@@ -244,6 +244,15 @@ def text_of(value: object, name: str, position: int) -> str:
     return value
 
 
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://|(?:about|javascript|data|blob|mailto):", re.IGNORECASE)
+
+
+def address_of(text: str) -> str:
+    """An address as the makers' browsers open it: https:// stands before one without a scheme."""
+    text = text.strip()
+    return text if _SCHEME.match(text) else f"https://{text}"
+
+
 def unsayable(grammar: str, action: object) -> ValueError:
     """The error for an action that a grammar has no words for."""
     return ValueError(f"the {grammar} grammar cannot say {action!r}")

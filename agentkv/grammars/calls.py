@@ -9,7 +9,10 @@
 | a garbled closing tag behind complete JSON: `}}</tool`, `}} or so` | what follows is passed over up to the next \
 `<tool_call>`, flag "unclosed" |
 | one or two closing braces missing before `</tool_call>` | they are added |
-| no tags at all | a line that is a JSON object with "name" and "arguments" is a call; so is `<function=..>` alone |
+| no tags at all | a JSON object with "name" and "arguments" that begins a line is a call; so is `<function=..>` alone |
+| a fence inside the tags | is passed over |
+| several objects inside one pair of tags | are several calls |
+| `</function>` is missing before `</tool_call>` | is taken as written, flag "unclosed" |
 | further keys beside name and arguments | passed over |
 """
 
@@ -29,7 +32,11 @@ _FUNCTION = re.compile(r"\s*+<function=([^<>\r\n]{1,80})>")
 _PARAMETER = re.compile(r"\s*+<parameter=([^<>\r\n]{1,80})>\r?\n?")
 _PARAMETER_END = re.compile(r"\r?\n?</parameter>(?=\s*+(?:<parameter=|</function>|</tool_call>|\Z))")
 _FUNCTION_END = re.compile(r"\s*+</function>")
-_BARE = re.compile(r"^[ \t]{0,16}(?=\{[^\r\n]*\"name\"[^\r\n]*\"arguments\")|(?=<function=)", re.MULTILINE)
+_BARE = re.compile(
+    r"^[ \t]{0,16}(?=\{[^\r\n]*\"name\"[^\r\n]*\"arguments\"|\{\s{0,80}+['\"]name['\"]\s{0,8}:)|(?=<function=)",
+    re.MULTILINE,
+)
+_FENCE = re.compile(r"\s*+```(?:json|xml)?[ \t]*+\r?\n")
 
 
 @dataclass(frozen=True)
@@ -53,21 +60,33 @@ def calls(text: str, begin: int, flags: set[str]) -> Iterator[Found]:
         opening = bare.end()
     prose = text[begin:opening].strip()
     while opening >= 0:
-        at = opening + len(OPEN) if tagged else opening
+        at = opening + len(OPEN) if text.startswith(OPEN, opening) else opening
+        fence = _FENCE.match(text, at)
+        at = fence.end() if fence else at
         function = _FUNCTION.match(text, at)
-        found, end = _xml(text, function, opening) if function else _json(text, at, opening)
-        closing = _skip(text, end)
-        if not text.startswith(CLOSE, closing) and tagged:
-            flags.add("unclosed")
+        found, end = _xml(text, function, opening, flags) if function else _json(text, at, opening)
         yield Found(*found, opening, prose)
-        opening = text.find(OPEN, closing) if tagged else -1
+        closing = _skip(text, end)
+        if text.startswith("{", closing):  # the next one, between the same tags
+            opening = closing
+        elif tagged:
+            if not text.startswith(CLOSE, _fence_end(text, closing)):
+                flags.add("unclosed")
+            opening = text.find(OPEN, closing)
+        else:
+            bare = _BARE.search(text, end)
+            opening = bare.end() if bare else -1
+
+
+def _fence_end(text: str, at: int) -> int:
+    return _skip(text, at + 3) if text.startswith("```", at) else at
 
 
 def _skip(text: str, at: int) -> int:
     return re.compile(r"\s*+").match(text, at).end()  # type: ignore[union-attr]
 
 
-def _xml(text: str, function: re.Match[str], opening: int) -> tuple[tuple[str, dict[str, Any]], int]:
+def _xml(text: str, function: re.Match[str], opening: int, flags: set[str]) -> tuple[tuple[str, dict[str, Any]], int]:
     arguments: dict[str, Any] = {}
     at = function.end()
     while parameter := _PARAMETER.match(text, at):
@@ -79,6 +98,9 @@ def _xml(text: str, function: re.Match[str], opening: int) -> tuple[tuple[str, d
         arguments[parameter[1]] = text[parameter.end() : end.start()]
         at = end.end()
     close = _FUNCTION_END.match(text, at)
+    if close is None and text.startswith(CLOSE, _skip(text, at)):
+        flags.add("unclosed")
+        return (function[1].strip(), arguments), at
     if close is None:
         raise Reject(f"expected </function>, found {text[at : at + 20]!r}", at)
     return (function[1].strip(), arguments), close.end()

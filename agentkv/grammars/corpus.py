@@ -30,7 +30,7 @@ UI_TARS: tuple[tuple[str, str], ...] = (
     ("Action: click(start_box='(1,2)', point='(3,4)')", "click has two points"),
     ("Action: click(" + ", ".join(f"a{n}='1'" for n in range(13)) + ")", "more than 12 arguments"),
     ("Action: click(start_box='(1,2)", "does not end"),
-    ("Action: click(start_box='(1,2)'", "does not end"),
+    ("Action: type(content='x'", "does not end"),
     ("Action: click start_box='(1,2)'", "expected '(', found 's'"),
     ("Action: click", "found the end of the reply"),
     ("Action: click(start_box='(9**9**9,1)')", "is not a point"),

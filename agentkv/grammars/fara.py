@@ -35,7 +35,7 @@ from agentkv.envs.actions import (
     Wait,
     parts,
 )
-from agentkv.grammars.base import Frame, Grammar, unsayable
+from agentkv.grammars.base import Frame, Grammar, address_of, unsayable
 from agentkv.grammars.keys import word_of
 from agentkv.grammars.tool_call import Arguments, Dialect, where
 from agentkv.grammars.tools import COMPUTER, Actions, Call, Table, terminated, turned, waited
@@ -61,9 +61,7 @@ def _scrolled(call: Call) -> Actions:
 
 def _visited(call: Call) -> Actions:
     url = call.text("url").strip()
-    if url.startswith(("https://", "http://", "file://")):
-        return (Goto(url),)
-    return (Goto(SEARCH.format(quote_plus(url))) if " " in url else Goto(f"https://{url}"),)
+    return (Goto(SEARCH.format(quote_plus(url)) if " " in url else address_of(url)),)
 
 
 def _waited(call: Call) -> Actions:

@@ -2,8 +2,8 @@
 
 Replies are pieces of the grammars and characters at random, mutations of rendered actions and of the corpus, and now
 and then a piece repeated up to the length limit. For each grammar one JSON line: how many were actions, the errors by
-reason (names and numbers left out), the slowest reading in milliseconds of processor time. Exit code 1 if one raised an
-exception or took longer than the limit.
+reason (names and numbers left out), the slowest reading in milliseconds of processor time; with --json their counts are
+written as each grammar ends. Exit code 1 if one raised an exception or took longer than the limit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from agentkv.envs import actions as acts
 from agentkv.grammars import evocua, fara, gui_owl, holo, mai_ui, opencua, tool_call, ui_tars
 from agentkv.grammars.base import MAX_REPLY, CoordinateSpace, Frame, Grammar, ParseError
 from agentkv.grammars.corpus import REFUSED
-from textkv.command import count, run, seed
+from textkv.command import count, results_file, run, seed, write_rows
+from textkv.provenance import run_meta
 
 GRAMMARS: dict[str, Grammar] = {
     "ui_tars": ui_tars.GRAMMAR,
@@ -169,6 +170,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--count", type=count, default=200_000, help="replies per grammar (200,000)")
     p.add_argument("--grammar", choices=["all", *GRAMMARS], default="all", help="one of them (all)")
     p.add_argument("--seed", type=seed, default=0, help="of the random numbers (0)")
+    p.add_argument("--json", type=results_file("agentkv.grammars.fuzz"), help="write the counts here too")
     return p
 
 
@@ -179,11 +181,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def work(args: argparse.Namespace, argv: list[str]) -> int:
     """One line of JSON per grammar; 1 if one raised or was too slow."""
-    failed = False
+    failed, rows, meta = False, [], run_meta("agentkv.grammars.fuzz", argv, args.seed)
     for name in GRAMMARS if args.grammar == "all" else [args.grammar]:
         report = fuzz(name, args.count, args.seed)
         failed |= bool(report["exceptions"]) or report["slowest_ms"] > LIMIT_MS
         print(json.dumps(report), flush=True)
+        counts = {"reasons": len(report["errors"]), "refused": sum(report["errors"].values())}
+        counts |= {"exceptions": len(report["exceptions"])}
+        rows.append({key: report[key] for key in ("grammar", "strings", "actions", "slowest_ms")} | counts)
+        write_rows(args.json, meta, rows)
     return int(failed)
 
 

@@ -3,7 +3,8 @@
 Points are `x` and `y`: pixels of the resized image (1, 1.5) or 0 to 1000 (2). `write_element_abs` clicks, writes and
 presses Enter; `scroll` names a direction only and turns the wheel by `SCROLL`, a number of ours; `restart` is refused,
 since a running task cannot begin anew. Prose or a fence around the object is passed over; keys that an action does not
-have are too. The slips of `calls` for JSON hold here as well.
+have are too. Of several objects the first counts, and the step says so. Numbers may be written as texts. The slips of
+`calls` for JSON hold here as well.
 """
 
 from __future__ import annotations
@@ -25,13 +26,25 @@ from agentkv.envs.actions import (
     Wait,
     parts,
 )
-from agentkv.grammars.base import Frame, Grammar, Reading, Reject, number_of, shown, text_of, thought_end, unsayable
+from agentkv.grammars.base import (
+    Frame,
+    Grammar,
+    Reading,
+    Reject,
+    address_of,
+    number_of,
+    shown,
+    text_of,
+    thought_end,
+    unsayable,
+)
 from agentkv.grammars.calls import object_at
 
 NAME = "Holo"
 SCROLL = 500.0
 WAIT = 2.0
 _START = re.compile(r"\{\s*+[\"'](?:note|thought|action)[\"']")
+_NUMBER = re.compile(r"\s*[+-]?[0-9]{1,7}(?:\.[0-9]{1,9})?\s*")
 _DIRECTIONS = ("down", "up", "left", "right")
 _KNOWN = ("click_element", "write_element_abs", "scroll", "go_back", "refresh", "goto", "wait", "answer")
 
@@ -41,21 +54,29 @@ def _read(text: str, frame: Frame) -> Reading:
     start = _START.search(text, thought_end(text, start.start() if start else len(text)))
     if start is None:
         raise Reject("no object with note, thought and action found", 0)
-    value, _ = object_at(text, start.start())
+    value, end = object_at(text, start.start())
     action = value.get("action") if isinstance(value, dict) else None
     if isinstance(action, str) and action in (*_KNOWN, "restart"):  # the action without its frame
         action = value
     if not isinstance(action, dict):
         raise Reject(f"the action is {shown(action)}, not an object", start.start())
     flags: set[str] = set()
-    return Reading(_actions(action, start.start(), frame, flags), frozenset(flags))
+    left = "what follows the first object was left out" if _START.search(text, end) else ""
+    return Reading(_actions(action, start.start(), frame, flags), frozenset(flags), left)
+
+
+def _number(value: object, name: str, at: int) -> float:
+    """A number, also one that was written as a text, as the makers' schema takes it."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)
+    return number_of(value, name, at)
 
 
 def _actions(said: dict[str, Any], at: int, frame: Frame, flags: set[str]) -> tuple[Single, ...]:
     name = said.get("action")
 
     def point() -> tuple[float, float]:
-        x, y = (number_of(said.get(axis), f"{name}'s {axis}", at) for axis in "xy")
+        x, y = (_number(said.get(axis), f"{name}'s {axis}", at) for axis in "xy")
         return frame.clamped(x, y, at, flags)
 
     match name:
@@ -73,9 +94,9 @@ def _actions(said: dict[str, Any], at: int, frame: Frame, flags: set[str]) -> tu
         case "refresh":
             return (Reload(),)
         case "goto":
-            return (Goto(text_of(said.get("url"), "url", at).strip()),)
+            return (Goto(address_of(text_of(said.get("url"), "url", at))),)
         case "wait":
-            seconds = number_of(said.get("seconds", WAIT), "seconds", at)
+            seconds = _number(said.get("seconds", WAIT), "seconds", at)
             if seconds < 0:
                 raise Reject(f"seconds={seconds:g} is not a time to wait", at)
             return (Wait(float(seconds)),)

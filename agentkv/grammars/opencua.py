@@ -10,7 +10,8 @@ Qwen2 write them; a frame in `CoordinateSpace.SHARE` says so outright.
 | slip | rule |
 |---|---|
 | further arguments: `click(1, 2, force=1)`, `_pause=False` | a named argument that the call does not have is passed \
-over, flag "ignored" |
+over, flag "ignored"; a click that has a number by another name and no x and y is refused |
+| several fenced blocks | the last one counts, as in the client; the step says that another was left out |
 | other names: `write(text=..)`, `press(key=..)`, `typewrite`, `tripleClick`, `pyautogui.sleep` | synonyms |
 | counted presses: `press('down', presses=3)`, `press(['a', 'b'])` | every press is one |
 | keys: `hotkey('ctrl+a')`, `hotkey(keys=[..])`, `hotkey(key1=..)` | as in `keys` |
@@ -71,12 +72,13 @@ MAX_PRESSES = 20
 _MODULES = ("pyautogui", "computer", "time", "browser", "mobile")
 _FENCE = "```"
 _LANGUAGE = re.compile(r"[ \t]{0,8}([A-Za-z0-9_+-]{0,20})[ \t]{0,8}(?:\r?\n|\Z)")
+_A_CALL = re.compile(r"^[ \t]{0,64}(?:pyautogui|computer)\.", re.MULTILINE)
 _PROSE = re.compile(r"^(?![ \t]{0,64}(?:pyautogui|computer)\.).*", re.MULTILINE)
 
 
 def _read(text: str, frame: Frame) -> Reading:
     flags: set[str] = set()
-    code, offset = _block(text, flags)
+    code, offset, earlier = _block(text, flags)
     found, rest = statements(code, offset, _MODULES)
     if rest:
         flags.add("cut short")
@@ -86,11 +88,14 @@ def _read(text: str, frame: Frame) -> Reading:
         raise Reject("the code does nothing", offset)
     if len(actions) > MAX_ACTIONS:
         raise Reject(f"the code has {len(actions)} actions, more than {MAX_ACTIONS}", offset)
-    return Reading(tuple(actions), frozenset(flags), rest)
+    left = "an earlier block of code was left out: the last one counts" if earlier else ""
+    return Reading(tuple(actions), frozenset(flags), "; ".join(filter(None, (left, rest))))
 
 
-def _block(text: str, flags: set[str]) -> tuple[str, int]:
-    """The code of the last fenced block and where it begins; without a fence, the lines that look like calls."""
+def _block(text: str, flags: set[str]) -> tuple[str, int, bool]:
+    """The code of the last fenced block, where it begins, and whether an earlier one has calls; without a fence, the
+    lines that look like calls.
+    """
     begin = thought_end(text, text.find(_FENCE) if _FENCE in text else len(text))
     parts = text[begin:].split(_FENCE)
     blocks = [number for number in range(1, len(parts), 2) if parts[number].strip()]
@@ -98,7 +103,7 @@ def _block(text: str, flags: set[str]) -> tuple[str, int]:
         code = _PROSE.sub(lambda line: " " * len(line[0]), text[begin:])
         if not code.strip():
             raise Reject("no code found; write a fenced block of pyautogui calls", begin)
-        return code, begin
+        return code, begin, False
     last = blocks[-1]
     code, offset = parts[last], begin + sum(map(len, parts[:last])) + last * len(_FENCE)
     if last == len(parts) - 1:
@@ -107,7 +112,7 @@ def _block(text: str, flags: set[str]) -> tuple[str, int]:
     if language and language[1].lower() not in ("", "python", "py", "code"):
         raise Reject(f"the last block is {language[1]!r}, not python or code", offset)
     skip = language.end() if language else 0
-    return code[skip:], offset + skip
+    return code[skip:], offset + skip, any(_A_CALL.search(parts[number]) for number in blocks[:-1])
 
 
 @dataclass
@@ -176,6 +181,7 @@ def _text(value: Literal, statement: Statement) -> str:
 
 def _count(value: Literal, name: str, statement: Statement, least: int, most: int) -> int:
     number = number_of(value, name, statement.at)
+    number = int(number) if number == int(number) else number
     if not isinstance(number, int) or not least <= number <= most:
         raise Reject(f"{name}={number} is not a whole number from {least} to {most}", statement.at)
     return number
@@ -184,6 +190,11 @@ def _count(value: Literal, name: str, statement: Statement, least: int, most: in
 _Build = Callable[[_Reader, Statement, dict[str, Literal]], list[Single]]
 _CLICKS: dict[object, type[Clicking]] = {("left", 1): Click, ("left", 2): DoubleClick, ("left", 3): TripleClick}
 _CLICKS |= {("right", 1): RightClick, ("middle", 1): MiddleClick}
+_CLICK_WORDS = ("clicks", "interval", "duration")
+
+
+def _is_number(value: Literal) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _clicked(button: str, clicks: int) -> _Build:
@@ -193,7 +204,11 @@ def _clicked(button: str, clicks: int) -> _Build:
         which = _text(values.get("button", button), statement).lower()
         if (which, times) not in _CLICKS:
             raise Reject(f"{times} clicks of the button {shown(which)} are not an action", statement.at)
-        return [_CLICKS[which, times](*(reader.point(statement, values) or reader.pointer))]
+        place = reader.point(statement, values)
+        strange = [key for key, value in statement.named.items() if key not in _CLICK_WORDS and _is_number(value)]
+        if place is None and strange:
+            raise Reject(f"{statement.name} needs x and y, not {strange[0][:40]!r}", statement.at)
+        return [_CLICKS[which, times](*(place or reader.pointer))]
 
     return build
 
@@ -210,7 +225,10 @@ def _moved(reader: _Reader, statement: Statement, values: dict[str, Literal]) ->
 
 
 def _written(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Single]:
-    return [Type(_text(values.get("message"), statement))]
+    message = values.get("message")
+    if isinstance(message, tuple):  # names of keys, one after the other
+        return [Hotkey(keys_of(word, statement.at)) for word in message]
+    return [Type(_text(message, statement))]
 
 
 def _pressed(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Single]:
@@ -254,9 +272,10 @@ def _waited(reader: _Reader, statement: Statement, values: dict[str, Literal]) -
 
 def _terminated(reader: _Reader, statement: Statement, values: dict[str, Literal]) -> list[Single]:
     status = values.get("status")
-    if status == "success":
+    word = status.strip().lower() if isinstance(status, str) else ""
+    if word == "success":
         return [Finished()]
-    if status == "failure":
+    if word in ("failure", "fail"):
         return [Finished(status="failure")]
     raise Reject(f"status {shown(status)} is not success or failure", statement.at)
 

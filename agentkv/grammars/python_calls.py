@@ -88,13 +88,15 @@ def statements(code: str, offset: int, modules: tuple[str, ...]) -> tuple[list[S
     try:
         return _calls(code, offset, modules), ""
     except _Unreadable as unreadable:
-        found = _leading_lines(code, offset, modules)
+        found, all_read = _leading_lines(code, offset, modules)
         if not found:
             raise unreadable.reject from None
+        if all_read:  # lines that are indented are as good
+            return found, ""
         return found, f"what follows the first {len(found)} was left out: {unreadable.reject.error.reason}"
 
 
-def _leading_lines(code: str, offset: int, modules: tuple[str, ...]) -> list[Statement]:
+def _leading_lines(code: str, offset: int, modules: tuple[str, ...]) -> tuple[list[Statement], bool]:
     found: list[Statement] = []
     for line in _LINES.split(code):
         words = line.strip()
@@ -102,9 +104,9 @@ def _leading_lines(code: str, offset: int, modules: tuple[str, ...]) -> list[Sta
             try:
                 found += _calls(words, offset + line.index(words), modules)
             except _Unreadable:
-                break
+                return found, False
         offset += len(line)
-    return found
+    return found, True
 
 
 def _calls(code: str, offset: int, modules: tuple[str, ...]) -> list[Statement]:

@@ -18,13 +18,13 @@ _NAME = re.compile(r"[A-Za-z0-9_]*+")
 # a number, a word, or a point without its quotes
 _BARE = re.compile(r"[(\[][0-9., \t+-]{1,80}[)\]]|[A-Za-z0-9_.+-]{1,80}|")
 # what may follow a call on its line: blanks, or the next token of a chat template
-LINE_ENDS = r"\)[ \t]{0,64}(?:$|[\r\n<;])"
-_NEXT = r",\s*+[A-Za-z0-9_]{1,40}+\s*+=\s*+['\"0-9(\[]"
+LINE_ENDS = r"[)）][ \t]{0,64}(?:$|[\r\n<;`])"
+_NEXT = r"[,，]\s*+[A-Za-z0-9_]{1,40}+\s*+=\s*+(?:['\"0-9(\[]|(?:[Tt]rue|[Ff]alse|None|null)\b)"
 # Arguments that calls have: behind one of these a text is over, whatever quotes it holds.
 KNOWN = (
     "content|start_box|end_box|start_point|end_point|point|direction|key|keys|hotkey|app_name|amount|time|seconds|url"
 )
-_KNOWN_NEXT = rf",\s*+(?:{KNOWN})\s*+=\s*+['\"0-9(\[]"
+_KNOWN_NEXT = rf"[,，]\s*+(?:{KNOWN})\s*+=\s*+['\"0-9(\[]"
 
 
 def _until(quote: str, closing: str) -> re.Pattern[str]:
@@ -41,12 +41,17 @@ def _plain(quote: str) -> re.Pattern[str]:
 BRACKET = rf"(?<=[a-z_])\((?:{KNOWN})="
 ANOTHER = rf"[^'\"\r\n(]{{0,60}}+{BRACKET}"
 # A quote inside a value that does not close it is text: models forget to escape.
-_CLOSING = {quote: _until(quote, rf"{LINE_ENDS}|{_KNOWN_NEXT}|\){ANOTHER}") for quote in "'\""}
+_CLOSING = {quote: _until(quote, rf"{LINE_ENDS}|{_KNOWN_NEXT}|[)）]{ANOTHER}") for quote in "'\""}
 _PLAIN = {quote: _plain(quote) for quote in "'\""}
 # a text that ends in a backslash: the quote before the bracket closes it all the same
 _BACKSLASH = {quote: re.compile(rf"([^{quote}\r\n]*+){quote}(?=\s*+{LINE_ENDS})") for quote in "'\""}
 _CALL_END = {quote: re.compile(quote + r"\s*+" + LINE_ENDS) for quote in "'\""}
-_BEFORE_BRACKET = {quote: re.compile(rf"{quote}[ \t]{{0,64}}\)") for quote in "'\""}
+# a value between the quotes of a printed page, with none of these in it
+_CURLY = re.compile(r"(?:‘([^‘’“”\r\n]{0,2000}+)’|“([^‘’“”\r\n]{0,2000}+)”)(?=\s*+[,，)）])")
+# arguments whose end nobody can guess: of a reply that ends in one, nothing is typed
+TEXTS = ("content", "app_name", "url")
+_SHORT = {quote: re.compile(rf"{quote}([^{quote}\\\r\n]{{0,200}}+){quote}(?=\s*+\Z)") for quote in "'\""}
+_BEFORE_BRACKET = {quote: re.compile(rf"{quote}[ \t]{{0,64}}[)）]") for quote in "'\""}
 
 
 class Scanner:
@@ -55,9 +60,9 @@ class Scanner:
     def __init__(self, text: str, at: int, calls: Iterable[str] = ()) -> None:
         self.text, self.at = text, at
         # a line that may stand below a call: empty, the next call, the next thought, a token of a chat template
-        marks = "|".join([*(rf"{name}\(" for name in calls), "Action", "Thought", "Reflection", "<"])
+        marks = "|".join([*(rf"{name}\(" for name in calls), "Action", "Thought", "Reflection", "<", "```"])
         self._below = re.compile(
-            rf"\s*+\)[ \t]*+\r?\n[ \t]*+(?:\r?\n|\Z|{marks})|\s*+\)[ \t]*+(?:\Z|[<;]|{ANOTHER})|\s*+,"
+            rf"\s*+[)）][ \t]*+\r?\n[ \t]*+(?:\r?\n|\Z|{marks})|\s*+[)）][ \t]*+(?:\Z|[<;`]|{ANOTHER})|\s*+[,，]"
         )
 
     def _take(self, pattern: re.Pattern[str]) -> str:
@@ -68,7 +73,7 @@ class Scanner:
 
     def peek(self) -> str:
         """The next character, not taken; "" at the end."""
-        return self.text[self.at : self.at + 1]
+        return self.text[self.at : self.at + 1].translate(WIDE)
 
     def spaces(self) -> str:
         """Take the white space that comes next, and return it."""
@@ -86,12 +91,20 @@ class Scanner:
             raise Reject(f"expected {char!r}, found {found}", self.at)
         self.at += 1
 
-    def value(self) -> tuple[str, int]:
-        """A quoted value, or a number, word or point without quotes, and where it starts."""
+    def value(self, key: str = "content") -> tuple[str, int]:
+        """A quoted value, or a number, word or point without quotes, and where it starts. Of the argument `key`: only
+        what is no text may stand at the end of a reply that lacks its last bracket.
+        """
         self.spaces()
         quote, start = self.peek(), self.at
         if quote in ("'", '"'):
-            return self.string(quote), start
+            short = None if key in TEXTS else _SHORT[quote].match(self.text, start)
+            self.at = short.end() if short else start
+            return (unescape(short[1]) if short else self.string(quote)), start
+        curly = _CURLY.match(self.text, start)
+        if curly:
+            self.at = curly.end()
+            return unescape(curly[1] or curly[2] or ""), start
         bare = self._take(_BARE)
         if not bare:
             raise Reject("expected a quoted value", start)
@@ -146,8 +159,10 @@ class Scanner:
             if len(found) == MAX_ARGUMENTS:
                 raise Reject(f"the call has more than {MAX_ARGUMENTS} arguments", begin)
             self.expect("=")
-            found[key] = self.value()
+            found[key] = self.value(key)
             self.spaces()
+            if self.at == len(self.text) and key not in TEXTS:
+                return found
         self.at += 1
         return found
 
@@ -168,16 +183,25 @@ def escape(text: str) -> str:
 
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,9}(?:\.[0-9]{1,9})?")
-_WRAPPERS = (("<|box_start|>", "<|box_end|>"), ("<point>", "</point>"), ("<bbox>", "</bbox>"), ("(", ")"), ("[", "]"))
+_WRAPPERS = (
+    ("<|box_start|>", "<|box_end|>"),
+    ("<point>", "</point>"),
+    ("<bbox>", "</bbox>"),
+    *(("(", ")"), ("[", "]")) * 2,
+)
+# what stands between the two corners of a box: `(1,2),(3,4)`
+_CORNERS = re.compile(r"[)\]]\s*,?\s*[(\[]")
+# marks as a Chinese keyboard writes them
+WIDE = str.maketrans("，（）：", ",():")
 
 
 def point_of(text: str, position: int) -> tuple[float, float]:
     """`(x,y)` and its other spellings -> (x, y); four numbers are a box and give its centre."""
-    inner = text.strip() if len(text) <= 120 else ""
+    inner = text.translate(WIDE).strip() if len(text) <= 120 else ""
     for opening, closing in _WRAPPERS:
         if inner.startswith(opening) and inner.endswith(closing) and len(inner) >= len(opening) + len(closing):
             inner = inner[len(opening) : len(inner) - len(closing)].strip()
-    pieces = inner.replace(",", " ").split()
+    pieces = _CORNERS.sub(" ", inner, count=1).replace(",", " ").split()
     if len(pieces) not in (2, 4) or not all(_NUMBER.fullmatch(piece) for piece in pieces):
         raise Reject(f"{text[:40]!r} is not a point; write (x,y)", position)
     numbers = [float(piece) for piece in pieces]

@@ -7,9 +7,10 @@ A table says for each action of a tool which arguments it has and what builds it
 | further arguments | passed over, flag "ignored"; the text of one is never typed |
 | names of actions in other words or spelling: `click`, `right click`, `Left_Click`, `done` | case and blanks do not \
 count; synonyms stand in the tables |
-| a click without a point | happens where the pointer is |
+| a click without a point | happens where the pointer is; one with a point of another name is refused |
+| a `direction` beside signed pixels | is refused where it contradicts them |
 | points as text, in a box: `"(1, 2)"`, `["1", 2]`, `[1, 2, 3, 4]` | numbers are read from texts; a box is its centre |
-| numbers as text: `"-300"` | are numbers |
+| numbers as text: `"-300"`, `"300px"`, `"2s"` | are numbers |
 | keys in any form: `"ctrl+c"`, `["keys=['enter']"]`, `key=` for `keys=` | as in `keys` |
 | `wait` without a time, `terminate` without a status | the client's default: `Wait()`, success |
 """
@@ -48,18 +49,20 @@ from agentkv.grammars.calls import Found
 from agentkv.grammars.keys import keys_of
 from agentkv.grammars.scanner import point_of
 
-_NUMBER = re.compile(r"\s*[+-]?[0-9]{1,7}(?:\.[0-9]{1,9})?\s*")
+_NUMBER = re.compile(r"\s*([+-]?[0-9]{1,7}(?:\.[0-9]{1,9})?)\s*(?:px|s)?\s*")
+_PLACE = re.compile(r"coord|point|pos|box|target|start|end|arguments|^[xy]1?$", re.IGNORECASE)
 Actions = tuple[Single, ...]
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call with its action `name`, read with a check of its arguments."""
+    """One call with its action `name`, read with a check of its arguments; `known` are those that the action has."""
 
     found: Found
     name: str
     frame: Frame
     flags: set[str]
+    known: tuple[str, ...] = ()
 
     @property
     def at(self) -> int:
@@ -80,8 +83,8 @@ class Call:
     def number(self, *keys: str) -> float:
         """A number, also one that was written as a text."""
         value = self.need(*keys)
-        if isinstance(value, str) and _NUMBER.fullmatch(value):
-            value = float(value)
+        if isinstance(value, str) and (written := _NUMBER.fullmatch(value)):
+            value = float(written[1])
         return number_of(value, keys[0], self.at)
 
     def point(self, *keys: str) -> tuple[float, float]:
@@ -91,15 +94,25 @@ class Call:
             return self.frame.clamped(*point_of(value, self.at), self.at, self.flags)
         if not isinstance(value, list) or len(value) not in (2, 4):
             raise Reject(f"coordinate {shown(value)} is not a point; write [x, y]", self.at)
-        numbers = [float(v) if isinstance(v, str) and _NUMBER.fullmatch(v) else v for v in value]
+        written = [_NUMBER.fullmatch(v) if isinstance(v, str) else None for v in value]
+        numbers = [float(found[1]) if found else v for v, found in zip(value, written, strict=True)]
         axes = [number_of(v, f"coordinate's {'xyxy'[i]}", self.at) for i, v in enumerate(numbers)]
         if len(axes) == 4:
             axes = [(axes[0] + axes[2]) / 2, (axes[1] + axes[3]) / 2]
         return self.frame.clamped(axes[0], axes[1], self.at, self.flags)
 
     def place(self) -> tuple[float, float] | tuple[None, None]:
-        """The point of the call, where the pointer is if it has none."""
-        return self.point() if self.has("coordinate") else (None, None)
+        """The point of the call, where the pointer is if it has none; raises `Reject` if it has one by another name."""
+        if self.has("coordinate"):
+            return self.point()
+        self.refuse_strays()
+        return None, None
+
+    def refuse_strays(self) -> None:
+        """A point under a name that the call does not know: to act at the pointer would not be what was meant."""
+        for key, value in self.found.arguments.items():
+            if key != "action" and key not in self.known and (_PLACE.search(key) or isinstance(value, list | dict)):
+                raise Reject(f"{self.name} has no {key[:40]!r}; its point is called coordinate", self.at)
 
     def text(self, *keys: str) -> str:
         """A text; a whole number counts as its digits."""
@@ -118,10 +131,10 @@ class Call:
         return words[value]
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false, also as a word."""
+        """True or false, also as a word or as 1 or 0."""
         value = self.found.arguments.get(key)
-        if value is None or isinstance(value, bool):
-            return default if value is None else value
+        if value is None or isinstance(value, bool) or value in (0, 1):
+            return default if value is None else bool(value)
         return self.word(key, {"true": "yes", "false": ""}) == "yes"
 
 
@@ -156,6 +169,8 @@ def _held(kind: type[KeyDown] | type[KeyUp]) -> Build:
 
 def _dragged(call: Call) -> Actions:
     start = call.has("start_coordinate") or (call.has("coordinate") if call.has(*_TO) else None)
+    if not start:
+        call.refuse_strays()
     where = call.point(start) if start else (None, None)
     return (Drag(*where, *call.point(*_TO, "coordinate")),)
 
@@ -164,10 +179,12 @@ _TO = ("end_coordinate", "coordinate2")
 
 
 def turned(call: Call) -> Actions:
-    """The wheel by signed pixels: up and right are positive."""
+    """The wheel by signed pixels: up and right are positive; a direction that says otherwise is an error."""
     pixels = call.number("pixels")
     sideways = call.name == "hscroll"
     direction = ("right" if sideways else "up") if pixels > 0 else "left" if sideways else "down"
+    if call.has("direction") and call.need("direction") != direction:
+        raise Reject(f"pixels={pixels:g} is {direction}, but the direction is {shown(call.need('direction'))}", call.at)
     return (Scroll(*call.place(), cast(Literal["up", "down", "left", "right"], direction), abs(pixels)),)
 
 
@@ -208,7 +225,7 @@ def swiped(call: Call) -> Actions:
     """
     width, height = call.frame.css
     if call.has(*_TO):
-        (x, y), (to_x, to_y) = call.point(), call.point(*_TO)
+        (x, y), (to_x, to_y) = call.point("coordinate", "start_coordinate"), call.point(*_TO)
         across, down = x - to_x, y - to_y
         if abs(down) >= abs(across):
             return (Scroll(x, y, "down" if down > 0 else "up", abs(down)),)
@@ -259,7 +276,7 @@ MOBILE: Table = {
     "long_press": ((*_POINT, *_TIME), aimed(LongPress)),
     "double_click": (_POINT, aimed(DoubleClick)),
     "type": (("text",), typed),
-    "swipe": ((*_POINT, *_TO, "direction"), swiped),
+    "swipe": ((*_POINT, "start_coordinate", *_TO, "direction"), swiped),
     "drag": ((*_POINT, "start_coordinate", *_TO), _dragged),
     "open": (("text", "app_name", "app"), opened),
     "key": (_KEYS, pressed),
@@ -286,4 +303,4 @@ def actions_of(found: Found, tools: dict[str, Table], frame: Frame, flags: set[s
     parameters, build = table[name]
     if any(key not in ("action", *parameters) for key in found.arguments):
         flags.add("ignored")
-    return build(Call(found, name, frame, flags))
+    return build(Call(found, name, frame, flags, parameters))

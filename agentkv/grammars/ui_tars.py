@@ -19,9 +19,12 @@ another call; of several, none is guessed |
 | values without quotes: `amount=200`, `start_box=(1,2)` | numbers, words and points may stand bare |
 | `select` with one point | a click on it; a value for it is not typed, the step says so |
 | `hotkey=`, `keys=` for `key=`; `ctrl + a` | one argument with three names; keys as in `keys` |
-| other words: `left_click`, `double_click`, `right_click`, `mouse_move`, `navigate`, `navigate_back` | synonyms of \
-the makers' later kit |
-| `Action：` with a Chinese colon | as `Action:` |
+| other words: `left_click`, `double_click`, `right_click`, `middle_click`, `mouse_move`, `left_click_drag`, \
+`navigate`, `navigate_back`, in any case | synonyms of the makers' later kit |
+| Chinese marks: `Action：`, `click（start_box='(1，2)'）` | as the others; values may stand in curly quotes |
+| Markdown around it: `**Action:**`, backticks, a fence behind `Action:` | is passed over |
+| no `Action:` at all | the first line that begins with a call, if nothing but calls follows |
+| the last bracket is missing | the end of the reply closes a call, unless it ends in a text |
 | a later call that cannot be read | those before it are done, the step says what was left out |
 """
 
@@ -35,6 +38,7 @@ from agentkv.envs.actions import (
     Action,
     CallUser,
     Click,
+    Clicking,
     DoubleClick,
     Drag,
     Finished,
@@ -43,6 +47,7 @@ from agentkv.envs.actions import (
     KeyDown,
     KeyUp,
     LongPress,
+    MiddleClick,
     Move,
     OpenApp,
     PressBack,
@@ -60,6 +65,7 @@ from agentkv.grammars.base import (
     Grammar,
     Reading,
     Reject,
+    address_of,
     number_of,
     some,
     text_of,
@@ -79,15 +85,17 @@ _START = ("start_box", "point", "start_point")
 _END = ("end_box", "end_point")
 # The whole text of `finished` that means "I gave up"; anything longer is an answer, whatever words it contains.
 _FAILURES = ("failure", "fail", "failed", "infeasible", "unsuccessful")
-_MARK = re.compile(r"^[ \t]{0,64}Action[:：]", re.MULTILINE)
+_MARK = re.compile(r"^[ \t*_#>]{0,64}+[Aa]ction[*_]{0,3}+[:：][*_]{0,3}+", re.MULTILINE)
 _INLINE = re.compile(r"Action(?:: |：)")
 _LATER = re.compile(rf"Action[:：]|{BRACKET}")
-_BETWEEN = re.compile(r"[\s;,]*+")
-_AGAIN = re.compile(r"Action[:：]\s*+")
+_BETWEEN = re.compile(r"[\s;,`]*+")
+_AGAIN = re.compile(r"[ \t*_#>]{0,64}+[Aa]ction[*_]{0,3}+[:：][*_]{0,3}+[\s`]*+")
+_FENCE = re.compile(r"\s*+`{1,3}(?:(?:python|code|plaintext|text)?[ \t]*\r?\n)?")
 
 
 def _read(text: str, frame: Frame) -> Reading:
-    scanner = Scanner(text, _start(text), _BUILDERS)
+    start, unmarked = _start(text)
+    scanner = Scanner(text, start, _BUILDERS)
     flags: set[str] = set()
     left: list[str] = []
     actions = [_action(scanner, frame, flags, left)]
@@ -96,7 +104,7 @@ def _read(text: str, frame: Frame) -> Reading:
         again = _AGAIN.match(text, begin)
         scanner.at = again.end() if again else begin
         name = scanner.name()
-        if name not in _BUILDERS or scanner.peek() != "(":
+        if name.lower() not in _BUILDERS or scanner.peek() != "(":
             scanner.at = begin
             break
         scanner.at -= len(name)
@@ -107,29 +115,36 @@ def _read(text: str, frame: Frame) -> Reading:
             scanner.at = begin
             break
     if scanner.at < len(text) and scanner.peek() not in "<;":
+        if unmarked:  # it may be what the model thought of, and then did not do
+            raise Reject("there is no `Action:`, and words stand behind the call", scanner.at)
         flags.add("cut short")
         if not left and _LATER.search(text, scanner.at):
             left.append("a later action of the same answer was left out, since words stand before it")
     return Reading(tuple(actions), frozenset(flags), "; ".join(left))
 
 
-def _start(text: str) -> int:
+def _start(text: str) -> tuple[int, bool]:
     """Where the first call begins: after the first `Action:` that opens a line behind the thought, else after the last
-    one inside a line, else where the reply begins.
+    one inside a line, else at the first line that begins with a call, else where the reply begins. And whether it is
+    such a line, with words before it.
     """
     mark = _MARK.search(text)
     begin = thought_end(text, mark.start() if mark else len(text))
     mark = _MARK.search(text, begin)
     inline = [found.end() for found in _INLINE.finditer(text, begin)]
-    return mark.end() if mark else inline[-1] if inline else begin
+    bare = None if mark or inline else _CALL.search(text, begin)
+    begin = mark.end() if mark else inline[-1] if inline else bare.start() if bare else begin
+    fence = _FENCE.match(text, begin)
+    return (fence.end() if fence else begin), bool(bare and text[: bare.start()].strip())
 
 
 def _action(scanner: Scanner, frame: Frame, flags: set[str], left: list[str]) -> Single:
     scanner.spaces()
-    begin, name = scanner.at, scanner.name()
+    begin, said = scanner.at, scanner.name()
+    name = said.lower()
     if name not in _BUILDERS:
         known = some(_BUILDERS)
-        raise Reject(f"{name[:40]!r} is not an action; known are {known}" if name else "no action found", begin)
+        raise Reject(f"{said[:40]!r} is not an action; known are {known}" if name else "no action found", begin)
     arguments, build = _BUILDERS[name]
     call = Call(name, begin, scanner.arguments())
     for key, (value, _) in call.arguments.items():
@@ -151,7 +166,7 @@ def _point(call: Call, keys: tuple[str, ...], frame: Frame, flags: set[str]) -> 
 _Build = Callable[[Call, Frame, set[str]], Single]
 
 
-def _pointed(kind: type[Click] | type[DoubleClick] | type[RightClick] | type[Move] | type[LongPress]) -> _Build:
+def _pointed(kind: type[Clicking] | type[Move] | type[LongPress]) -> _Build:
     return lambda call, frame, flags: kind(*_point(call, _START, frame, flags))
 
 
@@ -215,7 +230,7 @@ def _means_failure(content: str) -> bool:
 
 
 def _navigate(call: Call, frame: Frame, flags: set[str]) -> Single:
-    return Goto(call.text(call.first("url", "content") or "url")[0].strip())
+    return Goto(address_of(call.text(call.first("url", "content") or "url")[0]))
 
 
 def _wait(call: Call, frame: Frame, flags: set[str]) -> Single:
@@ -239,8 +254,10 @@ _BUILDERS: dict[str, tuple[tuple[str, ...], _Build]] = {
     "right_click": (_START, _pointed(RightClick)),
     "hover": (_START, _pointed(Move)),
     "mouse_move": (_START, _pointed(Move)),
+    "middle_click": (_START, _pointed(MiddleClick)),
     "long_press": (_START, _pointed(LongPress)),
     "drag": ((*_START, *_END), _drag),
+    "left_click_drag": ((*_START, *_END), _drag),
     "select": ((*_START, *_END), _select),
     "hotkey": (_KEYS, _hotkey),
     "press": (_KEYS, _held(KeyDown)),
@@ -258,6 +275,7 @@ _BUILDERS: dict[str, tuple[tuple[str, ...], _Build]] = {
     "press_home": ((), _bare(PressHome)),
     "press_back": ((), _bare(PressBack)),
 }
+_CALL = re.compile(rf"^[ \t`]{{0,64}}+(?:{'|'.join(_BUILDERS)})[(（]", re.MULTILINE)
 
 
 def _render(action: Action, frame: Frame) -> str:

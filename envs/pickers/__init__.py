@@ -32,8 +32,8 @@ def script() -> str:
 def install(session: CDPSession, hear: Callable[[dict[str, Any]], None]) -> None:
     """Draw pickers in the page of `session`.
 
-    `hear` gets {"keys": [...]} for keys that the page left to the browser, {"file": true} when a file is asked for,
-    {"invalid": text, "field": name} for a form that was not sent.
+    `hear` gets {"keys": [...]} for keys that the page left to the browser, {"coming": "file" or "tab"} when that was
+    asked for, {"invalid": text, "field": name} for a form that was not sent.
     """
 
     def called(event: dict[str, Any]) -> None:

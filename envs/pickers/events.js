@@ -53,6 +53,10 @@ function onMouse(event) {
     if (suggests && event.button === 0 && refused !== target) setTimeout(() => event.defaultPrevented || openSuggestions(target));
   }
   if (event.type === "wheel" && popup) popup.close();
+  if (event.type === "wheel" && event.ctrlKey) setTimeout(() => event.defaultPrevented || send({ keys: ["Control", "wheel"] }));
+  const apart = event.type === "auxclick" ? event.button === 1 : event.type === "click" && (event.ctrlKey || event.shiftKey);
+  if (apart && event.composedPath().some((node) => node.localName === "a" && node.href))
+    setTimeout(() => event.defaultPrevented || send({ coming: "tab" }));
   if (event.type === "mousedown" || event.type === "click") setTimeout(replaceNative, 0, ...rootsOf(event));
 }
 

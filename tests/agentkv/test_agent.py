@@ -190,3 +190,14 @@ def test_an_end_that_was_not_reached_is_none():
     assert len(steps) == 3
     result, steps = play(FakeEnv(needed=9), FakePolicy([Several((Click(1.0, 1.0), Finished()))]))
     assert result.stop == "done" and len(steps) == 1
+
+
+def test_what_happened_while_the_page_was_loaded_is_told_with_the_first_step():
+    env, policy = FakeEnv(needed=1), FakePolicy()
+    env.reset = lambda seed: (
+        FakeEnv.reset(env, seed=seed)[0],
+        {"told": ["a dialog was closed"], "dialogs": ["alert: a"]},
+    )
+    _, steps = play(env, policy)
+    assert [step.told for step in steps] == [("a dialog was closed",), ()] and steps[0].dialogs == ("alert: a",)
+    assert policy.prompts[1][1][0][1] == "Action: click\n[a dialog was closed]"

@@ -11,10 +11,22 @@ import numpy as np
 import pytest
 
 from agentkv.envs import live
-from agentkv.envs.actions import Action, Click, Finished, Hotkey, PressBack, Type, Wait
+from agentkv.envs.actions import (
+    Action,
+    Click,
+    Finished,
+    Hotkey,
+    KeyDown,
+    MiddleClick,
+    PressBack,
+    Scroll,
+    Type,
+    Wait,
+)
 from agentkv.envs.browser import Browser
 from agentkv.envs.dialogs import Dialogs
 from agentkv.envs.events import Record
+from agentkv.envs.sheet import Sheet
 from agentkv.envs.tab import Manners, PageNotLoaded
 from agentkv.envs.web import WebEnv
 from tests.envs.conftest import Site
@@ -226,3 +238,70 @@ def test_words_of_a_page_are_no_marks_of_a_prompt() -> None:
 def test_an_unknown_policy() -> None:
     with pytest.raises(ValueError, match="dialogs='maybe' is not a policy; use one of accept, dismiss, ask"):
         Dialogs("maybe", Record(), None, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("press", ["Control", "Shift", "middle"])
+def test_a_link_in_a_tab_of_its_own_by_mouse(env: WebEnv, site: Site, press: str) -> None:
+    site.page("<title>second</title>", "/second")
+    begin(env, site, "href=/second")
+    clicks = [MiddleClick(50, 50)] if press == "middle" else [KeyDown(press), Click(50, 50)]
+    said = f"a new tab was opened and is shown: {site.url}/second (2 tabs are open)"
+    assert told(env, *clicks) == [said] and env.page.title() == "second"
+
+
+@pytest.mark.browser
+def test_a_page_that_asks_while_it_is_loaded(env: WebEnv, site: Site) -> None:
+    env.manners = Manners(dialogs="ask")
+    site.page("<body style='background: #0f0'><script>document.title = confirm('enter?')</script>")
+    _, info = env.reset(seed=0)
+    assert "'confirm: enter?'; it waits for an answer" in info["told"][0]
+    asked = env.render()
+    assert asked.shape == (*SIZE[::-1], 3) and len(np.unique(asked.reshape(-1, 3), axis=0)) > 2
+    assert "the answer was OK" in told(env, Hotkey(("Enter",)))[0]
+    assert env.page.title() == "true" and env.render()[290, 10].tolist() == [0, 255, 0]
+
+
+@pytest.mark.browser
+def test_a_page_behind_a_password_is_told(env: WebEnv, site: Site) -> None:
+    site.pages["/private"] = (401, {"WWW-Authenticate": "Basic realm=x"}, "no")
+    begin(env, site, "href=/private")
+    asks = f"{site.url}/private asks for a user name and a password; this browser has none"
+    assert told(env, Click(50, 50)) == [asks]
+    env.step(PressBack())
+    assert env.page.url == site.url + "/"
+
+
+@pytest.mark.browser
+def test_keys_of_a_page_and_a_wheel_that_would_zoom(env: WebEnv, site: Site) -> None:
+    begin(env, site, "accesskey=d onclick=\"document.title = 'pressed'\"")
+    assert told(env, Hotkey(("Alt", "d"))) == [] and env.page.title() == "pressed"
+    zoom = "Control+wheel did nothing: this browser cannot zoom"
+    assert told(env, KeyDown("Control"), Scroll(50, 50, "down", 100)) == [zoom]
+
+
+def test_a_sheet_is_answered_as_a_window_of_the_browser() -> None:
+    def answered(typed: str | None, *actions: Action) -> tuple[str, str | None]:
+        sheet = Sheet("name?", ("OK", "Cancel"), typed=typed)
+        assert [sheet.act(action) for action in actions] == [""] * len(actions)
+        return sheet.reply, sheet.typed
+
+    enter, tab, space, end = (Hotkey((key,)) for key in ("Enter", "Tab", "Space", "End"))
+    assert answered("old", Type("new\n")) == ("OK", "new")
+    assert answered("old", end, Type("er\n")) == ("OK", "older")
+    assert answered("old", Type("a"), Type("b"), Hotkey(("Backspace",)), enter) == ("OK", "a")
+    assert answered("old", Hotkey(("Delete",)), enter) == ("OK", "")
+    assert answered("old", end, Hotkey(("Control", "a")), enter) == ("OK", "old")
+    assert answered("old", tab, tab, enter) == ("Cancel", "old")
+    assert answered("old", tab, tab, tab, Type("new\n")) == ("OK", "new")
+    assert answered(None, tab, space) == ("Cancel", None)
+    assert answered(None, tab, tab, enter) == ("OK", None)
+
+
+@pytest.mark.browser
+def test_a_form_that_opens_a_tab(env: WebEnv, site: Site) -> None:
+    site.page("<title>second</title>", "/second?q=x")
+    site.page("<form target=_blank action=/second><input autofocus name=q></form>")
+    env.reset(seed=0)
+    said = f"a new tab was opened and is shown: {site.url}/second?q=x (2 tabs are open)"
+    assert told(env, Type("x\n")) == [said] and env.page.title() == "second"

@@ -120,7 +120,11 @@ def test_all_are_one_step(code: str, action: object) -> None:
 @pytest.mark.parametrize(
     ("text", "reading"),
     [
-        (fenced("pyautogui.click(1, 2)") + fenced("computer.wait()"), Reading((Wait(),))),
+        (
+            fenced("pyautogui.click(1, 2)") + fenced("computer.wait()"),
+            Reading((Wait(),), left_out="an earlier block of code was left out: the last one counts"),
+        ),
+        (fenced("  computer.wait()\n    pyautogui.press('a')"), Reading((Wait(), Hotkey(("a",))))),
         ("```\ncomputer.wait()\n```", Reading((Wait(),))),
         ("```computer.wait()```", Reading((Wait(),))),
         ("```python\ncomputer.wait()\n", Reading((Wait(),), frozenset({"unclosed"}))),

@@ -182,3 +182,39 @@ def test_the_far_edge_of_999_is_inside_the_viewport() -> None:
     found = evocua.S2.parse(call(action="left_click", coordinate=[999, 999]), NINES)
     assert isinstance(found, Click) and 1997 < found.x < 1998 and 998 < found.y < 999  # type: ignore[operator]
     assert NINES.from_css(found.x, found.y) == (999, 999)  # type: ignore[arg-type]
+
+
+# every action that the makers' prompts list, with the arguments that they list for it
+POINT = {"coordinate": [1, 2]}
+CLICKS = ("mouse_move", "left_click", "left_click_drag", "right_click", "middle_click", "double_click", "triple_click")
+COMPUTER = {name: POINT for name in CLICKS} | {"key": {"keys": ["ctrl", "c"]}, "type": {"text": "a"}}
+COMPUTER |= {"scroll": {"pixels": -5}, "hscroll": {"pixels": 5}, "wait": {"time": 1}, "answer": {"text": "a"}}
+COMPUTER |= {"terminate": {"status": "success"}}
+OWL = {"interact": {"text": "a"}, "click": {"coordinate": [1, 2]}, "right click": {"coordinate": [1, 2]}}
+OWL |= {"drag": {"coordinate": [1, 2], "coordinate2": [3, 4]}, "open app": {"app_name": "a"}}
+OWL |= {"call_user": {}, "stop": {}, "done": {}}
+MAI = {"click": POINT, "long_press": {"coordinate": [1, 2, 3, 4]}, "double_click": POINT, "type": {"text": "a"}}
+MAI |= {"swipe": {"direction": "up"}, "open": {"text": "a"}, "wait": {}, "system_button": {"button": "enter"}}
+MAI |= {"drag": {"start_coordinate": [1, 2], "end_coordinate": [3, 4]}, "terminate": {"status": "fail"}}
+MAI |= {"answer": {"text": "a"}, "ask_user": {"text": "a"}}
+FARA = {"key": {"keys": ["Enter"]}, "type": POINT | {"text": "a", "press_enter": True, "delete_existing_text": True}}
+FARA |= {"mouse_move": POINT, "left_click": POINT, "scroll": {"pixels": 5}, "visit_url": {"url": "https://a.org"}}
+FARA |= {"web_search": {"query": "a"}, "history_back": {}, "pause_and_memorize_fact": {"fact": "a"}}
+FARA |= {"wait": {"time": 1}, "terminate": {"status": "success"}}
+HELD = {"key_down": {"keys": ["ctrl"]}, "key_up": {"keys": ["ctrl"]}}
+
+
+@pytest.mark.parametrize(
+    ("grammar", "tool", "listed"),
+    [
+        (evocua.S2, "computer_use", COMPUTER | HELD),
+        (gui_owl.GRAMMAR, "computer_use", COMPUTER | HELD | OWL),
+        (tool_call.GRAMMAR, "computer_use", COMPUTER),
+        (mai_ui.GRAMMAR, "mobile_use", MAI),
+        (fara.GRAMMAR, "computer_use", FARA),
+    ],
+)
+def test_every_action_that_the_makers_list_is_read(grammar: Grammar, tool: str, listed: dict[str, dict]) -> None:
+    for name, arguments in listed.items():
+        reading = grammar.read(call(tool, action=name, **arguments), NINES)
+        assert not isinstance(reading, ParseError) and reading.flags == frozenset(), (name, reading)
