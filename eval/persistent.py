@@ -202,7 +202,7 @@ def _is_study(folder: Path) -> bool:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.persistent", description=__doc__.split("\n\n")[0])
-    p.add_argument("--model", type=some_text, default="mini-growing", help="mini-growing, a folder, or a hub id of a family")
+    p.add_argument("--model", type=some_text, default="mini-growing", help="a folder, or a hub id (mini-growing)")
     wide = "in place of --model: UI-TARS-1.5-7B's shapes with random weights and so many layers"
     p.add_argument("--wide", type=natural, default=0, help=wide)
     p.add_argument("--task", type=some_text, default="memory-colour-rounds", help="what is played (%(default)s)")
