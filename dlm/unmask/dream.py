@@ -100,6 +100,8 @@ class MaskGitPlus(_Ranked, ProbabilityRule):
 class TopKMargin(_Ranked):
     """First where the most probable token leads the second by most."""
 
+    spread: ClassVar[bool] = True
+
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
         """Largest probability minus the second, fp32 [batch, r]."""
         return draw.best - draw.second
@@ -109,6 +111,8 @@ class TopKMargin(_Ranked):
 @dataclass(frozen=True)
 class Entropy(_Ranked):
     """First where the distribution has the least entropy."""
+
+    spread: ClassVar[bool] = True
 
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
         """The negative entropy, fp32 [batch, r]."""

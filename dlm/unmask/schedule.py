@@ -58,33 +58,35 @@ class UnmaskSchedule:
         # One more: a finished row stands behind its last block.
         self.given = torch.cat([each, torch.ones_like(blocks)], 1)
         self.first = self.given.cumsum(1) - self.given
-        self.block = torch.full((canvas.batch,), -1, device=start.device)
-        self.used = torch.zeros_like(self.block)
+        self.used = torch.zeros_like(self.first[:, 0])
+        self.blocks: list[int] | None = None
 
     def step(self, canvas: Canvas, candidates: torch.Tensor) -> ScheduleStep:
         """One step of the rows that have a candidate; `candidates` bool [batch, r], slots that hold a mask."""
-        active = canvas.active
-        # A row that has just entered a block has used no step of it; rows enter at different forwards.
-        self.used = torch.where(active == self.block, self.used, 0)
-        self.block = active
-        masked = canvas.masked()
-        columns = torch.arange(canvas.length, device=masked.device)[None]
-        start, end = canvas.block_start(active)[:, None], canvas.block_start(active + 1)[:, None]
-        given, first = (x.gather(1, active[:, None])[:, 0] for x in (self.given, self.first))
+        if canvas.active_rows != self.blocks:
+            # A row that has just entered a block has used no step of it; rows enter at different forwards.
+            if self.blocks is not None:
+                entered = [now != then for now, then in zip(canvas.active_rows, self.blocks, strict=True)]
+                self.used = self.used.masked_fill(torch.tensor(entered, device=self.used.device), 0)
+            self.blocks, number = canvas.active_rows, canvas.active[:, None]
+            self.here = self.given.gather(1, number)[:, 0], self.first.gather(1, number)[:, 0]
+        given, first = self.here
         step = ScheduleStep(
             steps_left=(given - self.used).clamp(min=1),
             index=first + self.used,
-            block_masks=(masked & (columns >= start) & (columns < end)).sum(1),
-            row_masks=masked.sum(1),
+            block_masks=canvas.block_masked.sum(1),
+            row_masks=canvas.left,
         )
-        self.used = torch.where(candidates.any(1), self.used + 1, self.used)
+        self.used = self.used + candidates.any(1)
         return step
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Keeps rows int64 [kept] of the batch."""
-        rows = rows.to(self.block.device)
-        for name in ("given", "first", "block", "used"):
-            setattr(self, name, getattr(self, name)[rows])
+        if self.blocks is not None:
+            self.blocks = [self.blocks[row] for row in rows.tolist()]
+            self.here = tuple(x[rows.to(x.device)] for x in self.here)
+        for name in ("given", "first", "used"):
+            setattr(self, name, getattr(self, name)[rows.to(self.used.device)])
 
 
 def even_quota(step: ScheduleStep) -> torch.Tensor:

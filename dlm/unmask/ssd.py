@@ -77,7 +77,7 @@ class _Unmasker(BlockUnmasker, Drafter):
     def _ranked(self, logits: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The candidates' columns by falling confidence, and their tokens: int64 [batch, r] each."""
         masked = slots >= 0
-        draw = self.sampler.draw(logits, masked, excluded=self.excluded)
+        draw = self.sampler.draw(logits, masked, excluded=self.excluded, spread=False)
         return ordered(self.rule.score(draw, self.sampler), masked).indices, draw.tokens
 
     def _guess(self, order: torch.Tensor, tokens: torch.Tensor, slots: torch.Tensor, block: torch.Tensor) -> None:
