@@ -22,8 +22,10 @@ _BLOCK = 4096
 
 
 class Confidence(NamedTuple):
-    """Per row of logits: `token` int64, the others float32, all of shape [n] (natural logarithms). `second` and `entropy`
-    may be left out, see `confidence`."""
+    """Per row of logits: `token` int64, the others float32, all of shape [n] (natural logarithms).
+
+    `second` and `entropy` may be left out, see `confidence`.
+    """
 
     token: torch.Tensor
     probability: torch.Tensor
@@ -42,15 +44,14 @@ def reference(logits, suppress=None, spread=True):
     z = logits.float()
     if suppress is not None:
         z = z.index_fill(1, suppress, -torch.inf)
-    top = z.amax(1, keepdim=True)
-    # argmax promises nothing about equals; the first True of a mask does
-    best = z == top
-    if suppress is not None:
-        best.index_fill_(1, suppress, False)  # a row of nothing but -inf has no other sign of them
-    token = best.byte().argmax(1)
-    empty = top[:, 0] == -torch.inf
-    away = z - top.masked_fill(empty[:, None], 0)  # large logits lose their digits in lse, not here
-    mass = away.exp()
+    top, token = z.max(1, keepdim=True)  # of equals the first
+    top, token = top[:, 0], token[:, 0]
+    empty = top == -torch.inf
+    if suppress is not None and bool(empty.any()):
+        # of nothing but -inf the first may be a suppressed one
+        token = torch.where(empty, _first_free(suppress, z.shape[1]), token)
+    away = z - top.masked_fill(empty, 0)[:, None]  # large logits lose their digits in lse, not here
+    mass = away.exp() if spread else away.exp_()
     total = mass.sum(1)
     probability, log_total = total.reciprocal().masked_fill(empty, 0), total.log()
     second = entropy = None
@@ -60,7 +61,14 @@ def reference(logits, suppress=None, spread=True):
         moment = (mass * away.masked_fill(away == -torch.inf, 0)).sum(1)
         entropy = (log_total_or_0 - moment * probability).masked_fill(empty, 0)
         second = mass.scatter(1, token[:, None], 0).amax(1) * probability
-    return Confidence(token, probability, second, entropy, top[:, 0] + log_total)
+    return Confidence(token, probability, second, entropy, top + log_total)
+
+
+def _first_free(suppress, words):
+    """The lowest id that is not suppressed, int64 without dimensions."""
+    free = torch.ones(min(words, len(suppress) + 1), dtype=torch.bool, device=suppress.device)
+    low = suppress[suppress < len(free)]
+    return free.index_fill(0, low, False).byte().argmax()
 
 
 @jit  # V and the piece's length stay specialised: where they divide by 16, whole vectors are loaded

@@ -51,7 +51,8 @@ class BlockUnmasker(Unmasker):
         """Draws a token for every candidate, scores them, and writes those that the rule accepts."""
         masked = slots >= 0
         # Drawn for all candidates, written for few: confidence is that of the token drawn, so drawing comes first.
-        draw = self.sampler.draw(logits, masked, warped=self.rule.warped, excluded=self.excluded, spread=self.rule.spread)
+        rule = self.rule
+        draw = self.sampler.draw(logits, masked, warped=rule.warped, excluded=self.excluded, spread=rule.spread)
         step = self.schedule.step(canvas, masked)
         score = self.rule.score(draw, self.sampler)
         return Choice(draw.tokens, masked & self.rule.accept(score, masked, step, self))
