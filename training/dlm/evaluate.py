@@ -32,11 +32,11 @@ BATCH_TOKENS = 16_384
 
 @torch.inference_mode()
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], gen_length: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], gen_length: int
 ) -> list[str]:
-    """The model's answer to each prompt, up to its first end token: one token per step, no cache."""
-    given = tokenizer(list(prompts), padding=True, return_tensors="pt").to(model.device)
-    ids, visible = given["input_ids"], given["attention_mask"]
+    """The model's answer to each problem, up to its first end token: one token per step, no cache."""
+    prompts = tokenizer([p.prompt for p in problems], padding=True, return_tensors="pt").to(model.device)
+    ids, visible = prompts["input_ids"], prompts["attention_mask"]
     if hasattr(model, "decoding_spec"):
         block = min(32, gen_length)
         out = decode(model, ids, visible, gen_length=gen_length, block_length=block, cache="none").ids
@@ -56,9 +56,7 @@ def measure(
     begin, size = time.perf_counter(), max(1, BATCH_TOKENS // (gen_length + 32))
     problems = [make_problem(FIRST_EVALUATION_SEED + number) for number in range(n)]
     texts = [
-        text
-        for at in range(0, n, size)
-        for text in answers(model, tokenizer, [p.prompt for p in problems[at : at + size]], gen_length)
+        text for at in range(0, n, size) for text in answers(model, tokenizer, problems[at : at + size], gen_length)
     ]
     seconds = time.perf_counter() - begin
     found = [

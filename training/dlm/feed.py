@@ -1,4 +1,4 @@
-"""Training batches: problems of one size, prompts padded on the left, the answer and a tail of end tokens.
+"""Training batches: problems of one number of steps, prompts padded on the left, the answer and a tail of end tokens.
 
 Every batch is made from the training's seed and the batch's number, so that a resumed training goes on with the
 batches it would have seen. Most rows end soon after the answer; some batches have a tail of up to a thousand end
@@ -7,24 +7,13 @@ tokens in few rows, so that a model also knows how a long canvas looks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dlm.mini import orders
-from dlm.mini.problems import (
-    FIRST_EVALUATION_SEED,
-    MOST,
-    MOST_STEPS,
-    PROMPT_TOKENS,
-    Problem,
-    draw_problem,
-    final_answer,
-    make_problem,
-)
+from dlm.mini.problems import FIRST_EVALUATION_SEED, MOST, MOST_STEPS, PROMPT_TOKENS, draw_problem
 
 LONGEST = 1056  # prompt, answer and tail
 SHORT_TAIL = 8
@@ -38,57 +27,8 @@ class Stage:
     steps: int
     top: int
 
-    def size(self, rng: np.random.Generator) -> int:
-        """The number of steps of a batch."""
-        return int(rng.integers(1, self.steps + 1)) if rng.random() < EARLIER else self.steps
-
-    def draw(self, rng: np.random.Generator, size: int) -> Problem:
-        """A problem of so many steps."""
-        return draw_problem(rng, steps=size, top=self.top)
-
-    def tokens(self, size: int) -> tuple[int, int]:
-        """The most tokens of a prompt, and the tokens of an answer with its end."""
-        return PROMPT_TOKENS - 5 * (MOST_STEPS - size), answer_tokens(size)
-
-    def held_out(self, seed: int) -> tuple[str, Callable[[str], bool]]:
-        """A prompt of the stage's longest problems, and whether an answer to it is right."""
-        problem = make_problem(seed, self.steps, self.top)
-        return problem.prompt, lambda text: final_answer(text) == problem.total
-
-    def __str__(self) -> str:
-        return f"{self.steps} steps to {self.top}"
-
-
-@dataclass(frozen=True)
-class OrderStage:
-    """Lists of things to be named in any order; the methods are those of `Stage`."""
-
-    latest: float
-    steps: int  # things of the longest
-
-    def size(self, rng: np.random.Generator) -> int:
-        """The number of things of a batch's lists."""
-        return int(rng.integers(orders.LEAST_THINGS, self.steps + 1))
-
-    def draw(self, rng: np.random.Generator, size: int) -> orders.Order:
-        """A list of so many things."""
-        return orders.draw_order(rng, things=size)
-
-    def tokens(self, size: int) -> tuple[int, int]:
-        """The tokens of a prompt, and of an answer with its end."""
-        return 3 + 3 * size, 3 * size + 1
-
-    def held_out(self, seed: int) -> tuple[str, Callable[[str], bool]]:
-        """A prompt of the longest lists, and whether an answer to it is right."""
-        made = orders.make_order(seed, self.steps)
-        return made.prompt, made.right
-
-    def __str__(self) -> str:
-        return f"{self.steps} things"
-
 
 STAGES = (Stage(0.0, 1, 39), Stage(0.1, 1, MOST), Stage(0.25, 2, MOST), Stage(0.45, 3, MOST))
-TASKS = {"arithmetic": STAGES, "orders": (OrderStage(0.0, orders.MOST_THINGS),)}
 EARLIER = 0.5  # share of batches with any number of steps so far, so that the shorter problems are not forgotten
 
 
@@ -109,9 +49,9 @@ class Batch:
         return (self.visible.long().cumsum(1) - 1).clamp(min=0)
 
 
-def stage_at(progress: float, stages: Sequence[Stage | OrderStage] = STAGES) -> int:
+def stage_at(progress: float) -> int:
     """Number of the stage that a training has reached at the latest, a share 0..1 into it."""
-    return sum(stage.latest <= progress for stage in stages) - 1
+    return sum(stage.latest <= progress for stage in STAGES) - 1
 
 
 class Feed:
@@ -126,18 +66,18 @@ class Feed:
             raise ValueError(f"long={long} is not a share of the batches; use e.g. 0.1")
         self.tokenizer, self.tokens, self.seed, self.long = tokenizer, tokens, seed, long
 
-    def batch(self, number: int, stage: Stage | OrderStage) -> Batch:
+    def batch(self, number: int, stage: Stage) -> Batch:
         """Batch `number` of the training, which has reached `stage`."""
         # Of seed and number alone: a resumed training draws the batches that it would have seen.
         rng = np.random.default_rng([self.seed, number])
-        size = stage.size(rng)
-        prompt, answer = stage.tokens(size)
+        steps = int(rng.integers(1, stage.steps + 1)) if rng.random() < EARLIER else stage.steps
+        answer = answer_tokens(steps)
         tail = int(rng.integers(SHORT_TAIL + 1))
         if rng.random() < self.long:
             # Log-uniform: short tails are as frequent per octave as long ones.
             tail = int(np.exp(rng.uniform(np.log(SHORT_TAIL), np.log(LONGEST - PROMPT_TOKENS - answer))))
-        rows = max(1, self.tokens // (prompt + answer + tail))
-        problems = [stage.draw(rng, size) for _ in range(rows)]
+        rows = max(1, self.tokens // (PROMPT_TOKENS - 5 * (MOST_STEPS - steps) + answer + tail))
+        problems = [draw_problem(rng, steps=steps, top=stage.top) for _ in range(rows)]
         prompts = self.tokenizer([p.prompt for p in problems], padding=True, return_tensors="pt")
         answers = self.tokenizer([p.answer for p in problems], add_special_tokens=False, return_tensors="pt")
         ends = torch.full((rows, 1 + tail), self.tokenizer.eos_token_id)

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from dlm.mini import check_kind
-from dlm.mini.problems import FIRST_EVALUATION_SEED
+from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
 from dlm.mini.words import CARRIED, DIGITS, PLAIN
 from textkv.command import count, fraction, positive, run
 from training.command import parser_of, set_threads, settings_of
 from training.dlm.evaluate import answers
-from training.dlm.feed import TASKS, Batch, Feed, OrderStage, Stage, stage_at
+from training.dlm.feed import STAGES, Batch, Feed, answer_tokens, stage_at
 from training.dlm.hints import Watch, hints_of
 from training.dlm.masks import hide, show_all
 from training.dlm.shape import fresh_model
@@ -38,7 +38,6 @@ class DlmSettings(Settings):
     """Which of the mini models is trained, and how."""
 
     model: str = option("llada", "llada, dream or guider")
-    task: str = option("arithmetic", "arithmetic, or orders: lists in any order (`dlm/mini/orders.py`)")
     minutes: float = option(180.0, "time budget of the whole training", positive)
     tokens: int = option(3072, "tokens per batch", count)
     rate: float = option(3e-3, "highest learning rate", positive)
@@ -49,15 +48,8 @@ class DlmSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_kind(self.model)
-        if self.task not in TASKS:
-            raise ValueError(f"task={self.task!r} is none; use {' or '.join(TASKS)}")
         if self.check_problems < 1:
             raise ValueError(f"check_problems={self.check_problems}: use at least 1")
-
-    @property
-    def kind(self) -> str:
-        """The embedded model that is trained: "llada", or "llada-orders" for the other task."""
-        return self.model if self.task == "arithmetic" else f"{self.model}-{self.task}"
 
 
 class DlmTrainer(Trainer):
@@ -66,8 +58,7 @@ class DlmTrainer(Trainer):
     settings: DlmSettings
 
     def __init__(self, settings: DlmSettings, runs: Path, start: Path | None = None) -> None:
-        self.kind, self.stage = settings.kind, 0
-        self.stages = TASKS[settings.task]
+        self.kind, self.stage = settings.model, 0
         tokenizer = kept_tokenizer(runs, build_tokenizer())
         torch.manual_seed(settings.seed)
         model = fresh_model(settings.model, tokenizer).to(settings.device)
@@ -119,8 +110,6 @@ class DlmTrainer(Trainer):
         each = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().to(self.device), reduction="none")
         usual = self.settings.tokens / (batch.prompt + batch.answer)
         loss = (each * weights.flatten().to(self.device)).sum() / (len(ids) * max(usual, len(ids))) ** 0.5
-        if self.settings.task != "arithmetic":
-            return loss
         hints = hints_of(batch, hidden, self.digit)
         told = self.watch.loss(hints, batch.visible) if len(hints) else 0.0
         return loss + self.settings.hint_weight * told * min(1.0, len(ids) / usual)
@@ -142,8 +131,8 @@ class DlmTrainer(Trainer):
 
     def step_once(self) -> None:
         """Learn from the next batch of the stage."""
-        self.stage = max(self.stage, stage_at(self.progress, self.stages))
-        self.losses.append(self.learn(self.feed.batch(self.step, self.stages[self.stage])))
+        self.stage = max(self.stage, stage_at(self.progress))
+        self.losses.append(self.learn(self.feed.batch(self.step, STAGES[self.stage])))
 
     def line(self) -> str:
         """Stage and mean loss since the last line."""
@@ -151,22 +140,22 @@ class DlmTrainer(Trainer):
         loss, self.losses = torch.stack(self.losses).mean().item(), []
         return f"stage {self.stage} loss {loss:.4f}"
 
-    def solved(self, stage: Stage | OrderStage) -> float:
-        """Share of right answers of the averaged weights on held-out problems, the stage's longest."""
+    def solved(self, steps: int, top: int) -> float:
+        """Share of exact answers of the averaged weights on held-out problems of so many steps."""
         seeds = range(FIRST_EVALUATION_SEED, FIRST_EVALUATION_SEED + self.settings.check_problems)
-        prompts, right = zip(*(stage.held_out(seed) for seed in seeds), strict=True)
+        problems = [make_problem(seed, steps, top) for seed in seeds]
         with self.averaged() as model:
-            texts = answers(model, self.tokenizer, prompts, stage.tokens(stage.steps)[1])
-        return sum(check(text) for check, text in zip(right, texts, strict=True)) / len(prompts)
+            texts = answers(model, self.tokenizer, problems, answer_tokens(steps))
+        return sum(final_answer(t) == p.total for t, p in zip(texts, problems, strict=True)) / len(problems)
 
     def check(self) -> str:
         """Measure the stage's longest problems and go on to the next stage if they are solved."""
-        stage = self.stages[self.stage]
-        exact = self.solved(stage)
+        stage = STAGES[self.stage]
+        exact = self.solved(stage.steps, stage.top)
         # By the averaged weights, as they are shipped, and on problems that training never draws.
-        if exact >= SOLVED and self.stage + 1 < len(self.stages):
+        if exact >= SOLVED and self.stage + 1 < len(STAGES):
             self.stage += 1
-        return f"held out, {stage}: {100 * exact:.0f} % exact | stage {self.stage}"
+        return f"held out, {stage.steps} steps to {stage.top}: {100 * exact:.0f} % exact | stage {self.stage}"
 
 
 def _optimizers(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimizer]:
@@ -195,7 +184,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Train."""
     set_threads(args)
     settings = settings_of(args, DlmSettings)
-    DlmTrainer(settings, Path(str(args.runs).replace("MODEL", settings.kind)), args.start).run()
+    DlmTrainer(settings, Path(str(args.runs).replace("MODEL", settings.model)), args.start).run()
 
 
 if __name__ == "__main__":
