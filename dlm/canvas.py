@@ -40,6 +40,7 @@ class Canvas:
         rows: int64 [batch], the number of each row in the batch that was given.
         given: bool [batch, L], slots of the input that hold no mask to be written: text and padding.
         tail: int64 [batch], the first slot behind all text that was given.
+        heads: where each row's first mask stood at the beginning, L = it had none.
         ends: tokens whose first appearance behind the text that was given is looked for, see `ended`; set by the loop.
         filled: bool [batch, L], slots behind the end of a row's text.
         valid: bool [batch, L], False = padding; None = no padding.
@@ -91,6 +92,7 @@ class Canvas:
         # What was read of the ids as they stand, by name, and what follows from the active blocks.
         self._seen: dict[str, Any] = {}
         self._of_blocks: tuple[list[int], dict[str, torch.Tensor]] = ([], {})
+        self.heads = self._on_host()[2]
 
     @property
     def batch(self) -> int:
@@ -132,11 +134,13 @@ class Canvas:
         """First slot of each block of int64 [..]; L for block N, which is where a finished row stands."""
         return (self.begin + block * self.block_length).clamp(max=self.length)
 
-    def span_of(self, block: int) -> tuple[int, int]:
-        """`span` of one block."""
+    def span_of(self, row: int, block: int) -> tuple[int, int]:
+        """`span` of one row's block. Text in front of the row's first mask is no part of it: how much of that shares
+        the mask's block depends on where the other rows' gaps begin."""
         start = min(self.begin + block * self.block_length, self.length)
         if self.grid is None:
-            return start, min(start + self.block_length, self.length)
+            stop = min(start + self.block_length, self.length)
+            return max(start, min(self.heads[row], stop)), stop
         start = start // self.grid * self.grid
         return start, min(start + self.grid, self.length)
 
@@ -329,7 +333,7 @@ class Canvas:
         self.real_start_cpu = self.real_start_cpu[rows]
         if self.valid is not None:
             self.valid = self.valid[there] if bool((self.real_start_cpu > 0).any()) else None
-        self._behind = None
+        self._behind, self.heads = None, [self.heads[row] for row in rows.tolist()]
         self._seen, self._of_blocks = {}, ([], {})
 
     def repeated(self, times: int) -> Canvas:
@@ -340,6 +344,6 @@ class Canvas:
         for name in (*names, "valid", "_held"):
             held = getattr(self, name)
             setattr(copy, name, None if held is None else held.repeat_interleave(times, 0))
-        copy._behind = None
+        copy._behind, copy.heads = None, [head for head in self.heads for _ in range(times)]
         copy._seen, copy._of_blocks = {}, ([], {})
         return copy

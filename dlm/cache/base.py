@@ -53,7 +53,7 @@ class Run(ABC):
 
     def _near_end(self) -> list[int]:
         """Behind the last slot of each row before the pruned ones."""
-        return [self.canvas.span_of(block)[1] + self.suffix for block in self.canvas.active_rows]
+        return [self.canvas.span_of(*each)[1] + self.suffix for each in enumerate(self.canvas.active_rows)]
 
     @abstractmethod
     def logit_window(self) -> tuple[torch.Tensor, torch.Tensor]:

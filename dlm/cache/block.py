@@ -74,8 +74,8 @@ class _Run(WindowRun):
         # The first token of a shifted model's block comes from the block before: until then the block is no use.
         waits = [not self.policy.fold] * self.canvas.batch if forced is None else (forced >= 0).tolist()
         high = []
-        for block, settled, wait in zip(self.canvas.active_rows, self.settled, waits, strict=True):
-            start, stop = self.canvas.span_of(block)
+        for row, (settled, wait) in enumerate(zip(self.settled, waits, strict=True)):
+            start, stop = self.canvas.span_of(row, self.canvas.active_rows[row])
             high.append(start if (wait or not self.policy.fold) and settled < start else stop)
         return self.settled, high
 
@@ -86,7 +86,7 @@ class _Run(WindowRun):
 
     def plan(self, wanted: torch.Tensor) -> Plan:
         """The window. One block alone sees everything that is stored, and needs no mask."""
-        starts = [self.canvas.span_of(block)[0] for block in self.canvas.active_rows]
+        starts = [self.canvas.span_of(*each)[0] for each in enumerate(self.canvas.active_rows)]
         low, high = self.current
         plan = super().plan(wanted)
         if plan.packing is None and all(a == start < b for a, b, start in zip(low, high, starts, strict=True)):

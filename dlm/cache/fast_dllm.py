@@ -86,7 +86,7 @@ class _Run(WindowRun):
         # Per row: in a batch one row may start a block while another is in the middle of one.
         for row, (block, primed) in enumerate(zip(self.canvas.active_rows, self.primed, strict=True)):
             if block == primed:
-                start, stop = self.canvas.span_of(block)
+                start, stop = self.canvas.span_of(row, block)
                 # One slot early on a shifted model: that slot's row predicts the first of the block.
                 low[row] = max(0, start - self.early)
                 # dual: what lies behind the block is read as it was at the block's start, too.

@@ -76,7 +76,7 @@ class _Run(WindowRun):
         if self.forwards and not refresh:
             # With a delay the window starts where the last forward worked: what it committed is computed as tokens.
             blocks = self.before if self.policy.delay else self.canvas.active_rows
-            low = [max(0, self.canvas.span_of(block)[0] - self.canvas.shift) for block in blocks]
+            low = [max(0, self.canvas.span_of(*each)[0] - self.canvas.shift) for each in enumerate(blocks)]
         return low, high
 
     def plan(self, wanted: torch.Tensor) -> Plan:
