@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlm.decode import decode
 from dlm.mini import load_mini
-from dlm.mini.problems import FIRST_EVALUATION_SEED, MOST_STEPS, final_answer, make_problem
+from dlm.mini.problems import FIRST_EVALUATION_SEED, MOST_STEPS, Problem, final_answer, make_problem
 from textkv.arguments import device
 from textkv.command import count, results_file, run, some_text, write_rows
 from textkv.intervals import wilson
