@@ -198,15 +198,12 @@ def _run(
     rule.check(config, policy, hook is not None)
     # Cache before rule: a model that the cache refuses shall not cost a guider the translation of its prompts.
     run = policy.begin(canvas, model)
-    # With gaps in the input the length of the answer is known only now.
-    steps = config.steps or canvas.length - canvas.prompt
-    if canvas.grid is not None and steps == config.gen_length:
-        steps += canvas.grid - 1  # one for each token, also for those behind the answer to the end of the last block
-    loop = Loop(model, config, canvas, rule.begin(canvas, spec, generator, steps), run, stops, hook)
+    loop = Loop(model, config, canvas, rule.begin(canvas, spec, generator, config.forwards), run, stops, hook)
     yield loop
     # Dream's timestep schedule may write nothing in its first steps, so a rule is given up only after as many idle
     # forwards as the longest schedule has steps, and one per token besides.
-    for _ in loop.steps(steps + canvas.length - canvas.prompt + rule.idle, rule.expression):
+    tokens = canvas.length - canvas.prompt
+    for _ in loop.steps(max(config.forwards or 0, tokens) + tokens + rule.idle, rule.expression):
         yield loop
 
 

@@ -46,15 +46,6 @@ class Packing:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @classmethod
-    def table(cls, slots: torch.Tensor) -> Packing:
-        """The same number of slots in every row, int64 [batch, n] in any order."""
-        batch, width = slots.shape
-        rows, columns = (x.flatten() for x in torch.meshgrid(
-            torch.arange(batch, device=slots.device), torch.arange(width, device=slots.device), indexing="ij"
-        ))  # fmt: skip
-        return cls(rows, slots.flatten(), columns, torch.arange(batch * width, device=slots.device).view(batch, width))
-
     def joined(self, other: Packing) -> Packing:
         """The entries of both, which share none, behind one another in every row."""
         return Packing(

@@ -133,12 +133,13 @@ class Rule(ABC):
         return 0
 
     @abstractmethod
-    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int) -> Unmasker:
+    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int | None) -> Unmasker:
         """Starts a generation.
 
         Args:
             generator: of all random numbers; a list has one for each row; None = torch's own.
-            steps: forwards that a rule with a schedule spreads the tokens over, and the most that any block rule needs.
+            steps: forwards that a rule with a schedule spreads a row's tokens over, and the most that any block rule
+                needs; None = one for each mask of the row.
 
         Raises:
             ValueError: fewer steps than blocks, or a generator on another device than the canvas.

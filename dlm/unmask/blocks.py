@@ -20,9 +20,9 @@ class BlockUnmasker(Unmasker):
     """One generation under a block rule."""
 
     def __init__(
-        self, rule: BlockRule, canvas: Canvas, sampler: Sampler, steps: int, excluded: torch.Tensor | None
+        self, rule: BlockRule, canvas: Canvas, sampler: Sampler, steps: int | None, excluded: torch.Tensor | None
     ) -> None:
-        self.rule, self.sampler, self.steps, self.excluded = rule, sampler, steps, excluded
+        self.rule, self.sampler, self.excluded = rule, sampler, excluded
         self.schedule = UnmaskSchedule(canvas, steps)
         self._reach: tuple[torch.Tensor, ...] = ()  # slots, a logit window, and which slots lie in it
 
@@ -69,7 +69,7 @@ class BlockRule(Rule):
     unmasker: ClassVar[type[BlockUnmasker]] = BlockUnmasker
     """What `begin` makes."""
 
-    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int) -> BlockUnmasker:
+    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int | None) -> BlockUnmasker:
         """Starts a generation whose `steps` are spread over the blocks."""
         excluded = torch.tensor(self.excluded(spec), device=canvas.ids.device) if self.excluded(spec) else None
         return self.unmasker(self, canvas, self.sampler(canvas, spec, generator), steps, excluded)

@@ -62,7 +62,7 @@ class Guided(Rule):
         """The acceptance rule with its parameters."""
         return Acceptance(self.accept, self.k, self.ratio, self.tau, self.mass)
 
-    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int) -> GuidedUnmasker:
+    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int | None) -> GuidedUnmasker:
         """Starts a generation in rounds; `steps` plays no part.
 
         Raises:

@@ -123,7 +123,7 @@ class SSD(Confidence):
             wrong = f"cfg_scale={config.cfg_scale}: guided logits are not verified; use 0"
         elif hooked:
             wrong = "logits_hook sees one canvas and the rule verifies several; leave it out"
-        elif config.steps is not None and config.steps < config.gen_length:
+        elif config.forwards is not None and (config.infill or config.forwards < config.gen_length):
             wrong = f"steps={config.steps}: the rule writes what one token per forward writes; leave steps out"
         elif not policy.still:
             wrong = (

@@ -98,7 +98,7 @@ class WINO(ProbabilityRule):
         if wrong:
             raise ValueError(f"{self.expression} with {wrong}")
 
-    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int) -> BlockUnmasker:
+    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int | None) -> BlockUnmasker:
         """Starts a generation. Raises ValueError for a model whose row j predicts slot j + 1: a shadow has its slot's
         place, and that row is read for the next one."""
         if canvas.shift:
