@@ -22,6 +22,8 @@ from dlm.cache.slots import SlotCache, SlotLayer, by_rows
 from dlm.canvas import Canvas
 from dlm.models.attention import full_attention
 
+ROUNDING = 1e-5  # what a cosine lacks of 1 at most where values differ by rounding, in bf16 too
+
 
 @register("dllm-cache")
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ class BranchLayer(SlotLayer):
         kept = self.v[response.rows, :, response.slots]
         similarity = F.cosine_similarity(values[0].transpose(0, 1).flatten(1).float(), kept.flatten(1).float(), dim=-1)
         response.store(self.v, values)
+        # Rounding alone is no change: where nothing was written since, batch and lone row would choose other slots.
+        similarity = similarity.where(similarity < 1 - ROUNDING, 1.0)
         # By rows; a short row's filler comes behind all that it has, and `chosen` has fewer.
         table = similarity.new_full((len(response.grid), self.v.shape[2]), torch.inf)
         table[response.rows, response.slots] = similarity

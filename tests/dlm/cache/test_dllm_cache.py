@@ -46,6 +46,8 @@ def test_the_slots_whose_values_changed_most_are_computed_ties_by_the_lowest():
     slots = torch.arange(layer.v.shape[2])[None]
     response, two = Packing.of(slots >= 5), Packing.of(slots < 2)
     assert layer.drifted(values, response, two).slots.tolist() == [5, 6]
+    noise = 1 + 1e-4 * torch.rand(values.shape, generator=torch.Generator().manual_seed(0))
+    assert layer.drifted(values * noise, response, two).slots.tolist() == [5, 6]  # as much as rounding does
     values[:, :, 3] *= -1
     values[:, :, 6, 0] = -1
     assert layer.drifted(values, response, two).slots.tolist() == [8, 11]
