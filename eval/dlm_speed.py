@@ -183,7 +183,13 @@ def main(argv: Sequence[str]) -> int:
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Measure and print."""
-    DecodingConfig(gen_length=args.gen_length, steps=args.steps)  # refused before weights are made
+    # Refused before weights are made. A step outside of the model lies between two forwards.
+    DecodingConfig(gen_length=args.gen_length, steps=args.steps)
+    for name in ("gen_length", "steps"):
+        if (value := getattr(args, name)) < 2:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value}: what is between two forwards is measured; use 2 or more"
+            )
     rows: list[dict[str, Any]] = []
     meta = run_meta("eval.speed", ["dlm", *argv], 0)
     for name in args.models:
