@@ -114,6 +114,19 @@ class Canvas:
         """int64 [batch, width], what is given back, as it stands."""
         return self.ids.gather(1, self.answer_slots)
 
+    def written(self, revised: bool) -> torch.Tensor:
+        """int64 [batch], tokens of each row's answer before its first mask.
+
+        Args:
+            revised: only those before its active block, whose tokens may still change.
+        """
+        first = (
+            self.block_start(self.active)
+            if revised
+            else torch.where(self.left > 0, self._first_mask() + self.prompt, self.length)
+        )
+        return (first - self.first).clamp(min=0, max=self.width)
+
     @property
     def blocks(self) -> int:
         """N, blocks of the generated part."""

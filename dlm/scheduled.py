@@ -73,7 +73,7 @@ class _OwnSteps(Unmasker):
 
     def __init__(self, rule: ScheduledRule, unmasker: Unmasker) -> None:
         self.rule, self.unmasker, self.steps = rule, unmasker, 0
-        self.shadows = unmasker.shadows
+        self.shadows, self.revises = unmasker.shadows, unmasker.revises
 
     def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
         """Those of the scheduler's rule."""

@@ -55,6 +55,8 @@ class Unmasker(ABC):
 
     shadows: bool = False
     """Whether logits of written candidates are those of their shadows, see `dlm.shadows`."""
+    revises: bool = False
+    """Whether a written token may still change while its block is active."""
 
     @abstractmethod
     def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:

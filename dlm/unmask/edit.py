@@ -26,6 +26,7 @@ class _Unmasker(BlockUnmasker):
     """The block of each row, and the forwards that it had no mask in: int64 [batch] each."""
 
     per_row = ("block", "post")
+    revises = True
 
     def __init__(self, rule: TokenEditing, canvas: Canvas, *rest: Any) -> None:
         super().__init__(rule, canvas, *rest)

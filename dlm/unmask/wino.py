@@ -28,7 +28,7 @@ class _Unmasker(BlockUnmasker):
     """The block of each row and the drafts of its last forward: int64 [batch] each."""
 
     per_row = ("block", "last")
-    shadows = True
+    shadows = revises = True
 
     def __init__(self, rule: WINO, canvas: Canvas, *rest: Any) -> None:
         super().__init__(rule, canvas, *rest)
