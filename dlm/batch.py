@@ -74,6 +74,13 @@ def _item(line: bytes, number: int) -> Item:
         value = parse(line)
     except ValueError as error:
         raise ValueError(f"{error}; write one object a line, as UTF-8") from None
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        # Half of a surrogate pair passes in JSON's escapes, and the row of its answer could not be written.
+        raise ValueError(
+            f"holds {ascii(error.object[error.start])}, which is half a character; write it whole"
+        ) from None
     if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
         raise ValueError('needs "prompt" or "messages", one of the two')
     prompt = value.get("prompt", value.get("messages"))

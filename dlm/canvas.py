@@ -8,6 +8,9 @@ given may also stand between and behind the masks ("infilling"). No model, no ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 
@@ -37,6 +40,8 @@ class Canvas:
         rows: int64 [batch], the number of each row in the batch that was given.
         given: bool [batch, L], slots of the input that hold no mask to be written: text and padding.
         tail: int64 [batch], the first slot behind all text that was given.
+        heads: where each row's first mask stood at the beginning, L = it had none.
+        ends: tokens whose first appearance behind the text that was given is looked for, see `ended`; set by the loop.
         filled: bool [batch, L], slots behind the end of a row's text.
         valid: bool [batch, L], False = padding; None = no padding.
         real_start: int64 [batch], each row's first slot that is not padding; `real_start_cpu` is the same on the CPU.
@@ -81,9 +86,13 @@ class Canvas:
         # The last column counts most: its number is the largest that is multiplied by True.
         self.tail = (self.given * (columns + 1)).amax(1) if self.length else self.real_start
         self.filled = torch.zeros_like(self.given)
+        self.ends: tuple[int, ...] = ()
         self._held: torch.Tensor | None = None
-        self._active: torch.Tensor | None = None
-        self._progress: torch.Tensor | None = None
+        self._behind: torch.Tensor | None = None  # slots behind the text that was given, L before
+        # What was read of the ids as they stand, by name, and what follows from the active blocks.
+        self._seen: dict[str, Any] = {}
+        self._of_blocks: tuple[list[int], dict[str, torch.Tensor]] = ([], {})
+        self.heads = self._on_host()[2]
 
     @property
     def batch(self) -> int:
@@ -105,6 +114,19 @@ class Canvas:
         """int64 [batch, width], what is given back, as it stands."""
         return self.ids.gather(1, self.answer_slots)
 
+    def written(self, revised: bool) -> torch.Tensor:
+        """int64 [batch], tokens of each row's answer before its first mask.
+
+        Args:
+            revised: only those before its active block, whose tokens may still change.
+        """
+        first = (
+            self.block_start(self.active)
+            if revised
+            else torch.where(self.left > 0, self._first_mask() + self.prompt, self.length)
+        )
+        return (first - self.first).clamp(min=0, max=self.width)
+
     @property
     def blocks(self) -> int:
         """N, blocks of the generated part."""
@@ -125,6 +147,16 @@ class Canvas:
         """First slot of each block of int64 [..]; L for block N, which is where a finished row stands."""
         return (self.begin + block * self.block_length).clamp(max=self.length)
 
+    def span_of(self, row: int, block: int) -> tuple[int, int]:
+        """`span` of one row's block. Text in front of the row's first mask is no part of it: how much of that shares
+        the mask's block depends on where the other rows' gaps begin."""
+        start = min(self.begin + block * self.block_length, self.length)
+        if self.grid is None:
+            stop = min(start + self.block_length, self.length)
+            return max(start, min(self.heads[row], stop)), stop
+        start = start // self.grid * self.grid
+        return start, min(start + self.grid, self.length)
+
     def span(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots [start, stop) that see each other around blocks int64 [batch]: the blocks, or the grid's that hold
         them."""
@@ -136,41 +168,129 @@ class Canvas:
 
     def masked(self) -> torch.Tensor:
         """bool [batch, L], slots that still hold the mask."""
-        return self.ids == self.mask_id
+        return self._once("masked", lambda: self.ids == self.mask_id)
+
+    @property
+    def left(self) -> torch.Tensor:
+        """int64 [batch] on the ids' device, masks left in each row."""
+        return self._once("left", lambda: self.masked()[:, self.prompt :].sum(1))
 
     @property
     def active(self) -> torch.Tensor:
         """int64 [batch] on the ids' device: each row's first block that has a mask or is held, N = none."""
-        if self._active is None:
-            masked = self.generated == self.mask_id
-            # argmax of 0 and 1 is the first mask; where there is none it is 0, and N is put in its place.
-            first = (masked.int().argmax(1) + self.prompt - self.begin) // self.block_length
-            self._active = torch.where(masked.any(1), first, self.blocks)
-            if self._held is not None:
-                self._active = torch.minimum(self._active, self._held)
-        return self._active
+        if "host" in self._seen:
+            # Known on the host, where it seldom changes: made again only then.
+            return self._by_block("active", lambda: torch.tensor(self.active_rows, device=self.ids.device))
+        return self._once("active", self._first_block)
+
+    @property
+    def block_slots(self) -> torch.Tensor:
+        """int64 [batch, B], the slots of each row's active block; -1 where it is shorter."""
+
+        def made() -> torch.Tensor:
+            start, end = self.block_start(self.active)[:, None], self.block_start(self.active + 1)[:, None]
+            slots = start + torch.arange(self.block_length, device=start.device)
+            return slots.masked_fill(slots >= end, -1)
+
+        return self._by_block("slots", made)
+
+    @property
+    def block_masked(self) -> torch.Tensor:
+        """bool [batch, B], which of `block_slots` hold the mask."""
+        there = self._by_block("there", lambda: self.block_slots >= 0)
+        return self._once("block_masked", lambda: self.masked().gather(1, self.block_index) & there)
+
+    @property
+    def block_index(self) -> torch.Tensor:
+        """`block_slots` with 0 for -1, to gather by."""
+        return self._by_block("index", lambda: self.block_slots.clamp(min=0))
 
     def hold(self, blocks: torch.Tensor) -> None:
         """Keeps blocks int64 [batch] active although they may have no mask left, until the next call; N = none."""
-        self._held, self._active, self._progress = blocks, None, None
+        self._held = blocks
+        for name in ("active", "host"):
+            self._seen.pop(name, None)
 
-    def _on_host(self) -> torch.Tensor:
-        """Active blocks and masks left, int64 [2, batch] on the CPU: the one wait for the device that a step needs."""
-        if self._progress is None:
-            left = (self.generated == self.mask_id).sum(1)
-            # Both in one tensor: every copy to the host waits for all kernels that were queued before it.
-            self._progress = torch.stack([self.active, left]).cpu()
-        return self._progress
+    def _first_mask(self) -> torch.Tensor:
+        """int64 [batch], the first mask of each row, counted from P; 0 where there is none."""
+        return self._once("first_mask", lambda: self.masked()[:, self.prompt :].byte().argmax(1))
+
+    def _first_block(self) -> torch.Tensor:
+        active = torch.where(
+            self.left > 0, (self._first_mask() + (self.prompt - self.begin)) // self.block_length, self.blocks
+        )
+        return active if self._held is None else torch.minimum(active, self._held)
+
+    def _once(self, name: str, made: Callable[[], Any]) -> Any:
+        """What `made` gives, once for the ids as they stand."""
+        if name not in self._seen:
+            self._seen[name] = made()
+        return self._seen[name]
+
+    def _by_block(self, name: str, made: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `made` gives, once for the blocks that are active now."""
+        if "host" not in self._seen:
+            return self._once(name, made)
+        if self._of_blocks[0] != self.active_rows:
+            self._of_blocks = self.active_rows, {}
+        known = self._of_blocks[1]
+        if name not in known:
+            known[name] = made()
+        return known[name]
+
+    def _on_host(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Masks left, active blocks, first masks (L = none) and first ends (L = none) of all rows: the one wait for the
+        device that a step needs."""
+        return self._once("host", self._read)
+
+    def _read(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        held = [] if self._held is None else [self._held]
+        # All in one tensor: every copy to the host waits for all kernels that were queued before it.
+        left, first, *more = torch.stack([self.left, self._first_mask(), *self._first_ends(), *held]).tolist()
+        first = [self.prompt + at if masks else self.length for at, masks in zip(first, left, strict=True)]
+        active = [(at - self.begin) // self.block_length if at < self.length else self.blocks for at in first]
+        if held:
+            active = [min(one, other) for one, other in zip(active, more.pop(), strict=True)]
+        return left, active, first, more[0] if more else []
+
+    def _first_ends(self) -> list[torch.Tensor]:
+        """int64 [batch], the first slot behind the given text that holds an end, L = none; empty if none is looked
+        for."""
+        if not self.ends:
+            return []
+        if self._behind is None:
+            slots = torch.arange(self.length, device=self.ids.device)
+            self._behind = torch.where(slots >= self.tail[:, None], slots, self.length)
+        found = self.ids == self.ends[0]
+        for end in self.ends[1:]:
+            found = found | (self.ids == end)
+        return [torch.where(found, self._behind, self.length).amin(1)]
+
+    @property
+    def active_rows(self) -> list[int]:
+        """`active` as numbers."""
+        return self._on_host()[1]
+
+    @property
+    def left_rows(self) -> list[int]:
+        """`left` as numbers."""
+        return self._on_host()[0]
+
+    def ended(self, early: bool) -> list[int]:
+        """The slot of each row behind all text that was given that holds its first of `ends`, L = none; without `early`
+        only if no mask is left before it."""
+        _, _, masks, ends = self._on_host()
+        return [end if early or end < mask else self.length for mask, end in zip(masks, ends, strict=True)]
 
     @property
     def active_cpu(self) -> torch.Tensor:
         """`active` on the CPU."""
-        return self._on_host()[0]
+        return torch.tensor(self.active_rows)
 
     @property
     def left_cpu(self) -> torch.Tensor:
         """int64 [batch] on the CPU, masks left in each row."""
-        return self._on_host()[1]
+        return torch.tensor(self.left_rows)
 
     @property
     def unfinished(self) -> torch.Tensor:
@@ -180,7 +300,7 @@ class Canvas:
     @property
     def done(self) -> bool:
         """Whether no row has a mask left."""
-        return not bool(self.unfinished.any())
+        return all(block >= self.blocks for block in self.active_rows)
 
     def commit(self, slots: torch.Tensor, tokens: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """Writes tokens into the canvas for good.
@@ -193,12 +313,12 @@ class Canvas:
         Returns:
             bool [batch, L], slots that were written now.
         """
-        where = where & (slots >= 0)
-        at = torch.where(where, slots, 0)
-        # Several entries may point at slot 0 without meaning it; added up, those that mean a slot stand out.
-        written = torch.zeros_like(self.ids).scatter_add_(1, at, where.long()) > 0
-        value = torch.zeros_like(self.ids).scatter_add_(1, at, torch.where(where, tokens, 0))
-        return self._write(written, value)
+        # What is not meant goes to one more column, which is cut off again.
+        at = torch.where(where & (slots >= 0), slots, self.length)
+        written = torch.zeros(self.batch, self.length + 1, dtype=torch.bool, device=at.device).scatter_(1, at, True)
+        wide = torch.nn.functional.pad(self.ids, (0, 1)).scatter_(1, at, tokens)
+        self.ids, self._seen = wide[:, : self.length], {}
+        return written[:, : self.length]
 
     def finish_row(self, after: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         """Fills the slots behind an end token.
@@ -213,7 +333,9 @@ class Canvas:
         behind = torch.arange(self.length, device=self.ids.device)[None] > after[:, None]
         self.filled = self.filled | behind
         changed = behind & (self.ids != token[:, None])
-        return self._write(changed, token[:, None].expand_as(self.ids))
+        # A new tensor, not a write in place: views handed out by `generated` keep what they showed.
+        self.ids, self._seen = torch.where(changed, token[:, None], self.ids), {}
+        return changed
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Keeps rows int64 [kept] (CPU), by their present numbers; the others leave the canvas."""
@@ -224,7 +346,8 @@ class Canvas:
         self.real_start_cpu = self.real_start_cpu[rows]
         if self.valid is not None:
             self.valid = self.valid[there] if bool((self.real_start_cpu > 0).any()) else None
-        self._active = self._progress = None
+        self._behind, self.heads = None, [self.heads[row] for row in rows.tolist()]
+        self._seen, self._of_blocks = {}, ([], {})
 
     def repeated(self, times: int) -> Canvas:
         """A canvas with each row `times` times, one behind the other."""
@@ -234,11 +357,6 @@ class Canvas:
         for name in (*names, "valid", "_held"):
             held = getattr(self, name)
             setattr(copy, name, None if held is None else held.repeat_interleave(times, 0))
-        copy._active = copy._progress = None
+        copy._behind, copy.heads = None, [head for head in self.heads for _ in range(times)]
+        copy._seen, copy._of_blocks = {}, ([], {})
         return copy
-
-    def _write(self, where: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        # A new tensor, not a write in place: views handed out by `generated` keep what they showed.
-        self.ids = torch.where(where, value, self.ids)
-        self._active = self._progress = None
-        return where

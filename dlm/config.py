@@ -157,6 +157,12 @@ class DecodingConfig:
         return -(-self.gen_length // self.block_length)
 
     @property
+    def forwards(self) -> int | None:
+        """`steps` as a rule takes them: None = one for each mask, of which a row may have more or fewer than G."""
+        # Without gaps the default is G by now: in a block-causal model what fills the last block is written besides.
+        return None if not self.infill and self.steps == self.gen_length else self.steps
+
+    @property
     def sampling(self) -> Sampling:
         """How tokens are drawn."""
         return Sampling(self.temperature, self.top_p, self.top_k)

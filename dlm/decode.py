@@ -123,8 +123,9 @@ def stream(
         canvas = loop.canvas
         if not rows:
             rows = [_Outlet(row, model.decoding_spec, config.stop, tokenizer) for row in range(canvas.batch)]
-        for row, ids in zip(canvas.rows.tolist(), canvas.answers.tolist(), strict=True):
-            if (piece := rows[row].take(ids, canvas.mask_id)) is not None:
+        final = canvas.written(loop.unmasker.revises).tolist()
+        for row, ids, count in zip(canvas.rows.tolist(), canvas.answers.tolist(), final, strict=True):
+            if (piece := rows[row].take(ids, count)) is not None:
                 yield piece
 
 
@@ -135,13 +136,14 @@ class _Outlet:
         self, row: int, spec: DecodingSpec, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
         self.row, self.spec, self.stop, self.tokenizer = row, spec, stop, tokenizer
-        self.given, self.text = 0, ""
+        self.given, self.text, self.done = 0, "", False
 
-    def take(self, ids: list[int], mask_id: int) -> Piece | None:
-        """The next piece of the row's generated part `ids`; None = there is none."""
-        final = next((i for i, token in enumerate(ids) if token == mask_id), len(ids))
+    def take(self, ids: list[int], final: int) -> Piece | None:
+        """The next piece of the row's generated part `ids`, whose first `final` stay; None = there is none."""
+        if self.done:
+            return None  # a block-causal model still fills the block behind the answer
         end = next((i for i, token in enumerate(ids[:final]) if token in self.spec.eos_ids), final)
-        done = final == len(ids)
+        done = self.done = final == len(ids)
         fresh, text = ids[self.given : end], None
         self.given = end
         if self.tokenizer is not None:
@@ -198,15 +200,12 @@ def _run(
     rule.check(config, policy, hook is not None)
     # Cache before rule: a model that the cache refuses shall not cost a guider the translation of its prompts.
     run = policy.begin(canvas, model)
-    # With gaps in the input the length of the answer is known only now.
-    steps = config.steps or canvas.length - canvas.prompt
-    if canvas.grid is not None and steps == config.gen_length:
-        steps += canvas.grid - 1  # one for each token, also for those behind the answer to the end of the last block
-    loop = Loop(model, config, canvas, rule.begin(canvas, spec, generator, steps), run, stops, hook)
+    loop = Loop(model, config, canvas, rule.begin(canvas, spec, generator, config.forwards), run, stops, hook)
     yield loop
     # Dream's timestep schedule may write nothing in its first steps, so a rule is given up only after as many idle
     # forwards as the longest schedule has steps, and one per token besides.
-    for _ in loop.steps(steps + canvas.length - canvas.prompt + rule.idle, rule.expression):
+    tokens = canvas.length - canvas.prompt
+    for _ in loop.steps(max(config.forwards or 0, tokens) + tokens + rule.idle, rule.expression):
         yield loop
 
 

@@ -50,6 +50,9 @@ class Loop:
             raise ValueError("shadows need this package's attention function; load the model with load_model")
         if unmasker.shadows:
             run.cache.length += canvas.block_length  # they stand behind the canvas
+        if config.eos != "none":
+            canvas.ends = tuple(model.decoding_spec.eos_ids)
+        self.ended = [canvas.length] * canvas.batch  # where each row ended
         self.ends = torch.tensor(model.decoding_spec.eos_ids, dtype=torch.int64, device=canvas.ids.device)
         self.committed = torch.zeros(canvas.batch, dtype=torch.int64, device=canvas.ids.device)
         self.ids, self.given, self.tail, self.slots = canvas.ids, canvas.given, canvas.tail, canvas.answer_slots
@@ -68,9 +71,9 @@ class Loop:
         self.start, idle = perf_counter(), 0
         self.leave()
         while not self.canvas.done:
-            left = int(self.canvas.left_cpu.sum())
+            left = sum(self.canvas.left_rows)
             self.run.after(self.finish(self.step()))
-            idle = idle + 1 if int(self.canvas.left_cpu.sum()) == left else 0
+            idle = idle + 1 if sum(self.canvas.left_rows) == left else 0
             if idle > patience:
                 raise StuckError(f"{idle} forwards committed nothing; the rule {expression} does not get on")
             yield
@@ -79,16 +82,22 @@ class Loop:
     def finish(self, committed: torch.Tensor) -> torch.Tensor:
         """Ends rows whose text ends: `committed` bool [batch, L], and the slots that were filled."""
         # The cache must also learn of slots that an end of text filled: their keys and values are stale now.
-        if self.config.eos != "none" and len(self.ends):
-            committed = committed | end_rows(self.canvas, self.ends, early=self.config.eos == "fill")
+        if self.canvas.ends:
+            early = self.config.eos == "fill"
+            ended = self.canvas.ended(early)
+            # Seldom: a row ends once. What is behind its end is filled then, and stays.
+            if any(now < self.canvas.length and now != before for now, before in zip(ended, self.ended, strict=True)):
+                committed = committed | end_rows(self.canvas, self.ends, early)
+            self.ended = ended
         return committed | self.stops.end_rows(self.canvas) if self.stops is not None else committed
 
     def leave(self) -> None:
         """Takes finished rows out of everything that holds rows, unless all are."""
-        alive = self.canvas.unfinished
-        if bool(alive.all()) or not bool(alive.any()):
+        alive = [row for row, block in enumerate(self.canvas.active_rows) if block < self.canvas.blocks]
+        if len(alive) in (0, self.canvas.batch):
             return
-        self.ids, rows = self.whole(), alive.nonzero()[:, 0]
+        self.ids, rows = self.whole(), torch.tensor(alive)
+        self.ended = [self.ended[row] for row in alive]
         # The canvas last: the others look at it to know how many rows there were.
         for part in (self.unmasker, self.run, self.canvas):
             part.take_rows(rows)
@@ -122,9 +131,9 @@ class Loop:
                 logits = self.hook(canvas, slots, logits)
             choice = self.unmasker.choose(logits, slots, canvas)
         where = choice.commit if forced is None else choice.commit | (slots == forced[:, None])
-        before = canvas.masked().sum(1)
+        before = canvas.left
         committed = canvas.commit(slots, choice.tokens, where)
-        self.committed.index_add_(0, canvas.rows, before - canvas.masked().sum(1))
+        self.committed.index_add_(0, canvas.rows, before - canvas.left)
         return committed
 
     def finish_nodes(self, nodes: Canvas) -> None:
@@ -148,7 +157,8 @@ class Loop:
     def _logits(self, slots: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Logits [batch, r, V] of `slots`, guided by the prompt if asked for."""
         # Row j predicts slot j + shift, so the row that is read stands one before its slot in a Dream.
-        canvas, rows = self.canvas, slots - self.canvas.shift
+        canvas = self.canvas
+        rows = slots - canvas.shift if canvas.shift else slots
         if self.unmasker.shadows:
             shadows = Shadows(canvas, plan)
             rows = shadows.rows(slots, canvas.ids.gather(1, slots.clamp(min=0)) != canvas.mask_id)

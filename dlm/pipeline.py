@@ -271,7 +271,7 @@ class _AfterStep:
 
     def __call__(self, canvas: Canvas, stats: Stats) -> None:
         # By the slowest row: the bar is full when the last one is.
-        self.bar.update(canvas.length - canvas.prompt - int(canvas.left_cpu.max()) - self.bar.n)
+        self.bar.update(canvas.length - canvas.prompt - max(canvas.left_rows) - self.bar.n)
         if self.callback is None:
             return
         # Rows that are finished have left the canvas; the callback sees the whole batch at every step.

@@ -40,7 +40,7 @@ class ScheduledRule(Rule):
     guide: Guider | None = None
     last: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int) -> Unmasker:
+    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int | None) -> Unmasker:
         """Starts a generation: the rule of one of our schedulers, or steps through a foreign one."""
         if not isinstance(self.scheduler, UnmaskScheduler):
             return _ForeignSteps(self, canvas, spec, generator, steps)
@@ -73,7 +73,7 @@ class _OwnSteps(Unmasker):
 
     def __init__(self, rule: ScheduledRule, unmasker: Unmasker) -> None:
         self.rule, self.unmasker, self.steps = rule, unmasker, 0
-        self.shadows = unmasker.shadows
+        self.shadows, self.revises = unmasker.shadows, unmasker.revises
 
     def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
         """Those of the scheduler's rule."""
@@ -117,7 +117,7 @@ class _ForeignSteps(BlockUnmasker):
     per_row = ("block", "used")
 
     def __init__(
-        self, rule: ScheduledRule, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int
+        self, rule: ScheduledRule, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int | None
     ) -> None:
         super().__init__(rule, canvas, rule.sampler(canvas, spec, generator), steps, None)
         self.spec = spec

@@ -6,7 +6,8 @@ token's attention over what the method kept against the full cache's, measured i
 bytes of K and V that this attention cannot help reading. `--json` is written after every round. A CPU tells bytes and
 tokens; its times are those of the reference kernels beside slow products of matrices, and are marked so.
 
-`python -m eval.speed decode` compares whole decoded tokens with transformers' own cache: see `eval.decode_speed`.
+`python -m eval.speed decode` compares whole decoded tokens with transformers' own cache: see `eval.decode_speed`, and
+`python -m eval.speed dlm` what diffusion decoding costs outside the model: see `eval.dlm_speed`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from textkv.command import count, run, write_rows
 from textkv.devices import check_room
 from textkv.provenance import run_meta
 
-from . import decode_speed
+from . import decode_speed, dlm_speed
 from .arguments import add_methods, add_outputs, checked_budget
 from .textbench import FULL
 
@@ -173,6 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["decode"]:
         return decode_speed.main(argv[1:])
+    if argv[:1] == ["dlm"]:
+        return dlm_speed.main(argv[1:])
     return run("eval.speed", parser(), work, argv)
 
 

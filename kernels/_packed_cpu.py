@@ -5,6 +5,10 @@ multiply: those of key channels to the queries, once per block; those of value t
 product per block or token. The scores of thousands of tokens are held at once, so there is a softmax for all of these
 and none that runs along; what is made does not grow with longer runs. Runs of equal length at equal distances, as dense
 caches have them, go together in all but their tiles.
+
+Many queries, as a window of a diffusion model has them, are another matter: what is multiplied per block costs more
+than the codes themselves. For these a chunk of a run is written out in two passes, scales and corrections included,
+and attended as a dense one; it is overwritten by the next chunk, so that no run is ever there as a whole.
 """
 
 from __future__ import annotations
@@ -16,10 +20,12 @@ import torch
 from ._packed_reference import key_corrections, value_corrections
 from ._rotary_centre import turned_scores
 from .merge import reference as merge
-from .pack import FP8, width
+from .pack import FP8, add_corrections, width
 
+_SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _TILE = 1 << 18  # numbers unpacked at a time: 1 MB
 _SCORES = 1 << 22  # scores, and scaled queries, held at a time
+_MANY = 24  # query rows from which on tokens are written out
 _ROWS = 16  # query rows at a time, at least
 _TOKENS = 8192  # tokens of a run at a time: what is made for each beside the tiles must not grow with the run
 
@@ -108,6 +114,8 @@ class _Part:
 
 def _attend(q, k, v, part, turn, softcap, shift):
     """q fp32 [R, x, D], scaled -> out fp32 [R, x, D], lse [R, x]."""
+    if q.shape[1] >= _MANY and turn is None and softcap is None:
+        return _attend_dense(q, k, v, part)
     scores = (_by_channel if k.scale.shape[1] == 1 else _by_token)(q, k, part)
     blocks = None
     if k.lowrank is not None or k.sparse is not None or v.lowrank is not None or v.sparse is not None:
@@ -131,6 +139,47 @@ def _attend(q, k, v, part, turn, softcap, shift):
     if blocks is not None:
         value_corrections(out, weights, v, blocks, part.seen)
     return out, lse
+
+
+def _attend_dense(q, k, v, part):
+    """`_attend` for many queries, without what is added to single scores."""
+    blocks = part.indices().flatten()
+    keys, values = (_written_out(x, part, blocks)[:, None] for x in (k, v))
+    mask = None
+    if part.seen is not None:
+        seen = part.seen[:, None, None]
+        # slack and holes may hold anything
+        values = values.masked_fill_(~seen.mT, 0)
+        keys = keys.masked_fill_(~seen.mT, 0)
+        mask = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+    out, lse = _SDPA(q[:, None], keys, values, 0.0, False, attn_mask=mask, scale=1.0)
+    out, lse = out[:, 0], lse.view(q.shape[:2])
+    if mask is not None:
+        nothing = ~part.seen.any(1)[:, None]
+        out, lse = out.masked_fill(nothing[..., None], 0), lse.masked_fill(nothing, -torch.inf)
+    return out, lse
+
+
+def _written_out(packed, part, blocks):
+    """What the blocks of a part stand for, fp32 [R, s * T, D]; their numbers are `blocks` int64 [R * s]."""
+    codes, planes = part.of(packed.codes), 8 // width(packed.bits)
+    tokens, D = packed.block, packed.head_dim
+    if packed.bits == "fp8":
+        codes = codes.view(FP8)
+    room = torch.empty(*part.shape, planes, tokens // planes, D)
+    for p in range(planes):
+        plane = codes if planes == 1 else (codes >> (p * packed.bits)) & (2**packed.bits - 1)
+        room[:, :, p] = plane
+    scale, zero = (part.of(x).float() for x in (packed.scale, packed.zero))  # [R, s, 1, D] or [R, s, T, groups]
+    x = room.view(*part.shape, tokens, D)
+    if scale.shape[2] > 1:
+        grouped = x.unflatten(3, (scale.shape[3], -1))
+        torch.addcmul(zero[..., None], grouped, scale[..., None], out=grouped)
+    else:
+        torch.addcmul(zero, x, scale, out=x)
+    flat = x.view(-1, tokens, D)
+    add_corrections(flat, packed, blocks)
+    return flat.view(part.shape[0], -1, D)
 
 
 def _turn_of(turn, part):

@@ -22,12 +22,15 @@ _BLOCK = 4096
 
 
 class Confidence(NamedTuple):
-    """Per row of logits: `token` int64, the others float32, all of shape [n] (natural logarithms)."""
+    """Per row of logits: `token` int64, the others float32, all of shape [n] (natural logarithms).
+
+    `second` and `entropy` may be left out, see `confidence`.
+    """
 
     token: torch.Tensor
     probability: torch.Tensor
-    second: torch.Tensor
-    entropy: torch.Tensor
+    second: torch.Tensor | None
+    entropy: torch.Tensor | None
     lse: torch.Tensor
 
     @property
@@ -36,22 +39,36 @@ class Confidence(NamedTuple):
         return self.probability - self.second
 
 
-def reference(logits, suppress=None):
+def reference(logits, suppress=None, spread=True):
     """Plain torch, fp32: the truth, and the path off CUDA. Arguments as `confidence`."""
     z = logits.float()
-    hidden = torch.zeros(z.shape[1], dtype=torch.bool, device=z.device)
     if suppress is not None:
-        hidden[suppress] = True
-        z = z.masked_fill(hidden, -torch.inf)
-    top = z.amax(1, keepdim=True)
-    # argmax promises nothing about equals; the first True of a mask does
-    token = ((z == top) & ~hidden).to(torch.int8).argmax(1)
-    away = z - top.masked_fill(top == -torch.inf, 0)  # large logits lose their digits in lse, not here
-    log_total = torch.logsumexp(away, 1)
-    log_p = away - log_total.masked_fill(log_total == -torch.inf, 0)[:, None]
-    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(1)
-    second = log_p.scatter(1, token[:, None], -torch.inf).amax(1).exp()
-    return Confidence(token, log_p.gather(1, token[:, None])[:, 0].exp(), second, entropy, top[:, 0] + log_total)
+        z = z.index_fill(1, suppress, -torch.inf)
+    top, token = z.max(1, keepdim=True)  # of equals the first
+    top, token = top[:, 0], token[:, 0]
+    empty = top == -torch.inf
+    if suppress is not None and bool(empty.any()):
+        # of nothing but -inf the first may be a suppressed one
+        token = torch.where(empty, _first_free(suppress, z.shape[1]), token)
+    away = z - top.masked_fill(empty, 0)[:, None]  # large logits lose their digits in lse, not here
+    mass = away.exp() if spread else away.exp_()
+    total = mass.sum(1)
+    probability, log_total = total.reciprocal().masked_fill(empty, 0), total.log()
+    second = entropy = None
+    if spread:
+        log_total_or_0 = log_total.masked_fill(empty, 0)
+        # -sum p log p with log p = away - log_total, and 0 log 0 = 0
+        moment = (mass * away.masked_fill(away == -torch.inf, 0)).sum(1)
+        entropy = (log_total_or_0 - moment * probability).masked_fill(empty, 0)
+        second = mass.scatter(1, token[:, None], 0).amax(1) * probability
+    return Confidence(token, probability, second, entropy, top + log_total)
+
+
+def _first_free(suppress, words):
+    """The lowest id that is not suppressed, int64 without dimensions."""
+    free = torch.ones(min(words, len(suppress) + 1), dtype=torch.bool, device=suppress.device)
+    low = suppress[suppress < len(free)]
+    return free.index_fill(0, low, False).byte().argmax()
 
 
 @jit  # V and the piece's length stay specialised: where they divide by 16, whole vectors are loaded
@@ -150,13 +167,15 @@ def _launch(logits, suppress=None, split=None):
 
 
 def confidence(
-    logits: torch.Tensor, *, suppress: torch.Tensor | None = None, _backend: str | None = None
+    logits: torch.Tensor, *, suppress: torch.Tensor | None = None, spread: bool = True, _backend: str | None = None
 ) -> Confidence:
     """The likeliest token of each row of logits, and how sure the row is of it.
 
     Args:
         logits: [n, V] with V >= 1, float16, bfloat16 or float32. -inf is allowed, +inf and NaN are not. Not changed.
         suppress: int64 [s], ids in [0, V) that count as -inf, a handful; not all of the vocabulary.
+        spread: whether `second` and `entropy` are wanted. Off CUDA they take passes of their own, and are None without;
+            the kernel has them from its one pass in any case.
 
     Returns:
         Confidence of [n] each. A row of nothing but -inf has its lowest id that is not suppressed, probability and
@@ -170,5 +189,6 @@ def confidence(
         raise ValueError(f"logits has shape {list(logits.shape)}; V must be at least 1")
     if suppress is not None:
         check_tensor("suppress", suppress, ("s",), (torch.int64,), logits)
-    run = _launch if use_triton(logits, _backend) and len(logits) else reference
-    return run(logits, suppress)
+    if use_triton(logits, _backend) and len(logits):
+        return _launch(logits, suppress)
+    return reference(logits, suppress, spread)

@@ -252,14 +252,20 @@ def expand(packed: Packed, blocks: torch.Tensor, corrections: bool = False) -> t
         codes = codes.unflatten(2, (scale.shape[2], -1))
         scale, zero = scale[..., None], zero[..., None]
     x = (codes * scale + zero).reshape(len(blocks), packed.block, packed.head_dim)
-    if corrections and packed.lowrank is not None:
+    if corrections:
+        add_corrections(x, packed, blocks)
+    return x
+
+
+def add_corrections(x: torch.Tensor, packed: Packed, blocks: torch.Tensor) -> None:
+    """Adds the low-rank and sparse terms of blocks int64 [M] to x float32 [M, T, D], in place."""
+    if packed.lowrank is not None:
         part = packed.lowrank
         x += part.a[blocks].float() @ part.p[part.chunk[blocks].long()].float().mT
-    if corrections and packed.sparse is not None:
+    if packed.sparse is not None:
         owner, entry = entries(packed.sparse, blocks)
         where = owner * (packed.block * packed.head_dim) + (packed.sparse.at[entry].long() & 0xFFFF)
         x.view(-1).index_add_(0, where, packed.sparse.delta[entry].float())
-    return x
 
 
 def _into_bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:

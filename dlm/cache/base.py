@@ -30,7 +30,7 @@ class Run(ABC):
     """
 
     per_row: ClassVar[tuple[str, ...]] = ()
-    """Attributes that are tensors [batch, ..]: rows of a batch leave them when they are finished."""
+    """Attributes that are lists or tensors [batch, ..]: rows of a batch leave them when they are finished."""
 
     def __init__(self, canvas: Canvas, cache: SlotCache | None) -> None:
         self.canvas, self.cache, self.forwards = canvas, cache, 0
@@ -41,16 +41,19 @@ class Run(ABC):
         if self.suffix is None:
             return None
         slots = torch.arange(self.canvas.length)[None]
-        near = slots < (self.canvas.span(self.canvas.active_cpu)[1] + self.suffix)[:, None]
-        kept = near | (slots == self.canvas.length - 1) | self.canvas.given.cpu()
+        kept = slots < torch.tensor(self._near_end())[:, None]
+        kept = kept | (slots == self.canvas.length - 1) | self.canvas.given.cpu()
         return None if bool(kept.all()) else kept
 
     def near(self, high: torch.Tensor) -> torch.Tensor:
         """`high` int64 [batch], the end of a logit window, cut where slots are pruned behind it."""
         if self.suffix is None:
             return high
-        end = self.canvas.span(self.canvas.active_cpu)[1] + self.suffix
-        return torch.minimum(high, end.to(high.device))
+        return torch.minimum(high, torch.tensor(self._near_end(), device=high.device))
+
+    def _near_end(self) -> list[int]:
+        """Behind the last slot of each row before the pruned ones."""
+        return [self.canvas.span_of(*each)[1] + self.suffix for each in enumerate(self.canvas.active_rows)]
 
     @abstractmethod
     def logit_window(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,36 +83,69 @@ class Run(ABC):
         """Keeps rows int64 [kept] (CPU) of the batch; the canvas still has all of them."""
         for name in self.per_row:
             held = getattr(self, name)
-            setattr(self, name, held[rows.to(held.device)])
+            kept = [held[row] for row in rows.tolist()] if isinstance(held, list) else held[rows.to(held.device)]
+            setattr(self, name, kept)
         if self.cache is not None:
             self.cache.take_rows(rows, self.canvas.batch)
 
 
 class WindowRun(Run):
-    """Base of the policies whose queries are one contiguous window per row."""
+    """Base of the policies whose queries are one contiguous window per row.
+
+    What follows from a window is made once and kept until the window changes, which is seldom within a block.
+    """
+
+    def __init__(self, canvas: Canvas, cache: SlotCache | None) -> None:
+        super().__init__(canvas, cache)
+        self._current: tuple[list[int], list[int]] | None = None
+        self._known: tuple[Any, ...] | None = None
+        self._made: dict[str, Any] = {}
 
     @abstractmethod
-    def window(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots [low, high) that the next forward computes: int64 [batch] each, on the CPU."""
+    def window(self) -> tuple[list[int], list[int]]:
+        """Slots [low, high) of each row that the next forward computes."""
 
-    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def whole(self) -> tuple[list[int], list[int]]:
         """The window that is the whole canvas."""
-        low = torch.zeros(self.canvas.batch, dtype=torch.int64)
-        return low, torch.full_like(low, self.canvas.length)
+        return [0] * self.canvas.batch, [self.canvas.length] * self.canvas.batch
+
+    @property
+    def current(self) -> tuple[list[int], list[int]]:
+        """`window` of the forward that comes, asked once."""
+        if self._current is None:
+            self._current = self.window()
+            known = (*self._current, None if self.suffix is None else self._near_end())
+            if known != self._known:
+                self._known, self._made = known, {}
+        return self._current
 
     def logit_window(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The window's slots, from one later on in a shifted model; on the canvas's device."""
+        """The slots that the window's rows predict; on the canvas's device."""
+        current = self.current
+        if "logits" not in self._made:
+            low, high = (torch.tensor(x, device=self.canvas.ids.device) for x in self.predicted(*current))
+            self._made["logits"] = low, self.near(high)
+        return self._made["logits"]
+
+    def predicted(self, low: list[int], high: list[int]) -> tuple[list[int], list[int]]:
+        """Slots [low, high) of each row that the rows of a window predict."""
         # Row j predicts slot j + shift: the first computed row of a shifted model says nothing of its own slot.
-        low, high = self.window()
-        high = self.near(high)
-        return (low + self.canvas.shift).to(self.canvas.ids.device), high.to(self.canvas.ids.device)
+        return [first + self.canvas.shift for first in low], high
 
     def plan(self, wanted: torch.Tensor) -> Plan:
         """Computes the window, whatever is `wanted`: those slots were chosen inside it."""
+        low, high = self.current
+        if "plan" not in self._made:
+            self._made["plan"] = window_plan(self.canvas, torch.tensor(low), torch.tensor(high), self.kept())
         # The forward is counted after the window was read: intervals count from 0.
-        plan = window_plan(self.canvas, *self.window(), self.kept())
         self.forwards += 1
-        return plan
+        self._current = None
+        return self._made["plan"]
+
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """Keeps rows int64 [kept] (CPU) of the batch; the canvas still has all of them."""
+        super().take_rows(rows)
+        self._current = self._known = None
 
 
 @dataclass(frozen=True)

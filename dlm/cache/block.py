@@ -66,30 +66,31 @@ class _Run(WindowRun):
         super().__init__(canvas, slots_or_frozen(canvas, model, policy.method))
         self.policy = policy
         # The first slot of each row whose keys and values are not final.
-        self.settled = canvas.real_start_cpu.clone()
+        self.settled: list[int] = canvas.real_start_cpu.tolist()
 
-    def window(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def window(self) -> tuple[list[int], list[int]]:
         """From the first block that is not stored to the end of the active one; without it if it has to wait."""
-        start, stop = self.canvas.span(self.canvas.active_cpu)
         forced = self.forced()
         # The first token of a shifted model's block comes from the block before: until then the block is no use.
-        waits = torch.full_like(start, not self.policy.fold, dtype=torch.bool)
-        if forced is not None:
-            waits = waits | (forced >= 0).cpu()
-        return self.settled, torch.where(waits & (self.settled < start), start, stop)
+        waits = [not self.policy.fold] * self.canvas.batch if forced is None else (forced >= 0).tolist()
+        high = []
+        for row, (settled, wait) in enumerate(zip(self.settled, waits, strict=True)):
+            start, stop = self.canvas.span_of(row, self.canvas.active_rows[row])
+            high.append(start if (wait or not self.policy.fold) and settled < start else stop)
+        return self.settled, high
 
-    def logit_window(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The slots that the window's rows predict."""
-        low, high = (x.to(self.canvas.ids.device) + self.canvas.shift for x in self.window())
-        return low, high.clamp(max=self.canvas.length)
+    def predicted(self, low: list[int], high: list[int]) -> tuple[list[int], list[int]]:
+        """As far as the canvas: the row of a block's last slot predicts the next block's first."""
+        shift = self.canvas.shift
+        return [first + shift for first in low], [min(end + shift, self.canvas.length) for end in high]
 
     def plan(self, wanted: torch.Tensor) -> Plan:
         """The window. One block alone sees everything that is stored, and needs no mask."""
-        start = self.canvas.span(self.canvas.active_cpu)[0]
-        low, high = self.window()
+        starts = [self.canvas.span_of(*each)[0] for each in enumerate(self.canvas.active_rows)]
+        low, high = self.current
         plan = super().plan(wanted)
-        if plan.packing is None and bool((low == start).all() & (high > start).all()):
-            plan.stop = int(high[0])
+        if plan.packing is None and all(a == start < b for a, b, start in zip(low, high, starts, strict=True)):
+            plan.stop = high[0]
         self.cache.freeze(low)
-        self.settled = start.clone()
+        self.settled = starts
         return plan

@@ -1,16 +1,16 @@
 """dLLM-Cache (arXiv 2506.06295): whole layer outputs are kept, and only rows whose values drifted are computed anew.
 
 Every layer but the first keeps K, V, the attention branch A and the feed-forward branch F of all slots. Prompt and
-response refresh at their own intervals. In between, the values of all response rows are computed (cheap) and compared
-with the kept ones; the share `ratio` that changed most gets new keys, attention and feed-forward, the others reuse A
-and F. Beside K and V that is 2 * width numbers more per slot and layer.
+response refresh at their own intervals; a row's response begins at its first mask. In between, the values of all
+response rows are computed (cheap) and compared with the kept ones; the share `ratio` that changed most gets new keys,
+attention and feed-forward, the others reuse A and F. Beside K and V that is 2 * width numbers more per slot and layer.
 
 The authors keep this state in one object per process and fix Dream's width; here it belongs to one generation.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from dlm.cache.plan import Packing, Plan
 from dlm.cache.slots import SlotCache, SlotLayer, by_rows
 from dlm.canvas import Canvas
 from dlm.models.attention import full_attention
+
+ROUNDING = 1e-5  # what a cosine lacks of 1 at most where values differ by rounding, in bf16 too
 
 
 @register("dllm-cache")
@@ -74,13 +76,13 @@ class _Run(Run):
         cache.prompt_due = self.forwards % policy.prompt_interval == 0
         cache.response_due = self.forwards % policy.gen_interval == 0
         self.forwards += 1
-        prompt = int((canvas.prompt - canvas.real_start_cpu).clamp(min=0).sum()) if cache.prompt_due else 0
-        response = canvas.length - canvas.prompt
+        response = [canvas.length - head for head in canvas.heads]
+        prompt = sum(canvas.heads) - int(canvas.real_start_cpu.sum()) if cache.prompt_due else 0
         # Nothing of the response is due: `drifting` of its rows per layer, the share rho of the paper.
-        each = response if cache.response_due else cache.drifting
+        tokens = sum(response if cache.response_due else cache.drifting())
         # To find the rows that drifted, the values of all response rows are projected (the paper's V-verify).
-        values = 0 if cache.response_due else canvas.batch * response
-        return Plan(slice(0, canvas.length), canvas.valid, prompt + canvas.batch * each, values)
+        values = 0 if cache.response_due else sum(response)
+        return Plan(slice(0, canvas.length), canvas.valid, prompt + tokens, values)
 
 
 class BranchLayer(SlotLayer):
@@ -116,14 +118,20 @@ class BranchLayer(SlotLayer):
         self.f = branch if rows is None else rows.put(self.f, branch)
         return hidden + self.f
 
-    def drifted(self, values: torch.Tensor, start: int, count: int) -> torch.Tensor:
-        """Takes new values [batch, kv_heads, G, head_dim] of slots from `start` on; the `count` slots that they changed
-        most, by cosine over all heads: int64 [batch, count]. Ties go to the lowest slot."""
+    def drifted(self, values: torch.Tensor, response: Packing, chosen: Packing) -> Packing:
+        """Takes new values [1, kv_heads, T, head_dim] of the slots of `response`; those that they changed most, by
+        cosine over all heads, as many in each row as `chosen` has entries. Ties go to the lowest slot."""
         # Compared before they are replaced: the change since the values were last taken in is what counts.
-        kept = self.v[:, :, start:]
-        similarity = F.cosine_similarity(*(x.transpose(1, 2).flatten(2).float() for x in (values, kept)), dim=-1)
-        self.v[:, :, start:] = values
-        return similarity.argsort(dim=1, stable=True)[:, :count] + start
+        kept = self.v[response.rows, :, response.slots]
+        similarity = F.cosine_similarity(values[0].transpose(0, 1).flatten(1).float(), kept.flatten(1).float(), dim=-1)
+        response.store(self.v, values)
+        # Rounding alone is no change: where nothing was written since, batch and lone row would choose other slots.
+        similarity = similarity.where(similarity < 1 - ROUNDING, 1.0)
+        # By rows; a short row's filler comes behind all that it has, and `chosen` has fewer.
+        table = similarity.new_full((len(response.grid), self.v.shape[2]), torch.inf)
+        table[response.rows, response.slots] = similarity
+        order = table.argsort(dim=1, stable=True)
+        return replace(chosen, slots=order[chosen.rows, chosen.columns])
 
     def tensors(self) -> list[torch.Tensor]:
         """Keys, values and what the two branches gave."""
@@ -152,7 +160,6 @@ class LayerCache(SlotCache):
 
     Attributes:
         prompt_due, response_due: whether the part is computed anew in this forward.
-        drifting: rows of the response that are computed anew when it is not due.
     """
 
     drives_layers = True
@@ -160,10 +167,13 @@ class LayerCache(SlotCache):
 
     def __init__(self, canvas: Canvas, policy: DLLMCache) -> None:
         super().__init__(canvas.length)
-        self.canvas, self.prompt = canvas, canvas.prompt
-        self.drifting = int(policy.ratio * (canvas.length - canvas.prompt))
+        self.canvas, self.ratio = canvas, policy.ratio
         self.prompt_due = self.response_due = True
-        self._parts: dict[tuple, Packing] = {}
+        self._parts: dict[Any, Packing] = {}
+
+    def drifting(self) -> list[int]:
+        """Slots of each row's response that are computed anew when it is not due."""
+        return [int(self.ratio * (self.length - head)) for head in self.canvas.heads]
 
     def drive(self, layer: Any, hidden: torch.Tensor, rope: tuple, mask: torch.Tensor | None) -> torch.Tensor:
         """The model's `layer` over hidden states [batch, L, width]; called by the layer's own forward."""
@@ -173,8 +183,9 @@ class LayerCache(SlotCache):
         store = self.layer(layer.layer_idx - 1)
         if self.response_due:
             return store.drive(layer, hidden, self._part(hidden, self.prompt_due, True), rope, mask)
-        values = layer.v(layer.input_norm(hidden[:, self.prompt :]))
-        rows = Packing.table(store.drifted(values, self.prompt, self.drifting))
+        response = self._part(hidden, False, True)
+        values = layer.v(layer.input_norm(response.take(hidden)))
+        rows = store.drifted(values, response, self._chosen(hidden))
         if self.prompt_due:
             rows = self._part(hidden, True, False).joined(rows)
         return store.drive(layer, hidden, rows, rope, mask)
@@ -185,14 +196,19 @@ class LayerCache(SlotCache):
             return None
         key = (prompt, response)
         if key not in self._parts:
-            shape = (self.canvas.batch, self.length)
-            wanted = torch.ones(shape, dtype=torch.bool, device=hidden.device)
-            wanted[:, : self.prompt] &= prompt
-            wanted[:, self.prompt :] &= response
+            behind = torch.arange(self.length)[None] >= torch.tensor(self.canvas.heads)[:, None]
+            wanted = (behind & response) | (~behind & prompt)
             if prompt and self.canvas.valid is not None:
-                wanted &= self.canvas.valid
-            self._parts[key] = Packing.of(wanted).repeated(len(hidden) // self.canvas.batch)
+                wanted &= self.canvas.valid.cpu()
+            self._parts[key] = Packing.of(wanted, hidden.device).repeated(len(hidden) // self.canvas.batch)
         return self._parts[key]
+
+    def _chosen(self, hidden: torch.Tensor) -> Packing:
+        """As many entries as each row's `drifting`; which slots they are, the layers say."""
+        if "chosen" not in self._parts:
+            wanted = torch.arange(self.length)[None] < torch.tensor(self.drifting())[:, None]
+            self._parts["chosen"] = Packing.of(wanted, hidden.device).repeated(len(hidden) // self.canvas.batch)
+        return self._parts["chosen"]
 
     def take_rows(self, rows: torch.Tensor, batch: int) -> None:
         """Keeps rows int64 [kept] of a canvas of `batch` rows."""

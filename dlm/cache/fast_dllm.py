@@ -76,27 +76,27 @@ class _Run(WindowRun):
         self.policy = policy
         self.early = canvas.shift if policy.shift_mode == "careful" else 0
         # The block for which each row last computed its whole canvas.
-        self.primed = torch.full((canvas.batch,), -1)
+        self.primed = [-1] * canvas.batch
 
-    def window(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def window(self) -> tuple[list[int], list[int]]:
         """The whole canvas in a block's first forward; then from the block on, or (dual) the block alone."""
-        active, end = self.canvas.active_cpu, self.canvas.length
-        # Per row: in a batch one row may start a block while another is in the middle of one.
-        whole = self.primed != active
+        low, high = self.whole()
         if self.policy.refresh is not None and self.forwards % self.policy.refresh == 0:
-            whole = torch.ones_like(whole)
-        # One slot early on a shifted model: that slot's row predicts the first of the block.
-        start, stop = self.canvas.span(active)
-        # torch.where, here and in every step: masked_fill would copy first.
-        low = torch.where(whole, 0, (start - self.early).clamp(min=0))
-        # dual: what lies behind the block is read as it was at the block's start, too.
-        high = torch.where(whole, end, stop) if self.policy.suffix_frozen else torch.full_like(low, end)
+            return low, high
+        # Per row: in a batch one row may start a block while another is in the middle of one.
+        for row, (block, primed) in enumerate(zip(self.canvas.active_rows, self.primed, strict=True)):
+            if block == primed:
+                start, stop = self.canvas.span_of(row, block)
+                # One slot early on a shifted model: that slot's row predicts the first of the block.
+                low[row] = max(0, start - self.early)
+                # dual: what lies behind the block is read as it was at the block's start, too.
+                high[row] = stop if self.policy.suffix_frozen else high[row]
         return low, high
 
     def plan(self, wanted: torch.Tensor) -> Plan:
         """The window, after which the rows' active blocks count as begun."""
         plan = super().plan(wanted)
-        self.primed = self.canvas.active_cpu
+        self.primed = self.canvas.active_rows
         return plan
 
     def forced(self) -> torch.Tensor | None:
@@ -105,7 +105,7 @@ class _Run(WindowRun):
         if not self.canvas.shift or self.early or self.canvas.grid is not None:
             return super().forced()
         active = self.canvas.active_cpu
-        starting = self.primed != active
+        starting = torch.tensor(self.primed) != active
         first = self.canvas.block_start(active).masked_fill(~starting, -1).to(self.canvas.ids.device)
         # A rule that crosses blocks (guided) may have written the slot in the forward before.
         held = self.canvas.ids.gather(1, first.clamp(min=0)[:, None])[:, 0]

@@ -66,25 +66,24 @@ class _Run(WindowRun):
     def __init__(self, canvas: Canvas, policy: FreeCache, model: Any) -> None:
         super().__init__(canvas, slots_or_frozen(canvas, model, policy.method))
         self.policy = policy
-        self.before = torch.zeros(canvas.batch, dtype=torch.int64)
+        self.before = [0] * canvas.batch
 
-    def window(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def window(self) -> tuple[list[int], list[int]]:
         """From the active block (delay 0), or that of the forward before (delay 1), to the end; all at refreshes."""
         low, high = self.whole()
         refresh = self.policy.refresh is not None and self.forwards % self.policy.refresh == 0
         # The first forward computes everything: there is nothing to read yet.
         if self.forwards and not refresh:
             # With a delay the window starts where the last forward worked: what it committed is computed as tokens.
-            block = self.before if self.policy.delay else self.canvas.active_cpu
-            low = (self.canvas.span(block)[0] - self.canvas.shift).clamp(min=0)
+            blocks = self.before if self.policy.delay else self.canvas.active_rows
+            low = [max(0, self.canvas.span_of(*each)[0] - self.canvas.shift) for each in enumerate(blocks)]
         return low, high
 
     def plan(self, wanted: torch.Tensor) -> Plan:
         """The window; slots before it are frozen, and handed to the method if there is one."""
-        # Before super().plan(), which counts the forward, and before `before` moves on: the same window as the plan's.
-        low, _ = self.window()
+        low, _ = self.current
         plan = super().plan(wanted)
-        self.before = self.canvas.active_cpu
+        self.before = self.canvas.active_rows
         # After the plan is made: slots in front of its window are computed no more, so a method may take them.
         self.cache.freeze(low)
         return plan

@@ -83,9 +83,9 @@ class FrozenCache(SlotCache):
             self.layers.append(FrozenLayer(self, len(self.layers)))
         return self.layers[index]
 
-    def freeze(self, low: torch.Tensor) -> None:
-        """Slots before `low` int64 [batch] (CPU) leave the live buffers in the forward that comes."""
-        stop = torch.maximum(low, self.frozen)
+    def freeze(self, low: list[int]) -> None:
+        """Slots of each row before `low` leave the live buffers in the forward that comes."""
+        stop = torch.maximum(torch.tensor(low), self.frozen)
         self.move = Move(self, self.frozen, stop) if bool((stop > self.frozen).any()) else None
         if self.move is not None:
             self.frozen, self.base = stop, int(stop.min())
@@ -173,6 +173,7 @@ class FrozenLayer(SlotLayer):
         index = _repeat(move.columns, len(self.k))[:, None, :, None]
         keys, values = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (self.k, self.v))
         self.store.absorb(keys, values, _repeat(move.positions, len(self.k)), observers, scale)
+        self.cache.counted = None
         if move.drop:
             # A copy: a view would keep the frozen slots' memory alive.
             self.k, self.v = self.k[:, :, move.drop :].clone(), self.v[:, :, move.drop :].clone()

@@ -27,7 +27,7 @@ class NoCache(Policy):
 
 
 class _Run(WindowRun):
-    def window(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def window(self) -> tuple[list[int], list[int]]:
         """Always the whole canvas."""
         return self.whole()
 

@@ -46,15 +46,6 @@ class Packing:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @classmethod
-    def table(cls, slots: torch.Tensor) -> Packing:
-        """The same number of slots in every row, int64 [batch, n] in any order."""
-        batch, width = slots.shape
-        rows, columns = (x.flatten() for x in torch.meshgrid(
-            torch.arange(batch, device=slots.device), torch.arange(width, device=slots.device), indexing="ij"
-        ))  # fmt: skip
-        return cls(rows, slots.flatten(), columns, torch.arange(batch * width, device=slots.device).view(batch, width))
-
     def joined(self, other: Packing) -> Packing:
         """The entries of both, which share none, behind one another in every row."""
         return Packing(
@@ -118,6 +109,7 @@ class Plan:
     ) -> None:
         self.queries, self.visible, self.tokens, self.value_tokens = queries, visible, tokens, value_tokens
         self.nodes, self.stop = nodes, stop
+        self._place: torch.Tensor | None = None  # of packed queries, for `rows`: a plan may serve many forwards
 
     def causal(self, blocks: torch.Tensor) -> torch.Tensor:
         """bool [batch, q, L], slots that each query may attend where later blocks are hidden; `blocks` int64 [batch, L]
@@ -143,9 +135,10 @@ class Plan:
         or [1, batch * r]; any index for a slot that is negative or no query."""
         if isinstance(self.queries, slice):
             return (slots - self.queries.start).clamp(min=0)
-        place = slots.new_zeros(len(slots), length)
-        place[self.queries.rows, self.queries.slots] = torch.arange(len(self.queries), device=slots.device)
-        return place.gather(1, slots.clamp(min=0)).view(1, -1)
+        if self._place is None or self._place.shape != (len(slots), length):
+            self._place = slots.new_zeros(len(slots), length)
+            self._place[self.queries.rows, self.queries.slots] = torch.arange(len(self.queries), device=slots.device)
+        return self._place.gather(1, slots.clamp(min=0)).view(1, -1)
 
     def wanted(self, batch: int, length: int, device: torch.device) -> torch.Tensor:
         """The queries as bool [batch, length]."""

@@ -60,6 +60,7 @@ class SlotLayer:
             rows = len(k) if plan.packing is None else len(plan.packing.grid)
             shape = (rows, k.shape[1], self.cache.length, k.shape[3])
             self.k, self.v = k.new_zeros(shape), v.new_zeros(shape)
+            self.cache.counted = None
         base = self.cache.base
         if plan.packing is None:
             window = slice(plan.queries.start - base, plan.queries.stop - base)
@@ -115,6 +116,7 @@ class SlotCache:
         plan: the forward that is running; set by the loop before it calls the model.
         rope: the model's rotary tables of positions 0 to L - 1, which it keeps here; None before its first forward.
         layers: one per layer of the model, made as they report.
+        counted: bytes as they were last counted; None = something was made or taken away since.
     """
 
     drives_layers = False
@@ -125,6 +127,7 @@ class SlotCache:
         self.plan: Plan | None = None
         self.rope: tuple[torch.Tensor, torch.Tensor] | None = None
         self.layers: list[SlotLayer] = []
+        self.counted: int | None = None
 
     def layer(self, index: int) -> SlotLayer:
         """The layer of that number."""
@@ -138,8 +141,8 @@ class SlotCache:
         view = View(self.layer(layer_idx), k, v)
         return view, view
 
-    def freeze(self, low: torch.Tensor) -> None:
-        """Slots before `low` int64 [batch] (CPU) will not be written any more; here they stay where they are."""
+    def freeze(self, low: list[int]) -> None:
+        """Slots of each row before `low` will not be written any more; here they stay where they are."""
 
     def settle(self, accepted: torch.Tensor) -> None:
         """After a verification: stores what node `accepted` int64 [batch] of each row computed."""
@@ -151,6 +154,7 @@ class SlotCache:
 
     def take_rows(self, rows: torch.Tensor, batch: int) -> None:
         """Keeps rows int64 [kept] of a canvas of `batch` rows, in both halves of classifier-free guidance."""
+        self.counted = None
         for layer in self.layers:
             held = layer.tensors()
             if held:
@@ -159,7 +163,10 @@ class SlotCache:
 
     def kv_bytes(self) -> int:
         """Bytes of all storages that the cache keeps alive."""
-        return storage_bytes([x for layer in self.layers for x in layer.tensors()])
+        # Slots are written in place: there is nothing to count again after every forward.
+        if self.counted is None or self.drives_layers:
+            self.counted = storage_bytes([x for layer in self.layers for x in layer.tensors()])
+        return self.counted
 
 
 class PassingLayer(SlotLayer):
@@ -170,7 +177,7 @@ class PassingLayer(SlotLayer):
     ) -> torch.Tensor:
         """As `SlotLayer.step`, in buffers that are gone afterwards."""
         out = super().step(q, k, v, scale, mask)
-        self.k = self.v = None
+        self.k = self.v = self.cache.counted = None
         return out
 
     def settle(self, entries: torch.Tensor, packing: Packing) -> None:

@@ -25,6 +25,7 @@ FIXED = {
     "rope": (True,),
     "rope_full_precision": (True,),
     "rope_parameters": (None,),
+    "rope_scaling": (None,),
     "alibi": (False,),
     "attention_layer_norm": (False,),
     "multi_query_attention": (None, False),
@@ -81,6 +82,7 @@ class LLaDAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs) -> None:
         refuse(self, {**kwargs, "tie_word_embeddings": self.tie_word_embeddings}, FIXED)
+        kwargs.pop("rope_scaling", None)  # transformers claims this name; None, the only value allowed, says nothing
         # written out, because the published code's defaults for these are another graph's
         kwargs = {name: allowed[0] for name, allowed in FIXED.items() if allowed[0] is not None} | kwargs
         self.n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads

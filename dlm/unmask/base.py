@@ -55,6 +55,8 @@ class Unmasker(ABC):
 
     shadows: bool = False
     """Whether logits of written candidates are those of their shadows, see `dlm.shadows`."""
+    revises: bool = False
+    """Whether a written token may still change while its block is active."""
 
     @abstractmethod
     def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
@@ -133,12 +135,13 @@ class Rule(ABC):
         return 0
 
     @abstractmethod
-    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int) -> Unmasker:
+    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int | None) -> Unmasker:
         """Starts a generation.
 
         Args:
             generator: of all random numbers; a list has one for each row; None = torch's own.
-            steps: forwards that a rule with a schedule spreads the tokens over, and the most that any block rule needs.
+            steps: forwards that a rule with a schedule spreads a row's tokens over, and the most that any block rule
+                needs; None = one for each mask of the row.
 
         Raises:
             ValueError: fewer steps than blocks, or a generator on another device than the canvas.

@@ -20,10 +20,11 @@ class BlockUnmasker(Unmasker):
     """One generation under a block rule."""
 
     def __init__(
-        self, rule: BlockRule, canvas: Canvas, sampler: Sampler, steps: int, excluded: torch.Tensor | None
+        self, rule: BlockRule, canvas: Canvas, sampler: Sampler, steps: int | None, excluded: torch.Tensor | None
     ) -> None:
-        self.rule, self.sampler, self.steps, self.excluded = rule, sampler, steps, excluded
+        self.rule, self.sampler, self.excluded = rule, sampler, excluded
         self.schedule = UnmaskSchedule(canvas, steps)
+        self._reach: tuple[torch.Tensor, ...] = ()  # slots, a logit window, and which slots lie in it
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Keeps rows int64 [kept] (CPU) of the batch."""
@@ -32,24 +33,26 @@ class BlockUnmasker(Unmasker):
         self.sampler.take_rows(rows)
 
     def open(self, canvas: Canvas) -> torch.Tensor:
-        """bool [batch, L], slots that may be written: the masks."""
-        return canvas.masked()
+        """bool [batch, B], slots of the active block that may be written: the masks."""
+        return canvas.block_masked
 
     def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
         """The masks of each row's active block that the next forward can give: int64 [batch, block_length]."""
-        start, end = canvas.block_start(canvas.active), canvas.block_start(canvas.active + 1)
-        low, high = torch.maximum(start, logit_window[0]), torch.minimum(end, logit_window[1])
         # Always as wide as a block: the number of masks left would have to be waited for.
-        slots = start[:, None] + torch.arange(canvas.block_length, device=start.device)
-        open_ = self.open(canvas).gather(1, slots.clamp(max=canvas.length - 1))
+        slots = canvas.block_slots
         # A cache policy may have computed less than the block, and a shifted model says nothing of its first row.
-        return torch.where(open_ & (slots >= low[:, None]) & (slots < high[:, None]), slots, -1)
+        given = (slots, *logit_window)
+        if not self._reach or any(now is not then for now, then in zip(given, self._reach, strict=False)):
+            inside = (slots >= logit_window[0][:, None]) & (slots < logit_window[1][:, None])
+            self._reach = (*given, inside)
+        return torch.where(self.open(canvas) & self._reach[-1], slots, -1)
 
     def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
         """Draws a token for every candidate, scores them, and writes those that the rule accepts."""
         masked = slots >= 0
         # Drawn for all candidates, written for few: confidence is that of the token drawn, so drawing comes first.
-        draw = self.sampler.draw(logits, masked, warped=self.rule.warped, excluded=self.excluded)
+        rule = self.rule
+        draw = self.sampler.draw(logits, masked, warped=rule.warped, excluded=self.excluded, spread=rule.spread)
         step = self.schedule.step(canvas, masked)
         score = self.rule.score(draw, self.sampler)
         return Choice(draw.tokens, masked & self.rule.accept(score, masked, step, self))
@@ -61,10 +64,12 @@ class BlockRule(Rule):
 
     warped: ClassVar[bool] = False
     """Whether confidence is measured after temperature, top-p and top-k, as Dream does, or before, as LLaDA."""
+    spread: ClassVar[bool] = False
+    """Whether `score` asks for the second probability or the entropy."""
     unmasker: ClassVar[type[BlockUnmasker]] = BlockUnmasker
     """What `begin` makes."""
 
-    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int) -> BlockUnmasker:
+    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int | None) -> BlockUnmasker:
         """Starts a generation whose `steps` are spread over the blocks."""
         excluded = torch.tensor(self.excluded(spec), device=canvas.ids.device) if self.excluded(spec) else None
         return self.unmasker(self, canvas, self.sampler(canvas, spec, generator), steps, excluded)

@@ -7,23 +7,27 @@ first steps may write nothing. On a canvas of several blocks the last step of a 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from dlm.canvas import Canvas
 from dlm.unmask.base import number, register
 from dlm.unmask.blocks import BlockRule, BlockUnmasker, ProbabilityRule
 from dlm.unmask.sampling import Draw, Sampler
-from dlm.unmask.schedule import ScheduleStep, even_quota, ranks, timestep_quota, timestep_shares
+from dlm.unmask.schedule import ScheduleStep, even_quota, ranks, timestep_quota, timestep_share, timestep_shares
 
 
 class _Unmasker(BlockUnmasker):
-    @cached_property
-    def shares(self) -> torch.Tensor:
-        """The timestep schedule, fp32 [steps] on the canvas's device."""
+    """`shares` is the timestep schedule of each row, fp32 [batch, steps]; empty where the rule has the even one."""
+
+    per_row = ("shares",)
+
+    def __init__(self, rule: DreamRule, canvas: Canvas, *rest: Any) -> None:
+        super().__init__(rule, canvas, *rest)
         # Made once a generation: it is the same for every step, and a linspace on the CPU.
-        return timestep_shares(self.steps, self.rule.eps).to(self.sampler.suppressed.device)
+        steps = self.schedule.steps
+        self.shares = timestep_shares(steps, rule.eps) if rule.compat else steps.new_zeros(len(steps), 0)
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Origin(DreamRule):
     ) -> torch.Tensor:
         """Each mask on its own with the step's chance; in a block's last step all: bool [batch, r]."""
         # Equation of the reverse process: a mask survives a step from t to s with probability s / t.
-        chance = unmasker.shares[step.index.clamp(max=unmasker.steps - 1)] if self.compat else 1 / step.steps_left
+        chance = timestep_share(step, unmasker.shares) if self.compat else 1 / step.steps_left
         # The last step of a block writes all that is left; a uniform number is always below 1.
         return score < torch.where(step.steps_left == 1, torch.ones_like(chance), chance)[:, None]
 
@@ -100,6 +104,8 @@ class MaskGitPlus(_Ranked, ProbabilityRule):
 class TopKMargin(_Ranked):
     """First where the most probable token leads the second by most."""
 
+    spread: ClassVar[bool] = True
+
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
         """Largest probability minus the second, fp32 [batch, r]."""
         return draw.best - draw.second
@@ -109,6 +115,8 @@ class TopKMargin(_Ranked):
 @dataclass(frozen=True)
 class Entropy(_Ranked):
     """First where the distribution has the least entropy."""
+
+    spread: ClassVar[bool] = True
 
     def score(self, draw: Draw, sampler: Sampler) -> torch.Tensor:
         """The negative entropy, fp32 [batch, r]."""

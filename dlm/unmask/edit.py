@@ -26,6 +26,7 @@ class _Unmasker(BlockUnmasker):
     """The block of each row, and the forwards that it had no mask in: int64 [batch] each."""
 
     per_row = ("block", "post")
+    revises = True
 
     def __init__(self, rule: TokenEditing, canvas: Canvas, *rest: Any) -> None:
         super().__init__(rule, canvas, *rest)
@@ -35,14 +36,15 @@ class _Unmasker(BlockUnmasker):
 
     def open(self, canvas: Canvas) -> torch.Tensor:
         """Masks, and what was written for them."""
-        return ~(canvas.given | canvas.filled)
+        slots = canvas.block_slots
+        return (slots >= 0) & ~(canvas.given | canvas.filled).gather(1, canvas.block_index)
 
     def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
         """Sure masks, or the surest; and the tokens that are replaced. Keeps the block active while it may change."""
         there, active = slots >= 0, canvas.active
         held = canvas.ids.gather(1, slots.clamp(min=0))
         masked = there & (held == canvas.mask_id)
-        draw = self.sampler.draw(logits, there, warped=self.rule.warped, excluded=self.excluded)
+        draw = self.sampler.draw(logits, there, warped=self.rule.warped, excluded=self.excluded, spread=False)
         step = self.schedule.step(canvas, masked)
         written = self.rule.accept(draw.probability, masked, step, self)
         edits = there & ~masked & (draw.probability > self.rule.edit) & (draw.tokens != held)

@@ -62,7 +62,7 @@ class Guided(Rule):
         """The acceptance rule with its parameters."""
         return Acceptance(self.accept, self.k, self.ratio, self.tau, self.mass)
 
-    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int) -> GuidedUnmasker:
+    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int | None) -> GuidedUnmasker:
         """Starts a generation in rounds; `steps` plays no part.
 
         Raises:
@@ -96,7 +96,7 @@ class GuidedUnmasker(Unmasker):
     def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
         """The first masks of each row, at most `window`, as far as they touch the text: int64 [batch, r]."""
         # As wide as the row with the most masks; shorter rows are filled up with -1 below.
-        width = int(canvas.left_cpu.max())
+        width = max(canvas.left_rows)
         width = width if self.rule.window is None else min(self.rule.window, width)
         masked = canvas.masked()
         slots = masked.int().argmax(1, keepdim=True) + torch.arange(width, device=masked.device)
@@ -109,7 +109,7 @@ class GuidedUnmasker(Unmasker):
         """A draft for every candidate; written are those before the guider's first refusal, and one at least."""
         self.rule.guide.check_vocabulary(logits.shape[2])  # of a model whose spec does not say it
         masked = slots >= 0
-        drafts = self.sampler.draw(logits, masked).tokens
+        drafts = self.sampler.draw(logits, masked, spread=False).tokens
         accepted = self.verifier.verify(canvas, drafts, masked)
         # One token in any case: it is the diffusion model's own first choice, and without it a round might write none.
         written = accepted.clamp(min=1).masked_fill(~masked.any(1), 0)

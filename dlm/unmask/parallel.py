@@ -9,6 +9,7 @@ and its credit rule, are not.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -74,6 +75,8 @@ class EntropyBound(BlockRule):
     Raises:
         ValueError: bound below 0 or no number.
     """
+
+    spread: ClassVar[bool] = True
 
     bound: float = number(0.1, 0, 1e9, "use an entropy, diffusers has 0.1")
 

@@ -53,14 +53,14 @@ class Draw:
     """Drawn tokens, int64 [batch, r], and how sure the model was, fp32 [batch, r].
 
     `probability` is that of the token. `best`, `second` (the two largest probabilities) and `entropy` (nats) are those
-    of the distribution that it is measured on.
+    of the distribution that it is measured on; the last two are None where they were not asked for.
     """
 
     tokens: torch.Tensor
     probability: torch.Tensor
     best: torch.Tensor
-    second: torch.Tensor
-    entropy: torch.Tensor
+    second: torch.Tensor | None
+    entropy: torch.Tensor | None
 
 
 class Sampler:
@@ -81,7 +81,7 @@ class Sampler:
 
     def draw(
         self, logits: torch.Tensor, there: torch.Tensor | None = None, *, warped: bool = False,
-        excluded: torch.Tensor | None = None,
+        excluded: torch.Tensor | None = None, spread: bool = True,
     ) -> Draw:  # fmt: skip
         """One token for each row of logits [batch, r, V].
 
@@ -90,6 +90,7 @@ class Sampler:
                 all of them.
             warped: measure on the distribution after temperature, top-p and top-k instead of on the logits.
             excluded: int64 [s], ids that may be drawn but count as impossible where probabilities are measured.
+            spread: whether the second probability and the entropy are wanted.
         """
         flat, batch = logits.flatten(0, 1), logits.shape[:2]
         self.there = torch.ones(batch, dtype=torch.bool, device=logits.device) if there is None else there
@@ -98,7 +99,7 @@ class Sampler:
         filtered = self.sampling.top_p is not None or self.sampling.top_k is not None
         source = self.warp(flat) if random or (warped and filtered) else flat
         measured = source if warped else flat
-        found = confidence(measured, suppress=self.suppressed)
+        found = confidence(measured, suppress=self.suppressed, spread=spread)
         token, probability = found.token, found.probability
         if random:
             noise = self.gumbel(source.shape[1:]).flatten(0, 1)
@@ -106,14 +107,15 @@ class Sampler:
             token = torch.where(found.lse == -torch.inf, token, noisy)  # nothing but -inf: the noise cannot choose
         # Measured again without the excluded tokens: the others' probabilities must sum to 1 without them.
         if excluded is not None:
-            found = confidence(measured, suppress=torch.cat([self.suppressed, excluded]))
+            found = confidence(measured, suppress=torch.cat([self.suppressed, excluded]), spread=spread)
         if random or excluded is not None:
             probability = (measured.gather(1, token[:, None])[:, 0].float() - found.lse).exp()
             impossible = found.lse == -torch.inf
             if excluded is not None:
                 impossible = impossible | torch.isin(token, excluded)
             probability = probability.masked_fill(impossible, 0)
-        return Draw(*(x.view(batch) for x in (token, probability, found.probability, found.second, found.entropy)))
+        found = (token, probability, found.probability, found.second, found.entropy)
+        return Draw(*(None if x is None else x.view(batch) for x in found))
 
     def warp(self, z: torch.Tensor) -> torch.Tensor:
         """fp32 [n, V]: logits [n, V] after temperature, top-p and top-k, -inf at what is suppressed or filtered."""

@@ -35,56 +35,67 @@ class ScheduleStep:
 class UnmaskSchedule:
     """Shares the steps out among the blocks and counts those of each row.
 
-    Every block gets one step, and of the rest a share by its length. What stands before a row's first mask counts for
-    nothing, so that a row has the steps that it has alone.
+    Every block that has masks gets one step, and of the rest a share by its masks. Text between and before them counts
+    for nothing, so that a row has the steps that it has alone, whatever the gaps of the others.
+
+    Args:
+        steps: of every row; None = as many as it has masks, one token each.
+
+    Attributes:
+        steps: int64 [batch], of each row in all.
 
     Raises:
         ValueError: fewer steps than blocks.
     """
 
-    def __init__(self, canvas: Canvas, steps: int) -> None:
-        start = canvas.masked().int().argmax(1, keepdim=True)
-        number = torch.arange(canvas.blocks, device=start.device)
-        lengths = (canvas.block_start(number + 1) - torch.maximum(canvas.block_start(number), start)).clamp(min=0)
-        blocks = (lengths > 0).sum(1, keepdim=True)
-        if steps < (most := int(blocks.max())):
+    def __init__(self, canvas: Canvas, steps: int | None) -> None:
+        masked = canvas.masked()[:, canvas.prompt :].long()
+        number = (
+            torch.arange(canvas.prompt, canvas.length, device=masked.device) - canvas.begin
+        ) // canvas.block_length
+        masks = masked.new_zeros(canvas.batch, canvas.blocks).index_add_(1, number, masked)
+        blocks = (masks > 0).sum(1, keepdim=True)
+        if steps is not None and steps < (most := int(blocks.max())):
             raise ValueError(
                 f"steps={steps} are fewer than the {most} blocks; use at least {most} steps or longer blocks"
             )
-        rest = (lengths - 1).clamp(min=0).cumsum(1)
+        self.steps = masks.sum(1) if steps is None else torch.full_like(blocks[:, 0], steps)
+        rest = (masks - 1).clamp(min=0).cumsum(1)
         # Rounded up along the running sum, so that early blocks get the larger share and the total is exact.
-        shares = -(-(steps - blocks) * rest // rest[:, -1:].clamp(min=1))
-        each = shares.diff(dim=1, prepend=torch.zeros_like(blocks)) + (lengths > 0)
+        shares = -(-(self.steps[:, None] - blocks) * rest // rest[:, -1:].clamp(min=1))
+        each = shares.diff(dim=1, prepend=torch.zeros_like(blocks)) + (masks > 0)
         # One more: a finished row stands behind its last block.
         self.given = torch.cat([each, torch.ones_like(blocks)], 1)
         self.first = self.given.cumsum(1) - self.given
-        self.block = torch.full((canvas.batch,), -1, device=start.device)
-        self.used = torch.zeros_like(self.block)
+        self.used = torch.zeros_like(self.first[:, 0])
+        self.blocks: list[int] | None = None
 
     def step(self, canvas: Canvas, candidates: torch.Tensor) -> ScheduleStep:
         """One step of the rows that have a candidate; `candidates` bool [batch, r], slots that hold a mask."""
-        active = canvas.active
-        # A row that has just entered a block has used no step of it; rows enter at different forwards.
-        self.used = torch.where(active == self.block, self.used, 0)
-        self.block = active
-        masked = canvas.masked()
-        columns = torch.arange(canvas.length, device=masked.device)[None]
-        start, end = canvas.block_start(active)[:, None], canvas.block_start(active + 1)[:, None]
-        given, first = (x.gather(1, active[:, None])[:, 0] for x in (self.given, self.first))
+        if canvas.active_rows != self.blocks:
+            # A row that has just entered a block has used no step of it; rows enter at different forwards.
+            if self.blocks is not None:
+                entered = [now != then for now, then in zip(canvas.active_rows, self.blocks, strict=True)]
+                self.used = self.used.masked_fill(torch.tensor(entered, device=self.used.device), 0)
+            self.blocks, number = canvas.active_rows, canvas.active[:, None]
+            self.here = self.given.gather(1, number)[:, 0], self.first.gather(1, number)[:, 0]
+        given, first = self.here
         step = ScheduleStep(
             steps_left=(given - self.used).clamp(min=1),
             index=first + self.used,
-            block_masks=(masked & (columns >= start) & (columns < end)).sum(1),
-            row_masks=masked.sum(1),
+            block_masks=canvas.block_masked.sum(1),
+            row_masks=canvas.left,
         )
-        self.used = torch.where(candidates.any(1), self.used + 1, self.used)
+        self.used = self.used + candidates.any(1)
         return step
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Keeps rows int64 [kept] of the batch."""
-        rows = rows.to(self.block.device)
-        for name in ("given", "first", "block", "used"):
-            setattr(self, name, getattr(self, name)[rows])
+        if self.blocks is not None:
+            self.blocks = [self.blocks[row] for row in rows.tolist()]
+            self.here = tuple(x[rows.to(x.device)] for x in self.here)
+        for name in ("steps", "given", "first", "used"):
+            setattr(self, name, getattr(self, name)[rows.to(self.used.device)])
 
 
 def even_quota(step: ScheduleStep) -> torch.Tensor:
@@ -93,15 +104,30 @@ def even_quota(step: ScheduleStep) -> torch.Tensor:
     return -(-step.block_masks // step.steps_left)
 
 
-def timestep_shares(steps: int, eps: float) -> torch.Tensor:
-    """fp32 [steps], 1 - t[i+1] / t[i]: the share of a row's masks that step i of Dream's schedule writes."""
-    t = torch.linspace(1, eps, steps + 1)
-    return 1 - t[1:] / t[:-1]
+def timestep_shares(steps: torch.Tensor, eps: float) -> torch.Tensor:
+    """fp32 [batch, most], 1 - t[i+1] / t[i]: the share of its masks that a row writes in step i of Dream's schedule.
+
+    Args:
+        steps: int64 [batch], of each row; behind its last one the shares are 1.
+    """
+    counts = steps.tolist()
+    shares = torch.ones(len(counts), max(counts))
+    for count in set(counts):
+        # On the CPU and one by one: linspace rounds as the authors' does, which a formula for all rows would not.
+        t = torch.linspace(1, eps, count + 1)
+        shares[steps.cpu() == count, :count] = 1 - t[1:] / t[:-1]
+    return shares.to(steps.device)
+
+
+def timestep_share(step: ScheduleStep, shares: torch.Tensor) -> torch.Tensor:
+    """fp32 [batch], each row's share of this step, of `timestep_shares`."""
+    # A finished row stands behind its last step.
+    return shares.gather(1, step.index.clamp(max=shares.shape[1] - 1)[:, None])[:, 0]
 
 
 def timestep_quota(step: ScheduleStep, shares: torch.Tensor) -> torch.Tensor:
     """int64 [batch], Dream's schedule with `timestep_shares`; the last step of a block takes all that it has left."""
-    share = shares[step.index.clamp(max=len(shares) - 1)]
+    share = timestep_share(step, shares)
     # int() of an fp32 product as in the authors' code: fp64 rounds some quotas to another whole number.
     quota = (step.row_masks.float() * share).long()
     return torch.where(step.steps_left == 1, step.block_masks, torch.minimum(quota, step.block_masks))

@@ -77,7 +77,7 @@ class _Unmasker(BlockUnmasker, Drafter):
     def _ranked(self, logits: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The candidates' columns by falling confidence, and their tokens: int64 [batch, r] each."""
         masked = slots >= 0
-        draw = self.sampler.draw(logits, masked, excluded=self.excluded)
+        draw = self.sampler.draw(logits, masked, excluded=self.excluded, spread=False)
         return ordered(self.rule.score(draw, self.sampler), masked).indices, draw.tokens
 
     def _guess(self, order: torch.Tensor, tokens: torch.Tensor, slots: torch.Tensor, block: torch.Tensor) -> None:
@@ -123,7 +123,7 @@ class SSD(Confidence):
             wrong = f"cfg_scale={config.cfg_scale}: guided logits are not verified; use 0"
         elif hooked:
             wrong = "logits_hook sees one canvas and the rule verifies several; leave it out"
-        elif config.steps is not None and config.steps < config.gen_length:
+        elif config.forwards is not None and (config.infill or config.forwards < config.gen_length):
             wrong = f"steps={config.steps}: the rule writes what one token per forward writes; leave steps out"
         elif not policy.still:
             wrong = (

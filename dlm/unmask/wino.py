@@ -28,7 +28,7 @@ class _Unmasker(BlockUnmasker):
     """The block of each row and the drafts of its last forward: int64 [batch] each."""
 
     per_row = ("block", "last")
-    shadows = True
+    shadows = revises = True
 
     def __init__(self, rule: WINO, canvas: Canvas, *rest: Any) -> None:
         super().__init__(rule, canvas, *rest)
@@ -38,13 +38,14 @@ class _Unmasker(BlockUnmasker):
 
     def open(self, canvas: Canvas) -> torch.Tensor:
         """Masks, and what was written for them."""
-        return ~(canvas.given | canvas.filled)
+        slots = canvas.block_slots
+        return (slots >= 0) & ~(canvas.given | canvas.filled).gather(1, canvas.block_index)
 
     def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
         """The drafts of masks; of written slots, whose logits are their shadows', those that are taken back."""
         there, held = slots >= 0, canvas.ids.gather(1, slots.clamp(min=0))
         masked = there & (held == canvas.mask_id)
-        draw = self.sampler.draw(logits, there, excluded=self.excluded)
+        draw = self.sampler.draw(logits, there, excluded=self.excluded, spread=False)
         step = self.schedule.step(canvas, masked)
         drafts = self.rule.accept(draw.probability, masked, step, self)
         count = drafts.sum(1)
@@ -97,7 +98,7 @@ class WINO(ProbabilityRule):
         if wrong:
             raise ValueError(f"{self.expression} with {wrong}")
 
-    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int) -> BlockUnmasker:
+    def begin(self, canvas: Canvas, spec: DecodingSpec, generator: Generators, steps: int | None) -> BlockUnmasker:
         """Starts a generation. Raises ValueError for a model whose row j predicts slot j + 1: a shadow has its slot's
         place, and that row is read for the next one."""
         if canvas.shift:

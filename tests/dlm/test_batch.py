@@ -29,13 +29,14 @@ def test_lines_end_at_line_feeds_only(tmp_path):
 
 def test_a_bad_line_is_a_row_with_its_error_and_the_rest_runs(tmp_path):
     bad = [b"nonsense", b'{"prompt": "\xff"}', b"[" * 100_000, b'{"text": "a"}', b'{"prompt": " "}']
+    bad += [b'{"prompt": "half \\ud83d"}', b'{"prompt": "a", "id": ["\\udc00"]}']
     (tmp_path / "in").write_bytes(b"\n".join([json.dumps(GOOD).encode(), *bad, b"", json.dumps(GOOD).encode()]))
     items = read_items(tmp_path / "in")
-    assert answer_all(items, tmp_path / "out", 3, "s", answers) == 7
+    assert answer_all(items, tmp_path / "out", 3, "s", answers) == 9
     rows = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
-    assert [row["line"] for row in rows] == [1, 2, 3, 4, 5, 6, 8] and ["error" in row for row in rows] == [0] + [
-        1
-    ] * 5 + [0]
+    assert [row["line"] for row in rows] == [*range(1, 9), 10]
+    assert ["error" in row for row in rows] == [0] + [1] * 7 + [0]
+    assert rows[6]["error"] == "holds '\\ud83d', which is half a character; write it whole"
     assert answer_all(items, tmp_path / "out", 3, "s", answers) == 0
     with pytest.raises(ValueError, match="in:2: not JSON"):
         read_items(tmp_path / "in", strict=True)

@@ -8,7 +8,7 @@ import torch
 from dlm.decode import decode
 from tests.dlm.toys import END, MASK, dream, llada, prompts
 
-CACHES = ["none", "prefix", "dual", "freecache", "dkv", "freecache+full", "dual+suffix(3)"]
+CACHES = ["none", "prefix", "dual", "freecache", "dkv", "freecache+full", "dual+suffix(3)", "dllm-cache(4,3,0.4)"]
 
 
 def gaps() -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,14 +26,40 @@ def test_given_text_stays_and_rows_are_those_alone(make, cache):
     given = (ids != MASK) & mask.bool()
     for more, block in ((0, 4), (6, 4), (0, None)):
         options = dict(gen_length=more, infill=True, block_length=block, cache=cache, unmask="confidence")
-        if block is None and cache != "none":
-            continue  # one block of all that any row has to write: what a row's cache holds depends on the others
         got = decode(model, ids, mask, **options)
         assert got.ids.shape == (3, 9 + more) and not bool((got.ids == MASK).any())
         assert torch.equal(got.ids[:, :9][given], ids[given])
         for row, length in enumerate((3, 9, 5)):
             alone = decode(model, ids[row : row + 1, 9 - length :], **options)
             assert torch.equal(alone.ids[0], got.ids[row, 9 - length :])
+
+
+COMPAT = ["origin", "maskgit_plus", "topk_margin", "entropy"]
+
+
+@pytest.mark.parametrize("cache", ["none", "dual", "freecache(0)", "dllm-cache(4,3,0.4)"])
+@pytest.mark.parametrize("rule", [f"{name}(compat=True)" for name in COMPAT] + ["origin", "confidence"])
+def test_every_row_has_the_schedule_that_it_has_alone(rule, cache):
+    model, (ids, mask) = llada(), gaps()
+
+    def run(ids, mask, seeds, **more):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return decode(model, ids, mask, infill=True, cache=cache, unmask=rule, generator=generators, eos="none", **more)
+
+    for more in (dict(gen_length=6, block_length=4), dict(gen_length=6, block_length=None),
+                 dict(gen_length=8, block_length=5, steps=4)):  # fmt: skip
+        got = run(ids, mask, range(3), **more)
+        alone = [run(ids[row : row + 1, 9 - n :], None, [row], **more) for row, n in enumerate((3, 9, 5))]
+        assert [got.ids[row, 9 - n :].tolist() for row, n in enumerate((3, 9, 5))] == [a.ids[0].tolist() for a in alone]
+        assert got.stats.query_tokens == sum(one.stats.query_tokens for one in alone)
+
+
+def test_steps_are_shared_by_the_masks_of_a_block():
+    ids, _ = prompts(9)
+    ids[0, 2] = ids[0, 6] = MASK
+    # Nine tokens in three steps: one for each block of one mask, and what is left for the last one of seven.
+    got = decode(llada(), ids, gen_length=7, infill=True, block_length=4, steps=4, cache="none", unmask="confidence")
+    assert got.stats.forwards == 4 and got.stats.committed == [9]
 
 
 @pytest.mark.parametrize("cache", ["prefix(refresh=1)", "dual(refresh=1)", "freecache(refresh=1)", "dkv(1)"])

@@ -23,7 +23,7 @@ def spell(text: str) -> list[int]:
     return [ord(letter) - 97 for letter in text]
 
 
-@pytest.mark.parametrize("unmask", ["confidence", "threshold(0.35)", "random"])
+@pytest.mark.parametrize("unmask", ["confidence", "threshold(0.35)", "random", "edit(0.3,0.2)", "wino(0.2,0.9)"])
 @pytest.mark.parametrize("block", [4, 12])
 def test_pieces_make_the_answer_and_are_never_taken_back(unmask, block):
     model, (ids, mask) = llada(), prompts(3, 9, 5)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dlm.cache import DLLMCache
+from dlm.cache.plan import Packing
 from dlm.canvas import Canvas
 from tests.dlm.toys import MASK, dream, llada, prompts, traced
 
@@ -42,10 +43,14 @@ def test_the_slots_whose_values_changed_most_are_computed_ties_by_the_lowest():
     layer = run.cache.layers[0]
     layer.v[:, :, 5:] = 1.0
     values = layer.v[:, :, 5:].clone()
-    assert layer.drifted(values, 5, 2).tolist() == [[5, 6]]
+    slots = torch.arange(layer.v.shape[2])[None]
+    response, two = Packing.of(slots >= 5), Packing.of(slots < 2)
+    assert layer.drifted(values, response, two).slots.tolist() == [5, 6]
+    noise = 1 + 1e-4 * torch.rand(values.shape, generator=torch.Generator().manual_seed(0))
+    assert layer.drifted(values * noise, response, two).slots.tolist() == [5, 6]  # as much as rounding does
     values[:, :, 3] *= -1
     values[:, :, 6, 0] = -1
-    assert layer.drifted(values, 5, 2).tolist() == [[8, 11]]
+    assert layer.drifted(values, response, two).slots.tolist() == [8, 11]
     assert torch.equal(layer.v[:, :, 5:], values)
 
 

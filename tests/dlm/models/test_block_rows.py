@@ -68,8 +68,12 @@ def test_a_stream_of_a_ragged_batch_is_its_answers(models):
     model, (ids, mask) = models["sdar"], pad_left(rows(*LENGTHS), 61)
     options = dict(gen_length=10, unmask="threshold(0.3)", eos="none")
     given: dict[int, list[int]] = {}
+    closed = []
     for piece in stream(model, ids, mask, **options):
+        assert piece.row not in closed  # also while what fills the last block is written
         given.setdefault(piece.row, []).extend(piece.ids.tolist())
+        closed += [piece.row] * piece.done
+    assert sorted(closed) == [0, 1, 2]
     want = decode(model, ids, mask, **options).ids.tolist()
     # An end of text ends what a stream gives out.
     assert [given[row] for row in range(3)] == [row[: row.index(61)] if 61 in row else row for row in want]

@@ -145,6 +145,7 @@ LLADA_FAULTS = [
     ({"rope": False}, "rope=False"),
     ({"rope_full_precision": False}, "rope_full_precision=False"),
     ({"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters="),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling="),
     ({"scale_logits": True}, "scale_logits=True"),
     ({"input_emb_norm": True}, "input_emb_norm=True"),
     ({"residual_dropout": 0.1}, "residual_dropout=0.1"),

@@ -39,7 +39,7 @@ def test_even_quota_adds_up_to_the_block_for_every_count_and_steps(masks, steps)
 
 
 def commits(masks: int, steps: int) -> list[int]:
-    shares, left, out = timestep_shares(steps, 1e-3), masks, []
+    shares, left, out = timestep_shares(torch.tensor([steps]), 1e-3), masks, []
     for i in range(steps):
         now, index = torch.tensor([left]), torch.tensor([i])
         out.append(int(timestep_quota(ScheduleStep(steps - index, index, now, now), shares)))
@@ -70,7 +70,7 @@ def test_each_row_has_its_own_quota():
     board.commit(slots, torch.zeros_like(slots), slots >= 0)  # 12 and 5 masks left
     history = play("confidence", board, Toy(), steps=5).history
     assert history.sum(2).T.tolist() == [[3, 3, 2, 2, 2], [1, 1, 1, 1, 1]]
-    fractions = timestep_shares(4, 1e-3)
+    fractions = timestep_shares(torch.tensor([4, 4]), 1e-3)
     index, left, masks = torch.tensor([1, 1]), torch.tensor([3, 3]), torch.tensor([12, 5])
     assert timestep_quota(ScheduleStep(left, index, masks, masks), fractions).tolist() == [
         3,
@@ -292,8 +292,7 @@ def test_a_batch_gives_each_row_what_it_gives_alone(rule):
     rows = play(rule, canvas(batch=4, gen=12, block=4), toy)
     for row in range(4):
         board = canvas(batch=4, gen=12, block=4)
-        board.ids, board.real_start = board.ids[row : row + 1], board.real_start[row : row + 1]
-        board.position_ids = board.position_ids[row : row + 1]
+        board.take_rows(torch.tensor([row]))
         alone = play(rule, board, toy)
         assert torch.equal(alone.text[0], rows.text[row])
         steps = [h for h in rows.history[:, row] if h.any()]
