@@ -54,6 +54,26 @@ def test_every_row_has_the_schedule_that_it_has_alone(rule, cache):
         assert got.stats.query_tokens == sum(one.stats.query_tokens for one in alone)
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_row_of_nothing_but_masks_differs_from_itself_alone_by_ties_only(cache):
+    """To its model all its slots are alike, so rounding chooses between them; told apart, they are those alone."""
+    model, (ids, mask) = llada(), prompts(3, 9, 5)
+    ids[0, 6:] = ids[2, 4:] = MASK
+    logits = model.double()(ids[:1, 6:]).logits[0]
+    assert torch.allclose(logits, logits[:1].expand_as(logits), atol=1e-12)
+    model.float()
+    place = torch.randn(32, 24, generator=torch.Generator().manual_seed(0))
+
+    def hook(canvas, slots, logits):
+        return logits + place[canvas.position_ids.gather(1, slots.clamp(min=0))]
+
+    options = dict(gen_length=0, block_length=4, cache=cache, unmask="entropy(compat=True)", logits_hook=hook)
+    ids[1, 4] = MASK
+    got = decode(model, ids, mask, **options)
+    for row, n in enumerate((3, 9, 5)):
+        assert got.ids[row, 9 - n :].tolist() == decode(model, ids[row : row + 1, 9 - n :], **options).ids[0].tolist()
+
+
 def test_steps_are_shared_by_the_masks_of_a_block():
     ids, _ = prompts(9)
     ids[0, 2] = ids[0, 6] = MASK
