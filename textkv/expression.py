@@ -96,7 +96,8 @@ def construct(cls: type[T], said: str, args: list, kwargs: dict, **more: Any) ->
         return cls(**given, **more)
     # Python names an argument that is missing or too many, but not those there are.
     except TypeError as error:
-        plain = [name for name in takes.parameters if _kinds(hints.get(name, Any))]
+        # What may be None or something that no text says, as a cache's method, is no argument to be named.
+        plain = [name for name in takes.parameters if _kinds(hints.get(name, Any)) - {NoneType}]
         raise ValueError(f"{said}: {error}; its arguments are: {', '.join(plain) or 'none'}") from None
 
 

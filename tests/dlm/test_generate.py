@@ -210,7 +210,8 @@ def canvas_of(prompt: str, blocks: str) -> Canvas:
     canvas = Canvas(
         ids, None, gen_length=len(words), block_length=4, mask_id=tokenizer.mask_token_id, shift=0
     )  # fmt: skip
-    canvas.ids[0, canvas.prompt :] = torch.tensor(tokenizer.convert_tokens_to_ids(words))
+    slots, tokens = canvas.answer_slots, torch.tensor([tokenizer.convert_tokens_to_ids(words)])
+    canvas.commit(slots, tokens, torch.ones_like(slots, dtype=torch.bool))
     return canvas
 
 

@@ -28,6 +28,11 @@ METHODS = [
     ("given twice", "snapkv(window=8,window=9)"), ("two budgets", "snapkv(budget=0.2)"),
     ("no method of its own", "textkv.method:Method"),
 ]  # fmt: skip
+CACHES = [
+    ("unknown name", "freecash"), ("percent", "freecache+snapkv(40)"), ("nan", "freecache+snapkv(nan)"),
+    ("overflowing", "freecache+snapkv(1e999)"), ("negative", "freecache+snapkv(-0.5)"),
+    ("unknown argument", "freecache(x=1)"), ("malformed", "freecache("),
+]  # fmt: skip
 READABLE = [EMPTY, ("missing", "{nowhere}"), ("folder for a file", "{folder}")]
 TEXTS = [EMPTY, ("blank", "  "), ("not UTF-8", "\udcff")]
 
@@ -53,11 +58,8 @@ WRONG: dict[str, list[tuple[str, str]]] = {
     "budgets": [*parts(BUDGETS), *LISTS, ("percent", "0.2,40")],
     "method": [EMPTY, *METHODS],
     "methods": [*LISTS, *METHODS, ("unknown name", "full,snapvk")],
-    "cache": [
-        EMPTY, ("unknown name", "freecash"), ("percent", "freecache+snapkv(40)"), ("nan", "freecache+snapkv(nan)"),
-        ("overflowing", "freecache+snapkv(1e999)"), ("negative", "freecache+snapkv(-0.5)"),
-        ("unknown argument", "freecache(x=1)"), ("malformed", "freecache("),
-    ],
+    "cache": [EMPTY, *CACHES],
+    "caches": [*LISTS, *CACHES, ("one of a list", "dual,freecash")],
     "unmask": [
         EMPTY, ("unknown name", "treshold(0.9)"), ("outside 0 to 1", "threshold(1.5)"),
         ("outside 0 to 1", "threshold(-0.1)"), ("percent", "threshold(90)"), ("nan", "threshold(nan)"),
