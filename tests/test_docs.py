@@ -153,3 +153,10 @@ def test_tables_say_what_their_rows_say():
     assert [tables.renewed(page) for page in pages] == pages, "run make tables"
     shown = [name for page in pages for name in re.findall(r"<!-- table ([\w-]+) -->", page)]
     assert sorted(shown) == sorted(tables.TABLES)
+
+
+def test_the_page_of_agents_says_what_its_rows_say():
+    agents = pytest.importorskip("tests.agents", reason="the extra `agents` is not installed")
+    page = (ROOT / "docs" / "gui-agents.md").read_text(encoding="utf-8")
+    assert agents.drawn() == page, "run python -m tests.agents page"
+    assert agents.shown(ROOT / "docs" / "grammar-fuzz.json") and agents.shown(ROOT / "docs" / "site-tasks.json")
