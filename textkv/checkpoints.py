@@ -173,10 +173,11 @@ def _stored(source: str | Path) -> Iterator[tuple[str, str]]:
 
 
 def check_vocabulary(source: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError if the tokenizer has ordinary tokens that the model has no row for: it is another model's."""
+    """Raises ValueError if the tokenizer's own vocabulary has tokens that the model has no row for: it is another's."""
     rows = model.get_input_embeddings().num_embeddings
-    special = set(tokenizer.all_special_ids)  # a padding token that was added for training has no row in many models
-    beyond = sum(number >= rows and number not in special for number in tokenizer.get_vocab().values())
+    # A padding token that was added for training, or one that a conversion adds, has no row in many models.
+    added = tokenizer.get_added_vocab()
+    beyond = sum(number >= rows and token not in added for token, number in tokenizer.get_vocab().items())
     if beyond:
         told = f"{beyond:,} of its tokens lie beyond the model's {rows:,}"
         raise ValueError(f"the tokenizer at {source} is of another model ({told}); take the model's own")

@@ -93,7 +93,7 @@ class DenseSegment(Segment):
     def keep_mask(self, mask: torch.Tensor) -> Segment:
         """Stays a rectangle where that `fills_rectangle`; else what stays becomes a `RaggedSegment`."""
         counts = mask.sum(-1)
-        if fills_rectangle(counts):
+        if self.head_repeat > 1 or fills_rectangle(counts):  # ragged rows do not repeat heads
             return super().keep_mask(mask)
         rows = compact(self._k(), self._v(), mask)
         return RaggedSegment(rows.k, rows.v, self.held_positions()[mask], counts.cpu())

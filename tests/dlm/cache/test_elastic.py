@@ -130,7 +130,7 @@ def test_expressions_and_what_cannot_be():
     assert resolve_cache("elastic(8, gamma=0.8)").expression == "elastic(window=8,gamma=0.8)"
     for cache, message in (
         ("elastic(0)", "window=0 is no number of slots"),
-        ("elastic(gamma='a')", "gamma='a' is no cosine"),
+        ("elastic(gamma='a')", "gamma='a' is not a number"),
         ("elastic+suffix(4)", "computes whole rows here and cannot leave slots out"),
         ("elastic", "does not compute them"),
     ):

@@ -1,5 +1,6 @@
 """The command: a pattern beside the model, from both ways and both tasks, that the method reads; clear refusals."""
 
+import copy
 import json
 
 import pytest
@@ -55,8 +56,11 @@ def test_the_same_seed_gives_the_same_gates(folder, tmp_path):
 
 
 def test_a_vision_language_model_is_read(tmp_path):
-    tiny.build("qwen2_5_vl").save_pretrained(tmp_path)
-    build_tokenizer(" " + " ".join(words) for words in sentences(50, seed=0)).save_pretrained(tmp_path)
+    tokenizer = build_tokenizer(" " + " ".join(words) for words in sentences(50, seed=0))
+    wide = copy.deepcopy(tiny.build("qwen2_5_vl"))
+    wide.resize_token_embeddings(len(tokenizer))
+    wide.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     model, _ = identify.load_model(str(tmp_path), torch.float32, "cpu")
     settings = identify.GateTraining(steps=2, sinks=2, recent=4)
     tail = torch.arange(30).numpy() >= 20

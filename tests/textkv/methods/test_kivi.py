@@ -338,7 +338,7 @@ def test_where_it_is_not_known_how_keys_turn_the_centre_stays_fixed_or_is_refuse
         ("kivi(4,residual=100)", "residual=100 is no multiple of group=64; use 128"),
         ("kivi(4,residual=0)", "residual=0 is no multiple of group=64; use 64"),
         ("kivi(4,channels=0)", "channels=0: a group needs at least 1 channel"),
-        ("kivi(4,centre=True)", "centre=True is not known; use 'auto', 'turned', 'fixed' or 'none'"),
+        ("kivi(4,centre=True)", "centre=True is not a text in quotes"),
         ("kivi(4)+kivi(2)", "kivi has changed what it stores already"),
         ("streaming_llm+kivi(4)", r"evicts or merges at every decoded token.*e.g. snapkv\+kivi"),
         ("window+kivi(4)", r"window\+kivi: window evicts or merges at every decoded token"),

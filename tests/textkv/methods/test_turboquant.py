@@ -356,7 +356,7 @@ def test_the_embedded_model_still_finds_its_facts(expression, budget):
     "method, message",
     [
         ("turboquant(9)", "bits=9 cannot be coded; use a number from 1 to 8"),
-        ("turboquant(2.5)", "bits=2.5 cannot be coded"),
+        ("turboquant(2.5)", "bits=2.5 is not a whole number"),
         ("turboquant(4,0)", "bits=0 cannot be coded"),
         ("turboquant(centre='mean')", "centre='mean' is not known; use 'auto', 'turned', 'fixed' or 'none'"),
         ("turboquant(fit='best')", "fit='best' is not known; use 'norm', 'plain', 'least' or 'unbiased'"),

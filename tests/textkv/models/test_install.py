@@ -42,8 +42,9 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def zipped(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A tiny Llama with its tokenizer as a zipped model folder."""
     folder, made = tmp_path_factory.mktemp("model"), io.BytesIO()
-    tiny.build("llama").save_pretrained(folder)
-    build_tokenizer([" the code of falcon is amber 47 ."] * 3).save_pretrained(folder)
+    tokenizer = build_tokenizer([" the code of falcon is amber 47 ."] * 3)
+    tiny.LlamaForCausalLM(tiny.LlamaConfig(**tiny.TEXT | {"vocab_size": len(tokenizer)})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     with zipfile.ZipFile(made, "w") as archive:
         for path in folder.iterdir():
             archive.write(path, path.name)
