@@ -85,8 +85,8 @@ def families(rows: list[dict[str, Any]]) -> str:
     return table(["family", *COLUMNS], lines)
 
 
-def page(rows: list[dict[str, Any]], fuzzed: list[dict[str, Any]], tasks: list[dict[str, Any]]) -> str:
-    """The page of the site."""
+def page(rows: list[dict[str, Any]], fuzzed: list[dict[str, Any]], tasks: list[dict[str, Any]], note: str) -> str:
+    """The page of the site; `note` is what is to be known of the figures of tasks."""
     told = "What is shown of the agents and of the browser that they act in: `python -m tests.agents` runs the tests "
     parts = ["# GUI agents\n", told + "and writes this page; nothing here is written by hand.\n"]
     parts += ["## Families\n", families(rows), LEFT, "## Hostile replies\n"]
@@ -104,7 +104,7 @@ def page(rows: list[dict[str, Any]], fuzzed: list[dict[str, Any]], tasks: list[d
                     dict.fromkeys(row["subject"] for row in own)}  # fmt: skip
         parts += ["".join(f"- {name}{'' if all(held) else ': failed'}\n" for name, held in subjects.items())]
     parts += ["## Tasks on sites\n", "Each by its script, and by random actions. Printed by\n"]
-    parts += ["    python -m envs.oracle --sites --json docs/site-tasks.json\n", sites(tasks)]
+    parts += ["    python -m envs.oracle --sites --json docs/site-tasks.json\n", f"{note}\n", sites(tasks)]
     return "\n".join(parts)
 
 
@@ -122,7 +122,9 @@ def sites(tasks: list[dict[str, Any]]) -> str:
 
 def drawn() -> str:
     """The page from the files beside it."""
-    return page(*(shown(DOCS / f"{name}.json") for name in ("gui-agents", "grammar-fuzz", "site-tasks")))
+    found = [shown(DOCS / f"{name}.json") for name in ("gui-agents", "grammar-fuzz", "site-tasks")]
+    meta = json.loads((DOCS / "site-tasks.json").read_text(encoding="utf-8"))["meta"] if found[2] else {}
+    return page(*found, meta.get("note", ""))
 
 
 def main(argv: list[str]) -> int:
