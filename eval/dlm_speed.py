@@ -90,6 +90,7 @@ class Watch:
         plain, self.end = self.model.forward, None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            """The model's own, between two looks at the clock."""
             start = self._clock()
             if self.end is not None:
                 self.outside.append(start - self.end)

@@ -232,10 +232,12 @@ def plan_of(args: argparse.Namespace) -> Plan:
     """What is played. Raises ValueError for an unknown task, or a method that cannot keep the budget."""
     if args.task == LIVE:
         raise ValueError(f"task={args.task!r} is a page of yours; name one of `envs.task_ids()`")
+    # A folder goes on with the model that it was begun with: random weights are told apart from it by name.
+    model = f"random weights, {args.wide} layers" if args.wide else args.model
     plan = Plan(
-        args.model, tuple(args.methods), checked_budget(args.methods, args.budget), (args.task,),
+        model, tuple(args.methods), checked_budget(args.methods, args.budget), (args.task,),
         tuple(range(args.seed, args.seed + args.episodes)), history=args.history, max_steps=args.max_steps,
-        max_new_tokens=args.max_new_tokens, device=args.device or "cpu", device_scale=float(args.device_scale),
+        max_new_tokens=args.max_new_tokens, device=args.device, device_scale=float(args.device_scale),
     )  # fmt: skip
     task_of(args.task, plan)
     return plan

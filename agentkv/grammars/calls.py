@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,10 +158,8 @@ def _mended(text: str, begin: int) -> tuple[Any, int] | None:
     body = text[begin:end].strip()
     if not body.startswith("{"):
         return None
-    try:
+    with suppress(Reject):  # no literal: perhaps braces are missing
         return literal(body, begin), end
-    except Reject:
-        pass
     for braces in ("}", "}}") if closing >= 0 else ():
         try:
             return _DECODER.decode(body + braces), end

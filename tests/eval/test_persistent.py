@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from agentkv import play
 from eval import persistent, wide
 from eval.persistent import Arm, arm_row, new_tokens, step_rows
 
@@ -64,6 +65,17 @@ def test_wide_weights_have_the_shapes_of_the_published_model(monkeypatch):
     text = agent.model.config.text_config
     assert (text.hidden_size, text.num_attention_heads, text.num_key_value_heads) == (3584, 28, 4)
     assert agent.model.dtype == torch.float32 and len(agent.model.model.visual.blocks) == 1
+
+
+def test_random_weights_do_not_go_on_in_a_models_folder(tmp_path):
+    asked = ["--max-steps", "1", "--out", str(tmp_path)]
+    plain, wide = (
+        persistent.plan_of(persistent.parser().parse_args([*asked, *more])) for more in ([], ["--wide", "1"])
+    )
+    assert plain.model == "mini-growing" and plain.device
+    play.open_folder(tmp_path / "fresh", plain, True, {}, [])
+    with pytest.raises(ValueError, match="another --out"):
+        play.open_folder(tmp_path / "fresh", wide, True, {}, [])
 
 
 @pytest.mark.parametrize(
