@@ -4,8 +4,8 @@ Rows are prompts of 8 to `--length` tokens with 4 to `--gen-length` masks behind
 logarithms and paired at random: `--n 16` rows of which the longest has some twenty times the shortest's. A row that is
 finished leaves, padding is never computed, and rows go on at their own pace; so the batch should compute what the rows
 compute alone. `excess` = query tokens of the batch over the sum of the rows alone, `seconds_ratio` = seconds of the
-rows one by one over those of the batch, medians of rounds in turns (on a CPU those of the processor), `equal` = rows whose
-tokens are those that they get alone.
+rows one by one over those of the batch, medians of rounds in turns (on a CPU those of the processor), `equal` = rows
+whose tokens are those that they get alone.
 """
 
 from __future__ import annotations
