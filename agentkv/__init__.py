@@ -1,5 +1,6 @@
 """agentkv: GUI agents whose screenshots take little memory. Importing it registers its methods beside textkv's."""
 
+import textkv  # noqa: F401  (first: it hears what the imports below raise)
 from agentkv.gui_kv import GuiKV, GuiKVOfficial
 from agentkv.st_lite import STLite, STLiteOfficial
 from agentkv.star_kv import StarKV, StarKVOfficial
