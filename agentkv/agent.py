@@ -9,6 +9,7 @@ nothing: what happened is handed to `on_step` as it happens (`agentkv.trace` kee
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import isqrt
 from time import perf_counter
@@ -22,7 +23,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import textkv
 from agentkv.envs.actions import Action, Finished, Several, ending
 from agentkv.grammars import Frame, ParseError
-from agentkv.models import History, ModelAdapter
+from agentkv.models import History, ModelAdapter, Prompt
 from textkv import Budget, MethodCache
 from textkv.cache import Trajectory
 
@@ -124,13 +125,14 @@ class Agent:
         )
         clock = PrefillClock()
         begin = perf_counter()
-        out = adapter.model.generate(
-            **prompt.inputs,
-            past_key_values=cache,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([clock]),
-        )
+        with self._shown(prompt):
+            out = adapter.model.generate(
+                **prompt.inputs,
+                past_key_values=cache,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([clock]),
+            )
         self._learned = cache.trajectory
         answer = out[0, prompt.inputs["input_ids"].shape[1] :].tolist()  # .tolist() waits for the device
         end = perf_counter()
@@ -152,6 +154,10 @@ class Agent:
             frames=kept_frames(cache.at_rest.kept, prompt.spans, prompt.grids),
             frame=prompt.frames[-1],
         )
+
+    def _shown(self, prompt: Prompt) -> AbstractContextManager[None]:
+        """A context in which the tower encodes of a prompt's screenshots those that it has not seen."""
+        return self.adapter.tower.shows(prompt.pictures) if prompt.pictures else nullcontext()
 
     def _cut(self, answer: Sequence[int]) -> bool:
         """Whether the length limit ended the answer, not the model."""

@@ -110,15 +110,16 @@ class PersistentAgent(Agent):
         episode, adapter = self._episode, self.adapter
         talk, spans, grids = episode.talk, prompt.spans[episode.forgotten :], prompt.grids[episode.forgotten :]
         clock, begin = PrefillClock(), perf_counter()
-        out = talk.generate(
-            **prompt.inputs,
-            known_images=known,
-            spans=[spans],
-            grids=[grids],
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([clock]),
-        )
+        with self._shown(prompt):
+            out = talk.generate(
+                **prompt.inputs,
+                known_images=known,
+                spans=[spans],
+                grids=[grids],
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([clock]),
+            )
         columns = prompt.inputs["input_ids"].shape[1]
         answer = out[0, columns:].tolist()
         end = perf_counter()

@@ -47,6 +47,7 @@ from textkv.command import (
     scale,
     seed,
     some_text,
+    token_count,
     write_rows,
 )
 from textkv.provenance import run_meta
@@ -132,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device-scale", type=scale, help="device pixels per CSS pixel of a screenshot")
     p.add_argument("--max-steps", type=count, default=None, help="steps per episode (default: the task's own limit)")
     p.add_argument(
-        "--max-new-tokens", type=count, help="length limit of one answer (default: the family's; 64 for mini)"
+        "--max-new-tokens", type=token_count, help="length limit of one answer (default: the family's; 64 for mini)"
     )
     p.add_argument(
         "--out",

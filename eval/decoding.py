@@ -312,7 +312,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--grid", type=command.names, default="freecache,freecache+threshold(0.9)", help="cache+rule, ... or all"
     )
-    p.add_argument("--n", type=command.count, default=20, help="problems (20)")
+    p.add_argument("--n", type=command.question_count, default=20, help="problems (20)")
     p.add_argument("--batch-size", type=command.count, default=1, help="problems that are answered together (1)")
     lengths = ", ".join(f"{tokens} for {task}" for task, tokens in GEN_LENGTH.items())
     add_arguments(p, OPTIONS, gen_length=f"tokens to generate ({lengths})", eos="what an end of text does, in all arms")

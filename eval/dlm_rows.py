@@ -28,7 +28,7 @@ from dlm.config import DecodingConfig
 from dlm.decode import decode_prompts
 from dlm.mini import load_mini
 from dlm.stats import Decoded
-from textkv.command import checked, count, names, run, seed, write_rows
+from textkv.command import checked, count, names, run, seed, token_count, write_rows
 from textkv.provenance import run_meta
 
 from .arguments import add_outputs
@@ -138,8 +138,8 @@ def parser() -> argparse.ArgumentParser:
         "--grid", type=checked(entries), default="all", help="cache+rule, ... (default: all caches, 2 rules)"
     )
     p.add_argument("--n", type=count, default=16, help="rows of the batch (16)")
-    p.add_argument("--length", type=count, default=192, help="tokens of the longest prompt (192)")
-    p.add_argument("--gen-length", type=count, default=64, help="the most masks of a row (64)")
+    p.add_argument("--length", type=token_count, default=192, help="tokens of the longest prompt (192)")
+    p.add_argument("--gen-length", type=token_count, default=64, help="the most masks of a row (64)")
     p.add_argument("--rounds", type=count, default=1)
     p.add_argument("--seed", type=seed, default=0, help="of the prompts (0)")
     add_outputs(p, when=", after every cache and rule")

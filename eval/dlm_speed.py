@@ -35,7 +35,7 @@ from dlm.config import DecodingConfig
 from dlm.decode import decode
 from dlm.mini import load_mini
 from dlm.models import LLaDAConfig, LLaDAModelLM
-from textkv.command import checked, choices, count, names, readable_folder, run, write_rows
+from textkv.command import checked, choices, count, names, readable_folder, run, token_count, write_rows
 from textkv.provenance import run_meta
 
 from .arguments import add_outputs
@@ -257,8 +257,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m eval.speed dlm", description=__doc__.split("\n\n")[0])
     p.add_argument("--models", type=choices("mini", *SHAPES), default="mini,smollm2", help="of mini, smollm2, llada")
     p.add_argument("--caches", type=checked(caches), default="dual,prefix,freecache", help="comma-separated caches")
-    p.add_argument("--length", type=count, default=256, help="tokens of the prompt")
-    p.add_argument("--gen-length", type=count, default=64, help="tokens to write")
+    p.add_argument("--length", type=token_count, default=256, help="tokens of the prompt")
+    p.add_argument("--gen-length", type=token_count, default=64, help="tokens to write")
     p.add_argument("--steps", type=count, default=32, help="forwards of a generation")
     p.add_argument("--layers", type=count, help="layers of the random models (default: as the known model has)")
     p.add_argument("--rounds", type=count, default=3)

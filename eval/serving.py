@@ -31,7 +31,16 @@ import torch
 from agentkv.serve import engine_of
 from textkv import Conversation, resolve_method
 from textkv.arguments import budget, methods
-from textkv.command import count, lengths, run, some_text, started, write_rows
+from textkv.command import (
+    client_counts,
+    count,
+    question_count,
+    run,
+    some_text,
+    started,
+    token_count,
+    write_rows,
+)
 from textkv.crowd import Turns, order_of, play
 from textkv.mini import load_mini
 from textkv.provenance import run_meta
@@ -69,13 +78,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", type=some_text, default="mini-text", help="mini-text, or what agentkv.serve takes")
     p.add_argument("--methods", type=methods(), default="full,snapkv", help="of the caches (full,snapkv)")
     p.add_argument("--budget", type=budget, default="0.4", help="share of the tokens to keep, or 512t (0.4)")
-    p.add_argument("--conversations", type=count, default=50, help="at a time (50)")
+    p.add_argument("--conversations", type=question_count, default=50, help="at a time (50)")
     p.add_argument("--steps", type=count, default=20, help="of each (20)")
     p.add_argument("--holds", type=count, default=10, help="conversations that the memory holds (10)")
-    p.add_argument("--words", type=count, default=60, help="of a message (60)")
-    p.add_argument("--answer", type=count, default=12, help="tokens of an answer (12)")
-    p.add_argument("--clients", type=lengths, default="1,4,16", help="at once, for the load (1,4,16)")
-    p.add_argument("--requests", type=count, default=96, help="of each load (96)")
+    p.add_argument("--words", type=token_count, default=60, help="of a message (60)")
+    p.add_argument("--answer", type=token_count, default=12, help="tokens of an answer (12)")
+    p.add_argument("--clients", type=client_counts, default="1,4,16", help="at once, for the load (1,4,16)")
+    p.add_argument("--requests", type=question_count, default=96, help="of each load (96)")
     p.add_argument("--peer", action="store_true", help="the load on `transformers serve` too, with the same weights")
     add_outputs(p, when=", after every row; gone on with if it exists")
     return p

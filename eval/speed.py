@@ -29,7 +29,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from textkv import MethodCache, list_methods
-from textkv.command import count, run, write_rows
+from textkv.command import count, run, token_count, write_rows
 from textkv.devices import check_room
 from textkv.provenance import run_meta
 
@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__.split("\n\n")[0])
     add_methods(p, "all", "0.2", all_known=True)
-    p.add_argument("--length", type=count, help="tokens of the prompt (default 512 on a CPU, 16384 on a GPU)")
+    p.add_argument("--length", type=token_count, help="tokens of the prompt (default 512 on a CPU, 16384 on a GPU)")
     p.add_argument("--layers", type=count, default=2, help="layers of the model (default 2: 1.8 GB in fp32)")
     p.add_argument("--rounds", type=count, default=3, help="rounds that count (default 3)")
     add_outputs(p, when=", after every round")

@@ -37,7 +37,6 @@ from textkv.arguments import budgets, methods
 from textkv.command import (
     Crew,
     add_crew,
-    count,
     episodes,
     lengths,
     names,
@@ -46,6 +45,7 @@ from textkv.command import (
     run,
     seed,
     some_text,
+    token_count,
     write_rows,
 )
 from textkv.provenance import run_meta
@@ -233,7 +233,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=seed, default=EVALUATION_SEEDS, help="first seed")
     add_crew(p, 2, "each with a browser and the model")
     p.add_argument(
-        "--max-new-tokens", type=count, help=f"length limit of one answer (default 64 for mini, else {ANSWER})"
+        "--max-new-tokens", type=token_count, help=f"length limit of one answer (default 64 for mini, else {ANSWER})"
     )
     p.add_argument("--chromium", type=some_text, help="path of the browser to use")
     own = output_folder(_is_study, "python -m eval.webtasks")

@@ -56,11 +56,13 @@ class AgentText:
 @dataclass(frozen=True)
 class Prompt:
     """One prompt: `inputs` for `model(**inputs)` (input_ids [1, S], attention_mask, mm_token_type_ids, pixel_values,
-    image_grid_thw); `spans` [start, end) of its screenshots, oldest first, the current one last; their `frames`."""
+    image_grid_thw); `spans` [start, end) of its screenshots, oldest first, the current one last; their `frames`;
+    `pictures`, digests of those whose pixels are in `inputs`, from an adapter that has a `tower` (`agentkv.tower`)."""
 
     inputs: dict[str, torch.Tensor]
     spans: list[Span]
     frames: list[Frame]
+    pictures: Sequence[bytes] = ()
 
     @property
     def grids(self) -> list[tuple[int, int]]:

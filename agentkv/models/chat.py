@@ -8,9 +8,11 @@ screenshot. Nothing here runs code that comes with a checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -22,6 +24,7 @@ from agentkv.grammars import CoordinateSpace, Frame, ParseError
 from agentkv.grammars.base import Grammar, Reading
 from agentkv.models.base import AgentText, History, Prompt
 from agentkv.spans import find_spans
+from agentkv.tower import Tower
 from textkv.checkpoints import check_vocabulary, load_model, load_tokenizer, readable_files
 
 
@@ -52,6 +55,7 @@ class ChatAdapter:
     layout: ClassVar[Layout] = Layout()
     image_processor: ClassVar[Any] = Qwen2VLImageProcessorPil
     architecture: ClassVar[type[PreTrainedModel]]
+    vision: ClassVar[str] = "model.visual"  # where in the architecture its vision tower is
     words: ClassVar[AgentText]
     grammar: ClassVar[Grammar]
     space: ClassVar[CoordinateSpace] = CoordinateSpace.RESIZED
@@ -74,6 +78,11 @@ class ChatAdapter:
                 f"the image processor cuts patches of {cut[0]} pixels merged {cut[1]} by {cut[1]}, the model reads "
                 f"{read[0]} and {read[1]}: take the preprocessor_config.json that belongs to this checkpoint"
             )
+
+    @cached_property
+    def tower(self) -> Tower:
+        """The vision tower, which remembers the screenshots of a prompt, and the one before."""
+        return Tower(self.model.get_submodule(self.vision), self.history_frames + 1)
 
     @classmethod
     def load(
@@ -132,7 +141,7 @@ class ChatAdapter:
         """
         seen, new = self._seen(images, css_size)
         frames = [*frames, *new]
-        seen = dict(seen) | {"image_grid_thw": torch.cat([*(grid[None] for grid in grids), seen["image_grid_thw"]])}
+        seen = seen | {"image_grid_thw": torch.cat([*(grid[None] for grid in grids), seen["image_grid_thw"]])}
         # Sizes in words are those of the first screenshot: a chat that only grows cannot change them.
         return self._encoded(self._growing_messages(goal, answers, frames[0], number), seen, frames)
 
@@ -161,13 +170,14 @@ class ChatAdapter:
 
     def _seen(
         self, images: Sequence[Image.Image], css_size: tuple[int, int] | None
-    ) -> tuple[dict[str, torch.Tensor], list[Frame]]:
-        """Pictures as the image processor gives them, and their frames."""
-        seen = self.processor(images=[_on_white(image) for image in images], return_tensors="pt")
+    ) -> tuple[dict[str, Any], list[Frame]]:
+        """Pictures as the image processor gives them, with their digests ("pictures"), and their frames."""
+        drawn = [_on_white(image) for image in images]
+        seen = dict(self.processor(images=drawn, return_tensors="pt")) | {"pictures": [_digest(x) for x in drawn]}
         grids = seen["image_grid_thw"]
         return seen, [self._frame(image, grid.tolist(), css_size) for image, grid in zip(images, grids, strict=True)]
 
-    def _encoded(self, messages: list[dict[str, Any]], seen: dict[str, torch.Tensor], frames: list[Frame]) -> Prompt:
+    def _encoded(self, messages: list[dict[str, Any]], seen: dict[str, Any], frames: list[Frame]) -> Prompt:
         grids, merge = seen["image_grid_thw"], self.processor.merge_size
         ids = self._ids(messages, [int(g.prod()) // merge**2 for g in grids])
         token = self.model.config.image_token_id
@@ -179,7 +189,8 @@ class ChatAdapter:
             "image_grid_thw": grids,
         }
         spans = find_spans(ids, grids, token, merge)[0]
-        return Prompt({name: tensor.to(self.model.device) for name, tensor in inputs.items()}, spans, frames)
+        there = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        return Prompt(there, spans, frames, seen["pictures"])
 
     def _ids(self, messages: list[dict[str, Any]], sizes: list[int]) -> torch.Tensor:
         """Token ids [1, S] of the chat with every placeholder repeated as often as its screenshot has visual tokens."""
@@ -286,6 +297,11 @@ def _on_white(image: Image.Image) -> Image.Image:
     page = Image.new("RGB", image.size, "white")
     page.paste(layer, mask=layer.getchannel("A"))
     return page
+
+
+def _digest(image: Image.Image) -> bytes:
+    """Of an RGB picture: all that the image processor makes its pixels from."""
+    return hashlib.blake2b(image.tobytes(), digest_size=16, salt=f"{image.width}x{image.height}".encode()).digest()
 
 
 def _sized(text: str, frame: Frame) -> str:

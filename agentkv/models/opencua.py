@@ -85,6 +85,7 @@ class OpenCuaAdapter(ChatAdapter):
 
     model_type = "opencua"
     architecture = OpenCuaForConditionalGeneration
+    vision = "vision_tower"
     words = OPENCUA
     grammar = opencua.GRAMMAR
     placeholder = "<|media_placeholder|>"

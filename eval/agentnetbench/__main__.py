@@ -27,10 +27,10 @@ from textkv.command import (
     add_crew,
     checked,
     choices,
-    count,
     names,
     results_file,
     run,
+    token_count,
     write_rows,
 )
 from textkv.provenance import run_meta
@@ -65,7 +65,10 @@ def parser() -> argparse.ArgumentParser:
         "--history", choices=(TEACHER, OWN), default=TEACHER, help="earlier answers in a prompt: recorded, or its own"
     )
     p.add_argument(
-        "--max-new-tokens", type=count, default=MAX_NEW_TOKENS, help=f"limit of one answer (default {MAX_NEW_TOKENS})"
+        "--max-new-tokens",
+        type=token_count,
+        default=MAX_NEW_TOKENS,
+        help=f"limit of one answer (default {MAX_NEW_TOKENS})",
     )
     p.add_argument(
         "--json",

@@ -166,7 +166,7 @@ def test_arms_take_turns_and_a_stopped_run_goes_on(
         (["--grid", "freecash"], "did you mean freecache"),
         (["--grid", "dual+snapkv(0.3)"], "only freecache and block freeze slots for good"),
         (["--grid", ""], "names nothing; give one or more"),
-        (["--n", "0"], "0 is not a count; use 1"),
+        (["--n", "0"], "0 is not a number of questions; use 1"),
         (["--gen-length", "0"], "gen_length=0 is no number of tokens"),
         (["--steps", "1"], "steps=1 do not reach"),
         (["--task", "gsm8k"], "needs --data FILE"),

@@ -5,6 +5,7 @@ that end with it, and one line for an error.
 from textkv.command.arguments import (
     checked,
     choices,
+    client_counts,
     count,
     episodes,
     existing_path,
@@ -19,6 +20,7 @@ from textkv.command.arguments import (
     port,
     positive,
     processes,
+    question_count,
     readable,
     readable_folder,
     scale,
@@ -28,6 +30,7 @@ from textkv.command.arguments import (
     some_text,
     text_file,
     threads,
+    token_count,
     weight,
 )
 from textkv.command.below import guarded, ran, started
@@ -53,6 +56,7 @@ __all__ = [
     "add_crew",
     "checked",
     "choices",
+    "client_counts",
     "cluster",
     "count",
     "episodes",
@@ -72,6 +76,7 @@ __all__ = [
     "port",
     "positive",
     "processes",
+    "question_count",
     "ran",
     "readable",
     "readable_folder",
@@ -86,6 +91,7 @@ __all__ = [
     "terminable",
     "text_file",
     "threads",
+    "token_count",
     "weight",
     "writable_folder",
     "write_bytes",

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 GRACE = 0.5  # seconds in which all may end by itself: what commands start is to be gone within three
-TIDYING = 1.5  # seconds for the temporary files of those that were held up
+TIDYING = 1.0  # seconds for the temporary files of those that were held up
 
 
 def table() -> dict[int, tuple[int, str]]:
