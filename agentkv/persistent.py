@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessorList
 
-from agentkv.agent import Agent, Decision, PrefillClock, kept_frames
+from agentkv.agent import Agent, Decision, kept_frames
+from agentkv.answering import PrefillClock
 from agentkv.grammars import Frame
 from agentkv.models import History, Prompt
 from textkv import Conversation

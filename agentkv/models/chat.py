@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from agentkv.envs.actions import Action
 from agentkv.grammars import CoordinateSpace, Frame, ParseError
 from agentkv.grammars.base import Grammar, Reading
-from agentkv.models.base import AgentText, History, Prompt
+from agentkv.models.base import AgentText, History, Prompt, Weightless
 from agentkv.spans import find_spans
 from textkv.checkpoints import check_vocabulary, load_model, load_tokenizer, readable_files
 
@@ -82,8 +82,9 @@ class ChatAdapter:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         text: AgentText | None = None,
+        weights: bool = True,
     ) -> Self:
-        """Load from a folder or hub id; dtype None = as saved.
+        """Load from a folder or hub id; dtype None = as saved; without `weights` for a model that is run elsewhere.
 
         The image processor is read on its own, because the joint processor wants torchvision for videos, and as the
         PIL one, so that pixels are the same on every machine.
@@ -91,6 +92,8 @@ class ChatAdapter:
         tokenizer = cls._tokenizer(source)
         with readable_files(source):
             processor = cls.image_processor.from_pretrained(source)
+            if not weights:
+                return cls(Weightless.of(cls.architecture, source), tokenizer, processor, text)
         model = load_model(cls.architecture.from_pretrained, source, dtype=dtype or "auto", attn_implementation="sdpa")
         check_vocabulary(source, model, tokenizer)
         return cls(model.to(device or "cpu").eval(), tokenizer, processor, text)
