@@ -7,7 +7,8 @@ bytes of K and V that this attention cannot help reading. `--json` is written af
 tokens; its times are those of the reference kernels beside slow products of matrices, and are marked so.
 
 `python -m eval.speed decode` compares whole decoded tokens with transformers' own cache: see `eval.decode_speed`, and
-`python -m eval.speed dlm` what diffusion decoding costs outside the model: see `eval.dlm_speed`.
+`python -m eval.speed dlm` what diffusion decoding costs outside the model: see `eval.dlm_speed`; `python -m eval.speed
+rows` puts a batch of rows of very different lengths beside the rows alone: see `eval.dlm_rows`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from textkv.command import count, run, token_count, write_rows
 from textkv.devices import check_room
 from textkv.provenance import run_meta
 
-from . import decode_speed, dlm_speed
+from . import decode_speed, dlm_rows, dlm_speed
 from .arguments import add_methods, add_outputs, checked_budget
 from .textbench import FULL
 
@@ -176,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return decode_speed.main(argv[1:])
     if argv[:1] == ["dlm"]:
         return dlm_speed.main(argv[1:])
+    if argv[:1] == ["rows"]:
+        return dlm_rows.main(argv[1:])
     return run("eval.speed", parser(), work, argv)
 
 
