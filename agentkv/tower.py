@@ -11,16 +11,45 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 FEATURES = ("pooler_output", "deepstack_features")  # what decoders read of a tower's output
+
+
+PLACES = ("model.visual", "vision_tower")
+"""Where the architectures that we know have their towers."""
+
+
+def tower_of(model: PreTrainedModel) -> Tower | None:
+    """The tower of a model, the same one each time; None for a model without one that is known."""
+    if model not in _TOWERS:
+        known = dict(model.named_modules())
+        module = next((known[place] for place in PLACES if place in known), None)
+        _TOWERS[model] = None if module is None else Tower(module)
+    return _TOWERS[model]
+
+
+_TOWERS: WeakKeyDictionary[PreTrainedModel, Tower | None] = WeakKeyDictionary()
+
+
+@contextmanager
+def shown(model: PreTrainedModel, pictures: Sequence[bytes]) -> Iterator[None]:
+    """A context in which a model reads a prompt with these pictures: those that its tower knows are not encoded again.
+
+    Args:
+        pictures: digests of their pixels, in the order of the prompt; none = nothing is remembered.
+    """
+    tower = tower_of(model) if pictures else None
+    with nullcontext() if tower is None else tower.shows(pictures):
+        yield
 
 
 @dataclass
@@ -36,9 +65,10 @@ class _Encoded:
 
 
 class Tower:
-    """A model's vision tower with a memory of the last `most` pictures, least recently shown ones first to go.
+    """A vision tower that remembers as many pictures as the longest prompt had, and one more.
 
-    Outside of `shows` the tower is as it was. Several threads may show pictures to one tower, each from its own memory.
+    Those that were not shown for the longest time go first. Outside of `shows` the tower is as it was. Several threads
+    may show pictures to one tower, each from its own memory.
 
     Args:
         module: called with pixels [patches, values] and grid_thw [pictures, 3], as those of the Qwen families are.
@@ -46,10 +76,10 @@ class Tower:
 
     _hooks: ClassVar[WeakKeyDictionary[torch.nn.Module, list[Any]]] = WeakKeyDictionary()
     _lock: ClassVar[threading.Lock] = threading.Lock()
-    _shown: ClassVar[threading.local] = threading.local()
+    _now: ClassVar[threading.local] = threading.local()
 
-    def __init__(self, module: torch.nn.Module, most: int) -> None:
-        self._module, self._most = module, most
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module, self._most = module, 0
         self._held: OrderedDict[tuple, _Encoded] = OrderedDict()
         self._weights: tuple = ()
 
@@ -62,11 +92,11 @@ class Tower:
     def shows(self, pictures: Sequence[bytes]) -> Iterator[None]:
         """A context in which the model reads a prompt with these pictures, in order, by digests of their pixels."""
         with self._hooked():
-            self._shown.now = self, tuple(pictures)
+            self._now.shown = self, tuple(pictures)
             try:
                 yield
             finally:
-                self._shown.now = None
+                self._now.shown = None
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
@@ -76,7 +106,7 @@ class Tower:
             if module not in self._hooks:
                 # Another library may have set one already (accelerate does, to spread a model over devices).
                 self._hooks[module] = [0, vars(module).get("forward")]
-                module.forward = _asking(module.forward, self._shown)
+                module.forward = _asking(module.forward, self._now)
             self._hooks[module][0] += 1
         try:
             yield
@@ -107,7 +137,8 @@ class Tower:
         shown = [self._held[key] for key in keys]
         for key in keys:
             self._held.move_to_end(key)
-        while len(self._held) > max(self._most, len(set(keys))):
+        self._most = max(self._most, len(set(keys)) + 1)
+        while len(self._held) > self._most:
             self._held.popitem(last=False)
         return shown[0].kind(**{name: _joined([one.features[name] for one in shown]) for name in shown[0].features})
 
@@ -120,9 +151,9 @@ class Tower:
             self._weights = now
 
 
-def _asking(forward: Callable[..., Any], shown: threading.local) -> Callable[..., Any]:
+def _asking(forward: Callable[..., Any], here: threading.local) -> Callable[..., Any]:
     def ask(pixels: torch.Tensor, grid_thw: torch.Tensor, **options: Any) -> Any:
-        now = getattr(shown, "now", None)
+        now = getattr(here, "shown", None)
         asks_more = any(options.get(name) for name in ("output_hidden_states", "output_attentions"))
         if now is None or len(now[1]) != len(grid_thw) or asks_more or torch.is_grad_enabled():
             return forward(pixels, grid_thw=grid_thw, **options)

@@ -12,7 +12,6 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -22,9 +21,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from agentkv.envs.actions import Action
 from agentkv.grammars import CoordinateSpace, Frame, ParseError
 from agentkv.grammars.base import Grammar, Reading
-from agentkv.models.base import AgentText, History, Prompt
+from agentkv.models.base import AgentText, History, Prompt, Weightless
 from agentkv.spans import find_spans
-from agentkv.tower import Tower
 from textkv.checkpoints import check_vocabulary, load_model, load_tokenizer, readable_files
 
 
@@ -55,7 +53,6 @@ class ChatAdapter:
     layout: ClassVar[Layout] = Layout()
     image_processor: ClassVar[Any] = Qwen2VLImageProcessorPil
     architecture: ClassVar[type[PreTrainedModel]]
-    vision: ClassVar[str] = "model.visual"  # where in the architecture its vision tower is
     words: ClassVar[AgentText]
     grammar: ClassVar[Grammar]
     space: ClassVar[CoordinateSpace] = CoordinateSpace.RESIZED
@@ -79,11 +76,6 @@ class ChatAdapter:
                 f"{read[0]} and {read[1]}: take the preprocessor_config.json that belongs to this checkpoint"
             )
 
-    @cached_property
-    def tower(self) -> Tower:
-        """The vision tower, which remembers the screenshots of a prompt, and the one before."""
-        return Tower(self.model.get_submodule(self.vision), self.history_frames + 1)
-
     @classmethod
     def load(
         cls,
@@ -91,8 +83,9 @@ class ChatAdapter:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         text: AgentText | None = None,
+        weights: bool = True,
     ) -> Self:
-        """Load from a folder or hub id; dtype None = as saved.
+        """Load from a folder or hub id; dtype None = as saved; without `weights` for a model that is run elsewhere.
 
         The image processor is read on its own, because the joint processor wants torchvision for videos, and as the
         PIL one, so that pixels are the same on every machine.
@@ -100,6 +93,8 @@ class ChatAdapter:
         tokenizer = cls._tokenizer(source)
         with readable_files(source):
             processor = cls.image_processor.from_pretrained(source)
+            if not weights:
+                return cls(Weightless.of(cls.architecture, source), tokenizer, processor, text)
         model = load_model(cls.architecture.from_pretrained, source, dtype=dtype or "auto", attn_implementation="sdpa")
         check_vocabulary(source, model, tokenizer)
         return cls(model.to(device or "cpu").eval(), tokenizer, processor, text)

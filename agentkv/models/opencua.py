@@ -85,7 +85,6 @@ class OpenCuaAdapter(ChatAdapter):
 
     model_type = "opencua"
     architecture = OpenCuaForConditionalGeneration
-    vision = "vision_tower"
     words = OPENCUA
     grammar = opencua.GRAMMAR
     placeholder = "<|media_placeholder|>"

@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         type=results_file("eval.agentnetbench", beside=(".jsonl",)),
         help="rows (default runs/agentnetbench.json); the answers lie beside it",
     )
-    add_crew(p, 1, "each with the model; 1 = this one")
+    add_crew(p, 1, "each with the model; 1 = this one", models=True)
     how = p.add_mutually_exclusive_group()
     how.add_argument("--replay", action="store_true", help="score the ground truth itself; no model, no pictures")
     how.add_argument("--rescore", action="store_true", help="score the saved answers again, without the model")

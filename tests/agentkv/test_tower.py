@@ -13,6 +13,7 @@ from PIL import Image
 from agentkv.agent import Agent
 from agentkv.models import AGENTS
 from agentkv.models.chat import ChatAdapter
+from agentkv.tower import shown, tower_of
 from tests.agentkv.models.tiny import CONFIGS, tiny
 
 FAMILIES = {"qwen2_5_vl": "ui-tars", "qwen3_vl": "qwen3-vl", "qwen3_5": "qwen3.5", "opencua": "opencua"}
@@ -36,7 +37,7 @@ def read(adapter: ChatAdapter, numbers: list[int], seen: bool) -> torch.Tensor:
     with torch.inference_mode():
         if not seen:
             return adapter.model(**prompt.inputs).logits
-        with adapter.tower.shows(prompt.pictures):
+        with shown(adapter.model, prompt.pictures):
             return adapter.model(**prompt.inputs).logits
 
 
@@ -47,7 +48,7 @@ def test_logits_are_those_of_a_tower_without_memory(adapter: ChatAdapter) -> Non
 
 
 def test_a_step_encodes_its_own_screenshot_alone(adapter: ChatAdapter) -> None:
-    module, given = adapter.model.get_submodule(adapter.vision), []
+    module, given = tower_of(adapter.model)._module, []
     own = module.forward
 
     def spread(pixels: torch.Tensor, grid_thw: torch.Tensor, **more: object) -> object:
@@ -63,7 +64,7 @@ def test_a_step_encodes_its_own_screenshot_alone(adapter: ChatAdapter) -> None:
 
 
 def test_the_tower_is_as_it_was_outside(adapter: ChatAdapter) -> None:
-    module = adapter.model.get_submodule(adapter.vision)
+    module = tower_of(adapter.model)._module
     before = read(adapter, [0, 1], False)
     read(adapter, [0, 1], True)
     assert "forward" not in vars(module)
@@ -73,7 +74,7 @@ def test_the_tower_is_as_it_was_outside(adapter: ChatAdapter) -> None:
 def test_other_weights_are_another_tower(adapter: ChatAdapter) -> None:
     read(adapter, [0], True)
     with torch.no_grad():
-        next(adapter.model.get_submodule(adapter.vision).parameters()).mul_(1.5)
+        next(tower_of(adapter.model)._module.parameters()).mul_(1.5)
     assert torch.allclose(read(adapter, [0], True), read(adapter, [0], False), atol=1e-5)
     adapter.model.double()
     assert read(adapter, [0], True).dtype == torch.float64
@@ -81,16 +82,14 @@ def test_other_weights_are_another_tower(adapter: ChatAdapter) -> None:
 
 def test_the_oldest_go(adapter: ChatAdapter) -> None:
     read(adapter, [0], True)
-    one = adapter.tower.nbytes
+    one = tower_of(adapter.model).nbytes
     assert one > 0
     for number in range(20):
         read(adapter, [number], True)
-    assert adapter.tower.nbytes == (adapter.history_frames + 1) * one
-
-
-def test_a_prompt_of_more_than_are_held(adapter: ChatAdapter) -> None:
-    numbers = list(range(adapter.history_frames + 3))
-    assert torch.allclose(read(adapter, numbers, True), read(adapter, numbers, False), atol=1e-5)
+    assert tower_of(adapter.model).nbytes == 2 * one
+    read(adapter, [0, 1, 2], True)
+    read(adapter, [3], True)
+    assert tower_of(adapter.model).nbytes == 4 * one
 
 
 def test_two_threads_show_pictures_to_one_tower(adapter: ChatAdapter) -> None:
@@ -113,7 +112,7 @@ def test_two_threads_show_pictures_to_one_tower(adapter: ChatAdapter) -> None:
 
 def test_gradients_and_more_outputs_are_the_model_s_own(adapter: ChatAdapter) -> None:
     prompt = adapter.prompt("Find it", [], picture(0))
-    weight = next(adapter.model.get_submodule(adapter.vision).parameters())
-    with adapter.tower.shows(prompt.pictures):
+    weight = next(tower_of(adapter.model)._module.parameters())
+    with shown(adapter.model, prompt.pictures):
         adapter.model(**prompt.inputs).logits.sum().backward()
     assert weight.grad is not None and weight.grad.abs().sum() > 0

@@ -38,6 +38,7 @@ from textkv.command.crew import Crew, add_crew
 from textkv.command.ending import run, terminable
 from textkv.command.handover import hand_over
 from textkv.command.ray_cluster import cluster
+from textkv.command.ray_shared import Ask
 from textkv.command.results import (
     output_file,
     output_folder,
@@ -50,6 +51,7 @@ from textkv.command.results import (
 from textkv.command.workers import WorkerFailed, Workers
 
 __all__ = [
+    "Ask",
     "Crew",
     "WorkerFailed",
     "Workers",
