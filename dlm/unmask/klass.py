@@ -22,7 +22,7 @@ _TINY = 1e-12  # what the authors add to a probability before its logarithm
 
 
 class _Unmasker(BlockUnmasker):
-    """The block of the history, the last distributions [batch, r, V], whether they are a mask's, bool [batch, r], and in
+    """The block of the history, the last distributions [batch, r, V], whose they are (bool [batch, r], a mask's), and in
     how many forwards each mask held still."""
 
     per_row = ("history_block", "last", "seen", "calm")
