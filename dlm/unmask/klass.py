@@ -22,8 +22,13 @@ _TINY = 1e-12  # what the authors add to a probability before its logarithm
 
 
 class _Unmasker(BlockUnmasker):
-    """The block of the history, the last distributions [batch, r, V], whose they are (bool [batch, r], a mask's), and in
-    how many forwards each mask held still."""
+    """What is known of the last forward.
+
+    Attributes:
+        history_block: int64 [batch], the block that it belongs to.
+        last: fp64 [batch, r, V], its distributions; seen: bool [batch, r], which of them are a mask's.
+        calm: int64 [batch, r], in how many forwards each mask held still.
+    """
 
     per_row = ("history_block", "last", "seen", "calm")
 
