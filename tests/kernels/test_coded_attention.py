@@ -10,6 +10,7 @@ from textkv.kernels import coded_attention, decode_attention
 from textkv.kernels.codebook import decode, encode, turn_back
 
 SCALE = 0.3
+CPU = import_module("textkv.kernels._coded_cpu")
 MODULE = import_module("textkv.kernels.coded_attention")  # `kernels.coded_attention` is the function
 
 
@@ -40,6 +41,29 @@ def test_as_over_what_the_codes_stand_for(B, H, G, m, n, D, bits, monkeypatch):
     assert_same(coded_attention(q, k, v, bits=bits, signs=signs, scale=SCALE), true)
     monkeypatch.setattr(MODULE, "_NUMBERS", 1)  # tiles of 16 tokens
     assert_same(coded_attention(q, k, v, bits=bits, signs=signs, scale=SCALE), true)
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (3, 1), (8, 2)])
+@pytest.mark.parametrize("queries", [1, 3, 40])
+@pytest.mark.parametrize(
+    "tile, scores, tokens, rows", [(1, 1, 40, 256), (1 << 12, 1 << 9, 64, 16), (1 << 18, 1 << 17, 8192, 8)]
+)
+def test_the_cpu_s_path_is_the_reference(bits, queries, tile, scores, tokens, rows, monkeypatch):
+    for name, value in {"_TILE": tile, "_SCORES": scores, "_TOKENS": tokens, "_FEWEST": 16, "_ROWS": rows}.items():
+        monkeypatch.setattr(CPU, name, value)
+    (k, v), signs, _ = cached(2, 2, 100, 24, bits, marked=0.3)
+    q, centre, valid = torch.randn(2, 6, queries, 24), torch.randn(2, 2, 24), torch.rand(2, 1, 100) > 0.3
+    valid[1] = False
+    turned = {"inv_freq": torch.rand(2, 2, 5), "positions": torch.randint(0, 90, (2, 2, 100)).int()}
+    plain = {"bits": bits, "signs": signs, "scale": SCALE}
+    for options in (
+        {},
+        {"softcap": 2.0},
+        {"centre": centre, "valid": valid},
+        {"centre": centre, "softcap": 2.0} | turned,
+    ):
+        ours, true = (coded_attention(q, k, v, **plain, **options, _backend=x) for x in ("fused", "reference"))
+        assert not mismatch(ours, true, 3e-5), options
 
 
 @pytest.mark.parametrize("turns", [False, True])
@@ -107,7 +131,7 @@ def test_the_kernel_in_several_splits(dtype, tolerance, monkeypatch):
     assert not mismatch(found, coded_attention(q, k, v, bits=(4, 4), signs=signs, scale=SCALE, valid=valid), tolerance)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "fused", "triton"])
 def test_rows_that_are_not_seen_poison_nothing(backend):
     (k, v), signs, _ = cached(1, 2, 70, 16)
     valid, q = torch.rand(1, 2, 70) > 0.5, torch.randn(1, 4, 1, 16)
