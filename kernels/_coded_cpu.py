@@ -17,7 +17,7 @@ from .codebook import scales, vectors
 from .merge import reference as merge
 
 _TILE = 1 << 19  # numbers that are looked up at a time: 2 MB
-_SCORES = 1 << 17  # scores held at a time
+_SCORES = 1 << 19  # scores held at a time
 _ROWS = 256  # query rows at a time
 _TOKENS, _FEWEST = 8192, 1024  # tokens of a run at a time, at most and at least
 

@@ -21,7 +21,7 @@ from ._weights import weights_of
 from .merge import reference as merge
 
 _TILE = 1 << 18  # numbers unpacked at a time: 1 MB
-_SCORES = 1 << 17  # scores held at a time
+_SCORES = 1 << 19  # scores held at a time
 _ROWS = 256  # query rows at a time
 _TOKENS = 8192  # tokens of a run at a time, at most
 _FEWEST = 1024  # .. and at least, whatever the number of queries
