@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isqrt
 from time import perf_counter
 from typing import Any, Protocol
@@ -17,13 +18,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LogitsProcessor, LogitsProcessorList
 
 import textkv
+from agentkv.answering import Answered, Asked, answer
 from agentkv.envs.actions import Action, Finished, Several, ending
 from agentkv.grammars import Frame, ParseError
 from agentkv.models import History, ModelAdapter
-from textkv import Budget, MethodCache
+from textkv import Budget
 from textkv.cache import Trajectory
 
 
@@ -72,29 +73,21 @@ class Policy(Protocol):
         """The next action for what is on the screen now; `viewport` is (width, height) in CSS pixels."""
 
 
-class PrefillClock(LogitsProcessor):
-    """Notes when the first logits exist: the prompt is read and compressed, decoding begins."""
-
-    def __init__(self) -> None:
-        self.time: float | None = None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.time is None:
-            if scores.is_cuda:
-                torch.cuda.synchronize(scores.device)
-            self.time = perf_counter()
-        return scores
-
-
 class Agent:
     """A model behind its adapter, deciding with the cache that `method` and `budget` describe.
 
     `max_new_tokens` limits one answer; None = as long as the family's answers are. The model is switched to textkv's
-    attention once, here. Raises ValueError for an unknown method or a bad budget.
+    attention once, here. `ask`: who answers in place of the adapter's model. Raises ValueError for an unknown method or
+    a bad budget.
     """
 
     def __init__(
-        self, adapter: ModelAdapter, method: str, budget: Budget | float | str, max_new_tokens: int | None = None
+        self,
+        adapter: ModelAdapter,
+        method: str,
+        budget: Budget | float | str,
+        max_new_tokens: int | None = None,
+        ask: Callable[[Asked], Answered] | None = None,
     ) -> None:
         max_new_tokens = adapter.answer_tokens if max_new_tokens is None else max_new_tokens
         if max_new_tokens < 1:
@@ -102,7 +95,9 @@ class Agent:
         self.adapter, self.method = adapter, method
         self.budget = budget if isinstance(budget, Budget) else Budget.parse(str(budget))
         self.max_new_tokens = max_new_tokens
-        textkv.use(adapter.model)
+        if ask is None:
+            textkv.use(adapter.model)
+        self._ask = ask or partial(answer, adapter.model)
         self._learned: Trajectory | None = None
 
     def start(self, env: Any) -> None:
@@ -113,43 +108,26 @@ class Agent:
     @torch.inference_mode()
     def decide(self, goal: str, history: History, screenshot: Image.Image, viewport: tuple[int, int]) -> Decision:
         """Prompt, prefill, compress, decode greedily, parse. Never raises for what the model says."""
-        adapter = self.adapter
-        prompt = adapter.prompt(goal, history, screenshot, viewport)
-        cache = MethodCache(adapter.model, method=self.method, budget=self.budget)
-        known = ("input_ids", "attention_mask", "mm_token_type_ids")
-        if self._learned is not None:
-            cache.follow(self._learned)
-        cache.begin(
-            spans=[prompt.spans], grids=[prompt.grids], **{k: prompt.inputs[k] for k in known if k in prompt.inputs}
-        )
-        clock = PrefillClock()
-        begin = perf_counter()
-        out = adapter.model.generate(
-            **prompt.inputs,
-            past_key_values=cache,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([clock]),
-        )
-        self._learned = cache.trajectory
-        answer = out[0, prompt.inputs["input_ids"].shape[1] :].tolist()  # .tolist() waits for the device
-        end = perf_counter()
-        text = adapter.words_of(answer)
-        action, left_out = self._understood(text, self._cut(answer), prompt.frames[-1])
+        prompt = self.adapter.prompt(goal, history, screenshot, viewport)
+        about = self.method, self.budget, self.max_new_tokens, self._learned, prompt.pictures
+        found = self._ask(Asked(prompt.inputs, prompt.spans, prompt.grids, *about))
+        self._learned = found.learned
+        text = self.adapter.words_of(found.tokens)
+        action, left_out = self._understood(text, self._cut(found.tokens), prompt.frames[-1])
         return Decision(
             text=text,
             action=action,
             left_out=left_out,
             prompt_tokens=prompt.inputs["input_ids"].shape[1],
-            decode_tokens=len(answer),
-            seconds_prefill=clock.time - begin,
-            seconds_decode=end - clock.time,
-            kv_bytes=cache.at_rest.kv_bytes,
-            kv_bytes_peak=cache.peak_bytes,
-            kv_bytes_full=cache.at_rest.full_bytes,
-            tokens_stored=float(cache.at_rest.tokens_stored),
+            decode_tokens=len(found.tokens),
+            seconds_prefill=found.seconds_prefill,
+            seconds_decode=found.seconds_decode,
+            kv_bytes=found.kv_bytes,
+            kv_bytes_peak=found.kv_bytes_peak,
+            kv_bytes_full=found.kv_bytes_full,
+            tokens_stored=found.tokens_stored,
             spans=tuple((int(s), int(e)) for s, e in prompt.spans),
-            frames=kept_frames(cache.at_rest.kept, prompt.spans, prompt.grids),
+            frames=kept_frames(found.kept, prompt.spans, prompt.grids),
             frame=prompt.frames[-1],
         )
 

@@ -20,9 +20,11 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessorList
 
-from agentkv.agent import Agent, Decision, PrefillClock, kept_frames
+from agentkv.agent import Agent, Decision, kept_frames
+from agentkv.answering import PrefillClock
 from agentkv.grammars import Frame
 from agentkv.models import History, Prompt
+from agentkv.tower import shown
 from textkv import Conversation
 
 
@@ -110,15 +112,16 @@ class PersistentAgent(Agent):
         episode, adapter = self._episode, self.adapter
         talk, spans, grids = episode.talk, prompt.spans[episode.forgotten :], prompt.grids[episode.forgotten :]
         clock, begin = PrefillClock(), perf_counter()
-        out = talk.generate(
-            **prompt.inputs,
-            known_images=known,
-            spans=[spans],
-            grids=[grids],
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([clock]),
-        )
+        with shown(adapter.model, prompt.pictures):
+            out = talk.generate(
+                **prompt.inputs,
+                known_images=known,
+                spans=[spans],
+                grids=[grids],
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([clock]),
+            )
         columns = prompt.inputs["input_ids"].shape[1]
         answer = out[0, columns:].tolist()
         end = perf_counter()

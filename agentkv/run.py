@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from agentkv.agent import Agent
+from agentkv.answering import SharedModel
 from agentkv.envs.browser import Browser
 from agentkv.envs.dialogs import POLICIES
 from agentkv.errors import EXPLAINED, user_errors
@@ -47,6 +48,7 @@ from textkv.command import (
     scale,
     seed,
     some_text,
+    token_count,
     write_rows,
 )
 from textkv.provenance import run_meta
@@ -132,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device-scale", type=scale, help="device pixels per CSS pixel of a screenshot")
     p.add_argument("--max-steps", type=count, default=None, help="steps per episode (default: the task's own limit)")
     p.add_argument(
-        "--max-new-tokens", type=count, help="length limit of one answer (default: the family's; 64 for mini)"
+        "--max-new-tokens", type=token_count, help="length limit of one answer (default: the family's; 64 for mini)"
     )
     p.add_argument(
         "--out",
@@ -230,18 +232,25 @@ def tasks_of(args: argparse.Namespace) -> tuple[str, ...]:
     return (LIVE,) if args.url else tuple(args.tasks) or DEFAULT_TASKS
 
 
-def load(plan: Plan) -> ModelAdapter:
-    """The model of the plan, quietly; bf16 on a GPU, fp32 on a CPU."""
+def load(plan: Plan, weights: bool = True) -> ModelAdapter:
+    """The model of the plan, quietly; bf16 on a GPU, fp32 on a CPU; without `weights` for one that is run elsewhere."""
     logging.disable_progress_bar()
     try:
         dtype = torch.bfloat16 if "cuda" in plan.device else torch.float32
-        adapter = load_adapter(plan.model, plan.device, dtype, plan.agent)
+        adapter = load_adapter(plan.model, plan.device, dtype, plan.agent, weights)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model {plan.model}: {str(error).splitlines()[0]}") from error
+    if not weights:
+        return adapter
     if plan.device == "cpu" and adapter.model.num_parameters() < SMALL and "OMP_NUM_THREADS" not in os.environ:
         # A small model gains nothing from threads, and waits for them as soon as the browser wants a core.
         torch.set_num_threads(1)
     return adapter
+
+
+def load_shared(plan: Plan) -> SharedModel:
+    """The same model for agents in other processes."""
+    return SharedModel(load(plan).model)
 
 
 def fitted(plan: Plan, args: argparse.Namespace, adapter: ModelAdapter) -> Plan:

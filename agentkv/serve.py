@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +26,6 @@ from textkv.arguments import budget, device
 from textkv.checkpoints import read_object
 from textkv.command import checked, cluster, count, port, processes, run, seconds, size, some_text, writable_folder
 from textkv.models.loading import resolve
-from textkv.records import read_text
 
 MINI = {"mini": "vision", "mini-growing": "vision", "mini-text": "text"}
 MINI |= {"mini-dlm": "diffusion", "mini-dream": "diffusion"}
@@ -92,6 +92,7 @@ def serve(args: argparse.Namespace, argv: list[str]) -> None:
     logging.disable_progress_bar()
     if not args.api_key_file and not _only_here(args.host):
         raise ValueError(f"--host {args.host} lets other machines in; give --api-key-file FILE, or use 127.0.0.1")
+    here_alone = not args.api_key_file
     limits = Limits(args.max_request, args.queue, args.timeout)
     name, dtype = args.name or args.model, torch.bfloat16 if "cuda" in args.device else torch.float32
     model = OWN_NAME.get(args.model, args.model)
@@ -105,15 +106,17 @@ def serve(args: argparse.Namespace, argv: list[str]) -> None:
         if args.rows > 1 and engine in ("vision", "diffusion"):
             raise ValueError(f"--rows {args.rows} are for text models; leave it out, this is a {engine} model")
         if args.ray is None:
-            app = build_app(kind.open(opening), name, limits, args.api_key_file)
+            app = build_app(kind.open(opening), name, limits, args.api_key_file, here_alone=here_alone)
         else:
             if opening.method is not None and engine != "diffusion":
                 resolve_method(opening.method, opening.budget)
             spread = stack.enter_context(replicas(args.replicas, args.ray, engine, opening, limits.waiting))
-            app = build_app(Door(), name, limits, args.api_key_file, spread)
+            app = build_app(Door(), name, limits, args.api_key_file, spread, here_alone)
         print(f"http://{args.host}:{args.port}/v1 serves {name}", flush=True)
         # No access log: addresses of clients and paths are nobody's business, and prompts never were in it.
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[door])
+        # Answers that are still being written when it is told to stop get a moment.
+        told = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 1}
+        uvicorn.Server(uvicorn.Config(app, **told)).run(sockets=[door])
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -153,15 +156,11 @@ def template(text: str) -> str:
     return read_template(text)
 
 
-def keys(text: str) -> tuple[str, ...]:
-    """The keys in a file, one a line."""
-    try:
-        found = tuple(line.strip() for line in read_text(Path(text)).splitlines() if line.strip())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no keys can be read from {text!r}: {error}") from None
-    if not found:
-        raise ValueError(f"{text} holds no key; write one a line")
-    return found
+def keys(text: str) -> Any:
+    """The keys in a file, one a line; it is read again when it changes."""
+    from textkv.serve.doorkeeper import KeyFile
+
+    return KeyFile(Path(text))
 
 
 def _only_here(host: str) -> bool:

@@ -25,7 +25,18 @@ from textkv import resolve_method
 from textkv.arguments import budgets, method
 from textkv.capacity import ModelShape
 from textkv.checkpoints import check_layers, readable_files
-from textkv.command import count, finite, lengths, names, natural, results_file, run, size, some_text, write_rows
+from textkv.command import (
+    finite,
+    lengths,
+    names,
+    natural,
+    results_file,
+    run,
+    size,
+    some_text,
+    token_count,
+    write_rows,
+)
 from textkv.crowd import Rates, Turns, order_of, play
 from textkv.models.loading import resolve
 from textkv.provenance import run_meta
@@ -54,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--crowd", type=lengths, help="play so many conversations through, as 10,100,1000,10000")
     p.add_argument("--disk", type=size, default=0, help="with --crowd: room for those that do not fit (none)")
     p.add_argument("--rates", type=rates, metavar="READ,WRITE,LOAD", help="tokens/s, tokens/s, size/s: 4000,50,1GB")
-    p.add_argument("--answer", type=count, default=50, help="with --rates: tokens of an answer (50)")
+    p.add_argument("--answer", type=token_count, default=50, help="with --rates: tokens of an answer (50)")
     p.add_argument("--json", type=results_file("agentkv.size"), help="write the rows here")
     return p
 

@@ -8,6 +8,7 @@ done = decode(model, ids, gen_length=128, cache="freecache+kivi(4)", unmask="thr
 print(tokenizer.decode(done.ids[0]), done.stats)
 """
 
+import textkv  # noqa: F401  (first: it hears what the imports below raise)
 from dlm.cache import list_caches, resolve_cache
 from dlm.config import DecodingConfig
 from dlm.decode import Decoded, Piece, Stats, decode, stream

@@ -124,7 +124,7 @@ class Loop:
         plan = run.plan(slots)
         self.stats.row_forwards += canvas.batch
         if drafts is not None:
-            choice = self._verify(Nodes(canvas, *drafts, self.finish_nodes), slots, plan)
+            choice = self._verify(Nodes(canvas, *drafts, self.unmasker.early, self.finish_nodes), slots, plan)
         else:
             logits = self._logits(slots, plan)
             if self.hook is not None:

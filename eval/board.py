@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from textkv import Method, MethodCache, list_methods, resolve_method
 from textkv.arguments import budgets, methods
-from textkv.command import count, run, some_text, text_file, write_rows, write_text
+from textkv.command import question_count, run, some_text, text_file, token_count, write_rows, write_text
 from textkv.provenance import run_meta
 from textkv.reading import Reading, ReadsItself
 from textkv.report import scanned
@@ -252,8 +252,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budgets", type=budgets, default="0.5,0.25,0.1", help="comma-separated shares, or tokens as 64t")
     add_choice(p, "tasks", TASKS)
     add_choice(p, "asked", (KNOWN, UNKNOWN), ": is the question there when it cuts?")
-    p.add_argument("--length", type=count, default=1024, help="tokens of a prompt, question included (default 1024)")
-    p.add_argument("--n", type=count, default=48, help="prompts per task (default 48)")
+    p.add_argument(
+        "--length", type=token_count, default=1024, help="tokens of a prompt, question included (default 1024)"
+    )
+    p.add_argument("--n", type=question_count, default=48, help="prompts per task (default 48)")
     p.add_argument("--text", type=text_file, help="text whose lines stand between the facts; default: plain sentences")
     add_dtype(p)
     add_outputs(p, "markdown", when="; gone on with if it exists", default="runs/board.json", beside=(".jsonl",))

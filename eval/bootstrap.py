@@ -29,14 +29,14 @@ def resampled(values: np.ndarray, weights: np.ndarray | None = None) -> tuple[fl
     return float((values * weights).sum() / weights.sum()), float(low), float(high)
 
 
-def clustered(clusters: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """(mean, low, high) of scores of 0 to 1 in clusters that are drawn as wholes, as steps of one task are: the mean is
-    over all scores. A single cluster is taken apart, and its interval is of that cluster only.
+def clustered(clusters: Sequence[Sequence[float]], floor: float = 0.0) -> tuple[float, float, float]:
+    """(mean, low, high) of scores of `floor` to 1 in clusters that are drawn as wholes, as steps of one task are: the
+    mean is over all scores. A single cluster is taken apart, and its interval is of that cluster only.
     """
     parts = [list(cluster) for cluster in clusters if len(cluster)]
     if len(parts) == 1:
         parts = [[score] for score in parts[0]]
     if not parts:
-        return 0.0, 0.0, 1.0
+        return 0.0, floor, 1.0
     means = np.array([sum(part) / len(part) for part in parts])
-    return interval(means, np.array([float(len(part)) for part in parts]), 0.0)
+    return interval(means, np.array([float(len(part)) for part in parts]), floor)

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from textkv import Budget, MethodCache, resolve_method
 from textkv.arguments import budgets, methods
-from textkv.command import count, lengths, run, some_text, text_file, write_rows
+from textkv.command import count, lengths, question_count, run, some_text, text_file, token_count, write_rows
 from textkv.models.embedder import Embedder
 from textkv.provenance import run_meta
 from textkv.reuse.chat import ends
@@ -194,8 +194,8 @@ def parser() -> argparse.ArgumentParser:
         default="2048",
         help="lengths of generated conversations (default 2048)",
     )
-    p.add_argument("--conversations", type=count, default=4, help="of each length (default 4)")
-    p.add_argument("--questions", type=count, default=8, help="about each generated one (default 8)")
+    p.add_argument("--conversations", type=question_count, default=4, help="of each length (default 4)")
+    p.add_argument("--questions", type=question_count, default=8, help="about each generated one (default 8)")
     p.add_argument("--data", type=text_file, help="LoCoMo or LongMemEval JSON in place of generated conversations")
     p.add_argument("--block", type=count, default=256, help="tokens read at a time (default 256)")
     p.add_argument("--probe", type=count, default=128, help="epicache: most tokens of a probe (default 128)")
@@ -207,7 +207,9 @@ def parser() -> argparse.ArgumentParser:
         default=OWN,
         help="own: the model's token embeddings; minilm, a folder, or a hub id",
     )
-    p.add_argument("--max-new", type=count, default=DIGITS + 4, help=f"tokens of an answer (default {DIGITS + 4})")
+    p.add_argument(
+        "--max-new", type=token_count, default=DIGITS + 4, help=f"tokens of an answer (default {DIGITS + 4})"
+    )
     add_dtype(p)
     add_outputs(p, when="; gone on with if it exists", default="runs/conversations.json", beside=(".jsonl",))
     return p

@@ -160,12 +160,13 @@ class Bench:
         """What each arm does with the batch that begins with problem `first`; nobody is always the first to answer."""
         turn = first // self.size % len(arms)
         tallies = [Tally() for _ in arms]
-        for i in (*range(turn, len(arms)), *range(turn)):
-            self.answer(arms[i], first, tallies[i])
+        answers = {i: self.answer(arms[i], first, tallies[i]) for i in (*range(turn, len(arms)), *range(turn))}
+        for i, tally in enumerate(tallies):
+            tally.same = "".join(str(int(mine == his)) for mine, his in zip(answers[i], answers[0], strict=True))
         return tallies
 
-    def answer(self, arm: Arm, first: int, tally: Tally) -> None:
-        """Adds the batch that begins with problem `first` to the arm's tally."""
+    def answer(self, arm: Arm, first: int, tally: Tally) -> list[list[int]]:
+        """Adds the batch that begins with problem `first` to the arm's tally; the answers' tokens."""
         asked, prompts = (x[first : first + self.size] for x in (self.asked, self.prompts))
         done = decode_prompts(self.model, prompts, arm.config, self.guide, self.seed + first)
         texts = [answer_text(self.tokenizer, row, self.model.decoding_spec.eos_ids) for row in done.ids.tolist()]
@@ -176,6 +177,7 @@ class Bench:
         tally.totals["tokens"] += sum(done.stats.text_tokens)
         tally.cache_bytes = max(tally.cache_bytes, done.stats.cache_bytes)
         tally.cache_bytes_peak = max(tally.cache_bytes_peak, done.stats.cache_bytes_peak)
+        return done.ids.tolist()
 
 
 @dataclass(frozen=True)
@@ -255,11 +257,11 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     """One line per arm: accuracy, then what it took less than "none"; bytes of the cache at the end, and the most."""
     about = rows[0]
     title = f"{about['task']}, {about['n']} problems, {about['gen_length']} tokens in blocks of {about['block_length']}"
-    made = Table(
-        title=f"{title}; x = times less than none", box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0)
-    )
+    title += "; x = times less than none, equal = answers that are none's"
+    made = Table(title=title, box=SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     made.add_column("arm", overflow="fold")
-    for name in ("accuracy (95 %)", "forwards", "x", "query tokens", "x", "guider", "tokens/forward", "seconds", "x"):
+    figures = ("forwards", "x", "query tokens", "x", "guider", "tokens/forward", "seconds", "x")
+    for name in ("accuracy (95 %)", "equal", *figures):
         made.add_column(name, justify="right", no_wrap=True)
     for name in ("cache", "peak"):
         made.add_column(name, justify="right", no_wrap=True)
@@ -268,6 +270,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         made.add_row(
             name,
             f"{row['accuracy']:.1%} ({row['low']:.0%}-{row['high']:.0%})",
+            f"{row['equal']:.1%}",
             f"{row['forwards']:,}",
             f"{row['forwards_ratio']:.2f}",
             f"{row['query_tokens']:,}",
@@ -309,7 +312,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--grid", type=command.names, default="freecache,freecache+threshold(0.9)", help="cache+rule, ... or all"
     )
-    p.add_argument("--n", type=command.count, default=20, help="problems (20)")
+    p.add_argument("--n", type=command.question_count, default=20, help="problems (20)")
     p.add_argument("--batch-size", type=command.count, default=1, help="problems that are answered together (1)")
     lengths = ", ".join(f"{tokens} for {task}" for task, tokens in GEN_LENGTH.items())
     add_arguments(p, OPTIONS, gen_length=f"tokens to generate ({lengths})", eos="what an end of text does, in all arms")

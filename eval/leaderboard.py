@@ -24,7 +24,18 @@ from rich.table import Table
 
 from textkv import list_methods
 from textkv.arguments import budgets, methods
-from textkv.command import Crew, add_crew, count, natural, run, some_text, text_file, write_rows, write_text
+from textkv.command import (
+    Crew,
+    add_crew,
+    natural,
+    question_count,
+    run,
+    some_text,
+    text_file,
+    token_count,
+    write_rows,
+    write_text,
+)
 from textkv.intervals import wilson
 from textkv.mini.facts import TASKS
 from textkv.mini.tasks import FIRST_EVALUATION_SEED
@@ -233,8 +244,8 @@ def parser() -> argparse.ArgumentParser:
         "--budgets", type=budgets, default="0.5,0.2,0.1,0.05", help="comma-separated shares, or tokens as 64t"
     )
     add_choice(p, "tasks", TASKS)
-    p.add_argument("--length", type=count, default=1024, help="tokens of a prompt with its answer (default 1024)")
-    p.add_argument("--n", type=count, default=16, help="examples per task (default 16)")
+    p.add_argument("--length", type=token_count, default=1024, help="tokens of a prompt with its answer (default 1024)")
+    p.add_argument("--n", type=question_count, default=16, help="examples per task (default 16)")
     p.add_argument("--text", type=text_file, help="text for the perplexity; its last tenth is used")
     p.add_argument(
         "--memory",

@@ -31,7 +31,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from textkv import models
-from textkv.command import count, fractions, names, run, some_text, text_file, write_rows
+from textkv.command import count, fractions, names, run, some_text, text_file, token_count, write_rows
 from textkv.masa import Conversion, Converted, Plan, attach, export, plan
 from textkv.masa.command import rows_of
 from textkv.masa.projections import find_projections
@@ -202,7 +202,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--groups", type=count, default=1, help="groups of consecutive layers (default 1)")
     p.add_argument("--text", type=text_file, help="plain text; default: a small grammar's sentences")
     p.add_argument("--rows", type=count, default=32, help="pieces of the text to measure on (default 32)")
-    p.add_argument("--length", type=count, default=256, help="tokens of a piece (default 256)")
+    p.add_argument("--length", type=token_count, default=256, help="tokens of a piece (default 256)")
     add_outputs(p, when=", after every model", default="runs/masa.json", beside=(".jsonl",))
     return p
 

@@ -25,7 +25,19 @@ from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from textkv.command import count, finite, fraction, lengths, natural, positive, run, some_text, write_rows
+from textkv.command import (
+    count,
+    finite,
+    fraction,
+    lengths,
+    natural,
+    positive,
+    question_count,
+    run,
+    some_text,
+    token_count,
+    write_rows,
+)
 from textkv.intervals import wilson
 from textkv.mini.filler import sentences
 from textkv.mini.words import KEYS
@@ -214,13 +226,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--topology", choices=TOPOLOGIES, default="chain", help="who reads whose answer (default chain)")
     p.add_argument("--shared", type=lengths, default="1024", help="comma-separated tokens of a document (default 1024)")
     p.add_argument("--documents", type=count, default=4, help="documents (default 4)")
-    p.add_argument("--requests", type=count, default=24, help=f"questions, at most {FACTS} per document (default 24)")
+    p.add_argument(
+        "--requests", type=question_count, default=24, help=f"questions, at most {FACTS} per document (default 24)"
+    )
     p.add_argument("--gamma", type=finite, default=0.3, help="kvcomm: entropy up to which a text is estimated")
     p.add_argument("--distance", choices=("rms", "paper"), default="rms", help="kvcomm: how texts are compared")
     p.add_argument("--temperature", type=positive, help="kvcomm: of the weights; default: the distance's own")
     p.add_argument("--pool-bytes", type=natural, default=3_000_000_000, help="kvcomm: bytes of each pool (default 3e9)")
     p.add_argument("--share", type=fraction, default=0.15, help="recompute: tokens read again (default 0.15)")
-    p.add_argument("--fresh", type=count, default=96, help="kvcomm-fresh: last tokens that are read (default 96)")
+    p.add_argument("--fresh", type=token_count, default=96, help="kvcomm-fresh: last tokens that are read (default 96)")
     add_outputs(p, when=" after every request; a team and length that are whole there are not asked again")
     return p
 

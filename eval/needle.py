@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from textkv.command import checked, count, lengths, run, some_text, write_rows
+from textkv.command import checked, count, lengths, question_count, run, some_text, write_rows
 from textkv.intervals import wilson
 from textkv.mini.facts import TASKS, check_task
 from textkv.mini.tasks import FIRST_EVALUATION_SEED
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--task", type=checked(check_task), default="needle", help=f"one of {', '.join(TASKS)}")
     p.add_argument("--lengths", type=lengths, default="256,512,1024,2048", help="tokens of a prompt with its answer")
     p.add_argument("--depths", type=count, default=5, help="places of the fact, from first to last (default 5)")
-    p.add_argument("--n", type=count, default=16, help="facts per cell (default 16)")
+    p.add_argument("--n", type=question_count, default=16, help="facts per cell (default 16)")
     add_outputs(p, "plot")
     return p
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from textkv import MethodCache, use
 from textkv.arguments import methods
-from textkv.command import count, run, some_text, text_file, write_rows
+from textkv.command import count, run, some_text, text_file, token_count, write_rows
 from textkv.provenance import run_meta
 
 from .arguments import add_outputs, checked_budget
@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", type=some_text, default="mini", help=MODEL_HELP)
     p.add_argument("--methods", type=methods(), default="window,streaming_llm,lacache", help="comma-separated methods")
     p.add_argument("--cache", type=count, default=256, help="tokens to keep per layer and head (default 256)")
-    p.add_argument("--tokens", type=count, default=8192, help="length of the text (default 8192)")
+    p.add_argument("--tokens", type=token_count, default=8192, help="length of the text (default 8192)")
     p.add_argument("--stretches", type=count, default=8, help="parts of the text to be told apart (default 8)")
     p.add_argument("--text", type=text_file, help="its last tenth is read; default: held-out plain sentences")
     add_outputs(p, "plot")

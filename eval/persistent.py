@@ -26,7 +26,7 @@ from agentkv.reading import read_run
 from agentkv.run import AGENTS_BY_CACHE, EVALUATION_SEEDS, HISTORY, budget_of, fitting_scale, load
 from agentkv.tables import stdout_console
 from textkv.arguments import budget, methods
-from textkv.command import count, episodes, natural, output_folder, run, seed, some_text, write_rows
+from textkv.command import count, episodes, natural, output_folder, run, seed, some_text, token_count, write_rows
 from textkv.intervals import wilson
 from textkv.provenance import run_meta
 
@@ -211,7 +211,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--history", type=count, default=HISTORY, help="screenshots in a prompt (5)")
     p.add_argument("--episodes", type=episodes, default=10, help="per arm (10)")
     p.add_argument("--max-steps", type=count, help="of an episode (default: the task's own limit)")
-    p.add_argument("--max-new-tokens", type=count, default=64, help="length limit of one answer (64)")
+    p.add_argument("--max-new-tokens", type=token_count, default=64, help="length limit of one answer (64)")
     p.add_argument("--device-scale", type=count, default=1, help="device pixels per CSS pixel of a screenshot (1)")
     p.add_argument("--seed", type=seed, default=EVALUATION_SEEDS, help="first seed")
     p.add_argument("--chromium", type=some_text, help="path of the browser to use")

@@ -29,7 +29,19 @@ from rich.table import Table
 
 from textkv import models
 from textkv.arguments import method
-from textkv.command import count, finite, fraction, readable_folder, run, seed, some_text, text_file, write_rows
+from textkv.command import (
+    count,
+    finite,
+    fraction,
+    question_count,
+    readable_folder,
+    run,
+    seed,
+    some_text,
+    text_file,
+    token_count,
+    write_rows,
+)
 from textkv.intervals import wilson
 from textkv.provenance import run_meta
 from textkv.rag import Index, Reader, read_folder
@@ -235,8 +247,8 @@ def parser() -> argparse.ArgumentParser:
     add_choice(p, "methods", METHODS)
     p.add_argument("--documents", type=readable_folder, help="a folder of .txt and .md files, with --questions")
     p.add_argument("--questions", type=text_file, help="lines of JSON with a question and its answer")
-    p.add_argument("--n", type=count, default=24, help="questions of the invented world")
-    p.add_argument("--stories", type=count, default=16, help="chains of three facts in it")
+    p.add_argument("--n", type=question_count, default=24, help="questions of the invented world")
+    p.add_argument("--stories", type=question_count, default=16, help="chains of three facts in it")
     p.add_argument("--seed", type=seed, default=0, help="of the invented world")
     p.add_argument(
         "--embedder", type=some_text, default="bm25", help="bm25, minilm, a folder, a hub id, or module:Class"
@@ -248,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--interval", type=count, default=8, help="tokens between two searches of `fixed`, and of a draft")
     p.add_argument("--quantile", type=fraction, default=QUANTILE, help="of the scores of unsure words, for theta")
     p.add_argument("--theta", type=finite, help="of both readings, instead of the quantile")
-    p.add_argument("--tokens", type=count, default=48, help="of an answer, at most")
+    p.add_argument("--tokens", type=token_count, default=48, help="of an answer, at most")
     add_outputs(p, when=", after every answer", default="runs/rag.json", beside=(".jsonl",))
     return p
 

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,16 @@ import torch
 from agentkv.serve import engine_of
 from textkv import Conversation, resolve_method
 from textkv.arguments import budget, methods
-from textkv.command import count, lengths, run, some_text, started, write_rows
+from textkv.command import (
+    client_counts,
+    count,
+    question_count,
+    run,
+    some_text,
+    started,
+    token_count,
+    write_rows,
+)
 from textkv.crowd import Turns, order_of, play
 from textkv.mini import load_mini
 from textkv.provenance import run_meta
@@ -43,6 +52,7 @@ from .finished import finished
 
 SEED = 7
 PEER = "transformers serve"
+ROUNDS = 3  # of each load: the servers take turns
 BOARD = ("model", "budget", "conversations", "steps", "holds", "words", "answer", "requests")
 """What all rows of a file have in common."""
 WORDS = "the man who came home saw his old house and a light in the window of that night".split()
@@ -69,13 +79,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", type=some_text, default="mini-text", help="mini-text, or what agentkv.serve takes")
     p.add_argument("--methods", type=methods(), default="full,snapkv", help="of the caches (full,snapkv)")
     p.add_argument("--budget", type=budget, default="0.4", help="share of the tokens to keep, or 512t (0.4)")
-    p.add_argument("--conversations", type=count, default=50, help="at a time (50)")
+    p.add_argument("--conversations", type=question_count, default=50, help="at a time (50)")
     p.add_argument("--steps", type=count, default=20, help="of each (20)")
     p.add_argument("--holds", type=count, default=10, help="conversations that the memory holds (10)")
-    p.add_argument("--words", type=count, default=60, help="of a message (60)")
-    p.add_argument("--answer", type=count, default=12, help="tokens of an answer (12)")
-    p.add_argument("--clients", type=lengths, default="1,4,16", help="at once, for the load (1,4,16)")
-    p.add_argument("--requests", type=count, default=96, help="of each load (96)")
+    p.add_argument("--words", type=token_count, default=60, help="of a message (60)")
+    p.add_argument("--answer", type=token_count, default=12, help="tokens of an answer (12)")
+    p.add_argument("--clients", type=client_counts, default="1,4,16", help="at once, for the load (1,4,16)")
+    p.add_argument("--requests", type=question_count, default=96, help=f"of each of the {ROUNDS} rounds of a load (96)")
     p.add_argument("--peer", action="store_true", help="the load on `transformers serve` too, with the same weights")
     add_outputs(p, when=", after every row; gone on with if it exists")
     return p
@@ -101,22 +111,38 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def measured(args: argparse.Namespace, known: set[tuple] = frozenset()) -> Iterator[dict[str, Any]]:
-    """All rows but the `known` ones, method after method."""
+    """All rows but the `known` ones: many conversations method after method, then the load of all servers."""
     for method in args.methods:
         args.method = method
         tiers = [disk for disk in (False, True) if ("many", method, disk) not in known]
         alone = Alone(args) if tiers else None
         for disk in tiers:
             yield many(args, alone, disk)
+    yield from loads(args, known)
+
+
+def loads(args: argparse.Namespace, known: set[tuple]) -> Iterator[dict[str, Any]]:
+    """A row per number of clients and server. The servers take turns, round after round: what else the machine does
+    meanwhile falls on all of them alike.
+    """
+    servers = [("agentkv", method) for method in args.methods] + [(PEER, None)] * args.peer
+    with ExitStack() as stack:
+        doors: dict[tuple, tuple[int, str]] = {}
         for clients in args.clients:
-            if ("load", "agentkv", method, clients) not in known:
-                with serving(open_engine(args)) as port:
-                    yield load(args, clients, port)
-    left = [clients for clients in args.clients if args.peer and ("load", PEER, None, clients) not in known]
-    if left:
-        with transformers_serving() as (port, name):
-            for clients in left:
-                yield load(args, clients, port, PEER, name)
+            left = [one for one in servers if ("load", *one, clients) not in known]
+            told: dict[tuple, list[tuple[list[Reply], float]]] = {one: [] for one in left}
+            for number in range(ROUNDS):
+                for one in left:
+                    if one not in doors:
+                        doors[one] = stack.enter_context(
+                            transformers_serving() if one[0] == PEER else own(args, one[1])
+                        )
+                    told[one].append(load(args, clients, *doors[one], number))
+            for server, method in left:
+                replies = [reply for found, _ in told[server, method] for reply in found]
+                row = {"what": "load", "server": server, "model": args.model, "clients": clients, "n": len(replies)}
+                row |= {"method": method, "budget": args.budget} if server == "agentkv" else {}
+                yield row | timed(replies, sum(seconds for _, seconds in told[server, method]))
 
 
 def _key(row: dict[str, Any]) -> tuple:
@@ -209,16 +235,50 @@ def many(args: argparse.Namespace, alone: Alone, disk: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def load(args: argparse.Namespace, clients: int, port: int, server: str = "agentkv", name: str = "m") -> dict[str, Any]:
-    """`--requests` requests by so many clients at once, each telling conversations of its own, nothing limited."""
+@contextmanager
+def own(args: argparse.Namespace, method: str) -> Iterator[tuple[int, str]]:
+    """`python -m agentkv.serve`, while it is needed: its port, and the model's name there."""
+    with tempfile.TemporaryDirectory() as folder:
+        template = Path(folder) / "chat.jinja"
+        template.write_text(TEMPLATE)
+        asked = ["--model", args.model, "--method", method, "--budget", args.budget, "--device", args.device or "cpu"]
+        asked += ["--chat-template", str(template)] if args.model == "mini-text" else []
+        with _served([sys.executable, "-m", "agentkv.serve", *asked]) as port:
+            yield port, args.model
+
+
+@contextmanager
+def _served(command: Sequence[str], patience: float = 240.0) -> Iterator[int]:
+    """A server in a process of its own, while it is needed: its port.
+
+    Raises:
+        ChildProcessError: it did not start, or did not answer in `patience` seconds.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with started([*command, "--port", str(port)], **quiet) as process:
+        until = time.monotonic() + patience
+        while not _open(port):
+            if process.poll() is not None or time.monotonic() > until:
+                raise ChildProcessError(f"{' '.join(command[:3])} did not start")
+            time.sleep(0.2)
+        yield port
+
+
+def load(args: argparse.Namespace, clients: int, port: int, name: str, number: int) -> tuple[list[Reply], float]:
+    """`--requests` requests by so many clients at once, each telling conversations of its own and of this round alone,
+    nothing limited: the answers, and the seconds for all.
+    """
     each = max(1, args.requests // clients)
 
-    def tell(number: int) -> list[Reply]:
-        client, messages, replies = Client(port), [], []
+    def tell(client: int) -> list[Reply]:
+        line, messages, replies = Client(port), [], []
         for step in range(each):
             messages = messages if step % args.steps else []
-            messages.append(message(number * 1000 + step // args.steps, step, args.words))
-            replies.append(client.ask(body(args, messages) | {"model": name}))
+            talk = (number * 1000 + client) * 1000 + step // args.steps
+            messages.append(message(talk, step, args.words))
+            replies.append(line.ask(body(args, messages) | {"model": name}))
             messages.append({"role": "assistant", "content": replies[-1].text})
         return replies
 
@@ -226,10 +286,7 @@ def load(args: argparse.Namespace, clients: int, port: int, server: str = "agent
     with ThreadPoolExecutor(clients) as pool:
         begun = time.perf_counter()
         replies = [reply for told in pool.map(tell, range(clients)) for reply in told]
-        seconds = time.perf_counter() - begun
-    row = {"what": "load", "server": server, "model": args.model, "clients": clients, "n": len(replies)}
-    own = {"method": args.method, "budget": args.budget} if server == "agentkv" else {}
-    return row | own | timed(replies, seconds)
+        return replies, time.perf_counter() - begun
 
 
 def timed(replies: Sequence[Reply], seconds: float | None = None) -> dict[str, float]:
@@ -280,27 +337,15 @@ def serving(engine: ChatEngine) -> Iterator[int]:
 
 
 @contextmanager
-def transformers_serving(patience: float = 120.0) -> Iterator[tuple[int, str]]:
-    """`transformers serve` with the embedded text model, while it is needed: its port, and the model's name there.
-
-    Raises:
-        ChildProcessError: it did not start, or did not answer in `patience` seconds.
-    """
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
+def transformers_serving() -> Iterator[tuple[int, str]]:
+    """`transformers serve` with the embedded text model, while it is needed: its port, and the model's name there."""
+    with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = load_mini()
         tokenizer.chat_template = TEMPLATE
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        port = free.getsockname()[1]
-        free.close()
-        command = [str(Path(sys.executable).parent / "transformers"), "serve", folder, "--port", str(port)]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        with started([*command, "--device", "cpu"], **quiet) as process:
-            until = time.monotonic() + patience
-            while not _open(port):
-                if process.poll() is not None or time.monotonic() > until:
-                    raise ChildProcessError("transformers serve did not start")
-                time.sleep(0.2)
+        command = [str(Path(sys.executable).parent / "transformers"), "serve", folder, "--device", "cpu"]
+        with _served(command) as port:
             yield port, folder
 
 

@@ -7,7 +7,8 @@ bytes of K and V that this attention cannot help reading. `--json` is written af
 tokens; its times are those of the reference kernels beside slow products of matrices, and are marked so.
 
 `python -m eval.speed decode` compares whole decoded tokens with transformers' own cache: see `eval.decode_speed`, and
-`python -m eval.speed dlm` what diffusion decoding costs outside the model: see `eval.dlm_speed`.
+`python -m eval.speed dlm` what diffusion decoding costs outside the model: see `eval.dlm_speed`; `python -m eval.speed
+rows` puts a batch of rows of very different lengths beside the rows alone: see `eval.dlm_rows`.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from textkv import MethodCache, list_methods
-from textkv.command import count, run, write_rows
+from textkv.command import count, run, token_count, write_rows
 from textkv.devices import check_room
 from textkv.provenance import run_meta
 
-from . import decode_speed, dlm_speed
+from . import decode_speed, dlm_rows, dlm_speed
 from .arguments import add_methods, add_outputs, checked_budget
 from .textbench import FULL
 
@@ -162,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__.split("\n\n")[0])
     add_methods(p, "all", "0.2", all_known=True)
-    p.add_argument("--length", type=count, help="tokens of the prompt (default 512 on a CPU, 16384 on a GPU)")
+    p.add_argument("--length", type=token_count, help="tokens of the prompt (default 512 on a CPU, 16384 on a GPU)")
     p.add_argument("--layers", type=count, default=2, help="layers of the model (default 2: 1.8 GB in fp32)")
     p.add_argument("--rounds", type=count, default=3, help="rounds that count (default 3)")
     add_outputs(p, when=", after every round")
@@ -176,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return decode_speed.main(argv[1:])
     if argv[:1] == ["dlm"]:
         return dlm_speed.main(argv[1:])
+    if argv[:1] == ["rows"]:
+        return dlm_rows.main(argv[1:])
     return run("eval.speed", parser(), work, argv)
 
 

@@ -28,9 +28,11 @@ class Arm:
 
 @dataclass
 class Tally:
-    """What an arm has done so far; `right` has one of "0" and "1" for each problem."""
+    """What an arm has done so far; `right` and `same` have one of "0" and "1" for each problem: whether the answer is
+    right, and whether it is, token for token, that of the first arm."""
 
     right: str = ""
+    same: str = ""
     totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*TOTALS, "committed", "tokens"), 0))
     cache_bytes: int = 0
     cache_bytes_peak: int = 0
@@ -39,13 +41,17 @@ class Tally:
     def of(cls, row: dict[str, Any]) -> Tally:
         """Back from a row. Raises ValueError for one that lacks a figure."""
         names = (*TOTALS, "committed", "tokens")
-        checked(row, dict.fromkeys(names, float) | {"right": str, "cache_bytes": int, "cache_bytes_peak": int})
+        texts, counts = dict.fromkeys(("right", "same"), str), dict.fromkeys(("cache_bytes", "cache_bytes_peak"), int)
+        checked(row, dict.fromkeys(names, float) | texts | counts)
         totals = {name: row[name] for name in names}
-        return cls(row["right"], totals, row["cache_bytes"], row["cache_bytes_peak"])
+        if len(row["same"]) != len(row["right"]):
+            raise ValueError(f"{len(row['same'])} marks in same for {len(row['right'])} problems")
+        return cls(row["right"], row["same"], totals, row["cache_bytes"], row["cache_bytes_peak"])
 
     def add(self, later: Tally) -> None:
         """Goes on with what was done with the problems after these."""
         self.right += later.right
+        self.same += later.same
         for name, value in later.totals.items():
             self.totals[name] += value
         self.cache_bytes = max(self.cache_bytes, later.cache_bytes)
@@ -53,18 +59,20 @@ class Tally:
 
 
 def row_of(arm: Arm, tally: Tally, base: Tally, about: dict[str, Any], spec: DecodingSpec) -> dict[str, Any]:
-    """One row: the arm, its figures, and each against `base`; `tokens` are those before an end of text."""
+    """One row: the arm, its figures, and each against `base`; `tokens` are those before an end of text, `equal` is the
+    share of answers that are those of `base`."""
     n, right = len(tally.right), tally.right.count("1")
     low, high = wilson(right, n)
     forwards = tally.totals["row_forwards"]
     row = {"arm": arm.name} | about | arm.config.columns(spec)
     row["guide"] = about["guide"] if arm.config.guided else "none"
     row |= {"n": n, "accuracy": right / n if n else 0.0, "low": low, "high": high}
+    row["equal"] = tally.same.count("1") / n if n else 1.0
     row |= tally.totals | {"tokens_per_forward": tally.totals["committed"] / forwards if forwards else 0.0}
     row |= {"cache_bytes": tally.cache_bytes, "cache_bytes_peak": tally.cache_bytes_peak}
     for name in RATIOS:
         row[f"{name}_ratio"] = base.totals[name] / tally.totals[name] if tally.totals[name] else 1.0
-    return row | {"right": tally.right}
+    return row | {"right": tally.right, "same": tally.same}
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -28,16 +28,16 @@ from agentkv.errors import EXPLAINED
 from agentkv.models import AGENTS, EMBEDDED
 from agentkv.play import Plan, Play, open_folder, task_of
 from agentkv.reading import is_whole, read_run
-from agentkv.run import ANSWER, DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load
+from agentkv.run import ANSWER, DEFAULT_TASKS, EVALUATION_SEEDS, budget_of, load, load_shared
 from agentkv.stats import UNITS, summarise
 from agentkv.tables import stdout_console
 from agentkv.trace import RUN, episode_folder
 from textkv import Budget, resolve_method
-from textkv.arguments import budgets, methods
+from textkv.arguments import budgets, device, methods
 from textkv.command import (
+    Ask,
     Crew,
     add_crew,
-    count,
     episodes,
     lengths,
     names,
@@ -46,6 +46,7 @@ from textkv.command import (
     run,
     seed,
     some_text,
+    token_count,
     write_rows,
 )
 from textkv.provenance import run_meta
@@ -73,6 +74,7 @@ class Study:
     model: str = "mini"
     agent: str | None = None
     max_new_tokens: int = 64
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if not (self.tasks and self.methods and self.budgets and self.histories):
@@ -97,7 +99,7 @@ class Study:
         seeds = tuple(range(self.seed, self.seed + self.episodes))
         return Plan(
             self.model, methods, budget, self.tasks, seeds, history=history, agent=self.agent,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.max_new_tokens, device=self.device,
         )  # fmt: skip
 
     def jobs(self) -> list[tuple[Path, Plan]]:
@@ -116,17 +118,19 @@ def _missing(folder: Path, plan: Plan) -> bool:
 
 
 class Worker:
-    """One process's model and browser, opened once; jobs are played with them."""
+    """One process's model and browser, opened once; jobs are played with them. `ask`: a model that others share, in
+    place of one's own.
+    """
 
-    def __init__(self, plan: Plan, chromium: str | None) -> None:
-        self.adapter = load(plan)
+    def __init__(self, plan: Plan, chromium: str | None, ask: Ask | None = None) -> None:
+        self.ask, self.adapter = ask, load(plan, weights=ask is None)
         self.browser = Browser(chromium).start()
 
     def play(self, folder: Path, plan: Plan) -> None:
         """Play one job. Raises ValueError on a machine that does not have the study's folder."""
         if not (folder / RUN).is_file():
             raise ValueError(f"{folder} is not there for a worker; let --out lie where all machines see it")
-        agents = {m: Agent(self.adapter, m, plan.budget, plan.max_new_tokens) for m in plan.methods}
+        agents = {m: Agent(self.adapter, m, plan.budget, plan.max_new_tokens, self.ask) for m in plan.methods}
         budgets = {m: budget_of(m, plan) for m in plan.methods}
         Play(plan, agents, self.browser, folder, budgets, quiet=True).run()
 
@@ -146,11 +150,13 @@ def play(study: Study, crew: Crew, chromium: str | None, meta: dict[str, Any]) -
     # Fewer threads per process than cores would be idle, more would wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    plan = jobs[0][1]
     with (
-        crew.open(Worker, jobs[0][1], chromium) as there,
+        crew.sharing(load_shared, plan) as ask,
+        crew.open(Worker, plan, chromium, ask) as there,
         Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress,
     ):
-        bar = progress.add_task(f"{len(jobs)} jobs of {len(jobs[0][1].methods)} or more episodes", total=len(jobs))
+        bar = progress.add_task(f"{len(jobs)} jobs of {len(plan.methods)} or more episodes", total=len(jobs))
         for _ in there.results(Worker.play, jobs):
             progress.advance(bar)
 
@@ -231,9 +237,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--history", type=lengths, default="1,5", help="numbers of screenshots in a prompt (default 1,5)")
     p.add_argument("--episodes", type=episodes, default=4, help="per task, method, budget and history (default 4)")
     p.add_argument("--seed", type=seed, default=EVALUATION_SEEDS, help="first seed")
-    add_crew(p, 2, "each with a browser and the model")
+    add_crew(p, 2, "each with a browser and the model", models=True)
+    p.add_argument("--device", type=device, default="", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     p.add_argument(
-        "--max-new-tokens", type=count, help=f"length limit of one answer (default 64 for mini, else {ANSWER})"
+        "--max-new-tokens", type=token_count, help=f"length limit of one answer (default 64 for mini, else {ANSWER})"
     )
     p.add_argument("--chromium", type=some_text, help="path of the browser to use")
     own = output_folder(_is_study, "python -m eval.webtasks")
@@ -253,6 +260,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
         tuple(args.tasks or DEFAULT_TASKS), tuple(args.methods),
         tuple(args.budgets), tuple(args.history), args.episodes, args.seed, args.out,
         args.model, args.agent, args.max_new_tokens or (64 if args.model in EMBEDDED else ANSWER),
+        args.device,
     )  # fmt: skip
     meta = run_meta("eval.webtasks", argv, args.seed, units=UNITS)
     play(study, Crew.of(args), args.chromium, meta)

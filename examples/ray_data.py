@@ -26,7 +26,7 @@ class Answering:
     """What each worker of Ray Data holds: the model and the tasks; a batch is a few of their numbers."""
 
     def __init__(self, model: str, folder: Path, tokens: int) -> None:
-        self.worker = Worker(Plan(model, (), "1", (), (0,)), read(folder)[0], CELLS, TEACHER, tokens)
+        self.worker = Worker(Plan(model, (), "1", (), (0,)), None, read(folder)[0], CELLS, TEACHER, tokens)
 
     def __call__(self, batch: dict) -> pd.DataFrame:
         """All answers to the tasks of a batch, a row each."""

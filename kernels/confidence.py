@@ -42,15 +42,18 @@ class Confidence(NamedTuple):
 def reference(logits, suppress=None, spread=True):
     """Plain torch, fp32: the truth, and the path off CUDA. Arguments as `confidence`."""
     z = logits.float()
-    if suppress is not None:
+    top, token = z.max(1)  # of equals the first
+    if suppress is not None and bool(torch.isin(token, suppress).any()):
+        # Seldom: only then is a copy of all logits worth its two passes.
         z = z.index_fill(1, suppress, -torch.inf)
-    top, token = z.max(1, keepdim=True)  # of equals the first
-    top, token = top[:, 0], token[:, 0]
+        top, token = z.max(1)
     empty = top == -torch.inf
     if suppress is not None and bool(empty.any()):
         # of nothing but -inf the first may be a suppressed one
         token = torch.where(empty, _first_free(suppress, z.shape[1]), token)
     away = z - top.masked_fill(empty, 0)[:, None]  # large logits lose their digits in lse, not here
+    if suppress is not None:
+        away.index_fill_(1, suppress, -torch.inf)
     mass = away.exp() if spread else away.exp_()
     total = mass.sum(1)
     probability, log_total = total.reciprocal().masked_fill(empty, 0), total.log()

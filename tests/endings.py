@@ -52,7 +52,13 @@ class Case:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         command = start(folder, module.partition(",")[0], *self.args.format(port=port).split(), **env)
-        return command.until(lambda: self.ready(command))
+        try:
+            return command.until(lambda: self.ready(command))
+        except BaseException:
+            # One that does not get ready on a loaded machine must not load it further.
+            command.below = command.below or command.children
+            command.kill()
+            raise
 
 
 def sleeper(path: Path) -> str:

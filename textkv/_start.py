@@ -1,14 +1,17 @@
 """Before anything of ours is imported: a command that lacks an extra, or is stopped meanwhile, says so in one line.
 
-`run` of `textkv.command` hears what a command raises; what its imports raise comes before, and only the interpreter's
-own hook for uncaught errors hears that. It is set in processes that were started as `python -m` one of our commands,
-and nowhere else.
+`run` of `textkv.command` hears what a command raises and what signals it gets; its imports come before, seconds of
+them. What they raise is heard by the interpreter's own hook for uncaught errors alone. Both are set in processes that
+were started as `python -m` one of our commands, and nowhere else; each of our packages imports this first.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from types import TracebackType
+import threading
+from types import FrameType, TracebackType
 
 OURS = {"agentkv", "dlm", "envs", "eval", "textkv", "training"}
 EXTRAS = {
@@ -40,16 +43,33 @@ def command(argv: list[str]) -> str | None:
 
 def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """`sys.excepthook` of a command."""
-    name = command(sys.orig_argv)
-    if issubclass(kind, KeyboardInterrupt):
-        print(f"{name}: stopped", file=sys.stderr)
-        raise SystemExit(130)
     told = missing_extra(error)
     if told is None:
         return sys.__excepthook__(kind, error, trace)
-    print(f"{name}: {told}", file=sys.stderr)
+    print(f"{command(sys.orig_argv)}: {told}", file=sys.stderr)
     raise SystemExit(2)
 
 
-if command(sys.orig_argv) and sys.excepthook is sys.__excepthook__:
-    sys.excepthook = tell
+def leave(number: int, frame: FrameType | None) -> None:
+    """The handler of a signal that comes while a command is imported: nothing has been begun that would have to end.
+
+    Not by an exception: packages catch those of their own imports, whatever they are, and go on, or say another thing.
+    """
+    if number == signal.SIGINT:
+        os.write(2, f"{command(sys.orig_argv)}: stopped\n".encode())
+    os._exit(128 + number)
+
+
+def hear() -> None:
+    """Set both."""
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = tell
+    if threading.current_thread() is threading.main_thread():
+        # A shell starts what is in the background with Ctrl-C ignored, and so it stays.
+        for number, own in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            if signal.getsignal(number) == own:
+                signal.signal(number, leave)
+
+
+if command(sys.orig_argv):
+    hear()

@@ -154,6 +154,11 @@ class Method:
             self.inner.check_sharded(shards)
 
     @property
+    def allowance(self) -> Budget:
+        """How many tokens may stay: the budget, unless a method takes more of them that are smaller."""
+        return self.budget
+
+    @property
     def budgeted(self) -> bool:
         """Whether the budget changes anything; a method that only packs holds the same at any budget."""
         return self.evicts

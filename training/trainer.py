@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, IterableDataset
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from textkv import arguments, checkpoints, command
 from textkv.checkpoints import readable_files
+from textkv.command.workers import end_with_parent
 from training.export import export
 from training.state import MEND, WHAT, load_state, read_counters, save_state
 
@@ -234,9 +236,30 @@ def kept_tokenizer(runs: Path, made: PreTrainedTokenizerBase | None) -> PreTrain
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def loader(feed: IterableDataset, workers: int, ahead: int, device: torch.device) -> DataLoader:
-    """The batches of `feed`, `ahead` of them made by each worker before they are asked for."""
+def loader(feed: IterableDataset, workers: int, ahead: int, device: torch.device) -> Iterator[Any]:
+    """The batches of `feed`, dataclasses, `ahead` of them made by each worker before they are asked for."""
     there = device.type != "cpu"
-    return DataLoader(
-        feed, batch_size=None, num_workers=workers, prefetch_factor=ahead if workers else None, pin_memory=there
-    )
+    options = {"prefetch_factor": ahead, "worker_init_fn": _begun} if workers else {}
+    send = _sent if workers else _whole
+    for held in DataLoader(feed, batch_size=None, num_workers=workers, collate_fn=send, **options):
+        batch = _received(*held) if workers else held
+        yield batch.pin_memory() if there else batch
+
+
+def _begun(worker: int) -> None:
+    # One that waits until somebody reads its batches would wait for a trainer that has gone.
+    end_with_parent()
+
+
+def _whole(batch: Any) -> Any:
+    return batch
+
+
+def _sent(batch: Any) -> tuple[type, dict[str, Any]]:
+    """A batch as arrays. Tensors would go through a thread and a folder of the worker's own, which a worker that is
+    ended leaves behind."""
+    return type(batch), {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in vars(batch).items()}
+
+
+def _received(kind: type, held: dict[str, Any]) -> Any:
+    return kind(**{name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in held.items()})

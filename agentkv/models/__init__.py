@@ -57,9 +57,11 @@ def load_adapter(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     agent: str | None = None,
+    weights: bool = True,
 ) -> ModelAdapter:
     """The model at `path_or_id`: one of `EMBEDDED` ("mini"), a folder, or a hub id. Safetensors only, no remote code.
-    `agent` is one of `AGENTS`; None finds it out as the module docstring says.
+    `agent` is one of `AGENTS`; None finds it out as the module docstring says. Without `weights` it writes prompts and
+    reads answers for a model that is run elsewhere.
 
     Raises FileNotFoundError for a folder without config, weights or a tokenizer that is no code, and for a name that is
     neither a folder nor on a reachable hub; ValueError for a model family without an adapter or an agent that is not of
@@ -74,7 +76,7 @@ def load_adapter(
             f"(agents: {', '.join(AGENTS)})"
         )
     adapter = AGENTS.find(_checked(agent or _agent_of(checkpoint), checkpoint))
-    return adapter.load(source, device, dtype, checkpoint.words(adapter.words))
+    return adapter.load(source, device, dtype, checkpoint.words(adapter.words), weights)
 
 
 def _agent_of(checkpoint: Checkpoint) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from agentkv.envs.actions import Action
 from agentkv.grammars import Frame, ParseError
@@ -56,16 +56,37 @@ class AgentText:
 @dataclass(frozen=True)
 class Prompt:
     """One prompt: `inputs` for `model(**inputs)` (input_ids [1, S], attention_mask, mm_token_type_ids, pixel_values,
-    image_grid_thw); `spans` [start, end) of its screenshots, oldest first, the current one last; their `frames`."""
+    image_grid_thw); `spans` [start, end) of its screenshots, oldest first, the current one last; their `frames`;
+    `pictures`, digests of those whose pixels are in `inputs`, by which `agentkv.tower` knows them again."""
 
     inputs: dict[str, torch.Tensor]
     spans: list[Span]
     frames: list[Frame]
+    pictures: Sequence[bytes] = ()
 
     @property
     def grids(self) -> list[tuple[int, int]]:
         """(rows, columns) of the tokens of each screenshot."""
         return [frame.grid for frame in self.frames]
+
+
+@dataclass(frozen=True)
+class Weightless:
+    """In place of a model that is run elsewhere: what a prompt and the reading of an answer need to know of it."""
+
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, architecture: type[PreTrainedModel], source: str) -> Weightless:
+        """By the files at a folder or hub id."""
+        config = architecture.config_class.from_pretrained(source)
+        try:
+            return cls(config, GenerationConfig.from_pretrained(source))
+        except OSError:  # no generation_config.json: the model has what its config says
+            return cls(config, GenerationConfig.from_model_config(config))
 
 
 class ModelAdapter(Protocol):

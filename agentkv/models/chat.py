@@ -8,6 +8,7 @@ screenshot. Nothing here runs code that comes with a checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from agentkv.envs.actions import Action
 from agentkv.grammars import CoordinateSpace, Frame, ParseError
 from agentkv.grammars.base import Grammar, Reading
-from agentkv.models.base import AgentText, History, Prompt
+from agentkv.models.base import AgentText, History, Prompt, Weightless
 from agentkv.spans import find_spans
 from textkv.checkpoints import check_vocabulary, load_model, load_tokenizer, readable_files
 
@@ -82,8 +83,9 @@ class ChatAdapter:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         text: AgentText | None = None,
+        weights: bool = True,
     ) -> Self:
-        """Load from a folder or hub id; dtype None = as saved.
+        """Load from a folder or hub id; dtype None = as saved; without `weights` for a model that is run elsewhere.
 
         The image processor is read on its own, because the joint processor wants torchvision for videos, and as the
         PIL one, so that pixels are the same on every machine.
@@ -91,6 +93,8 @@ class ChatAdapter:
         tokenizer = cls._tokenizer(source)
         with readable_files(source):
             processor = cls.image_processor.from_pretrained(source)
+            if not weights:
+                return cls(Weightless.of(cls.architecture, source), tokenizer, processor, text)
         model = load_model(cls.architecture.from_pretrained, source, dtype=dtype or "auto", attn_implementation="sdpa")
         check_vocabulary(source, model, tokenizer)
         return cls(model.to(device or "cpu").eval(), tokenizer, processor, text)
@@ -132,7 +136,7 @@ class ChatAdapter:
         """
         seen, new = self._seen(images, css_size)
         frames = [*frames, *new]
-        seen = dict(seen) | {"image_grid_thw": torch.cat([*(grid[None] for grid in grids), seen["image_grid_thw"]])}
+        seen = seen | {"image_grid_thw": torch.cat([*(grid[None] for grid in grids), seen["image_grid_thw"]])}
         # Sizes in words are those of the first screenshot: a chat that only grows cannot change them.
         return self._encoded(self._growing_messages(goal, answers, frames[0], number), seen, frames)
 
@@ -161,13 +165,14 @@ class ChatAdapter:
 
     def _seen(
         self, images: Sequence[Image.Image], css_size: tuple[int, int] | None
-    ) -> tuple[dict[str, torch.Tensor], list[Frame]]:
-        """Pictures as the image processor gives them, and their frames."""
-        seen = self.processor(images=[_on_white(image) for image in images], return_tensors="pt")
+    ) -> tuple[dict[str, Any], list[Frame]]:
+        """Pictures as the image processor gives them, with their digests ("pictures"), and their frames."""
+        drawn = [_on_white(image) for image in images]
+        seen = dict(self.processor(images=drawn, return_tensors="pt")) | {"pictures": [_digest(x) for x in drawn]}
         grids = seen["image_grid_thw"]
         return seen, [self._frame(image, grid.tolist(), css_size) for image, grid in zip(images, grids, strict=True)]
 
-    def _encoded(self, messages: list[dict[str, Any]], seen: dict[str, torch.Tensor], frames: list[Frame]) -> Prompt:
+    def _encoded(self, messages: list[dict[str, Any]], seen: dict[str, Any], frames: list[Frame]) -> Prompt:
         grids, merge = seen["image_grid_thw"], self.processor.merge_size
         ids = self._ids(messages, [int(g.prod()) // merge**2 for g in grids])
         token = self.model.config.image_token_id
@@ -179,7 +184,8 @@ class ChatAdapter:
             "image_grid_thw": grids,
         }
         spans = find_spans(ids, grids, token, merge)[0]
-        return Prompt({name: tensor.to(self.model.device) for name, tensor in inputs.items()}, spans, frames)
+        there = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+        return Prompt(there, spans, frames, seen["pictures"])
 
     def _ids(self, messages: list[dict[str, Any]], sizes: list[int]) -> torch.Tensor:
         """Token ids [1, S] of the chat with every placeholder repeated as often as its screenshot has visual tokens."""
@@ -286,6 +292,11 @@ def _on_white(image: Image.Image) -> Image.Image:
     page = Image.new("RGB", image.size, "white")
     page.paste(layer, mask=layer.getchannel("A"))
     return page
+
+
+def _digest(image: Image.Image) -> bytes:
+    """Of an RGB picture: all that the image processor makes its pixels from."""
+    return hashlib.blake2b(image.tobytes(), digest_size=16, salt=f"{image.width}x{image.height}".encode()).digest()
 
 
 def _sized(text: str, frame: Frame) -> str:

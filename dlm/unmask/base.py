@@ -80,6 +80,9 @@ class Unmasker(ABC):
 class Drafter(Unmasker):
     """An unmasker that guesses what coming forwards will write, and has several guesses verified by one."""
 
+    early: int = 0
+    """Places that a guess may come before its turn, see `dlm.nodes.lattice`."""
+
     @abstractmethod
     def drafts(self, canvas: Canvas) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The guesses: slots and tokens, int64 [batch, n] in order, -1 = none, and `verify` is asked; or None, and

@@ -2,10 +2,12 @@
 
 The logits of a forward give a token for every mask of the block. All but the most confident are guesses of what the
 next forwards will write, in the order of their confidence. The next forward computes, beside the canvas itself, the
-canvases that the first 1, 2 .. n guesses would lead to; as long as each canvas's own choice is the next guess, that
-canvas was right and its choice is written too. So a forward writes one token more than it confirms, and every token is
-the one that `confidence` with one token per forward writes. The authors spend a forward on confirming the first guess
-as well, which is right by construction.
+canvases that the first 1, 2 .. n guesses would lead to; as long as each canvas's own choice is a guess that leads to a
+canvas which was computed, that one was right and its choice is written too. So a forward writes one token more than it
+confirms, and every token is the one that `confidence` with one token per forward writes. Guesses are nearly always
+right, and come in another order: so there is also a canvas for each guess that comes `early` places before its turn
+(ours; the authors have the chain alone, and spend a forward on confirming the first guess, which is right by
+construction).
 
 The guarantee holds where rows of a batch give the same numbers as alone: in fp32. In bf16 near ties may fall otherwise.
 """
@@ -33,7 +35,7 @@ class _Unmasker(BlockUnmasker, Drafter):
         super().__init__(rule, canvas, *rest)
         self.slots = torch.full((canvas.batch, rule.n), -1, device=canvas.ids.device)
         self.tokens, self.block = self.slots.clone(), self.slots[:, 0].clone()
-        self.drafted = self.accepted = 0
+        self.early, self.drafted, self.accepted = rule.early, 0, 0
 
     def drafts(self, canvas: Canvas) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The guesses that still fit: of this block, up to the first whose slot is written already."""
@@ -51,7 +53,7 @@ class _Unmasker(BlockUnmasker, Drafter):
         return Choice(tokens, (slots >= 0) & (torch.arange(slots.shape[1], device=slots.device) == order[:, :1]))
 
     def verify(self, logits: torch.Tensor, slots: torch.Tensor, nodes: Any) -> tuple[Choice, torch.Tensor]:
-        """What the nodes confirm, and the last confirmed node's own choice."""
+        """What every node on the way chose for itself."""
         batch, count, width, _ = logits.shape
         # Candidates of a node are those that its guesses left.
         open_ = (
@@ -61,16 +63,13 @@ class _Unmasker(BlockUnmasker, Drafter):
         order, tokens = (x.view(batch, count, width) for x in self._ranked(logits.flatten(0, 1), wide.flatten(0, 1)))
         best = order[:, :, :1]
         slot, token = wide.gather(2, best)[..., 0], tokens.gather(2, best)[..., 0]
-        agree = (slot[:, :-1] == nodes.slots) & (token[:, :-1] == nodes.tokens) & nodes.present[:, 1:]
-        right = agree.long().cumprod(1)
-        last = right.sum(1)
+        met, last = nodes.walk(slot, token)
         self.drafted += int((nodes.slots >= 0).sum())
-        self.accepted += int(last.sum())
+        self.accepted += int(met.sum()) - batch
         at = torch.arange(batch, device=last.device)
         self._guess(order[at, last], tokens[at, last], wide[at, last], nodes.canvas.active.view(batch, count)[:, 0])
-        # The confirmed guesses and the choice of the last node, at the candidates' places.
-        number = torch.arange(count, device=last.device)
-        written = slot.masked_fill(number > last[:, None], -2)
+        # What every node on the way chose, at the candidates' places.
+        written = slot.masked_fill(~met, -2)
         hit = slots[:, :, None] == written[:, None]
         return Choice((hit * token[:, None]).sum(2), hit.any(2) & (slots >= 0)), last
 
@@ -99,13 +98,16 @@ class SSD(Confidence):
     """`confidence` with one token per forward, in fewer forwards.
 
     Attributes:
-        n: guesses that a forward verifies: it computes n + 1 canvases of each row, and writes 1 to n + 1 tokens.
+        n: guesses that a forward verifies: it writes 1 to n + 1 tokens.
+        early: places that a guess may come before its turn. A forward computes n + 1 canvases of each row for the order
+            that is expected, and for each place at most n - 1 more.
 
     Raises:
-        ValueError: n below 1.
+        ValueError: n below 1, or early below 0.
     """
 
     n: int = 4
+    early: int = 1
 
     unmasker = _Unmasker
 
@@ -113,6 +115,8 @@ class SSD(Confidence):
         super().__post_init__()
         if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
             raise ValueError(f"n={self.n!r} is no number of guesses; use 1 or more, for example 4")
+        if isinstance(self.early, bool) or not isinstance(self.early, int) or self.early < 0:
+            raise ValueError(f"early={self.early!r} is no number of places; use 0 (none) or more, for example 1")
 
     def check(self, config: Any, policy: Any, hooked: bool) -> None:
         """Raises ValueError for what the guarantee does not cover."""

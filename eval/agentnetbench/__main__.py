@@ -27,10 +27,10 @@ from textkv.command import (
     add_crew,
     checked,
     choices,
-    count,
     names,
     results_file,
     run,
+    token_count,
     write_rows,
 )
 from textkv.provenance import run_meta
@@ -65,14 +65,17 @@ def parser() -> argparse.ArgumentParser:
         "--history", choices=(TEACHER, OWN), default=TEACHER, help="earlier answers in a prompt: recorded, or its own"
     )
     p.add_argument(
-        "--max-new-tokens", type=count, default=MAX_NEW_TOKENS, help=f"limit of one answer (default {MAX_NEW_TOKENS})"
+        "--max-new-tokens",
+        type=token_count,
+        default=MAX_NEW_TOKENS,
+        help=f"limit of one answer (default {MAX_NEW_TOKENS})",
     )
     p.add_argument(
         "--json",
         type=results_file("eval.agentnetbench", beside=(".jsonl",)),
         help="rows (default runs/agentnetbench.json); the answers lie beside it",
     )
-    add_crew(p, 1, "each with the model; 1 = this one")
+    add_crew(p, 1, "each with the model; 1 = this one", models=True)
     how = p.add_mutually_exclusive_group()
     how.add_argument("--replay", action="store_true", help="score the ground truth itself; no model, no pictures")
     how.add_argument("--rescore", action="store_true", help="score the saved answers again, without the model")

@@ -20,6 +20,7 @@ from agentkv.agent import Agent, Decision
 from agentkv.grammars import Frame, ParseError
 from agentkv.models import History
 from agentkv.models.chat import ChatAdapter
+from textkv.command import Ask
 from textkv.method import resolve_method
 
 from ..outcomes import Store
@@ -114,6 +115,7 @@ class Bench:
         adapter: the model; `Agent` switches its attention to textkv's.
         cells: all that is asked for.
         history: "teacher" or "own".
+        ask: who answers in place of the adapter's model.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Bench:
         cells: Sequence[Cell],
         history: str = TEACHER,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        ask: Ask | None = None,
     ) -> None:
         self.trajectories, self.adapter, self.cells, self.history = trajectories, adapter, cells, history
         self.grammar: str = adapter.grammar.name
@@ -130,7 +133,7 @@ class Bench:
         kinds = {(cell.method, cell.budget) for cell in cells}
         self._frames: dict[tuple[int, int], Frame] = {}
         self._teacher: tuple[str, list[str]] = ("", [])  # the task that was told last, and what its annotator said
-        self.agents = {kind: Agent(adapter, *kind, max_new_tokens) for kind in kinds}
+        self.agents = {kind: Agent(adapter, *kind, max_new_tokens, ask) for kind in kinds}
         self.remembering = {method for method, _ in kinds if resolve_method(method).remembers}
 
     def run(self, answers: Answers) -> Iterator[Answer]:

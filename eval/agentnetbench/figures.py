@@ -29,6 +29,8 @@ UNITS = {
     "accuracy": "mean step score over n steps, 0..1; replies that cannot be read count 0",
     "low, high": "95 % by bootstrap over tasks; in a row of one task over its steps",
     "accuracy_scorable": "the same over the steps that can earn 1; unscorable counts the others (hscroll, wait ...)",
+    "change": "accuracy minus that of `against`, the first method named at this budget and number of screenshots, on "
+    "the steps that both met; change_low, change_high: 95 % by bootstrap over tasks",
     "type": "mean of that action type over the n steps that ask for it",
     "screenshots": "in a prompt, the current one included; 0 where there was no prompt (replay)",
     "prefill_tokens, decode_tokens, visual_tokens": "mean per step",
@@ -78,13 +80,27 @@ def rows_of(
             cells[Cell(answer.method, answer.budget, answer.screenshots)].append(answer)
     rows = []
     for protocol in protocols:
+        first: dict[tuple[str, int], list[Scored]] = {}
         for cell, mine in cells.items():
             about = {"protocol": protocol, "method": cell.method, "budget": budget_figure(cell.budget)}
             scored = [
                 Scored(x.task, steps[x.task, x.step], _score(x, steps[x.task, x.step], protocol), x) for x in mine
             ]
-            rows += _rows(about | {"screenshots": cell.screenshots}, scored)
+            rows += (found := _rows(about | {"screenshots": cell.screenshots}, scored))
+            base = first.setdefault((cell.budget, cell.screenshots), scored)
+            if base is not scored:
+                found[0] |= {"against": base[0].answer.method} | _change(scored, base)
     return rows
+
+
+def _change(mine: Sequence[Scored], theirs: Sequence[Scored]) -> dict[str, float]:
+    """What a cell gains on another, step by step."""
+    known = {(one.task, one.step.number): one.score.value for one in theirs}
+    of_task: dict[str, list[float]] = defaultdict(list)
+    for one in mine:
+        if (one.task, one.step.number) in known:
+            of_task[one.task].append(one.score.value - known[one.task, one.step.number])
+    return dict(zip(("change", "change_low", "change_high"), clustered(list(of_task.values()), -1.0), strict=True))
 
 
 def budget_figure(text: str) -> float | str:

@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 from agentkv.tables import stdout_console
 from textkv import MethodCache, use
 from textkv.arguments import budget, methods
-from textkv.command import count, results_file, run, write_rows
+from textkv.command import count, results_file, run, token_count, write_rows
 from textkv.devices import check_room
 from textkv.provenance import run_meta
 
@@ -174,7 +174,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--budget", type=budget, default="0.4", help="share of the prompt to keep, or a number of tokens as 64t"
     )
-    p.add_argument("--tokens", type=count, default=TOKENS, help=f"tokens of the prompt, five screenshots ({TOKENS})")
+    p.add_argument(
+        "--tokens", type=token_count, default=TOKENS, help=f"tokens of the prompt, five screenshots ({TOKENS})"
+    )
     p.add_argument("--layers", type=count, default=1, help="layers that are counted (default 1: full width takes time)")
     p.add_argument("--json", type=results_file("eval.agentnetbench.flops"), help="write the rows here")
     return p

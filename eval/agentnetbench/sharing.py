@@ -9,18 +9,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from agentkv.play import Plan
-from agentkv.run import load
-from textkv.command import Crew
+from agentkv.run import load, load_shared
+from textkv.command import Ask, Crew
 
 from .bench import Answer, Answers, Bench, Cell
 from .records import Trajectory
 
 
 class Worker:
-    """One process's model; arguments as for `Bench`, with the plan of the model in place of its adapter."""
+    """One process's model, or `ask` in its place; other arguments as for `Bench`, with the plan of the model in place
+    of its adapter.
+    """
 
-    def __init__(self, plan: Plan, trajectories: Sequence[Trajectory], *how: Any) -> None:
-        self.bench = Bench(trajectories, load(plan), *how)
+    def __init__(self, plan: Plan, ask: Ask | None, trajectories: Sequence[Trajectory], *how: Any) -> None:
+        self.bench = Bench(trajectories, load(plan, weights=ask is None), *how, ask=ask)
 
     def answers(self, number: int, cell: Cell, known: Sequence[Answer]) -> list[Answer]:
         """What a cell answers to the task of that number, but for what is `known`."""
@@ -47,7 +49,7 @@ def share(
     ]
     if not jobs:
         return
-    with crew.open(Worker, plan, trajectories, cells, *how) as there:
+    with crew.sharing(load_shared, plan) as ask, crew.open(Worker, plan, ask, trajectories, cells, *how) as there:
         for _, found in there.results(Worker.answers, jobs):
             for one in found:
                 answers.add(one)

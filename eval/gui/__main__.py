@@ -25,6 +25,7 @@ from textkv.command import (
     count,
     results_file,
     run,
+    token_count,
     write_rows,
 )
 from textkv.provenance import run_meta
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add_data(p, "folder of its annotation files")
     add_agent(p, "0.2")
     p.add_argument("--limit", type=count, help="the first so many questions only")
-    p.add_argument("--max-new-tokens", type=count, help="limit of one answer (default: the family's)")
+    p.add_argument("--max-new-tokens", type=token_count, help="limit of one answer (default: the family's)")
     p.add_argument(
         "--json",
         type=results_file("eval.gui", beside=(".jsonl",)),

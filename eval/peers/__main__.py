@@ -8,7 +8,17 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from textkv.command import count, fractions, natural, results_file, run, some_text, text_file, write_rows
+from textkv.command import (
+    fractions,
+    natural,
+    question_count,
+    results_file,
+    run,
+    some_text,
+    text_file,
+    token_count,
+    write_rows,
+)
 from textkv.provenance import run_meta
 
 from ..arguments import add_choice
@@ -30,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
     add_choice(beside, "methods", list(PAIRS))
     add_choice(beside, "tasks", list(TASKS))
     beside.add_argument("--budgets", type=fractions, default="0.5,0.25", help="shares to keep (default 0.5,0.25)")
-    beside.add_argument("--length", type=count, default=1024, help="tokens of a prompt, question included (1024)")
-    beside.add_argument("--n", type=count, default=4, help="prompts of each task (default 4)")
+    beside.add_argument("--length", type=token_count, default=1024, help="tokens of a prompt, question included (1024)")
+    beside.add_argument("--n", type=question_count, default=4, help="prompts of each task (default 4)")
     beside.add_argument("--overlap", type=natural, default=2, help="prompts whose kept tokens are compared (default 2)")
     beside.add_argument("--text", type=text_file, help="text to fill prompts with (a small grammar's sentences)")
     beside.add_argument("--json", type=results_file("eval.peers"), help="write the rows here")

@@ -131,7 +131,9 @@ class TinyAdapter:
     def prompt(self, goal: str, history: Any, screenshot: Any, css_size: tuple[int, int]) -> SimpleNamespace:
         ids = torch.arange(1, 41)[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return SimpleNamespace(inputs=inputs, spans=[(5, 17)], frames=[SimpleNamespace(grid=(3, 4))], grids=[(3, 4)])
+        return SimpleNamespace(
+            pictures=(), inputs=inputs, spans=[(5, 17)], frames=[SimpleNamespace(grid=(3, 4))], grids=[(3, 4)]
+        )
 
     def words_of(self, answer: list[int]) -> str:
         return " ".join(map(str, answer))

@@ -161,7 +161,7 @@ def sliding(engine, keep=2, pictures=5):
             text, usage = ask(client, messages)
             answers.append(text)
             told.append((text, usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]))
-        figures = engine.figures() | {"gone": sum(int(talk.forgotten.sum()) for talk in engine.shelf._kept)}
+        figures = engine.figures() | {"gone": sum(int(held.forgotten.sum()) for held in engine.shelf._kept)}
     return told, figures
 
 

@@ -234,7 +234,7 @@ def test_outcomes_of_something_else_are_not_overwritten(tmp_path: Path) -> None:
         (["--tasks", "needel"], "did you mean needle"),
         (["--asked", "maybe"], "known: known, unknown"),
         (["--methods", "hf-fp8"], "python -m eval.leaderboard"),
-        (["--n", "0"], "0 is not a count; use 1"),
+        (["--n", "0"], "0 is not a number of questions; use 1"),
         (["--model", "nowhere"], "no such folder"),
         (["--text", "nowhere.txt"], "there is no file"),
         (["--length", "100"], "use at least 256"),

@@ -103,7 +103,7 @@ def test_rows_of_all_methods_and_going_on(tmp_path, monkeypatch) -> None:
     [
         (["--methods", "snapvk"], "did you mean snapkv"),
         (["--budgets", "40"], "budget=40"),
-        (["--conversations", "0"], "--conversations: 0 is not a count"),
+        (["--conversations", "0"], "--conversations: 0 is not a number of questions"),
         (["--data", "none.json"], "there is no file 'none.json'"),
         (["--episodes", "0"], "--episodes: 0 is not a count"),
         (["--embedder", "no-such"], "no-such"),

@@ -123,11 +123,11 @@ def test_arms_take_turns_and_a_stopped_run_goes_on(
     order: list[tuple[str, int]] = []
     plain = decoding.Bench.answer
 
-    def answer(bench: decoding.Bench, arm: decoding.Arm, first: int, tally: decoding.Tally) -> None:
+    def answer(bench: decoding.Bench, arm: decoding.Arm, first: int, tally: decoding.Tally) -> list[list[int]]:
         if len(order) == 5 and stop:
             raise KeyboardInterrupt
         order.append((arm.name, first))
-        plain(bench, arm, first, tally)
+        return plain(bench, arm, first, tally)
 
     monkeypatch.setattr(decoding.Bench, "answer", answer)
     path, stop = tmp_path / "d.json", [True]
@@ -142,6 +142,9 @@ def test_arms_take_turns_and_a_stopped_run_goes_on(
     turned = [names[(i + turn) % 4] for turn in (1, 2) for i in range(4)]
     assert order == list(zip(turned, [1] * 4 + [2] * 4, strict=True))
     whole = json.loads(path.read_text())["rows"]
+    # Answers are compared with the first arm's, problem by problem, also by a run that goes on.
+    assert (whole[0]["same"], whole[0]["equal"]) == ("111", 1.0)
+    assert all(row["equal"] == row["same"].count("1") / 3 for row in whole)
     order.clear()
     assert decoding.main(argv) == 0
     assert not order and json.loads(path.read_text())["rows"] == whole
@@ -163,7 +166,7 @@ def test_arms_take_turns_and_a_stopped_run_goes_on(
         (["--grid", "freecash"], "did you mean freecache"),
         (["--grid", "dual+snapkv(0.3)"], "only freecache and block freeze slots for good"),
         (["--grid", ""], "names nothing; give one or more"),
-        (["--n", "0"], "0 is not a count; use 1"),
+        (["--n", "0"], "0 is not a number of questions; use 1"),
         (["--gen-length", "0"], "gen_length=0 is no number of tokens"),
         (["--steps", "1"], "steps=1 do not reach"),
         (["--task", "gsm8k"], "needs --data FILE"),

@@ -61,7 +61,7 @@ def test_the_crossover_lies_between_the_lengths_measured() -> None:
         (["--methods", "kvcom"], "did you mean kvcomm"),
         (["--requests", "50"], "50 requests about"),
         (["--gamma", "-1"], "gamma=-1"),
-        (["--fresh", "0"], "--fresh: 0 is not a count"),
+        (["--fresh", "0"], "--fresh: 0 is not a number of tokens"),
         (["--model", "no-such-model"], "no-such-model"),
     ],
 )

@@ -40,6 +40,7 @@ def test_as_over_what_the_codes_stand_for(B, H, G, m, n, D, bits, monkeypatch):
     true = decode_attention(q, *stand_for, scale=SCALE)
     assert_same(coded_attention(q, k, v, bits=bits, signs=signs, scale=SCALE), true)
     monkeypatch.setattr(MODULE, "_NUMBERS", 1)  # tiles of 16 tokens
+    monkeypatch.setattr(CPU, "_TILE", 1)
     assert_same(coded_attention(q, k, v, bits=bits, signs=signs, scale=SCALE), true)
 
 
@@ -71,6 +72,7 @@ def test_the_cpu_s_path_is_the_reference(bits, queries, tile, scores, tokens, ro
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_centre_comes_back_in_the_scores_of_keys_that_are_not_marked(turns, softcap, shared, monkeypatch):
     monkeypatch.setattr(MODULE, "_NUMBERS", 1)
+    monkeypatch.setattr(CPU, "_TILE", 1)
     B, G, n, D, R = 2, 2, 50, 16, 12
     (k, v), signs, (keys, values) = cached(B, G, n, D, marked=0.3)
     centre, q = 2 * torch.randn(B, G, D), torch.randn(B, 4, 2, D)
@@ -91,6 +93,7 @@ def test_a_centre_comes_back_in_the_scores_of_keys_that_are_not_marked(turns, so
 @pytest.mark.parametrize("heads", [1, 2])
 def test_tokens_that_are_not_seen_may_hold_anything(heads, monkeypatch):
     monkeypatch.setattr(MODULE, "_NUMBERS", 1)
+    monkeypatch.setattr(CPU, "_TILE", 1)
     (k, v), signs, stand_for = cached(2, 2, 50, 16)
     valid = torch.rand(2, heads, 50) > 0.5
     valid[1, -1] = False  # nothing at all

@@ -20,7 +20,11 @@ from textkv._start import EXTRAS, missing_extra
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("agentkv", "dlm", "envs", "eval", "kernels", "textkv", "training")
-HANDED_ON = {("eval.speed", "decode"): "eval.decode_speed", ("eval.speed", "dlm"): "eval.dlm_speed"}
+HANDED_ON = {
+    ("eval.speed", "decode"): "eval.decode_speed",
+    ("eval.speed", "dlm"): "eval.dlm_speed",
+    ("eval.speed", "rows"): "eval.dlm_rows",
+}
 """Commands that another one hands its arguments to, with the module that they are in."""
 
 INNER = {"eval.peers.kvpress_side", "textkv.command._watch", "textkv.command._guard"}

@@ -44,9 +44,12 @@ def parts(cases: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 WRONG: dict[str, list[tuple[str, str]]] = {
     **dict.fromkeys(("count", "episodes", "processes"), FROM_ONE),
+    "token_count": [*FROM_ONE, ("more than a text has", "2000000000")],
+    "question_count": [*FROM_ONE, ("more than are made before the work", "2000000000")],
+    "client_counts": [*parts(FROM_ONE), *LISTS, ("more than a machine has threads", "1,2000000000")],
     **dict.fromkeys(("natural", "seed", "threads"), COUNTS),
     "port": [*FROM_ONE, ("beyond the last port", "65536")],
-    "lengths": [*parts(FROM_ONE), *LISTS, ("one of a list", "256,-1")],
+    "lengths": [*parts(FROM_ONE), *LISTS, ("one of a list", "256,-1"), ("more than a text has", "2000000000")],
     "naturals": [*parts(COUNTS), *LISTS, ("one of a list", "256,-1")],
     "fraction": [*NUMBERS, ("percent", "40"), ("outside 0 to 1", "1.5"), ("outside 0 to 1", "-0.1")],
     "fractions": [*parts(NUMBERS), *LISTS, ("percent", "0.1,40")],

@@ -5,6 +5,7 @@ that end with it, and one line for an error.
 from textkv.command.arguments import (
     checked,
     choices,
+    client_counts,
     count,
     episodes,
     existing_path,
@@ -19,6 +20,7 @@ from textkv.command.arguments import (
     port,
     positive,
     processes,
+    question_count,
     readable,
     readable_folder,
     scale,
@@ -28,6 +30,7 @@ from textkv.command.arguments import (
     some_text,
     text_file,
     threads,
+    token_count,
     weight,
 )
 from textkv.command.below import guarded, ran, started
@@ -35,6 +38,7 @@ from textkv.command.crew import Crew, add_crew
 from textkv.command.ending import run, terminable
 from textkv.command.handover import hand_over
 from textkv.command.ray_cluster import cluster
+from textkv.command.ray_shared import Ask
 from textkv.command.results import (
     output_file,
     output_folder,
@@ -47,12 +51,14 @@ from textkv.command.results import (
 from textkv.command.workers import WorkerFailed, Workers
 
 __all__ = [
+    "Ask",
     "Crew",
     "WorkerFailed",
     "Workers",
     "add_crew",
     "checked",
     "choices",
+    "client_counts",
     "cluster",
     "count",
     "episodes",
@@ -72,6 +78,7 @@ __all__ = [
     "port",
     "positive",
     "processes",
+    "question_count",
     "ran",
     "readable",
     "readable_folder",
@@ -86,6 +93,7 @@ __all__ = [
     "terminable",
     "text_file",
     "threads",
+    "token_count",
     "weight",
     "writable_folder",
     "write_bytes",

@@ -2,7 +2,8 @@
 
 The other end of that pipe is held by the process that started them. First the processes below them are ended, for one
 of those may be what they wait for in vain, and they can then remove their temporary files; what is left after a further
-moment is ended too. A file to run, which must start in a blink; `children` is for others as well.
+moment is ended too. With `now` before the numbers none gets a moment, and all below go with them. A file to run, which
+must start in a blink; `children` and `end_all` are for others as well.
 """
 
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 GRACE = 0.5  # seconds in which all may end by itself: what commands start is to be gone within three
-TIDYING = 1.5  # seconds for the temporary files of those that were held up
+TIDYING = 1.0  # seconds for the temporary files of those that were held up
 
 
 def table() -> dict[int, tuple[int, str]]:
@@ -53,17 +54,32 @@ def below(numbers: set[int]) -> set[int]:
     return found
 
 
-def main(numbers: set[int]) -> None:
+def main(numbers: set[int], now: bool = False) -> None:
     """Wait, and end them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # who holds the pipe decides
     os.read(0, 1)
+    if now:
+        end_all(numbers)
+        return
     if _ended(numbers, GRACE):
         return
     held = below(numbers)
     _kill(held)
     if not _ended(numbers, TIDYING):
         _kill(numbers | below(numbers))
+
+
+def end_all(numbers: set[int]) -> None:
+    """All of them and below them, also what those start meanwhile: whoever loses its parent is still known."""
+    known = set(numbers)
+
+    def gone() -> bool:
+        known.update(below(known))
+        _kill(known & table().keys())
+        return not known & table().keys()
+
+    _until(gone, GRACE + TIDYING)
 
 
 def _ended(numbers: set[int], seconds: float) -> bool:
@@ -87,4 +103,4 @@ def _kill(numbers: set[int]) -> None:
 
 
 if __name__ == "__main__":
-    main({int(word) for word in sys.argv[1:]})
+    main({int(word) for word in sys.argv[1:] if word != "now"}, "now" in sys.argv)

@@ -27,6 +27,8 @@ _UNITS = {"b": 1, "ib": 1} | {
 }
 LARGEST = 2**31 - 1  # of a count or a seed: what numpy, torch and Chromium all take
 PIECE = 1 << 20  # bytes that are read at once
+TOKENS = 10**7  # of a text: more than any model reads, and than memory holds of its caches
+QUESTIONS = 100_000  # all are made before the first is asked
 ROOM = 10**17  # bytes
 LONGEST = 10**9  # seconds, minutes: more than a clock's sleep takes is no time
 
@@ -56,6 +58,16 @@ def some_text(text: str) -> str:
 def count(text: str) -> int:
     """A number of things, at least 1."""
     return _whole(text, 1, "a count")
+
+
+def token_count(text: str) -> int:
+    """A number of tokens or words, at least 1."""
+    return _whole(text, 1, "a number of tokens", TOKENS)
+
+
+def question_count(text: str) -> int:
+    """A number of questions, problems or conversations, which are made before the work."""
+    return _whole(text, 1, "a number of questions", QUESTIONS)
 
 
 def episodes(text: str) -> int:
@@ -169,8 +181,13 @@ def names(text: str) -> list[str]:
 
 
 def lengths(text: str) -> list[int]:
-    """Comma-separated counts, at least one."""
-    return [count(part) for part in names(text)]
+    """Comma-separated numbers of tokens, or of what has as many at most; at least one."""
+    return [token_count(part) for part in names(text)]
+
+
+def client_counts(text: str) -> list[int]:
+    """Comma-separated numbers of clients, each a thread and a connection; at least one."""
+    return [_whole(part, 1, "a number of clients", 1024) for part in names(text)]
 
 
 def numbers(text: str) -> list[float]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from textkv.command._guard import children
+from textkv.command._guard import children, end_all
 
 T = TypeVar("T")
 WATCH, GUARD = (Path(__file__).with_name(name) for name in ("_watch.py", "_guard.py"))
@@ -44,7 +44,7 @@ def ran(command: Sequence[str], *, hear: bool = False, **options: Any) -> tuple[
 
 
 @contextmanager
-def guarded(open: Callable[[], T], close: Callable[[T], object], word: str) -> Iterator[T]:
+def guarded(open: Callable[[], T], close: Callable[[T], object], word: str, patient: bool = True) -> Iterator[T]:
     """What `open()` gives, while the context lasts, of a library that starts processes by itself.
 
     At the end of the context, or of this process, they have a moment to end by themselves, `close` them; then they are
@@ -52,19 +52,34 @@ def guarded(open: Callable[[], T], close: Callable[[T], object], word: str) -> I
 
     Args:
         word: in the command of what the library starts, by which it is known among the others of this process.
+        patient: False for those that take longer to end than a Ctrl-C may, and lose nothing by it: after a signal, or
+            when this process has gone, they are ended at once and without `close`.
     """
     with _STARTING:  # what is new is this context's
         before = children(os.getpid(), word)
-        opened = open()
+        try:
+            opened = open()
+        except BaseException:
+            # Stopped, or failed, half-way: what was started already has nobody.
+            end_all(children(os.getpid(), word) - before)
+            raise
         new = children(os.getpid(), word) - before
-    command = [sys.executable, "-I", "-S", str(GUARD), *map(str, new)]
+    command = [sys.executable, "-I", "-S", str(GUARD), *([] if patient else ["now"]), *map(str, new)]
     guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    stopped = True
     try:
         yield opened
+        stopped = False
+    except Exception:
+        stopped = False  # an error, no signal: there is time
+        raise
     finally:
         assert guard.stdin is not None
-        guard.stdin.close()
+        if patient or stopped:
+            guard.stdin.close()
         try:
-            close(opened)
+            if patient or not stopped:
+                close(opened)
         finally:
+            guard.stdin.close()
             guard.wait()

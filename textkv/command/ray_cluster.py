@@ -25,6 +25,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from textkv.command.below import guarded
 from textkv.command.ending import TERMINATED
 
 LOCAL = "local"
@@ -91,10 +92,7 @@ def _open(address: str, cpus: int) -> Iterator[ModuleType]:
         yield ray
         return
     with _started(cpus) if address == LOCAL else _joined(address) as ray:
-        try:
-            yield ray
-        finally:
-            ray.shutdown()
+        yield ray
 
 
 @contextmanager
@@ -102,9 +100,10 @@ def _started(cpus: int) -> Iterator[ModuleType]:
     with _folder() as folder, _environment(QUIET | HERE | {"RAY_AUTH_TOKEN": _secret(), "TMPDIR": f"{folder}/t"}):
         # Of the workers: what they leave, as browsers do that are killed, goes with Ray's own files.
         (folder / "t").mkdir()
-        yield _init(
-            address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=STORE, _temp_dir=str(folder)
-        )
+        told = {"num_cpus": cpus, "object_store_memory": STORE, "include_dashboard": False, "_temp_dir": str(folder)}
+        # Its daemons wait for each other longer than a Ctrl-C may take, and much longer for a driver that was killed.
+        with guarded(lambda: _init(address=LOCAL, **told), lambda ray: ray.shutdown(), "ray", patient=False) as ray:
+            yield ray
 
 
 @cache
@@ -122,7 +121,11 @@ def _joined(address: str) -> Iterator[ModuleType]:
     except OSError as error:
         raise ValueError(f"nothing answers at {address} ({error.strerror or error}); is Ray running there?") from None
     with _environment(QUIET):
-        yield _init(address=address)
+        ray = _init(address=address)
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 def _init(**options: object) -> ModuleType:
@@ -140,6 +143,11 @@ def _init(**options: object) -> ModuleType:
     except SystemExit:
         # Ray's own answer to SIGTERM, which has another code than ours.
         raise SystemExit(TERMINATED) from None
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # Its own word for daemons that do not come up in half a minute.
+        raise ValueError(f"Ray did not start ({str(error).splitlines()[0]}); is the machine very busy?") from None
     finally:
         sys.excepthook = hook
         if main:

@@ -83,6 +83,10 @@ class RayWorkers:
                 self._idle.append(actor)
                 self._deal(job, waiting)
                 yield args, result
+        except (KeyboardInterrupt, SystemExit):
+            # Ray ends as a whole, or lets go of what this process had: nothing is waited for.
+            self._busy.clear()
+            raise
         finally:
             # After an error, or for a caller who has seen enough: what is still being done is of no use to anybody.
             while self._busy:
@@ -110,10 +114,11 @@ class RayWorkers:
         if kind is None:
             with suppress(self._ray.exceptions.RayError):
                 self._ray.get([actor.close.remote() for actor in self._idle], timeout=GRACE)
-        # The processors are free for others.
-        while self._all:
-            self._kill(self._all[-1])
-        self._stack.close()
+        if kind is None or issubclass(kind, Exception):
+            # The processors are free for others.
+            while self._all:
+                self._kill(self._all[-1])
+        self._stack.__exit__(kind, error, trace)
 
 
 def _died(error: Exception) -> str:

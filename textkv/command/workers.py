@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from textkv.command.ending import TERMINATED
 
-GRACE = 1.0  # seconds in which a worker may close what it has open: Ctrl-C is answered within three
+GRACE = 0.8  # seconds in which a worker may close what it has open: Ctrl-C is answered within three
 
 
 class WorkerFailed(ValueError):
@@ -124,7 +124,7 @@ class _Here:
         # Ctrl-C reaches every process of a terminal; the parent decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, cls.end)
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        end_with_parent()
         cls.hand = Hand(open, args)
 
     @classmethod
@@ -143,6 +143,11 @@ class _Here:
         """One job."""
         assert cls.hand is not None
         return cls.hand.work(job, args)
+
+
+def end_with_parent() -> None:
+    """In a worker: from now on it ends when the process that started it has gone, whatever it is doing."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:

@@ -171,7 +171,7 @@ def bytes_are_really_gone(bench: Bench) -> None:
     # What waits in host memory may be more than the budget, which counts what a token sees.
     if not bench.policy.evicts or bench.policy.capabilities.retrieves:
         return
-    allowed = bench.policy.budget.count(90)
+    allowed = bench.policy.allowance.count(90)
     stored = cache.at_rest.tokens_stored
     copies = 2 if bench.policy.capabilities.stores_query_heads else 1
     assert stored <= allowed, f"{stored} tokens stored per head, the budget allows {allowed}"

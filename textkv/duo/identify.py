@@ -32,7 +32,20 @@ from transformers import (
 
 from textkv import checkpoints, models
 from textkv.arguments import device
-from textkv.command import count, finite, natural, output_file, positive, run, seed, some_text, text_file, threads
+from textkv.command import (
+    count,
+    finite,
+    natural,
+    output_file,
+    positive,
+    question_count,
+    run,
+    seed,
+    some_text,
+    text_file,
+    threads,
+    token_count,
+)
 from textkv.duo.mean_qk import mean_qk_scores
 from textkv.duo.passkeys import PasskeyConfig, Passkeys, Sample, recall_sample
 from textkv.duo.pattern import FILE, Pattern
@@ -130,11 +143,15 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--how", choices=("distillation", "mean_qk"), default="distillation")
     command.add_argument("--task", choices=("passkeys", "recall"), default="passkeys", help="recall: the mini model's")
     command.add_argument("--text", type=text_file, help="haystack; default: sentences of a small grammar")
-    command.add_argument("--passkeys", type=count, default=PasskeyConfig.count, help="passkeys hidden in a sample")
-    command.add_argument("--words", type=count, default=PasskeyConfig.words, help="words of a passkey")
-    command.add_argument("--shortest", type=count, default=PasskeyConfig.shortest, help="shortest haystack, in tokens")
     command.add_argument(
-        "--longest", type=count, help=f"longest sample; {PasskeyConfig.longest} or what the model knows"
+        "--passkeys", type=question_count, default=PasskeyConfig.count, help="passkeys hidden in a sample"
+    )
+    command.add_argument("--words", type=token_count, default=PasskeyConfig.words, help="words of a passkey")
+    command.add_argument(
+        "--shortest", type=token_count, default=PasskeyConfig.shortest, help="shortest haystack, in tokens"
+    )
+    command.add_argument(
+        "--longest", type=token_count, help=f"longest sample; {PasskeyConfig.longest} or what the model knows"
     )
     for name, kind in (("steps", count), ("rate", positive), ("weight", finite), ("sinks", natural), ("recent", count)):
         command.add_argument(f"--{name}", type=kind, default=getattr(GateTraining, name))

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from textkv import models
 from textkv.arguments import device
-from textkv.command import count, fraction, hand_over, natural, output_folder, run, some_text, text_file
+from textkv.command import count, fraction, hand_over, natural, output_folder, run, some_text, text_file, token_count
 from textkv.disk import whole_folder
 from textkv.masa.checkpoint import save
 from textkv.masa.conversion import Conversion, convert
@@ -107,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--projections", type=some_text, default="qkvo", help="which are converted (default qkvo)")
     make.add_argument("--text", type=text_file, help="plain text to calibrate on; default: a small grammar's sentences")
     make.add_argument("--texts", type=count, default=32, help="pieces of it (default 32)")
-    make.add_argument("--length", type=count, default=256, help="tokens of a piece (default 256)")
+    make.add_argument("--length", type=token_count, default=256, help="tokens of a piece (default 256)")
     make.add_argument("--device", type=device, default="", help="cpu, cuda ... (default: a GPU where there is one)")
     plain = commands.add_parser("export", help="plain weights of a folder with atoms")
     for command, own in ((make, FILE), (plain, PLAIN)):

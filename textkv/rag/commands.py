@@ -13,7 +13,17 @@ import sys
 from collections.abc import Sequence
 
 from textkv.arguments import budget, method
-from textkv.command import checked, count, finite, hand_over, output_folder, readable_folder, run, some_text
+from textkv.command import (
+    checked,
+    count,
+    finite,
+    hand_over,
+    output_folder,
+    readable_folder,
+    run,
+    some_text,
+    token_count,
+)
 from textkv.models.loading import load
 from textkv.rag.answer import Answer, Reader
 from textkv.rag.atlas import Atlas
@@ -47,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--embedder", type=some_text, default="bm25", help="bm25, minilm, a folder, a hub id, or module:Class"
     )
-    build.add_argument("--words", type=count, default=120, help="of a chunk, at most")
+    build.add_argument("--words", type=token_count, default=120, help="of a chunk, at most")
     ask = commands.add_parser("ask", help="answer a question from an index")
     ask.add_argument("question", type=checked(question))
     ask.add_argument("--index", type=readable_folder, required=True, help="folder of the index")
@@ -58,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     )
     ask.add_argument("--budget", type=budget, help="share of the tokens that the cache keeps, e.g. 0.5")
     ask.add_argument("--passages", type=count, default=3, help="of one search")
-    ask.add_argument("--tokens", type=count, default=48, help="of the answer, at most")
+    ask.add_argument("--tokens", type=token_count, default=48, help="of the answer, at most")
     ask.add_argument("--atlas", choices=("off", *MODES), default="off", help="search again where the model is unsure")
     ask.add_argument("--theta", type=finite, help="least score of a word that triggers a search (default by --atlas)")
     ask.add_argument("--searches", type=count, default=5, help="of one answer, at most, with --atlas")

@@ -6,11 +6,11 @@ Prompts and pictures stand in no log and no metric. Errors have OpenAI's form, o
 from __future__ import annotations
 
 import asyncio
-import hmac
+import hashlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +20,16 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
 
 from textkv.records import parse
 from textkv.serve import protocol
+from textkv.serve.doorkeeper import HereAlone, KeyAsked, Keys
 from textkv.serve.interface import Engine, Outcome
 from textkv.serve.metrics import Metrics
 from textkv.serve.queue import Full, Job, Turns
 
 LOOK_AGAIN = 0.25  # seconds between two looks whether a client is still there
-OPEN = ("/health",)  # paths that need no key
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,28 @@ class Refused(Exception):
 
 
 def build_app(
-    engine: Engine, name: str, limits: Limits | None = None, keys: Sequence[str] = (), turns: Any = None
+    engine: Engine,
+    name: str,
+    limits: Limits | None = None,
+    keys: Keys = (),
+    turns: Any = None,
+    here_alone: bool = False,
 ) -> FastAPI:
     """The app that serves `engine` as the model `name`.
 
     Args:
         keys: one of them must come as a bearer token with every request; none = no key is asked for.
         turns: what takes jobs to answers, in the form of `textkv.serve.queue.Turns`; None = one thread for the engine.
+        here_alone: only requests that were meant for this machine by name are answered, see `HereAlone`.
     """
-    routes = _Routes(engine, name, limits or Limits(), turns)
+    routes = _Routes(engine, name, limits or Limits(), turns, bool(keys))
     # Without /docs and /openapi.json: the pages load scripts from elsewhere.
     app = FastAPI(lifespan=routes.lifespan, openapi_url=None)
     app.state.turns = routes.turns
     if keys:
-        app.add_middleware(_Door, keys=tuple(key.encode() for key in keys))
+        app.add_middleware(KeyAsked, keys=keys)
+    if here_alone:
+        app.add_middleware(HereAlone)
     app.add_exception_handler(Refused, routes.refuse)
     app.add_exception_handler(HTTPException, routes.unknown)
     for path, answer in (("/health", routes.health), ("/metrics", routes.show), ("/v1/models", routes.models)):
@@ -83,7 +91,8 @@ def build_app(
 class _Routes:
     """What is answered under which path, for one engine."""
 
-    def __init__(self, engine: Engine, name: str, limits: Limits, turns: Any = None) -> None:
+    def __init__(self, engine: Engine, name: str, limits: Limits, turns: Any = None, keys: bool = False) -> None:
+        self.keys = keys
         self.engine, self.name, self.limits = engine, name, limits
         self.turns = Turns(engine, limits.waiting) if turns is None else turns
         self.metrics, self.started = Metrics(), int(time.time())
@@ -127,42 +136,29 @@ class _Routes:
         """A chat completion, whole or as a stream.
 
         Raises:
-            Refused: 400 for what cannot be carried out, 404 for another model, 413 for too large a body, 429 for a full
-                queue, 500 for a failure of the model, 504 after the time limit.
+            Refused: 400 for what cannot be carried out, 404 for another model, 408 for a body that does not come, 413
+                for too large a one, 429 for a full queue, 500 for a failure of the model, 504 after the time limit.
         """
-        asked = await _read(request, self.limits.bytes)
+        try:
+            asked = await _read(request, self.limits)
+        except ClientDisconnect:
+            self.metrics.gone()
+            return Response(status_code=499)
         _check_name(asked.model, self.name)
+        # Whoever has another key learns nothing of what others told, not even by what is cached.
+        asked.of(hashlib.sha256(_client(request).encode()).hexdigest() if self.keys else "")
         try:
+            # Before the work of preparing it, and once more behind that.
+            self.turns.check_room()
             prepared = await asyncio.to_thread(self.engine.prepare, asked)
-        except (ValueError, TemplateError) as error:
-            # A template refuses turns that its model was not trained on, two of the same role for example.
-            raise Refused(400, _line(error)) from None
-        job = Job(_client(request), prepared, asyncio.get_running_loop())
-        try:
+            job = Job(_client(request), prepared, asyncio.get_running_loop(), asked.stream)
             self.turns.add(job)
         except Full as error:
             raise Refused(429, str(error), "rate_limit_error") from None
+        except Exception as error:
+            raise _told(error) from None
         answer = _Reply(request, job, asked, self.metrics, self.limits.seconds)
         return await (answer.stream() if asked.stream else answer.whole())
-
-
-class _Door:
-    """Lets requests in that bring a key. Plain ASGI: FastAPI's own middleware hides that a client has gone."""
-
-    def __init__(self, app: ASGIApp, keys: tuple[bytes, ...]) -> None:
-        self.app, self.keys = app, keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN and not self._known(scope):
-            line = "no valid API key; send it as Authorization: Bearer KEY"
-            await JSONResponse(protocol.error_body(line, "authentication_error"), 401)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
-
-    def _known(self, scope: Scope) -> bool:
-        told = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
-        # All are compared, each in constant time: how long it takes says nothing about a key.
-        return any([hmac.compare_digest(told, key) for key in self.keys])
 
 
 class _Reply:
@@ -243,13 +239,21 @@ class _Reply:
                 return await asyncio.wait_for(self.job.pieces.get(), LOOK_AGAIN)
 
 
-async def _read(request: Request, limit: int) -> protocol.ChatRequest:
-    """The request in the body, of at most `limit` bytes."""
+async def _read(request: Request, limits: Limits) -> protocol.ChatRequest:
+    """The request in the body. Raises ClientDisconnect if its client has gone."""
+    large = f"the request is larger than {limits.bytes:,} bytes; send fewer or smaller pictures"
+    told = request.headers.get("content-length", "")
+    if told.isdecimal() and int(told[:20]) > limits.bytes:
+        raise Refused(413, large)
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise Refused(413, f"the request is larger than {limit:,} bytes; send fewer or smaller pictures")
+    try:
+        async with asyncio.timeout(limits.seconds):
+            async for part in request.stream():
+                body += part
+                if len(body) > limits.bytes:
+                    raise Refused(413, large)
+    except TimeoutError:
+        raise Refused(408, f"the request did not come within {limits.seconds:g} seconds", "timeout_error") from None
     try:
         return protocol.read_request(parse(bytes(body)))
     except ValueError as error:
@@ -257,7 +261,8 @@ async def _read(request: Request, limit: int) -> protocol.ChatRequest:
 
 
 def _told(error: Exception) -> Refused:
-    if isinstance(error, ValueError):
+    # A template refuses turns that its model was not trained on, two of the same role for example.
+    if isinstance(error, ValueError | TemplateError):
         return Refused(400, _line(error))
     # What it was in full is for whoever runs the server; a message of torch may hold tensors of the prompt.
     return Refused(500, f"the answer failed: {type(error).__name__}", "server_error")

@@ -27,13 +27,14 @@ from textkv.serve.template import PLAIN
 
 _COLUMNS = ("input_ids", "attention_mask", "mm_token_type_ids")
 LONGEST = 2**31  # columns, where a model names no limit
+COLDEST = 1e-4  # a temperature below takes the likeliest token: logits divided by it are beyond numbers of 16 bits
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A request as tensors: `inputs` for `Conversation.generate`, the options of its decoding, its stop strings, and
     `stem`: columns up to which it will be told again by its next turn; None = up to the end of the answer. `first`:
-    nothing was answered yet in its conversation.
+    nothing was answered yet in its conversation. `owner`: whose it is.
     """
 
     inputs: dict[str, Any]
@@ -42,6 +43,7 @@ class Prepared:
     seed: int | None = None
     stem: int | None = None
     first: bool = False
+    owner: str = ""
 
 
 class ChatEngine(Engine):
@@ -135,7 +137,7 @@ class ChatEngine(Engine):
             options["logits_processor"] = LogitsProcessorList(processors)
         stem = self._opening.before(inputs["input_ids"])
         first = all(message.role != "assistant" for message in request.messages)
-        return Prepared(inputs, options, tuple(request.stop), request.seed, stem, first)
+        return Prepared(inputs, options, tuple(request.stop), request.seed, stem, first, request.owner)
 
     def answer(self, prepared: Prepared, give: Callable[[str], None], cancelled: Callable[[], bool]) -> Outcome:
         """See `Engine`."""
@@ -154,7 +156,7 @@ class ChatEngine(Engine):
             read, kept = self._stem(talk, inputs, prepared.stem and prepared.stem + moved)
             out = talk.generate(**inputs, **prepared.options, stopping_criteria=StoppingCriteriaList([growing]))
         # Also when the client has gone: it may ask again, and the prompt was read.
-        self.shelf.put(kept or talk)
+        self.shelf.put(kept or talk, prepared.owner)
         if growing.left:
             raise Cancelled
         growing.finish()
@@ -206,7 +208,7 @@ class ChatEngine(Engine):
         ids = prepared.inputs["input_ids"]
         compared = {k: v for k, v in prepared.inputs.items() if k not in ("spans", "grids")}
         told = self._blank.dialogue(**({"attention_mask": torch.ones_like(ids)} | compared))
-        talk = self.shelf.take(told)
+        talk = self.shelf.take(told, prepared.owner)
         found = goes_on(talk, told)
         if found is None or not found.left_out:
             return talk, dict(prepared.inputs), 0
@@ -280,7 +282,7 @@ def _text_message(message: Message) -> dict[str, str]:
 
 def sampling(request: ChatRequest) -> dict[str, Any]:
     """`model.generate`'s options for a request's temperature and top_p; what is None stays the model's own."""
-    if request.temperature == 0:
+    if request.temperature is not None and request.temperature < COLDEST:
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     told = {"temperature": request.temperature, "top_p": request.top_p}
     told = {name: value for name, value in told.items() if value is not None}

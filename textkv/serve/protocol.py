@@ -11,11 +11,33 @@ import binascii
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 LARGEST_SEED = 2**63 - 1
+
+
+def _whole_characters(text: str) -> str:
+    """JSON can name half of a pair of code units, which is no character, and which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a character at {error.start}; write the whole one") from None
+    return text
+
+
+Words = Annotated[str, AfterValidator(_whole_characters)]
 
 
 class _Strict(BaseModel):
@@ -24,7 +46,7 @@ class _Strict(BaseModel):
 
 class _Text(_Strict):
     type: Literal["text", "input_text"]
-    text: str
+    text: Words
 
 
 class _Address(_Strict):
@@ -46,7 +68,7 @@ class Message(_Strict):
     """One message. `content` is a text, or texts and pictures in order."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[_Text | _Picture, Field(discriminator="type")]]
+    content: Words | list[Annotated[_Text | _Picture, Field(discriminator="type")]]
     name: str | None = None
 
     def parts(self) -> Iterator[str | bytes]:
@@ -103,7 +125,7 @@ class ChatRequest(BaseModel):
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
-    stop: list[str] = Field(default_factory=list, max_length=16)
+    stop: list[Words] = Field(default_factory=list, max_length=16)
     stream: bool = False
     stream_options: _StreamOptions | None = None
     response_format: _Format | None = None
@@ -128,6 +150,26 @@ class ChatRequest(BaseModel):
     parallel_tool_calls: Any = None
     reasoning_effort: Any = None
     verbosity: Any = None
+
+    # Whose conversations it may go on from; set at the door, not by the client.
+    _owner: str = PrivateAttr("")
+
+    @property
+    def owner(self) -> str:
+        """Whose it is, "" where nobody is told apart."""
+        return self._owner
+
+    def of(self, owner: str) -> ChatRequest:
+        """The same request as that owner's."""
+        self._owner = owner
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_limit(cls, given: Any) -> Any:
+        if isinstance(given, dict) and {"max_tokens", "max_completion_tokens"} <= given.keys():
+            raise ValueError("max_tokens and max_completion_tokens are the same; send one of them")
+        return given
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -165,9 +207,12 @@ def read_request(body: Any) -> ChatRequest:
     try:
         return ChatRequest.model_validate(body)
     except ValidationError as error:
-        wrong = error.errors(include_url=False, include_context=False)[0]
-        place = ".".join(str(x) for x in wrong["loc"]) or "the body"
+        # Where a field may be of several kinds each tells its error: the one meant is that which came furthest.
+        wrong = max(error.errors(include_url=False, include_context=False), key=lambda one: len(one["loc"]))
+        parts = (str(x) for x in wrong["loc"] if isinstance(x, int) or x.isidentifier())
+        place = ".".join(parts) or "the body"
         if wrong["type"] == "extra_forbidden":
+            place = ".".join(str(x) for x in wrong["loc"])
             raise ValueError(f"{place} is no field that this server knows; leave it out") from None
         given = repr(wrong["input"])
         given = given if len(given) <= 80 else f"{given[:77]}..."

@@ -18,16 +18,20 @@ class Full(Exception):
 
 @dataclass
 class Job:
-    """A request on its way. Its pieces arrive in `pieces`: texts, then an Outcome or an exception."""
+    """A request on its way. `pieces` brings texts if it is a `stream`, and then an Outcome or an exception."""
 
     client: str
     prepared: Any
     loop: asyncio.AbstractEventLoop
+    stream: bool = True
     pieces: asyncio.Queue[str | Outcome | Exception] = field(default_factory=asyncio.Queue)
     gone: Event = field(default_factory=Event)
 
     def tell(self, piece: str | Outcome | Exception) -> None:
         """Hands a piece over to the event loop that waits for it; a loop that is closed waits for nothing."""
+        # Each hand-over costs both threads a turn at the interpreter: none for texts that nobody reads yet.
+        if isinstance(piece, str) and not self.stream:
+            return
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
 
@@ -49,7 +53,7 @@ class Turns:
         self._thread.start()
 
     def __len__(self) -> int:
-        return sum(len(jobs) for jobs in self._waiting.values())
+        return sum(len(jobs) for jobs in list(self._waiting.values()))
 
     def add(self, job: Job) -> None:
         """Puts a job at the end of its client's row.
@@ -58,10 +62,14 @@ class Turns:
             Full: as many as may wait do so already.
         """
         with self._ready:
-            if len(self) >= self.limit:
-                raise Full(f"{self.limit} requests wait already; try again later")
+            self.check_room()
             self._waiting.setdefault(job.client, deque()).append(job)
             self._ready.notify()
+
+    def check_room(self) -> None:
+        """Raises Full if as many wait as may."""
+        if len(self) >= self.limit:
+            raise Full(f"{self.limit} requests wait already; try again later")
 
     def close(self, patience: float = 5.0) -> None:
         """Ends the thread; what waits is given up, and what is being answered ends at its next step."""

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from textkv.command.ray_cluster import LOCAL, connected
 from textkv.serve.engine import ENGINES
+from textkv.serve.folders import OwnFolder
 from textkv.serve.interface import Engine, Opening, Outcome
 from textkv.serve.placing import key_of
 from textkv.serve.protocol import ChatRequest
@@ -43,7 +42,7 @@ class Replica:
         except Exception as error:
             yield _plain(error)
             return
-        job = Job(client, prepared, asyncio.get_running_loop())
+        job = Job(client, prepared, asyncio.get_running_loop(), request.stream)
         self.turns.add(job)
         piece: str | Outcome | Exception = ""
         try:
@@ -76,11 +75,15 @@ class Spread:
 
     def add(self, job: Job) -> None:
         """Sends a job on its way. Raises Full if as many as may wait do so already."""
-        if len(self._tasks) >= self.limit + self.replicas:
-            raise Full(f"{self.limit} requests wait already; try again later")
+        self.check_room()
         task = asyncio.get_running_loop().create_task(self._forward(job))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def check_room(self) -> None:
+        """Raises Full if as many wait as may."""
+        if len(self) >= self.limit:
+            raise Full(f"{self.limit} requests wait already; try again later")
 
     def close(self, patience: float = 5.0) -> None:
         """Nothing to wait for: jobs end with the door's loop."""
@@ -180,11 +183,11 @@ def _on_disk(opening: Opening) -> Iterator[Opening]:
     if opening.disk is None:
         yield opening
         return
-    opening.disk.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix="replicas-", dir=opening.disk.absolute(), ignore_cleanup_errors=True
-    ) as own:
-        yield replace(opening, disk=Path(own))
+    own = OwnFolder(opening.disk.absolute(), "replicas-")
+    try:
+        yield replace(opening, disk=own.path)
+    finally:
+        own.close()
 
 
 def _plain(error: Exception) -> Exception:

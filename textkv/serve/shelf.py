@@ -9,18 +9,22 @@ dropped is read again by its next turn, and answered all the same.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 
+import numpy as np
 import torch
 
 from textkv.conversation import Conversation
 from textkv.dialogue import Dialogue
-from textkv.serve.omitted import GoesOn, compare, goes_on
+from textkv.serve.folders import OwnFolder
+from textkv.serve.omitted import compare
+
+ID = 8  # bytes of a token's id
+TRIED = 8  # conversations that begin like a request and are asked whether they can be taken back to there
 
 
 @dataclass
@@ -35,18 +39,39 @@ class ShelfStats:
     dropped: int = 0
 
 
-@dataclass(frozen=True)
-class _OnDisk:
-    """A conversation in a folder, and what it has read."""
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A conversation on the shelf, in memory or in a folder, and what it has read.
 
-    folder: Path
+    Attributes:
+        line: the ids as bytes: of thousands of conversations all but a few are passed over by these, in no time.
+        bytes: of its cache, or of its files.
+        owner: whose it is; nobody else's requests go on from it.
+    """
+
     seen: Dialogue
     forgotten: torch.Tensor
+    line: bytes
     bytes: int
+    owner: str
+    talk: Conversation | None = None
+    folder: Path | None = None
 
-    def continues(self, told: Dialogue) -> int:
+    def continues(self, told: Dialogue, line: bytes) -> int:
         """Columns that a request need not read, if it goes on from here; else 0."""
-        return _columns(compare(self.seen, told, self.forgotten))
+        # What a client leaves out of a history is never before its first picture.
+        first = self.seen.images[0].start * ID if self.seen.images else len(self.line)
+        if not line.startswith(self.line[:first]):
+            return 0
+        found = compare(self.seen, told, self.forgotten)
+        return 0 if found is None else found.columns
+
+    def begins(self, line: bytes) -> int:
+        """Columns that a request begins with as this does."""
+        n = min(len(self.line), len(line)) // ID
+        mine, its = (np.frombuffer(x, np.int64, n) for x in (self.line, line))
+        apart = mine != its
+        return int(apart.argmax()) if apart.any() else n
 
 
 @dataclass
@@ -74,53 +99,54 @@ class Shelf:
     stats: ShelfStats = field(default_factory=ShelfStats)
 
     def __post_init__(self) -> None:
-        self._kept: list[Conversation] = []
-        self._stored: list[_OnDisk] = []
+        self._kept: list[Held] = []
+        self._stored: list[Held] = []
         self._lock, self._number, self.peak_bytes = Lock(), 0, 0
-        self._own: Path | None = None
-        self._folder: tempfile.TemporaryDirectory | None = None
-        if self.disk is not None:
-            self.disk.mkdir(parents=True, exist_ok=True)
-            # Of this process alone: prompts of others are none of its business, and it removes what it made.
-            self._folder = tempfile.TemporaryDirectory(
-                prefix="conversations-", dir=self.disk, ignore_cleanup_errors=True
-            )
-            self._own = Path(self._folder.name)
+        # Of this process alone: prompts of others are none of its business, and it removes what it made.
+        self._folder = None if self.disk is None else OwnFolder(self.disk, "conversations-")
 
-    def take(self, told: Dialogue) -> Conversation:
-        """The conversation that is best gone on from, or a new one. Give it back with `put`, unless it failed."""
+    def take(self, told: Dialogue, owner: str = "") -> Conversation:
+        """The conversation of `owner` that is best gone on from, or a new one. Give it back with `put`, unless it
+        failed.
+        """
+        line = _line(told)
         with self._lock:
-            whole = max(((_columns(goes_on(x, told)), x) for x in self._kept), key=lambda x: x[0], default=(0, None))
-            stored = max(((x.continues(told), x) for x in self._stored), key=lambda x: x[0], default=(0, None))
+            whole, stored = (self._best(held, told, line, owner) for held in (self._kept, self._stored))
             if whole[0] and whole[0] >= stored[0]:
-                self._kept = [kept for kept in self._kept if kept is not whole[1]]
+                self._kept.remove(whole[1])
                 self.stats.continued += 1
-                return whole[1]
+                return whole[1].talk
             if stored[0] and (back := self._back(stored[1])) is not None:
                 return back
-            found = ((kept.foresee(told), kept) for kept in self._kept if not kept.forgotten.any())
-            begins = ((reuse.reused, kept) for reuse, kept in found if reuse.how == "cropped")
-            reused, part = max(begins, key=lambda x: x[0], default=(0, None))
-            if part is None or reused < self.share:
+            part = self._beginning(told, line, owner)
+            if part is None:
                 self.stats.new += 1
                 return self.new()
             # The other may still go on its own way.
             self.stats.branched += 1
             return part.fork()
 
-    def put(self, conversation: Conversation) -> None:
+    def put(self, conversation: Conversation, owner: str = "") -> None:
         """Keeps a conversation whose turn is over, as the one used last. Others make room first: what lies in memory
         is never more than the limit.
         """
         with self._lock:
-            size = _bytes(conversation)
-            while self.limit is not None and self._kept and self._bytes() + size > self.limit:
+            seen = conversation.seen
+            if seen is None:
+                # Nobody knows what it has read: no request can go on from it.
+                self.stats.dropped += 1
+                return
+            size = conversation.cache.kv_bytes() + conversation.cache.host_bytes()
+            new = Held(seen, conversation.forgotten, _line(seen), size, owner, conversation)
+            held = self._bytes()
+            while self.limit is not None and self._kept and held + size > self.limit:
+                held -= self._kept[0].bytes
                 self._make_room(self._kept.pop(0))
             if self.limit is not None and size > self.limit:
-                self._make_room(conversation)
+                self._make_room(new)
                 return
-            self._kept.append(conversation)
-            self.peak_bytes = max(self.peak_bytes, self._bytes())
+            self._kept.append(new)
+            self.peak_bytes = max(self.peak_bytes, held + size)
 
     def kv_bytes(self) -> int:
         """Bytes of all conversations that lie in memory."""
@@ -129,45 +155,59 @@ class Shelf:
 
     def disk_bytes(self) -> int:
         """Bytes of all that lie on disk."""
-        return sum(stored.bytes for stored in self._stored)
+        return sum(stored.bytes for stored in list(self._stored))
 
     def close(self) -> None:
         """Forgets all, and removes what lies on disk."""
         with self._lock:
             self._kept, self._stored = [], []
             if self._folder is not None:
-                self._folder.cleanup()
+                self._folder.close()
 
     def __len__(self) -> int:
         return len(self._kept) + len(self._stored)
 
     def _bytes(self) -> int:
-        return sum(_bytes(kept) for kept in self._kept)
+        return sum(kept.bytes for kept in self._kept)
 
-    def _make_room(self, conversation: Conversation) -> None:
-        seen = conversation.seen
-        if self._own is None or seen is None:
+    def _best(self, held: list[Held], told: Dialogue, line: bytes, owner: str) -> tuple[int, Held | None]:
+        """The one of which a request need not read the most columns, and how many."""
+        found = ((x.continues(told, line), x) for x in held if x.owner == owner)
+        return max(found, key=lambda x: x[0], default=(0, None))
+
+    def _beginning(self, told: Dialogue, line: bytes, owner: str) -> Conversation | None:
+        """One that begins as a request does and can be taken back to where they part."""
+        alike = (x for x in self._kept if x.owner == owner and line[: self.share * ID] == x.line[: self.share * ID])
+        near = sorted(((x.begins(line), x) for x in alike if not x.forgotten.any()), key=lambda x: -x[0])
+        for _, held in near[:TRIED] if told.columns > self.share else ():
+            reuse = held.talk.foresee(told)
+            if reuse.how == "cropped" and reuse.reused >= self.share:
+                return held.talk
+        return None
+
+    def _make_room(self, held: Held) -> None:
+        if self._folder is None:
             self.stats.dropped += 1
             return
-        folder = self._own / str(self._number)
+        folder = self._folder.path / str(self._number)
         self._number += 1
         try:
-            conversation.save(folder)
+            held.talk.save(folder)
+            size = sum(file.stat().st_size for file in folder.iterdir())
         except (OSError, ValueError):
             # A full disk, or a method that cannot be saved: the next turn reads it again.
             shutil.rmtree(folder, ignore_errors=True)
             self.stats.dropped += 1
             return
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        self._stored.append(_OnDisk(folder, seen, conversation.forgotten, size))
+        self._stored.append(replace(held, bytes=size, talk=None, folder=folder))
         self.stats.to_disk += 1
         while self.disk_limit is not None and self._stored and self.disk_bytes() > self.disk_limit:
             shutil.rmtree(self._stored.pop(0).folder, ignore_errors=True)
             self.stats.dropped += 1
 
-    def _back(self, stored: _OnDisk) -> Conversation | None:
+    def _back(self, stored: Held) -> Conversation | None:
         """The conversation from disk; None if what lies there is no longer whole."""
-        self._stored = [other for other in self._stored if other is not stored]
+        self._stored.remove(stored)
         conversation = None
         with suppress(OSError, ValueError):
             conversation = self.load(stored.folder)
@@ -179,9 +219,5 @@ class Shelf:
         return conversation
 
 
-def _bytes(conversation: Conversation) -> int:
-    return conversation.cache.kv_bytes() + conversation.cache.host_bytes()
-
-
-def _columns(found: GoesOn | None) -> int:
-    return 0 if found is None else found.columns
+def _line(dialogue: Dialogue) -> bytes:
+    return dialogue.ids[0].contiguous().numpy().tobytes()

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv.attention import release, runs_on_ours
 from textkv.cache import MethodCache
-from textkv.command import count, output_file, run, some_text, text_file
+from textkv.command import output_file, run, some_text, text_file, token_count
 from textkv.duo.identify import add_running, load_model
 from textkv.evidence import Evidence, Needs, QueryCentres
 from textkv.kinds import text_config, text_model
@@ -145,8 +145,8 @@ def parser() -> argparse.ArgumentParser:
         type=OUT,
         help=f"file of the centres; default: {FILE} beside the model",
     )
-    command.add_argument("--tokens", type=count, default=TOKENS, help=f"tokens to read at most; {TOKENS}")
-    command.add_argument("--length", type=count, help="tokens of a piece; default: all that the model knows")
+    command.add_argument("--tokens", type=token_count, default=TOKENS, help=f"tokens to read at most; {TOKENS}")
+    command.add_argument("--length", type=token_count, help="tokens of a piece; default: all that the model knows")
     add_running(command)
     return p
 

@@ -254,7 +254,7 @@ class Batch:
         return replace(self, **changed)
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory (called by the data loader)."""
+        """The batch in page-locked memory."""
         return self.map(torch.Tensor.pin_memory)
 
 

@@ -155,7 +155,7 @@ class AgentTrainer(Trainer):
         """Endless batches; a restart draws others than those that it has learned from."""
         seed, workers = self.settings.seed + self.step, self.settings.workers
         feed = Feed(self.tokenizer, SYSTEM, self.settings.mix(), self.runs / "episodes", seed)
-        return iter(loader(feed, workers, 8, self.device))
+        return loader(feed, workers, 8, self.device)
 
     def learn(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One optimizer step; returns logits, targets and the loss (a scalar)."""

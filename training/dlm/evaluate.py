@@ -22,7 +22,7 @@ from dlm.decode import decode
 from dlm.mini import load_mini
 from dlm.mini.problems import FIRST_EVALUATION_SEED, MOST_STEPS, Problem, final_answer, make_problem
 from textkv.arguments import device
-from textkv.command import count, results_file, run, some_text, write_rows
+from textkv.command import question_count, results_file, run, some_text, token_count, write_rows
 from textkv.intervals import wilson
 from textkv.provenance import run_meta
 from training.command import add_threads, set_threads
@@ -91,8 +91,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--model", type=some_text, default="llada", help='"llada", "dream", "guider" or a folder of the training'
     )
-    p.add_argument("--n", type=count, default=200, help="problems")
-    p.add_argument("--gen-length", type=count, default=64, help="tokens of the canvas behind the prompt")
+    p.add_argument("--n", type=question_count, default=200, help="problems")
+    p.add_argument("--gen-length", type=token_count, default=64, help="tokens of the canvas behind the prompt")
     p.add_argument("--device", type=device, default="", help="cpu, cuda ... (default: a GPU where there is one)")
     add_threads(p)
     p.add_argument("--json", type=results_file("training.dlm.evaluate"), help="write the rows here")

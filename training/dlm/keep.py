@@ -15,7 +15,7 @@ from typing import Any
 
 from dlm.mini import WEIGHTS, load_mini
 from dlm.mini.problems import FIRST_EVALUATION_SEED
-from textkv.command import checked, count, run, some_text
+from textkv.command import checked, question_count, run, some_text, token_count
 from training.command import add_threads, set_threads
 from training.dlm.evaluate import measure
 from training.export import read_trained, trained_folder
@@ -61,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m training.dlm.keep", description=__doc__.split("\n\n")[0])
     p.add_argument("latest", type=checked(trained_folder), help="the export of a training: RUNS/latest")
-    p.add_argument("--n", type=count, default=500, help="problems")
-    p.add_argument("--gen-length", type=count, default=64, help="tokens of the canvas behind the prompt")
+    p.add_argument("--n", type=question_count, default=500, help="problems")
+    p.add_argument("--gen-length", type=token_count, default=64, help="tokens of the canvas behind the prompt")
     p.add_argument("--hardware", type=some_text, default="two CPU cores", help="where it was trained, for the README")
     add_threads(p)
     return p

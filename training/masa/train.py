@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from textkv.command import count, fraction, positive, run, text_file
+from textkv.devices import check_room
 from textkv.masa import Sharing, save, share
 from textkv.mini import WEIGHTS
 from textkv.mini.filler import sentences
@@ -67,6 +68,10 @@ class MasaSettings(Settings):
             raise ValueError(f"atoms={self.atoms} is more than the {self.layers} layers; use at most {self.layers}")
         if self.length < 2 or self.rows < 1:
             raise ValueError(f"length={self.length}, rows={self.rows}: use at least 2 tokens in at least one row")
+        # Weights, gradients and two moments of each in float32, and the scores of a batch.
+        weights = 4 * 4 * self.layers * (self.hidden**2 * 10 + self.hidden)
+        asked = f"layers={self.layers} hidden={self.hidden} rows={self.rows} length={self.length}"
+        check_room(self.device, weights + 4 * self.rows * self.length * self.hidden, asked)
         if self.atoms or self.rank:
             self.sharing()
 

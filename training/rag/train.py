@@ -26,10 +26,12 @@ from textkv.command import (
     naturals,
     output_folder,
     positive,
+    question_count,
     results_file,
     run,
     seconds,
     some_text,
+    token_count,
     write_rows,
     write_text,
 )
@@ -59,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=naturals, default="0,1,2")
     p.add_argument("--seconds", type=seconds, default="240", help="of CPU time, of each training")
     p.add_argument("--runs", type=output_folder(_is_runs, MODULE), default="runs/porag", help="folder of checkpoints")
-    p.add_argument("--n", type=count, default=200, help="held-out tasks")
+    p.add_argument("--n", type=question_count, default=200, help="held-out tasks")
     p.add_argument("--passages", type=count, default=3, help="in a prompt")
     p.add_argument("--embedder", type=some_text, help="adds the cosine to the quality of an answer, e.g. minilm")
     told = "what answers are judged by: measured figures, or what heads predict of them that learn beside the model"
@@ -68,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--rank", type=count, default=Tuning.rank, help="of the adapters")
     p.add_argument("--prompts", type=count, default=Tuning.prompts, help="of a step")
     p.add_argument("--group", type=count, default=Tuning.group, help="answers to each of them")
-    p.add_argument("--most", type=count, default=Tuning.most, help="tokens of an answer")
+    p.add_argument("--most", type=token_count, default=Tuning.most, help="tokens of an answer")
     p.add_argument("--temperature", type=positive, default=Tuning.temperature, help="answers are drawn at")
     p.add_argument("--json", type=results_file(MODULE), help="write the rows here, after every training")
     p.add_argument("--plot", type=results_file(MODULE), help="write the curve here, as PNG")

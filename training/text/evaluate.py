@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv.arguments import device
-from textkv.command import checked, count, lengths, results_file, run, some_text, write_rows
+from textkv.command import checked, lengths, question_count, results_file, run, some_text, write_rows
 from textkv.intervals import wilson
 from textkv.mini import load_mini
 from textkv.mini.facts import TASKS, check_task
@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m training.text.evaluate", description=__doc__.split("\n\n")[0])
     p.add_argument("--model", type=some_text, default="mini", help='"mini" or a folder that the training wrote')
     p.add_argument("--lengths", type=lengths, default="256,512,1024,2048", help="prompt and answer, in tokens")
-    p.add_argument("--n", type=count, default=100, help="examples per task and length")
+    p.add_argument("--n", type=question_count, default=100, help="examples per task and length")
     told = f"only this task; may be repeated ({', '.join(TASKS)})"
     p.add_argument("--task", type=checked(check_task), action="append", help=told)
     p.add_argument("--device", type=device, default="", help="cpu, cuda ... (default: a GPU where there is one)")

@@ -46,7 +46,7 @@ class Batch:
         return Batch(*(x.to(device, non_blocking=True) for x in vars(self).values()))
 
     def pin_memory(self) -> Batch:
-        """The same batch in memory from which a GPU copies without waiting; a DataLoader calls this."""
+        """The same batch in memory from which a GPU copies without waiting."""
         return Batch(*(x.pin_memory() for x in vars(self).values()))
 
 

@@ -78,7 +78,7 @@ class TextTrainer(Trainer):
     @cached_property
     def batches(self) -> Iterator[Batch]:
         """Endless batches from the step reached on."""
-        return iter(loader(self.feed, self.settings.workers, 4, self.device))
+        return loader(self.feed, self.settings.workers, 4, self.device)
 
     def learn(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step on a batch on the model's device: (loss, logits [rows * (length - 1), vocab])."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dlm.decode import decode
+from dlm.nodes import lattice
 from dlm.unmask import resolve_unmask
 from tests.dlm.test_decode import Script
 from tests.dlm.toys import END, dream, llada, prompts
@@ -23,8 +24,8 @@ def test_tokens_are_those_of_one_token_per_forward(make, cache):
     for block, eos in ((4, "stop"), (12, "fill"), (5, "none"), (1, "stop")):
         options = dict(gen_length=12, block_length=block, cache=cache, eos=eos)
         want = decode(model, ids, mask, unmask="confidence", **options)
-        for n in (1, 8):
-            got = decode(model, ids, mask, unmask=f"ssd({n})", **options)
+        for rule in ("ssd(1)", "ssd(8)", "ssd(4,early=0)", "ssd(8,early=3)"):
+            got = decode(model, ids, mask, unmask=rule, **options)
             assert torch.equal(got.ids, want.ids) and got.stats.committed == want.stats.committed
             assert got.stats.forwards <= want.stats.forwards
             fewer += want.stats.forwards - got.stats.forwards
@@ -40,6 +41,24 @@ def test_a_model_that_always_agrees_writes_n_and_one_more():
     assert got.ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]] and got.stats.forwards == 3
     # Verified: four guesses, then the two that were left beside the slot that the forward itself writes.
     assert got.stats.extra == {"drafted": 6, "accepted": 6 - 1}
+
+
+def test_sets_of_guesses_and_the_ways_between_them():
+    holds, more = lattice(3, 1)
+    sets = [tuple(row.nonzero()[:, 0].tolist()) for row in holds]
+    assert sets == [(), (0,), (0, 1), (0, 1, 2), (1,), (0, 2)]
+    # From nothing to the first guess or the second, from the second alone to both; the third alone is not there.
+    assert more.tolist() == [[1, 4, -1], [-1, 2, 5], [-1, -1, 3], [-1, -1, -1], [2, -1, -1], [-1, 3, -1]]
+    assert [len(lattice(4, early)[0]) for early in (0, 1, 2, 9)] == [5, 8, 10, 11]
+
+
+def test_a_guess_that_overtakes_its_neighbour_ends_the_walk_only_without_early():
+    model, ids = llada(), prompts(5)[0]
+    options = dict(gen_length=16, block_length=16, cache="none", eos="none")
+    want = decode(model, ids, unmask="confidence", **options)
+    chain, wide = (decode(model, ids, unmask=f"ssd(8,early={early})", **options) for early in (0, 2))
+    assert torch.equal(chain.ids, want.ids) and torch.equal(wide.ids, want.ids)
+    assert wide.stats.forwards < chain.stats.forwards < want.stats.forwards
 
 
 class Nodes:
@@ -69,6 +88,8 @@ def test_what_the_guarantee_does_not_cover_is_refused(options, message):
         decode(llada(), prompts(5)[0], gen_length=12, block_length=4, unmask="ssd", **options)
     with pytest.raises(ValueError, match="n=0 is no number of guesses"):
         resolve_unmask("ssd(0)")
+    with pytest.raises(ValueError, match="early=-1 is no number of places; use 0"):
+        resolve_unmask("ssd(early=-1)")
 
 
 @pytest.mark.parametrize("cache", ["none", "dual", "freecache"])

@@ -124,6 +124,17 @@ def test_released_quirks_count_only_in_their_protocol(tmp_path: Path) -> None:
     assert replay_rows(tasks, ["gui_kv"])[0]["accuracy_scorable"] == 1.0
 
 
+def test_cells_of_one_budget_are_compared_step_by_step(tmp_path: Path) -> None:
+    tasks, _ = read(write(tmp_path, FORM, SHELL))
+    keys = [{"type": "hotkey", "keys": ["ctrl", "v"]}]
+    cells = [("gui-kv", "0.2", keys), ("snapkv", "0.2", []), ("h2o", "0.1", []), ("full", "0.2", keys)]
+    answers = [Answer(method, budget, 1, "shell", 0, "", said, "OpenCUA") for method, budget, said in cells]
+    all_tasks = [row for row in rows_of(tasks, answers, ["v1"]) if row["task"] == row["type"] == "all"]
+    assert [row.get("against") for row in all_tasks] == [None, "gui-kv", None, "gui-kv"]
+    assert [row.get("change") for row in all_tasks] == [None, -1.0, None, 0.0]
+    assert all_tasks[1]["change_low"] == -1.0 and all_tasks[3]["change_low"] == -1.0  # of one step nothing is sure
+
+
 def test_intervals_resample_tasks() -> None:
     mean, low, high = clustered([[1.0] * 5, [0.0] * 5] * 10)
     assert mean == 0.5 and 0.2 < low < 0.35 and 0.65 < high < 0.8
@@ -136,7 +147,7 @@ def test_intervals_resample_tasks() -> None:
     ("options", "said"),
     [(["--method", "gui-kw"], "did you mean gui-kv"), (["--budget", "40"], "use 0.4"), (["--budget", ""], "names"),
      (["--screenshots", "0"], "at least"), (["--screenshots", "many"], "1..5"), (["--protocol", "v3"], "v1, v2"),
-     (["--max-new-tokens", "0"], "not a count"), (["--model", "/nowhere/at/all"], "nowhere"),
+     (["--max-new-tokens", "0"], "not a number of tokens"), (["--model", "/nowhere/at/all"], "nowhere"),
      (["--rescore"], "without --rescore")],
 )  # fmt: skip
 def test_bad_requests_are_one_line(tmp_path: Path, options: list[str], said: str, capsys) -> None:

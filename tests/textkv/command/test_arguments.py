@@ -39,7 +39,7 @@ def test_what_is_right_is_read(kind, text, value):
         (fraction, "", "'' is not a number"),
         (names, "", "'' names nothing"),
         (names, " , ,", "names nothing"),
-        (lengths, "256,-1", "-1 is not a count"),
+        (lengths, "256,-1", "-1 is not a number of tokens"),
         (numbers, "0.1,x", "'x' is not a number"),
         (device, "gpu9", "device 'gpu9' cannot be used"),
         (readable, "", "there is no file ''"),

@@ -52,6 +52,22 @@ OPENS = """
 """
 
 
+HASTY = OPENS.replace('"waits.py")', '"waits.py", patient=False)')
+FAILS = """
+    import os, subprocess, sys, time
+    from textkv.command import guarded
+
+    def half():
+        subprocess.Popen([sys.executable, "stubborn.py"])
+        while not os.path.exists("begun"):
+            time.sleep(0.05)
+        raise LookupError("half-way")
+
+    with guarded(half, lambda opened: None, "stubborn.py"):
+        pass
+"""
+
+
 def gone(folder: Path) -> bool:
     """Whether both of them end in a few seconds."""
     numbers = [int(number) for number in (folder / "begun").read_text().split()]
@@ -65,6 +81,8 @@ def folder(tmp_path):
     (tmp_path / "parent.py").write_text(textwrap.dedent(PARENT))
     (tmp_path / "waits.py").write_text(textwrap.dedent(WAITS))
     (tmp_path / "opens.py").write_text(textwrap.dedent(OPENS))
+    (tmp_path / "hasty.py").write_text(textwrap.dedent(HASTY))
+    (tmp_path / "fails.py").write_text(textwrap.dedent(FAILS))
     return tmp_path
 
 
@@ -74,13 +92,21 @@ def test_what_is_below_ends_with_the_context(folder):
     assert gone(folder)
 
 
-@pytest.mark.parametrize("program", ["parent.py", "opens.py"])
+@pytest.mark.parametrize("program", ["parent.py", "opens.py", "hasty.py"])
 def test_what_is_below_ends_with_a_parent_that_was_killed(folder, program):
     root = Path(__file__).parents[3]
     parent = subprocess.Popen([sys.executable, program], cwd=folder, env=os.environ | {"PYTHONPATH": str(root)})
     _wait(folder / "begun")
     parent.kill()
     parent.wait()
+    assert gone(folder)
+
+
+def test_what_a_library_started_before_it_failed_is_ended(folder):
+    root = Path(__file__).parents[3]
+    command = [sys.executable, "fails.py"]
+    done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True)
+    assert b"half-way" in done.stderr and (folder / "begun").exists()
     assert gone(folder)
 
 

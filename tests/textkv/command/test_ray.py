@@ -24,7 +24,7 @@ if importlib.util.find_spec("ray") is None or not os.environ.get("RAY_TESTS"):
 
 from agentkv.eval.agentnetbench.__main__ import main as agentnetbench
 from agentkv.eval.decoding import main as decoding
-from agentkv.eval.webtasks import Study, Worker, rows_of
+from agentkv.eval.webtasks import Study, Worker, play, rows_of
 from agentkv.play import open_folder
 from tests.eval.agentnetbench.sample import FORM, SHELL, write
 from textkv.command import Crew, WorkerFailed, add_crew, ray_cluster, ray_workers
@@ -171,6 +171,66 @@ def test_recorded_tasks_give_the_rows_of_one_process(ray, tmp_path):
     assert len((tmp_path / "ray.jsonl").read_text().splitlines()) == len(lines)
 
 
+@pytest.mark.parametrize("rows", [[], ["--rows", "2"]], ids=["in-turn", "together"])
+def test_workers_that_share_a_model_give_the_rows_of_one_process(ray, tmp_path, rows):
+    folder = write(tmp_path, FORM, SHELL)
+    asked = ["--data", str(folder), "--method", "gui-kv", "--max-new-tokens", "2", "--screenshots", "2"]
+    asked += ["--device", "cpu", "--json"]
+    assert agentnetbench([*asked, str(tmp_path / "alone.json")]) == 0
+    assert agentnetbench([*asked, str(tmp_path / "ray.json"), *RAY, "--models", "1", *rows]) == 0
+    found = [without_seconds(tmp_path / name) for name in ("alone.json", "ray.json")]
+    for mine, its in zip(*found, strict=True):
+        # Rows of one cache are padded, and some stores are rectangles.
+        loose = {name for name in mine if name.startswith("kv_bytes") and name != "kv_bytes_full"} if rows else set()
+        assert {k: v for k, v in mine.items() if k not in loose} == {k: v for k, v in its.items() if k not in loose}
+        assert all(its[name] == pytest.approx(mine[name], rel=0.15) for name in loose if mine[name])
+
+
+class Doubles:
+    """What is shared: doubles numbers; dies of 13 the first time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def joins(self, together, other):
+        return True
+
+    def one(self, asked):
+        if asked == 13 and not (self.folder / "died").exists():
+            (self.folder / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if asked < 0:
+            raise LookupError(f"{asked} is no number")
+        return 2 * asked
+
+    def several(self, asked):
+        return [self.one(one) for one in asked]
+
+
+def opened_with(ask):
+    return ask
+
+
+def asks(ask, number: int) -> int:
+    return ask(number)
+
+
+def test_what_is_shared_and_dies_is_opened_again_and_loses_nothing(ray, tmp_path):
+    with Crew(2, "local", models=1, rows=4).sharing(Doubles, tmp_path) as ask:
+        with Crew(2, "local").open(opened_with, ask) as there:
+            found = dict(there.results(asks, [(n,) for n in range(30)]))
+            assert found == {(n,): 2 * n for n in range(30)} and (tmp_path / "died").exists()
+            with pytest.raises(LookupError, match="^-1 is no number$"):
+                list(there.results(asks, [(-1,)]))
+
+
+def test_what_is_shared_and_cannot_be_opened_tells_why(ray):
+    with Crew(1, "local", models=1).sharing(opened, "broken") as ask:
+        with Crew(1, "local").open(opened_with, ask) as there:
+            with pytest.raises(WorkerFailed, match="^no such model here$"):
+                list(there.results(asks, [(1,)]))
+
+
 class Mortal(Worker):
     """Is killed when it has played one job, the first time."""
 
@@ -203,3 +263,7 @@ def test_episodes_of_a_killed_worker_are_played_again_and_counted_once(ray, tmp_
     assert (tmp_path / "ray" / "killed").exists() and not shared.jobs()
     rows = [[{k: v for k, v in row.items() if "seconds" not in k} for row in rows_of(one)] for one in (alone, shared)]
     assert rows[0] == rows[1] and rows[0][-1]["n"] == 2
+    # And by workers that have browsers alone, and share a model.
+    third = study("shared")
+    play(third, Crew(2, "local", models=1), None, {})
+    assert [{k: v for k, v in row.items() if "seconds" not in k} for row in rows_of(third)] == rows[0]

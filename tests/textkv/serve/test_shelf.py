@@ -1,5 +1,10 @@
 """Which conversation a request goes on from, and who makes room."""
 
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -45,7 +50,7 @@ def test_the_longest_of_several_is_taken():
     shelf = shelf_of()
     ids = tiny.text_ids(20, seed=1)
     short, a = turn(shelf, ids)
-    shelf._kept = [a.fork(), *shelf._kept]  # the same beginning twice, of which one goes on
+    shelf.put(a.fork())  # the same beginning twice, of which one goes on
     long, b = turn(shelf, more(short, 3))
     _, c = turn(shelf, more(long, 4))
     assert c is b and c.last.reused == long.shape[1] - 1
@@ -103,7 +108,7 @@ def test_one_that_alone_is_too_large_is_not_kept():
 def test_one_that_went_to_disk_comes_back_as_it_was(method, tmp_path):
     shelf = shelf_of(method, disk=tmp_path)
     first, _ = turn(shelf, tiny.text_ids(20, seed=1))
-    stays = shelf._kept[0].fork()
+    stays = shelf._kept[0].talk.fork()
     shelf.limit = 1
     turn(shelf, tiny.text_ids(20, seed=2))
     assert shelf.kv_bytes() == 0 and shelf.disk_bytes() > 0 and len(shelf) == 2
@@ -146,3 +151,53 @@ def test_the_disk_has_a_limit_too(tmp_path):
     shelf.disk_limit = int(1.5 * shelf.disk_bytes())
     turn(shelf, tiny.text_ids(20, seed=2))
     assert len(shelf) == 1 and shelf.disk_bytes() <= shelf.disk_limit and shelf.stats.dropped == 1
+
+
+def test_finding_one_among_thousands_takes_no_time_and_holds_the_limit():
+    shelf = shelf_of()
+    first, _ = turn(shelf, tiny.text_ids(20, seed=1))
+    known = shelf._kept[0]
+    many = []
+    for number in range(5_000):
+        ids = known.seen.ids.clone()
+        ids[0, 3 + number % 15] = 50 + number % 40
+        seen = replace(known.seen, ids=ids)
+        many.append(replace(known, seen=seen, line=ids.numpy().tobytes()))
+    shelf._kept = [*many[:2_500], known, *many[2_500:]]
+    told = shelf.new().dialogue(more(first, 3), torch.ones_like(more(first, 3)))
+    began = time.perf_counter()
+    talk = shelf.take(told)
+    took = time.perf_counter() - began
+    assert talk is known.talk and took < 0.2, f"{took:.3f} s"
+
+
+def test_nobody_goes_on_from_what_another_told():
+    shelf = shelf_of(share=8)
+    ids = tiny.text_ids(20, seed=1)
+    told = shelf.new().dialogue(ids, torch.ones_like(ids))
+    talk = shelf.take(told, "Ada")
+    out = talk.generate(ids, **GREEDY)
+    shelf.put(talk, "Ada")
+    later = more(out, 3)
+    told = shelf.new().dialogue(later, torch.ones_like(later))
+    assert shelf.take(told, "Bo") is not talk
+    assert shelf.stats.branched == 0 and shelf.stats.new == 2
+    assert shelf.take(told, "Ada") is talk
+
+
+def test_what_a_killed_server_left_on_disk_is_removed_by_the_next(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from textkv.serve.folders import OwnFolder\n"
+        "own = OwnFolder(Path(sys.argv[1]), 'conversations-'); (own.path / '0').mkdir()\n"
+        "print(own.path, flush=True); sys.stdin.read(); os.kill(os.getpid(), 9)"
+    )
+    lives, dies = (
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(2)
+    )
+    kept, left = (one.stdout.readline().decode().strip() for one in (lives, dies))
+    dies.communicate()
+    shelf = shelf_of(disk=tmp_path)
+    assert sorted(map(str, tmp_path.iterdir())) == sorted([kept, str(shelf._folder.path)]) and left != kept
+    lives.communicate()
+    shelf.close()

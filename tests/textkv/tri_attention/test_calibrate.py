@@ -107,7 +107,7 @@ def test_the_command_writes_a_file_that_the_method_reads(tmp_path, capsys):
     [
         (["--length", "1"], "pieces of length=1: give a text, and at least 2 tokens a piece"),
         (["--text", "nowhere.txt"], "nowhere.txt"),
-        (["--tokens", "0"], "0 is not a count"),
+        (["--tokens", "0"], "0 is not a number of tokens"),
     ],
 )
 def test_what_cannot_be_calibrated_is_told(capsys, more, message):

@@ -70,8 +70,8 @@ def test_the_command_writes_rows(trainer_of, tmp_path, capsys):
     ("args", "message"),
     [
         (["--model", "nowhere"], "no weights in nowhere; train them with"),
-        (["--n", "0"], "0 is not a count"),
-        (["--gen-length", "0"], "0 is not a count"),
+        (["--n", "0"], "0 is not a number of questions"),
+        (["--gen-length", "0"], "0 is not a number of tokens"),
     ],
 )
 def test_evaluate_explains_errors(args, message, capsys):

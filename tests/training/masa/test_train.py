@@ -43,3 +43,9 @@ def test_a_training_goes_on_and_refuses_other_settings(tmp_path):
 def test_settings_that_cannot_be_are_refused(wrong, says):
     with pytest.raises(ValueError, match=says):
         MasaSettings(**wrong)
+
+
+@pytest.mark.parametrize("asked", [{"layers": 2_000_000_000}, {"hidden": 6_000_000}, {"rows": 2_000_000_000}])
+def test_a_size_beyond_memory_is_refused_before_the_work(asked: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"needs [\d,.]+ GB, and cpu has"):
+        MasaSettings(device="cpu", **asked)

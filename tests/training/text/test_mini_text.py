@@ -197,8 +197,8 @@ def test_evaluate_writes_rows(trainer_of, tmp_path, capsys):
     [
         (["--task", "needel"], "did you mean needle"),
         (["--model", "nowhere"], "no weights in nowhere; train them"),
-        (["--lengths", "long"], "'long' is not a count"),
-        (["--n", "0"], "0 is not a count"),
+        (["--lengths", "long"], "'long' is not a number of tokens"),
+        (["--n", "0"], "0 is not a number of questions"),
     ],
 )
 def test_evaluate_explains_errors(args, message, capsys):
