@@ -45,6 +45,24 @@ def agents() -> str:
     return markdown(["method", "success", "bytes held, of the full cache"], lines)
 
 
+def curves() -> str:
+    """Step accuracy on recorded screens at each budget, best at a twentieth first; what it costs at a tenth."""
+    found = [row for row in rows("agent-curves.json") if (row["protocol"], row["type"]) == ("gui_kv", "all")]
+    cells = {(row["method"], row["budget"]): row for row in found if row["method"] != "replay"}
+    budgets = sorted({budget for _, budget in cells} - {1.0})
+    methods = sorted({method for method, _ in cells} - {"full"}, key=lambda x: -cells[x, budgets[0]]["accuracy"])
+    full = cells["full", 1.0]  # of no budget, so the same at all
+    told = [_within(full, "accuracy", "low", "high")] * len(budgets)
+    lines = [["`full`", *told, "", f"{full['kv_bytes'] / 1e3:.0f}"]]
+    for method in methods:
+        at = [cells[method, budget] for budget in budgets]
+        change = _within(at[1], "change", sign="+") if "change" in at[1] else ""
+        lines.append([f"`{method}`", *(_within(row, "accuracy", "low", "high") for row in at), change])
+        lines[-1].append(f"{at[1]['kv_bytes'] / 1e3:.0f}")
+    heads = [f"at {budget:.0%}".replace("%", " %") for budget in budgets]
+    return markdown(["method", *heads, "at 10 %, less the first", "KB at 10 %"], lines)
+
+
 def persistent() -> str:
     """Episodes of forty steps: a cache that lives from step to step beside one that is filled anew."""
     lines = [
@@ -329,6 +347,7 @@ def sentences() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "agents": agents,
+    "curves": curves,
     "persistent": persistent,
     "board": board,
     "decoding": decoding,

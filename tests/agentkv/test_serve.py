@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from agentkv import serve
+from tests.processes import start
 
 
 def free_port() -> int:
@@ -106,3 +107,19 @@ def test_it_starts_answers_and_ends(tmp_path):
         process.kill()
     assert process.returncode in (0, 143) and "Traceback" not in error
     assert "secret" not in out + error and not list(tmp_path.iterdir())
+
+
+def test_a_server_that_is_told_to_stop_does_not_wait_for_a_long_answer(tmp_path):
+    port = free_port()
+    command = start(tmp_path / "c", "agentkv.serve", "--model", "mini-text", "--port", str(port))
+    try:
+        command.until(lambda: "serves" in command.said)
+        asked = {"model": "mini-text", "messages": [{"role": "user", "content": "Once upon a time"}], "stream": True}
+        asked |= {"max_tokens": 3900, "temperature": 0}
+        with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/chat/completions", json=asked, timeout=120) as answer:
+            next(answer.iter_lines())
+            # The answer would take half a minute.
+            assert command.send(signal.SIGTERM) == 143 and command.took < 8
+        assert command.left() == [] and "Traceback" not in command.told
+    finally:
+        command.kill()

@@ -11,7 +11,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,6 @@ from textkv.serve.doorkeeper import HereAlone, KeyAsked, Keys
 from textkv.serve.interface import Engine, Outcome
 from textkv.serve.metrics import Metrics
 from textkv.serve.queue import Full, Job, Turns
-
-LOOK_AGAIN = 0.25  # seconds between two looks whether a client is still there
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,8 @@ class _Reply:
     ) -> None:
         self.request, self.job, self.asked, self.metrics = request, job, asked, metrics
         self.began, self.seconds = time.monotonic(), seconds
-        self.look = self.began + LOOK_AGAIN
+        self.coming: asyncio.Future | None = None
+        self.left: asyncio.Future | None = None
         self.head = (f"chatcmpl-{uuid.uuid4().hex}", asked.model, int(time.time()))
 
     async def whole(self) -> Response:
@@ -223,20 +222,30 @@ class _Reply:
         finally:
             # Frees the model within one step, however this ended.
             self.job.gone.set()
+            for waiting in filter(None, (self.left, self.coming)):
+                waiting.cancel()
 
     async def _next(self) -> str | Outcome | Exception | None:
         """The next piece; None if the client has gone before it came."""
-        while True:
-            now = time.monotonic()
-            if now - self.began >= self.seconds:
-                raise Refused(504, f"no whole answer within {self.seconds:g} seconds", "timeout_error")
-            # By the clock, not only when nothing comes: whoever waits for a whole answer sees no piece of it.
-            if now >= self.look:
-                self.look = now + LOOK_AGAIN
-                if await self.request.is_disconnected():
-                    return None
-            with suppress(TimeoutError):
-                return await asyncio.wait_for(self.job.pieces.get(), LOOK_AGAIN)
+        seconds = self.began + self.seconds - time.monotonic()
+        if self.left is None:
+            self.left = asyncio.ensure_future(self._leaves())
+        if self.coming is None:
+            self.coming = asyncio.ensure_future(self.job.pieces.get())
+        if seconds > 0:
+            both = (self.left, self.coming)
+            await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if self.left.done():
+            return None
+        if not self.coming.done():
+            raise Refused(504, f"no whole answer within {self.seconds:g} seconds", "timeout_error")
+        piece, self.coming = self.coming.result(), None
+        return piece
+
+    async def _leaves(self) -> None:
+        """Returns when the client has gone: behind a body nothing else is told of it."""
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
 
 
 async def _read(request: Request, limits: Limits) -> protocol.ChatRequest:

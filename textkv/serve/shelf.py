@@ -57,11 +57,14 @@ class Held:
     talk: Conversation | None = None
     folder: Path | None = None
 
-    def continues(self, told: Dialogue, line: bytes) -> int:
-        """Columns that a request need not read, if it goes on from here; else 0."""
-        # What a client leaves out of a history is never before its first picture.
-        first = self.seen.images[0].start * ID if self.seen.images else len(self.line)
-        if not line.startswith(self.line[:first]):
+    def continues(self, told: Dialogue, line: bytes, whole: bool) -> int:
+        """Columns that a request need not read, if it goes on from here; else 0.
+
+        Args:
+            whole: only from all of it, which is seen at once; or only where pictures were left out, which takes a look
+                at every token.
+        """
+        if line.startswith(self.line) != whole or not (whole or self.seen.images):
             return 0
         found = compare(self.seen, told, self.forgotten)
         return 0 if found is None else found.columns
@@ -111,7 +114,10 @@ class Shelf:
         """
         line = _line(told)
         with self._lock:
-            whole, stored = (self._best(held, told, line, owner) for held in (self._kept, self._stored))
+            for exactly in (True, False):
+                whole, stored = (self._best(held, told, line, owner, exactly) for held in (self._kept, self._stored))
+                if whole[0] or stored[0]:
+                    break
             if whole[0] and whole[0] >= stored[0]:
                 self._kept.remove(whole[1])
                 self.stats.continued += 1
@@ -170,9 +176,9 @@ class Shelf:
     def _bytes(self) -> int:
         return sum(kept.bytes for kept in self._kept)
 
-    def _best(self, held: list[Held], told: Dialogue, line: bytes, owner: str) -> tuple[int, Held | None]:
+    def _best(self, held: list[Held], told: Dialogue, line: bytes, owner: str, whole: bool) -> tuple[int, Held | None]:
         """The one of which a request need not read the most columns, and how many."""
-        found = ((x.continues(told, line), x) for x in held if x.owner == owner)
+        found = ((x.continues(told, line, whole), x) for x in held if x.owner == owner)
         return max(found, key=lambda x: x[0], default=(0, None))
 
     def _beginning(self, told: Dialogue, line: bytes, owner: str) -> Conversation | None:
