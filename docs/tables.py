@@ -122,7 +122,7 @@ def _times(ratio: float) -> str:
 
 def fast_dllm() -> str:
     """The authors' Fast-dLLM and ours on the same weights, in turns."""
-    found = [row for name in ("dlm-peer.json", "dlm-peer-llada.json") for row in rows(name)]
+    found = rows("dlm-peer.json")
     theirs = {(row["model"], row["method"]): row for row in found if row["library"] != "ours"}
     lines = []
     for row in found:
