@@ -1,9 +1,9 @@
-"""GUI-KV with three tokens for one: what a budget costs at 16 bits is spent on four-bit codes.
+"""GUI-KV (arXiv 2510.00536) with three tokens for one: what a budget costs at 16 bits is spent on four-bit codes.
 
 At 5 or 10 % of a screenshot history, what is wrong with an answer is mostly that its evidence was dropped, hardly ever
-that it was stored coarsely. A TurboQuant code of 4 bits takes less than a third of a 16-bit token, places included
-(D + 8 bytes a head against 4 D + 4, at head_dim D >= 32), so three tokens are kept for each that the budget counts, by
-GUI-KV's own choice. Ours, of no paper; `docs/results.md` has it beside the others at equal bytes.
+that it was stored coarsely. A code of 4 bits (TurboQuant, arXiv 2504.19874) takes less than a third of a 16-bit
+token, places included (D + 8 bytes a head against 4 D + 4, at head_dim D >= 32), so three tokens are kept for each that
+the budget counts, by GUI-KV's own choice. The pairing is ours; `docs/results.md` has it beside the others.
 """
 
 from __future__ import annotations

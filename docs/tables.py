@@ -45,6 +45,24 @@ def agents() -> str:
     return markdown(["method", "success", "bytes held, of the full cache"], lines)
 
 
+def curves() -> str:
+    """Step accuracy on recorded screens at each budget, best at a twentieth first; what it costs at a tenth."""
+    found = [row for row in rows("agent-curves.json") if (row["protocol"], row["type"]) == ("gui_kv", "all")]
+    cells = {(row["method"], row["budget"]): row for row in found if row["method"] != "replay"}
+    budgets = sorted({budget for _, budget in cells} - {1.0})
+    methods = sorted({method for method, _ in cells} - {"full"}, key=lambda x: -cells[x, budgets[0]]["accuracy"])
+    full = cells["full", 1.0]  # of no budget, so the same at all
+    told = [_within(full, "accuracy", "low", "high")] * len(budgets)
+    lines = [["`full`", *told, "", f"{full['kv_bytes'] / 1e3:.0f}"]]
+    for method in methods:
+        at = [cells[method, budget] for budget in budgets]
+        change = _within(at[1], "change", sign="+") if "change" in at[1] else ""
+        lines.append([f"`{method}`", *(_within(row, "accuracy", "low", "high") for row in at), change])
+        lines[-1].append(f"{at[1]['kv_bytes'] / 1e3:.0f}")
+    heads = [f"at {budget:.0%}".replace("%", " %") for budget in budgets]
+    return markdown(["method", *heads, "at 10 %, less the first", "KB at 10 %"], lines)
+
+
 def persistent() -> str:
     """Episodes of forty steps: a cache that lives from step to step beside one that is filled anew."""
     lines = [
@@ -100,6 +118,41 @@ def _arm(row: Row) -> str:
 
 def _times(ratio: float) -> str:
     return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
+
+
+def fast_dllm() -> str:
+    """The authors' Fast-dLLM and ours on the same weights, in turns."""
+    found = rows("dlm-peer.json")
+    theirs = {(row["model"], row["method"]): row for row in found if row["library"] != "ours"}
+    lines = []
+    for row in found:
+        if row["library"] == "ours":
+            pair = [row, theirs[row["model"], row["method"]]]
+            told = [" / ".join(f"{one[what]:,.0f}" for one in pair) for what in ("calls_forward", "calls")]
+            told += [" / ".join(f"{1000 * one['seconds_step']:,.1f}" for one in pair)]
+            told += [f"{row[what]:.2f}" for what in ("forward_ratio", "step_ratio", "equal_tokens")]
+            told += [f"{row['overhead']:.1%}".replace("%", " %")]
+            lines.append([f"{row['model']}, {row['layers']} layers", f"`{row['method']}`", *told])
+    heads = ["model", "cache", "operations in a forward, ours / theirs", "outside", "ms a step"]
+    return markdown([*heads, "forward, x", "step, x", "equal tokens", "ours outside"], lines)
+
+
+def batch_rows() -> str:
+    """Sixteen rows of very different lengths together and one by one."""
+    lines = []
+    for row in rows("dlm-rows.json"):
+        told = [f"{row['query_tokens']:,} / {row['needed_tokens']:,}", f"{row['excess']:.3f}"]
+        told += [f"{row['seconds']:.1f} / {row['seconds_alone']:.1f}", f"{row['seconds_ratio']:.2f}"]
+        equal = f"{row['equal']:.0%}".replace("%", " %")
+        lines.append([f"`{row['method']}`", f"{row['forwards']} / {row['forwards_alone']}", *told, equal])
+    heads = [
+        "cache + rule",
+        "forwards, batch / alone",
+        "query tokens, computed / needed",
+        "x",
+        "seconds, batch / alone",
+    ]
+    return markdown([*heads, "times faster", "rows equal"], lines)
 
 
 def cost() -> str:
@@ -294,9 +347,12 @@ def sentences() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "agents": agents,
+    "curves": curves,
     "persistent": persistent,
     "board": board,
     "decoding": decoding,
+    "fast-dllm": fast_dllm,
+    "batch-rows": batch_rows,
     "cost": cost,
     "masa": masa,
     "masa-converted": masa_converted,

@@ -76,7 +76,7 @@ def key_corrections(scores, q, k, blocks):
     """Adds what low rank and single entries make of q [runs, x, D] in the blocks [runs, s]: scores [runs, x, s * T]."""
     runs, s = blocks.shape
     if k.lowrank is not None:
-        a, p = _rank_of(k, blocks)
+        a, p = rank_of(k, blocks)
         scores += torch.einsum("rxd,rsdk,rstk->rxst", q, p, a).flatten(2)
     if k.sparse is not None:
         token, channel, delta = _entries_of(k, blocks)
@@ -96,7 +96,7 @@ def value_corrections(out, p, v, blocks, seen):
     """Adds what low rank and single entries make of weights p [runs, x, s * T]: out [runs, x, D]; seen None = all."""
     runs, s = blocks.shape
     if v.lowrank is not None:
-        a, directions = _rank_of(v, blocks)
+        a, directions = rank_of(v, blocks)
         a = a if seen is None else a.masked_fill(~seen.view(runs, s, -1, 1), 0)
         out += torch.einsum("rxst,rstk,rsdk->rxd", p.unflatten(2, (s, -1)), a, directions)
     if v.sparse is not None:
@@ -120,7 +120,7 @@ def _moved(x, source, target, factor, width):
     return sums.view(rows, runs, width).transpose(0, 1)
 
 
-def _rank_of(packed, blocks):
+def rank_of(packed, blocks):
     """What the blocks [runs, s] take of their directions: fp32 a [runs, s, T, r], p [runs, s, D, r]."""
     part, own = packed.lowrank, blocks.reshape(-1)
     a, p = part.a.index_select(0, own), part.p.index_select(0, part.chunk.index_select(0, own))

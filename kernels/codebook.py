@@ -30,7 +30,7 @@ FITS: tuple[Fit, ...] = get_args(Fit)
 MAX_BITS = 8
 _VECTORS = 4096  # of one run that are encoded at a time: the steps on the way are larger than the vectors
 _AT_ONCE = {1: 8, 2: 4, 3: 4, 4: 2}  # codes that one look-up finds: tables of at most 4096 entries stay in the cache
-_AS_ONE = {2: torch.complex64, 4: torch.complex128}  # so many fp32 as one number
+_AS_ONE = {1: torch.float32, 2: torch.complex64, 4: torch.complex128}  # so many fp32 as one number
 
 
 @cache
@@ -82,7 +82,7 @@ def encode(
 
     Args:
         x: [.., n, D], float16, bfloat16 or float32.
-        signs: [D] of 1 and -1.
+        signs: [D] of 1 and -1, or with dims in front that are 1 or those of x.
         bits: of a code, 1 to 8.
         fit: how s is chosen. "norm": what is decoded has the length of x. "plain": s = |x| / sqrt(D), as the paper;
             codes shrink, hence so does what is decoded. "least": the least squared error. "unbiased": what is decoded
@@ -97,7 +97,7 @@ def encode(
         ValueError: a wrong dtype, shape, fit or number of bits.
     """
     check_bits(bits)
-    if x.dtype not in FLOATS or x.dim() < 2 or tuple(signs.shape) != x.shape[-1:]:
+    if x.dtype not in FLOATS or x.dim() < 2 or signs.shape[-1:] != x.shape[-1:] or signs.dim() > x.dim():
         raise ValueError(
             f"x is {x.dtype} {list(x.shape)} and signs are {list(signs.shape)}; encode needs floats [.., n, D] and [D]"
         )
@@ -106,8 +106,13 @@ def encode(
     parts = [_encode(part, signs, bits, fit) for part in x.split(_VECTORS, -2)]
     rows = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
     if marked is not None:
-        rows[..., -1] |= marked.to(torch.uint8) << 7  # the high byte of a float16 comes last
+        mark(rows, marked)
     return rows
+
+
+def mark(rows: torch.Tensor, marked: torch.Tensor) -> None:
+    """Marks those of the rows uint8 [.., n, row_bytes], which have no mark yet, where bool [.., n] is True."""
+    rows[..., -1] |= marked.to(torch.uint8) << 7  # the high byte of a float16 comes last
 
 
 def _encode(x: torch.Tensor, signs: torch.Tensor, bits: int, fit: Fit) -> torch.Tensor:
@@ -115,7 +120,7 @@ def _encode(x: torch.Tensor, signs: torch.Tensor, bits: int, fit: Fit) -> torch.
     size = x.norm(dim=-1, keepdim=True)
     y = turn(x, signs) * (root / size.clamp(min=torch.finfo(torch.float32).tiny))
     known = centroids(bits, x.device)
-    codes = torch.bucketize(y, (known[1:] + known[:-1]) / 2, right=True)
+    codes = torch.bucketize(y, _boundaries(bits, x.device), right=True)
     c = known[codes]
     if fit == "norm":
         scale = size / c.norm(dim=-1, keepdim=True)
@@ -136,8 +141,17 @@ def decode(rows: torch.Tensor, bits: int, dim: int) -> tuple[torch.Tensor, torch
         c fp32 [.., n, dim] and s fp32 [.., n], of which the sign is the mark (-0.0 is marked, too); the vector is
         `turn_back(c * s.abs()[..., None], signs)`.
     """
+    return vectors(rows, bits, dim), scales(rows)
+
+
+def scales(rows: torch.Tensor) -> torch.Tensor:
+    """The scales of rows, marked or not: fp32 [.., n]."""
     two = rows[..., -2:].clone(memory_format=torch.contiguous_format)  # a view of a row may start at an odd byte
-    scale = two.view(torch.float16)[..., 0].float()
+    return two.view(torch.float16)[..., 0].float()
+
+
+def vectors(rows: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """The centroids of rows: fp32 [.., n, dim]."""
     packed, at_once = rows[..., :-2], _AT_ONCE.get(bits, 1)
     index = packed if at_once * bits == 8 else _pieces(packed, bits, at_once)
     table = _table(bits, at_once, rows.device)
@@ -147,12 +161,15 @@ def decode(rows: torch.Tensor, bits: int, dim: int) -> tuple[torch.Tensor, torch
         found = numbers[:, None].view(torch.float32).view(*index.shape, -1)
     else:
         found = F.embedding(index.int(), table)
-    return found.flatten(-2)[..., :dim], scale
+    return found.flatten(-2)[..., :dim]
 
 
 def to_bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes [.., D] below 2^bits as uint8 [.., D / 8 * bits]: eight codes fill `bits` whole bytes."""
-    eight = F.pad(codes.long(), (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    codes = codes.long() if codes.shape[-1] % 8 == 0 else F.pad(codes.long(), (0, -codes.shape[-1] % 8))
+    if 8 % bits == 0:  # no code reaches into another byte
+        return (codes.unflatten(-1, (-1, 8 // bits)) << torch.arange(0, 8, bits, device=codes.device)).sum(-1).byte()
+    eight = codes.unflatten(-1, (-1, 8))
     word = (eight << torch.arange(0, 8 * bits, bits, device=codes.device)).sum(-1, keepdim=True)
     return (word >> torch.arange(0, 8 * bits, 8, device=codes.device)).to(torch.uint8).flatten(-2)
 
@@ -174,6 +191,13 @@ def _pieces(packed: torch.Tensor, bits: int, codes: int) -> torch.Tensor:
 def centroids(bits: int, device: torch.device) -> torch.Tensor:
     """What codes of so many bits stand for, ascending: fp32 [2^bits]."""
     return torch.tensor(lloyd_max(bits), device=device)
+
+
+@cache
+def _boundaries(bits: int, device: torch.device) -> torch.Tensor:
+    """What lies half-way between the centroids: fp32 [2^bits - 1]."""
+    known = centroids(bits, device)
+    return (known[1:] + known[:-1]) / 2
 
 
 @cache

@@ -31,6 +31,7 @@ from ._backend import (
     triton,
     use_triton,
 )
+from ._coded_cpu import coded_cpu
 from ._rotary_centre import check_turn, turned_products, turned_scores, turned_tile
 from ._tiles import scaled, softmax_step
 from .codebook import centroids, decode, row_bytes, turn, turn_back
@@ -206,8 +207,10 @@ def coded_attention(
     if use_triton(q, _backend) and q.numel() and n:
         out, lse = _launch(rows, query.to(q.dtype), k, v, bits, shift, turned, softcap, valid, dot_dtype(q))
     else:
-        out, lse = reference(rows, query, k, v, bits, shift, turned, softcap, valid)
-    return turn_back(out, signs[1]).to(q.dtype).view(B, H, m, D), lse.view(B, H, m)
+        graded = q.requires_grad and torch.is_grad_enabled()
+        fused = q.is_cpu and q.numel() and n and _backend in (None, "fused") and not graded
+        out, lse = (coded_cpu if fused else reference)(rows, query, k, v, bits, shift, turned, softcap, valid)
+    return turn_back(out, signs[1]).to(q.dtype).view(B, H, m, D), lse.reshape(B, H, m)
 
 
 def reference(q, query, k, v, bits, shift, turned, softcap, valid):

@@ -37,6 +37,7 @@ from textkv.provenance import run_meta
 
 from ..agents import add_agent, add_data
 from ..leaderboard import cells_of
+from ..outcomes import ALL
 from .bench import MAX_NEW_TOKENS, OWN, TEACHER, Answer, Answers, Bench, Cell
 from .figures import UNITS, draw, replay_rows, rows_of, table, type_table
 from .records import Trajectory, read
@@ -75,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
         type=results_file("eval.agentnetbench", beside=(".jsonl",)),
         help="rows (default runs/agentnetbench.json); the answers lie beside it",
     )
+    p.add_argument("--brief", action="store_true", help="rows over all tasks alone, none of single ones")
     add_crew(p, 1, "each with the model; 1 = this one", models=True)
     how = p.add_mutually_exclusive_group()
     how.add_argument("--replay", action="store_true", help="score the ground truth itself; no model, no pictures")
@@ -117,6 +119,7 @@ class Request:
     answers: Answers | None = None
     grid: Sequence[Cell] = ()
     left: Iterator[Answer] = field(default_factory=lambda: iter(()))
+    brief: bool = False
 
     def rows(self) -> list[dict[str, Any]]:
         """The ground truth's rows, then those of all answers."""
@@ -126,7 +129,7 @@ class Request:
             answers = self.answers.in_order(self.trajectories, self.grid)
             found = rows_of(self.trajectories, answers, self.protocols)
             rows += [row | history for row in found]
-        return rows
+        return [row for row in rows if row["task"] == ALL or not self.brief]
 
 
 def check(args: argparse.Namespace) -> Request:
@@ -141,7 +144,7 @@ def check(args: argparse.Namespace) -> Request:
     crew = Crew.of(args)
     # Workers on other machines run in other folders.
     where = [x and x.absolute() if crew.elsewhere else x for x in (args.data, args.images)]
-    request = Request(path, protocols, *read(*where, look=asks), grid=grid)
+    request = Request(path, protocols, *read(*where, look=asks), grid=grid, brief=args.brief)
     lines = path.with_suffix(".jsonl")
     if args.rescore:
         request.answers = Answers.saved(lines)

@@ -10,6 +10,7 @@ from textkv.kernels import coded_attention, decode_attention
 from textkv.kernels.codebook import decode, encode, turn_back
 
 SCALE = 0.3
+CPU = import_module("textkv.kernels._coded_cpu")
 MODULE = import_module("textkv.kernels.coded_attention")  # `kernels.coded_attention` is the function
 
 
@@ -39,7 +40,31 @@ def test_as_over_what_the_codes_stand_for(B, H, G, m, n, D, bits, monkeypatch):
     true = decode_attention(q, *stand_for, scale=SCALE)
     assert_same(coded_attention(q, k, v, bits=bits, signs=signs, scale=SCALE), true)
     monkeypatch.setattr(MODULE, "_NUMBERS", 1)  # tiles of 16 tokens
+    monkeypatch.setattr(CPU, "_TILE", 1)
     assert_same(coded_attention(q, k, v, bits=bits, signs=signs, scale=SCALE), true)
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (3, 1), (8, 2)])
+@pytest.mark.parametrize("queries", [1, 3, 40])
+@pytest.mark.parametrize(
+    "tile, scores, tokens, rows", [(1, 1, 40, 256), (1 << 12, 1 << 9, 64, 16), (1 << 18, 1 << 17, 8192, 8)]
+)
+def test_the_cpu_s_path_is_the_reference(bits, queries, tile, scores, tokens, rows, monkeypatch):
+    for name, value in {"_TILE": tile, "_SCORES": scores, "_TOKENS": tokens, "_FEWEST": 16, "_ROWS": rows}.items():
+        monkeypatch.setattr(CPU, name, value)
+    (k, v), signs, _ = cached(2, 2, 100, 24, bits, marked=0.3)
+    q, centre, valid = torch.randn(2, 6, queries, 24), torch.randn(2, 2, 24), torch.rand(2, 1, 100) > 0.3
+    valid[1] = False
+    turned = {"inv_freq": torch.rand(2, 2, 5), "positions": torch.randint(0, 90, (2, 2, 100)).int()}
+    plain = {"bits": bits, "signs": signs, "scale": SCALE}
+    for options in (
+        {},
+        {"softcap": 2.0},
+        {"centre": centre, "valid": valid},
+        {"centre": centre, "softcap": 2.0} | turned,
+    ):
+        ours, true = (coded_attention(q, k, v, **plain, **options, _backend=x) for x in ("fused", "reference"))
+        assert not mismatch(ours, true, 3e-5), options
 
 
 @pytest.mark.parametrize("turns", [False, True])
@@ -47,6 +72,7 @@ def test_as_over_what_the_codes_stand_for(B, H, G, m, n, D, bits, monkeypatch):
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_centre_comes_back_in_the_scores_of_keys_that_are_not_marked(turns, softcap, shared, monkeypatch):
     monkeypatch.setattr(MODULE, "_NUMBERS", 1)
+    monkeypatch.setattr(CPU, "_TILE", 1)
     B, G, n, D, R = 2, 2, 50, 16, 12
     (k, v), signs, (keys, values) = cached(B, G, n, D, marked=0.3)
     centre, q = 2 * torch.randn(B, G, D), torch.randn(B, 4, 2, D)
@@ -67,6 +93,7 @@ def test_a_centre_comes_back_in_the_scores_of_keys_that_are_not_marked(turns, so
 @pytest.mark.parametrize("heads", [1, 2])
 def test_tokens_that_are_not_seen_may_hold_anything(heads, monkeypatch):
     monkeypatch.setattr(MODULE, "_NUMBERS", 1)
+    monkeypatch.setattr(CPU, "_TILE", 1)
     (k, v), signs, stand_for = cached(2, 2, 50, 16)
     valid = torch.rand(2, heads, 50) > 0.5
     valid[1, -1] = False  # nothing at all
@@ -107,7 +134,7 @@ def test_the_kernel_in_several_splits(dtype, tolerance, monkeypatch):
     assert not mismatch(found, coded_attention(q, k, v, bits=(4, 4), signs=signs, scale=SCALE, valid=valid), tolerance)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "fused", "triton"])
 def test_rows_that_are_not_seen_poison_nothing(backend):
     (k, v), signs, _ = cached(1, 2, 70, 16)
     valid, q = torch.rand(1, 2, 70) > 0.5, torch.randn(1, 4, 1, 16)

@@ -253,8 +253,8 @@ def attend_stored(
 def storage_bytes(tensors: list[torch.Tensor]) -> int:
     """Bytes that the tensors' storages hold, each storage once: views and slack count as what they keep alive."""
     # By address: tensors that share a storage, and slack behind a view, are counted as what they really cost.
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def compact_storage(x: torch.Tensor) -> torch.Tensor:

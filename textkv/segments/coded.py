@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from textkv.kernels import coded_attention
-from textkv.kernels.codebook import Fit, decode, encode, turn_back
+from textkv.kernels.codebook import Fit, decode, encode, mark, turn_back
 from textkv.positions import turned
 from textkv.segments.base import SEGMENTS, Segment, Step, Stored, register_segment, shown
 from textkv.segments.dense import DenseSegment
 from textkv.segments.ragged import RaggedSegment
+
+_FEW = 16  # tokens up to which keys and values are coded in one go
 
 
 @dataclass(frozen=True)
@@ -82,17 +84,29 @@ class CodedSegment(Segment):
         self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of keys and values [batch, heads, n, head_dim] at positions [batch, heads or 1, n]; padding is 0."""
-        real, (bits, value_bits) = (positions >= 0)[..., None], self.coding.bits
-        signs, fit = self.coding.signs, self.coding.fit
+        real = (positions >= 0)[..., None]
         keys, values = keys.float().where(real, 0), values.float().where(real, 0)
-        rows = encode(values, signs[1], value_bits, fit)
         if self.centre is None:
-            return encode(keys, signs[0], bits, fit), rows
+            return self._encoded(keys, values, None)
         # The first token's key is like no other, and most of the attention rests on it: what is far from the centre is
         # coded without, because an error is in proportion to the length of what is coded.
         moved = (keys - self._centres(positions)).where(real, 0)
         alone = keys.norm(dim=-1) < moved.norm(dim=-1)
-        return encode(torch.where(alone[..., None], keys, moved), signs[0], bits, fit, alone), rows
+        return self._encoded(torch.where(alone[..., None], keys, moved), values, alone)
+
+    def _encoded(
+        self, keys: torch.Tensor, values: torch.Tensor, marked: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of keys, of which some are `marked` bool [batch, heads, n], and of values."""
+        signs, fit, (bits, value_bits) = self.coding.signs, self.coding.fit, self.coding.bits
+        if bits != value_bits or keys.shape[2] > _FEW:
+            return encode(keys, signs[0], bits, fit, marked), encode(values, signs[1], value_bits, fit)
+        # Of few tokens the number of operations is what counts: keys and values go together.
+        both = torch.stack([keys, values])
+        k, v = encode(both, signs[:, None, None, None], bits, fit).unbind(0)
+        if marked is not None:
+            mark(k, marked)
+        return k, v
 
     def _centres(self, positions: torch.Tensor) -> torch.Tensor:
         """The centre for keys at `positions` [batch, heads or 1, n]: fp32 [batch, heads, n or 1, head_dim]."""

@@ -23,6 +23,12 @@ def run(folder: Path, *more: str) -> tuple[int, dict]:
     return code, json.loads((folder / "out" / "a.json").read_text()) if code == 0 else {}
 
 
+def test_brief_leaves_single_tasks_out(tmp_path: Path) -> None:
+    folder = write(tmp_path, FORM, SHELL)
+    whole, brief = (run(folder, "--replay", *more)[1]["rows"] for more in ([], ["--brief"]))
+    assert brief == [row for row in whole if row["task"] == "all"] and len(brief) < len(whole)
+
+
 def rows_at(found: dict, **wanted: object) -> list[dict]:
     return [row for row in found["rows"] if all(row.get(name) == value for name, value in wanted.items())]
 

@@ -14,7 +14,7 @@ from tests.textkv.methods.test_kivi import Watch, evenly_biased
 from tests.textkv.test_coded_segment import segment_of
 from textkv import MethodCache, resolve_method, use
 from textkv.conformance import check_method
-from textkv.kernels import coded_attention, decode_attention
+from textkv.kernels import decode_attention
 from textkv.kernels.codebook import from_bytes
 from textkv.mini import load_mini
 from textkv.mini.tasks import make_example
@@ -213,7 +213,7 @@ def test_retrieval_heads_are_coded_and_streaming_heads_are_not(model_of):
 
 
 def test_no_decode_step_makes_a_tensor_as_large_as_a_layers_keys(model_of, monkeypatch):
-    monkeypatch.setitem(coded_attention.__globals__, "_NUMBERS", 2**12)
+    monkeypatch.setattr("textkv.kernels._coded_cpu._TILE", 2**12)
     model = model_of("llama")
     cache = MethodCache(model, "turboquant(4)")
     ids = tiny.text_ids(960)

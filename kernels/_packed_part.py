@@ -1,0 +1,164 @@
+"""What `packed_attention` reads at once on a CPU: which blocks, their codes as fp32, and what corrects these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from .pack import FP8, Packed, entries, width
+
+_PLANES = {  # shifts and mask of 2 and 4 planes: what is a plain number becomes a tensor at every call
+    n: (torch.arange(0, 8, 8 // n, dtype=torch.uint8).unbind(), torch.tensor((1 << 8 // n) - 1, dtype=torch.uint8))
+    for n in (2, 4)
+}
+
+
+class Part:
+    """Blocks of neighbouring runs, R of them with s blocks each: shorter runs show one of their blocks again, unseen.
+
+    Attributes:
+        runs: their indices.
+        columns: which tokens of the runs these are, slack behind the last included.
+        seen: bool [R, s * T], which tokens count; None = all.
+    """
+
+    def __init__(self, runs, start, lengths, columns, tokens, valid):
+        """The tokens `columns` of the runs: they begin with the blocks `start` (a list, as `lengths`) of T `tokens`."""
+        first = columns.start // tokens
+        longest = min(columns.stop, max(lengths[runs])) - columns.start
+        blocks = -(-longest // tokens)
+        self.runs, self.columns = runs, slice(columns.start, columns.start + blocks * tokens)
+        self.shape, self.seen, self.index = (runs.stop - runs.start, blocks), None, None
+        own, of_run = start[runs], lengths[runs]
+        self.start, self.distance = own[0] + first, own[1] - own[0] if len(own) > 1 else 0
+        alike = all(n == of_run[0] for n in of_run)
+        if not alike or self.distance < 0 or any(s != own[0] + r * self.distance for r, s in enumerate(own)):
+            # Where a run has ended its first block stands in, or that before it if it has none.
+            ends = torch.tensor([[s, max(0, s - (not n)), -(-n // tokens)] for s, n in zip(own, of_run, strict=True)])
+            block = torch.arange(first, first + blocks)
+            self.index = torch.where(block < ends[:, 2:], ends[:, :1] + block, ends[:, 1:2]).view(-1)
+        if valid is None and alike and longest == blocks * tokens:
+            return
+        column = torch.arange(self.columns.start, self.columns.stop)
+        self.seen = column < torch.tensor(of_run)[:, None]
+        if valid is not None:
+            shown = valid.flatten(0, 1)[runs, self.columns]  # it may end before the last block does
+            self.seen[:, : shown.shape[1]] &= shown
+            self.seen[:, shown.shape[1] :] = False
+
+    def of(self, x):
+        """The blocks of a table [N, ..]: [R, s, ..], a view where the runs lie at equal distances."""
+        if self.index is not None:
+            return x.index_select(0, self.index).view(*self.shape, *x.shape[1:])
+        stride = x.stride()
+        return x.as_strided(
+            (*self.shape, *x.shape[1:]), (self.distance * stride[0], *stride),
+            x.storage_offset() + self.start * stride[0],
+        )  # fmt: skip
+
+    def indices(self):
+        """int64 [R * s]."""
+        if self.index is not None:
+            return self.index
+        first = self.start + self.distance * torch.arange(self.shape[0])
+        return (first[:, None] + torch.arange(self.shape[1])).view(-1)
+
+
+@dataclass(frozen=True)
+class Singles:
+    """Corrections of single numbers of a part, in order.
+
+    Attributes:
+        at: int32 [E], their place among the part's R * s * T * D numbers.
+        delta: fp32 [E].
+        before: of each block, and behind the last, how many entries lie before it.
+    """
+
+    at: torch.Tensor
+    delta: torch.Tensor
+    before: list[int]
+
+    def add(self, tile, first, last, base):
+        """Adds those of the blocks first <= b < last to `tile`, which begins at number `base` of the part."""
+        some = slice(self.before[first], self.before[last])
+        tile.view(-1).index_add_(0, self.at[some] - base, self.delta[some])
+
+
+def singles(packed: Packed, part: Part, scale: torch.Tensor | None) -> Singles | None:
+    """The sparse corrections of a part, in units of the codes: over `scale`, fp32 as the part's table [R, s, 1 or T, D
+    or groups] and nowhere 0; None = as they are."""
+    if packed.sparse is None:
+        return None
+    start, count = (part.of(x).reshape(-1) for x in (packed.sparse.start, packed.sparse.count))
+    ends = count.cumsum(0, dtype=torch.int32)
+    total, first = [0, *ends.tolist()], int(start[0])
+    if torch.equal(ends - count, start - first):  # as blocks that were packed together lie
+        places, delta = (x[first : first + total[-1]] for x in (packed.sparse.at, packed.sparse.delta))
+    else:
+        _, entry = entries(packed.sparse, part.indices())
+        places, delta = (x.index_select(0, entry) for x in (packed.sparse.at, packed.sparse.delta))
+    numbers, D = packed.block * packed.head_dim, packed.head_dim
+    owner, place = torch.repeat_interleave(count, output_size=total[-1]), places.int() & 0xFFFF
+    at = owner * numbers + place
+    delta = delta.float()
+    if scale is not None:
+        per_channel = scale.shape[2] == 1
+        which = owner * D + _rest(place, D) if per_channel else _quotient(at, D // scale.shape[3])
+        delta.div_(scale.reshape(-1).index_select(0, which))
+    return Singles(at, delta, total)
+
+
+def _quotient(x, by):
+    """x // by of int32 from 0 on: a shift takes a tenth of a division."""
+    return x >> by.bit_length() - 1 if not by & by - 1 else x.div(by, rounding_mode="floor")
+
+
+def _rest(x, by):
+    """x % by of int32 from 0 on."""
+    return x & by - 1 if not by & by - 1 else x % by
+
+
+def tiles(packed: Packed, part: Part, numbers: int, extra: Singles | None, scale=None, zero=None):
+    """The codes of a part, some blocks at a time: (runs, first block, last, fp32 [R * s, T, D]), in memory that the
+    next tile overwrites.
+
+    Args:
+        numbers: of a tile, at most, but for the last block.
+        extra: what is added to the codes.
+        scale: fp32 [R, s, 1 or T, D or groups], multiplies the codes first; None = they stay the whole numbers that
+            they are.
+        zero: fp32 [R, s, 1, D], added to what is scaled per channel.
+    """
+    codes, (runs, blocks) = part.of(packed.codes), part.shape
+    tokens, D, planes = packed.block, packed.head_dim, 8 // width(packed.bits)
+    most = max(1, numbers // (tokens * D))
+    step, side = min(blocks, most), max(1, min(runs, most // blocks))  # blocks of a run; runs, where these are all
+    floats = torch.empty(side * step * tokens * D)
+    whole = torch.empty(floats.shape if planes > 1 else 0, dtype=torch.uint8)
+    for first, low in product(range(0, runs, side), range(0, blocks, step)):
+        some, high = slice(first, min(first + side, runs)), min(low + step, blocks)
+        count = (some.stop - first) * (high - low)
+        room = floats[: count * tokens * D].view(count, tokens, D)
+        tile = codes[some, low:high].reshape(count, tokens // planes, D)
+        if planes == 1:
+            room.copy_(tile.view(FP8) if packed.bits == "fp8" else tile)
+        else:
+            parted = whole[: count * tokens * D].view(count, planes, tokens // planes, D)
+            shifts, mask = _PLANES[planes]
+            for p, (shift, into) in enumerate(zip(shifts, parted.unbind(1), strict=True)):
+                shifted = torch.bitwise_right_shift(tile, shift, out=into) if p else tile
+                if p < planes - 1:
+                    torch.bitwise_and(shifted, mask, out=into)
+            room.copy_(parted.view(room.shape))
+        if scale is not None:
+            by = scale[some, low:high].reshape(count, *scale.shape[2:])
+            if zero is not None:
+                torch.addcmul(zero[some, low:high].reshape(by.shape), room, by, out=room)
+            else:
+                room.unflatten(2, (by.shape[2], -1)).mul_(by[..., None])
+        if extra is not None:
+            begin = first * blocks + low
+            extra.add(room, begin, begin + count, begin * tokens * D)
+        yield some, low, high, room
