@@ -120,6 +120,41 @@ def _times(ratio: float) -> str:
     return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
 
 
+def fast_dllm() -> str:
+    """The authors' Fast-dLLM and ours on the same weights, in turns."""
+    found = rows("dlm-peer.json")
+    theirs = {(row["model"], row["method"]): row for row in found if row["library"] != "ours"}
+    lines = []
+    for row in found:
+        if row["library"] == "ours":
+            pair = [row, theirs[row["model"], row["method"]]]
+            told = [" / ".join(f"{one[what]:,.0f}" for one in pair) for what in ("calls_forward", "calls")]
+            told += [" / ".join(f"{1000 * one['seconds_step']:,.1f}" for one in pair)]
+            told += [f"{row[what]:.2f}" for what in ("forward_ratio", "step_ratio", "equal_tokens")]
+            told += [f"{row['overhead']:.1%}".replace("%", " %")]
+            lines.append([f"{row['model']}, {row['layers']} layers", f"`{row['method']}`", *told])
+    heads = ["model", "cache", "operations in a forward, ours / theirs", "outside", "ms a step"]
+    return markdown([*heads, "forward, x", "step, x", "equal tokens", "ours outside"], lines)
+
+
+def batch_rows() -> str:
+    """Sixteen rows of very different lengths together and one by one."""
+    lines = []
+    for row in rows("dlm-rows.json"):
+        told = [f"{row['query_tokens']:,} / {row['needed_tokens']:,}", f"{row['excess']:.3f}"]
+        told += [f"{row['seconds']:.1f} / {row['seconds_alone']:.1f}", f"{row['seconds_ratio']:.2f}"]
+        equal = f"{row['equal']:.0%}".replace("%", " %")
+        lines.append([f"`{row['method']}`", f"{row['forwards']} / {row['forwards_alone']}", *told, equal])
+    heads = [
+        "cache + rule",
+        "forwards, batch / alone",
+        "query tokens, computed / needed",
+        "x",
+        "seconds, batch / alone",
+    ]
+    return markdown([*heads, "times faster", "rows equal"], lines)
+
+
 def cost() -> str:
     """A decoded token and a prompt beside transformers' own cache."""
     found = rows("text-decode.json")
@@ -316,6 +351,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "persistent": persistent,
     "board": board,
     "decoding": decoding,
+    "fast-dllm": fast_dllm,
+    "batch-rows": batch_rows,
     "cost": cost,
     "masa": masa,
     "masa-converted": masa_converted,

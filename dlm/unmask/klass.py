@@ -22,15 +22,22 @@ _TINY = 1e-12  # what the authors add to a probability before its logarithm
 
 
 class _Unmasker(BlockUnmasker):
-    """The block of the history, the last distributions [batch, r, V], and in how many forwards each mask held still."""
+    """What is known of the last forward.
 
-    per_row = ("history_block", "last", "calm")
+    Attributes:
+        history_block: int64 [batch], the block that it belongs to.
+        last: fp64 [batch, r, V], its distributions; seen: bool [batch, r], which of them are a mask's.
+        calm: int64 [batch, r], in how many forwards each mask held still.
+    """
+
+    per_row = ("history_block", "last", "seen", "calm")
 
     def __init__(self, rule: KLASS, canvas: Canvas, *rest: Any) -> None:
         super().__init__(rule, canvas, *rest)
         shape = (canvas.batch, canvas.block_length)
         self.history_block = torch.full((canvas.batch,), -1, device=canvas.ids.device)
         self.calm = torch.zeros(shape, dtype=torch.int64, device=canvas.ids.device)
+        self.seen = self.calm.bool()
         # Empty until the first forward, which has nothing to compare with.
         self.last = torch.zeros(canvas.batch, 0, 0, device=canvas.ids.device)
 
@@ -42,9 +49,10 @@ class _Unmasker(BlockUnmasker):
             still = torch.zeros_like(self.calm, dtype=torch.bool)
         else:
             moved = (p * ((p + _TINY).log() - (self.last + _TINY).log())).sum(2)
-            still = known & (moved < self.rule.kl)
+            # A cache with a window did not give every mask's logits: what stood in their place is not this mask's.
+            still = known & self.seen & (moved < self.rule.kl)
         self.calm = torch.where(still, self.calm + 1, 0)
-        self.last, self.history_block = p, canvas.active
+        self.last, self.seen, self.history_block = p, slots >= 0, canvas.active
         return super().choose(logits, slots, canvas)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dlm.canvas import Canvas
 from dlm.decode import decode
+from dlm.models import DecodingSpec
 from dlm.nodes import lattice
 from dlm.unmask import resolve_unmask
 from tests.dlm.test_decode import Script
-from tests.dlm.toys import END, dream, llada, prompts
+from tests.dlm.toys import END, MASK, dream, llada, prompts
 
 CACHES = ["none", "prefix", "dual", "freecache", "freecache(0)", "dual+suffix(3)"]
 
@@ -122,3 +124,15 @@ def test_klass_divergence_is_that_of_the_two_forwards():
         moved = (p * ((p + 1e-12).log() - (q + 1e-12).log())).sum(2)
         ready = int(((moved < 0.05) & (slots >= 0)).sum())
         assert sizes[t] - sizes[t - 1] == max(1, ready)
+
+
+def test_klass_compares_a_mask_with_its_own_distribution_alone():
+    """A cache with a window gives a mask's logits only from some forward on; before, something else stood there."""
+    canvas = Canvas(torch.zeros(1, 1, dtype=torch.int64), gen_length=4, block_length=4, mask_id=MASK, shift=0)
+    spec = DecodingSpec(MASK, (END,), END, 0, 256, "confidence")
+    unmasker = resolve_unmask("klass(0.0,kl=1e9)").begin(canvas, spec, None, 4)
+    logits = torch.arange(24.0).roll(1)[None, None].expand(1, 4, -1)
+    assert unmasker.choose(logits, torch.tensor([[1, 2, -1, -1]]), canvas).commit.tolist() == [[True] + [False] * 3]
+    # Only slot 2 has a forward behind it.
+    second = unmasker.choose(logits, torch.tensor([[-1, 2, 3, 4]]), canvas)
+    assert second.commit.tolist() == [[False, True, False, False]]
