@@ -38,7 +38,8 @@ def packed_cpu(q, k, v, *, scale, start, length, longest, turn=None, softcap=Non
         rows, shift = F.pad(rows, (0, 0, 0, 1)), None if shift is None else F.pad(shift, (0, 0, 0, 1))
     pieces = [slice(low, low + _ROWS) for low in range(0, rows.shape[1], _ROWS)]
     parts = []
-    for some, chunks in _together(lengths, min(rows.shape[1], _ROWS), k.block):
+    held = max(4, min(rows.shape[1], _ROWS))  # what is made for each token beside its scores is bounded, too
+    for some, chunks in _together(lengths, held, k.block):
         own, by, found = rows[some], None if shift is None else shift[some], []
         for columns in chunks:
             part = Part(some, starts, lengths, columns, k.block, valid)

@@ -7,6 +7,7 @@ must start in a blink; `children` and `end_all` are for others as well.
 """
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+LOOK = 2.0  # seconds between two looks at what is there
 GRACE = 0.5  # seconds in which all may end by itself: what commands start is to be gone within three
 TIDYING = 1.0  # seconds for the temporary files of those that were held up
 
@@ -58,10 +60,14 @@ def main(numbers: set[int], now: bool = False) -> None:
     """Wait, and end them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # who holds the pipe decides
-    os.read(0, 1)
     if now:
-        end_all(numbers)
+        # Those may end with their parent before they are looked for, and what is below them then has another parent.
+        known = numbers | below(numbers)
+        while not select.select([0], [], [], LOOK)[0]:
+            known = numbers | below(numbers)
+        end_all(known)
         return
+    os.read(0, 1)
     if _ended(numbers, GRACE):
         return
     held = below(numbers)

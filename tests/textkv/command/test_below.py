@@ -4,13 +4,15 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from textkv.command import guarded, ran, started
-from textkv.command._guard import children
+from textkv.command._guard import LOOK, children, table
+from textkv.command.below import GUARD
 
 from .test_ending import _wait
 
@@ -139,3 +141,16 @@ def test_code_and_words_come_back():
     code, told = ran(["/no/such/program"], hear=True)
     assert code == 127 and told == "/no/such/program cannot be started (No such file or directory)\n"
     assert ran(["sh", "-c", "kill -9 $$"])[0] == 137
+
+
+def test_what_lost_its_parent_before_the_guard_looked_is_ended_too():
+    parent = subprocess.Popen(["sh", "-c", "sleep 300 & sleep 300"])
+    while len(found := children(parent.pid, "sleep 300")) < 2:
+        time.sleep(0.05)
+    guard = subprocess.Popen([sys.executable, "-I", "-S", str(GUARD), "now", str(parent.pid)], stdin=subprocess.PIPE)
+    time.sleep(LOOK + 1.0)
+    parent.kill()
+    parent.wait()
+    guard.stdin.close()
+    assert guard.wait(20) == 0
+    assert not found & table().keys()
