@@ -32,7 +32,7 @@ def test_every_answer_is_the_librarys_and_the_limit_holds(tmp_path):
     ("arguments", "says"),
     [
         (["--budget", "40"], "0.4"),
-        (["--clients", "0"], "count"),
+        (["--clients", "0"], "number of clients"),
         (["--model", "nowhere"], "nowhere"),
         (["--peer", "--model", "mini"], "mini-text"),
     ],

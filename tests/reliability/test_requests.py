@@ -62,6 +62,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
     "method": [EMPTY, *METHODS],
     "methods": [*LISTS, *METHODS, ("unknown name", "full,snapvk")],
     "cache": [EMPTY, *CACHES],
+    "entries": [*LISTS, *CACHES, ("one of a list", "dual,freecash"), ("unknown rule", "dual+treshold(0.9)")],
     "caches": [*LISTS, *CACHES, ("one of a list", "dual,freecash")],
     "unmask": [
         EMPTY, ("unknown name", "treshold(0.9)"), ("outside 0 to 1", "threshold(1.5)"),
