@@ -25,7 +25,7 @@ class GuiKVNext(TurboQuant):
     """A budget of 0.05 holds no more bytes than 5 % of the tokens at 16 bits, and three times as many tokens.
 
     Alone it wraps `gui-kv`; behind any other scorer ("snapkv+gui-kv-next") that one chooses the tokens. From a budget
-    of 1 / stretch on nothing is dropped, and it is "turboquant(4)".
+    of 1 / stretch on nothing is dropped, and it is "turboquant(4,centre='fixed')".
 
     Attributes:
         stretch: tokens that are kept for each that the budget counts; 3 is right for codes of 4 bits.

@@ -67,8 +67,8 @@ class _Encoded:
 class Tower:
     """A vision tower that remembers as many pictures as the longest prompt had, and one more.
 
-    Those that were not shown for the longest time go first. Outside of `shows` the tower is as it was. Several threads
-    may show pictures to one tower, each from its own memory.
+    Those that were not shown for the longest time go first. Outside of `shows` the tower is as it was, also for
+    other threads meanwhile; several may show pictures at once.
 
     Args:
         module: called with pixels [patches, values] and grid_thw [pictures, 3], as those of the Qwen families are.
@@ -127,25 +127,31 @@ class Tower:
         Args:
             pixels: [patches, values] of all pictures, int64 `grids` [pictures, 3] their (time, rows, columns).
         """
-        self._check_weights(pixels)
         keys = [(picture, *grid) for picture, grid in zip(pictures, grids.tolist(), strict=True)]
-        new = {key: number for number, key in enumerate(keys) if key not in self._held}
+        with self._lock:
+            self._check_weights(pixels)
+            known = {key: self._held[key] for key in keys if key in self._held}
+        new = {key: number for number, key in enumerate(keys) if key not in known}
         if new:
             numbers, patches = list(new.values()), pixels.split(grids.prod(-1).tolist())
             out = forward(torch.cat([patches[n] for n in numbers]), grid_thw=grids[numbers])
-            self._held.update(zip(new, _parts(out, grids[numbers].prod(-1)), strict=True))
-        shown = [self._held[key] for key in keys]
-        for key in keys:
-            self._held.move_to_end(key)
-        self._most = max(self._most, len(set(keys)) + 1)
-        while len(self._held) > self._most:
-            self._held.popitem(last=False)
-        return shown[0].kind(**{name: _joined([one.features[name] for one in shown]) for name in shown[0].features})
+            known |= zip(new, _parts(out, grids[numbers].prod(-1)), strict=True)
+        with self._lock:
+            for key in keys:
+                self._held[key] = known[key]
+                self._held.move_to_end(key)
+            self._most = max(self._most, len(known) + 1)
+            while len(self._held) > self._most:
+                self._held.popitem(last=False)
+        shown = [known[key].features for key in keys]
+        return known[keys[0]].kind(**{name: _joined([one[name] for one in shown]) for name in shown[0]})
 
     def _check_weights(self, pixels: torch.Tensor) -> None:
         """Forgets all when the tower is another one: trained on, adapted, or moved."""
         weights = list(self._module.parameters())
-        now = len(weights), sum(x._version for x in weights), pixels.dtype, pixels.device
+        # What was made in inference mode counts no changes.
+        changes = sum(0 if x.is_inference() else x._version for x in weights)
+        now = len(weights), changes, sum(x.data_ptr() for x in weights), pixels.dtype, pixels.device
         if now != self._weights:
             self._held.clear()
             self._weights = now

@@ -273,6 +273,7 @@ def load(args: argparse.Namespace, clients: int, port: int, name: str, number: i
     each = max(1, args.requests // clients)
 
     def tell(client: int) -> list[Reply]:
+        """What one client asks, one request after the other, and hears."""
         line, messages, replies = Client(port), [], []
         for step in range(each):
             messages = messages if step % args.steps else []

@@ -163,7 +163,7 @@ def _kept(policy: Method, tokens: int) -> int:
             f"there is no formula for what {policy.expression} stores; run it, and read kv_bytes in the rows of "
             "python -m eval.leaderboard"
         )
-    return policy.budget.count(tokens) if policy.evicts else tokens
+    return policy.allowance.count(tokens) if policy.evicts else tokens
 
 
 def _rounded(columns: int) -> int:

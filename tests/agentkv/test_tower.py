@@ -92,13 +92,13 @@ def test_the_oldest_go(adapter: ChatAdapter) -> None:
     assert tower_of(adapter.model).nbytes == 4 * one
 
 
-def test_two_threads_show_pictures_to_one_tower(adapter: ChatAdapter) -> None:
-    expected = {number: read(adapter, [number, 9], False) for number in range(2)}
-    found: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+def test_threads_with_pictures_and_without_share_one_tower(adapter: ChatAdapter) -> None:
+    expected = {number: read(adapter, [number, 9], False) for number in range(3)}
+    found: dict[int, list[torch.Tensor]] = {0: [], 1: [], 2: []}
 
     def work(number: int) -> None:
         for _ in range(8):
-            found[number].append(read(adapter, [number, 9], number == 0))
+            found[number].append(read(adapter, [number, 9], number < 2))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in found]
     for thread in threads:
@@ -116,3 +116,11 @@ def test_gradients_and_more_outputs_are_the_model_s_own(adapter: ChatAdapter) ->
     with shown(adapter.model, prompt.pictures):
         adapter.model(**prompt.inputs).logits.sum().backward()
     assert weight.grad is not None and weight.grad.abs().sum() > 0
+
+
+def test_a_model_that_was_made_in_inference_mode(adapter: ChatAdapter) -> None:
+    with torch.inference_mode():
+        made = type(adapter)(copy.deepcopy(adapter.model), adapter.tokenizer, adapter.processor)
+        assert next(made.model.parameters()).is_inference()
+    for numbers in ([0], [0, 1]):
+        assert torch.allclose(read(made, numbers, True), read(made, numbers, False), atol=1e-5)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from threading import Condition
 from typing import Any, Protocol
+
+from textkv.command.ending import one_line
 
 
 class Able(Protocol):
@@ -79,8 +82,10 @@ class Desk:
                 for one, result in zip(together, results, strict=True):
                     one.result = result
                 return
-            except Exception:
-                pass  # of one of them, nobody knows which: each by itself, and each hears its own
+            except Exception as error:
+                # Of one of them, nobody knows which: each hears its own.
+                told = f"{len(together)} that were asked together are done one by one"
+                print(f"{told}: {one_line(error)}", file=sys.stderr)
         for one in together:
             try:
                 one.result = self.able.one(one.asked)
