@@ -24,6 +24,7 @@ from agentkv.answering import Answered, Asked, answer
 from agentkv.envs.actions import Action, Finished, Several, ending
 from agentkv.grammars import Frame, ParseError
 from agentkv.models import History, ModelAdapter
+from agentkv.models.base import ADDRESS
 from textkv import Budget
 from textkv.cache import Trajectory
 
@@ -289,14 +290,15 @@ def run_episode(
     seconds_reset = perf_counter() - begin
     goal = obs["goal"]
     policy.start(env)
-    watch, past, stop, step = _Watch(limits or Limits()), [], "", None
+    watch, past, stop, step, address = _Watch(limits or Limits()), [], "", None, begun.get("url")
     while not stop:
         shown = [(image if i >= len(past) - history + 1 else None, text) for i, (image, text) in enumerate(past)]
         screenshot = Image.fromarray(obs["screenshot"])
+        screenshot.info |= {ADDRESS: address} if address else {}
         decision = policy.decide(goal, shown, screenshot, env.task.viewport)
         step, obs, terminated, truncated = _act(env, obs, decision, len(past))
         step = step if past else _with(begun, step)
-        stop = watch.stop(step, terminated, truncated)
+        stop, address = watch.stop(step, terminated, truncated), step.url or address
         notes = (f"[{note}]" for note in (step.error, *step.told, decision.left_out) if note)
         past.append((screenshot, "\n".join((decision.text, *notes))))
         if on_step is not None:

@@ -17,10 +17,11 @@ from agentkv.grammars import Frame, ParseError
 from agentkv.grammars.base import Grammar, Reading
 from agentkv.spans import Span
 
-__all__ = ["AgentText", "Frame", "Grammar", "History", "ModelAdapter", "ParseError", "Prompt"]
+__all__ = ["ADDRESS", "AgentText", "Frame", "Grammar", "History", "ModelAdapter", "ParseError", "Prompt"]
 
 # past steps, oldest first: the screenshot (None = too old to be shown) and what was answered to it
 History = Sequence[tuple[Image.Image | None, str]]
+ADDRESS = "page address"  # key of a screenshot's `info`: the address of the page that it shows, where that is known
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,12 @@ class AgentText:
 
     `prompt` holds `{goal}`; it may hold `{image}`, where the screenshot of its turn stands (else in front), `{step}`,
     the number of the current step from 1, and `{steps}`, the earlier steps whose screenshot is no longer shown, as
-    lines. `later` stands beside every other screenshot. All may hold `{width}` and `{height}`, the current screenshot's
-    size in the numbers in which the model names points. `history_frames` counts screenshots, the current one included;
-    `answer_tokens` is the length limit of one answer. `cache`: "fresh" for a model that was trained on prompts in the
-    layout of its authors, "persistent" for one that also knows the chat that only grows (`agentkv.persistent`).
+    lines. `later` stands beside every other screenshot; a line of it with `{url}`, the address of the page that the
+    screenshot shows, is left out where nobody knows the address (`ADDRESS`). All may hold `{width}` and `{height}`, the
+    current screenshot's size in the numbers in which the model names points. `history_frames` counts screenshots, the
+    current one included; `answer_tokens` is the length limit of one answer. `cache`: "fresh" for a model that was
+    trained on prompts in the layout of its authors, "persistent" for one that also knows the chat that only grows
+    (`agentkv.persistent`).
     """
 
     system: str
@@ -105,7 +108,7 @@ class ModelAdapter(Protocol):
         self, goal: str, history: History, screenshot: Image.Image, css_size: tuple[int, int] | None = None
     ) -> Prompt:
         """The prompt for one decision. css_size: (width, height) of the viewport, if the screenshots have more
-        pixels than that.
+        pixels than that. A screenshot may know its page's address: `screenshot.info[ADDRESS]`.
         """
         ...
 

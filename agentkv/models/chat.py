@@ -21,9 +21,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from agentkv.envs.actions import Action
 from agentkv.grammars import CoordinateSpace, Frame, ParseError
 from agentkv.grammars.base import Grammar, Reading
-from agentkv.models.base import AgentText, History, Prompt, Weightless
+from agentkv.models.base import ADDRESS, AgentText, History, Prompt, Weightless
 from agentkv.spans import find_spans
 from textkv.checkpoints import check_vocabulary, load_model, load_tokenizer, readable_files
+
+LONGEST_ADDRESS = 100  # characters of it that a prompt shows
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class ChatAdapter:
         """The prompt for one decision; see `ModelAdapter.prompt`. Tensors are on the model's device."""
         images = [image for image, _ in history if image is not None] + [screenshot]
         seen, frames = self._seen(images, css_size)
-        return self._encoded(self._messages(goal, history, frames[-1]), seen, frames)
+        return self._encoded(self._messages(goal, history, screenshot, frames[-1]), seen, frames)
 
     def growing(
         self,
@@ -141,7 +143,7 @@ class ChatAdapter:
         return self._encoded(self._growing_messages(goal, answers, frames[0], number), seen, frames)
 
     def _growing_messages(self, goal: str, answers: Sequence[str], frame: Frame, number: int) -> list[dict[str, Any]]:
-        again = "\n".join(filter(None, (_sized(self.text.later, frame), self.defuse(goal))))
+        again = "\n".join(filter(None, (self._later(None, frame), self.defuse(goal))))
         messages: list[dict[str, Any]] = [{"role": "system", "content": _sized(self.text.system, frame)}]
         for step in range(len(answers) + 1):
             words = [{"type": "image"}, {"type": "text", "text": again}]
@@ -202,26 +204,36 @@ class ChatAdapter:
         text = pieces[0] + "".join(self.placeholder * n + after for n, after in zip(sizes, pieces[1:], strict=True))
         return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
 
-    def _messages(self, goal: str, history: History, frame: Frame) -> list[dict[str, Any]]:
+    def _messages(self, goal: str, history: History, screenshot: Image.Image, frame: Frame) -> list[dict[str, Any]]:
         """The chat: one system turn; per step a user turn with its screenshot (if it is shown) and an assistant turn
         with its answer; the current screenshot; the task's words where the layout puts them.
         """
         shown = [step for step, (image, _) in enumerate(history) if image is not None] + [len(history)]
         at = {"last": len(history), "first": shown[0], "start": 0, "own": -1}[self.layout.words]
         words = self._words(goal, history[: shown[0]], len(history) + 1, frame)
-        later = [{"type": "image"}, {"type": "text", "text": _sized(self.text.later, frame)}]
         messages: list[dict[str, Any]] = [{"role": "system", "content": _sized(self.text.system, frame)}]
         if at < 0:
             messages.append({"role": "user", "content": [part for part in words if part["type"] == "text"]})
-        for step in range(len(history) + 1):
-            content = words if step == at else later if self.text.later else later[:1]
+        for step, image in enumerate([*(image for image, _ in history), screenshot]):
             if step in shown or step == at:
+                later = self._later(image, frame)
+                beside = [{"type": "image"}, *([{"type": "text", "text": later}] if later else [])]
+                content = words if step == at else beside
                 seen = [part for part in content if step in shown or part["type"] == "text"]
                 messages.append({"role": "user", "content": seen})
             if step < len(history) and (self.layout.older == "turns" or step >= shown[0]):
                 said = self._answer(self.defuse(history[step][1]), len(history) - step, step + 1)
                 messages += [] if said is None else [{"role": "assistant", "content": said}]
         return messages
+
+    def _later(self, image: Image.Image | None, frame: Frame) -> str:
+        """What stands beside a screenshot that is not the task's; without the address, if nobody knows it."""
+        text, address = _sized(self.text.later, frame), image.info.get(ADDRESS) if image else None
+        if address is None:
+            return re.sub("^.*{url}.*\n?", "", text, flags=re.MULTILINE)
+        said = address.partition("?")[0]
+        said = said if len(said) <= LONGEST_ADDRESS else said[:LONGEST_ADDRESS] + " ..."
+        return text.replace("{url}", self.defuse(said))
 
     def _words(self, goal: str, older: History, step: int, frame: Frame) -> list[dict[str, Any]]:
         """The task's words and the screenshot of their turn, as parts of a message."""

@@ -2,8 +2,7 @@
 resized image.
 
 The task stands behind the first screenshot and stays when that is no longer shown; three screenshots are shown, each
-later one with a sentence behind it. The authors' client also names the page's address in that sentence; this chat does
-not know it. The model was made for a viewport of 1440 x 900.
+later one with its page's address and a sentence behind it. The model was made for a viewport of 1440 x 900.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class FaraAdapter(QwenVLAdapter):
         system_text(tool(_ACTIONS, _TYPED)),
         "{image}{goal}",
         3,
-        later="This is the next screenshot. Say what comes next.",
+        later="Current URL: {url}\nThis is the next screenshot. Say what comes next.",
     )
     layout = Layout(words="start")
     grammar = fara.GRAMMAR

@@ -13,6 +13,7 @@ from agentkv.agent import Agent, Limits, ScriptPolicy, kept_frames, run_episode
 from agentkv.envs.actions import CallUser, Click, Finished, Several, Type
 from agentkv.grammars import ParseError
 from agentkv.grammars.base import Reading
+from agentkv.models.base import ADDRESS
 from tests.agentkv.fake_episodes import FakeEnv, FakePolicy, tiny_adapter
 
 BAD = ParseError("no action was found")
@@ -80,6 +81,14 @@ def test_history_counts_the_screenshots_of_a_prompt_with_the_current_one(history
         assert goal == "click it" and len(past) == index, "older steps stay as text"
         assert shown == [i >= index - (history - 1) for i in range(index)]
     assert steps[-1].frame_steps == tuple(range(6 - min(history, 7) + 1, 7))
+
+
+def test_a_screenshot_knows_the_address_of_its_page():
+    env, policy = FakeEnv(needed=3), FakePolicy([Click(1, 1), BAD])
+    env.reset = lambda seed: (FakeEnv.reset(env, seed=seed)[0], {"url": "file:///start"})
+    play(env, policy)
+    shown = [image.info[ADDRESS] for image, _ in policy.prompts[-1][1]]
+    assert shown == ["file:///start", "file:///a", "file:///a", "file:///a"]
 
 
 def test_a_script_that_ends_says_finished():
