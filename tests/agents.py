@@ -35,8 +35,9 @@ COLUMNS = {
 LEFT = """
 What is not here: GUI-Owl's `browser_use` names elements by numbers that its client draws into the screenshot. The verbs
 of that tool are public, how the client finds and numbers elements is not, so nothing is drawn and such a call is
-refused by its name. Holo 3 and later speak a schema of a closed runtime: none is invented. The sizes of the Qwen
-families come from transformers' image processor, not from `qwen-vl-utils`, which needs torchvision.
+refused by its name. Holo 3 and later speak a schema of a closed runtime: none is invented. The Qwen families' pictures
+are read by transformers' image processor and not by `qwen-vl-utils`, which cannot be imported without torchvision;
+sizes and pixels are the same (`tests/agentkv/models/test_qwen_vl_utils.py`).
 """
 
 
