@@ -98,14 +98,15 @@ class Rest:
 
     def _unblock(self, request: Request) -> None:
         """Chromium lets a script wait while the page's next document is on its way; runs beside that script."""
-        if not self._arrives(request) and self._asking:
+        if not self._arrives() and self._asking:
             self._patience.give_up(self._late(request))
 
-    def _arrives(self, request: Request) -> bool:
+    def _arrives(self) -> bool:
+        """Whether the document that is on its way comes, or the one that the page asks for in its place."""
         end = time.monotonic() + DOCUMENT
-        while self._document == request and time.monotonic() < end:
+        while self._document is not None and time.monotonic() < end:
             self.page.wait_for_timeout(_TICK)
-        return self._document != request
+        return self._document is None
 
     def evaluate(self, script: str, argument: Any = None) -> Any:
         """Run our own script in the page and return its value; a document on its way is waited for.
@@ -113,7 +114,7 @@ class Rest:
         Raises `GivenUp` when it does not come, and when every new try meets a new document.
         """
         request = self._document
-        if request is not None and not self._arrives(request):
+        if request is not None and not self._arrives():
             raise GivenUp(self._late(request))
         end, commits = time.monotonic() + DOCUMENT, self._commits
         while True:

@@ -35,6 +35,7 @@ _MOMENT = 0.5  # seconds
 _PAUSE = 100  # milliseconds between two gestures of one answer, as pyautogui makes them
 _MOST_PAGES = 10
 _ANNOUNCED = 3.0  # seconds
+_LONGEST_REST = 15.0  # seconds after which another new tab is not waited for
 _LAST_DOCUMENT = 300  # milliseconds that one may need to come to its end; Chromium does not close a page meanwhile
 
 
@@ -331,6 +332,7 @@ class Tab:
             self.boundary.enforce()
 
     def _rest(self, cap: float) -> None:
+        longest = time.monotonic() + _LONGEST_REST
         while True:
             shown = self._pages[-1]
             try:
@@ -338,9 +340,13 @@ class Tab:
             except Error:
                 if not shown.page.is_closed() or self.page.is_closed():
                     raise
-            while self.transfers.busy or any(end > time.monotonic() for end in self._coming.values()):
+            # What a page announces again and again is not waited for again and again.
+            announced = time.monotonic() + _ANNOUNCED
+            while self.transfers.busy or any(min(end, announced) > time.monotonic() for end in self._coming.values()):
                 self.page.wait_for_timeout(10)
-            if shown is self._pages[-1] and not shown.rest.expecting:
+            if self._coming.get("download", 0) > time.monotonic():
+                going_on = "the page asks for another document again and again; the old page is shown"
+            if (shown is self._pages[-1] and not shown.rest.expecting) or time.monotonic() > longest:
                 break
         if going_on:
             self.record.tell(going_on)

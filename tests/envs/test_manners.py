@@ -201,6 +201,22 @@ def test_a_document_that_does_not_come_leaves_the_old_page(
 
 
 @pytest.mark.browser
+def test_a_page_that_breaks_off_what_it_asks_for(env: WebEnv, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each document that is broken off might be a download that is about to be told; this one never ends."""
+    answer = type(site).finish_request
+
+    def slowly(self: Site, request: Any, address: Any) -> None:
+        return time.sleep(8) if b"/hang" in request.recv(200, 2) else answer(self, request, address)
+
+    monkeypatch.setattr(type(site), "finish_request", slowly)
+    begin(env, site, "onclick=\"let n = 0; setInterval(() => { location.href = '/hang?' + n++ }, 50)\" href=#")
+    env.step(Click(50, 50))
+    for _ in range(2):
+        (line,) = told(env, Wait(0.3))
+        assert "again and again" in line or "still loading" in line
+
+
+@pytest.mark.browser
 def test_a_page_that_loads_itself_for_ever(env: WebEnv, site: Site) -> None:
     site.page("<body>again<script>location.reload()</script>", "/again")
     begin(env, site, "href=/again")
