@@ -12,6 +12,7 @@ past does not fit, the screenshots that are shown are read again as one new prom
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessorList
 
-from agentkv.agent import Agent, Decision, kept_frames
+from agentkv.agent import Agent, Decision, FrameKept, kept_frames
 from agentkv.answering import PrefillClock
 from agentkv.grammars import Frame
 from agentkv.models import History, Prompt
@@ -29,7 +30,7 @@ from textkv import Conversation
 
 
 @dataclass
-class _Episode:
+class Episode:
     """What was told since step `base`: every screenshot's grid and frame, and how many of the first are forgotten."""
 
     talk: Conversation
@@ -53,7 +54,7 @@ class PersistentAgent(Agent):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._episode: _Episode | None = None
+        self._episode: Episode | None = None
 
     @property
     def talk(self) -> Conversation | None:
@@ -80,8 +81,8 @@ class PersistentAgent(Agent):
         self._forget(prompt, first)
         return self._answer(prompt, known)
 
-    def _begun(self, goal: str, base: int) -> _Episode:
-        return _Episode(Conversation(self.adapter.model, self.method, self.budget), goal, base)
+    def _begun(self, goal: str, base: int) -> Episode:
+        return Episode(Conversation(self.adapter.model, self.method, self.budget), goal, base)
 
     def _prompt(self, history: History, screenshot: Image.Image, viewport: tuple[int, int]) -> tuple[Prompt, int]:
         """The whole chat, and how many of its screenshots were told before: only the others' pixels are in it."""
@@ -108,43 +109,61 @@ class PersistentAgent(Agent):
             episode.talk.cache.forget([prompt.spans[episode.forgotten : gone]])
             episode.forgotten = gone
 
+    def _where(self, prompt: Prompt) -> dict[str, Any]:
+        """Where the screenshots lie that are shown, as `Conversation.generate` takes it."""
+        first = self._episode.forgotten
+        return {"spans": [prompt.spans[first:]], "grids": [prompt.grids[first:]]}
+
+    def _shown(self, prompt: Prompt, known: int) -> AbstractContextManager[None]:
+        """A context in which the model reads the prompt's new screenshots."""
+        return shown(self.adapter.model, prompt.pictures)
+
+    def _remember(self, prompt: Prompt, known: int) -> None:
+        """What was told is told."""
+        self._episode.grids += list(prompt.inputs["image_grid_thw"][known:].cpu())
+        self._episode.frames += prompt.frames[known:]
+
+    def _left(self, prompt: Prompt) -> int:
+        """Tokens of the screenshots that left the history since the chat was begun."""
+        return sum(rows * columns for rows, columns in prompt.grids[: self._episode.forgotten])
+
+    def _kept(self, prompt: Prompt) -> tuple[FrameKept, ...]:
+        """What is left of each screenshot that is shown."""
+        first = self._episode.forgotten
+        return kept_frames(self.talk.cache.at_rest.kept, prompt.spans[first:], prompt.grids[first:])
+
     def _answer(self, prompt: Prompt, known: int) -> Decision:
-        episode, adapter = self._episode, self.adapter
-        talk, spans, grids = episode.talk, prompt.spans[episode.forgotten :], prompt.grids[episode.forgotten :]
+        talk, adapter, columns = self.talk, self.adapter, prompt.inputs["input_ids"].shape[1]
         clock, begin = PrefillClock(), perf_counter()
-        with shown(adapter.model, prompt.pictures):
+        with self._shown(prompt, known):
             out = talk.generate(
                 **prompt.inputs,
+                **self._where(prompt),
                 known_images=known,
-                spans=[spans],
-                grids=[grids],
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 logits_processor=LogitsProcessorList([clock]),
             )
-        columns = prompt.inputs["input_ids"].shape[1]
         answer = out[0, columns:].tolist()
         end = perf_counter()
-        new = prompt.inputs["image_grid_thw"][known:]
-        episode.grids += list(new.cpu())
-        episode.frames += prompt.frames[known:]
-        text, frames = adapter.words_of(answer), episode.frames[episode.forgotten :]
-        action, left_out = self._understood(text, self._cut(answer), frames[-1])
-        rest, gone = talk.cache.at_rest, talk.cache.context.gone
+        self._remember(prompt, known)
+        text, frame = adapter.words_of(answer), prompt.frames[-1]
+        action, left_out = self._understood(text, self._cut(answer), frame)
+        rest, whole, gone = talk.cache.at_rest, prompt.columns - self._left(prompt), int(talk.forgotten.sum())
         return Decision(
             text=text,
             action=action,
             left_out=left_out,
-            prompt_tokens=columns - (0 if gone is None else int(gone[0])),
-            reused_tokens=talk.last.reused - (0 if gone is None else int(gone[0])),
+            prompt_tokens=whole,
+            reused_tokens=whole - talk.last.read,
             decode_tokens=len(answer),
             seconds_prefill=clock.time - begin,
             seconds_decode=end - clock.time,
             kv_bytes=rest.kv_bytes,
             kv_bytes_peak=talk.cache.peak_bytes,
-            kv_bytes_full=rest.full_bytes,
+            kv_bytes_full=round(rest.full_bytes * whole / (columns - gone)),
             tokens_stored=float(rest.tokens_stored),
-            spans=tuple((int(s), int(e)) for s, e in spans),
-            frames=kept_frames(rest.kept, spans, grids),
-            frame=frames[-1],
+            spans=tuple((int(s), int(e)) for s, e in prompt.spans[self._episode.forgotten :]),
+            frames=self._kept(prompt),
+            frame=frame,
         )

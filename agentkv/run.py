@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from agentkv.agent import Agent
 from agentkv.answering import SharedModel
+from agentkv.changes import ChangesAgent
 from agentkv.envs.browser import Browser
 from agentkv.envs.dialogs import POLICIES
 from agentkv.errors import EXPLAINED, user_errors
@@ -69,7 +70,7 @@ DEFAULT_TASKS = (
     "memory-order",
     "memory-place",
 )
-AGENTS_BY_CACHE = {"fresh": Agent, "persistent": PersistentAgent}
+AGENTS_BY_CACHE = {"fresh": Agent, "persistent": PersistentAgent, "changes": ChangesAgent}
 EPISODES = 5
 HISTORY = 5  # screenshots in a prompt, as in the paper; fewer where the family was trained with fewer
 ANSWER = 1024  # until the family is known
@@ -124,8 +125,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--cache",
         choices=tuple(AGENTS_BY_CACHE),
-        help="fresh reads the whole prompt at every step, in the authors' layout; persistent only what is new "
-        "(default: what the checkpoint was trained for, as its agent.json says, else fresh)",
+        help="fresh reads the whole prompt at every step, in the authors' layout; persistent only what is new; changes "
+        "of a new screenshot only what looks different (default: what the checkpoint was trained for, as its "
+        "agent.json says, else fresh)",
     )
     _add_live_page(p)
     p.add_argument("--headed", action="store_true", help="show the browser window")

@@ -27,7 +27,7 @@ def find_spans(
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; give [batch, columns]")
     sizes = iter([int(t) * int(h) * int(w) // merge_size**2 for t, h, w in grids.tolist()])
     spans = [
-        [span for run in _runs(row == image_token_id) for span in _split(run, sizes, number)]
+        [span for run in runs(row == image_token_id) for span in _split(run, sizes, number)]
         for number, row in enumerate(input_ids)
     ]
     left = sum(1 for _ in sizes)
@@ -38,8 +38,8 @@ def find_spans(
     return spans
 
 
-def _runs(inside: torch.Tensor) -> list[Span]:
-    """Maximal runs of True in a bool vector, as [start, end)."""
+def runs(inside: torch.Tensor) -> list[Span]:
+    """Maximal runs of True in a bool vector [n], as [start, end)."""
     edge = torch.diff(
         inside.to(torch.int8), prepend=inside.new_zeros(1).to(torch.int8), append=inside.new_zeros(1).to(torch.int8)
     )

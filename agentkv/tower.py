@@ -21,6 +21,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from agentkv.standin import stands_in
+
 FEATURES = ("pooler_output", "deepstack_features")  # what decoders read of a tower's output
 
 
@@ -74,7 +76,6 @@ class Tower:
         module: called with pixels [patches, values] and grid_thw [pictures, 3], as those of the Qwen families are.
     """
 
-    _hooks: ClassVar[WeakKeyDictionary[torch.nn.Module, list[Any]]] = WeakKeyDictionary()
     _lock: ClassVar[threading.Lock] = threading.Lock()
     _now: ClassVar[threading.local] = threading.local()
 
@@ -91,33 +92,12 @@ class Tower:
     @contextmanager
     def shows(self, pictures: Sequence[bytes]) -> Iterator[None]:
         """A context in which the model reads a prompt with these pictures, in order, by digests of their pixels."""
-        with self._hooked():
+        with stands_in(self._module, "forward", partial(_asking, here=self._now)):
             self._now.shown = self, tuple(pictures)
             try:
                 yield
             finally:
                 self._now.shown = None
-
-    @contextmanager
-    def _hooked(self) -> Iterator[None]:
-        """The module's forward asks the memory of the thread that calls it; the last to leave puts it back."""
-        module = self._module
-        with self._lock:
-            if module not in self._hooks:
-                # Another library may have set one already (accelerate does, to spread a model over devices).
-                self._hooks[module] = [0, vars(module).get("forward")]
-                module.forward = _asking(module.forward, self._now)
-            self._hooks[module][0] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._hooks[module][0] -= 1
-                if not self._hooks[module][0]:
-                    _, before = self._hooks.pop(module)
-                    del module.forward  # the class's own shows again
-                    if before is not None:
-                        module.forward = before
 
     def encode(
         self, forward: Callable[..., Any], pictures: Sequence[bytes], pixels: torch.Tensor, grids: torch.Tensor

@@ -1,7 +1,8 @@
 """`python -m eval.persistent`: a cache that lives from step to step beside one that is filled anew, over long episodes.
 
-Both play the same seeds in turn, in one process: `fresh` reads the whole prompt at every step, `persistent` what is
-new and lets go of screenshots that leave the history (`agentkv.persistent`). Rows of an arm (`cache`, `method`) hold
+All play the same seeds in turn, in one process: `fresh` reads the whole prompt at every step, `persistent` what is new
+and lets go of screenshots that leave the history (`agentkv.persistent`), `changes` of a new screenshot only what looks
+different (`agentkv.changes`). Rows of an arm (`cache`, `method`) hold
 its success, what it read against what was new, its seconds against the fresh ones from step 5 on, and how flat its
 bytes are once the history is full; rows with a `step` hold the same step by step, which `--plot` draws.
 """
@@ -26,7 +27,18 @@ from agentkv.reading import read_run
 from agentkv.run import AGENTS_BY_CACHE, EVALUATION_SEEDS, HISTORY, budget_of, fitting_scale, load
 from agentkv.tables import stdout_console
 from textkv.arguments import budget, methods
-from textkv.command import count, episodes, natural, output_folder, run, seed, some_text, token_count, write_rows
+from textkv.command import (
+    choices,
+    count,
+    episodes,
+    natural,
+    output_folder,
+    run,
+    seed,
+    some_text,
+    token_count,
+    write_rows,
+)
 from textkv.intervals import wilson
 from textkv.provenance import run_meta
 
@@ -38,6 +50,7 @@ from .wide import Waiting, wide_agent
 Episode = dict[str, Any]
 SETTLED = 5  # the step (from 1) from which seconds are compared
 RUN_FOLDERS = tuple(AGENTS_BY_CACHE)
+CACHES = ["fresh", "persistent"]
 
 
 @dataclass(frozen=True)
@@ -118,10 +131,10 @@ def _of(rows: Sequence[dict[str, Any]], beside: dict[int, dict[str, Any]], name:
     return median(row[name] / beside[row["step"]][name] for row in rows) if rows else None
 
 
-def arms_of(out: Path) -> list[Arm]:
+def arms_of(out: Path, caches: Sequence[str]) -> list[Arm]:
     """What was played into the run folders of `out`; arms without an episode are left out."""
     found = []
-    for cache in RUN_FOLDERS:
+    for cache in caches:
         recorded = read_run(out / cache)
         for method in recorded.about["methods"]:
             mine = {e["seed"]: e for e in recorded.episodes if e["method"] == method}
@@ -166,14 +179,14 @@ PANELS = (
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Four panels over the steps, a line per arm: fresh dashed, persistent solid."""
+    """Four panels over the steps, a line per arm: fresh dashed, persistent solid, changes dotted."""
     figure, panels = pyplot.subplots(2, 2, figsize=(10, 6.4), sharex=True, layout="constrained")
     arms = list(dict.fromkeys((row["method"], row["cache"]) for row in rows))
     colours = {method: f"C{number}" for number, method in enumerate(dict.fromkeys(method for method, _ in arms))}
     for panel, (name, title, unit) in zip(panels.flat, PANELS, strict=True):
         for method, cache in arms:
             mine = [row for row in rows if (row["method"], row["cache"]) == (method, cache)]
-            style = "--" if cache == "fresh" else "-"
+            style = {"fresh": "--", "persistent": "-"}.get(cache, ":")
             values = [unit * row[name] for row in mine]
             panel.plot([r["step"] for r in mine], values, style, color=colours[method], label=f"{method}, {cache}")
         panel.set(title=title, ylim=(0, None))
@@ -184,11 +197,12 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path, "eval.persistent")
 
 
-def play(plan: Plan, adapter: Any, waits: bool, browser: Browser, out: Path) -> None:
-    """Every seed by both caches in turn, so that what else the machine does falls on both; `waits`: as `Waiting`."""
+def play(plan: Plan, caches: Sequence[str], adapter: Any, waits: bool, browser: Browser, out: Path) -> None:
+    """Every seed by all caches in turn, so that what else the machine does falls on all; `waits`: as `Waiting`."""
     budgets = {method: budget_of(method, plan) for method in plan.methods}
     for number in plan.seeds:
-        for cache, kind in AGENTS_BY_CACHE.items():
+        for cache in caches:
+            kind = AGENTS_BY_CACHE[cache]
             agents = {m: kind(adapter, m, plan.budget, plan.max_new_tokens) for m in plan.methods}
             policies = {m: Waiting(agent) for m, agent in agents.items()} if waits else agents
             one = Plan(**vars(plan) | {"seeds": (number,), "cache": cache})
@@ -207,6 +221,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--wide", type=natural, default=0, help=wide)
     p.add_argument("--task", type=some_text, default="memory-colour-rounds", help="what is played (%(default)s)")
     p.add_argument("--methods", type=methods(), default="full,gui-kv", help="methods or compositions (full,gui-kv)")
+    caches = choices(*AGENTS_BY_CACHE)
+    p.add_argument("--caches", type=caches, default=CACHES, help=f"of {', '.join(AGENTS_BY_CACHE)} (the first two)")
     p.add_argument("--budget", type=budget, default="0.2", help="share of the prompt to keep, or tokens as 512t")
     p.add_argument("--history", type=count, default=HISTORY, help="screenshots in a prompt (5)")
     p.add_argument("--episodes", type=episodes, default=10, help="per arm (10)")
@@ -248,11 +264,13 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     plan, meta = plan_of(args), run_meta("eval.persistent", argv, args.seed)
     adapter = wide_agent(args.wide, plan.device) if args.wide else load(plan)
     plan = Plan(**vars(plan) | {"device_scale": fitting_scale(plan, adapter)})
-    for cache in RUN_FOLDERS:
+    # The others are told beside it.
+    caches = list(dict.fromkeys(["fresh", *args.caches]))
+    for cache in caches:
         open_folder(args.out / cache, Plan(**vars(plan) | {"cache": cache}), True, meta, [])
     with Browser(args.chromium) as browser:
-        play(plan, adapter, bool(args.wide), browser, args.out)
-    rows = rows_of(arms_of(args.out), plan.history)
+        play(plan, caches, adapter, bool(args.wide), browser, args.out)
+    rows = rows_of(arms_of(args.out, caches), plan.history)
     write_rows(args.json, meta, rows)
     steps = [row for row in rows if "step" in row]
     if args.plot:

@@ -79,6 +79,7 @@ class Conversation:
         mm_token_type_ids: torch.Tensor | None = None,
         spans: Spans | None = None,
         grids: Grids | None = None,
+        position_ids: torch.Tensor | None = None,
         known_images: int = 0,
         **options: Any,
     ) -> torch.Tensor:
@@ -97,6 +98,8 @@ class Conversation:
             mm_token_type_ids: int64 [batch, tokens], 1 at image tokens.
             spans: columns of every screenshot per row, for methods that ask for them.
             grids: (rows, columns) of every screenshot's tokens per row, likewise.
+            position_ids: int64 [3, batch, tokens], rotary positions of a dialogue that tells images in part; None = as
+                the model counts them.
             known_images: so many of the first images were given in earlier turns and are the same: `pixel_values` has
                 the others'. For one row.
             options: for `model.generate`.
@@ -120,7 +123,7 @@ class Conversation:
         self._return_to(found)
         self.last = found
         if self._visual:
-            inputs |= self._positions(input_ids, mask, image_grid_thw, mm_token_type_ids)
+            inputs |= self._positions(input_ids, mask, image_grid_thw, mm_token_type_ids, position_ids)
             new = None if image_grid_thw is None else image_grid_thw[known_images:]
             inputs |= unseen(told.images[known_images:], self.last.reused, pixel_values, new)
         self.cache.begin(input_ids, spans=spans, grids=grids, attention_mask=mask)
@@ -147,6 +150,7 @@ class Conversation:
         image_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         known_images: int = 0,
+        **ignored: torch.Tensor,
     ) -> Dialogue:
         """A dialogue in the form in which it is compared, for `foresee`; arguments and errors as for `generate`."""
         images = ()
@@ -311,15 +315,19 @@ class Conversation:
     # ---- images ------------------------------------------------------------------------------------------------
 
     def _positions(
-        self, ids: torch.Tensor, mask: torch.Tensor, grids: torch.Tensor | None, kinds: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
+        self, ids: torch.Tensor, mask: torch.Tensor, grids: torch.Tensor | None, kinds: torch.Tensor | None,
+        given: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Rotary positions int64 [4, batch, tokens] of the whole dialogue; the model's own offset is set right."""
         kinds = torch.zeros_like(ids) if kinds is None else kinds
         if not self._turns_by_place:
             return {"mm_token_type_ids": kinds}
-        rope, delta = self.model.model.get_rope_index(
-            ids, image_grid_thw=grids, mm_token_type_ids=kinds, attention_mask=mask
-        )
+        if given is None:
+            rope, delta = self.model.model.get_rope_index(
+                ids, image_grid_thw=grids, mm_token_type_ids=kinds, attention_mask=mask
+            )
+        else:
+            rope, delta = given, (given.amax((0, 2)) + 1 - mask.sum(1))[:, None]
         # The model keeps the last prompt's offset on itself, whoever gave that prompt.
         self.model.model.rope_deltas = delta
         text = (mask.long().cumsum(1) - 1).clamp(min=0)

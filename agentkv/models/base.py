@@ -68,6 +68,11 @@ class Prompt:
     pictures: Sequence[bytes] = ()
 
     @property
+    def columns(self) -> int:
+        """Tokens of the prompt with all its screenshots."""
+        return self.inputs["input_ids"].shape[1]
+
+    @property
     def grids(self) -> list[tuple[int, int]]:
         """(rows, columns) of the tokens of each screenshot."""
         return [frame.grid for frame in self.frames]

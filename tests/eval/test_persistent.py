@@ -47,15 +47,17 @@ def test_an_arm_beside_the_fresh_one():
 
 
 @pytest.mark.browser
-def test_both_play_and_only_one_reads_again(tmp_path):
+def test_all_play_and_only_one_reads_again(tmp_path):
     file, picture, out = tmp_path / "rows.json", tmp_path / "steps.png", tmp_path / "runs"
     asked = ["--episodes", "1", "--max-steps", "3", "--methods", "gui-kv", "--history", "2", "--out", str(out)]
+    asked += ["--caches", "persistent,changes"]
     for _ in range(2):  # the second time nothing is played any more
         assert persistent.main([*asked, "--json", str(file), "--plot", str(picture)]) == 0
-    fresh, living, *steps = json.loads(file.read_text())["rows"]
-    assert (fresh["cache"], living["cache"]) == ("fresh", "persistent")
+    fresh, living, differing, *steps = json.loads(file.read_text())["rows"]
+    assert [row["cache"] for row in (fresh, living, differing)] == ["fresh", "persistent", "changes"]
     assert fresh["prefill_ratio"] > 1.5 and living["prefill_ratio"] < 1.1
-    assert [row["step"] for row in steps] == [1, 2, 3] * 2 and picture.stat().st_size > 1000
+    assert differing["prefill_ratio"] < living["prefill_ratio"]
+    assert [row["step"] for row in steps] == [1, 2, 3] * 3 and picture.stat().st_size > 1000
 
 
 def test_wide_weights_have_the_shapes_of_the_published_model(monkeypatch):
