@@ -6,6 +6,7 @@ text goes back. Whoever drives UI-TARS or OpenCUA from a harness of their own ha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from agentkv.models import OWN_AGENT, ModelAdapter, load_adapter
 from textkv import Budget, resolve_method
 from textkv.serve import ChatEngine, Opening
+from textkv.serve.answers import Answer
 from textkv.serve.engine import Prepared
 from textkv.serve.protocol import ChatRequest, Message
 
@@ -81,7 +83,11 @@ class VisionEngine(ChatEngine):
         plain = all(part["type"] == "text" for part in content)
         return {"role": role, "content": "".join(part["text"] for part in content) if plain else content}
 
-    def _text(self, ids: Any) -> str:
+    def _words(self, stop: Sequence[str] = ()) -> Answer:
+        # As `words_of` says a whole answer.
+        return Answer(self.adapter.text_of, stop, self.adapter.silent, strip=True)
+
+    def _text(self, ids: Sequence[int]) -> str:
         return self.adapter.words_of(ids)
 
 

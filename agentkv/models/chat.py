@@ -46,8 +46,8 @@ class ChatAdapter:
     """One model as an agent (`agentkv.models.ModelAdapter`); see the module docstring for what a subclass says.
 
     `known_by`: parts of checkpoints' names, lower case without separators, that tell the agent from others of the same
-    architecture; an agent without any is the architecture's own. Raises ValueError if the image processor cuts other
-    patches than the model reads.
+    architecture; an agent without any is the architecture's own. `silent`: ids that are no text of an answer.
+    Raises ValueError if the image processor cuts other patches than the model reads.
     """
 
     model_type: ClassVar[str]
@@ -69,7 +69,7 @@ class ChatAdapter:
         self.cache = self.text.cache
         ends = [model.generation_config.eos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
         marks = [*tokenizer.convert_tokens_to_ids(list(self.markers)), *ends]
-        self._silent = {i for mark in marks for i in (mark if isinstance(mark, list) else [mark])}
+        self.silent = {i for mark in marks for i in (mark if isinstance(mark, list) else [mark])}
         vision = model.config.vision_config
         cut, read = (processor.patch_size, processor.merge_size), (vision.patch_size, vision.spatial_merge_size)
         if cut != read:
@@ -274,8 +274,11 @@ class ChatAdapter:
         """The text of an answer without the tokens that end a turn; the family's own marks, such as those around a box,
         stay, because the chat shows them to the model again.
         """
-        kept = [token for token in answer if token not in self._silent]
-        return self.tokenizer.decode(kept, skip_special_tokens=False).strip()
+        return self.text_of([token for token in answer if token not in self.silent]).strip()
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of any token ids, blanks as they are."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def read(self, text: str, frame: Frame) -> Reading | ParseError:
         """What a reply says, in CSS pixels, or why there is nothing to do; never raises."""

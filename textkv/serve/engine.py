@@ -88,6 +88,7 @@ class ChatEngine(Engine):
             lambda: Conversation(model, method, budget), lambda folder: Conversation.load(folder, model), memory, disk
         )
         self._blank = self.shelf.new()
+        self._silent = special_ids(tokenizer)
         self._opening = AnswerOpening.of(tokenizer, self.chat_template)
         self._schemas = Schemas(tokenizer, model.config.get_text_config().vocab_size, self._ends())
 
@@ -149,7 +150,7 @@ class ChatEngine(Engine):
         columns = inputs["input_ids"].shape[1]
         # A client's text is never padding, also where it begins with the token that others pad with.
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-        growing = _Growing(Answer(self._text, prepared.stop), give, cancelled, columns)
+        growing = _Growing(self._words(prepared.stop), give, cancelled, columns)
         with torch.random.fork_rng(enabled=prepared.seed is not None):
             if prepared.seed is not None:
                 torch.manual_seed(prepared.seed)
@@ -184,7 +185,7 @@ class ChatEngine(Engine):
         ids, mask = padded([x.inputs["input_ids"] for x in together], ends[0] if ends else 0)
         each = zip(together, gives, cancelled, strict=True)
         rows = [
-            Row(_Growing(Answer(self._text, x.stop), give, gone, ids.shape[1]), x.options["max_new_tokens"])
+            Row(_Growing(self._words(x.stop), give, gone, ids.shape[1]), x.options["max_new_tokens"])
             for x, give, gone in each
         ]
 
@@ -258,7 +259,12 @@ class ChatEngine(Engine):
         """Columns that the model reads at most."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
 
+    def _words(self, stop: Sequence[str] = ()) -> Answer:
+        """An answer that begins."""
+        return Answer(self._text, stop, self._silent)
+
     def _text(self, ids: Sequence[int]) -> str:
+        """The text of a whole answer."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _ends(self) -> list[int]:
@@ -269,6 +275,13 @@ class ChatEngine(Engine):
 ENGINES = Registry("engine", "agentkv.engines", "Engine")
 """Engines by name. Wings add theirs by entry points, so that a server serves what is installed."""
 ENGINES["text"] = ChatEngine
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """The tokens that a decoder leaves out with `skip_special_tokens`."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    marked = (number for number, token in added.items() if token.special)
+    return frozenset([*getattr(tokenizer, "all_special_ids", ()), *marked])
 
 
 def _text_message(message: Message) -> dict[str, str]:
