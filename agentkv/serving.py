@@ -74,7 +74,7 @@ class VisionEngine(ChatEngine):
         content: list[dict[str, str]] = []
         for part in message.parts():
             if isinstance(part, str):
-                content.append({"type": "text", "text": self.adapter.defuse(part)})
+                content.append({"type": "text", "text": self.adapter.defuse(part, message.role == "assistant")})
             else:
                 images.append(_picture(part))
                 content.append({"type": "image"})

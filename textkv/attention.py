@@ -22,6 +22,7 @@ from textkv.call import Call
 from textkv.context import ATTENTION
 from textkv.kinds import text_config, text_model
 from textkv.layer import View
+from textkv.together import Views
 
 _BEFORE: dict[str, str] = {}
 """The implementation that each of our names stands in for."""
@@ -48,6 +49,9 @@ def attention(
     if seen is not None:
         new = key.k if isinstance(key, View) else key
         seen[module.layer_idx] = new.detach(), query.detach()
+    if isinstance(key, Views):
+        told = {"rotary": rotary, "hidden": hidden, "ids": ids, "dropout": dropout, "scaling": scaling}
+        return _each(module, query, key, attention_mask, before=before, **told, **kwargs), None
     if not isinstance(key, View):
         # Looked up at every call: another library may wrap the registry's functions after us.
         function = _eager(module) if before == "eager" else ALL_ATTENTION_FUNCTIONS[before]
@@ -63,6 +67,29 @@ def attention(
     )  # fmt: skip
     # No weights: nobody can ask for what eviction has thrown away.
     return out.transpose(1, 2).contiguous(), None
+
+
+def _each(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    views: Views,
+    call: Call,
+    rotary: Any,
+    hidden: Any,
+    ids: Any,
+    **told: Any,
+) -> torch.Tensor:
+    """Attention of several caches' queries, which lie one behind the other, each over its own."""
+    out = []
+    sizes = [(part.stop - part.start, view.layer.seen) for view, part in views.parts]
+    for (view, part), own in zip(views.parts, call.of_rows(sizes), strict=True):
+        seen = {
+            probes.ROTARY: None if rotary is None else rotary[..., part],
+            probes.HIDDEN: None if hidden is None else hidden[:, part],
+            probes.IDS: None if ids is None else ids[:, part],
+        }
+        out.append(attention(module, query[:, :, part], view, view, own, **seen, **told)[0])
+    return torch.cat(out, 1)
 
 
 CAPTURE = "textkv_capture"

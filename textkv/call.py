@@ -6,7 +6,7 @@ from the caller's mask alone is worked out at the first layer that asks, and onc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,7 @@ class Call:
         self.local = local
         self._known: Tokens | None = None
         self._given: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._rows: list[Call] = []
 
     @classmethod
     def of_mask(cls, mask: torch.Tensor, past: int) -> Call:
@@ -101,6 +102,18 @@ class Call:
         part = Call(self.mask, self.tokens, self.past, self.function, last, self.local)
         part._known = self._known
         return part
+
+    def of_rows(self, sizes: Sequence[tuple[int, int]]) -> list[Call]:
+        """The calls that this one is of several caches, from their new and past columns; the same for all layers.
+
+        Raises:
+            ValueError: the model hides more than what comes later, by columns that are not those of each cache.
+        """
+        if self.function is not None or self.mask is not None:
+            raise ValueError("a mask beside several caches in one forward: read them one by one")
+        if not self._rows:
+            self._rows = [Call(None, tokens, past, None, local=self.local) for tokens, past in sizes]
+        return self._rows
 
     def brings(self, seen: torch.Tensor, real: torch.Tensor | None, device: torch.device) -> Tokens:
         """What comes, for rows that have `seen` int64 [batch] (CPU) real tokens and the columns `real` (see `Tokens`).

@@ -110,10 +110,48 @@ class Conversation:
         Raises:
             ValueError: a mask of another shape, or images without their grid, their token types, or their pixels.
         """
-        mask = self._mask(input_ids, attention_mask, options)
-        inputs = {"input_ids": input_ids, "attention_mask": mask}
-        told = self.dialogue(input_ids, mask, pixel_values, image_grid_thw, mm_token_type_ids, known_images)
-        found = self.foresee(told, self._drafts(options))
+        told, inputs = self.begin_turn(
+            input_ids,
+            attention_mask=self._mask(input_ids, attention_mask, options),
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            spans=spans,
+            grids=grids,
+            position_ids=position_ids,
+            known_images=known_images,
+            drafts=self._drafts(options),
+        )
+        out = self.model.generate(**inputs, past_key_values=self.cache, **options)
+        self.end_turn(told, out if isinstance(out, torch.Tensor) else out.sequences)
+        return out
+
+    def begin_turn(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        spans: Spans | None = None,
+        grids: Grids | None = None,
+        position_ids: torch.Tensor | None = None,
+        known_images: int = 0,
+        drafts: bool = False,
+    ) -> tuple[Dialogue, dict[str, Any]]:
+        """The first half of `generate`, for who runs the model otherwise: leaves in the cache what the dialogue begins
+        with. Then the model reads the columns behind `cache.tokens_seen`, and `end_turn` says what it came to.
+
+        Args:
+            drafts: whether decoding is with drafts; all others as for `generate`, whose errors are these.
+
+        Returns:
+            the dialogue, for `end_turn`, and the arguments of the model's call.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        told = self.dialogue(input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids, known_images)
+        found = self.foresee(told, drafts)
         lost = next((image for image in told.images[:known_images] if image.start >= found.reused), None)
         if lost is not None:
             raise ValueError(
@@ -123,15 +161,27 @@ class Conversation:
         self._return_to(found)
         self.last = found
         if self._visual:
-            inputs |= self._positions(input_ids, mask, image_grid_thw, mm_token_type_ids, position_ids)
+            inputs |= self._positions(input_ids, attention_mask, image_grid_thw, mm_token_type_ids, position_ids)
             new = None if image_grid_thw is None else image_grid_thw[known_images:]
             inputs |= unseen(told.images[known_images:], self.last.reused, pixel_values, new)
-        self.cache.begin(input_ids, spans=spans, grids=grids, attention_mask=mask)
+        self.cache.begin(input_ids, spans=spans, grids=grids, attention_mask=attention_mask)
         # Until it is over, nobody knows how far it came.
         self._seen, self._lost = None, "the turn before did not finish"
-        out = self.model.generate(**inputs, past_key_values=self.cache, **options)
-        self._remember(told, out if isinstance(out, torch.Tensor) else out.sequences)
-        return out
+        return told, inputs
+
+    def end_turn(self, told: Dialogue, sequences: torch.Tensor) -> None:
+        """Writes down what the cache has read: the last tokens generated are not among it.
+
+        Args:
+            told: what `begin_turn` gave.
+            sequences: int64 [batch, tokens + generated].
+        """
+        held, rows = self.cache.tokens_seen, len(told.ids)
+        if not rows == len(sequences) == self.cache.rows:
+            self._lost = f"the turn before had {self.cache.rows} beams or sequences for {rows} rows"
+            return
+        mask = F.pad(told.mask, (0, sequences.shape[1] - told.columns), value=True)
+        self._seen, self._lost = Dialogue(sequences.cpu(), mask, told.images).first(held), ""
 
     @property
     def _visual(self) -> bool:
@@ -298,19 +348,6 @@ class Conversation:
         """Screenshots that are no longer read are none of the cache's."""
         real, rows = self._seen.mask.sum(1).tolist(), self.cache.spans
         self.cache.context.spans = [[x for x in row if x[1] <= n] for row, n in zip(rows, real, strict=bool(rows))]
-
-    def _remember(self, told: Dialogue, sequences: torch.Tensor) -> None:
-        """Writes down what the cache has read: the last tokens generated are not among it.
-
-        Args:
-            sequences: int64 [batch, tokens + generated].
-        """
-        held, rows = self.cache.tokens_seen, len(told.ids)
-        if not rows == len(sequences) == self.cache.rows:
-            self._lost = f"the turn before had {self.cache.rows} beams or sequences for {rows} rows"
-            return
-        mask = F.pad(told.mask, (0, sequences.shape[1] - told.columns), value=True)
-        self._seen, self._lost = Dialogue(sequences.cpu(), mask, told.images).first(held), ""
 
     # ---- images ------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 A family is a subclass that says which model class it loads, which words it was trained on, where in the chat they stand
 (`Layout`), which grammar it speaks, in which numbers it counts points, and how its chat marks turns and screenshots.
-The goal and the answers are data: chat markers in them are defused, so that a page cannot open a turn or claim a
+The goal and the answers are data: chat markers in them stay text, so that a page cannot open a turn or claim a
 screenshot. Nothing here runs code that comes with a checkpoint.
 """
 
@@ -24,6 +24,7 @@ from agentkv.grammars.base import Grammar, Reading
 from agentkv.models.base import ADDRESS, AgentText, History, Prompt, Weightless
 from agentkv.spans import find_spans
 from textkv.checkpoints import check_vocabulary, load_model, load_tokenizer, readable_files
+from textkv.quoting import Quoting
 
 LONGEST_ADDRESS = 100  # characters of it that a prompt shows
 
@@ -154,7 +155,7 @@ class ChatAdapter:
             messages.append({"role": "user", "content": words})
             if step < len(answers):
                 # Always as an answer that was just given: how old it is changes, and the chat must not.
-                said = self._answer(self.defuse(answers[step]), 1, number + step)
+                said = self._answer(self.defuse(answers[step], said=True), 1, number + step)
                 messages += [] if said is None else [{"role": "assistant", "content": said}]
         return messages
 
@@ -202,7 +203,7 @@ class ChatAdapter:
                 f"is it the template of a {self.model_type} model?"
             )
         text = pieces[0] + "".join(self.placeholder * n + after for n, after in zip(sizes, pieces[1:], strict=True))
-        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return torch.tensor([self._quoting.ids(text)])
 
     def _messages(self, goal: str, history: History, screenshot: Image.Image, frame: Frame) -> list[dict[str, Any]]:
         """The chat: one system turn; per step a user turn with its screenshot (if it is shown) and an assistant turn
@@ -222,7 +223,7 @@ class ChatAdapter:
                 seen = [part for part in content if step in shown or part["type"] == "text"]
                 messages.append({"role": "user", "content": seen})
             if step < len(history) and (self.layout.older == "turns" or step >= shown[0]):
-                said = self._answer(self.defuse(history[step][1]), len(history) - step, step + 1)
+                said = self._answer(self.defuse(history[step][1], said=True), len(history) - step, step + 1)
                 messages += [] if said is None else [{"role": "assistant", "content": said}]
         return messages
 
@@ -237,7 +238,7 @@ class ChatAdapter:
 
     def _words(self, goal: str, older: History, step: int, frame: Frame) -> list[dict[str, Any]]:
         """The task's words and the screenshot of their turn, as parts of a message."""
-        lines = [f"Step {n}: {self._line(self.defuse(answer))}" for n, (_, answer) in enumerate(older, 1)]
+        lines = [f"Step {n}: {self._line(self.defuse(answer, said=True))}" for n, (_, answer) in enumerate(older, 1)]
         prompt = _sized(self.text.prompt, frame)
         prompt = prompt if "{image}" in prompt or self.layout.words == "own" else "{image}" + prompt
         values = {"{step}": str(step), "{steps}": "\n".join(lines) or "None", "{goal}": self.defuse(goal)}
@@ -258,11 +259,13 @@ class ChatAdapter:
         """How an answer of step `number` (from 1), `age` steps ago, stands in the chat; None = not at all."""
         return answer
 
-    def defuse(self, text: str) -> str:
-        """A text in which no marker of the chat is one any more."""
-        for marker in self.markers:
-            text = text.replace(marker, re.sub(r"[|\[\]]", " ", marker))
-        return text
+    def defuse(self, text: str, said: bool = False) -> str:
+        """A text for the chat in which no marker is one: see `textkv.quoting`. `said`: by the model itself."""
+        return self._quoting.quote(text, said)
+
+    @property
+    def _quoting(self) -> Quoting:
+        return Quoting.of(self.tokenizer, self.tokenizer.chat_template or self.chat_template, self.markers)
 
     def _frame(self, image: Image.Image, grid: list[int], css_size: tuple[int, int] | None) -> Frame:
         _, rows, columns = grid

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 
 from dlm.models.decoding_spec import DecodingSpec
 from textkv import checkpoints
+from textkv.quoting import Quoting
 
 LLADA_CHAT = (
     "{% for message in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
@@ -126,7 +127,9 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]])
         {**message, "content": cut.split(message["content"])[0]} if message["role"] == "assistant" else message
         for message in messages
     ]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    quoting = Quoting.of(tokenizer, tokenizer.chat_template)
+    told = [{**m, "content": quoting.quote(m["content"], m["role"] == "assistant")} for m in messages]
+    return quoting.ids(tokenizer.apply_chat_template(told, add_generation_prompt=True, tokenize=False))
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, bos: bool = False) -> list[int]:

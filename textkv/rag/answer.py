@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv.cache import MethodCache
+from textkv.quoting import Quoting
 from textkv.rag.index import Index, Passage
 
 
@@ -100,10 +101,13 @@ class Reader:
 
     def encode(self, prompt: str) -> torch.Tensor:
         """int64 [1, tokens], in the model's chat template where it has one."""
-        # A template writes the special tokens itself.
         own = not self.tokenizer.chat_template
-        ids = self.tokenizer(chat(self.tokenizer, prompt), add_special_tokens=own, return_tensors="pt").input_ids
-        return ids.to(self.model.device)
+        if own:
+            return self.tokenizer(chat(self.tokenizer, prompt), return_tensors="pt").input_ids.to(self.model.device)
+        # Passages are by others: they open no turn. Where plain words do so, no library can keep them out.
+        quoting = Quoting.of(self.tokenizer, self.tokenizer.chat_template)
+        ids = quoting.ids(chat(self.tokenizer, quoting.quote(prompt, said=True)))
+        return torch.tensor([ids], device=self.model.device)
 
     @torch.inference_mode()
     def decode(self, cache: MethodCache, ids: torch.Tensor, most: int) -> list[int]:

@@ -9,23 +9,28 @@ from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import GenerationMode
 
 from textkv.budgets import Budget
+from textkv.cache import MethodCache
 from textkv.conversation import Conversation
 from textkv.method import resolve_method
 from textkv.models.loading import load
+from textkv.quoting import Quoting
 from textkv.registry import Registry
 from textkv.serve.answers import Answer
 from textkv.serve.interface import Cancelled, Engine, Opening, Outcome
 from textkv.serve.omitted import goes_on, restored
 from textkv.serve.opening import AnswerOpening
 from textkv.serve.protocol import ChatRequest, Message
-from textkv.serve.rows import Done, Row, Rows, padded, stands_alone
+from textkv.serve.rows import Ask, More, Row, read_next, step
 from textkv.serve.shelf import Shelf
 from textkv.serve.structured import Schemas
 from textkv.serve.template import PLAIN
+from textkv.together import packs
 
 _COLUMNS = ("input_ids", "attention_mask", "mm_token_type_ids")
+ROWS = 16  # requests that are answered together
 LONGEST = 2**31  # columns, where a model names no limit
 COLDEST = 1e-4  # a temperature below takes the likeliest token: logits divided by it are beyond numbers of 16 bits
 
@@ -33,8 +38,8 @@ COLDEST = 1e-4  # a temperature below takes the likeliest token: logits divided 
 @dataclass(frozen=True)
 class Prepared:
     """A request as tensors: `inputs` for `Conversation.generate`, the options of its decoding, its stop strings, and
-    `stem`: columns up to which it will be told again by its next turn; None = up to the end of the answer. `first`:
-    nothing was answered yet in its conversation. `owner`: whose it is.
+    `stem`: columns up to which it will be told again by its next turn; None = up to the end of the answer. `owner`:
+    whose it is.
     """
 
     inputs: dict[str, Any]
@@ -42,7 +47,6 @@ class Prepared:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     stem: int | None = None
-    first: bool = False
     owner: str = ""
 
 
@@ -57,8 +61,8 @@ class ChatEngine(Engine):
         disk: folder for conversations that do not fit; None = they are dropped.
         answer_tokens: the longest answer where a request names no limit.
         chat_template: for a tokenizer that comes without one.
-        rows: first questions that are answered together, if they wait together; such a conversation is kept from its
-            second question on.
+        rows: requests that are answered together; None = `ROWS`. A model that cannot read several texts at once, and
+            what shows pictures, is answered in turn.
 
     Raises:
         ValueError: no chat template, or a method or budget that cannot be.
@@ -74,9 +78,8 @@ class ChatEngine(Engine):
         disk: Path | None = None,
         answer_tokens: int = 1024,
         chat_template: str | None = None,
-        rows: int = 1,
+        rows: int | None = None,
     ) -> None:
-        self.rows = rows
         self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
         if not self.chat_template:
             raise ValueError(
@@ -88,7 +91,10 @@ class ChatEngine(Engine):
             lambda: Conversation(model, method, budget), lambda folder: Conversation.load(folder, model), memory, disk
         )
         self._blank = self.shelf.new()
+        rows = ROWS if rows is None else rows
+        self.rows = rows if rows > 1 and self._draws() and packs(model, lambda: MethodCache(model)) else 1
         self._silent = special_ids(tokenizer)
+        self._quoting = Quoting.of(tokenizer, self.chat_template)
         self._opening = AnswerOpening.of(tokenizer, self.chat_template)
         self._schemas = Schemas(tokenizer, model.config.get_text_config().vocab_size, self._ends())
 
@@ -113,13 +119,21 @@ class ChatEngine(Engine):
     def prepare(self, request: ChatRequest) -> Prepared:
         """See `Engine`."""
         text = self.tokenizer.apply_chat_template(
-            [_text_message(m) for m in request.messages],
+            [self._text_message(m) for m in request.messages],
             chat_template=self.chat_template,
             tokenize=False,
             add_generation_prompt=True,
         )
-        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        return self.prepared(request, {"input_ids": ids.to(self.model.device)})
+        ids = torch.tensor([self._quoting.ids(text)], device=self.model.device)
+        return self.prepared(request, {"input_ids": ids})
+
+    def _text_message(self, message: Message) -> dict[str, str]:
+        parts = list(message.parts())
+        if any(isinstance(part, bytes) for part in parts):
+            raise ValueError("this model reads text only; send no pictures, or serve a vision-language model")
+        # Newer clients call the system's turn the developer's; templates know the old name.
+        role = "system" if message.role == "developer" else message.role
+        return {"role": role, "content": self._quoting.quote("".join(parts), said=role == "assistant")}
 
     def prepared(self, request: ChatRequest, inputs: dict[str, Any]) -> Prepared:
         """Adds to a prompt's tensors what a request says of its decoding."""
@@ -137,8 +151,7 @@ class ChatEngine(Engine):
         if processors:
             options["logits_processor"] = LogitsProcessorList(processors)
         stem = self._opening.before(inputs["input_ids"])
-        first = all(message.role != "assistant" for message in request.messages)
-        return Prepared(inputs, options, tuple(request.stop), request.seed, stem, first, request.owner)
+        return Prepared(inputs, options, tuple(request.stop), request.seed, stem, request.owner)
 
     def answer(self, prepared: Prepared, give: Callable[[str], None], cancelled: Callable[[], bool]) -> Outcome:
         """See `Engine`."""
@@ -166,43 +179,56 @@ class ChatEngine(Engine):
         cached = ids.shape[1] - read - talk.last.read
         return Outcome(growing.text, "stop" if ended else "length", ids.shape[1], cached, len(new))
 
-    def joins(self, together: Sequence[Prepared], other: Prepared) -> bool:
-        """See `Engine`: rows of one cache, see `textkv.serve.rows`."""
-        several = [*together, other]
-        columns = max(x.inputs["input_ids"].shape[1] for x in several)
-        longest = max(x.options["max_new_tokens"] for x in several)
-        return all(map(stands_alone, several)) and columns + longest <= self._limit
+    def joins(self, prepared: Prepared) -> bool:
+        """See `Engine`: texts, where the model reads several in one forward as it reads each alone."""
+        return self.rows > 1 and set(prepared.inputs) == {"input_ids"}
 
-    def answer_rows(
-        self,
-        together: Sequence[Prepared],
-        gives: Sequence[Callable[[str], None]],
-        cancelled: Sequence[Callable[[], bool]],
-        done: Done,
-    ) -> None:
-        """See `Engine`. A client that goes away hears it within one step; its row is padding until the others end."""
-        ends = self._ends()
-        ids, mask = padded([x.inputs["input_ids"] for x in together], ends[0] if ends else 0)
-        each = zip(together, gives, cancelled, strict=True)
-        rows = [
-            Row(_Growing(self._words(x.stop), give, gone, ids.shape[1]), x.options["max_new_tokens"])
-            for x, give, gone in each
-        ]
-
-        def finish(number: int, ended: bool) -> None:
-            row, prompt = rows[number], together[number].inputs["input_ids"].shape[1]
-            if row.growing.left:
-                done(number, Cancelled())
+    def answer_rows(self, more: More) -> None:
+        """See `Engine`, and `textkv.serve.rows`. A client that goes away frees its row within one step."""
+        rows: list[_Asked] = []
+        while True:
+            joined = (self._joined(ask) for ask in more(self.rows - len(rows)))
+            rows += [row for row in joined if row is not None]
+            if not rows:
                 return
-            row.growing.finish()
-            done(number, Outcome(row.growing.text, "stop" if ended else "length", prompt, 0, row.tokens))
+            step(self.model, read_next(rows))
+            for row in [row for row in rows if row.over or row.error is not None]:
+                rows.remove(row)
+                row.ask.done(self._ended(row))
 
-        options = together[0].options | {"max_new_tokens": max(row.limit for row in rows)}
-        hearing = StoppingCriteriaList([Rows(rows, ends, ids.shape[1], finish)])
-        # Not put on the shelf: rows of one cache cannot go on by themselves.
-        self.shelf.new().generate(
-            ids, attention_mask=mask, stopping_criteria=hearing, pad_token_id=ends[0] if ends else 0, **options
-        )
+    def _joined(self, ask: Ask) -> _Asked | None:
+        """A request as a row; None if it is over already."""
+        try:
+            if ask.cancelled():
+                raise Cancelled
+            return self._row(ask)
+        except Exception as error:
+            ask.done(error)
+            return None
+
+    def _row(self, ask: Ask) -> _Asked:
+        prepared = ask.prepared
+        talk, inputs, moved = self._begun(prepared)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        read, kept = self._stem(talk, inputs, prepared.stem and prepared.stem + moved)
+        ids = inputs["input_ids"]
+        growing = _Growing(self._words(prepared.stop), ask.give, ask.cancelled, ids.shape[1])
+        row = _Asked(talk, ids, prepared.options, growing, prepared.seed)
+        row.ask, row.kept, row.cached = ask, kept, ids.shape[1] - moved - read - talk.last.read
+        return row
+
+    def _ended(self, row: _Asked) -> Outcome | Exception:
+        """The end of a row; its conversation is kept, unless an error left it half-way."""
+        if row.error is not None:
+            return row.error
+        row.talk.end_turn(row.told, row.ids)
+        self.shelf.put(row.kept or row.talk, row.ask.prepared.owner)
+        if row.growing.left:
+            return Cancelled()
+        row.growing.finish()
+        ended = "stop" if row.ended or row.growing.answer.stopped else "length"
+        prompt = row.ask.prepared.inputs["input_ids"].shape[1]
+        return Outcome(row.growing.text, ended, prompt, row.cached, row.tokens)
 
     def _begun(self, prepared: Prepared) -> tuple[Conversation, dict[str, Any], int]:
         """The conversation that a request goes on from, the request in its columns, and by how many these moved."""
@@ -267,9 +293,24 @@ class ChatEngine(Engine):
         """The text of a whole answer."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def _draws(self) -> bool:
+        """Whether the model takes one token after the other, the likeliest or by chance, and nothing else."""
+        return self.model.generation_config.get_generation_mode() in (
+            GenerationMode.GREEDY_SEARCH,
+            GenerationMode.SAMPLE,
+        )
+
     def _ends(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id
         return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
+class _Asked(Row):
+    """A row and whose it is: the conversation that is kept in its place, and tokens that were not read again."""
+
+    ask: Ask
+    kept: Conversation | None
+    cached: int
 
 
 ENGINES = Registry("engine", "agentkv.engines", "Engine")
@@ -282,15 +323,6 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marked = (number for number, token in added.items() if token.special)
     return frozenset([*getattr(tokenizer, "all_special_ids", ()), *marked])
-
-
-def _text_message(message: Message) -> dict[str, str]:
-    parts = list(message.parts())
-    if any(isinstance(part, bytes) for part in parts):
-        raise ValueError("this model reads text only; send no pictures, or serve a vision-language model")
-    # Newer clients call the system's turn the developer's; templates know the old name.
-    role = "system" if message.role == "developer" else message.role
-    return {"role": role, "content": "".join(parts)}
 
 
 def sampling(request: ChatRequest) -> dict[str, Any]:

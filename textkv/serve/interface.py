@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 
 from textkv.serve.protocol import ChatRequest
-from textkv.serve.rows import Done
+from textkv.serve.rows import More
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Opening:
         memory: bytes that conversations may hold between their turns; None = no limit.
         disk: folder for those that do not fit; None = they are dropped.
         chat_template: in place of the model's own.
-        rows: requests that may be answered together, where an engine can.
+        rows: requests that may be answered together, where an engine can; None = as many as it likes.
     """
 
     model: str
@@ -58,7 +58,7 @@ class Opening:
     memory: int | None = None
     disk: Path | None = None
     chat_template: str | None = None
-    rows: int = 1
+    rows: int | None = None
 
 
 class Engine(Protocol):
@@ -84,24 +84,17 @@ class Engine(Protocol):
         `cancelled` says so.
         """
 
-    def joins(self, together: Sequence[Any], other: Any) -> bool:
-        """Whether a prepared request can be answered beside those."""
+    def joins(self, prepared: Any) -> bool:
+        """Whether a prepared request can be answered beside others that can."""
         return False
 
-    def answer_rows(
-        self,
-        together: Sequence[Any],
-        gives: Sequence[Callable[[str], None]],
-        cancelled: Sequence[Callable[[], bool]],
-        done: Done,
-    ) -> None:
-        """Answers several that join each other; arguments as for `answer`, one each. By default one after another."""
-        for number, (prepared, give, gone) in enumerate(zip(together, gives, cancelled, strict=True)):
-            try:
-                end: Outcome | Exception = self.answer(prepared, give, gone)
-            except Exception as error:  # of this one: the others are answered all the same
-                end = error
-            done(number, end)
+    def answer_rows(self, more: More) -> None:
+        """Answers requests together, and those that come meanwhile, until there are none.
+
+        Args:
+            more: asked between two steps for those that join, so many at most.
+        """
+        raise NotImplementedError
 
     def figures(self) -> Mapping[str, float]:
         """What it holds now, by name of a metric: `kv_bytes`, `conversations`, ..."""

@@ -10,13 +10,14 @@ from threading import Condition, Event, Thread
 from typing import Any
 
 from textkv.serve.interface import Cancelled, Engine, Outcome
+from textkv.serve.rows import Ask
 
 
 class Full(Exception):
     """More requests wait than may."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A request on its way. `pieces` brings texts if it is a `stream`, and then an Outcome or an exception."""
 
@@ -37,7 +38,7 @@ class Job:
 
 
 class Turns:
-    """Jobs of several clients, one at a time, or several where the engine can: clients take turns, the jobs of each in
+    """Jobs of several clients, one at a time, or together where the engine can: clients take turns, the jobs of each in
     the order they came.
 
     Args:
@@ -80,57 +81,67 @@ class Turns:
             self._ready.notify()
         self._thread.join(patience)
 
-    def _beside(self, first: Job) -> list[Job]:
-        """Waiting jobs that can be answered with `first`, each client's next one, clients in turn."""
+    def _beside(self, places: int) -> list[Job]:
+        """Waiting jobs that can be answered beside others, each client's next one, clients in turn."""
         found: list[Job] = []
         with self._ready:
-            for client in [*self._waiting] if self.engine.rows > 1 else ():
-                jobs = self._waiting[client]
-                if len(found) + 1 < self.engine.rows and not jobs[0].gone.is_set():
-                    if self.engine.joins([first.prepared, *(job.prepared for job in found)], jobs[0].prepared):
-                        found.append(jobs.popleft())
-                        if not jobs:
-                            del self._waiting[client]
+            while self._waiting and len(found) < places and self._open:
+                client = next(iter(self._waiting))
+                job = self._waiting[client][0]
+                # One that must be answered alone has its turn when those before it are through.
+                if not job.gone.is_set() and not self.engine.joins(job.prepared):
+                    break
+                self._pop(client)
+                if not job.gone.is_set():
+                    found.append(job)
         return found
+
+    def _pop(self, client: str) -> Job:
+        """A client's next job; the client goes to the end: one with many requests does not hold up the rest."""
+        jobs = self._waiting.pop(client)
+        job = jobs.popleft()
+        if jobs:
+            self._waiting[client] = jobs
+        return job
 
     def _next(self) -> Job | None:
         with self._ready:
             self._ready.wait_for(lambda: self._waiting or not self._open)
             if not self._open:
                 return None
-            client, jobs = self._waiting.popitem(last=False)
-            job = jobs.popleft()
-            if jobs:
-                # Behind all others: one client with many requests does not hold up the rest.
-                self._waiting[client] = jobs
-            return job
+            return self._pop(next(iter(self._waiting)))
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
             if not job.gone.is_set():
-                others = self._beside(job)
-                if others:
-                    self._rows([job, *others])
+                if self.engine.rows > 1 and self.engine.joins(job.prepared):
+                    self._together(job)
                 else:
                     job.tell(self._answer(job.prepared, job.tell, self._gone(job)))
 
     def _gone(self, job: Job) -> Callable[[], bool]:
         return lambda: job.gone.is_set() or not self._open
 
-    def _rows(self, jobs: list[Job]) -> None:
-        """Several jobs together; what goes wrong before a row is over is that row's end."""
-        left = dict(enumerate(jobs))
+    def _together(self, first: Job) -> None:
+        """A job and all that join it meanwhile; what goes wrong before one is over is its end."""
+        begun = [first]
+        left: list[Job] = []
 
-        def done(number: int, end: Outcome | Exception) -> None:
-            left.pop(number).tell(end)
+        def ask(job: Job) -> Ask:
+            left.append(job)
+            return Ask(job.prepared, job.tell, self._gone(job), lambda end: (left.remove(job), job.tell(end)))
+
+        def more(places: int) -> list[Ask]:
+            jobs = [*begun, *self._beside(places - len(begun))]
+            begun.clear()
+            return [ask(job) for job in jobs]
 
         try:
-            prepared, gives = [job.prepared for job in jobs], [job.tell for job in jobs]
-            self.engine.answer_rows(prepared, gives, [self._gone(job) for job in jobs], done)
+            self.engine.answer_rows(more)
             error: Exception = RuntimeError("a row did not end")
         except Exception as problem:
             error = problem
-        for job in left.values():
+        for job in left:
             job.tell(error)
 
     def _answer(self, prepared: Any, give: Callable[[str], None], cancelled: Callable[[], bool]) -> Outcome | Exception:

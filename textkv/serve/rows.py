@@ -1,80 +1,159 @@
-"""Requests that wait together, answered as rows of one cache.
+"""Requests that are answered together: each forward reads what is new of all of them, every one on its own cache.
 
-Rows of different lengths are padded on the left, and padding has no part in attention, scores or budgets: what a row
-keeps and says is what it keeps and says alone. That is so for rows that take the likeliest token each time; what is
-drawn by chance, must keep a schema, shows pictures, or goes on from a conversation is answered in turn.
+A row joins between two steps, with its prompt, and leaves when it is over; nobody waits for anybody's end. Attention,
+the method and the drawing of tokens are each row's own, so that it keeps and says what it keeps and says alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from transformers import StoppingCriteria
+from transformers import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList
 
-Done = Callable[[int, Any], None]
-"""Hears the number of a row and its Outcome, or the exception that ended it, as soon as it is over."""
+from textkv.conversation import Conversation
+from textkv.dialogue import Dialogue
+from textkv.together import forward
 
-
-def stands_alone(prepared: Any) -> bool:
-    """Whether a prepared request may be a row: text, greedy, and the first question of its conversation."""
-    plain = prepared.options.get("do_sample") is False and "logits_processor" not in prepared.options
-    return prepared.first and plain and set(prepared.inputs) == {"input_ids"}
+READ = 2048
+"""New tokens of prompts that one forward reads, more only for a single prompt: those who decode wait for it."""
 
 
-def padded(prompts: Sequence[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts int64 [1, n] as rows int64 [batch, longest], `pad` on the left, and their mask, 0 there."""
-    longest = max(ids.shape[1] for ids in prompts)
-    rows = [F.pad(ids, (longest - ids.shape[1], 0), value=pad) for ids in prompts]
-    masks = [F.pad(torch.ones_like(ids), (longest - ids.shape[1], 0)) for ids in prompts]
-    return torch.cat(rows), torch.cat(masks)
-
-
-@dataclass
-class Row:
-    """One request of several: who hears its tokens, and how many it may have.
-
-    Attributes:
-        growing: hears each token; for one row.
-        limit: tokens of the answer.
-        tokens: so many came.
+@dataclass(frozen=True)
+class Ask:
+    """A request that wants an answer: `prepared` for the engine, who hears its texts, whether its client has gone, and
+    who hears its Outcome, or the exception that ended it.
     """
 
-    growing: Any
-    limit: int
-    tokens: int = 0
-    over: bool = False
+    prepared: Any
+    give: Callable[[str], None]
+    cancelled: Callable[[], bool]
+    done: Callable[[Any], None]
 
 
-class Rows(StoppingCriteria):
-    """Hears every token of several rows, and ends each by itself.
+More = Callable[[int], list[Ask]]
+"""Who wants to join now, so many at most."""
+
+
+class Hears(Protocol):
+    """Who hears the tokens of a row."""
+
+    left: bool
+
+    def hear(self, tokens: Sequence[int]) -> bool:
+        """Takes tokens; whether the answer has come to an end by what it says."""
+
+
+class Row:
+    """One conversation among those that are answered together.
 
     Args:
-        rows: the requests.
-        ends: ids that end an answer.
-        columns: of the padded prompts.
-        finish: called with a row's number, whether it ended of itself, and once.
+        talk: the conversation.
+        ids: int64 [1, n], its whole dialogue.
+        options: for `model.generate`, which says by them how tokens are drawn and what ends an answer.
+        growing: who hears each token.
+        seed: of what is drawn by chance; None = as it comes.
+
+    Attributes:
+        ids: with the answer so far.
+        new: int64 [1, m], what the model has to read next.
+        over: whether the answer has ended, by itself (`ended`) or not.
+        error: what has ended it instead.
     """
 
     def __init__(
-        self, rows: Sequence[Row], ends: Sequence[int], columns: int, finish: Callable[[int, bool], None]
+        self, talk: Conversation, ids: torch.Tensor, options: dict[str, Any], growing: Hears, seed: int | None = None
     ) -> None:
-        self.rows, self.ends, self.seen, self.finish = rows, set(ends), columns, finish
+        self.talk, self.growing, self.prompt = talk, growing, ids.shape[1]
+        self._told, inputs = talk.begin_turn(ids, attention_mask=torch.ones_like(ids))
+        self._plan = _Plan()
+        talk.model.generate(**inputs, past_key_values=talk.cache, custom_generate=self._plan, **options)
+        self.ids, self.new = ids, ids[:, talk.cache.tokens_seen :]
+        self.over = self.ended = False
+        self.error: Exception | None = None
+        self._dice = None if seed is None else torch.Generator(talk.model.device).manual_seed(seed)
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **ignored: Any) -> torch.Tensor:
-        new = input_ids[:, self.seen :].tolist()
-        self.seen = input_ids.shape[1]
-        for number, (row, tokens) in enumerate(zip(self.rows, new, strict=True)):
-            if not row.over:
-                self._hear(number, row, tokens)
-        return torch.tensor([row.over for row in self.rows], device=input_ids.device)
+    @property
+    def tokens(self) -> int:
+        """Tokens of the answer so far."""
+        return self.ids.shape[1] - self.prompt
 
-    def _hear(self, number: int, row: Row, tokens: Sequence[int]) -> None:
-        row.tokens += len(tokens)
-        ended = row.growing.hear(tokens) or (bool(tokens) and tokens[-1] in self.ends)
-        if ended or row.growing.left or row.tokens >= row.limit:
-            row.over = True
-            self.finish(number, ended)
+    @property
+    def told(self) -> Dialogue:
+        """The prompt, for `Conversation.end_turn`."""
+        return self._told
+
+    def take(self, logits: torch.Tensor) -> None:
+        """Draws the next token, by logits fp32 [1, vocabulary], and tells of it."""
+        plan = self._plan
+        scores = plan.processors(self.ids, logits)
+        if plan.draws:
+            token = torch.multinomial(scores.softmax(-1), 1, generator=self._dice)
+        else:
+            token = scores.argmax(-1, keepdim=True)
+        self.ids, self.new = torch.cat([self.ids, token], 1), token
+        said = self.growing.hear(token[0].tolist())
+        self.ended = said or int(token) in plan.ends or any(bool(other(self.ids, scores)) for other in plan.others)
+        self.over = self.ended or self.growing.left or self.ids.shape[1] >= plan.longest
+
+
+@dataclass
+class _Plan:
+    """In place of `model.generate`'s own loop: learns what it would go by, and generates nothing."""
+
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    draws: bool = False
+    ends: frozenset[int] = frozenset()
+    longest: int = 0
+    others: list[Any] = field(default_factory=list)
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        **ignored: Any,
+    ) -> torch.Tensor:
+        self.processors, self.draws = logits_processor, generation_config.do_sample
+        for one in stopping_criteria:
+            if isinstance(one, MaxLengthCriteria):
+                self.longest = one.max_length
+            elif isinstance(one, EosTokenCriteria):
+                self.ends = frozenset(one.eos_token_id.tolist())
+            else:
+                self.others.append(one)
+        return input_ids
+
+
+def step(model: PreTrainedModel, rows: Sequence[Row]) -> None:
+    """Reads what is new of the rows, and draws a token for each; what goes wrong is that row's `error`."""
+    try:
+        logits = forward(model, [(row.talk.cache, row.new) for row in rows])
+    except Exception as error:
+        if len(rows) > 1:
+            # Which of them it was shows when each is read alone; what the others had read is taken back there.
+            for row in rows:
+                step(model, [row])
+        else:
+            rows[0].error = error
+        return
+    for number, row in enumerate(rows):
+        try:
+            row.take(logits[number : number + 1])
+        except Exception as error:  # of this row: a schema that cannot go on, a client that cannot be told
+            row.error = error
+
+
+def read_next(rows: Sequence[Row]) -> list[Row]:
+    """Those of the rows that the next forward reads: all that decode, and prompts as far as there is room."""
+    found, room = [], READ
+    for row in rows:
+        columns = row.new.shape[1] if not row.tokens else 0
+        if columns <= room or (columns and room == READ):
+            found.append(row)
+            room -= columns
+    return found
