@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
