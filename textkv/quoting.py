@@ -82,13 +82,16 @@ class Quoting:
                     f"a message writes {wrong[0].strip()!r}, with which this model's chat template opens a turn and "
                     "which is no token of its own: leave it out, or write it otherwise"
                 )
-        marks = self._said if said else self._any
-        while marks is not None and (wrong := marks.search(text)):
-            if len(wrong[0]) < 2:
-                raise ValueError(f"a message holds {wrong[0]!r}, which is a mark of this model's chat: leave it out")
-            # Again, as what is left of one may be another.
-            text = marks.sub(lambda found: f"{found[0][0]}{CUT}{found[0][1:]}", text)
-        return text
+        return _parted(text, self._said if said else self._any)
+
+    def words(self, text: str) -> list[int]:
+        """Token ids of somebody's text by itself, for who puts a prompt together from pieces: no mark is among them.
+        Words that open a turn are let through."""
+        return self.ids(self.piece(text))
+
+    def piece(self, text: str) -> str:
+        """The same, to be put into a template."""
+        return _parted(text, self._any)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a rendered text, its cuts taken out.
@@ -120,9 +123,13 @@ class Quoting:
         return self._cutting
 
 
-def without_cuts(text: str) -> str:
-    """A rendered text as it is meant to be read by people."""
-    return text.replace(CUT, "")
+def _parted(text: str, marks: re.Pattern | None) -> str:
+    while marks is not None and (wrong := marks.search(text)):
+        if len(wrong[0]) < 2:
+            raise ValueError(f"a message holds {wrong[0]!r}, which is a mark of this model's chat: leave it out")
+        # Again, as what is left of one may be another.
+        text = marks.sub(lambda found: f"{found[0][0]}{CUT}{found[0][1:]}", text)
+    return text
 
 
 def _flat(ids: Any) -> list[int]:

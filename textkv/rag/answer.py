@@ -106,7 +106,7 @@ class Reader:
             return self.tokenizer(chat(self.tokenizer, prompt), return_tensors="pt").input_ids.to(self.model.device)
         # Passages are by others: they open no turn. Where plain words do so, no library can keep them out.
         quoting = Quoting.of(self.tokenizer, self.tokenizer.chat_template)
-        ids = quoting.ids(chat(self.tokenizer, quoting.quote(prompt, said=True)))
+        ids = quoting.ids(chat(self.tokenizer, quoting.piece(prompt)))
         return torch.tensor([ids], device=self.model.device)
 
     @torch.inference_mode()

@@ -13,7 +13,6 @@ from typing import Literal
 
 import numpy as np
 
-from textkv.rag.answer import chat
 from textkv.rag.dynamic import Draft, DynamicReader, Finding
 from textkv.rag.query import BETA, WORDS, pick, relevance
 from textkv.rag.trigger import Trigger
@@ -106,9 +105,8 @@ class Atlas:
     def _written(draft: Draft, words: str) -> str:
         """A query in the model's own words, or the words where it writes none."""
         reader = draft.text.reader
-        prompt = chat(reader.tokenizer, _WRITE.format(words=words))
-        ids = reader.tokenizer(prompt, add_special_tokens=not reader.tokenizer.chat_template, return_tensors="pt")
-        made = reader.decode(reader.empty(), ids.input_ids.to(reader.model.device), 3 * WORDS)
+        ids = reader.encode(_WRITE.format(words=words))
+        made = reader.decode(reader.empty(), ids, 3 * WORDS)
         said = reader.tokenizer.decode(made, skip_special_tokens=True).strip().partition("\n")[0]
         return said or words
 

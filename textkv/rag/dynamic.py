@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from textkv.quoting import Quoting
 from textkv.rag.answer import ASKED, Answer, Reader, chat, cited_in
 from textkv.rag.index import Index, Passage, words_of
 from textkv.rag.watched import Watched
@@ -174,7 +175,7 @@ class Desk:
         reader, pieces = self.text.reader, []
         for number, passage in enumerate(new, len(self.passages) + 1):
             pieces += [(plain_ids(reader, f"[{number}]"), False)]
-            pieces += [(plain_ids(reader, f" {passage.chunk.text}\n"), True)]
+            pieces += [(words_ids(reader, f" {passage.chunk.text}\n"), True)]
         before = len(self.text.ids)
         if new:
             read_pieces(self.text, pieces)
@@ -186,6 +187,11 @@ class Desk:
 def plain_ids(reader: Reader, text: str, special: bool = False) -> list[int]:
     """Token ids of a piece of text; `special` adds what begins a text."""
     return reader.tokenizer(text, add_special_tokens=special).input_ids
+
+
+def words_ids(reader: Reader, text: str) -> list[int]:
+    """Token ids of what a passage or a question says: it opens no turn."""
+    return Quoting.of(reader.tokenizer, reader.tokenizer.chat_template).words(text)
 
 
 def read_pieces(text: Watched, pieces: Sequence[tuple[list[int], bool]]) -> torch.Tensor:
@@ -276,7 +282,7 @@ class DynamicReader:
     def _begin(self, desk: Desk, question: str, before: Draft | None = None, cut: int = 0) -> Draft:
         """Reads the question, and what an earlier draft wrote before place `cut`, on a fork of what lies before."""
         text, reader = desk.text.fork(), self.reader
-        pieces = [(plain_ids(reader, self._asked), False), (plain_ids(reader, f" {question}"), True)]
+        pieces = [(plain_ids(reader, self._asked), False), (words_ids(reader, f" {question}"), True)]
         pieces += [(plain_ids(reader, self._end), False)]
         start, sure = len(text.ids) + sum(len(piece) for piece, _ in pieces), {}
         if before is not None and cut > before.start:

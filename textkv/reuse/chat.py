@@ -5,6 +5,8 @@ from __future__ import annotations
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from textkv.quoting import Quoting
+
 
 def chat(tokenizer: PreTrainedTokenizerBase, role: str | None, body: str) -> str:
     """A user's turn and the beginning of the answer, behind a system's turn if there is a role; the words themselves
@@ -21,7 +23,7 @@ def chat(tokenizer: PreTrainedTokenizerBase, role: str | None, body: str) -> str
 
 def words(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """Tokens of a text from outside: what looks like a special token in it is text, and ends no turn."""
-    return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    return tuple(Quoting.of(tokenizer, tokenizer.chat_template).words(text))
 
 
 def ends(model, tokenizer: PreTrainedTokenizerBase) -> set[int]:
