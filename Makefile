@@ -20,7 +20,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-# Tables of docs/results.md and docs/rag.md, from the rows that lie beside them.
+# Tables of docs/results.md, docs/rag.md and docs/serving.md, from the rows that lie beside them.
 tables: .venv/ready
 	$(BIN)/python docs/tables.py
 

@@ -1,4 +1,4 @@
-"""`python docs/tables.py`: the tables of results.md and rag.md, each from the rows of its JSON file (`make tables`).
+"""`python docs/tables.py` (`make tables`): tables of results.md, rag.md and serving.md from the rows of JSON files.
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; `TABLES` says how it is made.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGES = (HERE / "results.md", HERE / "rag.md")
+PAGES = (HERE / "results.md", HERE / "rag.md", HERE / "serving.md")
 _PLACE = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -345,25 +345,38 @@ def sentences() -> str:
     return markdown(heads, lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "agents": agents,
-    "curves": curves,
-    "persistent": persistent,
-    "board": board,
-    "decoding": decoding,
-    "fast-dllm": fast_dllm,
-    "batch-rows": batch_rows,
-    "cost": cost,
-    "masa": masa,
-    "masa-converted": masa_converted,
-    "rag": rag,
-    "porag": porag,
-    "peers": peers,
-    "retrieval": retrieval,
-    "conversations": conversations,
-    "teams": teams,
-    "sentences": sentences,
-}
+def served() -> str:
+    """Many conversations through one server: what is read again, where turns find their cache."""
+    lines = []
+    for row in (row for row in rows("serving.json") if row["what"] == "many"):
+        found = [f"{row[name]:.0%}".replace("%", " %") for name in ("found_memory", "found_disk")]
+        lines.append([_method(row), "yes" if row["disk"] else "no", f"{row['prefill_tokens']:,}", found[0]])
+        lines[-1] += [found[1] if row["disk"] else "", f"{row['answers_equal']:,} of {row['n']:,}"]
+        lines[-1] += [f"{row['kv_bytes_peak'] / row['memory']:.1%}".replace("%", " %")]
+    heads = ["method", "disk tier", "tokens read", "found in memory", "found on disk"]
+    return markdown([*heads, "answers equal to the library's", "peak, of the limit"], lines)
+
+
+def load() -> str:
+    """Requests a second and waits of several clients at once, beside the peer."""
+    found = [row for row in rows("serving.json") if row["what"] == "load"]
+    servers = list(dict.fromkeys(_method(row) for row in found))
+    cells = {
+        (row["clients"], _method(row)): f"{row['requests_per_second']:.1f}, {row['p50']:.2f} / {row['p95']:.2f}"
+        for row in found
+    }
+    clients = sorted({at for at, _ in cells})
+    return markdown(["clients", *servers], [[str(at), *(cells[at, one] for one in servers)] for at in clients])
+
+
+def _method(row: Row) -> str:
+    method = row.get("method") or row["server"]
+    return f"`{method}`" + (f" {row['budget']}" if method not in ("full", row.get("server")) else "")
+
+
+_MADE = (agents, curves, persistent, board, decoding, fast_dllm, batch_rows, cost, masa, masa_converted, rag, porag)
+_MADE += (peers, retrieval, conversations, teams, sentences, served, load)
+TABLES: dict[str, Callable[[], str]] = {made.__name__.replace("_", "-"): made for made in _MADE}
 
 
 def renewed(page: str) -> str:
