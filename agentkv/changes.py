@@ -1,13 +1,14 @@
 """An agent that reads of each screenshot only what changed since the one before.
 
 Most of a page stays as it is from step to step. A patch with the same pixels at the same place has its keys and values
-in the cache already: they are taken over, at the position where they were read, and only the other patches are told,
-each with the rotary position of its place in the whole picture. A patch whose keys a method has dropped from more than
-half of the heads is told again, as nothing would be left to take over.
+in the cache already: they are taken over, the keys turned to where the patch stands now (`textkv.turning`), so that the
+current picture is whole and of an earlier one there is left what has changed since. Only the other patches are told.
+One whose keys a method has dropped from more than half of the heads is told again, as little is left to take over.
 
 What is taken over is not what would be read now: it has seen the earlier screens, not what came since. So a decision
-differs from the persistent agent's, and by how much is to be measured (`python -m eval.persistent`). The vision tower
-looks at whole screenshots as before.
+differs from the persistent agent's, and by how much is to be measured (`python -m eval.persistent`). Left where they
+were read, the keys were of no use to the embedded agent, which knows whole pictures. The vision tower looks at whole
+screenshots as before.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedModel
 
-from agentkv.agent import FrameKept
+from agentkv.agent import Decision, FrameKept
 from agentkv.models import History, Prompt
 from agentkv.persistent import Episode, PersistentAgent
 from agentkv.spans import runs
 from agentkv.standin import stands_in
 from textkv import resolve_method
+from textkv.turning import check_turns, turn
 
 HALF = 0.5
 """Share of layers x stored heads that must still hold a token for it to be taken over."""
@@ -43,11 +45,13 @@ class InPart(Prompt):
     Attributes:
         told: per screenshot, bool [tokens]: which of its tokens are in the prompt.
         places: per screenshot, int64 [tokens]: the column of each of its tokens, which may lie in an earlier one.
+        turns: per screenshot, int64 [tokens]: rotary positions (in time) of its own tokens.
         whole: columns of the prompt that tells them whole.
     """
 
     told: Sequence[torch.Tensor] = ()
     places: Sequence[torch.Tensor] = ()
+    turns: Sequence[torch.Tensor] = ()
     whole: int = 0
 
     @property
@@ -57,8 +61,8 @@ class InPart(Prompt):
 
 
 def in_part(prompt: Prompt, told: Sequence[torch.Tensor], model: PreTrainedModel) -> InPart:
-    """A prompt without the tokens that are not told; a model with M-RoPE is told the positions, which a chat with holes
-    does not show.
+    """A prompt without the tokens that are not told, and with the rotary positions, which a chat with holes does not
+    show.
 
     Args:
         told: per screenshot, bool [tokens]; of the first all, of the others at least one.
@@ -70,19 +74,18 @@ def in_part(prompt: Prompt, told: Sequence[torch.Tensor], model: PreTrainedModel
         stays[start:end] = part
     column = stays.cumsum(0) - 1
     inputs = {name: x[:, stays] if name in names else x for name, x in prompt.inputs.items()}
-    if hasattr(_owner(model), "get_rope_index"):
-        rotary, _ = _owner(model).get_rope_index(
-            ids, image_grid_thw=prompt.inputs["image_grid_thw"], mm_token_type_ids=kinds, attention_mask=mask
-        )
-        inputs["position_ids"] = rotary[:, :, stays]
+    rotary, _ = _owner(model).get_rope_index(
+        ids, image_grid_thw=prompt.inputs["image_grid_thw"], mm_token_type_ids=kinds, attention_mask=mask
+    )
+    inputs["position_ids"] = rotary[:, :, stays]
     places: list[torch.Tensor] = []
+    spans, turns = [], []
     for (start, end), part in zip(prompt.spans, told, strict=True):
         own = column[start:end]
         places.append(torch.where(part, own, places[-1]) if places and len(places[-1]) == len(own) else own)
-    spans = [(int(column[start:end][part][0]), int(column[end - 1]) + 1) for (start, end), part in zip(
-        prompt.spans, told, strict=True
-    )]  # fmt: skip
-    return InPart(inputs, spans, prompt.frames, prompt.pictures, told, places, len(stays))
+        spans.append((int(own[part][0]), int(own[-1]) + 1))
+        turns.append(rotary[0, 0, start:end].cpu())
+    return InPart(inputs, spans, prompt.frames, prompt.pictures, told, places, turns, len(stays))
 
 
 def _owner(model: PreTrainedModel) -> Any:
@@ -125,28 +128,31 @@ def _cut(images: Sequence[torch.Tensor], told: Sequence[torch.Tensor]) -> tuple[
 class ChangesAgent(PersistentAgent):
     """A `PersistentAgent` that takes over what it has read of the parts of a page that did not change.
 
-    Arguments are those of `Agent`. Raises ValueError for a method that asks how a screenshot's tokens lie in a grid,
-    and for a model whose image features cannot be told in part.
+    Arguments are those of `Agent`. Raises ValueError for a method whose keys cannot be turned, or that asks how a
+    screenshot's tokens lie in a grid, and for a model that does not turn its keys by the place in a picture (M-RoPE).
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        if not hasattr(_owner(self.adapter.model), FEATURES):
+        model, method = self.adapter.model, resolve_method(self.method, self.budget)
+        if not all(hasattr(_owner(model), name) for name in (FEATURES, "get_rope_index")):
             raise ValueError(
-                f"{type(self.adapter.model).__name__} has no {FEATURES}: use --cache persistent, which reads whole "
-                "screenshots"
+                f"{type(model).__name__} does not tell a patch's place by its position: use --cache persistent, which "
+                "reads whole screenshots"
             )
-        if resolve_method(self.method).needs().grids:
+        if method.needs().grids:
             raise ValueError(
                 f"{self.method} asks how a screenshot's tokens lie in its grid, and of a screenshot that is told in "
                 "part they lie nowhere: use --cache persistent"
             )
+        check_turns(model, method)
         self._begin()
 
     def _begin(self) -> None:
         self._told: list[torch.Tensor] = []
         self._places: list[torch.Tensor] = []
         self._pixels: torch.Tensor | None = None  # of the newest screenshot that was told, [tokens, values]
+        self._at = torch.zeros(0, dtype=torch.int64)  # where each token of a screenshot stands, by its column
 
     def _begun(self, goal: str, base: int) -> Episode:
         self._begin()
@@ -196,6 +202,21 @@ class ChangesAgent(PersistentAgent):
             self.talk.cache.forget([runs(lost)])
         self._episode.forgotten = gone
 
+    def _take_over(self, prompt: InPart) -> None:
+        """What the newest screenshot shares with the one before stands in it from now on."""
+        over = ~prompt.told[-1]
+        columns, at = prompt.places[-1][over], prompt.turns[-1][over]
+        delta = torch.zeros(1, self.talk.cache.tokens_seen, dtype=torch.int32)
+        delta[0, columns] = (at - self._at[columns]).int()
+        if delta.any():
+            turn(self.talk.cache, self.adapter.model, delta)
+            self._at[columns] = at
+
+    def _answer(self, prompt: InPart, known: int) -> Decision:
+        if known:
+            self._take_over(prompt)
+        return super()._answer(prompt, known)
+
     def _where(self, prompt: InPart) -> dict[str, Any]:
         """Also of screenshots that left, if something of them is in one that is shown."""
         gone = F.pad(self.talk.forgotten, (0, prompt.inputs["input_ids"].shape[1]))
@@ -210,6 +231,9 @@ class ChangesAgent(PersistentAgent):
     def _remember(self, prompt: InPart, known: int) -> None:
         super()._remember(prompt, known)
         self._told, self._places = list(prompt.told), list(prompt.places)
+        self._at = F.pad(self._at, (0, prompt.inputs["input_ids"].shape[1] - len(self._at)))
+        for part, places, at in list(zip(prompt.told, prompt.places, prompt.turns, strict=True))[known:]:
+            self._at[places[part]] = at[part]
         self._pixels = self._tokens(prompt, known)[-1]
 
     def _kept(self, prompt: InPart) -> tuple[FrameKept, ...]:

@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
@@ -115,21 +115,12 @@ class OpenCuaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def get_image_features(
-        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **options: Any
-    ) -> BaseModelOutputWithPooling:
-        """What the tower makes of images; `pooler_output` has the visual tokens [tokens, hidden] of each."""
-        seen = self.vision_tower(pixel_values.to(self.vision_tower.dtype), grid_thw=image_grid_thw, **options)
-        sizes = image_grid_thw.prod(-1) // self.vision_tower.spatial_merge_size**2
-        seen.pooler_output = seen.pooler_output.split(sizes.tolist())
-        return seen
-
     def _with_screenshots(
         self, input_ids: torch.Tensor | None, embeds: torch.Tensor, pixels: torch.Tensor, grids: torch.Tensor
     ) -> torch.Tensor:
         if input_ids is None:
             raise ValueError("pixel_values need input_ids: their placeholders say where the screenshots belong")
-        seen = torch.cat(self.get_image_features(pixels, grids).pooler_output)
+        seen = self.vision_tower(pixels.to(self.vision_tower.dtype), grid_thw=grids).pooler_output
         places = input_ids == self.config.media_placeholder_token_id
         if int(places.sum()) != len(seen):
             raise ValueError(

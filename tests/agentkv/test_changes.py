@@ -1,4 +1,4 @@
-"""An agent that reads what changed: exactly the chat in which the rest is hidden."""
+"""An agent that reads what changed: what it says is what a plain cache says whose keys were turned by hand."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from transformers import DynamicCache
 
 from agentkv.changes import ChangesAgent, in_part, only
 from agentkv.models import AGENTS, load_adapter
@@ -15,7 +16,7 @@ from agentkv.persistent import PersistentAgent
 from tests.agentkv.models.tiny import tiny
 
 GOAL, VIEWPORT, HISTORY = "Click on the red button.", (160, 210), 3
-FAMILIES = {"qwen2.5-vl": "qwen2.5-vl", "qwen3-vl": "qwen3-vl", "opencua": "opencua"}
+FAMILIES = {"qwen2.5-vl": "qwen2.5-vl", "qwen3-vl": "qwen3-vl"}
 
 
 def page(step: int) -> Image.Image:
@@ -39,38 +40,55 @@ def shown(past: list) -> list:
     return [(image if i > len(past) - HISTORY else None, text) for i, (image, text) in enumerate(past)]
 
 
-def next_logits(agent: ChangesAgent, past: list, last: Image.Image) -> torch.Tensor:
-    """Of the next step's first token, by what the agent's cache holds: [vocabulary]."""
-    prompt, known = agent._prompt(shown(past), last, VIEWPORT)
-    with agent._shown(prompt, known):
-        out = agent.talk.fork().generate(
-            **prompt.inputs, known_images=known, do_sample=False, max_new_tokens=1, output_logits=True,
-            return_dict_in_generate=True,
-        )  # fmt: skip
-    return out.logits[0][0]
+@torch.inference_mode()
+def by_hand(adapter: ChatAdapter, agent: ChangesAgent, past: list, last: Image.Image) -> torch.Tensor:
+    """Logits behind the next prompt, by transformers' own cache: each turn's new columns at their positions, before it
+    the keys of all patches that were not told turned to the newest picture: [vocabulary]."""
+    model, cache, at, read = adapter.model, DynamicCache(config=adapter.model.config), {}, 0
+    images, answers = [image for image, _ in past] + [last], [text for _, text in past]
+    inv_freq = model.model.language_model.rotary_emb.inv_freq
+    for step in range(len(images)):
+        whole = adapter.growing(GOAL, answers[:step], images[: step + 1], [], [], VIEWPORT)
+        told = [torch.ones(end - start, dtype=torch.bool) for start, end in whole.spans]
+        seen = [adapter.processor(images=[x], return_tensors="pt")["pixel_values"] for x in images[: step + 1]]
+        for number in range(1, step + 1):
+            now, before = (x.view(len(told[number]), -1) for x in (seen[number], seen[number - 1]))
+            told[number] = (now != before).any(1)
+        prompt = in_part(whole, told, model)
+        for column, place, own in zip(prompt.places[-1].tolist(), prompt.turns[-1].tolist(), told[-1], strict=True):
+            if not own:
+                angle = (place - at[column]) * torch.cat([inv_freq, inv_freq])
+                for layer in cache.layers:
+                    key = layer.keys[:, :, column]
+                    half = torch.cat([-key[..., key.shape[-1] // 2 :], key[..., : key.shape[-1] // 2]], -1)
+                    layer.keys[:, :, column] = key * angle.cos() + half * angle.sin()
+            at[column] = place
+        ids = prompt.inputs["input_ids"]
+        text = torch.arange(ids.shape[1])[None, None]
+        places = torch.cat([text, prompt.inputs["position_ids"]])
+        with only(model, told[-1:]):
+            out = model(
+                input_ids=ids[:, read:], position_ids=places[..., read:], past_key_values=cache,
+                mm_token_type_ids=prompt.inputs["mm_token_type_ids"][:, read:], pixel_values=seen[-1],
+                image_grid_thw=prompt.inputs["image_grid_thw"][-1:],
+            )  # fmt: skip
+        read = ids.shape[1]
+    return out.logits[0, -1]
 
 
-def hidden_logits(agent: ChangesAgent, past: list, last: Image.Image) -> torch.Tensor:
-    """The same by the whole chat in one forward, in which nobody sees the tokens that were not told."""
-    adapter, model = agent.adapter, agent.adapter.model
-    images = [image for image, _ in past] + [last]
-    whole = adapter.growing(GOAL, [text for _, text in past], images, [], [], VIEWPORT)
-    told = agent._prompt(shown(past), last, VIEWPORT)[0].told
-    seen = torch.ones(whole.columns, dtype=torch.bool)
-    for (start, end), part in zip(whole.spans, told, strict=True):
-        seen[start:end] = part
-    mask = torch.ones(whole.columns, whole.columns, dtype=torch.bool).tril() & seen
-    mask |= torch.eye(whole.columns, dtype=torch.bool)  # a row that sees nothing would be no number
-    inputs = {name: x for name, x in whole.inputs.items() if name != "attention_mask"}
-    if hasattr(model, "model") and hasattr(model.model, "get_rope_index"):
-        text = torch.arange(whole.columns)[None]
-        rotary, _ = model.model.get_rope_index(**whole.inputs)
-        inputs["position_ids"] = torch.cat([text[None], rotary])
-    else:
-        inputs["position_ids"] = (seen.cumsum(0) - 1)[None]
-    with torch.inference_mode():
-        bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-        return model(**inputs, attention_mask=bias[None, None], use_cache=False).logits[0, -1]
+def by_agent(agent: ChangesAgent, past: list, last: Image.Image) -> torch.Tensor:
+    """The same by the agent's conversation."""
+    found: list[torch.Tensor] = []
+    own = agent.talk.generate
+
+    def generate(**options: object) -> torch.Tensor:
+        out = own(**options, output_logits=True, return_dict_in_generate=True)
+        found.append(out.logits[0][0])
+        return out.sequences
+
+    agent.talk.generate = generate
+    agent.decide(GOAL, shown(past), last, VIEWPORT)
+    return found[0]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -79,12 +97,13 @@ def adapter(request: pytest.FixtureRequest) -> ChatAdapter:
     return type(shared)(copy.deepcopy(shared.model), shared.tokenizer, shared.processor)
 
 
-def test_it_is_the_chat_in_which_the_rest_is_hidden(adapter: ChatAdapter) -> None:
+def test_it_is_a_plain_cache_whose_keys_were_turned(adapter: ChatAdapter) -> None:
     agent = ChangesAgent(adapter, "full", 1.0, 4)
     _, past = play(agent, 2)
     told = agent._prompt(shown(past), page(2), VIEWPORT)[0].told
     assert told[0].all() and 0 < told[1].sum() < len(told[1]) / 2 and 0 < told[2].sum() < len(told[2]) / 2
-    assert torch.allclose(next_logits(agent, past, page(2)), hidden_logits(agent, past, page(2)), atol=1e-4)
+    expected = by_hand(adapter, agent, past, page(2))
+    assert torch.allclose(by_agent(agent, past, page(2)), expected, atol=1e-4)
 
 
 def test_where_everything_changes_it_is_the_persistent_agent(adapter: ChatAdapter) -> None:
@@ -155,6 +174,19 @@ def _pixels(prompt) -> dict[str, torch.Tensor]:
     return {name: prompt.inputs[name] for name in ("pixel_values", "image_grid_thw")}
 
 
-def test_a_method_that_asks_for_grids_is_refused(growing: ChatAdapter) -> None:
-    with pytest.raises(ValueError, match="star-kv asks how a screenshot's tokens lie.*use --cache persistent"):
-        ChangesAgent(growing, "star-kv", 0.5)
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        ("star-kv", "asks how a screenshot's tokens lie.*use --cache persistent"),
+        ("gui-kv-next", "holds keys in a form that cannot be turned"),
+        ("streaming_llm", "cannot be turned"),
+    ],
+)
+def test_a_method_that_cannot_be_right_is_refused(growing: ChatAdapter, method: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        ChangesAgent(growing, method, 0.5)
+
+
+def test_a_model_whose_positions_tell_no_place_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not tell a patch's place.*use --cache persistent"):
+        ChangesAgent(tiny(AGENTS["opencua"]), "full", 1.0)

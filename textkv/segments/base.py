@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from textkv.kernels import decode_attention, merge
+from textkv.positions import RotarySpec
 from textkv.registry import Registry
 
 SEGMENTS = Registry("segment", "agentkv.segments", "Segment")
@@ -138,6 +139,14 @@ class Segment(ABC):
         self.keep(index_of(mask))
         return self
 
+    def turn(self, delta: torch.Tensor, rotary: RotarySpec) -> None:
+        """Turns the keys as if each token stood further on: delta int32 [batch, n] rotary positions, by logical ones.
+
+        Raises:
+            ValueError: keys are not held as they were read.
+        """
+        raise ValueError(f"a {self.name or type(self).__name__} segment cannot turn the keys that it holds")
+
     @abstractmethod
     def stored(self) -> Stored:
         """What is held, padded to one length."""
@@ -239,6 +248,14 @@ def shown(positions: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
     known = at < hidden.shape[1]
     table = hidden[:, None].expand(-1, positions.shape[1], -1)
     return real & ~(table.gather(-1, at.clamp(max=hidden.shape[1] - 1)) & known)
+
+
+def turned_slots(keys: torch.Tensor, positions: torch.Tensor, delta: torch.Tensor, rotary: RotarySpec) -> torch.Tensor:
+    """Keys [batch, heads, n, head_dim] at logical positions [batch, heads or 1, n], turned as `Segment.turn` says."""
+    at = positions.long().expand(keys.shape[:3])
+    by = delta[:, None].expand(-1, at.shape[1], -1).gather(-1, at.clamp(0, delta.shape[1] - 1))
+    by = by.masked_fill((at < 0) | (at >= delta.shape[1]), 0)
+    return rotary.turn(keys.flatten(0, 1)[:, None], by.flatten(0, 1)).view_as(keys)
 
 
 def attend_stored(

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from textkv.kernels import compact, decode_attention
-from textkv.segments.base import Segment, Step, Stored, compact_storage, register_segment, shown
+from textkv.positions import RotarySpec
+from textkv.segments.base import Segment, Step, Stored, compact_storage, register_segment, shown, turned_slots
 from textkv.segments.ragged import RaggedSegment
 
 
@@ -97,6 +98,11 @@ class DenseSegment(Segment):
             return super().keep_mask(mask)
         rows = compact(self._k(), self._v(), mask)
         return RaggedSegment(rows.k, rows.v, self.held_positions()[mask], counts.cpu())
+
+    def turn(self, delta: torch.Tensor, rotary: RotarySpec) -> None:
+        """Turns them in place."""
+        if self.used:
+            self._k().copy_(turned_slots(self._k(), self._positions(), delta, rotary))
 
     def repeat_heads(self, times: int) -> None:
         """Turns each stored KV head into `times` equal heads; later tokens are repeated as they come in."""

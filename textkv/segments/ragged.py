@@ -16,7 +16,8 @@ import torch
 
 from textkv.kernels import decode_attention, merge, paged_attention
 from textkv.kernels.paged_attention import HOLE, Pages
-from textkv.segments.base import Segment, Step, Stored, attend_stored, register_segment
+from textkv.positions import RotarySpec
+from textkv.segments.base import Segment, Step, Stored, attend_stored, register_segment, turned_slots
 
 _FEW = 16  # queries up to which a copy of them for every page costs less than a call for every region
 
@@ -79,6 +80,13 @@ class RaggedSegment(Segment):
         self._size = self._used = 0
         self.k, self.v, self.positions = self.k[flat], self.v[flat], self.positions[flat]
         self._place()
+
+    def turn(self, delta: torch.Tensor, rotary: RotarySpec) -> None:
+        """Turns the keys of all regions in place."""
+        held = self.stored()
+        inside = held.positions >= 0
+        region, rank = inside.flatten(0, 1).nonzero().unbind(-1)
+        self.k[self._slots(region, rank)] = turned_slots(held.keys, held.positions, delta, rotary)[inside]
 
     def stored(self) -> Stored:
         """A copy padded to the longest region; behind a region's end lies some other token, at position -1."""
