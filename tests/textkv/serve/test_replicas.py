@@ -96,7 +96,7 @@ def test_answers_are_those_of_one_engine_and_later_turns_read_only_what_is_new(a
     with ThreadPoolExecutor(4) as pool:
         talks = list(pool.map(lambda name: turns_of(address, name, 3), ["Ada", "Bo", "Cy", "Di"]))
     for messages, found in talks:
-        assert found[0][0] == 0 and all(0 < reused < prompt for reused, prompt in found[1:])
+        assert found[0][0] == 0 and all(0 < reused < prompt for reused, prompt in found[1:]), (found, messages)
         for turn in range(3):
             asked = read_request(body(messages[: 2 * turn + 1]))
             alone = engine.answer(engine.prepare(asked), lambda text: None, lambda: False)
