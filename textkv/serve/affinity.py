@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from textkv.serve.placing import first_of
 
 
-class ByConversation(FIFOMixin, RequestRouter):
-    """Ray Serve's router: a request goes to its conversation's replica and to no other, busy or not."""
+class ByConversation(RequestRouter):
+    """Ray Serve's router: a request goes to its conversation's replica and to no other, busy or not.
+
+    Without Ray's `FIFOMixin`: it would give a replica that was found for one request to whichever waits longest.
+    """
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
