@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from ._packed_part import Part, singles, tiles
 from ._packed_reference import rank_of
 from ._rotary_centre import turned_scores
-from ._weights import weights_of
+from ._weights import tokens_together, turn_of, weights_of
 from .merge import reference as merge
 
 _TILE = 1 << 18  # numbers unpacked at a time: 1 MB
 _SCORES = 1 << 19  # scores held at a time
 _ROWS = 256  # query rows at a time
-_TOKENS = 8192  # tokens of a run at a time, at most
+_TOKENS = 8192  # tokens of a run at a time, about
 _FEWEST = 1024  # .. and at least, whatever the number of queries
 
 
@@ -62,17 +62,18 @@ def _together(lengths, rows, tokens):
 
     Runs of unequal length go together as long as no more than a third of what is read is nothing.
     """
-    step = max(1, min(_TOKENS, max(_FEWEST, _SCORES // rows)) // tokens) * tokens
-    first = 0
+    most, first = max(_FEWEST, _SCORES // rows), 0
     while first < len(lengths):
         last, total, longest = first + 1, lengths[first], lengths[first]
         while last < len(lengths):
             total, longest = total + lengths[last], max(longest, lengths[last])
-            if (last + 1 - first) * rows * min(longest, step) > _SCORES or 3 * total < 2 * longest * (last + 1 - first):
+            step, runs = tokens_together(longest, _TOKENS, most, tokens), last + 1 - first
+            if runs * rows * min(longest, step) > _SCORES or 3 * total < 2 * longest * runs:
                 break
             last += 1
-        some = slice(first, last)
-        yield some, [slice(low, low + step) for low in range(0, max(lengths[some]), step)]
+        longest = max(lengths[first:last])
+        step = tokens_together(longest, _TOKENS, most, tokens)
+        yield slice(first, last), [slice(low, low + step) for low in range(0, longest, step)]
         first = last
 
 
@@ -82,21 +83,13 @@ def _attend(q, k, v, part, turn, softcap, shift):
     if k.lowrank is not None:
         _add_rank(scores, q, k, part)
     if turn is not None:
-        scores += turned_scores(q, *_turn_of(turn, part), part.columns)
+        scores += turned_scores(q, *turn_of(turn, part.runs), part.columns)
     if shift is not None:
         scores += shift
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
     weights, lse = weights_of(scores, part.seen)
     return _values(weights, v, part), lse
-
-
-def _turn_of(turn, part):
-    """What belongs to the runs of a part: `turn` as if there were no others."""
-    centre, inv_freq, positions, axes = turn
-    runs = len(centre)
-    shown = positions.expand(-1, -1, runs // positions.shape[1], -1).flatten(1, 2)[:, part.runs, None]
-    return centre[part.runs], inv_freq[part.runs], shown, axes
 
 
 def _table(packed, part):

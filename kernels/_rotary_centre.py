@@ -23,13 +23,31 @@ def turned_scores(q, centre, inv_freq, positions, axes, tile):
     positions are [1 or 3, B, G or 1, n], as `check_turn` returns them.
     """
     half = inv_freq.shape[1]
-    shown = positions[..., tile].expand(-1, -1, len(q) // positions.shape[1], -1).flatten(1, 2).float()
-    shown = (shown if axes is None else shown[axes.long()]).movedim(0, 1)  # [runs, 1 or R / 2, tokens]
-    angle = shown * inv_freq[:, :, None]
     (q1, q2), (c1, c2) = (x[..., : 2 * half].unflatten(-1, (2, half)).unbind(-2) for x in (q, centre[:, None]))
-    scores = (q1 * c1 + q2 * c2) @ angle.cos() + (q2 * c1 - q1 * c2) @ angle.sin()
+    with_cos, with_sin = q1 * c1 + q2 * c2, q2 * c1 - q1 * c2
+    shown = positions[..., tile]
+    common = _common(inv_freq) if shown.shape[1] * shown.shape[2] == 1 < len(q) else None
+    if common is None:
+        shown = shown.expand(-1, -1, len(q) // positions.shape[1], -1).flatten(1, 2).float()
+        shown = (shown if axes is None else shown[axes.long()]).movedim(0, 1)  # [runs, 1 or R / 2, tokens]
+        angle = shown * inv_freq[:, :, None]
+        scores = with_cos @ angle.cos() + with_sin @ angle.sin()
+    else:
+        # Cosines and sines cost more than all products: runs at the same places share them.
+        shown = shown[:, 0, 0].float()
+        angle = (shown if axes is None else shown[axes.long()]) * common[:, None]
+        moves = (inv_freq != 0)[:, None]
+        still = with_cos.masked_fill(moves, 0).sum(-1, keepdim=True)  # the cosine of 0 is 1
+        scores = torch.cat([with_cos * moves, with_sin * moves], -1) @ torch.cat([angle.cos(), angle.sin()]) + still
     # positions may end before the last tile does
-    return F.pad(scores, (0, tile.stop - tile.start - scores.shape[2]))
+    missing = tile.stop - tile.start - scores.shape[2]
+    return F.pad(scores, (0, missing)) if missing else scores
+
+
+def _common(inv_freq):
+    """The frequencies [R / 2] of which each of the runs [runs, R / 2] has its own or 0; None = there are none such."""
+    common = inv_freq.amax(0)
+    return common if bool(((inv_freq == common) | (inv_freq == 0)).all()) else None
 
 
 @jit

@@ -1,8 +1,25 @@
-"""The softmax of scores that are all there, with its log-sum-exp, in the passes of one softmax and two maxima."""
+"""What the paths on a CPU share: how many tokens go together, what a turning centre needs of some runs, and the softmax
+of scores that are all there, with its log-sum-exp, in the passes of one softmax and two maxima."""
 
 from __future__ import annotations
 
 import torch
+
+
+def tokens_together(n: int, about: int, most: int, unit: int = 1) -> int:
+    """How many of n tokens to read at a time, a multiple of `unit`: nearly equal parts of `about` so many, for a last
+    part of a few tokens costs what a whole one does, and no more than `most`."""
+    parts = max(1, round(n / about))
+    return max(unit, min(-(-n // (parts * unit)), most // unit) * unit)
+
+
+def turn_of(turn: tuple, some: slice) -> tuple:
+    """What belongs to some of the runs: `turn` (centre, inv_freq, positions, axes) as if there were no others."""
+    centre, inv_freq, positions, axes = turn
+    runs, (batch, heads) = len(centre), positions.shape[1:3]
+    if batch * heads > 1:
+        positions = positions.expand(-1, -1, runs // batch, -1).flatten(1, 2)[:, some, None]
+    return centre[some], inv_freq[some], positions, axes
 
 
 def weights_of(scores: torch.Tensor, seen: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,6 +30,7 @@ FITS: tuple[Fit, ...] = get_args(Fit)
 MAX_BITS = 8
 _VECTORS = 4096  # of one run that are encoded at a time: the steps on the way are larger than the vectors
 _AT_ONCE = {1: 8, 2: 4, 3: 4, 4: 2}  # codes that one look-up finds: tables of at most 4096 entries stay in the cache
+_TINY = torch.finfo(torch.float32).tiny
 _AS_ONE = {1: torch.float32, 2: torch.complex64, 4: torch.complex128}  # so many fp32 as one number
 
 
@@ -117,21 +118,19 @@ def mark(rows: torch.Tensor, marked: torch.Tensor) -> None:
 
 def _encode(x: torch.Tensor, signs: torch.Tensor, bits: int, fit: Fit) -> torch.Tensor:
     root, x = x.shape[-1] ** 0.5, x.float()
-    size = x.norm(dim=-1, keepdim=True)
-    y = turn(x, signs) * (root / size.clamp(min=torch.finfo(torch.float32).tiny))
-    known = centroids(bits, x.device)
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    y = turn(x, signs).mul_(root / size.clamp(min=_TINY))
     codes = torch.bucketize(y, _boundaries(bits, x.device), right=True)
-    c = known[codes]
+    c = centroids(bits, x.device).take(codes)
     if fit == "norm":
-        scale = size / c.norm(dim=-1, keepdim=True)
+        scale = size / torch.linalg.vector_norm(c, dim=-1, keepdim=True)
     elif fit == "plain":
         scale = size / root
     elif fit == "least":
         scale = size / root * (y * c).sum(-1, keepdim=True) / c.square().sum(-1, keepdim=True)
     else:
-        scale = size * root / (y * c).sum(-1, keepdim=True)
-    scale = scale.masked_fill(size == 0, 0).half()
-    return torch.cat([to_bytes(codes, bits), scale.view(torch.uint8)], -1)
+        scale = (size * root / (y * c).sum(-1, keepdim=True)).masked_fill(size == 0, 0)
+    return torch.cat([to_bytes(codes, bits), scale.half().view(torch.uint8)], -1)
 
 
 def decode(rows: torch.Tensor, bits: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +145,9 @@ def decode(rows: torch.Tensor, bits: int, dim: int) -> tuple[torch.Tensor, torch
 
 def scales(rows: torch.Tensor) -> torch.Tensor:
     """The scales of rows, marked or not: fp32 [.., n]."""
-    two = rows[..., -2:].clone(memory_format=torch.contiguous_format)  # a view of a row may start at an odd byte
+    two = rows[..., -2:]
+    if two.storage_offset() % 2 or any(stride % 2 for stride in two.stride()[:-1]) or two.stride(-1) != 1:
+        two = two.clone(memory_format=torch.contiguous_format)  # a float16 may not start at an odd byte
     return two.view(torch.float16)[..., 0].float()
 
 
@@ -168,10 +169,9 @@ def to_bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes [.., D] below 2^bits as uint8 [.., D / 8 * bits]: eight codes fill `bits` whole bytes."""
     codes = codes.long() if codes.shape[-1] % 8 == 0 else F.pad(codes.long(), (0, -codes.shape[-1] % 8))
     if 8 % bits == 0:  # no code reaches into another byte
-        return (codes.unflatten(-1, (-1, 8 // bits)) << torch.arange(0, 8, bits, device=codes.device)).sum(-1).byte()
-    eight = codes.unflatten(-1, (-1, 8))
-    word = (eight << torch.arange(0, 8 * bits, bits, device=codes.device)).sum(-1, keepdim=True)
-    return (word >> torch.arange(0, 8 * bits, 8, device=codes.device)).to(torch.uint8).flatten(-2)
+        return (codes.unflatten(-1, (-1, 8 // bits)) << _steps(8, bits, codes.device)).sum(-1).byte()
+    word = (codes.unflatten(-1, (-1, 8)) << _steps(8 * bits, bits, codes.device)).sum(-1, keepdim=True)
+    return (word >> _steps(8 * bits, 8, codes.device)).to(torch.uint8).flatten(-2)
 
 
 def from_bytes(packed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -185,6 +185,12 @@ def _pieces(packed: torch.Tensor, bits: int, codes: int) -> torch.Tensor:
     word = packed.unflatten(-1, (-1, bits)).to(whole) << torch.arange(0, 8 * bits, 8, device=packed.device, dtype=whole)
     shifts = torch.arange(0, 8 * bits, width, device=packed.device, dtype=whole)
     return ((word.sum(-1, keepdim=True, dtype=whole) >> shifts) & (2**width - 1)).flatten(-2)
+
+
+@cache
+def _steps(stop: int, by: int, device: torch.device) -> torch.Tensor:
+    """0, by, 2 by, .. below `stop`: int64."""
+    return torch.arange(0, stop, by, device=device)
 
 
 @cache

@@ -20,6 +20,7 @@ import torch
 from ._backend import (
     FLOATS,
     LOG2_E,
+    MAX_HEAD_DIM,
     check_head_dim,
     check_softcap,
     check_tensor,
@@ -35,7 +36,7 @@ from ._coded_cpu import coded_cpu
 from ._rotary_centre import check_turn, turned_products, turned_scores, turned_tile
 from ._tiles import scaled, softmax_step
 from .codebook import centroids, decode, row_bytes, turn, turn_back
-from .decode_attention import _merge_kernel
+from .decode_attention import _merge_kernel, decode_attention
 from .merge import merge
 
 _NUMBERS = 2**19  # centroids that are looked up at a time: 2 MB stay in a processor's cache
@@ -165,6 +166,7 @@ def coded_attention(
     positions: torch.Tensor | None = None,
     softcap: float | None = None,
     valid: torch.Tensor | None = None,
+    beside: tuple[torch.Tensor, torch.Tensor] | None = None,
     _backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to coded tokens, all of which lie before the queries; return `(out, lse)`.
@@ -181,6 +183,8 @@ def coded_attention(
         positions: int32 [B, G or 1, n] of the tokens; with inv_freq.
         softcap: scaled scores s become softcap * tanh(s / softcap).
         valid: bool [B, G or 1, n]; a token that is False is never seen, and its rows may hold anything.
+        beside: exact keys and values [B, G, r, D] in q's dtype that all queries see too: for a few tokens more in the
+            same softmax, which on a CPU costs less than a merge of two.
 
     Returns:
         out [B, H, m, D] in q's dtype and lse [B, H, m] in fp32; 0 and -inf where a query sees no token.
@@ -188,7 +192,8 @@ def coded_attention(
     Raises:
         ValueError: an argument has the wrong shape, dtype or device.
     """
-    _check(q, k, v, bits, signs, valid)
+    if not _fits(q, k, v, bits, signs, valid, beside):
+        _check(q, k, v, bits, signs, valid, beside)
     check_softcap(softcap)
     B, H, m, D = q.shape
     G, n = k.shape[1:3]
@@ -204,13 +209,22 @@ def coded_attention(
     if centre is not None:  # what the dims that do not turn add to all scores
         still = 0 if turned is None else 2 * turned[1].shape[1]
         shift = (rows[..., still:] @ centre[:, still:, None])[..., 0]
+    graded = q.requires_grad and torch.is_grad_enabled()
     if use_triton(q, _backend) and q.numel() and n:
         out, lse = _launch(rows, query.to(q.dtype), k, v, bits, shift, turned, softcap, valid, dot_dtype(q))
+    elif q.is_cpu and q.numel() and n and _backend in (None, "fused") and not graded:
+        more = None
+        if beside is not None:
+            keys, values = (x.flatten(0, 1) for x in beside)
+            more, beside = (keys.float(), turn(values, signs[1])), None
+        out, lse = coded_cpu(rows, query, k, v, bits, shift, turned, softcap, valid, more)
     else:
-        graded = q.requires_grad and torch.is_grad_enabled()
-        fused = q.is_cpu and q.numel() and n and _backend in (None, "fused") and not graded
-        out, lse = (coded_cpu if fused else reference)(rows, query, k, v, bits, shift, turned, softcap, valid)
-    return turn_back(out, signs[1]).to(q.dtype).view(B, H, m, D), lse.reshape(B, H, m)
+        out, lse = reference(rows, query, k, v, bits, shift, turned, softcap, valid)
+    out, lse = turn_back(out, signs[1]).to(q.dtype).view(B, H, m, D), lse.reshape(B, H, m)
+    if beside is None:
+        return out, lse
+    own = decode_attention(q, *beside, scale=scale, softcap=softcap)
+    return merge([out, own[0]], [lse, own[1]])
 
 
 def reference(q, query, k, v, bits, shift, turned, softcap, valid):
@@ -260,7 +274,21 @@ def _only(size: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
     return size if seen is None else size.masked_fill(~seen, 0)
 
 
-def _check(q, k, v, bits, signs, valid):
+def _fits(q, k, v, bits, signs, valid, beside):
+    """Whether the common arguments are as they must be, by plain comparisons: `_check` says what is wrong where not."""
+    if not q.dim() == k.dim() == 4 or valid is not None:
+        return False
+    (B, H, _, D), (G, n) = q.shape, k.shape[1:3]
+    return (
+        0 < D <= MAX_HEAD_DIM and G > 0 and H % G == 0 and q.dtype in FLOATS and k.dtype == v.dtype == torch.uint8
+        and k.shape == (B, G, n, row_bytes(bits[0], D)) and v.shape == (B, G, n, row_bytes(bits[1], D))
+        and signs.shape == (2, D) and signs.dtype in (torch.int8, torch.float32)
+        and all(x.dim() == 4 and x.shape[:2] == (B, G) and x.shape[3] == D and x.dtype == q.dtype for x in beside or ())
+        and all(x.device == q.device for x in (k, v, signs, *(beside or ())))
+    )  # fmt: skip
+
+
+def _check(q, k, v, bits, signs, valid, beside):
     """Raise ValueError on bad arguments."""
     check_tensor("q", q, ("B", "H", "m", "D"), FLOATS)
     check_head_dim("q", q)
@@ -272,3 +300,5 @@ def _check(q, k, v, bits, signs, valid):
     check_tensor("signs", signs, (2, D), (torch.int8, torch.float32), q)
     if valid is not None:
         check_tensor("valid", valid, (B, "G or 1", k.shape[2]), (torch.bool,), q)
+    for i, x in enumerate(beside or ()):
+        check_tensor(f"beside[{i}]", x, (B, k.shape[1], "r", D), (q.dtype,), q)

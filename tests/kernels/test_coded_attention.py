@@ -67,6 +67,44 @@ def test_the_cpu_s_path_is_the_reference(bits, queries, tile, scores, tokens, ro
         assert not mismatch(ours, true, 3e-5), options
 
 
+@pytest.mark.parametrize("how", ["fused", "reference", "triton"])
+@pytest.mark.parametrize("queries, more", [(1, 1), (3, 5)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_exact_tokens_beside_the_codes_are_in_the_same_softmax(how, queries, more, softcap, monkeypatch):
+    monkeypatch.setattr(CPU, "_TOKENS", 20)
+    (k, v), signs, (keys, values) = cached(2, 2, 50, 16)
+    q, beside = torch.randn(2, 4, queries, 16), (torch.randn(2, 2, more, 16), torch.randn(2, 2, more, 16))
+    valid = torch.rand(2, 2, 50) > 0.5
+    valid[1, 1] = False  # of the codes, nothing
+    every = [torch.cat(x, 2) for x in ((keys, beside[0]), (values, beside[1]))]
+    for shown in (None, valid):
+        seen = None if shown is None else torch.cat([shown, torch.ones(2, 2, more, dtype=torch.bool)], 2)
+        found = coded_attention(
+            q, k, v, bits=(4, 4), signs=signs, scale=SCALE, softcap=softcap, valid=shown, beside=beside, _backend=how
+        )
+        assert_same(found, decode_attention(q, *every, scale=SCALE, softcap=softcap, valid=seen))
+
+
+def test_what_lies_beside_the_codes_is_checked():
+    (k, v), signs, _ = cached(1, 2, 5, 16)
+    q, beside = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 8)
+    with pytest.raises(ValueError, match=r"beside\[0\] has shape"):
+        coded_attention(q, k, v, bits=(4, 4), signs=signs, scale=SCALE, beside=(beside, beside))
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_heads_at_the_same_places_share_the_cosines_of_their_centres(some):
+    (k, v), signs, _ = cached(1, 3, 70, 16)
+    centre, common = torch.randn(1, 3, 16), torch.rand(1, 1, 6)
+    inv_freq = torch.cat([common, common * (0 if some else 1), common], 1)  # one that stands still
+    turned = {"inv_freq": inv_freq, "positions": torch.randint(0, 90, (1, 1, 70)).int()}
+    how = {"bits": (4, 4), "signs": signs, "scale": SCALE, "centre": centre}
+    q = torch.randn(1, 6, 1, 16)
+    together = coded_attention(q, k, v, **how, **turned)
+    apart = turned | {"positions": turned["positions"].expand(1, 3, 70).contiguous()}
+    assert_same(together, coded_attention(q, k, v, **how, **apart))
+
+
 @pytest.mark.parametrize("turns", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("shared", [False, True])

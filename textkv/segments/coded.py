@@ -81,17 +81,22 @@ class CodedSegment(Segment):
         self.rows = DenseSegment.of(Stored(k, v, positions))
 
     def _coded(
-        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+        self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, padded: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of keys and values [batch, heads, n, head_dim] at positions [batch, heads or 1, n]; padding is 0."""
-        real = (positions >= 0)[..., None]
-        keys, values = keys.float().where(real, 0), values.float().where(real, 0)
+        """Rows of keys and values [batch, heads, n, head_dim] at positions [batch, heads or 1, n]; padding, of which
+        there is none if not `padded`, is 0."""
+        keys, values = keys.float(), values.float()
+        real = (positions >= 0)[..., None] if padded else None
+        if padded:
+            keys, values = keys.where(real, 0), values.where(real, 0)
         if self.centre is None:
             return self._encoded(keys, values, None)
         # The first token's key is like no other, and most of the attention rests on it: what is far from the centre is
         # coded without, because an error is in proportion to the length of what is coded.
-        moved = (keys - self._centres(positions)).where(real, 0)
-        alone = keys.norm(dim=-1) < moved.norm(dim=-1)
+        moved = keys - self._centres(positions)
+        if padded:
+            moved = moved.where(real, 0)
+        alone = torch.linalg.vector_norm(keys, dim=-1) < torch.linalg.vector_norm(moved, dim=-1)
         return self._encoded(torch.where(alone[..., None], keys, moved), values, alone)
 
     def _encoded(
@@ -119,25 +124,40 @@ class CodedSegment(Segment):
         self.append(step)
         return result
 
+    def read(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As any segment's; a single token is one more in the softmax over the codes."""
+        if step.k.shape[2] > 1 or step.q.shape[2] > 1 or step.padded or step.visible is not None or self.is_empty():
+            return super().read(step, need_lse)
+        return self._attend(step.q, step.scale, step.softcap, step.hidden, self._heads(step))
+
     def append(self, step: Step) -> None:
         """Codes the new tokens, one row of bytes for each key and each value; padding becomes a row of zeros."""
-        k, v = step.k, step.v
-        if self.head_repeat > 1:
-            k, v = (x.repeat_interleave(self.head_repeat, dim=1) for x in (k, v))
-        k, v = self._coded(k, v, step.positions[:, None])
+        k, v = self._coded(*self._heads(step), step.positions[:, None], step.padded)
         self.rows.append(replace(step, k=k, v=v))
+
+    def _heads(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new keys and values of the stored heads, [batch, heads, m, head_dim]."""
+        if self.head_repeat == 1:
+            return step.k, step.v
+        return step.k.repeat_interleave(self.head_repeat, dim=1), step.v.repeat_interleave(self.head_repeat, dim=1)
 
     def attend(
         self, q: torch.Tensor, scale: float, *, softcap: float | None = None, hidden: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of q [batch, heads, m, head_dim] over all tokens, which are read as codes: out like q, and lse fp32
         [batch, heads, m]."""
+        return self._attend(q, scale, softcap, hidden)
+
+    def _attend(
+        self, q: torch.Tensor, scale: float, softcap: float | None, hidden: torch.Tensor | None, beside=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`attend`, with exact keys and values [batch, heads, r, head_dim] beside the codes."""
         rows = self.rows.stored()
         whole = hidden is None and isinstance(self.rows, DenseSegment) and not self.rows.holes
         return coded_attention(
             q, rows.keys, rows.values, bits=self.coding.bits, signs=self.coding.signs, scale=scale, centre=self.centre,
             inv_freq=self.inv_freq, positions=None if self.inv_freq is None else rows.positions.contiguous(),
-            softcap=softcap, valid=None if whole else shown(rows.positions, hidden),
+            softcap=softcap, valid=None if whole else shown(rows.positions, hidden), beside=beside,
         )  # fmt: skip
 
     def stored(self) -> Stored:
