@@ -32,6 +32,7 @@ class Contents:
 
     def stored(self) -> Stored:
         """What the layer holds, all segments side by side, padded to one length (holes have position -1)."""
+        self.tidy()
         parts = [segment.stored() for segment in self._known()]
         if len(parts) == 1:
             return parts[0]
@@ -39,6 +40,7 @@ class Contents:
 
     def held_positions(self) -> torch.Tensor:
         """The positions of `stored()`, without unpacking what is packed: int32 [batch, stored heads, n], -1 = hole."""
+        self.tidy()
         parts = [segment.held_positions() for segment in self._known()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -48,8 +50,25 @@ class Contents:
         several segments. What a method asks at every decoded token is answered from this, not by the device."""
         segment = self.segments[0]
         if len(self.segments) == 1 and isinstance(segment, DenseSegment) and not segment.holes:
-            return segment.used
+            return segment.slots
         return None
+
+    @property
+    def rectangle(self) -> Stored:
+        """`stored()` of a layer that is `whole`, in whatever order the slots are: for what does not ask for one."""
+        return self.segments[0].stored()
+
+    def tidy(self) -> None:
+        """Brings slots, and the statistics of their tokens, back into the order of positions after `drop_one`."""
+        last = self.segments[-1]
+        if not isinstance(last, DenseSegment) or last.in_order:
+            return
+        order = last.held_positions().argsort(-1)
+        for name in self._of_tokens():
+            known = self.statistics[name]
+            self.statistics[name] = F.pad(known, (0, order.shape[-1] - known.shape[-1])).gather(-1, order)
+        last.pick(order)
+        last.in_order = True
 
     def statistic(self, name: str) -> torch.Tensor:
         """The numbers that a method keeps per stored token: fp32 [batch, stored heads, n], slot by slot of `stored()`.
@@ -78,6 +97,7 @@ class Contents:
     def keep(self, index: torch.Tensor) -> None:
         """Keeps slots `index` int64 [batch, kv_heads or 1, c] of `stored()`, ascending, -1 = hole; frees the others.
         The method's `on_evict` hears what stayed."""
+        self.tidy()
         # Read before the segments change, since they are matched slot by slot.
         known = {name: self.statistic(name) for name in self._of_tokens()}
         before, several = self.held_positions(), len(self.segments) > 1
@@ -96,9 +116,28 @@ class Contents:
             self.statistics[name] = x
         self.context.method.on_evict(self, before.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, -1))
 
+    def drop_one(self, scores: torch.Tensor) -> Stored:
+        """As `drop_lowest`, but that slots need not stay in order, so that next to nothing is moved: all but those of
+        the newest tokens from the first that ever left on. Until `tidy`, which whatever looks at slots calls.
+
+        Returns:
+            What has left, [batch, stored heads, 1, ..].
+        """
+        segment = self.segments[0]
+        # Of equal ones the newest: by position, as slots say nothing.
+        others = scores > scores.amin(-1, keepdim=True)
+        victim = segment.held_positions().masked_fill(others, -1).argmax(-1, keepdim=True)
+        for name in self._of_tokens():
+            x = self.statistic(name)
+            self.statistics[name] = x.scatter(-1, victim, x[..., :1])[..., 1:].clone()
+        gone = segment.take_out(victim)
+        self._changed()
+        self.context.method.on_evict(self, segment.held_positions())
+        return gone
+
     def drop_lowest(self, scores: torch.Tensor) -> None:
         """Lets go of the one token of each head with the lowest score, fp32 [batch, stored heads, n], in a layer that
-        is `whole`; of equal ones the newest. Asks nothing of the device."""
+        is `whole`; of equal ones the newest. Slots stay in the order of positions. Asks nothing of the device."""
         n = scores.shape[-1]
         # argmin takes the first of equal ones: turned round, that is the newest.
         victim = n - 1 - scores.flip(-1).argmin(-1, keepdim=True)
@@ -112,6 +151,7 @@ class Contents:
 
     def keep_mask(self, mask: torch.Tensor) -> None:
         """Keeps the slots where bool [batch, kv_heads, n] is True, each head its own number of them."""
+        self.tidy()
         before = self.held_positions()
         # A hole is never kept, whatever a score says about its slot.
         mask = mask & (before >= 0)
@@ -179,6 +219,7 @@ class Contents:
 
     def repeat_heads(self, times: int) -> None:
         """From now on every KV head is stored `times` times, once per query head of its group."""
+        self.tidy()
         last = self.segments[-1]
         # Only a rectangle can repeat its heads; other forms are read out first.
         if len(self.segments) > 1 or not isinstance(last, DenseSegment):

@@ -24,8 +24,14 @@ from textkv.method import Capabilities
 
 @dataclass(frozen=True)
 class DecodeEviction(Eviction):
-    """Base of scorers that drop the lowest score whenever a decoded token exceeds the budget."""
+    """Base of scorers that drop the lowest score whenever a decoded token exceeds the budget.
 
+    Attributes:
+        any_order: whether `decode_score` asks for no order of slots but that of the newest tokens, as long as `keep` is
+            one number, and looks at no others than `layer.rectangle`: then next to nothing is moved for a token.
+    """
+
+    any_order: ClassVar[bool] = False
     capabilities: ClassVar[Capabilities] = Capabilities(scores=True, decode_eviction=True, crop=False)
 
     @abstractmethod
@@ -58,7 +64,7 @@ class DecodeEviction(Eviction):
             return False
         scores = self.decode_score(layer, attention_row(layer, query), keep)
         if keep < n:
-            layer.drop_lowest(scores)
+            (layer.drop_one if self.any_order else layer.drop_lowest)(scores)
         return True
 
     def drop(self, layer: Layer, row: torch.Tensor, counts: torch.Tensor) -> None:
@@ -81,10 +87,10 @@ def attention_row(layer: Layer, query: torch.Tensor) -> torch.Tensor:
     Args:
         query: [batch, heads, 1, head_dim] of the token stored last.
     """
-    held = layer.stored()
     how = {"scale": layer.scale, "softcap": layer.softcap}
     if layer.whole is not None:
-        return last_row(query, held.keys, **how)
+        return last_row(query, layer.rectangle.keys, **how)
+    held = layer.stored()
     real = held.positions >= 0
     row = window_mass(query, held.keys, **how) if bool(real.all()) else _row_over_holes(query, held.keys, real, how)
     if layer.came is None:

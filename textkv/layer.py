@@ -266,6 +266,8 @@ class Layer(Takeback, CacheLayerMixin):
         step, m = view.step, view.k.shape[2]
         prompt = (m > 1 and not self.context.verifying) or self.seen == 0 or self.seen < self.context.block_end
         self._thaw()
+        if prompt or m > 1:
+            self.tidy()
         block = self._block_before_drafts(view)
         if block:
             return self._block_and_drafts(view, block, sinks, hidden)

@@ -36,6 +36,7 @@ class H2O(DecodeEviction):
     """
 
     heads_apart = True
+    any_order = True
 
     recent: float = 0.5
 

@@ -31,6 +31,7 @@ from textkv.methods.h2o import H2O
 from textkv.segments.balanced import BalancedSegment
 from textkv.segments.base import Segment, Stored, picked
 from textkv.segments.block_pool import blocks_of
+from textkv.segments.dense import DenseSegment
 from textkv.segments.ragged import RaggedSegment
 
 
@@ -128,32 +129,50 @@ class MiKV(Method):
         """Demote what the scorer drops while decoding; its row of attention covers the packed tokens too."""
         if not self.inner.capabilities.decode_eviction:
             return
+        if not self.low:
+            self.inner.on_decode_end(layer, query)
+            return
         if not isinstance(self.inner, DecodeEviction):
             with self._demoting(layer.context.layers):
                 self.inner.on_decode_end(layer, query)
             return
-        if self.inner.budget.is_full:
+        if self.inner.budget.is_full or self._demote_one(layer, query):
             return
-        # Attention over exact tokens alone sums to 1; their part of the whole attention makes it what H2O adds up.
-        share = layer.last_share
         with self._demoting([layer]):
-            row = attention_row(layer, query)
-            row = row if share is None else row * share
-            if not self._drop_one(layer, row):
-                self.inner.drop(layer, row, self._counts(layer))
+            self.inner.drop(layer, self._row(layer, query), self._counts(layer))
 
     def on_finish(self, context: Context) -> None:
         """Let a scorer that waits for all layers drop now: what it drops is demoted."""
         with self._demoting(context.layers):
             self.inner.on_finish(context)
 
-    def _drop_one(self, layer: Layer, row: torch.Tensor) -> bool:
-        """The common case: a full rectangle of exact tokens, of which one is demoted for the one that came. Returns
-        whether it is that."""
-        n, most = layer.whole, self.inner.budget.tokens
-        if n is None or n < 2 or layer.came is not None or self.grow or (most is not None and n != most + 1):
+    def _row(self, layer: Layer, query: torch.Tensor) -> torch.Tensor:
+        """What a decoded token looked at of the exact tokens, which the layer shows alone."""
+        row = attention_row(layer, query)
+        # Attention over exact tokens alone sums to 1; their part of the whole attention makes it what H2O adds up.
+        return row if layer.last_share is None else row * layer.last_share
+
+    def _demote_one(self, layer: Layer, query: torch.Tensor) -> bool:
+        """The common case: a full rectangle of exact tokens, of which one is demoted for the one that came, and a
+        rectangle of those that wait. Next to nothing is moved and nothing asked of the device. Returns whether it is
+        that."""
+        low, *waiting, exact = layer.segments
+        if not (isinstance(low, BalancedSegment) and all(isinstance(x, DenseSegment) for x in (*waiting, exact))):
             return False
-        layer.drop_lowest(self.inner.decode_score(layer, row, n - 1))
+        n, most = exact.slots, self.inner.budget.tokens
+        if exact.holes or n < 2 or layer.came is not None or self.grow or not self.inner.any_order:
+            return False
+        if most is not None and n != most + 1:
+            return False
+        layer.segments = [exact]
+        gone = layer.drop_one(self.inner.decode_score(layer, self._row(layer, query), n - 1))
+        if waiting:
+            waiting[0].put(gone)
+        else:
+            waiting = [DenseSegment.of(gone)]
+        if waiting[0].slots == self.block:
+            self._pack(low, waiting.pop().stored(), torch.full(gone.positions.shape[:2], self.block), layer.index)
+        layer.segments = [low, *waiting, exact]
         return True
 
     def _counts(self, layer: Layer) -> torch.Tensor:
@@ -214,9 +233,13 @@ class MiKV(Method):
             self._pack(low, picked(gone, ready), counts, layer.index)
         late = real & ~ready
         left = late.sum(-1).cpu()
-        waiting = []
+        waiting: list[Segment] = []
         if bool(left.any()):
-            waiting = [RaggedSegment(gone.keys[late], gone.values[late], gone.positions[late], left)]
+            held = gone.keys[late], gone.values[late], gone.positions[late]
+            shape = (*left.shape, int(left.max()))
+            alike = bool((left == shape[2]).all())
+            rows = DenseSegment.of(Stored(*(x.view(*shape, *x.shape[1:]) for x in held))) if alike else None
+            waiting = [rows or RaggedSegment(*held, left)]
         layer.segments = [low, *waiting, exact]
 
     def _pack(self, low: BalancedSegment, taken: Stored, counts: torch.Tensor, index: int) -> None:

@@ -30,6 +30,8 @@ class TOVA(DecodeEviction):
         recent: this many newest tokens are always kept; 0 in the paper.
     """
 
+    any_order = True
+
     recent: int = 0
 
     def __post_init__(self) -> None:

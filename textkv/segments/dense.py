@@ -2,6 +2,10 @@
 
 Rows of a batch may hold fewer tokens: their missing slots have position -1 and are never seen. The buffer is tight
 after an eviction and grows by an eighth when a token no longer fits, so decoding copies rarely.
+
+Where one token leaves for each that comes (`take_out`), nothing else moves: the oldest slot's token takes the place of
+the one that leaves, and the slots in use begin one further on. Slots then are in the order of their positions no more,
+but for the newest, among which nothing has left.
 """
 
 from __future__ import annotations
@@ -21,7 +25,14 @@ class DenseSegment(Segment):
 
     Args:
         head_repeat: how many stored heads one incoming KV head becomes (only the official GUI-KV stores query heads).
+
+    Attributes:
+        first, used: the slots in use begin and end here.
+        in_order: whether positions ascend with the slots.
     """
+
+    first = 0
+    in_order = True
 
     def __init__(self, head_repeat: int = 1) -> None:
         # Heads, dtype and device are the first token's to tell.
@@ -60,8 +71,13 @@ class DenseSegment(Segment):
         """Without holes the host knows them; with holes they are counted on the device. [0, 0] before any token."""
         batch, heads = self.k.shape[:2] if self.k is not None else (0, 0)
         if not self.holes:
-            return torch.full((batch, heads), self.used)
+            return torch.full((batch, heads), self.slots)
         return (self._positions() >= 0).sum(-1).expand(batch, heads).cpu()
+
+    @property
+    def slots(self) -> int:
+        """Slots in use."""
+        return self.used - self.first
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Whole buffers, idle slots included: "k" and "v" [batch, stored heads, slots, head_dim], "positions" int32
@@ -75,21 +91,45 @@ class DenseSegment(Segment):
         own = max(index.shape[1], self.positions.shape[1])
         hole = index < 0
         # A hole needs some slot to copy from; its position says that nobody may look.
-        index = index.masked_fill(hole, max(0, self.used - 1))
+        index = index.masked_fill(hole, max(0, self.slots - 1))
         rows = compact(self._k(), self._v(), index.expand(batch, heads, -1).contiguous())
         self.k, self.v = rows.k, rows.v
         held = self._positions().expand(-1, own, -1)
         self.positions = held.gather(-1, index.expand(-1, own, -1)).masked_fill(hole, -1)
-        self.used = index.shape[-1]
+        self.first, self.used = 0, index.shape[-1]
         self.holes = bool((self.positions < 0).any())
 
     def pick(self, index: torch.Tensor) -> None:
-        """`keep` for slots int64 [batch, kv_heads, c] without a hole among them, in a segment without holes."""
+        """`keep` for slots int64 [batch, kv_heads, c] without a hole among them, in a segment without holes, and in any
+        order."""
         # The caller made the index by arithmetic: asking the device whether it is in range would cost more than the
         # move.
         rows = compact(self._k(), self._v(), index, check=False)
         self.positions = self.held_positions().gather(-1, index)
-        self.k, self.v, self.used = rows.k, rows.v, index.shape[-1]
+        self.k, self.v, self.first, self.used = rows.k, rows.v, 0, index.shape[-1]
+
+    def take_out(self, slot: torch.Tensor) -> Stored:
+        """Lets go of one token of each head, int64 [batch, kv_heads, 1], in a segment without holes; returns them. No
+        other token moves but that of the first slot. Asks nothing of the device."""
+        if self.in_order:
+            # Buffers that others may have views of are left to them.
+            self.positions = self.positions.expand(-1, self.k.shape[1], -1)
+            self._move_to_front()
+            self.in_order = False
+        gone = []
+        for x in (self._k(), self._v(), self._positions()):
+            at = slot if x.dim() == 3 else slot[..., None].expand(-1, -1, -1, x.shape[3])
+            gone.append(x.gather(2, at))
+            x.scatter_(2, at, x[:, :, :1].clone())
+        self.first += 1
+        return Stored(*gone)
+
+    def put(self, held: Stored) -> None:
+        """Takes tokens in that were in another segment: each head's own, none of them a hole, behind all others."""
+        end = self._end_of(held.keys.shape[2])
+        for mine, x in ((self.k, held.keys), (self.v, held.values), (self.positions, held.positions)):
+            mine[:, :, self.used : end] = x
+        self.used = end
 
     def keep_mask(self, mask: torch.Tensor) -> Segment:
         """Stays a rectangle where that `fills_rectangle`; else what stays becomes a `RaggedSegment`."""
@@ -124,7 +164,7 @@ class DenseSegment(Segment):
 
     def is_empty(self) -> bool:
         """Whether no slot is in use; after `crop` of all tokens the buffers are still there."""
-        return self.used == 0
+        return self.used == self.first
 
     def append(self, step: Step) -> None:
         """Writes behind the slots in use; padding becomes holes. A full buffer grows by an eighth, at least by 8 slots.
@@ -138,24 +178,39 @@ class DenseSegment(Segment):
             self.k, self.v, self.positions = compact_storage(k), compact_storage(v), positions.clone()
             self.used = k.shape[2]
             return
-        end = self.used + k.shape[2]
-        if end > self.k.shape[2]:
-            # By an eighth: over a long answer each token is then moved nine times at most, and an eighth is the most
-            # that idles.
-            self._grow(end + max(8, end // 8))
+        end = self._end_of(k.shape[2])
         self.k[:, :, self.used : end] = k
         self.v[:, :, self.used : end] = v
         self.positions[..., self.used : end] = positions
         self.used = end
 
+    def _end_of(self, coming: int) -> int:
+        """Where the slots in use end when so many tokens have come; makes room for them."""
+        if self.first and self.used + coming > self.k.shape[2]:
+            self._move_to_front()
+        end = self.used + coming
+        if end > self.k.shape[2]:
+            # By an eighth: over a long answer each token is then moved nine times at most, and an eighth is the most
+            # that idles.
+            self._grow(end + max(8, end // 8))
+        return end
+
+    def _move_to_front(self) -> None:
+        """To buffers with little room: the next time is when it is used up, if as many tokens leave as come."""
+        n = self.slots
+        room = max(8, n // 32)
+        self.k, self.v = (F.pad(x, (0, 0, 0, room)) for x in (self._k(), self._v()))
+        self.positions = F.pad(self._positions(), (0, room), value=-1)
+        self.first, self.used = 0, n
+
     def _k(self) -> torch.Tensor:
-        return self.k[:, :, : self.used]
+        return self.k[:, :, self.first : self.used]
 
     def _v(self) -> torch.Tensor:
-        return self.v[:, :, : self.used]
+        return self.v[:, :, self.first : self.used]
 
     def _positions(self) -> torch.Tensor:
-        return self.positions[..., : self.used]
+        return self.positions[..., self.first : self.used]
 
     def _valid(self, hidden: torch.Tensor | None) -> torch.Tensor | None:
         if not self.holes and hidden is None:

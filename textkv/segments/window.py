@@ -31,7 +31,6 @@ class WindowSegment(DenseSegment):
     def __init__(self, window: int, rule: Rule = "sliding") -> None:
         super().__init__()
         self.window, self.rule = window, rule
-        self.first = 0
         self.seen = 0
 
     def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -85,8 +84,6 @@ class WindowSegment(DenseSegment):
 
     def append(self, step: Step) -> None:
         """Counts the columns in `seen`; when the buffer ends, moves the live tokens to its front before it grows."""
-        if self.first and self.used + step.k.shape[2] > self.k.shape[2]:
-            self._move_to_front()
         super().append(step)
         self.seen += step.k.shape[2]
 
@@ -111,10 +108,6 @@ class WindowSegment(DenseSegment):
             self._move_to_front()
         return gone
 
-    def is_empty(self) -> bool:
-        """Whether nothing is in sight any more; the buffers and `seen` may be there."""
-        return self.used == self.first
-
     def keep(self, index: torch.Tensor) -> None:
         """From then on the window is measured by positions: slots are no longer neighbours in time."""
         self._move_to_front()
@@ -125,12 +118,6 @@ class WindowSegment(DenseSegment):
     def keep_mask(self, mask: torch.Tensor) -> Segment:
         """Raises ValueError, always."""
         raise ValueError("a layer with a window of its own is not governed by a method: its heads keep the same tokens")
-
-    def lengths(self) -> torch.Tensor:
-        """Slots from `first` on; with holes those of a dense segment."""
-        if self.holes or self.k is None:
-            return super().lengths()
-        return torch.full(self.k.shape[:2], self.used - self.first)
 
     def can_crop(self, tokens: int) -> bool:
         """Whether what is left reaches a window back from the new end; with holes only if nothing has left."""
@@ -149,15 +136,7 @@ class WindowSegment(DenseSegment):
         self.used -= tokens
         self.seen -= tokens
 
-    def _k(self) -> torch.Tensor:
-        return self.k[:, :, self.first : self.used]
-
-    def _v(self) -> torch.Tensor:
-        return self.v[:, :, self.first : self.used]
-
-    def _positions(self) -> torch.Tensor:
-        return self.positions[..., self.first : self.used]
-
     def _move_to_front(self) -> None:
+        # Tight: a window lets go of more than comes, and what it has given back is not wanted again.
         self.k, self.v, self.positions = self._k().clone(), self._v().clone(), self._positions().clone()
         self.used, self.first = self.used - self.first, 0
