@@ -23,6 +23,7 @@ import torch
 from ._backend import (
     FLOATS,
     LOG2_E,
+    MAX_HEAD_DIM,
     check_head_dim,
     check_softcap,
     check_tensor,
@@ -263,7 +264,9 @@ def packed_attention(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or layout.
     """
-    _check(q, k, v, start, length, longest, centre)
+    if not _fits(q, k, v, start, length, centre):
+        _check(q, k, v, start, length, longest, centre)
+    _check_runs(k, start, length, longest)
     check_softcap(softcap)
     if valid is not None:
         valid = _check_holes(valid, q.shape[0], start.numel() // q.shape[0], longest, q)
@@ -306,6 +309,24 @@ def _check_holes(valid, batch, groups, longest, like):
     return valid.expand(batch, groups, -1)
 
 
+def _fits(q, k, v, start, length, centre):
+    """Whether the common arguments are as they must be, by plain comparisons: `_check` says what is wrong where not."""
+    if q.dim() != 4 or q.dtype not in FLOATS or not 0 < q.shape[3] <= MAX_HEAD_DIM or start.dim() != 1:
+        return False
+    (B, H, _, D), runs = q.shape, len(start)
+    return (
+        B > 0 and runs > 0 and runs % B == 0 and H % (runs // B) == 0 and length.shape == start.shape
+        and start.dtype == torch.int64 and length.dtype == torch.int32 and v.scale.shape[1] != 1
+        and all(
+            x.codes.shape == (k.blocks, k.block * width(x.bits) // 8, D) and x.codes.dtype == torch.uint8
+            and (x.lowrank is None or x.lowrank.a.shape[2] <= 16)
+            for x in (k, v)
+        )
+        and (centre is None or centre.shape == (runs, D) and centre.dtype == torch.float32)
+        and all(x is None or x.device == q.device for x in (start, length, k.codes, v.codes, centre))
+    )  # fmt: skip
+
+
 def _check(q, k, v, start, length, longest, centre):
     """Raise ValueError on bad arguments."""
     check_tensor("q", q, ("B", "H", "m", "D"), FLOATS)
@@ -324,6 +345,10 @@ def _check(q, k, v, start, length, longest, centre):
         raise ValueError("v is packed per channel; values are packed per token: pack(v, bits, layout='token')")
     if centre is not None:
         check_tensor("centre", centre, (runs, D), (torch.float32,), q)
+
+
+def _check_runs(k, start, length, longest):
+    """Raise ValueError where runs do not lie among the blocks, as far as the host knows."""
     if start.device.type == "cpu":
         bounds = start.tolist(), length.tolist()
         blocks = k.blocks

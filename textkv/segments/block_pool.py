@@ -153,7 +153,7 @@ def _sizes(packed: Packed) -> tuple[int, int]:
 
 def fits(pool: BlockPool, new: BlockPool) -> bool:
     """Whether the blocks of `new` fit in what is free in `pool`."""
-    if pool.room is None or pool.holes or pool.positions.shape[1] != new.positions.shape[1]:
+    if pool.room is None or not alike(pool, new):
         return False
     # One run without room is enough: blocks of a run must lie side by side.
     if bool((pool.counts + new.counts > pool.room * pool.k.block).any()):
@@ -161,35 +161,58 @@ def fits(pool: BlockPool, new: BlockPool) -> bool:
     for i, (old, more) in enumerate(((pool.k, new.k), (pool.v, new.v))):
         # Corrections have lists of their own, which may be full before the codes are.
         free = [room - used for room, used in zip(_sizes(old), (pool.chunks[i], pool.entries[i]), strict=True)]
-        alike = [x.shape[1:] for x in old.tensors().values()] == [x.shape[1:] for x in more.tensors().values()]
-        if not alike or any(need > have for need, have in zip(_sizes(more), free, strict=True)):
+        if any(need > have for need, have in zip(_sizes(more), free, strict=True)):
             return False
     return True
 
 
-def with_room(like: BlockPool, times: int) -> BlockPool:
-    """An empty pool that takes what `like` holds `times` times over, in every run."""
+def alike(pool: BlockPool, new: BlockPool) -> bool:
+    """Whether blocks of both can lie in one pool."""
+    pairs = zip((pool.k, pool.v), (new.k, new.v), strict=True)
+    return (
+        not pool.holes and not new.holes and pool.positions.shape[1] == new.positions.shape[1]
+        and all(_shapes(old) == _shapes(more) for old, more in pairs)
+    )  # fmt: skip
+
+
+def _shapes(packed: Packed) -> list[torch.Size]:
+    return [x.shape[1:] for x in packed.tensors().values()]
+
+
+def is_even(pool: BlockPool) -> bool:
+    """Whether runs are of one length, nearly: room of one size for all of them wastes at most a 16th."""
+    return 16 * pool.counts.numel() * pool.longest <= 17 * int(pool.counts.sum())
+
+
+def with_room(like: BlockPool, times: int, before: BlockPool | None = None) -> BlockPool:
+    """A pool that takes what `like` holds `times` times over, in every run, behind what `before` holds; else empty."""
     each = like.counts // like.k.block
     runs, room, due = each.numel(), times * int(each.max()), int((each > 0).sum())
+    old = {} if before is None else {id(like.k): _sizes(before.k), id(like.v): _sizes(before.v)}
+    room += 0 if before is None else before.longest // before.k.block
 
     def empty(packed: Packed) -> Packed:
         """Blocks like these, of zeros."""
         # How many corrections later blocks will bring is not known: as many as these, for every run that has any.
         rooms = {"p": -(-_sizes(packed)[0] // due), "at": -(-_sizes(packed)[1] // due)}
+        chunks, entries = old.get(id(packed), (0, 0))
+        rooms = {"p": chunks + runs * times * rooms["p"], "at": entries + runs * times * rooms["at"]}
         rooms["delta"] = rooms["at"]
         held = {}
         for name, x in packed.tensors().items():
-            last = name.split(".")[-1]
-            held[name] = x.new_zeros((runs * (times * rooms[last] if last in rooms else room), *x.shape[1:]))
+            held[name] = x.new_zeros((rooms.get(name.split(".")[-1], runs * room), *x.shape[1:]))
         return Packed.from_tensors(held, packed.bits)
 
     positions, rope = (
         None if x is None else x.new_full((*x.shape[:-1], room * like.k.block), -1) for x in (like.positions, like.rope)
     )
-    return BlockPool(
+    pool = BlockPool(
         empty(like.k), empty(like.v), torch.arange(runs, device=like.start.device) * room, like.length * 0,
         like.counts * 0, positions, rope, room,
     )  # fmt: skip
+    if before is not None:
+        write(pool, rows_of(before, torch.arange(len(before.counts))))
+    return pool
 
 
 def write(pool: BlockPool, new: BlockPool) -> None:

@@ -1,8 +1,10 @@
 """The packed segment: tokens as small integers, in blocks that are written once and never touched again.
 
 Blocks lie in block pools (`textkv.segments.block_pool`); in a pool every KV head of every row has a run of blocks, as
-many as it needs. The tokens of one prompt fill a pool of their own. What decoding packs goes into a pool with room for
-an eighth of what is there already: so old blocks are never moved, and a long answer is not read in many small pieces.
+many as it needs. The tokens of a prompt fill a tight pool. What decoding packs goes into room for an eighth of what is
+there already: behind the blocks that are there, which move to a pool with such room, layer by layer, or into a pool of
+its own where heads differ in length or corrections in rank. So a block is moved nine times at most, however long the
+answer, and is not read in many small pieces.
 
 Tokens come in whole blocks only: the tokens that do not fill one wait in the dense or ragged segment behind this one.
 """
@@ -15,7 +17,7 @@ from textkv.kernels import merge, packed_attention
 from textkv.kernels.pack import Packed, unpack
 from textkv.positions import turned
 from textkv.segments.base import Segment, Step, Stored, compact_storage, register_segment, shown
-from textkv.segments.block_pool import BlockPool, fits, padded, rows_of, thinned, with_room, write
+from textkv.segments.block_pool import BlockPool, alike, fits, is_even, padded, rows_of, thinned, with_room, write
 
 
 @register_segment("packed")
@@ -75,14 +77,17 @@ class PackedSegment(Segment):
         if not self.pools:
             self.pools.append(tight)
             return
-        if not fits(self.pools[-1], tight):
+        last = self.pools[-1]
+        if not fits(last, tight):
             # Room for an eighth of what is here, as every growing buffer: pools stay few, and slack small.
             times = int(sum(pool.longest for pool in self.pools)) // 8 // tight.longest
-            # Too little is here for slack to pay: the tokens get a tight pool of their own.
-            if times < 2:
+            if alike(last, tight) and is_even(last):
+                self.pools[-1] = with_room(tight, max(1, times), last)
+            elif times < 2:  # too little is here for slack to pay: the tokens get a tight pool of their own
                 self.pools.append(tight)
                 return
-            self.pools.append(with_room(tight, times))
+            else:
+                self.pools.append(with_room(tight, times))
         write(self.pools[-1], tight)
 
     def append(self, step: Step) -> None:
