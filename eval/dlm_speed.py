@@ -7,6 +7,10 @@ OMP_NUM_THREADS=1). "mini" is the embedded LLaDA with its weights; the others ar
 model with random weights, as many layers as `--layers` says: "smollm2" 576 wide with 49,152 words, "llada" 4,096 wide
 with 126,464 (4 GB in fp32 without layers, 0.9 GB for each).
 
+A policy that freezes slots may hand them to a method, as "freecache+kivi(4)": beside "freecache", where they stay as
+they are, `frozen_ratio` = seconds of its forwards over those of the policy alone, what the method does when slots come
+to it included, medians over the rounds.
+
 `--fast-dllm DIR` puts the authors' Fast-dLLM beside ours: the same weights and prompt, in turns, in this process, from
 a checkout of theirs (see `eval.peers.fast_dllm`: what is in DIR is run). `seconds_step` = a whole generation over its
 forwards; `forward_ratio` and `step_ratio` = our seconds over theirs, medians over the rounds; `equal_tokens` = share of
@@ -211,7 +215,7 @@ def measure(
     for arm in arms:
         about = {"method": arm.cache, "library": arm.library, "tokens_seen": length, "gen_length": generated}
         about |= {"device": str(model.device), "layers": model.config.num_hidden_layers}
-        yield about | _figures(arm) | _beside(arm, known.get((arm.cache, LIBRARY)))
+        yield about | _figures(arm) | _frozen(arm, known) | _beside(arm, known.get((arm.cache, LIBRARY)))
 
 
 def _figures(arm: Arm) -> dict[str, Any]:
@@ -222,6 +226,16 @@ def _figures(arm: Arm) -> dict[str, Any]:
         "n": len(watch.inside), "calls": arm.calls[0], "calls_forward": arm.calls[1], "seconds_outside": outside,
         "seconds_forward": inside, "overhead": outside / inside, "seconds_step": median(watch.steps),
     }  # fmt: skip
+
+
+def _frozen(arm: Arm, known: dict[tuple[str, str], Arm]) -> dict[str, Any]:
+    """An arm whose method keeps frozen slots against that of its policy alone, where it was measured too."""
+    policy, _, method = arm.cache.partition("+")
+    alone = known.get((policy, arm.library))
+    if not method or alone is None:
+        return {}
+    pairs = zip(arm.watch.forwards, alone.watch.forwards, strict=True)
+    return {"frozen_ratio": median(mine / dense for mine, dense in pairs)}
 
 
 def _beside(arm: Arm, peer: Arm | None) -> dict[str, Any]:
@@ -236,9 +250,8 @@ def _beside(arm: Arm, peer: Arm | None) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """One line per model, cache and library; columns of ratios where there is another library."""
-    ratios = {"forward_ratio": "forward x", "step_ratio": "step x", "equal_tokens": "equal"}
-    if all(row["library"] == OURS for row in rows):
-        ratios = {}
+    ratios = {"forward_ratio": "forward x", "step_ratio": "step x", "equal_tokens": "equal", "frozen_ratio": "frozen x"}
+    ratios = {name: head for name, head in ratios.items() if any(name in row for row in rows)}
     made = Table("model", "layers", "cache", "calls outside", "calls inside", "outside ms", "forward ms", "share")
     for name in ("step ms", *ratios.values()):
         made.add_column(name)

@@ -159,6 +159,7 @@ def _pack_layer(layer: Any, number: int, tensors: dict[str, torch.Tensor]) -> di
     if not hasattr(layer, "segments"):
         return saved
     kinds = []
+    layer.tidy()  # what is read back is looked at, and would be tidied then
     for i, segment in enumerate(layer.segments):
         # A subclass inherits its parent's name: under it, the parent would be read back.
         if type(segment) is not SEGMENTS.get(segment.name):
