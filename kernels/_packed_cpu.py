@@ -7,6 +7,8 @@ product each per block or token, whatever the number of channels. Single correct
 to the tile. The scores of thousands of tokens are held at once, so there is a softmax for all of these and none that
 runs along; what is made does not grow with longer runs, and no run is ever there as a whole. Runs go together in all
 but their tiles.
+
+Many queries are worth a tile as it would be unpacked: torch's fused attention reads that, and no score is ever stored.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ._fused import _ATTEND
 from ._packed_part import Part, singles, tiles
 from ._packed_reference import rank_of
 from ._rotary_centre import turned_scores
@@ -24,6 +27,7 @@ _TILE = 1 << 18  # numbers unpacked at a time: 1 MB
 _SCORES = 1 << 19  # scores held at a time
 _ROWS = 256  # query rows at a time
 _TOKENS = 8192  # tokens of a run at a time, about
+_MANY = 16  # query rows of a run from which tiles are unpacked for fused attention
 _FEWEST = 1024  # .. and at least, whatever the number of queries
 
 
@@ -34,15 +38,21 @@ def packed_cpu(q, k, v, *, scale, start, length, longest, turn=None, softcap=Non
     rows = q.reshape(runs, B * H // runs * m, D).float() * scale
     x = rows.shape[1]
     shift = None if shift is None else shift.reshape(runs, x, 1) * scale
-    if x % 4 == 3:  # products of four rows are faster than those of three
+    plain = turn is softcap is shift is valid is None
+    fused = x >= _MANY and plain and _ATTEND is not None and _whole(k, v, starts, lengths)
+    if x % 4 == 3 and not fused:  # products of four rows are faster than those of three
         rows, shift = F.pad(rows, (0, 0, 0, 1)), None if shift is None else F.pad(shift, (0, 0, 0, 1))
     pieces = [slice(low, low + _ROWS) for low in range(0, rows.shape[1], _ROWS)]
     parts = []
-    held = max(4, min(rows.shape[1], _ROWS))  # what is made for each token beside its scores is bounded, too
+    # What is made for each token beside its scores is bounded, too.
+    held = 4 if fused else max(4, min(rows.shape[1], _ROWS))
     for some, chunks in _together(lengths, held, k.block):
         own, by, found = rows[some], None if shift is None else shift[some], []
         for columns in chunks:
             part = Part(some, starts, lengths, columns, k.block, valid)
+            if fused:
+                found.append(_unpacked(own, k, v, part))
+                continue
             pairs = [_attend(own[:, p], k, v, part, turn, softcap, None if by is None else by[:, p]) for p in pieces]
             found.append(_joined(pairs, 1))
         if not found:
@@ -90,6 +100,39 @@ def _attend(q, k, v, part, turn, softcap, shift):
         scores.div_(softcap).tanh_().mul_(softcap)
     weights, lse = weights_of(scores, part.seen)
     return _values(weights, v, part), lse
+
+
+def _whole(k, v, starts, lengths):
+    """Whether runs are whole blocks, as many in each, of which each run's share the low-rank directions."""
+    if not lengths[0] or lengths[0] % k.block or any(n != lengths[0] for n in lengths):
+        return False
+    every = Part(slice(0, len(lengths)), starts, lengths, slice(0, lengths[0]), k.block, None)
+    return all(x.lowrank is None or _one_direction(x, every) is not None for x in (k, v))
+
+
+def _unpacked(q, k, v, part):
+    """As `_attend` without a turning centre, a shift or a soft cap, by fused attention over tiles of runs that are
+    `_whole`, as they are."""
+    tables = []
+    for packed in (k, v):
+        rank = None
+        if packed.lowrank is not None:
+            rank = part.of(packed.lowrank.a).flatten(1, 2).float(), _one_direction(packed, part).mT
+        tables.append((rank, tiles(packed, part, _TILE, singles(packed, part, None), *_table(packed, part))))
+    (k_rank, keys), (v_rank, values) = tables
+    outs, lses = [[] for _ in q], [[] for _ in q]
+    for (some, low, high, a), (_, _, _, b) in zip(keys, values, strict=True):
+        tokens, own = slice(low * k.block, high * k.block), q[some, None]
+        pair = []
+        for x, rank in ((a, k_rank), (b, v_rank)):
+            x = x.view(len(own), -1, k.head_dim)
+            pair.append((x if rank is None else x.baddbmm_(rank[0][some, tokens], rank[1][some]))[:, None])
+        out, lse = _ATTEND(own, *pair, 0.0, False, attn_mask=None, scale=1.0)
+        for r, run in enumerate(range(some.start, some.stop)):
+            outs[run].append(out[r, 0])
+            lses[run].append(lse[r, 0])
+    parts = [torch.stack(x) for x in zip(*outs, strict=True)], [torch.stack(x) for x in zip(*lses, strict=True)]
+    return (parts[0][0], parts[1][0]) if len(parts[0]) == 1 else merge(*parts)
 
 
 def _table(packed, part):

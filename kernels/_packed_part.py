@@ -129,7 +129,7 @@ def tiles(packed: Packed, part: Part, numbers: int, extra: Singles | None, scale
         extra: what is added to the codes.
         scale: fp32 [R, s, 1 or T, D or groups], multiplies the codes first; None = they stay the whole numbers that
             they are.
-        zero: fp32 [R, s, 1, D], added to what is scaled per channel.
+        zero: as scale, added to what is scaled; None = nothing is.
     """
     codes, (runs, blocks) = part.of(packed.codes), part.shape
     tokens, D, planes = packed.block, packed.head_dim, 8 // width(packed.bits)
@@ -154,10 +154,15 @@ def tiles(packed: Packed, part: Part, numbers: int, extra: Singles | None, scale
             room.copy_(parted.view(room.shape))
         if scale is not None:
             by = scale[some, low:high].reshape(count, *scale.shape[2:])
-            if zero is not None:
-                torch.addcmul(zero[some, low:high].reshape(by.shape), room, by, out=room)
+            wide, grouped = room, by.shape[2] not in (1, D)
+            plus = None if zero is None else zero[some, low:high].reshape(by.shape)
+            if grouped:
+                wide, by = room.unflatten(2, (by.shape[2], -1)), by[..., None]
+                plus = None if plus is None else plus[..., None]
+            if plus is None:
+                wide.mul_(by)
             else:
-                room.unflatten(2, (by.shape[2], -1)).mul_(by[..., None])
+                torch.addcmul(plus, wide, by, out=wide)
         if extra is not None:
             begin = first * blocks + low
             extra.add(room, begin, begin + count, begin * tokens * D)

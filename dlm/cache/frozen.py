@@ -67,6 +67,7 @@ class FrozenCache(SlotCache):
         frozen: int64 [batch] on the CPU, each row's first slot that is not there (padding is not either).
         move: what leaves the live buffers in this forward, or None.
         visible: bool [batch, L - base], live slots that may be seen; None = all.
+        kept: bytes of the store, as of when `counted` was.
     """
 
     def __init__(self, canvas: Canvas, model: Any, method: Method) -> None:
@@ -75,6 +76,7 @@ class FrozenCache(SlotCache):
         self.canvas, self.store = canvas, store_of(model, method)
         self.frozen = canvas.real_start_cpu.clone()  # padding is nobody's
         self.move: Move | None = None
+        self.kept = 0
         self.visible: torch.Tensor | None = canvas.valid
 
     def layer(self, index: int) -> FrozenLayer:
@@ -111,7 +113,9 @@ class FrozenCache(SlotCache):
 
     def kv_bytes(self) -> int:
         """Bytes of the canvas's slots and of what the method keeps."""
-        return super().kv_bytes() + self.store.kv_bytes()
+        if self.counted is None:  # the store changes with the live buffers
+            self.kept = self.store.kv_bytes()
+        return super().kv_bytes() + self.kept
 
 
 class Move:

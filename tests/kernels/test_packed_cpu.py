@@ -124,6 +124,23 @@ def test_what_is_made_does_not_grow_with_the_run(monkeypatch):
     assert largest[0] == largest[1] <= 2 * 64 * 32
 
 
+@pytest.mark.parametrize("bits", [(2, 4), (4, 8), ("fp8", 4)])
+@pytest.mark.parametrize("keys", ["channel", "token"])
+@pytest.mark.parametrize("rank, single", [(0, 0), (2, 9)])
+def test_many_queries_read_tiles_by_fused_attention(bits, keys, rank, single, monkeypatch):
+    monkeypatch.setattr(module, "_TILE", 2 * 16 * 32)
+    k, v, rows = cache((96, 96), bits=bits, keys=keys, rank=rank, single=single, slack=0)
+    if rank:
+        chunk = (torch.arange(k.blocks) >= 6).int()  # one set of directions for each run
+        k, v = (replace(x, lowrank=replace(x.lowrank, chunk=chunk)) for x in (k, v))
+    q, names = randn(1, 4, 24, 32), []
+    assert not differs(q, k, v, rows)
+    names = calls(lambda: packed_attention(q, k, v, scale=0.2, **rows))
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names and "aten::softmax" not in names
+    q = q[:, :, :3]  # few queries: the codes are read as they are
+    assert "aten::softmax" in calls(lambda: packed_attention(q, k, v, scale=0.2, **rows))
+
+
 def test_results_do_not_share_the_memory_of_tiles():
     k, v, rows = cache((48, 48))
     q = randn(1, 4, 1, 32)
