@@ -316,7 +316,7 @@ class Canvas:
         # What is not meant goes to one more column, which is cut off again.
         at = torch.where(where & (slots >= 0), slots, self.length)
         written = torch.zeros(self.batch, self.length + 1, dtype=torch.bool, device=at.device).scatter_(1, at, True)
-        wide = torch.nn.functional.pad(self.ids, (0, 1)).scatter_(1, at, tokens)
+        wide = torch.cat([self.ids, self.ids[:, :1]], 1).scatter_(1, at, tokens)
         self.ids, self._seen = wide[:, : self.length], {}
         return written[:, : self.length]
 

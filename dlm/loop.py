@@ -54,7 +54,8 @@ class Loop:
             canvas.ends = tuple(model.decoding_spec.eos_ids)
         self.ended = [canvas.length] * canvas.batch  # where each row ended
         self.ends = torch.tensor(model.decoding_spec.eos_ids, dtype=torch.int64, device=canvas.ids.device)
-        self.committed = torch.zeros(canvas.batch, dtype=torch.int64, device=canvas.ids.device)
+        self.committed = [0] * canvas.batch
+        self.numbers = list(range(canvas.batch))  # of the canvas's rows among those that were given
         self.ids, self.given, self.tail, self.slots = canvas.ids, canvas.given, canvas.tail, canvas.answer_slots
         self.start = perf_counter()
 
@@ -97,7 +98,7 @@ class Loop:
         if len(alive) in (0, self.canvas.batch):
             return
         self.ids, rows = self.whole(), torch.tensor(alive)
-        self.ended = [self.ended[row] for row in alive]
+        self.ended, self.numbers = ([held[row] for row in alive] for held in (self.ended, self.numbers))
         # The canvas last: the others look at it to know how many rows there were.
         for part in (self.unmasker, self.run, self.canvas):
             part.take_rows(rows)
@@ -131,9 +132,10 @@ class Loop:
                 logits = self.hook(canvas, slots, logits)
             choice = self.unmasker.choose(logits, slots, canvas)
         where = choice.commit if forced is None else choice.commit | (slots == forced[:, None])
-        before = canvas.left
+        before = canvas.left_rows
         committed = canvas.commit(slots, choice.tokens, where)
-        self.committed.index_add_(0, canvas.rows, before - canvas.left)
+        for row, then, now in zip(self.numbers, before, canvas.left_rows, strict=True):
+            self.committed[row] += then - now
         return committed
 
     def finish_nodes(self, nodes: Canvas) -> None:
@@ -208,7 +210,7 @@ class Loop:
         # True from a row's first end on: a running maximum needs no loop and no wait for the device.
         ended = (torch.isin(ids, self.ends) & (self.slots >= self.tail[:, None])).int().cummax(1).values.bool()
         return replace(
-            self.stats, seconds=perf_counter() - self.start, committed=self.committed.tolist(),
+            self.stats, seconds=perf_counter() - self.start, committed=list(self.committed),
             text_tokens=(~ended & ~given & (ids != self.canvas.mask_id)).sum(1).tolist(),
             guider_forwards=rule.pop("guider_forwards", 0), extra=rule,
         )  # fmt: skip

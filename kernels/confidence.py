@@ -19,6 +19,8 @@ import torch
 from ._backend import FLOATS, check_tensor, dense_rows, jit, split_length, tl, triton, use_triton
 
 _BLOCK = 4096
+_WORDS = 128  # of a piece of a row in which the plain path looks for the largest, where the row has many of them
+_HELD = 2**18  # numbers that the plain path writes at a time
 
 
 class Confidence(NamedTuple):
@@ -42,19 +44,22 @@ class Confidence(NamedTuple):
 def reference(logits, suppress=None, spread=True):
     """Plain torch, fp32: the truth, and the path off CUDA. Arguments as `confidence`."""
     z = logits.float()
-    top, token = z.max(1)  # of equals the first
-    if suppress is not None and bool(torch.isin(token, suppress).any()):
+    top, token = _largest(z)
+    if suppress is not None and not set(suppress.tolist()).isdisjoint(token.tolist()):
         # Seldom: only then is a copy of all logits worth its two passes.
         z = z.index_fill(1, suppress, -torch.inf)
-        top, token = z.max(1)
+        top, token = _largest(z)
+    nothing = -torch.inf in top.tolist()
+    if not spread and not nothing:
+        return _probability(z, top, token, suppress)
     empty = top == -torch.inf
-    if suppress is not None and bool(empty.any()):
+    if nothing and suppress is not None:
         # of nothing but -inf the first may be a suppressed one
         token = torch.where(empty, _first_free(suppress, z.shape[1]), token)
     away = z - top.masked_fill(empty, 0)[:, None]  # large logits lose their digits in lse, not here
     if suppress is not None:
         away.index_fill_(1, suppress, -torch.inf)
-    mass = away.exp() if spread else away.exp_()
+    mass = away.exp()
     total = mass.sum(1)
     probability, log_total = total.reciprocal().masked_fill(empty, 0), total.log()
     second = entropy = None
@@ -65,6 +70,38 @@ def reference(logits, suppress=None, spread=True):
         entropy = (log_total_or_0 - moment * probability).masked_fill(empty, 0)
         second = mass.scatter(1, token[:, None], 0).amax(1) * probability
     return Confidence(token, probability, second, entropy, top + log_total)
+
+
+def _probability(z, top, token, suppress):
+    """What `reference` gives without the spread, where no row is of -inf alone; `top` [n] is the logit of `token`."""
+    wanted = token[:, None]
+    if suppress is not None:
+        wanted = torch.cat([wanted, suppress.expand(len(z), -1)], 1)
+    # softmax takes the exponents and their sum in one pass, which are three in operations of their own. A few rows at a
+    # time: what it writes stays in the processor's cache, and no fresh memory is asked for.
+    rows = max(1, _HELD // z.shape[1])
+    mass = [part.softmax(1).gather(1, at) for part, at in zip(z.split(rows), wanted.split(rows), strict=True)]
+    mass = mass[0] if len(mass) == 1 else torch.cat(mass)
+    # No suppressed id has more than the token, so nothing of size is lost in the difference.
+    probability = mass[:, 0] if suppress is None else mass[:, 0] / (1 - mass[:, 1:].sum(1))
+    return Confidence(token, probability, None, None, top - probability.log())
+
+
+def _largest(z):
+    """Each row's largest of z [n, V] and its index, of equals the first."""
+    n, words = z.shape
+    if words < 8 * _WORDS or z.is_cuda:
+        return z.max(1)
+    # Many values in a row are compared at once, with their indices they are not: so first the piece, then the place.
+    whole = words // _WORDS * _WORDS
+    tops = z[:, :whole].unflatten(1, (-1, _WORDS)).amax(2)
+    if whole < words:
+        tops = torch.cat([tops, z[:, whole:].amax(1, keepdim=True)], 1)
+    piece = tops.max(1).indices
+    # Behind the row's end its last value again, which is no new first of equals.
+    place = (piece[:, None] * _WORDS + torch.arange(_WORDS, device=z.device)).clamp(max=words - 1)
+    top, column = z.gather(1, place).max(1)
+    return top, place.gather(1, column[:, None])[:, 0]
 
 
 def _first_free(suppress, words):

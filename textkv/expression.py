@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
+from functools import cache
 from inspect import signature
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -101,6 +102,7 @@ def construct(cls: type[T], said: str, args: list, kwargs: dict, **more: Any) ->
         raise ValueError(f"{said}: {error}; its arguments are: {', '.join(plain) or 'none'}") from None
 
 
+@cache
 def _hints(cls: type) -> dict[str, Any]:
     """Types of a class's fields; none where a name in them is there for type checkers alone."""
     try:

@@ -59,6 +59,28 @@ def test_kernel_gives_equals_the_lowest_id_across_pieces(split, interpreted):
     assert not wrong(_launch(logits, split=split), logits)
 
 
+@pytest.mark.parametrize("V", [1024, 1100, 4095])
+def test_long_rows_give_equals_the_lowest_id(V):
+    # Long enough to be searched by pieces, with the largest in many of them and behind the last whole one.
+    logits = torch.randint(-2, 3, (6, V)).float()
+    logits[0], logits[1, V - 1], logits[2, [5, V - 1]] = -3.0, 9.0, 9.0
+    suppress = torch.tensor([5])
+    assert not wrong(confidence(logits), logits)
+    assert not wrong(confidence(logits, suppress=suppress), logits, (5,))
+    short = confidence(logits, suppress=suppress, spread=False)
+    assert short.second is None and not mismatch(short.probability, naive(logits, (5,))[1].float(), 2e-5)
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_suppressed_mass_is_not_counted(spread):
+    logits = torch.zeros(3, 40)
+    logits[1, [3, 7]], logits[2, 9] = 20.0, 20.0
+    suppress = torch.tensor([7, 8])
+    ours, truth = confidence(logits, suppress=suppress, spread=spread), naive(logits, (7, 8))
+    assert torch.equal(ours.token, truth[0])
+    assert not mismatch([ours.probability, ours.lse], [truth[1].float(), truth[4].float()], 2e-5)
+
+
 @BACKENDS
 def test_suppressed_ids_are_never_the_token(backend, dtype, interpreted):
     logits = randn(4, 5000, dtype=dtype)
