@@ -56,7 +56,8 @@ def check(name: str) -> dict[str, Any]:
         "model": name,
         "block": model.decoding_spec.block or "all",
         "rule": model.decoding_spec.unmask,
-        "logits": torch.equal(model(ids).logits, made(ids).logits),
+        # Not bit for bit: what was read lies at other addresses, where a product may be summed in another order.
+        "logits": torch.allclose(model(ids).logits, made(ids).logits, rtol=1e-4, atol=1e-5),
         "cached = uncached": torch.equal(default.ids, plain.ids),
         "forwards": default.stats.forwards,
         "query tokens": default.stats.query_tokens,

@@ -109,6 +109,19 @@ def decoding() -> str:
     return markdown(["cache + rule", "right, 256 / 1,024", "forwards", "query tokens", "seconds"], lines)
 
 
+def dlm_loop() -> str:
+    """What a step costs outside of the model."""
+    lines = [
+        [
+            f"{row['model']}, {row['layers']} layers", f"`{row['method']}`", f"{row['calls']:.0f}",
+            f"{1000 * row['seconds_outside']:.2f}", f"{1000 * row['seconds_forward']:.1f}",
+            f"{row['overhead']:.1%}".replace("%", " %"),
+        ]
+        for row in rows("dlm-loop.json")
+    ]  # fmt: skip
+    return markdown(["model", "cache", "operations outside", "ms outside", "ms of a forward", "share"], lines)
+
+
 def _arm(row: Row) -> str:
     """The arm's name, the same at every length."""
     if row["steps"] == row["gen_length"]:
@@ -374,7 +387,7 @@ def _method(row: Row) -> str:
     return f"`{method}`" + (f" {row['budget']}" if method not in ("full", row.get("server")) else "")
 
 
-_MADE = (agents, curves, persistent, board, decoding, fast_dllm, batch_rows, cost, masa, masa_converted, rag, porag)
+_MADE = (agents, curves, persistent, board, decoding, dlm_loop, fast_dllm, batch_rows, cost, masa, masa_converted, rag, porag)
 _MADE += (peers, retrieval, conversations, teams, sentences, served, load)
 TABLES: dict[str, Callable[[], str]] = {made.__name__.replace("_", "-"): made for made in _MADE}
 
