@@ -32,7 +32,7 @@ from dlm.unmask import Guider
 from textkv import checkpoints
 from textkv.checkpoints import read_object
 
-MINI_MODELS = {"mini": "llada", "mini-dream": "dream"}
+MINI_MODELS = {"mini": "llada", "mini-dream": "dream", "mini-hard": "llada-hard"}
 MINI_GUIDES = {"mini": "guider"}
 HUB_PATIENCE = 3.0  # seconds that the hub has to answer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

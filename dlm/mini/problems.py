@@ -1,6 +1,7 @@
 """Arithmetic word problems with worked steps: `make_problem(1_000_000)`.
 
-A problem starts with a number and changes it one to three times by adding or taking away. Every total is 10..99:
+A problem starts with a number and changes it by adding or taking away, one to three times; those of the task "hard"
+four to six times. Every total is 10..99:
 
     tom has 37 apples. he buys 25. he sells 14. how many now?
     =7,3 +52 =2'6 -41 =8'4 #### 48
@@ -9,6 +10,8 @@ The working writes numbers from the ones to the tens, so that no written digit w
 `=`, its ones, a mark (`'`: one was carried or borrowed; `,`: nothing was) and its tens: the ones depend on two
 digits, the mark on two, the tens on two and the mark. After `####` the last total stands in plain order. Every step
 has the same seven tokens, so the length of the answer follows from the question alone, and nothing has to be guessed.
+What makes long problems hard is that each total follows from the one before: a model of few layers cannot write them
+all at once.
 
 Problems of evaluation seeds (from 1,000,000 on) use starts and changes that training never draws (`held_out`).
 """
@@ -40,10 +43,10 @@ from dlm.mini.words import (
 )
 
 FIRST_EVALUATION_SEED = 1_000_000
-MOST_STEPS = 3
 LEAST, MOST = 10, 99  # of every total
-PROMPT_TOKENS = 26  # of the longest prompt
-STEP_SHARES = (0.2, 0.35, 0.45)  # of problems with one, two and three steps
+SHARES = {"arithmetic": {1: 0.2, 2: 0.35, 3: 0.45}, "hard": {4: 0.25, 5: 0.35, 6: 0.4}}
+"""By task, which share of its problems has how many steps."""
+MOST_STEPS = max(max(shares) for shares in SHARES.values())
 
 
 @dataclass(frozen=True)
@@ -61,32 +64,35 @@ class Problem:
         return self.start + sum(self.changes)
 
 
-def make_problem(seed: int, steps: int | None = None, top: int = MOST) -> Problem:
+def make_problem(seed: int, steps: int | None = None, top: int = MOST, task: str = "arithmetic") -> Problem:
     """The problem of `seed`: the same arguments give the same problem.
 
     Args:
         seed: from 1,000,000 on for evaluation, below for training.
-        steps: 1 to 3; None draws it.
+        steps: 1 to 6; None draws it as `task` does.
         top: largest total on the way, 20 to 99.
+        task: "arithmetic" or "hard".
 
     Raises:
         ValueError: a negative seed, steps or top out of range.
     """
     if seed < 0:
         raise ValueError(f"seed={seed} is negative; use 0 or more")
-    return draw_problem(np.random.default_rng(seed), seed >= FIRST_EVALUATION_SEED, steps, top)
+    return draw_problem(np.random.default_rng(seed), seed >= FIRST_EVALUATION_SEED, steps, top, task)
 
 
 def draw_problem(
-    rng: np.random.Generator, evaluation: bool = False, steps: int | None = None, top: int = MOST
-) -> Problem:
+    rng: np.random.Generator, evaluation: bool = False, steps: int | None = None, top: int = MOST,
+    task: str = "arithmetic",
+) -> Problem:  # fmt: skip
     """A random problem, held out from training if `evaluation`; the other arguments as in `make_problem`."""
     if steps is not None and not 1 <= steps <= MOST_STEPS:
         raise ValueError(f"steps={steps} is not a number of steps; use 1 to {MOST_STEPS}")
     if not LEAST + 10 <= top <= MOST:
         raise ValueError(f"top={top} leaves no problems; use {LEAST + 10} to {MOST}")
     if steps is None:
-        steps = 1 + int(np.searchsorted(np.cumsum(STEP_SHARES), rng.random()))
+        shares = SHARES[task]
+        steps = min(shares) + int(np.searchsorted(np.cumsum(list(shares.values())), rng.random()))
     # Drawn again until the numbers are on the wanted side of the split; nine of ten are on training's.
     while True:
         totals = rng.integers(LEAST, top + 1, size=steps + 1).tolist()
@@ -95,6 +101,11 @@ def draw_problem(
             break
     template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
     return Problem(template(rng, totals[0], changes), working(totals[0], changes), totals[0], changes)
+
+
+def prompt_tokens(steps: int) -> int:
+    """Tokens of the longest prompt of so many steps."""
+    return 11 + 5 * steps
 
 
 def held_out(start: int, changes: Sequence[int]) -> bool:

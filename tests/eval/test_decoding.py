@@ -72,6 +72,15 @@ def test_arms() -> None:
     assert not any("guided" in arm.name for arm in decoding.arms_of(["all"], plain, guided=False))
 
 
+def test_hard_problems_have_a_model_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "d.json"
+    assert decoding.main(["--task", "hard", "--n", "1", "--grid", "dual+guided", *SMALL, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert {(row["task"], row["model"]) for row in rows} == {("hard", "mini-hard")}
+    assert [row["guide"] for row in rows] == ["none", "mini", "none", "none"]
+    assert "hard, 1 problems" in capsys.readouterr().out
+
+
 def test_rows(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "d.json"
     argv = ["--n", "3", "--batch-size", "2", "--grid", "freecache,freecache+kivi(4)+guided", "--eos", "none", *SMALL]

@@ -19,8 +19,8 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dlm.decode import decode
-from dlm.mini import load_mini
-from dlm.mini.problems import FIRST_EVALUATION_SEED, MOST_STEPS, Problem, final_answer, make_problem
+from dlm.mini import KINDS, load_mini
+from dlm.mini.problems import FIRST_EVALUATION_SEED, SHARES, Problem, final_answer, make_problem
 from textkv.arguments import device
 from textkv.command import question_count, results_file, run, some_text, token_count, write_rows
 from textkv.intervals import wilson
@@ -49,12 +49,13 @@ def answers(
 
 
 def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, gen_length: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, n: int, gen_length: int, task: str = "arithmetic"
 ) -> list[dict[str, Any]]:
-    """One row over all `n` problems and one for each number of steps; `working` = share with every step right."""
+    """One row over all `n` problems of `task` and one for each number of steps; `working` = share with every step
+    right."""
     # 32 tokens stand for the prompt; a batch is as large as its canvases have tokens.
     begin, size = time.perf_counter(), max(1, BATCH_TOKENS // (gen_length + 32))
-    problems = [make_problem(FIRST_EVALUATION_SEED + number) for number in range(n)]
+    problems = [make_problem(FIRST_EVALUATION_SEED + number, task=task) for number in range(n)]
     texts = [
         text for at in range(0, n, size) for text in answers(model, tokenizer, problems[at : at + size], gen_length)
     ]
@@ -65,14 +66,14 @@ def measure(
     ]
     common = {"model": model.config.model_type.lower(), "gen_length": gen_length}
     rows = []
-    for task, steps in [("all", range(1, MOST_STEPS + 1)), *((f"{k} steps", [k]) for k in range(1, MOST_STEPS + 1))]:
+    for name, steps in [("all", SHARES[task]), *((f"{k} steps", [k]) for k in SHARES[task])]:
         mine = [(right, working) for k, right, working in found if k in steps]
         right, shown = sum(right for right, _ in mine), sum(working for _, working in mine)
         low, high = wilson(right, len(mine))
         share = max(len(mine), 1)
         figures = {"n": len(mine), "accuracy": right / share, "low": low, "high": high, "working": shown / share}
         # Time is shared out by number of problems: they were answered in mixed batches.
-        rows.append(common | {"task": task} | figures | {"seconds": seconds * len(mine) / max(n, 1)})
+        rows.append(common | {"task": name} | figures | {"seconds": seconds * len(mine) / max(n, 1)})
     return rows
 
 
@@ -88,9 +89,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m training.dlm.evaluate", description=__doc__.split("\n\n")[0])
-    p.add_argument(
-        "--model", type=some_text, default="llada", help='"llada", "dream", "guider" or a folder of the training'
-    )
+    p.add_argument("--model", type=some_text, default="llada", help=f"{', '.join(KINDS)}, or a folder of the training")
+    p.add_argument("--task", choices=tuple(SHARES), default="arithmetic", help="1 to 3 steps, or hard: 4 to 6")
     p.add_argument("--n", type=question_count, default=200, help="problems")
     p.add_argument("--gen-length", type=token_count, default=64, help="tokens of the canvas behind the prompt")
     p.add_argument("--device", type=device, default="", help="cpu, cuda ... (default: a GPU where there is one)")
@@ -108,7 +108,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     """Measure, print."""
     set_threads(args)
     model, tokenizer = load_mini(args.model, device=args.device)
-    rows = measure(model, tokenizer, args.n, args.gen_length)
+    rows = measure(model, tokenizer, args.n, args.gen_length, args.task)
     Console().print(table(rows))
     write_rows(args.json, run_meta("training.dlm.evaluate", argv, FIRST_EVALUATION_SEED), rows)
 

@@ -7,13 +7,14 @@ tokens in few rows, so that a model also knows how a long canvas looks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dlm.mini.problems import FIRST_EVALUATION_SEED, MOST, MOST_STEPS, PROMPT_TOKENS, draw_problem
+from dlm.mini.problems import FIRST_EVALUATION_SEED, MOST, draw_problem, prompt_tokens
 
 LONGEST = 1056  # prompt, answer and tail
 SHORT_TAIL = 8
@@ -21,14 +22,19 @@ SHORT_TAIL = 8
 
 @dataclass(frozen=True)
 class Stage:
-    """Problems of up to `steps` steps and totals up to `top`, begun at the share `latest` of the training or before."""
+    """Problems of `least` to `steps` steps and totals up to `top`, begun at the share `latest` of the training or
+    before."""
 
     latest: float
     steps: int
     top: int
+    least: int = 1
 
 
 STAGES = (Stage(0.0, 1, 39), Stage(0.1, 1, MOST), Stage(0.25, 2, MOST), Stage(0.45, 3, MOST))
+# For a model that begins with the weights of the shorter problems.
+HARD_STAGES = (Stage(0.0, 4, MOST, least=3), Stage(0.2, 5, MOST, least=3), Stage(0.4, 6, MOST, least=3))
+STAGES_OF = {"arithmetic": STAGES, "hard": HARD_STAGES}
 EARLIER = 0.5  # share of batches with any number of steps so far, so that the shorter problems are not forgotten
 
 
@@ -49,9 +55,9 @@ class Batch:
         return (self.visible.long().cumsum(1) - 1).clamp(min=0)
 
 
-def stage_at(progress: float) -> int:
+def stage_at(progress: float, stages: Sequence[Stage] = STAGES) -> int:
     """Number of the stage that a training has reached at the latest, a share 0..1 into it."""
-    return sum(stage.latest <= progress for stage in STAGES) - 1
+    return sum(stage.latest <= progress for stage in stages) - 1
 
 
 class Feed:
@@ -70,13 +76,13 @@ class Feed:
         """Batch `number` of the training, which has reached `stage`."""
         # Of seed and number alone: a resumed training draws the batches that it would have seen.
         rng = np.random.default_rng([self.seed, number])
-        steps = int(rng.integers(1, stage.steps + 1)) if rng.random() < EARLIER else stage.steps
+        steps = int(rng.integers(stage.least, stage.steps + 1)) if rng.random() < EARLIER else stage.steps
         answer = answer_tokens(steps)
         tail = int(rng.integers(SHORT_TAIL + 1))
         if rng.random() < self.long:
             # Log-uniform: short tails are as frequent per octave as long ones.
-            tail = int(np.exp(rng.uniform(np.log(SHORT_TAIL), np.log(LONGEST - PROMPT_TOKENS - answer))))
-        rows = max(1, self.tokens // (PROMPT_TOKENS - 5 * (MOST_STEPS - steps) + answer + tail))
+            tail = int(np.exp(rng.uniform(np.log(SHORT_TAIL), np.log(LONGEST - prompt_tokens(steps) - answer))))
+        rows = max(1, self.tokens // (prompt_tokens(steps) + answer + tail))
         problems = [draw_problem(rng, steps=steps, top=stage.top) for _ in range(rows)]
         prompts = self.tokenizer([p.prompt for p in problems], padding=True, return_tensors="pt")
         answers = self.tokenizer([p.answer for p in problems], add_special_tokens=False, return_tensors="pt")

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dlm.mini import WEIGHTS, load_mini
+from dlm.mini import WEIGHTS, family_of, load_mini, task_of
 from dlm.mini.problems import FIRST_EVALUATION_SEED
 from textkv.command import checked, question_count, run, some_text, token_count
 from training.command import add_threads, set_threads
@@ -21,22 +21,24 @@ from training.dlm.evaluate import measure
 from training.export import read_trained, trained_folder
 from training.keep import Rows, consider, recorded
 
-TITLES = {"llada": "LLaDA", "dream": "Dream", "guider": "guider (Qwen2)"}
+TITLES = {"llada": "LLaDA", "dream": "Dream", "guider": "guider (Qwen2)", "llada-hard": "LLaDA for longer problems"}
 
 
 def readme(rows: Rows, trained: dict[str, Any], hardware: str) -> str:
     """The README of the weights: what they are, their seed and data, and what was measured."""
     kind, n, length = trained["model"], rows[0]["n"], rows[0]["gen_length"]
-    how = "greedy" if kind == "guider" else "one token per step, no cache, the model's own rule"
+    how = "greedy" if family_of(kind) == "guider" else "one token per step, no cache, the model's own rule"
+    told = "from scratch" if family_of(kind) == kind else f"from the weights of `{family_of(kind)}` on"
+    task = f" --task {task_of(kind)}" if task_of(kind) != "arithmetic" else ""
     lines = [
         f"# The embedded mini {TITLES[kind]}",
         "",
-        f"Trained from scratch by `python -m training.dlm.train --model {kind} --seed {trained['seed']}` on drawn",
+        f"Trained {told} by `python -m training.dlm.train --model {kind} --seed {trained['seed']}` on drawn",
         f"problems (`dlm/mini/problems.py`): {trained['step']} optimizer steps, {trained['seconds'] / 60:.0f} minutes",
         f"({hardware}). Weights in fp16.",
         "",
         f"Held-out problems, seeds from {FIRST_EVALUATION_SEED:,} on, {how}",
-        f"(`python -m training.dlm.evaluate --model {kind} --n {n} --gen-length {length}`):",
+        f"(`python -m training.dlm.evaluate --model {kind}{task} --n {n} --gen-length {length}`):",
         "",
         "| problems | n | exact answers | 95 % | exact working |",
         "|---|---|---|---|---|",
@@ -47,11 +49,11 @@ def readme(rows: Rows, trained: dict[str, Any], hardware: str) -> str:
     return "\n".join([*lines, ""])
 
 
-def solved(n: int, gen_length: int) -> Callable[[Path], tuple[float, Rows]]:
-    """Share of exact answers of a model folder to `n` problems, and the rows."""
+def solved(n: int, gen_length: int, task: str) -> Callable[[Path], tuple[float, Rows]]:
+    """Share of exact answers of a model folder to `n` problems of `task`, and the rows."""
 
     def score(folder: Path) -> tuple[float, Rows]:
-        rows = measure(*load_mini(folder), n, gen_length)
+        rows = measure(*load_mini(folder), n, gen_length, task)
         return rows[0]["accuracy"], rows
 
     return score
@@ -79,7 +81,7 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     kind = read_trained(args.latest)["model"]
     before = recorded(WEIGHTS / kind)
     told = partial(readme, hardware=args.hardware)
-    exact = consider(args.latest, WEIGHTS / kind, solved(args.n, args.gen_length), told)
+    exact = consider(args.latest, WEIGHTS / kind, solved(args.n, args.gen_length, task_of(kind)), told)
     print(f"{kind}: {exact:.3f} exact, in place {'nothing' if before < 0 else f'{before:.3f}'}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The sizes of the three mini models: real members of their families, small enough to be shipped with the code.
+"""The sizes of the mini models: real members of their families, small enough to be shipped with the code.
 
 All share the tokenizer. LLaDA has full heads, Dream and the guider share key heads among query heads, as the 7B
 models do. The guider is half as deep: it only has to nod.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from dlm.mini import check_kind
+from dlm.mini import check_kind, family_of
 from dlm.models import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
 
 WIDTH, INNER, HEADS, KEY_HEADS = 128, 384, 4, 2
@@ -19,9 +19,10 @@ THETA = 10_000.0
 
 
 def mini_config(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The configuration of one of the three models for the vocabulary of `tokenizer`."""
+    """The configuration of one of the models for the vocabulary of `tokenizer`."""
+    kind = family_of(check_kind(kind))
     ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    if check_kind(kind) == "llada":
+    if kind == "llada":
         return LLaDAConfig(
             d_model=WIDTH,
             n_layers=LAYERS[kind],
@@ -57,9 +58,9 @@ def fresh_model(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMode
     relative positions apart from the beginning.
     """
     kinds = {"llada": LLaDAModelLM, "dream": DreamModel, "guider": Qwen2ForCausalLM}
-    model = kinds[check_kind(kind)](mini_config(kind, tokenizer))
+    model = kinds[family_of(check_kind(kind))](mini_config(kind, tokenizer))
     # GPT-2's rule: two branches per layer add up, so each starts smaller by the square root of their number.
-    added = (2 * LAYERS[kind]) ** -0.5
+    added = (2 * LAYERS[family_of(kind)]) ** -0.5
     for name, parameter in model.named_parameters():
         # shape[1] is the number of inputs of a linear layer, and the width of an embedding.
         if parameter.ndim > 1:

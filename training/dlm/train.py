@@ -2,7 +2,8 @@
 
 LLaDA and Dream learn to fill in hidden answer tokens (the prompt is never hidden), the guider to predict the next one.
 Problems grow in number size and steps, each stage as soon as the one before it is solved. The averaged weights are
-exported to `RUNS/latest`.
+exported to `RUNS/latest`. `--model llada-hard` goes on with `--start dlm/mini/weights/llada`: problems of four to six
+steps.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dlm.mini import check_kind
+from dlm.mini import check_kind, family_of, task_of
 from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
 from dlm.mini.words import CARRIED, DIGITS, PLAIN
 from textkv.command import count, fraction, positive, run
 from training.command import parser_of, set_threads, settings_of
 from training.dlm.evaluate import answers
-from training.dlm.feed import STAGES, Batch, Feed, answer_tokens, stage_at
+from training.dlm.feed import STAGES_OF, Batch, Feed, answer_tokens, stage_at
 from training.dlm.hints import Watch, hints_of
 from training.dlm.masks import hide, show_all
 from training.dlm.shape import fresh_model
@@ -37,7 +38,7 @@ SOLVED = 0.8  # of the held-out problems of a stage, after which the next one be
 class DlmSettings(Settings):
     """Which of the mini models is trained, and how."""
 
-    model: str = option("llada", "llada, dream or guider")
+    model: str = option("llada", "llada, dream, guider or llada-hard")
     minutes: float = option(180.0, "time budget of the whole training", positive)
     tokens: int = option(3072, "tokens per batch", count)
     rate: float = option(3e-3, "highest learning rate", positive)
@@ -58,13 +59,13 @@ class DlmTrainer(Trainer):
     settings: DlmSettings
 
     def __init__(self, settings: DlmSettings, runs: Path, start: Path | None = None) -> None:
-        self.kind, self.stage = settings.model, 0
+        self.kind, self.stage, self.stages = settings.model, 0, STAGES_OF[task_of(settings.model)]
         tokenizer = kept_tokenizer(runs, build_tokenizer())
         torch.manual_seed(settings.seed)
         model = fresh_model(settings.model, tokenizer).to(settings.device)
         super().__init__(settings, runs, model, tokenizer, _optimizers(model, settings.rate), start)
         self.feed = Feed(tokenizer, settings.tokens, settings.seed, settings.long)
-        guider = settings.model == "guider"
+        self.guider = guider = family_of(settings.model) == "guider"
         # Row j of the logits stands for token j + shift.
         self.shift = 1 if guider else model.decoding_spec.shift
         layers = model.model.layers if guider else model.layers
@@ -101,7 +102,7 @@ class DlmTrainer(Trainer):
         # A prime factor keeps the streams of neighbouring seeds apart for a million steps.
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step)
         targets, ids = batch.ids[:, batch.prompt :], batch.ids.clone()
-        if self.settings.model == "guider":
+        if self.guider:
             hidden, weights = torch.ones_like(targets, dtype=torch.bool), show_all(*targets.shape, batch.answer)
         else:
             hidden, weights = hide(self.content[targets], batch.answer, generator)
@@ -125,14 +126,14 @@ class DlmTrainer(Trainer):
             "position_ids": batch.position_ids.to(at),
         }
         with self.autocast():
-            if self.settings.model == "guider":
+            if self.guider:
                 return self.model(**inputs, use_cache=False, logits_to_keep=rows).logits
             return self.model(**inputs, logits_rows=rows.expand(len(ids), -1)).logits
 
     def step_once(self) -> None:
         """Learn from the next batch of the stage."""
-        self.stage = max(self.stage, stage_at(self.progress))
-        self.losses.append(self.learn(self.feed.batch(self.step, STAGES[self.stage])))
+        self.stage = max(self.stage, stage_at(self.progress, self.stages))
+        self.losses.append(self.learn(self.feed.batch(self.step, self.stages[self.stage])))
 
     def line(self) -> str:
         """Stage and mean loss since the last line."""
@@ -150,10 +151,10 @@ class DlmTrainer(Trainer):
 
     def check(self) -> str:
         """Measure the stage's longest problems and go on to the next stage if they are solved."""
-        stage = STAGES[self.stage]
+        stage = self.stages[self.stage]
         exact = self.solved(stage.steps, stage.top)
         # By the averaged weights, as they are shipped, and on problems that training never draws.
-        if exact >= SOLVED and self.stage + 1 < len(STAGES):
+        if exact >= SOLVED and self.stage + 1 < len(self.stages):
             self.stage += 1
         return f"held out, {stage.steps} steps to {stage.top}: {100 * exact:.0f} % exact | stage {self.stage}"
 

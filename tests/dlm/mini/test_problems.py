@@ -11,12 +11,14 @@ from dlm.mini.problems import (
     FIRST_EVALUATION_SEED,
     LEAST,
     MOST,
-    PROMPT_TOKENS,
+    MOST_STEPS,
+    SHARES,
     TEMPLATES,
     draw_problem,
     final_answer,
     held_out,
     make_problem,
+    prompt_tokens,
     working,
 )
 from dlm.mini.words import ENTERS, GAINED, GAINS, LEAVES, LOSSES, LOST, all_words
@@ -82,11 +84,24 @@ def test_sizes(tokenizer):
     rng = np.random.default_rng(0)
     problems = [draw_problem(rng) for _ in range(2000)]
     prompts = [len(ids) for ids in tokenizer([p.prompt for p in problems])["input_ids"]]
-    assert max(prompts) == PROMPT_TOKENS
+    assert max(prompts) == prompt_tokens(3)
     assert {len(p.changes) for p in problems} == {1, 2, 3}
     assert len({p.prompt.split()[0] for p in problems}) > 10 and len(TEMPLATES) == 4
     marked = sum("'" in p.answer for p in problems)
     assert 0.5 < marked / len(problems) < 0.95
+
+
+def test_hard_problems_are_longer(tokenizer):
+    rng = np.random.default_rng(0)
+    problems = [draw_problem(rng, task="hard") for _ in range(600)]
+    lengths = [len(p.changes) for p in problems]
+    assert set(lengths) == set(SHARES["hard"]) == {4, 5, 6} and max(lengths) == MOST_STEPS
+    prompts = tokenizer([p.prompt for p in problems])["input_ids"]
+    for steps in SHARES["hard"]:
+        assert max(len(ids) for ids, k in zip(prompts, lengths, strict=True) if k == steps) == prompt_tokens(steps)
+    for problem in problems[:100]:
+        assert read(problem.prompt) == (problem.start, list(problem.changes))
+        assert final_answer(problem.answer) == problem.total
 
 
 def test_every_word_is_in_the_vocabulary(tokenizer):
@@ -116,7 +131,7 @@ def test_final_answer(text, number):
     ("wrong", "message"),
     [
         ({"seed": -1}, "seed=-1 is negative; use 0 or more"),
-        ({"seed": 1, "steps": 4}, "steps=4 is not a number of steps; use 1 to 3"),
+        ({"seed": 1, "steps": 7}, "steps=7 is not a number of steps; use 1 to 6"),
         ({"seed": 1, "top": 12}, "top=12 leaves no problems; use 20 to 99"),
         ({"seed": 1, "top": 100}, "top=100"),
     ],

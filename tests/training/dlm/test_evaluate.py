@@ -38,6 +38,12 @@ def test_only_the_number_counts_and_the_working_is_told_apart(monkeypatch):
     assert sum(row["accuracy"] * row["n"] for row in rows[1:]) == pytest.approx(20)
 
 
+def test_hard_problems_have_their_own_rows(monkeypatch):
+    rows = measure(Knowing(monkeypatch, lambda _, problem: problem.answer), None, n=30, gen_length=64, task="hard")
+    assert [row["task"] for row in rows] == ["all", "4 steps", "5 steps", "6 steps"]
+    assert [row["accuracy"] for row in rows] == [1.0] * 4 and sum(row["n"] for row in rows[1:]) == 30
+
+
 @pytest.mark.parametrize("kind", ["llada", "dream", "guider"])
 def test_a_batch_gives_the_answers_of_its_rows_alone(trainer_of, kind):
     trainer = trainer_of(kind)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dlm.mini.problems import FIRST_EVALUATION_SEED, MOST, final_answer
-from training.dlm.feed import LONGEST, STAGES, Feed, Stage, answer_tokens, stage_at
+from training.dlm.feed import HARD_STAGES, LONGEST, STAGES, Feed, Stage, answer_tokens, stage_at
 from training.dlm.tokenizer import build_tokenizer
 
 
@@ -48,6 +48,9 @@ def test_a_batch_depends_on_seed_and_number_alone(tokenizer):
 def test_numbers_and_steps_grow(tokenizer):
     assert [stage_at(p) for p in (0.0, 0.099, 0.1, 0.3, 0.45, 1.0)] == [0, 0, 1, 2, 3, 3]
     assert [s.latest for s in STAGES] == sorted(s.latest for s in STAGES) and STAGES[0].latest == 0.0
+    assert [stage_at(p, HARD_STAGES) for p in (0.0, 0.3, 1.0)] == [0, 1, 2]
+    drawn = {Feed(tokenizer, 1100, seed=1).batch(number, HARD_STAGES[-1]).answer for number in range(30)}
+    assert drawn == {answer_tokens(k) for k in (3, 4, 5, 6)}
     batch = Feed(tokenizer, 1100, seed=1).batch(0, STAGES[0])
     answers = tokenizer.batch_decode(batch.ids[:, batch.prompt :], skip_special_tokens=True)
     assert batch.answer == answer_tokens(1) and max(map(final_answer, answers)) <= 39

@@ -6,7 +6,7 @@ import pytest
 
 from dlm.config import DecodingConfig
 from dlm.decode import decode_prompts
-from dlm.mini import KINDS, WEIGHTS, load_mini
+from dlm.mini import KINDS, WEIGHTS, load_mini, task_of
 from dlm.mini.problems import FIRST_EVALUATION_SEED, final_answer, make_problem
 from dlm.models import answer_text
 from dlm.prompts import prompt_ids
@@ -18,8 +18,9 @@ MOST_BYTES = 16 * 2**20
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_held_out_problems_are_solved(kind: str) -> None:
-    rows = measure(*load_mini(kind), n=24, gen_length=64)
-    assert rows[0]["accuracy"] >= 0.9
+    hard = task_of(kind) == "hard"
+    rows = measure(*load_mini(kind), n=24, gen_length=50 if hard else 64, task=task_of(kind))
+    assert rows[0]["accuracy"] >= (0.4 if hard else 0.9)
     assert (WEIGHTS / kind / "model.safetensors").stat().st_size <= MOST_BYTES
 
 
