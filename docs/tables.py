@@ -109,6 +109,22 @@ def decoding() -> str:
     return markdown(["cache + rule", "right, 256 / 1,024", "forwards", "query tokens", "seconds"], lines)
 
 
+def decoding_hard() -> str:
+    """The same arms on problems that the guide knows, and on longer ones that it does not."""
+    easy, hard = ({_arm(row): row for row in rows(f"dlm-{name}.json")} for name in ("256", "hard"))
+    lines = []
+    for arm in (one for one in hard if one in easy):
+        pair = easy[arm], hard[arm]
+        told = [" / ".join(f"{100 * row['accuracy']:.0f}" for row in pair) + " %"]
+        told += [f"{100 * hard[arm]['low']:.0f} to {100 * hard[arm]['high']:.0f} %"]
+        told += [" / ".join(f"{100 * row['equal']:.0f}" for row in pair) + " %"]
+        for what in ("forwards", "query_tokens", "seconds"):
+            told.append(" / ".join(_times(row[f"{what}_ratio"]) for row in pair))
+        lines.append([arm, *told])
+    heads = ["cache + rule", "right, easy / hard", "hard, 95 %", "answers of `none`"]
+    return markdown([*heads, "forwards", "query tokens", "seconds"], lines)
+
+
 def dlm_loop() -> str:
     """What a step costs outside of the model."""
     lines = [
@@ -126,7 +142,8 @@ def _arm(row: Row) -> str:
     """The arm's name, the same at every length."""
     if row["steps"] == row["gen_length"]:
         return f"`{row['arm']}`"
-    return f"`none`, {row['steps'] / row['gen_length']:.0%} of the steps".replace("%", " %")
+    # A quarter of 50 steps is 12.
+    return f"`none`, {1 / round(row['gen_length'] / row['steps']):.0%} of the steps".replace("%", " %")
 
 
 def _times(ratio: float) -> str:
@@ -387,8 +404,8 @@ def _method(row: Row) -> str:
     return f"`{method}`" + (f" {row['budget']}" if method not in ("full", row.get("server")) else "")
 
 
-_MADE = (agents, curves, persistent, board, decoding, dlm_loop, fast_dllm, batch_rows, cost, masa, masa_converted, rag, porag)
-_MADE += (peers, retrieval, conversations, teams, sentences, served, load)
+_MADE = (agents, curves, persistent, board, decoding, decoding_hard, dlm_loop, fast_dllm, batch_rows, cost)
+_MADE += (masa, masa_converted, rag, porag, peers, retrieval, conversations, teams, sentences, served, load)
 TABLES: dict[str, Callable[[], str]] = {made.__name__.replace("_", "-"): made for made in _MADE}
 
 
