@@ -27,7 +27,7 @@ _TILE = 1 << 18  # numbers unpacked at a time: 1 MB
 _SCORES = 1 << 19  # scores held at a time
 _ROWS = 256  # query rows at a time
 _TOKENS = 8192  # tokens of a run at a time, about
-_MANY = 16  # query rows of a run from which tiles are unpacked for fused attention
+_MANY = 64  # query rows of a run from which tiles are unpacked for fused attention
 _FEWEST = 1024  # .. and at least, whatever the number of queries
 
 

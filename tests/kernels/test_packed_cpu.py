@@ -129,6 +129,7 @@ def test_what_is_made_does_not_grow_with_the_run(monkeypatch):
 @pytest.mark.parametrize("rank, single", [(0, 0), (2, 9)])
 def test_many_queries_read_tiles_by_fused_attention(bits, keys, rank, single, monkeypatch):
     monkeypatch.setattr(module, "_TILE", 2 * 16 * 32)
+    monkeypatch.setattr(module, "_MANY", 16)
     k, v, rows = cache((96, 96), bits=bits, keys=keys, rank=rank, single=single, slack=0)
     if rank:
         chunk = (torch.arange(k.blocks) >= 6).int()  # one set of directions for each run
