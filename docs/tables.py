@@ -127,14 +127,11 @@ def decoding_hard() -> str:
 
 def dlm_loop() -> str:
     """What a step costs outside of the model."""
-    lines = [
-        [
-            f"{row['model']}, {row['layers']} layers", f"`{row['method']}`", f"{row['calls']:.0f}",
-            f"{1000 * row['seconds_outside']:.2f}", f"{1000 * row['seconds_forward']:.1f}",
-            f"{row['overhead']:.1%}".replace("%", " %"),
-        ]
-        for row in rows("dlm-loop.json")
-    ]  # fmt: skip
+    lines = []
+    for row in rows("dlm-loop.json"):
+        told = [f"{row['model']}, {row['layers']} layers", f"`{row['method']}`", f"{row['calls']:.0f}"]
+        told += [f"{1000 * row['seconds_outside']:.2f}", f"{1000 * row['seconds_forward']:.1f}"]
+        lines.append([*told, f"{row['overhead']:.1%}".replace("%", " %")])
     return markdown(["model", "cache", "operations outside", "ms outside", "ms of a forward", "share"], lines)
 
 
@@ -176,12 +173,9 @@ def batch_rows() -> str:
         equal = f"{row['equal']:.0%}".replace("%", " %")
         lines.append([f"`{row['method']}`", f"{row['forwards']} / {row['forwards_alone']}", *told, equal])
     heads = [
-        "cache + rule",
-        "forwards, batch / alone",
-        "query tokens, computed / needed",
-        "x",
+        "cache + rule", "forwards, batch / alone", "query tokens, computed / needed", "x",
         "seconds, batch / alone",
-    ]
+    ]  # fmt: skip
     return markdown([*heads, "times faster", "rows equal"], lines)
 
 
@@ -195,13 +189,9 @@ def cost() -> str:
         prompt = f"{at[8192]['prefill_ratio']:.2f}" if 8192 in at else ""
         lines.append([f"`{method}`", f"{at[min(at)]['calls_ratio']:.2f}", *decode, prompt])
     heads = [
-        "method, budget 0.5",
-        "operations, x",
-        "decode at 1k, x",
-        "at 8k, x",
-        "at 32k, x",
+        "method, budget 0.5", "operations, x", "decode at 1k, x", "at 8k, x", "at 32k, x",
         "prompt in chunks, 8k, x",
-    ]
+    ]  # fmt: skip
     return markdown(heads, lines)
 
 
@@ -240,14 +230,9 @@ def rag() -> str:
             told.append(_within(row, name, sign="+") if name in row else "")
         lines.append(told)
     heads = [
-        "method",
-        "accuracy",
-        "retrievals",
-        "tokens",
-        "seconds",
-        "accuracy less `fixed`",
+        "method", "accuracy", "retrievals", "tokens", "seconds", "accuracy less `fixed`",
         "retrievals less `fixed`",
-    ]
+    ]  # fmt: skip
     return markdown(heads, lines)
 
 
@@ -292,14 +277,9 @@ def peers() -> str:
         ]
         lines.append([f"`{method}`", f"{budget:g}", *told, "" if shared is None else f"{shared:.3f}"])
     heads = [
-        "method",
-        "budget",
-        "right, ours / kvpress",
-        "digits",
-        "bytes of full",
-        "a token's seconds, of full",
+        "method", "budget", "right, ours / kvpress", "digits", "bytes of full", "a token's seconds, of full",
         "same tokens kept",
-    ]
+    ]  # fmt: skip
     return markdown(heads, lines)
 
 
