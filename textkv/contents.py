@@ -78,11 +78,15 @@ class Contents:
         if self.whole is not None and name in self.statistics:
             known = self.statistics[name]
             return known if known.shape[-1] == self.whole else F.pad(known, (0, self.whole - known.shape[-1]))
-        positions = self.held_positions()
+        positions = self._counted()
         known = self.statistics.get(name, positions.new_zeros((*positions.shape[:2], 0), dtype=torch.float32))
         known = known[..., : positions.shape[-1]]
         known = F.pad(known, (0, positions.shape[-1] - known.shape[-1]))
         return known.masked_fill(positions < 0, 0)
+
+    def _counted(self) -> torch.Tensor:
+        """Positions of the tokens that statistics are of: int32 [batch, stored heads, n], -1 = hole."""
+        return self.segments[-1].held_positions() if self.context.method.counts_last else self.held_positions()
 
     def _known(self) -> list[Segment]:
         """The segments without those that nothing ever came to: they do not know the shape of a token."""
@@ -100,17 +104,17 @@ class Contents:
         self.tidy()
         # Read before the segments change, since they are matched slot by slot.
         known = {name: self.statistic(name) for name in self._of_tokens()}
-        before, several = self.held_positions(), len(self.segments) > 1
+        before, counted, several = self.held_positions(), self._counted(), len(self.segments) > 1
         self.segments = keep_across(self.segments, index)
         self._changed()
         pick = index.expand(-1, before.shape[1], -1)
         for name, x in known.items():
             told = self.statistics[name].shape[-1]
             if several:  # each keeps its slots in its own way: what moved where is told by positions alone
-                x = _found_again(x, before, self.held_positions())
+                x = _found_again(x, counted, self._counted())
             else:
                 x = x.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, 0)
-            if told < before.shape[-1]:  # tokens that came since have 0: no room for that
+            if told < counted.shape[-1]:  # tokens that came since have 0: no room for that
                 used = (x != 0).flatten(0, 1).any(0).nonzero()
                 x = x[..., : int(used.max()) + 1 if len(used) else 0].clone()
             self.statistics[name] = x

@@ -139,6 +139,11 @@ class Method:
         return True
 
     @property
+    def counts_last(self) -> bool:
+        """Whether the numbers that are kept per token (`Layer.statistic`) are of the last segment's tokens alone."""
+        return self.inner is not None and self.inner.counts_last
+
+    @property
     def remembers(self) -> bool:
         """Whether a step of an agent knows of those before it (`Layer.trajectory`): as the method on the left does."""
         return self.inner is not None and self.inner.remembers

@@ -92,6 +92,11 @@ class MiKV(Method):
         return not self.low
 
     @property
+    def counts_last(self) -> bool:
+        """The scorer knows the exact tokens alone."""
+        return bool(self.low)
+
+    @property
     def budgeted(self) -> bool:
         """Always: the budget says how many tokens stay exact."""
         return True

@@ -24,6 +24,8 @@ class BalancedSegment(PackedSegment):
         balance: fp32 [batch, kv_heads, head_dim], the b of each channel.
     """
 
+    stays = True
+
     def __init__(
         self, dtype: torch.dtype, centre: torch.Tensor | None = None, balance: torch.Tensor | None = None
     ) -> None:

@@ -81,6 +81,8 @@ class Segment(ABC):
 
     name = ""
     """Under which it is saved: set by `register_segment`."""
+    stays = False
+    """Whether its layer keeps it when it holds no token any more: what it was made with cannot be made again."""
 
     def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Takes the new tokens in and lets their queries attend causally to everything visible here.
@@ -285,7 +287,7 @@ def keep_across(segments: list[Segment], index: torch.Tensor) -> list[Segment]:
     """`Segment.keep` over segments that lie side by side: slots count through all of them.
 
     Returns:
-        Those that still hold a token, and the last one, which takes new tokens in.
+        Those that still hold a token or stay without, and the last one, which takes new tokens in.
     """
     if len(segments) == 1:
         segments[0].keep(index)
@@ -304,7 +306,7 @@ def keep_across(segments: list[Segment], index: torch.Tensor) -> list[Segment]:
         # A segment that keeps all its slots is left alone: packed tokens must not be rounded for nothing.
         if most < size or bool((own < 0).any()):
             segment.keep(own)
-        if segment is segments[-1] or most:
+        if segment is segments[-1] or most or segment.stays:
             kept.append(segment)
         first += size
     return kept

@@ -331,3 +331,39 @@ def test_a_scorer_with_a_copy_per_query_head_is_refused():
 def test_a_group_that_does_not_fit_the_model_is_refused(model_of):
     with pytest.raises(ValueError, match="a group of 12 channels does not divide head_dim 16; use 16"):
         run(model_of("llama"), MethodCache(model_of("llama"), "mikv(16,2,group=12)"), tiny.text_ids(8))
+
+
+def _scores(layer):
+    """What the scorer has added up, by head and position."""
+    (name,) = layer._of_tokens()
+    at = layer.segments[-1].held_positions()[0].tolist()
+    known = layer.statistic(name)[0].tolist()
+    return [dict(zip(places, numbers, strict=True)) for places, numbers in zip(at, known, strict=True)]
+
+
+def test_what_is_forgotten_leaves_the_others_their_scores():
+    *_, (layer, _) = feed("mikv(16,4)", "24t", tokens(90), 60)
+    before = _scores(layer)
+    assert len(layer.segments) > 1 and before[0]
+    gone = torch.zeros(1, 90, dtype=torch.bool)
+    gone[0, 3:20] = gone[0, 50:56] = True
+    layer.forget(gone)
+    after = _scores(layer)
+    assert [set(head) for head in after] == [{p for p in head if not gone[0, p]} for head in before]
+    assert all(after[h][p] == before[h][p] for h in range(HEADS) for p in after[h])
+
+
+def test_where_all_demoted_tokens_are_forgotten_it_demotes_on():
+    cache = MethodCache(one_layer_model(), "mikv(16,4)", "24t")
+    layer = cache.layers[0]
+    ids = tiny.text_ids(60)
+    model = one_layer_model()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        gone = torch.ones(1, 60, dtype=torch.bool)
+        gone[0, layer.segments[-1].held_positions()[0].flatten().unique().long()] = False
+        layer.forget(gone)
+        held = int(layer.lengths().sum())
+        for token in tiny.text_ids(40, seed=1)[0]:
+            model(token.view(1, 1), past_key_values=cache)
+    assert int(layer.lengths().sum()) == held + 40 * layer.lengths().shape[1], "nothing is dropped, all are demoted"
