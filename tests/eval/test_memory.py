@@ -41,10 +41,11 @@ def test_what_goes_makes_room() -> None:
 def test_what_packed_caches_need_to_decode_does_not_grow_with_the_prompt(method: str, small_tiles: None) -> None:
     short, long = (decoding_memory(tiny.build("llama"), method, "0.2", tiny.text_ids(n), n - 3) for n in (512, 960))
     assert long.layer_bytes == 2 * 960 * 2 * 16 * 4
-    assert 0 < long.largest == short.largest < 0.3 * long.layer_bytes / 2, long.maker
-    # Of mikv's exact tokens, a fifth of the prompt, one leaves at every step: these are copied, so both lie there.
-    moved = 2 * 0.2 * (long.layer_bytes - short.layer_bytes) if method.startswith("mikv") else 0
-    assert long.alive < 1.05 * short.alive + moved
+    # Tokens are read in nearly equal parts of about so many: up to half as many more.
+    assert 0 < long.largest <= 1.5 * short.largest and long.largest < 0.3 * long.layer_bytes / 2, long.maker
+    # What moves to a larger buffer lies in both for that moment: a layer's codes, or the exact tokens of mikv. A layer
+    # that is read out would be all of it.
+    assert long.alive < 1.05 * short.alive + 0.5 * (long.layer_bytes - short.layer_bytes)
 
 
 def test_packing_a_buffer_is_watched_too() -> None:
