@@ -160,16 +160,14 @@ class ChangesAgent(PersistentAgent):
 
     def _prompt(self, history: History, screenshot: Image.Image, viewport: tuple[int, int]) -> tuple[InPart, int]:
         prompt, known = super()._prompt(history, screenshot, viewport)
-        told, before, grid = list(self._told), self._pixels, prompt.grids[known - 1] if known else None
-        held = self._share(self._places[-1]) if known else None
-        for pixels, now in zip(self._tokens(prompt, known), prompt.grids[known:], strict=True):
+        told = list(self._told)
+        for number, pixels in enumerate(self._tokens(prompt, known), known):
             part = torch.ones(len(pixels), dtype=torch.bool)
-            if before is not None and grid == now:
-                part = (pixels != before).any(1)
-                part = part if held is None else part | (held < HALF)
+            # What is read in the same forward cannot be turned before it: then all are told whole.
+            if number == known > 0 and prompt.grids[number - 1] == prompt.grids[number]:
+                part = (pixels != self._pixels).any(1) | (self._share(self._places[-1]) < HALF)
                 part[0] |= not part.any()  # a screenshot without a token would be none
             told.append(part)
-            before, grid, held = pixels, now, None
         return in_part(prompt, told, self.adapter.model), known
 
     def _tokens(self, prompt: Prompt, known: int) -> list[torch.Tensor]:

@@ -190,3 +190,12 @@ def test_a_method_that_cannot_be_right_is_refused(growing: ChatAdapter, method: 
 def test_a_model_whose_positions_tell_no_place_is_refused() -> None:
     with pytest.raises(ValueError, match="does not tell a patch's place.*use --cache persistent"):
         ChangesAgent(tiny(AGENTS["opencua"]), "full", 1.0)
+
+
+def test_what_is_read_again_at_once_is_read_whole(growing: ChatAdapter) -> None:
+    agent = ChangesAgent(growing, "full", 1.0)
+    _, past = play(agent, 3)
+    agent.start(None)  # as after an answer that is told otherwise than it was said
+    agent._episode = agent._begun(GOAL, 1)
+    prompt, known = agent._prompt(shown(past), page(3), VIEWPORT)
+    assert known == 0 and len(prompt.told) == 3 and all(part.all() for part in prompt.told)
