@@ -199,16 +199,7 @@ def coded_attention(
     G, n = k.shape[1:3]
     rows = q.reshape(B * G, H // G * m, D).float() * scale
     valid = None if valid is None else valid.expand(B, G, n)
-    turned = None
-    if inv_freq is not None:
-        centre, inv_freq = centre.flatten(0, 1).contiguous(), inv_freq.flatten(0, 1).contiguous()
-        turned = centre, inv_freq, check_turn(q, centre, inv_freq, positions, None, n), None
-    elif centre is not None:
-        centre = centre.flatten(0, 1)
-    query, shift = turn(rows, signs[0]), None
-    if centre is not None:  # what the dims that do not turn add to all scores
-        still = 0 if turned is None else 2 * turned[1].shape[1]
-        shift = (rows[..., still:] @ centre[:, still:, None])[..., 0]
+    query, shift, turned = _centred(q, rows, signs, centre, inv_freq, positions, n)
     graded = q.requires_grad and torch.is_grad_enabled()
     if use_triton(q, _backend) and q.numel() and n:
         out, lse = _launch(rows, query.to(q.dtype), k, v, bits, shift, turned, softcap, valid, dot_dtype(q))
@@ -225,6 +216,22 @@ def coded_attention(
         return out, lse
     own = decode_attention(q, *beside, scale=scale, softcap=softcap)
     return merge([out, own[0]], [lse, own[1]])
+
+
+def _centred(q, rows, signs, centre, inv_freq, positions, n):
+    """Query rows turned as the keys were before they were coded; what the centre adds to all scores, by the dims that
+    RoPE leaves alone; and what its other dims need. The last two are None where there is no such thing."""
+    query = turn(rows, signs[0])
+    if centre is None:
+        if inv_freq is not None:
+            raise ValueError("inv_freq without centre: nothing but a centre is turned; give both or neither")
+        return query, None, None
+    centre, turned, still = centre.flatten(0, 1), None, 0
+    if inv_freq is not None:
+        centre, inv_freq = centre.contiguous(), inv_freq.flatten(0, 1).contiguous()
+        turned = centre, inv_freq, check_turn(q, centre, inv_freq, positions, None, n), None
+        still = 2 * inv_freq.shape[1]
+    return query, (rows[..., still:] @ centre[:, still:, None])[..., 0], turned
 
 
 def reference(q, query, k, v, bits, shift, turned, softcap, valid):

@@ -89,12 +89,18 @@ class Engine(Protocol):
         return False
 
     def answer_rows(self, more: More) -> None:
-        """Answers requests together, and those that come meanwhile, until there are none.
+        """Answers requests together, and those that come meanwhile, until there are none. An engine that says no more
+        about it answers one after the other.
 
         Args:
             more: asked between two steps for those that join, so many at most.
         """
-        raise NotImplementedError
+        while asks := more(1):
+            for ask in asks:
+                try:
+                    ask.done(self.answer(ask.prepared, ask.give, ask.cancelled))
+                except Exception as error:
+                    ask.done(error)
 
     def figures(self) -> Mapping[str, float]:
         """What it holds now, by name of a metric: `kv_bytes`, `conversations`, ..."""

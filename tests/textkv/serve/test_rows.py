@@ -11,7 +11,7 @@ from tests.textkv import kinds, tiny
 from tests.textkv.serve.live import mini_engine
 from tests.textkv.serve.test_app import Letters
 from tests.textkv.serve.test_short_turns import Characters
-from textkv.serve import Cancelled, ChatEngine, Outcome, rows
+from textkv.serve import Cancelled, ChatEngine, Engine, Outcome, rows
 from textkv.serve.protocol import read_request
 from textkv.serve.queue import Job, Turns
 from textkv.serve.rows import Ask
@@ -59,6 +59,18 @@ def together(engine, requests, cancelled=None, late=0):
     engine.answer_rows(more)
     assert not waiting
     return [("".join(pieces), ends[number]) for number, pieces in enumerate(said)], order
+
+
+def test_an_engine_that_knows_no_rows_answers_one_after_the_other(model):
+    class OneByOne(ChatEngine):
+        answer_rows = Engine.answer_rows
+
+    requests = [request(text) for text in TEXTS]
+    expected, _ = together(engine_of(model), requests)
+    one_by_one = OneByOne(model, Letters(), "full", None, answer_tokens=8)
+    found, order = together(one_by_one, requests, [lambda number=number: number == 1 for number in range(len(TEXTS))])
+    assert order == [0, 1, 2, 3] and isinstance(found[1][1], Cancelled)
+    assert [found[n] for n in (0, 2, 3)] == [expected[n] for n in (0, 2, 3)]
 
 
 def alone(engine, one):
