@@ -36,9 +36,10 @@ from .actions import (
     Type,
 )
 from .browser import Browser, ChromiumMissing
-from .catalogue import make
+from .catalogue import make, site_ids
 from .memory import PAGES
 from .miniwob import MiniwobMissing
+from .sites import SitesMissing
 from .web import WebEnv
 
 FORMATS = ("agentnetbench",)
@@ -89,10 +90,11 @@ def recorded(action: Action, element: Element | None, size: tuple[int, int], sca
         case Drag(x, y, to_x, to_y) if x is not None and y is not None:
             start = _atom("moveTo", {"position": shares(x, y, size)}, about)
             return [start, _atom("dragTo", {"position": shares(to_x, to_y, size)})]
-        case Scroll(x, y, "up" | "down" as way, pixels) if x is not None and y is not None:
+        case Scroll(x, y, way, pixels) if x is not None and y is not None:
             place = {"position": shares(x, y, size)}
-            clicks = max(round(pixels / 100), 1) * (1 if way == "up" else -1)
-            return [_atom("moveTo", place, about), _atom("scroll", place | {"amount": clicks})]
+            clicks = max(round(pixels / 100), 1) * (1 if way in ("up", "right") else -1)
+            kind = "scroll" if way in ("up", "down") else "hscroll"
+            return [_atom("moveTo", place, about), _atom(kind, place | {"amount": clicks})]
         case Type(text):
             return [_atom("write", {"text": text})]
         case Hotkey(keys):
@@ -124,8 +126,8 @@ def _line(kind: str, params: dict[str, Any]) -> str:
             return f"pyautogui.press(keys={params['keys']!r})"
         case "hotkey":
             return f"pyautogui.hotkey({', '.join(map(repr, params['keys']))})"
-        case "scroll":
-            return f"pyautogui.scroll({params['amount']})"
+        case "scroll" | "hscroll":
+            return f"pyautogui.{kind}({params['amount']})"
         case "terminate":
             return f"computer.terminate(status={params['status']!r})"
     return f"pyautogui.{kind}(x={params['position']['x']}, y={params['position']['y']})"
@@ -194,10 +196,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="layout of the files (agentnetbench)")
     p.add_argument(
         "--tasks",
-        type=choices(*oracle.task_ids()),
-        default=",".join(PAGES),
-        help="comma-separated (default: the memory pages)",
+        type=choices(*oracle.SCRIPTS),
+        help="comma-separated (default: the memory pages, with --sites all tasks on sites)",
     )
+    p.add_argument("--sites", action="store_true", help="the tasks of envs.sites")
     p.add_argument("--episodes", type=episodes, default=2, help="per task (default 2)")
     p.add_argument("--seed", type=seed, default=FIRST_SEED, help=f"first seed (default {FIRST_SEED})")
     p.add_argument("--device-scale", type=scale, default=1.0, help="pixels of a picture per CSS pixel (default 1)")
@@ -213,15 +215,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 1 when a script failed on a seed, else as `textkv.command.run` says."""
-    explained = (ChromiumMissing, MiniwobMissing)
+    explained = (ChromiumMissing, MiniwobMissing, SitesMissing)
     return run("envs.record", parser(), work, argv, explained=explained, kept="the same command goes on")
 
 
 def work(args: argparse.Namespace, argv: list[str]) -> int:
     """Record what is missing."""
     counts: list[int] = []
+    tasks = args.tasks or (site_ids() if args.sites else PAGES)
     with Browser(args.chromium) as browser:
-        for task in args.tasks:
+        for task in tasks:
             env = make(task, browser, args.device_scale)
             for seed in range(args.seed, args.seed + args.episodes):
                 if (args.out / f"{task}-{seed}.json").exists():

@@ -30,6 +30,7 @@ def test_the_smallest_element_is_what_was_meant() -> None:
     [(Click(50, 25), "pyautogui.click(x=0.25, y=0.25)"), (Type("it's"), 'pyautogui.write(message="it\'s")'),
      (Drag(0, 0, 100, 50), "pyautogui.moveTo(x=0.0, y=0.0)\npyautogui.dragTo(x=0.5, y=0.5)"),
      (Scroll(100, 50, "down", 300), "pyautogui.moveTo(x=0.5, y=0.5)\npyautogui.scroll(-3)"),
+     (Scroll(0, 0, "right", 200), "pyautogui.moveTo(x=0.0, y=0.0)\npyautogui.hscroll(2)"),
      (Hotkey(("Enter",)), "pyautogui.press(keys=['enter'])"), (RightClick(0, 0), "pyautogui.rightClick(x=0.0, y=0.0)"),
      (Hotkey(("Control", "ArrowUp")), "pyautogui.hotkey('ctrl', 'up')"),
      (Finished(), "computer.terminate(status='success')")],
@@ -71,3 +72,12 @@ def test_episodes_become_tasks_that_replay(tmp_path: Path, capsys: pytest.Captur
     first = json.loads((tmp_path / "memory-first-1000000.json").read_text())
     assert first["high_level_task_description"] and first["steps"][0]["action"].startswith("pyautogui.click(x=")
     assert main(argv) == 0 and "0 tasks recorded" in capsys.readouterr().out
+
+
+@pytest.mark.browser
+def test_a_task_on_a_site_is_recorded_with_its_scrolling_sideways(tmp_path: Path) -> None:
+    assert main(["--out", str(tmp_path), "--tasks", "site-board-add", "--episodes", "1"]) == 0
+    tasks, problems = read(tmp_path)
+    assert problems == [] and any("pyautogui.hscroll(5)" in step.code for step in tasks[0].steps)
+    for protocol in ("v1", "v2", "gui_kv"):
+        assert replay_rows(tasks, [protocol])[0]["accuracy"] == 1.0
