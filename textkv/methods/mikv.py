@@ -1,14 +1,20 @@
 """MiKV: what an eviction method would drop is kept with few bits (arXiv 2402.18096).
 
 Wraps any scorer ("snapkv+mikv(16,2)"; alone it wraps h2o, the paper's score). The scorer works as if it were alone, at
-the end of prompts and, if it evicts there, while decoding. The tokens that it drops are not lost but demoted: packed
-per token, keys balanced against queries (`textkv.segments.balanced`). Demotion is final, the exact values are gone.
+the end of prompts and, if it evicts there, while decoding. The tokens that it drops are not lost but demoted to codes.
+Demotion is final, the exact values are gone.
 
 The budget is the share r of exact tokens: at one budget a scorer with and without mikv holds the same tokens exactly,
 so that what is won by demoting instead of dropping can be read off. r = 1 is the full cache, `mikv(16,0)` the scorer.
-Codes come in blocks of `block` tokens of a head; demoted tokens wait, exact, until they fill one. No code was released.
 The paper lets the exact share grow with the text (`grow=True`); by default it is fixed by the prompt, as every share.
-Ours is the centring of keys, without which a balanced channel with a large constant part is worse than an unbalanced.
+No code was released.
+
+The paper's codes are `codes="scaled"`: groups of channels share a scale in each token, keys are balanced against
+queries (`textkv.segments.balanced`). They come in blocks of `block` tokens of a head; demoted tokens wait, exact, until
+they fill one. Ours is the centring of keys, without which a balanced channel with a large constant part is worse than
+an unbalanced. At two bits these codes lose more than dropping does (SmolLM2: errors of attention outputs of .19 where
+h2o's are .15, at a quarter), so below four bits tokens are coded as TurboQuant does, `codes="turned"`
+(`textkv.segments.coded`; .06): smaller, one by one, nothing waits.
 """
 
 from __future__ import annotations
@@ -17,49 +23,58 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 
 from textkv.context import Context
 from textkv.decode_eviction import DecodeEviction, attention_row
 from textkv.evidence import Evidence, Needs
-from textkv.kernels.pack import Bits, channel_group, check_block, pack
+from textkv.kernels.codebook import check_bits
+from textkv.kernels.pack import channel_group, check_block, pack
 from textkv.layer import Layer
 from textkv.method import Capabilities, Method, register
 from textkv.methods.h2o import H2O
+from textkv.methods.turboquant import TurboQuant, check_codable
 from textkv.segments.balanced import BalancedSegment
 from textkv.segments.base import Segment, Stored, picked
 from textkv.segments.block_pool import blocks_of
+from textkv.segments.coded import CodedSegment
 from textkv.segments.dense import DenseSegment
 from textkv.segments.ragged import RaggedSegment
+
+Codes = Literal["turned", "scaled"]
+_BLOCK = 16  # tokens; more of them wait
 
 
 @register("mikv")
 @dataclass(frozen=True)
 class MiKV(Method):
-    """Demotes where its scorer evicts. A layer is [packed, waiting if any, exact].
+    """Demotes where its scorer evicts. A layer is [turned if any, exact] or [scaled, waiting if any, exact].
 
     Attributes:
         high: bits of the important tokens: 16, as they are.
-        low: bits of the others: 2, 4, 8, "fp8" (8-bit floats), or 0 to drop them.
-        group: neighbouring channels that share a scale in each token; None = the largest divisor of head_dim up to 64
-            (64 of 128 in the paper: low + 0.5 bits per element).
-        block: demoted tokens of a head that are packed together, a multiple of 16; fewer wait.
-        balance: whether key channels are balanced against query channels.
+        low: bits of the others, 1 to 8 turned; 2, 4, 8 or "fp8" (8-bit floats) scaled; 0 drops them.
+        codes: "turned" or "scaled"; None = scaled from 4 bits on, and where one of the next three says how.
+        group: scaled: neighbouring channels that share a scale in each token; None = the largest divisor of head_dim up
+            to 64 (64 of 128 in the paper: low + 0.5 bits per element).
+        block: scaled: demoted tokens of a head that are packed together, a multiple of 16 (None = 16); fewer wait.
+        balance: scaled: whether key channels are balanced against query channels (None = they are).
         grow: under a scorer that evicts while decoding and a budget that is a share, the number of exact tokens follows
             the tokens seen (the paper); False = it stays what it was at the end of the prompt.
 
     Raises:
-        ValueError: bits, block or group that cannot be packed, or a scorer that stores a copy per query head.
+        ValueError: bits, block or group that cannot be packed, a setting of scaled codes for turned ones, or a scorer
+            that stores a copy per query head.
     """
 
     high: int = 16
-    low: Bits | Literal[0] = 2
+    low: int | Literal["fp8"] = 2
     group: int | None = None
-    block: int = 16
-    balance: bool = True
+    block: int | None = None
+    balance: bool | None = None
     grow: bool = False
+    codes: Codes | None = None
 
     wraps: ClassVar = "scorer"
     capabilities: ClassVar[Capabilities] = Capabilities(lossy=True)
@@ -73,10 +88,7 @@ class MiKV(Method):
                 f"high={self.high}: important tokens are stored as they are; use 16 (packed ones could not be demoted "
                 "without rounding twice)"
             )
-        if self.low:
-            check_block(self.low, self.block, self.block)
-        if self.group is not None and self.group < 1:
-            raise ValueError(f"group={self.group}: a group needs at least 1 channel; None chooses by head_dim")
+        self._check_codes()
         known = self.inner.capabilities
         if known.stores_query_heads:
             raise ValueError(
@@ -85,6 +97,39 @@ class MiKV(Method):
             )
         # No scores for wrappers: what they dropped would not be demoted.
         object.__setattr__(self, "capabilities", replace(known, scores=False, lossy=bool(self.low)))
+
+    def _check_codes(self) -> None:
+        """Raise ValueError for codes that cannot be."""
+        if self.codes not in (None, *get_args(Codes)):
+            raise ValueError(f"codes={self.codes!r} is not known; use 'turned' or 'scaled'")
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"group={self.group}: a group needs at least 1 channel; None chooses by head_dim")
+        told = {name: getattr(self, name) for name in _OF_SCALES if getattr(self, name) is not None}
+        if told and self.codes == "turned":
+            said = ", ".join(f"{name}={value}" for name, value in told.items())
+            raise ValueError(f"{said}: turned codes have no scales to share; use codes='scaled'")
+        if self.scaled:
+            check_block(self.low, self.waits, self.waits)
+        elif self.low:
+            check_bits(self.low)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether what is demoted has the paper's codes."""
+        if not self.low or self.codes:
+            return bool(self.low) and self.codes == "scaled"
+        told = any(getattr(self, name) is not None for name in _OF_SCALES)
+        return told or self.low == "fp8" or self.low >= 4
+
+    @property
+    def waits(self) -> int:
+        """Scaled: demoted tokens of a head that are packed together."""
+        return _BLOCK if self.block is None else self.block
+
+    @property
+    def _coder(self) -> TurboQuant:
+        """Turned: what makes the segment of codes. Its centre is the mean of the keys, as that of scaled codes."""
+        return TurboQuant(bits=self.low, centre="fixed", seed=1)
 
     @property
     def evicts(self) -> bool:
@@ -102,8 +147,8 @@ class MiKV(Method):
         return True
 
     def needs(self) -> Needs:
-        """What the scorer needs, and the largest queries per channel, which balance the keys."""
-        return self.inner.needs() | Needs(query_peaks=bool(self.low))
+        """What the scorer needs, and for scaled codes the largest queries per channel, which balance the keys."""
+        return self.inner.needs() | Needs(query_peaks=self.scaled)
 
     # ---- the scorer's moments ----------------------------------------------------------------------------------
 
@@ -113,15 +158,15 @@ class MiKV(Method):
         Raises:
             ValueError: `group` does not divide head_dim.
         """
-        if self.low:
-            check_block(self.low, self.block, layer.head_dim, self.group or channel_group(layer.head_dim))
+        if self.scaled:
+            check_block(self.low, self.waits, layer.head_dim, self.group or channel_group(layer.head_dim))
         self.inner.on_start(layer)
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
         """Fix balancer and centre by the first prompt, then let the scorer drop: what it drops is demoted."""
-        if self.low and not isinstance(layer.segments[0], BalancedSegment):
+        if self.scaled and not isinstance(layer.segments[0], BalancedSegment):
             # Fixed by the first prompt, as in the paper: codes that are stored cannot be balanced anew.
-            low = BalancedSegment.for_prompt(layer.stored(), evidence.peaks if self.balance else None)
+            low = BalancedSegment.for_prompt(layer.stored(), None if self.balance is False else evidence.peaks)
             layer.segments = [low, *layer.segments]
         if evidence.columns is not None:
             # Columns are those of all stored tokens, packed ones first; the scorer sees the exact ones alone.
@@ -159,10 +204,10 @@ class MiKV(Method):
 
     def _demote_one(self, layer: Layer, query: torch.Tensor) -> bool:
         """The common case: a full rectangle of exact tokens, of which one is demoted for the one that came, and a
-        rectangle of those that wait. Next to nothing is moved and nothing asked of the device. Returns whether it is
-        that."""
-        low, *waiting, exact = layer.segments
-        if not (isinstance(low, BalancedSegment) and all(isinstance(x, DenseSegment) for x in (*waiting, exact))):
+        rectangle of those that wait, if any do. Next to nothing is moved and nothing asked of the device. Returns
+        whether it is that."""
+        *demoted, exact = layer.segments
+        if not (demoted and all(isinstance(x, DenseSegment) for x in (*demoted[1:], exact))):
             return False
         n, most = exact.slots, self.inner.budget.tokens
         if exact.holes or n < 2 or layer.came is not None or self.grow or not self.inner.any_order:
@@ -171,14 +216,21 @@ class MiKV(Method):
             return False
         layer.segments = [exact]
         gone = layer.drop_one(self.inner.decode_score(layer, self._row(layer, query), n - 1))
-        if waiting:
-            waiting[0].put(gone)
-        else:
-            waiting = [DenseSegment.of(gone)]
-        if waiting[0].slots == self.block:
-            self._pack(low, waiting.pop().stored(), torch.full(gone.positions.shape[:2], self.block), layer.index)
-        layer.segments = [low, *waiting, exact]
+        layer.segments = [*self._with_one(layer, *demoted, gone=gone), exact]
         return True
+
+    def _with_one(self, layer: Layer, low: Segment, *waiting: DenseSegment, gone: Stored) -> list[Segment]:
+        """The segments of what was demoted, and one token more of each head."""
+        if isinstance(low, CodedSegment):
+            low.put(gone)
+            return [low]
+        if not waiting:
+            return [low, DenseSegment.of(gone)]
+        waiting[0].put(gone)
+        if waiting[0].slots < self.waits:
+            return [low, waiting[0]]
+        self._pack(low, waiting[0].stored(), torch.full(gone.positions.shape[:2], self.waits), layer.index)
+        return [low]
 
     def _counts(self, layer: Layer) -> torch.Tensor:
         """Exact tokens of each row after a decoded token, int64 [batch, 1]."""
@@ -202,11 +254,7 @@ class MiKV(Method):
         if not self.low:
             yield
             return
-        aside = [
-            (layer, layer.segments[:-1], copy.copy(layer.segments[-1]))
-            for layer in layers
-            if isinstance(layer.segments[0], BalancedSegment)
-        ]
+        aside = [(layer, layer.segments[:-1], copy.copy(layer.segments[-1])) for layer in layers]
         for layer, others, _ in aside:
             layer.segments = layer.segments[len(others) :]
             layer.notes[self.name] = False
@@ -223,29 +271,39 @@ class MiKV(Method):
             layer.notes[self.name] = True
 
     def _demote(self, layer: Layer, before: Segment) -> None:
-        """Packs what was dropped from `before`, together with what waits; the rest waits on."""
-        low, exact = layer.segments[0], layer.segments[-1]
-        gone = picked(before.stored(), _missing(before.held_positions(), exact.held_positions()))
+        """Codes what was dropped from `before`."""
+        *demoted, exact = layer.segments
+        held = before.stored()
+        gone = picked(held, _missing(before.held_positions(), exact.held_positions()))
+        if self.scaled:
+            demoted = self._packed(layer, *demoted, gone=gone)
+        else:
+            check_codable(gone, lambda row, head: f"layer {layer.index}, row {row}, head {head}")
+            demoted = demoted or [self._coder.empty(layer, held)]
+            demoted[0].put(gone)
+        layer.segments = [*demoted, exact]
+
+    def _packed(self, layer: Layer, low: BalancedSegment, *waiting: Segment, gone: Stored) -> list[Segment]:
+        """Packs what was dropped together with what waits; the rest waits on."""
         # Those that wait came first: oldest first into blocks, so that none waits for ever.
-        if len(layer.segments) == 3:
-            held = layer.segments[1].stored()
+        if waiting:
+            held = waiting[0].stored()
             gone = Stored(*(torch.cat([getattr(x, f) for x in (held, gone)], 2) for f in _FIELDS))
         real = gone.positions >= 0
         # Whole blocks per head: heads may have demoted different numbers.
-        counts = real.sum(-1).cpu() // self.block * self.block
+        counts = real.sum(-1).cpu() // self.waits * self.waits
         ready = real & (real.cumsum(-1) <= counts.to(real.device)[..., None])
         if bool(counts.any()):
             self._pack(low, picked(gone, ready), counts, layer.index)
         late = real & ~ready
         left = late.sum(-1).cpu()
-        waiting: list[Segment] = []
-        if bool(left.any()):
-            held = gone.keys[late], gone.values[late], gone.positions[late]
-            shape = (*left.shape, int(left.max()))
-            alike = bool((left == shape[2]).all())
-            rows = DenseSegment.of(Stored(*(x.view(*shape, *x.shape[1:]) for x in held))) if alike else None
-            waiting = [rows or RaggedSegment(*held, left)]
-        layer.segments = [low, *waiting, exact]
+        if not bool(left.any()):
+            return [low]
+        rest = gone.keys[late], gone.values[late], gone.positions[late]
+        shape = (*left.shape, int(left.max()))
+        alike = bool((left == shape[2]).all())
+        rows = DenseSegment.of(Stored(*(x.view(*shape, *x.shape[1:]) for x in rest))) if alike else None
+        return [low, rows or RaggedSegment(*rest, left)]
 
     def _pack(self, low: BalancedSegment, taken: Stored, counts: torch.Tensor, index: int) -> None:
         """Moves tokens into the packed segment; counts int64 [batch, kv_heads] on the CPU."""
@@ -257,12 +315,13 @@ class MiKV(Method):
                     "beyond float16 and cannot be packed"
                 )
         halves = (
-            pack(blocks_of(x.flatten(0, 1), counts.view(-1), self.block), self.low, layout="token", group=self.group)
+            pack(blocks_of(x.flatten(0, 1), counts.view(-1), self.waits), self.low, layout="token", group=self.group)
             for x in (low.balanced(taken.keys), taken.values.float())
         )
         low.take(*halves, counts, taken.positions)
 
 
+_OF_SCALES = ("group", "block", "balance")
 _FIELDS = ("keys", "values", "positions")
 
 

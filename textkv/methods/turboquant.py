@@ -174,17 +174,26 @@ class TurboQuant(Method):
         """
         if not isinstance(segment, DenseSegment | RaggedSegment) or segment.is_empty():
             return segment
-        held, rotary = segment.stored(), self._rotary(layer)
-        sample = Stored(*(x[:, :, :_SAMPLE] for x in (held.keys, held.values, held.positions)))
-        centre, inv_freq, _ = find_centre(self.centre, held, sample, rotary, rows, _lengths)
-        if centre is not None:
-            centre = centre * (segment.lengths() >= _FEW).to(centre)[..., None]
-        coding = Coding(self._signs(layer), (self.bits, self.value_bits or self.bits), self.fit)
+        held = segment.stored()
+        check_codable(held, name)
         repeat = segment.head_repeat if isinstance(segment, DenseSegment) else 1
-        coded = CodedSegment(held.keys.dtype, coding, centre, inv_freq, repeat)
-        _check_lengths(held, name)
+        coded = self.empty(layer, held, rows, repeat)
         coded.take(held, ragged=isinstance(segment, RaggedSegment))
         return coded
+
+    def empty(self, layer: Layer, held: Stored, rows: torch.Tensor | None = None, repeat: int = 1) -> CodedSegment:
+        """A segment that codes tokens like those of `held`, which say where its centre is, and holds none yet.
+
+        Args:
+            rows: as of `_coded`.
+            repeat: stored heads of an incoming one.
+        """
+        sample = Stored(*(x[:, :, :_SAMPLE] for x in (held.keys, held.values, held.positions)))
+        centre, inv_freq, _ = find_centre(self.centre, held, sample, self._rotary(layer), rows, _lengths)
+        if centre is not None:
+            centre = centre * ((held.positions >= 0).sum(-1) >= _FEW).to(centre)[..., None]
+        coding = Coding(self._signs(layer), (self.bits, self.value_bits or self.bits), self.fit)
+        return CodedSegment(held.keys.dtype, coding, centre, inv_freq, repeat)
 
     def _signs(self, layer: Layer) -> torch.Tensor:
         """int8 [2, head_dim], drawn on the CPU so that every device gets the same."""
@@ -214,7 +223,7 @@ def _unit_name(layer: int, part: Part, unit: int, _head: int) -> str:
     return f"layer {layer}, row {int(part.row[unit])}, head {int(part.head[unit])}"
 
 
-def _check_lengths(held: Stored, name: Callable[[int, int], str]) -> None:
+def check_codable(held: Stored, name: Callable[[int, int], str]) -> None:
     """Raise ValueError naming the first head with a key or value that cannot be coded. Of keys also what a centre would
     take away counts: a bias so large is beyond the model's own float16."""
     hole = held.positions < 0

@@ -16,8 +16,8 @@ import torch
 from textkv.kernels import coded_attention
 from textkv.kernels.codebook import Fit, decode, encode, mark, turn_back
 from textkv.positions import turned
-from textkv.segments.base import SEGMENTS, Segment, Step, Stored, register_segment, shown
-from textkv.segments.dense import DenseSegment
+from textkv.segments.base import SEGMENTS, Segment, Step, Stored, picked, register_segment, shown
+from textkv.segments.dense import DenseSegment, fills_rectangle
 from textkv.segments.ragged import RaggedSegment
 
 _FEW = 16  # tokens up to which keys and values are coded in one go
@@ -79,6 +79,25 @@ class CodedSegment(Segment):
         if bool((positions == positions[:, :1]).all()):
             positions = positions[:, :1].clone()
         self.rows = DenseSegment.of(Stored(k, v, positions))
+
+    def put(self, held: Stored) -> None:
+        """Codes tokens that were in another segment, each head's own: [batch, heads, n, ..], position -1 is none."""
+        positions = held.positions
+        padded = positions.shape[2] > 1 and bool((positions < 0).any())
+        k, v = self._coded(held.keys, held.values, positions, padded)
+        if not (padded or self.rows.is_empty()) and isinstance(self.rows, DenseSegment):
+            self.rows.put(Stored(k, v, positions))
+            return
+        # Heads take unequal numbers: all rows are laid out anew, which happens when a prompt ends.
+        mine = [] if self.rows.is_empty() else [self.rows.stored()]
+        parts = [(x.keys, x.values, x.positions.expand(x.keys.shape[:3])) for x in (*mine, Stored(k, v, positions))]
+        k, v, positions = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+        real = positions >= 0
+        counts = real.sum(-1).cpu()
+        if fills_rectangle(counts):
+            self.rows = DenseSegment.of(picked(Stored(k, v, positions), real))
+        else:
+            self.rows = RaggedSegment(k[real], v[real], positions[real], counts)
 
     def _coded(
         self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, padded: bool = True

@@ -12,6 +12,7 @@ from tests.textkv import tiny
 from tests.textkv.watch import Largest
 from textkv import MethodCache, resolve_method
 from textkv.conformance import check_method
+from textkv.kernels.codebook import encode
 from textkv.kernels.pack import unpack
 from textkv.methods.mikv import MiKV
 from textkv.methods.snapkv import SnapKV
@@ -54,8 +55,10 @@ def exact_at(layer):
 
 
 @pytest.mark.parametrize(
-    ("method", "budget"), [("snapkv+adakv+mikv(16,4)", 0.4), ("cake+mikv", 0.4), ("mikv(16,2,grow=True)", 0.4)]
-)
+    ("method", "budget"),
+    [("snapkv+adakv+mikv(16,4)", 0.4), ("cake+mikv", 0.4), ("mikv(16,2,grow=True)", 0.4),
+     ("snapkv+adakv+mikv", 0.4), ("mikv(16,2,codes='scaled')", 0.4)],
+)  # fmt: skip
 def test_it_conforms_with_other_scorers(method, budget):
     skipped = {check.name for check in check_method(method, budget) if check.outcome != "passed"}
     declared = {
@@ -115,7 +118,10 @@ def test_nothing_important_is_plain_rounding_once_per_token():
         assert not mismatch(ours, expected, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize(("method", "budget"), [("mikv(16,2)", "20t"), ("mikv(16,4)", 0.4), ("tova+mikv(16,4)", 0.3)])
+@pytest.mark.parametrize(
+    ("method", "budget"),
+    [("mikv(16,2)", "20t"), ("mikv(16,2,codes='scaled')", "20t"), ("mikv(16,4)", 0.4), ("tova+mikv(16,4)", 0.3)],
+)
 def test_tokens_are_conserved_and_demotion_is_final(method, budget):
     qkv = tokens(100, batch=2)
     demoted, codes = None, None
@@ -147,7 +153,7 @@ def test_the_exact_share_is_fixed_or_grows():
 
 def test_demoted_tokens_wait_exactly_until_they_fill_a_block():
     qkv, seen = tokens(60), []
-    for layer, _ in feed("mikv(16,2)", "20t", qkv, 40):
+    for layer, _ in feed("mikv(16,2,codes='scaled')", "20t", qkv, 40):
         lengths = [int(segment.lengths()[0, 0]) for segment in layer.segments]
         seen.append((lengths[0], sum(lengths[1:-1]), lengths[-1]))
         if len(lengths) == 3:
@@ -291,8 +297,46 @@ def test_a_prompt_of_one_token_works(model_of):
     assert [int(x.lengths()[0, 0]) for x in cache.layers[0].segments] == [32, 8]
 
 
+# ---- turned codes --------------------------------------------------------------------------------------------------
+
+
+def test_turned_codes_come_one_by_one_and_are_those_of_turboquant():
+    """Nothing waits, and what is demoted is what turboquant makes of it, less the prompt's mean key."""
+    qkv, seen = tokens(60), []
+    for layer, _ in feed("mikv(16,2)", "20t", qkv, 40):
+        seen.append([int(segment.lengths()[0, 0]) for segment in layer.segments])
+    assert seen == [[20 + i, 20] for i in range(21)]
+    low, at = layer.segments[0], layer.segments[0].held_positions()[..., None].long()
+    assert torch.equal(low.centre, qkv[1][:, :, :40].mean(2))
+    keys = qkv[1].gather(2, at.expand(-1, -1, -1, DIM))
+    moved = keys - low.centre[:, :, None]
+    alone = keys.norm(dim=-1) < moved.norm(dim=-1)
+    rows = encode(torch.where(alone[..., None], keys, moved), low.coding.signs[0], 2, "norm", alone)
+    assert torch.equal(low.rows.stored().keys, rows)
+
+
+def test_turned_codes_of_two_bits_are_nearer_than_scaled_ones():
+    qkv = tokens(200, dim=64)
+    outs = {}
+    for method in ("full", "mikv(16,2)", "mikv(16,2,codes='scaled')"):
+        outs[method] = torch.cat([out for _, out in feed(method, 0.2, qkv, 190)][1:], 2)
+    turned, scaled = (float((out - outs["full"]).norm()) for name, out in outs.items() if name != "full")
+    assert turned < 0.7 * scaled
+
+
+@pytest.mark.parametrize("low", [1, 2, 3, 4])
+def test_bytes_of_turned_codes_are_those_of_the_formula(low):
+    """(r 16 + (1 - r) (b + 16 / D)) / 16 of a half-precision cache."""
+    n, dim, share = 2560, 64, 0.2
+    ((layer, _),) = feed(f"mikv(16,{low},codes='turned')", share, tuple(x.half() for x in tokens(n, dim=dim)), n)
+    held, exact = layer.segments[0].rows.tensors(), layer.segments[1].tensors()
+    vectors = sum(part[name].untyped_storage().nbytes() for part in (held, exact) for name in ("k", "v"))
+    formula = (share * 16 + (1 - share) * (low + 16 / dim)) / 16
+    assert vectors / (2 * HEADS * n * dim * 2) == pytest.approx(formula, rel=0.01)
+
+
 def test_codes_are_small_integers():
-    *_, (layer, _) = feed("mikv(16,2)", "16t", tokens(48), 48)
+    *_, (layer, _) = feed("mikv(16,2,codes='scaled')", "16t", tokens(48), 48)
     (pool,) = layer.segments[0].pools
     assert pool.k.codes.dtype == torch.uint8 and pool.k.bits == 2 and len(unpack(pool.v)) == 2 * HEADS
 
@@ -300,14 +344,20 @@ def test_codes_are_small_integers():
 def test_what_is_not_finite_is_told_with_layer_row_and_head():
     qkv = tokens(60, batch=2)
     qkv[2][1, 1, 7, 3] = torch.inf
-    with pytest.raises(ValueError, match="layer 0, row 1, head 1: the values hold NaN, inf"):
-        list(feed("mikv", "1t", qkv, 50))
+    for codes in ("turned", "scaled"):
+        with pytest.raises(ValueError, match="layer 0, row 1, head 1: the values hold NaN"):
+            list(feed(f"mikv(16,2,codes='{codes}')", "1t", qkv, 50))
 
 
 @pytest.mark.parametrize(
     ("expression", "message"),
     [
-        ("mikv(16,3)", "bits=3 cannot be packed"),
+        ("mikv(16,3,codes='scaled')", "bits=3 cannot be packed"),
+        ("mikv(16,3,group=16)", "bits=3 cannot be packed"),
+        ("mikv(16,9,codes='turned')", "bits=9 cannot be coded"),
+        ("mikv(16,'fp8',codes='turned')", "bits='fp8' cannot be coded"),
+        ("mikv(16,2,codes='turned',block=32)", "block=32: turned codes have no scales to share; use codes='scaled'"),
+        ("mikv(16,2,codes='packed')", "codes='packed' is not known; use 'turned' or 'scaled'"),
         ("mikv(8,2)", "high=8: important tokens are stored as they are; use 16"),
         ("mikv(16,2,block=20)", "a group of 20 tokens cannot be packed"),
         ("mikv(16,2,group=0)", "group=0: a group needs"),
