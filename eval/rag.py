@@ -60,6 +60,7 @@ from .textbench import MODEL_HELP
 
 BASELINE = "fixed"  # what the others are compared with
 METHODS = ("none", "single", "fixed", *(f"atlas-{mode}" for mode in MODES))
+WORDS = 3  # of a query by ATLAS: with the paper's six, BM25 finds once more what was read already
 EXAMPLES, CALIBRATION = 1_000_003, 1_000_007  # seeds of their worlds
 _EXAMPLES, _CALIBRATED = 4, 4
 
@@ -133,7 +134,7 @@ class Bench:
         """Of one reading, from questions of another world, or of the documents' own first questions."""
         world = World.drawn(CALIBRATION)
         bench = Bench(self.reader, Index.build(world.chunks(), self.index.embedder), self.args)
-        notes = bench.with_policy(Atlas(Trigger(mode=mode, theta=inf)))
+        notes = bench.with_policy(self._atlas(mode, inf))
         asked = [question.text for question in world.questions(2)[:_CALIBRATED]]
         return calibrated(notes, asked, self.args.quantile)
 
@@ -147,7 +148,10 @@ class Bench:
             return self.with_policy(Interval(self.args.interval)), {"interval": self.args.interval}
         mode = name.partition("-")[2]
         theta = self.theta(mode) if self.args.theta is None else self.args.theta
-        return self.with_policy(Atlas(Trigger(mode=mode, theta=theta), draft=self.args.interval)), {"theta": theta}
+        return self.with_policy(self._atlas(mode, theta)), {"theta": theta}
+
+    def _atlas(self, mode: str, theta: float) -> Atlas:
+        return Atlas(Trigger(mode=mode, theta=theta), draft=self.args.interval, words=self.args.words)
 
 
 @dataclass(frozen=True)
@@ -258,6 +262,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--passages", type=count, default=1, help="of one search")
     p.add_argument("--searches", type=count, default=5, help="in one answer, at most")
     p.add_argument("--interval", type=count, default=8, help="tokens between two searches of `fixed`, and of a draft")
+    p.add_argument("--words", type=count, default=WORDS, help=f"of a query by ATLAS, at most (default {WORDS})")
     p.add_argument("--quantile", type=fraction, default=QUANTILE, help="of the scores of unsure words, for theta")
     p.add_argument("--theta", type=finite, help="of both readings, instead of the quantile")
     p.add_argument("--tokens", type=token_count, default=48, help="of an answer, at most")
