@@ -18,7 +18,8 @@ os.environ["FONTCONFIG_FILE"] = str(Path(__file__).with_name("machine-fonts.conf
 def small_tiles(monkeypatch):
     """Tiles of a packed cache as small beside a tiny model's prompt as they are beside a real one's."""
     monkeypatch.setattr("textkv.kernels._packed_cpu._TOKENS", 256)
-    monkeypatch.setattr("textkv.kernels._packed_cpu._TILE", 512 * 16)
+    for path in ("_packed_cpu", "_coded_cpu"):
+        monkeypatch.setattr(f"textkv.kernels.{path}._TILE", 512 * 16)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def test_what_goes_makes_room() -> None:
     assert seen.alive == 400 and more.nbytes == 400
 
 
-@pytest.mark.parametrize("method", ["kivi(4)", "gear(2)", "mikv(16,2)"])
+@pytest.mark.parametrize("method", ["kivi(4)", "gear(2)", "mikv(16,2)", "mikv(16,2,codes='scaled')", "turboquant(2)"])
 def test_what_packed_caches_need_to_decode_does_not_grow_with_the_prompt(method: str, small_tiles: None) -> None:
     short, long = (decoding_memory(tiny.build("llama"), method, "0.2", tiny.text_ids(n), n - 3) for n in (512, 960))
     assert long.layer_bytes == 2 * 960 * 2 * 16 * 4
