@@ -292,5 +292,6 @@ class DynamicReader:
         logits = read_pieces(text, pieces)
         place = len(text.ids)
         desk.read += place - len(desk.text.ids)
-        guarded = place if before is None else place + self.limits.guard
+        # After the first search too: how an answer begins is always unsure, and what is found for that leads astray.
+        guarded = place + (self.limits.guard if desk.queries else 0)
         return Draft(text, question, start, place, guarded, logits, sure, self.stop)

@@ -68,6 +68,18 @@ def test_a_fork_goes_on_as_a_new_prefill_would(index, policy):
         assert torch.allclose(logits, fresh, atol=1e-3)
 
 
+def test_nothing_triggers_right_after_a_search_the_first_one_included(index):
+    for first, guarded in ((True, 3), (False, 0)):
+        made = DynamicReader(Reader(*load("mini")), index, Never(), Limits(guard=3, first=first))
+        desk = Desk(made._head.fork(), index, 1, 0)
+        if first:
+            desk.search(QUESTION)
+        draft = made._begin(desk, QUESTION)
+        assert draft.guarded - draft.start == guarded
+        later = made._begin(desk, QUESTION, draft, draft.start) if first else draft
+        assert later.guarded - len(later.text.ids) == guarded
+
+
 def test_a_search_brings_what_does_not_lie_there_yet(index):
     desk = Desk(Watched.empty(Reader(*load("mini"))), index, 1, 0)
     assert desk.search(QUESTION) and desk.search(QUESTION) and not desk.search("?!")
