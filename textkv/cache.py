@@ -305,11 +305,8 @@ class MethodCache(Rollback):
             ValueError: an earlier forward stopped half-way, or a layer without such a state.
         """
         self._arrive(f"state {state_idx}", layer_idx)
-        # States are written to in place, before any of our layers is asked: see `Context.frosted`.
-        if torch.is_inference_mode_enabled():
-            self.context.frosted = True
-        elif self.context.frosted:
-            self.context.thaw()
+        # States are written to in place, before any of our layers is asked.
+        self.context.stay_writable()
         return super().get_conv_state(layer_idx, state_idx)
 
     @property

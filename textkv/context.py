@@ -240,8 +240,14 @@ class Context:
         """How many of the last columns were tokens of each row, int64 [batch] on the CPU; None = all."""
         return None if self.real is None else self.real[:, self.real.shape[1] - columns :].sum(1).cpu()
 
-    def thaw(self) -> None:
-        """Copies every tensor held, so that what was made under inference_mode can be written to outside of it."""
+    def stay_writable(self) -> None:
+        """Tensors made under inference_mode cannot be written to outside of it: there all are copied once."""
+        if torch.is_inference_mode_enabled():
+            self.frosted = True
+        elif self.frosted:
+            self._thaw()
+
+    def _thaw(self) -> None:
         # One memo for all layers, so that what two of them share is still shared afterwards.
         memo: dict = {}
         for layer in self.everything:

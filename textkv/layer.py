@@ -265,7 +265,7 @@ class Layer(Takeback, CacheLayerMixin):
     def _forward(self, view: View, q: torch.Tensor, sinks: torch.Tensor | None, hidden) -> torch.Tensor:
         step, m = view.step, view.k.shape[2]
         prompt = (m > 1 and not self.context.verifying) or self.seen == 0 or self.seen < self.context.block_end
-        self._thaw()
+        self.context.stay_writable()
         if prompt or m > 1:
             self.tidy()
         block = self._block_before_drafts(view)

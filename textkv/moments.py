@@ -130,7 +130,7 @@ class Moments(Contents):
         """
         if not self.is_initialized:
             self.lazy_initialization(step.k)
-        self._thaw()
+        self.context.stay_writable()
         self.segments[-1].append(step)
         self.scale, self.softcap = evidence.scale, evidence.softcap
         self.seen += step.k.shape[2]

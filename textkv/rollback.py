@@ -58,6 +58,8 @@ class Rollback(Cache):
         Raises:
             ValueError: they cannot, or the method asks where pictures lie and was not told.
         """
+        # Some models write to states in place without a word to their cache.
+        self.context.stay_writable()
         if self._start is not None and not self._start.seen:
             self._empty()  # there was nothing before: nothing that any layer or state holds is wanted
         elif self._start is not None:

@@ -52,7 +52,7 @@ class Takeback(Moments):
         self.check_crop(count)
         if not count or not self.is_initialized:
             return
-        self._thaw()
+        self.context.stay_writable()
         # Padding among the columns that go: rows lose different numbers of tokens.
         real = self.context.real_in_last(count) if real is None else real
         self.segments[-1].crop(count, real)
@@ -83,10 +83,3 @@ class Takeback(Moments):
         if self.is_initialized and indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
         self.reorder_cache(indices)
-
-    def _thaw(self) -> None:
-        """Tensors made under inference_mode cannot be written to outside of it: they are copied once."""
-        if torch.is_inference_mode_enabled():
-            self.context.frosted = True
-        elif self.context.frosted:
-            self.context.thaw()
