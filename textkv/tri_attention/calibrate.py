@@ -138,7 +138,12 @@ def parser() -> argparse.ArgumentParser:
         help="read a text, write the centres of the queries",
         description=__doc__.split("\n\n")[0],
     )
-    command.add_argument("--model", type=some_text, required=True, help='"mini", a model folder, or a hub id')
+    command.add_argument(
+        "--model",
+        type=some_text,
+        required=True,
+        help="mini, a name of `python -m textkv.models list`, a folder, or a hub id",
+    )
     command.add_argument("--text", type=text_file, help="plain text; default: sentences of a small grammar")
     command.add_argument(
         "--out",
