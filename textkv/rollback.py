@@ -207,9 +207,10 @@ class Rollback(Cache):
         Raises:
             ValueError: see `Layer.crop`; no layer has changed then.
         """
-        count = -tokens_to_remove
+        # Some versions of transformers count drafts in a tensor.
+        count = -int(tokens_to_remove)
         self.check_crop(count)
-        super().crop(tokens_to_remove)
+        super().crop(-count)
         if count and self.context.real is not None:
             self.context.real = self.context.real[:, :-count]
         own = next(iter(self._own()), None)

@@ -48,7 +48,7 @@ class Takeback(Moments):
         Raises:
             ValueError: a positive number, a method that cannot, or more tokens than came since the last eviction.
         """
-        count = -tokens_to_remove
+        count = -int(tokens_to_remove)
         self.check_crop(count)
         if not count or not self.is_initialized:
             return

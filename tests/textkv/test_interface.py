@@ -214,3 +214,17 @@ def test_report_counts_what_is_held(model_of):
     assert all(row["seen"] == 45 and sum(row["stored"]) == 2 * (20 + 5) for row in report.rows)
     assert {"on_prefill_end", "on_decode_end"} <= set(report.seconds)
     assert "adakv at budget 0.5" in str(report) and report.peak_bytes > cache.at_rest.kv_bytes
+
+
+@pytest.mark.parametrize("method", ["adakv", "snapkv", "kivi(4)"])
+def test_a_count_of_drafts_may_be_a_tensor(model_of, method):
+    """As in transformers 5.17, which counts accepted drafts in one."""
+    model, ids, answers = model_of("llama"), tiny.text_ids(60), []
+    for count in (-2, torch.tensor(-2)):
+        cache = MethodCache(model, method, 0.5)
+        with torch.no_grad():
+            for part in (ids[:, :40], ids[:, 40:41], ids[:, 41:42], ids[:, 42:43]):
+                model(part, past_key_values=cache)
+            cache.crop(count)
+            answers.append(model(ids[:, 41:60], past_key_values=cache).logits)
+    assert torch.equal(*answers)
