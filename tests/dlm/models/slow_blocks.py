@@ -206,25 +206,3 @@ def edited(
             if not masks and not changed:
                 break
     return x[len(prompt) : len(prompt) + length], forwards
-
-
-def generate(
-    forward: Any, prompt: list[int], length: int, block: int, sub: int, shift: int, tau: float
-) -> tuple[list[int], int]:
-    """(the answer, forwards): whole sequence at every step, blocks from position 0 on; `forward(ids) -> [n, V]`."""
-    total = -(-(len(prompt) + length) // block) * block
-    x, forwards = prompt + [60] * (total - len(prompt)), 0
-    for low in range(0, total, sub):
-        while any(t == 60 for t in x[low : low + sub]):
-            z = forward(x[: (low // block + 1) * block]).float()
-            z[:, 60] = -torch.inf
-            forwards += 1
-            masks = [p for p in range(low, low + sub) if x[p] == 60]
-            if shift and low % block == 0 and masks[0] == low:
-                masks = masks[:1]  # a block begins with the token that the block before gives it
-            best = {p: z[p - shift].softmax(0).max(0) for p in masks}
-            top = max(masks, key=lambda p: (float(best[p].values), -p))
-            for p in masks:
-                if p == top or float(best[p].values) >= tau:
-                    x[p] = int(best[p].indices)
-    return x[len(prompt) : len(prompt) + length], forwards

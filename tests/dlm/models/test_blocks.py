@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from dlm.check_models import sampled
 from dlm.decode import decode
 from dlm.models import load_model
 from tests.compare import mismatch
@@ -19,7 +20,6 @@ from tests.dlm.models.checkpoints import published, write
 
 FAMILIES = pytest.mark.parametrize("family", list(slow.CONFIGS))
 BLOCKS = pytest.mark.parametrize("family", ["sdar", "sdar_moe", "fast_dllm", "llada2"])
-SUB = {"sdar": 4, "sdar_moe": 4, "fast_dllm": 8, "llada2": 32}
 
 
 @pytest.fixture(scope="module")
@@ -89,20 +89,31 @@ def test_sdar_moe_is_qwen3_moe_with_another_mask(models):
 @pytest.mark.parametrize("prompt", [16, 11, 30])
 def test_decoding_is_the_sampler_that_computes_everything_anew(models, family, prompt):
     model, shift = models[family], models[family].decoding_spec.shift
-    tau = 0.3
+    rule = "threshold(0.3)"
     ids = ids_of(prompt, seed=prompt)
 
     def forward(x):
         with torch.no_grad():
             return model(torch.tensor([x])).logits[0]
 
-    want, forwards = slow.generate(forward, ids[0].tolist(), 16, slow.block_of(family), SUB[family], shift, tau)
+    want, forwards = sampled(forward, model.decoding_spec, ids[0].tolist(), 16, rule)
     for cache in ("none", "block", "block(fold=False)", "freecache", "prefix", "dual", "block+suffix(0)"):
-        got = decode(model, ids, gen_length=16, cache=cache, unmask=f"threshold({tau})", eos="none")
+        got = decode(model, ids, gen_length=16, cache=cache, unmask=rule, eos="none")
         assert got.ids[0].tolist() == want, cache
         # A forward that only finishes a block writes nothing, but for a shifted model, whose next block it begins.
         assert got.stats.forwards == forwards or cache == "block(fold=False)" or (shift and "block" in cache), cache
         assert got.stats.forwards >= forwards
+
+
+@FAMILIES
+def test_generations_of_the_slow_network_by_the_plain_sampler(models, family):
+    """Nothing of ours but the answer: loops over tokens and heads in fp64, and everything anew in every forward."""
+    model, state = models[family], slow.random_state(family)
+    prompt, length = ids_of({"llada2": 26}.get(family, 9), seed=4)[0].tolist(), 6
+    rule = "threshold(0.3)" if model.decoding_spec.block else "confidence"
+    want = sampled(lambda x: slow.logits(state, family, x), model.decoding_spec, prompt, length, rule)
+    got = decode(model, torch.tensor([prompt]), gen_length=length, cache="none", unmask=rule, eos="none")
+    assert (got.ids[0].tolist(), got.stats.forwards) == want
 
 
 @BLOCKS

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
 
+from dlm.check_models import sampled
+from dlm.decode import decode
 from dlm.models.backbone import MaskedDiffusionModel, RMSNorm, full_tables, rope_tables, rotate
 from dlm.models.loading import MODELS
 from tests.compare import mismatch
@@ -50,6 +52,15 @@ def test_equals_the_slow_reference_at_far_positions_and_with_hidden_keys(family:
     with torch.no_grad():
         got = build(family)(ids, attention_mask=torch.tensor([visible]), position_ids=torch.tensor([positions])).logits
     assert (got[0].double() - expected).abs().max() < 5e-5 * expected.abs().max()
+
+
+@FAMILIES
+def test_generations_of_the_slow_reference_by_the_plain_sampler(family: str) -> None:
+    model, state, prompt = build(family), random_state(CONFIGS[family]), ids_of(1, 5)[0].tolist()
+    spec = model.decoding_spec
+    want = sampled(lambda x: slow.logits(state, GRAPHS[family], x), spec, prompt, 6, spec.unmask)
+    got = decode(model, torch.tensor([prompt]), gen_length=6, cache="none", eos="none")
+    assert (got.ids[0].tolist(), got.stats.forwards) == want
 
 
 @FAMILIES
