@@ -21,6 +21,8 @@ from textkv.kinds import LayerKind
 from textkv.layer import Layer
 from textkv.method import Method
 from textkv.positions import RotarySpec
+from textkv.segments.base import Segment
+from textkv.segments.dense import DenseSegment
 
 
 def check_method(method: Method) -> None:
@@ -165,11 +167,15 @@ class FrozenLayer(SlotLayer):
         elif mask is not None:
             pruned = mask[:, cache.base :][:, live].bool()
             valid = pruned if valid is None else valid & pruned
-        parts = [
-            decode_attention(spread, self.k[:, :, live], self.v[:, :, live], scale=scale, valid=valid, visible=by_query)
-        ]
-        if self.store.seen:
-            parts += [segment.attend(spread, scale) for segment in self.store.segments]
+        k, v = self.k[:, :, live], self.v[:, :, live]
+        frozen = self.store.segments if self.store.seen else []
+        near = [x for x in frozen if _beside(x, k.shape[2])] if valid is None and by_query is None else []
+        if near:
+            frozen = [segment for segment in frozen if segment not in near]
+            held = [segment.stored() for segment in near]
+            k, v = torch.cat([*(x.keys for x in held), k], 2), torch.cat([*(x.values for x in held), v], 2)
+        parts = [decode_attention(spread, k, v, scale=scale, valid=valid, visible=by_query)]
+        parts += [segment.attend(spread, scale) for segment in frozen]
         out = parts[0][0] if len(parts) == 1 else merge([p[0] for p in parts], [p[1] for p in parts])[0]
         return out if packing is None else packing.gather(out)
 
@@ -181,6 +187,12 @@ class FrozenLayer(SlotLayer):
         if move.drop:
             # A copy: a view would keep the frozen slots' memory alive.
             self.k, self.v = self.k[:, :, move.drop :].clone(), self.v[:, :, move.drop :].clone()
+
+
+def _beside(segment: Segment, live: int) -> bool:
+    """Whether frozen slots are better copied beside `live` ones for this forward: a few, which lie as the model made
+    them, cost less than an attention of their own and its merging."""
+    return type(segment) is DenseSegment and not segment.holes and 0 < segment.slots <= live
 
 
 def _repeat(x: torch.Tensor, batch: int) -> torch.Tensor:
