@@ -198,6 +198,7 @@ def _run(
     stops = StopStrings(config.stop, tokenizer, next(iter(spec.eos_ids), None)) if config.stop else None
     rule, policy = _resolve_rule(config, spec, guide), resolve_cache(config.policy(spec))
     rule.check(config, policy, hook is not None)
+    policy.check(spec)
     # Cache before rule: a model that the cache refuses shall not cost a guider the translation of its prompts.
     run = policy.begin(canvas, model)
     loop = Loop(model, config, canvas, rule.begin(canvas, spec, generator, config.forwards), run, stops, hook)

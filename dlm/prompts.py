@@ -9,9 +9,14 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dlm.cache import resolve_cache
 from dlm.canvas import Canvas
 from dlm.config import DecodingConfig
 from dlm.models import DecodingSpec, chat_ids, text_ids
+from dlm.unmask import Guided, parse_rule
+
+MOST_MASKS = 2**20
+MOST_DIGITS = 12  # of the number in a gap: more say no more than that it is too large
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], chat: bool) -> list[int]:
@@ -29,12 +34,15 @@ def gap_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of a text with gaps: "<mask:8>" in it stands for eight masks, "<mask>" for one.
 
     Raises:
-        ValueError: a text without a gap, or a gap of no tokens.
+        ValueError: a text without a gap, a gap of no tokens, or gaps that no model could fill.
     """
     pieces = re.split(r"<mask(?::(\d+))?>", text)
     if len(pieces) == 1:
         raise ValueError(f"{text[:40]!r} has no gap; write <mask:8> where eight tokens are to be filled in")
-    masks = [1 if count is None else int(count) for count in pieces[1::2]]
+    # By its digits first: a number of thousands of them is none that Python reads.
+    masks = [1 if count is None else int(count[:MOST_DIGITS]) for count in pieces[1::2]]
+    if sum(masks) > MOST_MASKS:
+        raise ValueError(f"gaps of more than {MOST_MASKS:,} tokens: no model has so many positions; make them shorter")
     if 0 in masks:
         raise ValueError("<mask:0> is no gap; leave it out, or give it a number of tokens")
     ids: list[int] = []
@@ -145,8 +153,15 @@ def _grid_canvas(config: DecodingConfig, spec: DecodingSpec, input_ids: torch.Te
 
 
 def check_prompt(config: DecodingConfig, spec: DecodingSpec, ids: Sequence[int]) -> None:
-    """Raises ValueError if a model with this spec cannot go on from the prompt `ids`; errors as `make_canvas`."""
-    make_canvas(config, spec, torch.tensor([ids], dtype=torch.int64))
+    """Raises ValueError for whatever `decode` would refuse before its first forward, as far as it is known without the
+    model's weights: if a model with this spec cannot go on from the prompt `ids` as `config` says."""
+    canvas = make_canvas(config, spec, torch.tensor([ids], dtype=torch.int64))
+    rule, policy = config.rule(spec), resolve_cache(config.policy(spec))
+    rule = parse_rule(rule) if isinstance(rule, str) else rule
+    rule.check(config, policy, hooked=False)
+    policy.check(spec)
+    if not isinstance(rule, Guided):  # a guide has weights, too
+        rule.begin(canvas, spec, None, config.forwards)
 
 
 def _check_prompts(spec: DecodingSpec, input_ids: torch.Tensor, real: torch.Tensor, config: DecodingConfig) -> None:

@@ -56,6 +56,8 @@ class DiffusionEngine(Engine):
             raise ValueError(
                 f"model {opening.model} has no tokenizer beside it; put its tokenizer.json into the folder"
             )
+        if opening.method is not None:
+            resolve_cache(opening.method).check(model.decoding_spec)
         if opening.chat_template is not None:
             tokenizer.chat_template = opening.chat_template
         return cls(model, tokenizer, opening.method)

@@ -30,6 +30,7 @@ from dlm.config import DecodingConfig, add_arguments, from_arguments
 from dlm.decode import decode_prompts
 from dlm.mini.problems import FIRST_EVALUATION_SEED, SHARES, final_answer, make_problem
 from dlm.models import DecodingSpec, answer_text
+from dlm.prompts import check_prompt
 from dlm.sources import DTYPES, MINI_GUIDES, MINI_MODELS, dtype_of, model_info, open_guide, open_model
 from dlm.unmask import Guider, is_rule, list_rules, parse_rule
 from textkv import arguments, command
@@ -360,6 +361,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, Any]]:
     chat = args.task == "gsm8k" and known.tokenizer.chat_template is not None and args.shots is None
     source = args.task, args.n, *where, chat
     prompts = [known.ids(plain, one.prompt, chat) for one in problems(*source)]
+    for arm in arms:
+        check_prompt(arm.config, known.spec, prompts[0])
     about = {"task": args.task, "model": args.model, "guide": guide if asks else "none", "batch": args.batch_size}
     about |= {name: getattr(plain, name) for name in OPTIONS if name != "steps"}
     dtype = dtype_of(args.dtype, args.device)

@@ -119,7 +119,9 @@ class Moments(Contents):
         # A method takes the last of these for the queries that follow the block.
         window = min(self.context.needs.window, observers.shape[2])
         queries = observers[:, :, observers.shape[2] - window :]
-        self.replay(step, Evidence(queries, scale, self.real_seen + real.sum(1).cpu()))
+        came = real.sum(1).cpu()
+        evidence = Evidence(queries, scale, self.real_seen + came, came=came if step.padded else None, apart=True)
+        self.replay(step, evidence)
 
     def replay(self, step: Step, evidence: Evidence) -> None:
         """Takes in a prompt block whose attention was computed elsewhere; the method acts as at its end.

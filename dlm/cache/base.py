@@ -16,6 +16,7 @@ import torch
 from dlm.cache.plan import Plan, window_plan
 from dlm.cache.slots import SlotCache
 from dlm.canvas import Canvas
+from dlm.models.decoding_spec import DecodingSpec
 from textkv.registry import Registry
 
 
@@ -156,6 +157,12 @@ class Policy(ABC):
     block_causal: ClassVar[bool] = False
     """Whether it serves models whose tokens see no later block, and no others."""
 
+    prunes: ClassVar[bool] = True
+    """Whether slots behind the active block can be left out, see `dlm.cache.suffix`."""
+
+    def check(self, spec: DecodingSpec) -> None:  # noqa: B027 - most policies serve every model
+        """Raises ValueError if the policy cannot serve a model with this spec."""
+
     @property
     def whole_blocks(self) -> bool:
         """Whether every forward computes all slots of the active block, the written ones too."""
@@ -168,7 +175,7 @@ class Policy(ABC):
 
     @abstractmethod
     def begin(self, canvas: Canvas, model: Any) -> Run:
-        """Starts a generation.
+        """Starts a generation of a model that `check` lets pass.
 
         Raises:
             ValueError: the policy cannot serve this canvas or model.

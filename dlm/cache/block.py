@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import torch
 
 from dlm.cache.base import Policy, Run, WindowRun, register
-from dlm.cache.frozen import slots_or_frozen
+from dlm.cache.frozen import check_method, slots_or_frozen
 from dlm.cache.plan import Plan
 from dlm.canvas import Canvas
+from dlm.models.decoding_spec import DecodingSpec
 from textkv.method import Method
 
 
@@ -31,7 +32,7 @@ class BlockCache(Policy):
         method: the textkv method that keeps finished blocks; None = they stay as they are.
 
     Raises:
-        ValueError: fold that is no bool.
+        ValueError: fold that is no bool, or a method that cannot keep frozen slots.
     """
 
     fold: bool = True
@@ -42,20 +43,21 @@ class BlockCache(Policy):
     def __post_init__(self) -> None:
         if not isinstance(self.fold, bool):
             raise ValueError(f"fold={self.fold!r}: use True or False")
+        if self.method is not None:
+            check_method(self.method)
 
     @property
     def still(self) -> bool:
         """Only a block's first forward writes what later ones read; not where a method takes blocks away."""
         return self.method is None
 
-    def begin(self, canvas: Canvas, model: Any) -> Run:
-        """A run in which nothing is stored.
-
-        Raises:
-            ValueError: a model whose tokens see what comes later.
-        """
-        if canvas.grid is None:
+    def check(self, spec: DecodingSpec) -> None:
+        """Raises ValueError for a model whose tokens see what comes later."""
+        if spec.block is None:
             raise ValueError("cache block is for block-causal models; in this one every token sees all; use freecache")
+
+    def begin(self, canvas: Canvas, model: Any) -> Run:
+        """A run in which nothing is stored."""
         return _Run(canvas, self, model)
 
 

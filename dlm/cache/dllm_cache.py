@@ -11,7 +11,7 @@ The authors keep this state in one object per process and fix Dream's width; her
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from dlm.cache.plan import Packing, Plan
 from dlm.cache.slots import SlotCache, SlotLayer, by_rows
 from dlm.canvas import Canvas
 from dlm.models.attention import full_attention
+from dlm.models.decoding_spec import DecodingSpec
 
 ROUNDING = 1e-5  # what a cosine lacks of 1 at most where values differ by rounding, in bf16 too
 
@@ -43,6 +44,8 @@ class DLLMCache(Policy):
     gen_interval: int = 7
     ratio: float = 0.25
 
+    prunes: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         for name in ("prompt_interval", "gen_interval"):
             if getattr(self, name) is None:
@@ -51,12 +54,15 @@ class DLLMCache(Policy):
         if not 0 <= self.ratio <= 1:
             raise ValueError(f"ratio={self.ratio} is no share of the response; use 0 to 1, for example 0.25")
 
-    def begin(self, canvas: Canvas, model: Any) -> Run:
-        """A run with every row before its first refresh. Raises ValueError for a block-causal model."""
-        if canvas.grid is not None:
+    def check(self, spec: DecodingSpec) -> None:
+        """Raises ValueError for a block-causal model."""
+        if spec.block is not None:
             raise ValueError(
                 "cache dllm-cache computes all rows of a layer alike; a block-causal model has cache block"
             )
+
+    def begin(self, canvas: Canvas, model: Any) -> Run:
+        """A run with every row before its first refresh."""
         return _Run(canvas, self)
 
 

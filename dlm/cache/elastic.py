@@ -13,7 +13,7 @@ which is done here. Slots that are not computed keep stale values at any `gamma`
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from dlm.cache.plan import Packing, Plan
 from dlm.cache.slots import SlotCache, SlotLayer, by_rows
 from dlm.canvas import Canvas
 from dlm.models.attention import full_attention
+from dlm.models.decoding_spec import DecodingSpec
 
 
 @register("elastic")
@@ -45,6 +46,8 @@ class ElasticCache(Policy):
     track: int = 1
     refresh: int | None = None
 
+    prunes: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         for name in ("window", "track"):
             value = getattr(self, name)
@@ -59,10 +62,13 @@ class ElasticCache(Policy):
         """No: what was written is computed once more and then read."""
         return False
 
-    def begin(self, canvas: Canvas, model: Any) -> Run:
-        """A run that has computed nothing. Raises ValueError for a block-causal model."""
-        if canvas.grid is not None:
+    def check(self, spec: DecodingSpec) -> None:
+        """Raises ValueError for a block-causal model."""
+        if spec.block is not None:
             raise ValueError("cache elastic looks at whole rows; a block-causal model has cache block")
+
+    def begin(self, canvas: Canvas, model: Any) -> Run:
+        """A run that has computed nothing."""
         return _Run(canvas, self, model)
 
 

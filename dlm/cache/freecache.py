@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from dlm.cache.base import Policy, Run, WindowRun, check_interval, register
-from dlm.cache.frozen import slots_or_frozen
+from dlm.cache.frozen import check_method, slots_or_frozen
 from dlm.cache.plan import Plan
 from dlm.canvas import Canvas
 from textkv.method import Method
@@ -33,7 +33,7 @@ class FreeCache(Policy):
         method: the textkv method that keeps frozen slots; None = they stay where they are.
 
     Raises:
-        ValueError: another delay, refresh < 1, or refresh with a method.
+        ValueError: another delay, refresh < 1, refresh with a method, or one that cannot keep frozen slots.
     """
 
     delay: Literal[0, 1] = 1
@@ -44,6 +44,8 @@ class FreeCache(Policy):
         if self.delay not in (0, 1):
             raise ValueError(f"delay={self.delay!r}: use 0 (as the authors' code) or 1")
         check_interval("refresh", self.refresh)
+        if self.method is not None:
+            check_method(self.method)
         if self.method is not None and self.refresh is not None:
             raise ValueError(
                 f"refresh={self.refresh} with {self.method.expression}: slots that were handed to a method are not "

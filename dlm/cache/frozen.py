@@ -73,7 +73,6 @@ class FrozenCache(SlotCache):
     """
 
     def __init__(self, canvas: Canvas, model: Any, method: Method) -> None:
-        check_method(method)
         super().__init__(canvas.length)
         self.canvas, self.store = canvas, store_of(model, method)
         self.frozen = canvas.real_start_cpu.clone()  # padding is nobody's
@@ -157,7 +156,7 @@ class FrozenLayer(SlotLayer):
         cache, packing = self.cache, self.cache.plan.packing
         spread = q if packing is None else packing.spread(q)
         if cache.move is not None:
-            self._hand_over(cache.move, spread[:, :, : cache.canvas.block_length], scale)
+            self._hand_over(cache.move, _first(spread, cache.canvas.block_length), scale)
         self.write(k, v, cache.plan)
         live = slice(None if cache.plan.stop is None else cache.plan.stop - cache.base)
         valid = None if cache.visible is None else _repeat(cache.visible, len(spread))[:, live]
@@ -193,6 +192,13 @@ def _beside(segment: Segment, live: int) -> bool:
     """Whether frozen slots are better copied beside `live` ones for this forward: a few, which lie as the model made
     them, cost less than an attention of their own and its merging."""
     return type(segment) is DenseSegment and not segment.holes and 0 < segment.slots <= live
+
+
+def _first(q: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` queries of q [batch, heads, n, head_dim]. Where there are fewer the last one again, as packed
+    rows have it beside longer ones: what a method looks at does not depend on a row's neighbours."""
+    lacking = count - q.shape[2]
+    return q[:, :, :count] if lacking <= 0 else torch.cat([q, q[:, :, -1:].expand(-1, -1, lacking, -1)], 2)
 
 
 def _repeat(x: torch.Tensor, batch: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dlm.cache.base import Policy, Run
 from dlm.canvas import Canvas
+from dlm.models.decoding_spec import DecodingSpec
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Suffix(Policy):
         window: slots behind the active block that are left (the authors: 32 to 192).
 
     Raises:
-        ValueError: a window below 0.
+        ValueError: a window below 0, or a policy that always computes the whole canvas.
     """
 
     policy: Policy
@@ -33,6 +34,18 @@ class Suffix(Policy):
     def __post_init__(self) -> None:
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 0:
             raise ValueError(f"suffix window={self.window!r} is no number of tokens; use 0 or more, for example 32")
+        if not self.policy.prunes:
+            raise ValueError(self._refusal())
+
+    def _refusal(self) -> str:
+        return (
+            f"{self.expression}: {self.policy.name} computes whole rows here and cannot leave slots out; use dual, "
+            "prefix, freecache, dkv, or a model with our attention"
+        )
+
+    def check(self, spec: DecodingSpec) -> None:
+        """As the policy."""
+        self.policy.check(spec)
 
     @property
     def name(self) -> str:
@@ -58,13 +71,10 @@ class Suffix(Policy):
         """The policy's run, on what is left.
 
         Raises:
-            ValueError: a policy that always computes the whole canvas, or a model that cannot leave slots out.
+            ValueError: a model that cannot leave slots out.
         """
         run = self.policy.begin(canvas, model)
-        if run.cache is None or run.cache.drives_layers:
-            raise ValueError(
-                f"{self.expression}: {self.policy.name} computes whole rows here and cannot leave slots out; use dual, "
-                "prefix, freecache, dkv, or a model with our attention"
-            )
+        if run.cache is None:
+            raise ValueError(self._refusal())
         run.suffix = self.window
         return run

@@ -147,11 +147,16 @@ class Rule(ABC):
                 needs; None = one for each mask of the row.
 
         Raises:
-            ValueError: fewer steps than blocks, or a generator on another device than the canvas.
+            ValueError: fewer steps than blocks, a generator on another device than the canvas, or a model that the
+                rule cannot write with.
         """
 
     def sampler(self, canvas: Canvas, spec: DecodingSpec, generator: Generators) -> Sampler:
-        """What draws this rule's tokens."""
+        """What draws this rule's tokens. Raises ValueError for a suppressed id that the model does not have."""
+        if spec.vocabulary is not None and max(self.suppress, default=0) >= spec.vocabulary:
+            raise ValueError(
+                f"suppress={self.suppress!r}: the model has tokens 0 to {spec.vocabulary - 1}; leave out what is above"
+            )
         # The mask first and always: a model may well predict it, and a written mask would never count as written.
         suppressed = (spec.mask_id, *self.suppress, *(spec.eos_ids[:1] if self.logits_eos_inf else ()))
         noise = Noise(generator, canvas.batch, canvas.ids.device)

@@ -127,6 +127,10 @@ WRONG = {
     "cache": (["--cache", "freecash"], "did you mean freecache"),
     "cache method": (["--cache", "dual+kivi(4)"], "only freecache and block freeze slots for good"),
     "rule": (["--unmask", "treshold"], "did you mean threshold"),
+    "method of the prompt": (["--cache", "freecache+h2o(0.5)"], "h2o needs evidence of the whole prompt"),
+    "whole rows": (["--cache", "elastic+suffix(3)"], "elastic computes whole rows here and cannot leave slots out"),
+    "gap": (["--infill", "tom has <mask:1000000000>"], "gaps of more than 1,048,576 tokens: no model has so many"),
+    "long gap": (["--infill", f"tom has <mask:{'9' * 5000}>"], "gaps of more than 1,048,576 tokens"),
     "rule argument": (["--unmask", "guided('topk', k=0)", "--guide", "mini"], "k=0 is no number of tokens"),
     "no guide": (["--unmask", "guided"], "asks a guide and none is named; use --guide"),
     "idle guide": (["--unmask", "random", "--guide", "mini"], "asks no guide; use guided(...)"),
@@ -149,7 +153,7 @@ def test_refused_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(generate, "open_model", lambda *args: pytest.fail("a model was loaded"))
     more, message = WRONG[name]
-    prompt = [] if any(x.startswith("--prompt") for x in more) else ["--prompt", PROMPT]
+    prompt = [] if any(x.startswith(("--prompt", "--infill")) for x in more) else ["--prompt", PROMPT]
     assert generate.main([*prompt, *SHORT, *more]) == 2
     assert message in capsys.readouterr().err
 
@@ -173,6 +177,20 @@ def test_missing_weights_name_the_training(
 BLOCKED = {
     "positions": (["--gen-length", "4000"], "need 4015 positions, the model has 2048; shorten the prompt or generate"),
     "mask": (["--prompt", "tom has <mask>"], "a prompt contains the mask token 2, which stands for what is to be"),
+    "cache of other models": (["--cache", "block"], "cache block is for block-causal models"),
+    "rule and sampling": (
+        ["--unmask", "ssd", "--temperature", "1"],
+        "ssd with temperature=1.0: only the most",
+    ),
+    "rule and cache": (["--unmask", "wino", "--cache", "dkv"], "wino with cache dkv: a block's slots must be computed"),
+    "rule and model": (
+        ["--unmask", "wino", "--model", "mini-dream"],
+        "needs a model whose rows predict their own",
+    ),
+    "suppressed": (
+        ["--unmask", "random(suppress=(105,))"],
+        "suppress=(105,): the model has tokens 0 to 104",
+    ),
     "chat": (["--chat"], "no chat template, so its model is no chat model; give it plain text"),
     "guide's positions": (["--guide", "short"], "take 21 tokens and the guider has 20 positions; shorten the prompt"),
     "guide's offsets": (["--guide", "letters"], "ByT5Tokenizer gives no character offsets (is_fast is False); use a"),

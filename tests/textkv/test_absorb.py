@@ -35,6 +35,23 @@ def test_blocks_are_attended_as_one(model_of, method):
     assert cache.kept_positions(0)[0, 0].sort().values.tolist() == list(range(82))
 
 
+@pytest.mark.parametrize("method", ["snapkv(window=6)", "snapkv(window=6)+adakv", "knorm", "snapkv(window=6)+kvcrush"])
+def test_a_row_that_brings_nothing_keeps_what_it_has(model_of, method):
+    for seed in range(4):
+        cache = MethodCache(model_of("llama"), method, 0.5)
+        first, second = tokens(20, seed, rows=2), tokens(8, 100 + seed, rows=2)
+        layer = cache.layers[0]
+        layer.absorb(*first[:2], torch.arange(20, dtype=torch.int32).repeat(2, 1), 4 * first[2], 0.25)
+        before = cache.kept_positions(0)[1].clone()
+        positions = (20 + torch.arange(8, dtype=torch.int32)).repeat(2, 1)
+        layer.absorb(*second[:2], positions.masked_fill(torch.tensor([[False], [True]]), -1), 4 * second[2], 0.25)
+        after = cache.kept_positions(0)[1]
+        for head in range(KV_HEADS):
+            held, now = (x[head][x[head] >= 0].sort().values.tolist() for x in (before, after))
+            assert held == now
+        assert layer.real_seen.tolist() == [28, 20]
+
+
 def test_the_observers_decide_and_padding_is_nobody(model_of):
     """A key that all observers look at stays; rows may bring fewer tokens, padded in front."""
     cache = MethodCache(model_of("llama"), "snapkv(window=6,kernel=1)", 0.5)

@@ -127,7 +127,8 @@ class KVCrush(Eviction):
         if self.inner.fits(layer, evidence):
             return
         scores = self.scores(layer, evidence)
-        keep_best(layer, *self.refine(layer, scores, self.inner.counts(layer, scores, evidence)))
+        refined = self.refine(layer, scores, self.inner.counts(layer, scores, evidence))
+        keep_best(layer, *refined, idle=evidence.idle)
 
     def refine(self, layer: Layer, scores: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and counts under which `keep_best` keeps the important tokens and the representatives.

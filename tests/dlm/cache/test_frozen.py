@@ -64,6 +64,21 @@ def test_slots_leave_once_and_in_order(cfg_scale, monkeypatch):
             assert held[half][held[half] >= 0].tolist() == list(range(real))
 
 
+@pytest.mark.parametrize("method", ["snapkv(0.5)", "snapkv(0.5,window=3)+adakv", "adakv(0.5)", "knorm(0.5)+kvcrush"])
+@pytest.mark.parametrize("delay", [0, 1])
+def test_what_a_method_keeps_of_a_row_does_not_depend_on_its_neighbours(method, delay):
+    """Rows whose blocks end at different forwards, and a last block that is shorter: a row that nothing leaves keeps
+    what it has, and as many queries choose as when it is alone."""
+    model, lengths = llada(), (4, 33, 11)
+    ids, mask = prompts(*lengths)
+    for rule in (dict(run=4), dict(threshold=0.35)):
+        options = dict(gen_length=13, block_length=5, cache=f"freecache({delay})+{method}", eos="none")
+        together = decode(model, ids, mask, unmask=Rule(**rule), **options)
+        alone = [decode(model, ids[i : i + 1, 33 - n :], unmask=Rule(**rule), **options) for i, n in enumerate(lengths)]
+        assert together.ids.tolist() == [one.ids[0].tolist() for one in alone]
+        assert together.stats.query_tokens == sum(one.stats.query_tokens for one in alone)
+
+
 def test_compositions_of_methods_and_budgets():
     policy = resolve_cache("freecache(delay=0)+snapkv(0.3,window=8)+adakv")
     assert policy.method.budget.fraction == 0.3 and policy.method.inner.window == 8
