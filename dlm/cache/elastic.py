@@ -201,6 +201,7 @@ class DriftCache(SlotCache):
         window: int64 [batch, n], slots of the masks that are looked from, -1 = none.
         queries: bool [batch, L], what must be computed.
         text: bool [batch, L], slots that hold a token.
+        computed: rows of single layers that were computed and not counted yet.
     """
 
     drives_layers = True
@@ -237,12 +238,13 @@ class DriftCache(SlotCache):
             # Each row on its own: from the next layer on it computes all its slots.
             self._want(self.wanted | drifted[:, None])
         if layer.layer_idx == self.depth - 1:
-            self.plan.tokens = round(self.computed / self.depth)
+            # What is less than a token through all layers is counted with the next forward.
+            self.plan.tokens, self.computed = divmod(self.computed, self.depth)
         return out
 
     def _begin(self, times: int, device: torch.device) -> None:
         """The rows of the first layer: what must be computed, and what any layer watches."""
-        self.computed, self.fresh = 0, None
+        self.fresh = None
         wanted = torch.ones_like(self.queries) if self.whole else self.queries.clone()
         wanted = wanted.repeat(times, 1)
         if not self.whole:

@@ -93,7 +93,7 @@ def test_it_is_the_slow_loop(make, gamma):
 
     got = decode(model, ids, gen_length=10, block_length=None, cache=f"elastic(4, {gamma})", unmask="threshold(0.3)",
                  eos="none", logits_hook=same, on_step=after)  # fmt: skip
-    assert got.stats.query_tokens == sum(round(sum(c) / 3) for c in slow.counts)
+    assert got.stats.query_tokens == sum(sum(counts) for counts in slow.counts) // 3
     kinds = {len(set(counts)) for counts in slow.counts[1:]}
     # Some forwards find drift in the middle of the layers, others none.
     assert kinds == {1} if gamma == -1 else 2 in kinds
@@ -121,9 +121,8 @@ def test_a_batch_is_its_rows_alone(make, cfg):
     together = decode(model, ids, mask, **options)
     alone = [decode(model, ids[i : i + 1, 9 - n :], **options) for i, n in enumerate(lengths)]
     assert together.ids.tolist() == [one.ids[0].tolist() for one in alone]
-    # A forward's rows are a mean over layers, rounded.
-    needed = sum(one.stats.query_tokens for one in alone)
-    assert abs(together.stats.query_tokens - needed) <= sum(one.stats.forwards for one in alone)
+    # Tokens are a mean over layers, and what is less than one at the end is not told.
+    assert 0 <= together.stats.query_tokens - sum(one.stats.query_tokens for one in alone) < len(lengths)
 
 
 def test_expressions_and_what_cannot_be():
