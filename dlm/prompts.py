@@ -200,8 +200,7 @@ def _check_gaps(spec: DecodingSpec, gaps: torch.Tensor, real: torch.Tensor, conf
             "generate tokens behind it"
         )
     # A row's first real token is the first True of its mask.
-    first = real.int().argmax(1, keepdim=True)
-    if spec.shift and gaps.shape[1] and bool(gaps.gather(1, first).any()):
+    if spec.shift and gaps.shape[1] and bool(gaps.gather(1, real.int().argmax(1, keepdim=True)).any()):
         raise ValueError(
             "an input begins with a mask, and this model predicts each token from the row before it; begin it with a "
             "token, for example the model's begin-of-text"

@@ -1,7 +1,7 @@
 """Shadow rows (WINO, arXiv 2507.18578): what the model would write in a slot if it did not see that slot's token.
 
-Behind the canvas stand as many masks as a block has slots, at the positions of the active block. No slot of the canvas
-sees them, so nothing else changes; the shadow of slot i sees every slot but i, and the other shadows.
+Behind the canvas stand masks at the positions of the active block, one for each slot that was not given. No slot of the
+canvas sees them, so nothing else changes; the shadow of slot i sees every slot but i, and the other shadows.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class Shadows:
     def __init__(self, canvas: Canvas, plan: Plan) -> None:
         start = canvas.block_start(canvas.active)[:, None]
         block = start + torch.arange(canvas.block_length, device=start.device)
-        there = block < canvas.block_start(canvas.active + 1)[:, None]
         self.length, self.block = canvas.length, block.clamp(max=canvas.length - 1)
+        # Text that was given is never taken back, and how much of it shares the block depends on other rows' gaps.
+        there = (block < canvas.block_start(canvas.active + 1)[:, None]) & ~canvas.given.gather(1, self.block)
         self.ids = torch.cat([canvas.ids, torch.full_like(block, canvas.mask_id)], 1)
         self.positions = torch.cat([canvas.position_ids, canvas.position_ids.gather(1, self.block)], 1)
         queries = Packing.of(torch.cat([plan.wanted(canvas.batch, canvas.length, start.device), there], 1))

@@ -56,7 +56,8 @@ class Eviction(Method):
         """
         held, tokens = layer.stored(), evidence.remaining.tolist()
         keep = [self.budget.count(seen) for seen in tokens] if keep is None else keep
-        if bool((held.positions >= 0).all()) and len(set(zip(tokens, keep, strict=True))) == 1:
+        asked = [None] * len(tokens) if evidence.asked is None else evidence.asked.tolist()
+        if bool((held.positions >= 0).all()) and len(set(zip(tokens, keep, asked, strict=True))) == 1:
             return self.score(layer, held, evidence, keep[0])
         out = torch.full(held.positions.shape, NEVER, device=held.keys.device)
         for row, heads, slots, part, seen in blocks(held, evidence):

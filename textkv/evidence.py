@@ -116,7 +116,8 @@ class Evidence:
             mean over each KV head's query heads, or None.
         moments: of the block's pre-RoPE queries, or None.
         came: int64 [batch] on the CPU, real tokens of each row in the block; None = all rows got as many, no padding.
-        apart: whether `queries` are of no tokens of the block: then all rows have as many.
+        asked: int64 [batch] on the CPU, how many of `queries`, the last ones, are a row's, where they are not those of
+            the block's tokens; None = they are.
         softcap: the model's soft cap of scores, or None.
         peaks: fp32 [batch, heads, head_dim], largest magnitude of the block's post-RoPE queries per channel, or None.
         centres: of the block's pre-RoPE queries, or None.
@@ -151,7 +152,7 @@ class Evidence:
     gone: torch.Tensor | None = None
     grids: Grids = field(default_factory=list)
     states: ScreenStates | None = None
-    apart: bool = False
+    asked: torch.Tensor | None = None
 
     @property
     def remaining(self) -> torch.Tensor:
@@ -215,7 +216,8 @@ class Evidence:
         """The window's queries of one row, [1, heads, w, head_dim]: fewer where the row's block was shorter, because
         padding has no vote."""
         width = self.queries.shape[2]
-        real = width if self.came is None or self.apart else min(width, int(self.came[row]))
+        own = self.came if self.asked is None else self.asked
+        real = width if own is None else min(width, int(own[row]))
         return self.queries[row : row + 1, :, width - real :]
 
     @property

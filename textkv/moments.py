@@ -103,14 +103,16 @@ class Moments(Contents):
             self.since_eviction = 0
 
     def absorb(
-        self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, observers: torch.Tensor, scale: float
-    ) -> None:
+        self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, observers: torch.Tensor, scale: float,
+        observed: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Takes in tokens that another store held until now; the method acts as at the end of a prompt block.
 
         Args:
             k, v: [batch, kv_heads, m, head_dim], keys post-RoPE.
             positions: int32 [batch, m] logical positions, -1 = padding.
             observers: [batch, heads, w, head_dim] post-RoPE queries that the method may take for the block's last.
+            observed: int64 [batch] on the CPU, how many of them, the last ones, are each row's; None = all.
         """
         if not self.is_initialized:
             self.lazy_initialization(k)
@@ -119,8 +121,10 @@ class Moments(Contents):
         # A method takes the last of these for the queries that follow the block.
         window = min(self.context.needs.window, observers.shape[2])
         queries = observers[:, :, observers.shape[2] - window :]
-        came = real.sum(1).cpu()
-        evidence = Evidence(queries, scale, self.real_seen + came, came=came if step.padded else None, apart=True)
+        came, asked = real.sum(1).cpu(), torch.full((len(k),), window) if observed is None else observed
+        evidence = Evidence(
+            queries, scale, self.real_seen + came, came=came if step.padded else None, asked=asked.clamp(max=window)
+        )
         self.replay(step, evidence)
 
     def replay(self, step: Step, evidence: Evidence) -> None:

@@ -104,9 +104,10 @@ class _Run(WindowRun):
         # Only commit_first on a shifted model: its later windows cannot give the first slot's logits.
         if not self.canvas.shift or self.early or self.canvas.grid is not None:
             return super().forced()
-        active = self.canvas.active_cpu
-        starting = torch.tensor(self.primed) != active
-        first = self.canvas.block_start(active).masked_fill(~starting, -1).to(self.canvas.ids.device)
+        # Of the window, which begins with a row's first mask where text stands in front of that in the block.
+        starts = [self.canvas.span_of(*each)[0] for each in enumerate(self.canvas.active_rows)]
+        starting = [now != then for now, then in zip(self.canvas.active_rows, self.primed, strict=True)]
+        first = torch.tensor(starts).masked_fill(~torch.tensor(starting), -1).to(self.canvas.ids.device)
         # A rule that crosses blocks (guided) may have written the slot in the forward before.
-        held = self.canvas.ids.gather(1, first.clamp(min=0)[:, None])[:, 0]
+        held = self.canvas.ids.gather(1, first.clamp(min=0, max=self.canvas.length - 1)[:, None])[:, 0]
         return first.masked_fill(held != self.canvas.mask_id, -1)

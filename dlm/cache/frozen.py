@@ -88,8 +88,9 @@ class FrozenCache(SlotCache):
 
     def freeze(self, low: list[int]) -> None:
         """Slots of each row before `low` leave the live buffers in the forward that comes."""
-        stop = torch.maximum(torch.tensor(low), self.frozen)
-        self.move = Move(self, self.frozen, stop) if bool((stop > self.frozen).any()) else None
+        first = torch.tensor(low)
+        stop = torch.maximum(first, self.frozen)
+        self.move = Move(self, self.frozen, stop, first) if bool((stop > self.frozen).any()) else None
         if self.move is not None:
             self.frozen, self.base = stop, int(stop.min())
             self._see()
@@ -126,9 +127,12 @@ class Move:
         columns: int64 [batch, m], columns of the live buffer before it shrinks; rows with fewer are padded in front.
         positions: int32 [batch, m], logical positions, -1 = padding.
         drop: columns that the live buffer loses.
+        observed: int64 [batch] on the CPU, how many queries of each row the method may look at: the first of its
+            window, as many as that has slots in its first block. Other rows' gaps make blocks longer, not this.
+        observers: int64 [batch, w], their numbers among the row's queries, at the end of w.
     """
 
-    def __init__(self, cache: FrozenCache, start: torch.Tensor, stop: torch.Tensor) -> None:
+    def __init__(self, cache: FrozenCache, start: torch.Tensor, stop: torch.Tensor, low: torch.Tensor) -> None:
         canvas, width = cache.canvas, int((stop - start).max())
         real = canvas.real_start_cpu
         slots = stop[:, None] - width + torch.arange(width)[None]
@@ -137,6 +141,11 @@ class Move:
         self.columns = (slots - cache.base).clamp(min=0).to(device)
         self.positions = positions.to(device=device, dtype=torch.int32)
         self.drop = int(stop.min()) - cache.base
+        size, first = canvas.block_length, low + canvas.shift
+        ends = (canvas.begin + ((first - canvas.begin) // size + 1) * size).clamp(max=canvas.length)
+        self.observed = ends - first if canvas.grid is None else torch.full_like(low, size)
+        most = int(self.observed.max())
+        self.observers = (torch.arange(most) - (most - self.observed)[:, None]).clamp(min=0).to(device)
 
 
 class FrozenLayer(SlotLayer):
@@ -156,7 +165,7 @@ class FrozenLayer(SlotLayer):
         cache, packing = self.cache, self.cache.plan.packing
         spread = q if packing is None else packing.spread(q)
         if cache.move is not None:
-            self._hand_over(cache.move, _first(spread, cache.canvas.block_length), scale)
+            self._hand_over(cache.move, spread, scale)
         self.write(k, v, cache.plan)
         live = slice(None if cache.plan.stop is None else cache.plan.stop - cache.base)
         valid = None if cache.visible is None else _repeat(cache.visible, len(spread))[:, live]
@@ -178,10 +187,14 @@ class FrozenLayer(SlotLayer):
         out = parts[0][0] if len(parts) == 1 else merge([p[0] for p in parts], [p[1] for p in parts])[0]
         return out if packing is None else packing.gather(out)
 
-    def _hand_over(self, move: Move, observers: torch.Tensor, scale: float) -> None:
+    def _hand_over(self, move: Move, q: torch.Tensor, scale: float) -> None:
         index = _repeat(move.columns, len(self.k))[:, None, :, None]
         keys, values = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (self.k, self.v))
-        self.store.absorb(keys, values, _repeat(move.positions, len(self.k)), observers, scale)
+        # At the end, as if they were the last of what leaves; in front a short row has some that count for nothing.
+        index = _repeat(move.observers, len(q))[:, None, :, None]
+        observers = q.gather(2, index.expand(-1, q.shape[1], -1, q.shape[3]))
+        observed = _repeat(move.observed, len(q))
+        self.store.absorb(keys, values, _repeat(move.positions, len(self.k)), observers, scale, observed)
         self.cache.counted = None
         if move.drop:
             # A copy: a view would keep the frozen slots' memory alive.
@@ -192,13 +205,6 @@ def _beside(segment: Segment, live: int) -> bool:
     """Whether frozen slots are better copied beside `live` ones for this forward: a few, which lie as the model made
     them, cost less than an attention of their own and its merging."""
     return type(segment) is DenseSegment and not segment.holes and 0 < segment.slots <= live
-
-
-def _first(q: torch.Tensor, count: int) -> torch.Tensor:
-    """The first `count` queries of q [batch, heads, n, head_dim]. Where there are fewer the last one again, as packed
-    rows have it beside longer ones: what a method looks at does not depend on a row's neighbours."""
-    lacking = count - q.shape[2]
-    return q[:, :, :count] if lacking <= 0 else torch.cat([q, q[:, :, -1:].expand(-1, -1, lacking, -1)], 2)
 
 
 def _repeat(x: torch.Tensor, batch: int) -> torch.Tensor:

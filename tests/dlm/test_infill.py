@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from dlm.decode import decode
-from tests.dlm.toys import END, MASK, dream, llada, prompts
+from dlm.prompts import pad_left
+from tests.dlm.toys import END, MASK, PAD, dream, llada, prompts
 
-CACHES = ["none", "prefix", "dual", "freecache", "dkv", "freecache+full", "dual+suffix(3)", "dllm-cache(4,3,0.4)"]
+CACHES = [
+    "none", "prefix", "dual", "dual('commit_first')", "freecache", "dkv", "freecache+full", "freecache+snapkv(0.5)",
+    "dual+suffix(3)", "dllm-cache(4,3,0.4)",
+]  # fmt: skip
 
 
 def gaps() -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,6 +36,59 @@ def test_given_text_stays_and_rows_are_those_alone(make, cache):
         for row, length in enumerate((3, 9, 5)):
             alone = decode(model, ids[row : row + 1, 9 - length :], **options)
             assert torch.equal(alone.ids[0], got.ids[row, 9 - length :])
+
+
+def rows(*texts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows padded on the left, and their mask."""
+    return pad_left(texts, PAD)
+
+
+GAPPED = {
+    "a short gap beside a long one": ([5, *[MASK] * 20], [3, 20, MASK], [2, 18, 13, 14, 9, 20, 7, 17, *[MASK] * 4]),
+    "text behind": (
+        [7, MASK],
+        [17, 19, 10, 5, 18, 16, 14],
+        [14, 16, 9, 4, MASK, MASK, 3],
+        [12, 9, MASK, MASK, 2, MASK],
+    ),
+    "at the beginning": ([MASK, MASK, 0, MASK, MASK, 13, 8], [5, *[MASK] * 20]),
+}
+
+
+@pytest.mark.parametrize("gap", GAPPED)
+@pytest.mark.parametrize(
+    ("make", "cache", "rule"),
+    [
+        (llada, "freecache+snapkv(0.5)", "confidence"),
+        (dream, "freecache+snapkv(0.5)", "threshold(0.3)"),
+        (dream, "freecache(0)+adakv(0.5)", "confidence"),
+        (dream, "dual('commit_first')", "entropy(compat=True)"),
+        (dream, "prefix('commit_first')", "threshold(0)"),
+        (llada, "freecache(0)", "wino(0.2,0.3)"),
+        (llada, "dual", "wino(0.2,0.3)"),
+    ],
+)
+def test_other_rows_gaps_change_neither_tokens_nor_costs(make, cache, rule, gap):
+    """A row's gap may make the block longer for all: what is looked at and computed of the others stays."""
+    texts = GAPPED[gap]
+    if make is dream and texts[0][0] == MASK:
+        return  # refused, see below
+    model, (ids, mask) = make(), rows(*texts)
+    more = 0 if all(MASK in text for text in texts) else 3
+    for block in (None, 5):
+        options = dict(gen_length=more, infill=True, block_length=block, cache=cache, unmask=rule, eos="none")
+        got = decode(model, ids, mask, **options)
+        alone = [decode(model, torch.tensor([text]), **options) for text in texts]
+        for row, (text, one) in enumerate(zip(texts, alone, strict=True)):
+            assert got.ids[row, ids.shape[1] - len(text) :].tolist() == one.ids[0].tolist()
+        assert got.stats.query_tokens == sum(one.stats.query_tokens for one in alone)
+        assert got.stats.committed == [one.stats.committed[0] for one in alone]
+
+
+def test_no_text_at_all_is_generation():
+    ids = torch.zeros(1, 0, dtype=torch.int64)
+    got = decode(llada(), ids, gen_length=6, infill=True)
+    assert got.ids.shape == (1, 6) and MASK not in got.ids
 
 
 COMPAT = ["origin", "maskgit_plus", "topk_margin", "entropy"]
