@@ -27,10 +27,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from textkv.command import (
     count,
-    finite,
     fraction,
     lengths,
     natural,
+    numbers,
     positive,
     question_count,
     run,
@@ -44,7 +44,7 @@ from textkv.mini.words import KEYS
 from textkv.provenance import run_meta
 from textkv.reuse.kvcomm import Call, Criteria, Dense, KVComm, Prefix, Recompute, Team
 
-from .arguments import add_choice, add_outputs
+from .arguments import add_choice, add_dtype, add_outputs
 from .finished import finished
 from .ruler import DIGITS, SEED
 from .textbench import MODEL_HELP, check_model, load_text_model
@@ -62,6 +62,7 @@ ROLES = {
 TOPOLOGIES: dict[str, Callable[..., Team]] = {"chain": Team.chain, "star": Team.star, "full": Team.full}
 DENSE, PREFIX, RECOMPUTE, KVCOMM, FRESH = "dense", "prefix", "recompute", "kvcomm", "kvcomm-fresh"
 METHODS = (DENSE, PREFIX, RECOMPUTE, KVCOMM, FRESH)
+ESTIMATING = (KVCOMM, FRESH)
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,22 @@ class Workload:
 
 
 class Side:
-    """One engine with its team, and what it has answered so far."""
+    """One engine with its team, and what it has answered so far.
+
+    Args:
+        gamma: entropy up to which a text is estimated; None = a method that estimates none.
+    """
 
     def __init__(
-        self, method: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
+        self,
+        method: str,
+        gamma: float | None,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        args: argparse.Namespace,
     ) -> None:
-        self.method, self.calls = method, []
-        self.engine = _engine(method, model, tokenizer, args)
+        self.method, self.gamma, self.calls = method, gamma, []
+        self.engine = _engine(method, gamma, model, tokenizer, args)
         self._args = args
 
     def gather(self, agents: int) -> None:
@@ -141,11 +151,23 @@ class Side:
         return sum(call.seconds for call in self.flat)
 
 
-def _engine(method: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> Dense:
+def sides_of(args: argparse.Namespace, methods: Sequence[str]) -> list[tuple[str, float | None]]:
+    """(method, gamma) of the sides, the dense one first: methods that estimate stand there once for each gamma."""
+    made = [(m, gamma) for m in (DENSE, *methods) for gamma in (args.gamma if m in ESTIMATING else (None,))]
+    return list(dict.fromkeys(made))
+
+
+def _engine(
+    method: str,
+    gamma: float | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: argparse.Namespace,
+) -> Dense:
     if method == RECOMPUTE:
         return Recompute(model, tokenizer, SPOKEN, share=args.share)
-    if method in (KVCOMM, FRESH):
-        criteria, fresh = Criteria(args.gamma, args.distance, args.temperature), args.fresh if method == FRESH else 1
+    if gamma is not None:
+        criteria, fresh = Criteria(gamma, args.distance, args.temperature), args.fresh if method == FRESH else 1
         return KVComm(model, tokenizer, SPOKEN, criteria=criteria, most_bytes=args.pool_bytes, fresh=fresh)
     return {DENSE: Dense, PREFIX: Prefix}[method](model, tokenizer, SPOKEN)
 
@@ -158,7 +180,8 @@ def row(made: Side, dense: Side, requests: Sequence[Request]) -> dict[str, Any]:
     right = sum(asked.answer in calls[-1].text for asked, calls in zip(requests, made.calls, strict=False))
     short = [(a, b) for a, b in pairs if a.reused]
     return {
-        "method": made.method, "n": len(made.calls), "calls": len(pairs), "reuse": len(short) / len(pairs),
+        "method": made.method, "gamma": made.gamma, "n": len(made.calls), "calls": len(pairs),
+        "reuse": len(short) / len(pairs),
         "unchanged": same / len(pairs), "low": low, "high": high,
         "unchanged_reused": sum(a.answer.ids == b.answer.ids for a, b in short) / len(short) if short else None,
         "accuracy": right / len(made.calls), "ttft_ratio": dense.seconds / made.seconds,
@@ -175,12 +198,12 @@ def measure(
 
     Every request goes through all engines before the next: what else the machine does slows all of them alike.
     """
-    model, tokenizer = load_text_model(args.model, args.device)
+    model, tokenizer = load_text_model(args.model, args.device, args.dtype)
     for length, agents in product(args.shared, args.agents):
         if any((row["shared"], row["agents"]) == (length, agents) for row in rows):
             continue
         requests = Workload(length, args.documents, args.requests).make(tokenizer)
-        sides = [Side(method, model, tokenizer, args) for method in dict.fromkeys((DENSE, *methods))]
+        sides = [Side(*cell, model, tokenizer, args) for cell in sides_of(args, methods)]
         for side in sides:
             side.gather(agents)
         about = {"agents": agents, "topology": args.topology, "shared": length}
@@ -193,10 +216,11 @@ def measure(
         rows = rows + now
 
 
-def crossover(rows: Sequence[dict[str, Any]], method: str) -> float | None:
+def crossover(rows: Sequence[dict[str, Any]], method: str, gamma: float | None = None) -> float | None:
     """The shared length at which a method's calls on the short way begin to be faster than dense ones, between the
     lengths measured; None if no two of them lie on both sides."""
-    points = sorted((r["shared"], r["ttft_ratio_reused"]) for r in rows if r["method"] == method and r["reuse"])
+    mine = [r for r in rows if (r["method"], r["gamma"]) == (method, gamma) and r["reuse"]]
+    points = sorted((r["shared"], r["ttft_ratio_reused"]) for r in mine)
     for (a, low), (b, high) in zip(points, points[1:], strict=False):
         if low < 1 <= high:
             return a + (b - a) * (1 - low) / (high - low)
@@ -205,12 +229,25 @@ def crossover(rows: Sequence[dict[str, Any]], method: str) -> float | None:
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows for a terminal."""
-    heads = ("method", "agents", "shared", "reuse", "unchanged", "95 %", "right", "ttft ratio", "of reused calls", "GB")
+    heads = (
+        "method",
+        "gamma",
+        "agents",
+        "shared",
+        "reuse",
+        "unchanged",
+        "95 %",
+        "right",
+        "ttft ratio",
+        "of reused calls",
+        "GB",
+    )
     made = Table(*heads)
     for x in rows:
         reused = "-" if x["ttft_ratio_reused"] is None else f"{x['ttft_ratio_reused']:.2f}"
         made.add_row(
-            x["method"], str(x["agents"]), str(x["shared"]), f"{x['reuse']:.2f}", f"{x['unchanged']:.2f}",
+            x["method"], "" if x["gamma"] is None else f"{x['gamma']:g}", str(x["agents"]), str(x["shared"]),
+            f"{x['reuse']:.2f}", f"{x['unchanged']:.2f}",
             f"{x['low']:.2f}-{x['high']:.2f}", f"{x['accuracy']:.2f}", f"{x['ttft_ratio']:.2f}", reused,
             f"{x['kv_bytes'] / 1e9:.2f}",
         )  # fmt: skip
@@ -229,12 +266,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--requests", type=question_count, default=24, help=f"questions, at most {FACTS} per document (default 24)"
     )
-    p.add_argument("--gamma", type=finite, default=0.3, help="kvcomm: entropy up to which a text is estimated")
+    p.add_argument(
+        "--gamma", type=numbers, default="0.3", help="kvcomm: comma-separated entropies up to which a text is estimated"
+    )
     p.add_argument("--distance", choices=("rms", "paper"), default="rms", help="kvcomm: how texts are compared")
     p.add_argument("--temperature", type=positive, help="kvcomm: of the weights; default: the distance's own")
     p.add_argument("--pool-bytes", type=natural, default=3_000_000_000, help="kvcomm: bytes of each pool (default 3e9)")
     p.add_argument("--share", type=fraction, default=0.15, help="recompute: tokens read again (default 0.15)")
     p.add_argument("--fresh", type=token_count, default=96, help="kvcomm-fresh: last tokens that are read (default 96)")
+    add_dtype(p)
     add_outputs(p, when=" after every request; a team and length that are whole there are not asked again")
     return p
 
@@ -245,7 +285,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"agents={wrong[0]}: a team has 2 to {len(ROLES)}")
     for length in args.shared:
         Workload(length, args.documents, args.requests)
-    Criteria(args.gamma, args.distance, args.temperature)
+    for gamma in args.gamma:
+        Criteria(gamma, args.distance, args.temperature)
     check_model(args.model)
 
 
@@ -264,10 +305,11 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
         rows = now
         write_rows(args.json, meta, rows)
     Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
-    for method in args.methods:
-        at = crossover(rows, method) if len(args.shared) > 1 else None
+    for method, gamma in sides_of(args, args.methods):
+        at = crossover(rows, method, gamma) if len(args.shared) > 1 else None
         if at is not None:
-            print(f"{method}: its reused calls are faster than dense ones from about {at:.0f} shared tokens on")
+            name = method if gamma is None else f"{method}, gamma {gamma:g}"
+            print(f"{name}: its reused calls are faster than dense ones from about {at:.0f} shared tokens on")
 
 
 if __name__ == "__main__":

@@ -49,9 +49,21 @@ def test_rows_of_all_methods(tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_the_crossover_lies_between_the_lengths_measured() -> None:
-    rows = [{"method": "kvcomm", "shared": n, "reuse": 0.5, "ttft_ratio_reused": x} for n, x in ((256, 2.0), (64, 0.5))]
-    assert multiagent.crossover(rows, "kvcomm") == pytest.approx(128)
-    assert multiagent.crossover(rows[:1], "kvcomm") is None and multiagent.crossover(rows, "prefix") is None
+    rows = [
+        {"method": "kvcomm", "gamma": 0.3, "shared": n, "reuse": 0.5, "ttft_ratio_reused": x}
+        for n, x in ((256, 2.0), (64, 0.5))
+    ]
+    assert multiagent.crossover(rows, "kvcomm", 0.3) == pytest.approx(128)
+    assert multiagent.crossover(rows, "kvcomm", 1.0) is None
+    assert multiagent.crossover(rows[:1], "kvcomm", 0.3) is None and multiagent.crossover(rows, "prefix") is None
+
+
+def test_thresholds_are_compared_in_one_run(tmp_path) -> None:
+    path = tmp_path / "rows.json"
+    assert multiagent.main([*SMALL, "--methods", "recompute,kvcomm-fresh", "--gamma", "0,1", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    sides = [("dense", None), ("recompute", None), ("kvcomm-fresh", 0.0), ("kvcomm-fresh", 1.0)]
+    assert [(row["method"], row["gamma"]) for row in rows] == sides
 
 
 @pytest.mark.parametrize(
