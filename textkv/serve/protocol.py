@@ -15,6 +15,7 @@ from pydantic import (
     AfterValidator,
     AliasChoices,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -23,9 +24,19 @@ from pydantic import (
     model_validator,
 )
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
 LARGEST_SEED = 2**63 - 1
+
+
+def _whole(given: Any) -> Any:
+    """Some languages write every number with a point; words and truth values are no numbers."""
+    return int(given) if isinstance(given, float) and given.is_integer() else given
+
+
+# Strict: a truth value would count as 0 or 1, and a word as what it spells.
+Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
+Real = Annotated[float, Field(strict=True)]
+Truth = Annotated[bool, Field(strict=True)]
+Penalty = Annotated[Real, Field(ge=-2, le=2)]
 
 
 def _whole_characters(text: str) -> str:
@@ -38,10 +49,27 @@ def _whole_characters(text: str) -> str:
 
 
 Words = Annotated[str, AfterValidator(_whole_characters)]
+NO_TOOLS = "no tools are called here; leave out tools, their calls and their results"
+
+
+def _no_tools(given: list) -> list:
+    if given:
+        raise ValueError(NO_TOOLS)
+    return given
+
+
+NoTools = Annotated[list, AfterValidator(_no_tools)]
 
 
 class _Strict(BaseModel):
+    """A field that is null counts as left out, known or not: clients send answers back with all that came in them."""
+
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
 
 class _Text(_Strict):
@@ -69,7 +97,17 @@ class Message(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Words | list[Annotated[_Text | _Picture, Field(discriminator="type")]]
-    name: str | None = None
+    name: str | None = None  # templates know no names
+    # Parts of an answer that comes back, empty as it was given.
+    tool_calls: Annotated[list, Field(max_length=0)] = []
+    annotations: Annotated[list, Field(max_length=0)] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_no_tool(cls, given: Any) -> Any:
+        if isinstance(given, dict) and (given.get("role") in ("tool", "function") or given.get("tool_calls")):
+            raise ValueError(NO_TOOLS)
+        return given
 
     def parts(self) -> Iterator[str | bytes]:
         """Texts as they are, and pictures as the bytes of their files.
@@ -105,28 +143,28 @@ class _Format(_Strict):
 
 
 class _StreamOptions(_Strict):
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: Truth = False
+    include_obfuscation: Truth = False
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(_Strict):
     """The body of POST /v1/chat/completions.
 
     `temperature` 0 takes the likeliest token; None leaves it, as `top_p`, to the model's own generation_config.json.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     model: str
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens"))
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = Field(
+        None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
+    )
+    temperature: Annotated[Real, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Real, Field(gt=0, le=1)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
+    seed: Annotated[Whole, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] | None = None
     stop: list[Words] = Field(default_factory=list, max_length=16)
-    stream: bool = False
+    stream: Truth = False
     stream_options: _StreamOptions | None = None
     response_format: _Format | None = None
 
@@ -134,7 +172,7 @@ class ChatRequest(BaseModel):
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
-    tools: Annotated[list, Field(max_length=0)] | None = None
+    tools: NoTools = []
     tool_choice: Literal["none", "auto"] | None = None
     logit_bias: Annotated[dict, Field(max_length=0)] | None = None
     modalities: list[Literal["text"]] | None = None
@@ -167,7 +205,8 @@ class ChatRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _one_limit(cls, given: Any) -> Any:
-        if isinstance(given, dict) and {"max_tokens", "max_completion_tokens"} <= given.keys():
+        both = ("max_tokens", "max_completion_tokens")
+        if isinstance(given, dict) and all(given.get(name) is not None for name in both):
             raise ValueError("max_tokens and max_completion_tokens are the same; send one of them")
         return given
 

@@ -128,6 +128,10 @@ def test_the_openai_client_talks_in_turns_and_only_what_is_new_is_read(model):
         # The tokenizer of this test does not read its own answers back; the prompt is what both share.
         pieces = list(client.chat.completions.create(**body("hello"), stream=True))
         assert "".join(p.choices[0].delta.content or "" for p in pieces) == first.choices[0].message.content
+        # As its manual has it: the message that came is appended, with all its fields.
+        for said in (first.choices[0].message, first.choices[0].message.model_dump()):
+            turns = [*body("hello")["messages"], said, {"role": "user", "content": "go on"}]
+            assert client.chat.completions.create(**body("x") | {"messages": turns}).usage.completion_tokens
         with pytest.raises(APIStatusError, match="n: Input should be 1"):
             client.chat.completions.create(**body("hello"), n=2)
 

@@ -4,7 +4,7 @@ import base64
 
 import pytest
 
-from textkv.serve.protocol import read_request
+from textkv.serve.protocol import ChatRequest, read_request
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -22,13 +22,23 @@ def picture(url):
     [
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages.0: no tools are called here"),
+        ({"messages": [{"role": "function", "name": "f", "content": "x"}]}, "no tools are called"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}, "no tools are called"),
         ({"messages": [{"role": "user"}]}, "content"),
         ({"messages": [{"role": "user", "content": [{"type": "video", "url": "x"}]}]}, "content"),
         ({"n": 2}, "n:"),
         ({"logprobs": True}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools: no tools are called here"),
+        ({"max_tokens": True}, "max_tokens: .*valid integer"),
+        ({"max_tokens": "5"}, "max_tokens: .*valid integer"),
+        ({"temperature": "0.5"}, "temperature: .*valid number"),
+        ({"temperature": False}, "temperature: .*valid number"),
+        ({"seed": "1"}, "seed: .*valid integer"),
+        ({"stream": 1}, "stream: .*valid boolean"),
+        ({"stream": "yes"}, "stream: .*valid boolean"),
+        ({"max_tokens": 1, "max_completion_tokens": 1}, "send one of them"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "grammar"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "json_schema belongs"),
@@ -68,6 +78,22 @@ def test_labels_and_the_forms_that_change_nothing_are_accepted():
              metadata={"a": "b"}, prompt_cache_key="k", store=False, service_tier="auto", parallel_tool_calls=True)
     )  # fmt: skip
     assert request.max_tokens is None and request.stop == [] and not request.tells_usage
+
+
+def test_null_is_a_field_left_out():
+    optional = set(ChatRequest.model_fields) - {"model", "messages"}
+    names = [*optional, "max_completion_tokens", "functions", "a field of tomorrow"]
+    assert read_request(body(**dict.fromkeys(names))) == read_request(body())
+    assert read_request(body(max_tokens=5, max_completion_tokens=None)).max_tokens == 5
+    assert read_request(body(max_tokens=None, max_completion_tokens=5)).max_tokens == 5
+    assert read_request(body(max_tokens=5.0, temperature=1)).max_tokens == 5
+
+
+def test_an_answer_comes_back_with_all_that_was_in_it():
+    empty = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    for extra in (empty, empty | {"tool_calls": [], "annotations": None}):
+        said = {"role": "assistant", "content": "x"} | extra
+        assert read_request(body(messages=[*HELLO, said])).messages[1].content == "x"
 
 
 def test_both_names_of_the_length_and_both_forms_of_stop():
