@@ -21,13 +21,16 @@ class NoSpace(OSError):
 
 @contextmanager
 def disk_errors(place: Path, mend: str = "the same command goes on") -> Iterator[None]:
-    """Turn "no space left" while writing to `place` into NoSpace, whose message says what helps after freeing some."""
+    """Turn "no space left" while writing to `place` into NoSpace, whose message says what helps after freeing some, and
+    what else safetensors could not write into an OSError too: whoever is ready for a disk that fails knows no other."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if _number(error) not in FULL:
+        if _number(error) in FULL:
+            raise NoSpace(f"{place}: the disk is full; free some space, then {mend}") from error
+        if isinstance(error, OSError):
             raise
-        raise NoSpace(f"{place}: the disk is full; free some space, then {mend}") from error
+        raise OSError(_number(error), f"it cannot be written ({error})", str(place)) from error
 
 
 def _number(error: OSError | SafetensorError) -> int | None:

@@ -1,5 +1,6 @@
 """Which conversation a request goes on from, and who makes room."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -7,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.textkv import tiny
 from textkv import Conversation
@@ -143,6 +145,24 @@ def test_a_full_disk_drops_what_does_not_fit(tmp_path, monkeypatch):
     assert len(shelf) == 0 and shelf.stats.dropped == 1
     _, again = turn(shelf, more(first, 3))
     assert again.last.how == "new"
+
+
+def test_a_disk_that_is_taken_away_while_it_is_written_to_costs_what_lay_there(tmp_path, monkeypatch):
+    place, written = tmp_path / "disk", []
+
+    def taken_away(tensors, path, **told):
+        written.append(path)
+        shutil.rmtree(place)
+        save_file(tensors, path, **told)
+
+    shelf = shelf_of(disk=place, limit=1)
+    monkeypatch.setattr("textkv.store.save_file", taken_away)
+    first, _ = turn(shelf, tiny.text_ids(20, seed=1))
+    assert len(written) == 1 and len(shelf) == 0 and shelf.stats.dropped == 1
+    _, again = turn(shelf, more(first, 3))
+    assert again.last.how == "new"
+    with pytest.raises(OSError, match="it cannot be written .*No such file"):
+        again.save(place)
 
 
 def test_the_disk_has_a_limit_too(tmp_path):
