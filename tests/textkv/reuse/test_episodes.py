@@ -201,6 +201,37 @@ def test_folders_that_cannot_be_gone_on_with_are_refused(mini, tmp_path) -> None
         EpiCache.load(tmp_path, *mini, by_words)
 
 
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"vectors": []}, "one vector for each text"),
+        ({"vectors": [[1.0], [2.0, 3.0]]}, "one vector for each text"),
+        ({"vectors": [["a"]]}, "one vector for each text"),
+        ({"texts": ["one"]}, "one vector for each text"),
+        ({"texts": [5]}, "an entry of texts"),
+        ({"turns": [{"speaker": "a"}]}, "text"),
+        ({"settings": {"budget": "x"}}, "budget='x'"),
+        ({"name": "../elsewhere"}, "an episode is called '../elsewhere'"),
+        ({"windows": [999]}, "has windows that the conversation has not"),
+        ({"centre": [1.0]}, "is no vector of 3 numbers"),
+        ({"probe": []}, "has no probe"),
+        ({"tokens": "x"}, "tokens"),
+    ],
+)
+def test_a_header_whose_parts_do_not_belong_together_is_refused(mini, tmp_path, changed, match) -> None:
+    memory(mini, folder=tmp_path)
+    file = tmp_path / "conversation.json"
+    header = json.loads(file.read_text())
+    if changed.keys() <= header.keys():
+        header |= changed
+    else:
+        header["episodes"][0] |= changed
+    file.write_text(json.dumps(header))
+    with pytest.raises(ValueError, match=match) as caught:
+        EpiCache.load(tmp_path, *mini, by_words)
+    assert "\n" not in str(caught.value)
+
+
 # ---- faults --------------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +248,8 @@ def test_an_embedder_that_fails_changes_nothing(mini) -> None:
         (lambda texts: torch.ones(len(texts), 8), "gave 8 numbers for a text, earlier ones have 3"),
         (lambda texts: torch.ones(len(texts) + 1, 3), r"shape \(2, 3\) for 1 texts"),
         (lambda texts: torch.full((len(texts), 3), float("nan")), "not finite"),
+        (lambda texts: torch.ones(len(texts), 0), r"shape \(1, 0\)"),
+        (lambda texts: torch.ones(len(texts), 3, dtype=torch.complex64), "of torch.complex64; .* real numbers"),
     ):
         state["embed"] = embed
         for act in (lambda: made.ask("the heron", 3), lambda: made.add(TURNS[:1]), lambda: made.read(TURNS[:1])):
@@ -236,6 +269,12 @@ def test_requests_that_cannot_be(mini) -> None:
         (empty.save, "has no folder"),
         (lambda: Settings(probe=64, block=32), "probe=64 is longer than block=32"),
         (lambda: Settings(budget=0), "budget=0"),
+        (lambda: Settings(budget=1.5), "budget=1.5: a whole number"),
+        (lambda: Settings(block=True), "block=True: a whole number"),
+        (lambda: Settings(sinks=-1), "sinks=-1: a whole number of at least 0"),
+        (lambda: Settings(alpha=float("nan")), "alpha=nan"),
+        (lambda: Settings(tau=float("inf")), "tau=inf"),
+        (lambda: empty.ask("the heron", 0), "max_new=0"),
         (lambda: EpiCache(*mini, by_words, Settings(budget=4, block=32, probe=24)), "are protected"),
         (lambda: EpiCache(*mini, by_words, Settings(budget=4096, most_bytes=1000)), "above most_bytes=1000"),
     ):

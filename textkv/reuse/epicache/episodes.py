@@ -195,8 +195,10 @@ class EpiCache:
             begun: how the answer begins.
 
         Raises:
-            ValueError: nothing was read yet, or the embedder fails; no cache has changed then.
+            ValueError: nothing was read yet, no token may be said, or the embedder fails; no cache has changed then.
         """
+        if max_new < 1:
+            raise ValueError(f"max_new={max_new}: an answer has at least 1 token")
         # The bare question is compared: a template around it would draw all questions to one episode.
         episode, cosine = self.route(question)
         cache = self.cache_of(episode)

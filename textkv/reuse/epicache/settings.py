@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 from textkv.reuse.epicache.blocks import Level
 
@@ -47,8 +48,12 @@ class Settings:
     def __post_init__(self) -> None:
         if self.sensitivity is not None:  # JSON knows no tuples
             object.__setattr__(self, "sensitivity", tuple(self.sensitivity))
-        for name in ("budget", "block", "episodes", "window", "medoids", "probe"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+        whole = {name: 1 for name in ("budget", "block", "episodes", "window", "medoids", "probe")} | {"sinks": 0}
+        for name, least in whole.items():
+            given = getattr(self, name)
+            if not isinstance(given, int) or isinstance(given, bool) or given < least:
+                raise ValueError(f"{name}={given!r}: a whole number of at least {least}")
+        if not (isfinite(self.alpha) and isfinite(self.tau)):
+            raise ValueError(f"alpha={self.alpha}, tau={self.tau}: both are finite numbers")
         if self.probe > self.block:
             raise ValueError(f"probe={self.probe} is longer than block={self.block}; the probe is read behind a block")

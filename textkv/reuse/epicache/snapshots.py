@@ -7,17 +7,20 @@ episode (safetensors, with a checksum). Every file is written beside the one bef
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from textkv.cache import MethodCache
-from textkv.records import checked, parse
+from textkv.records import checked, listed, parse
 
 FORMAT = 1
 FILE = "conversation.json"
+_EPISODE = {"name": str, "windows": list, "centre": list, "probe": list, "tokens": int}
 _FIELDS = {"model": dict, "settings": dict, "turns": list, "texts": list, "vectors": list, "episodes": list}
 
 
@@ -113,9 +116,36 @@ def read_header(folder: Path) -> dict[str, Any]:
         if header["format"] != FORMAT:
             raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
         checked(header, _FIELDS)
+        _check_fit(header)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no whole conversation: {type(error).__name__}: {error}") from None
     return header
+
+
+def _check_fit(header: dict[str, Any]) -> None:
+    """Raises ValueError if the parts of a header do not belong together. A name leads to a folder: to one in here."""
+    vectors = listed(header["vectors"], list, "vectors")
+    width = len(vectors[0]) if vectors else 0
+    if len(vectors) != len(listed(header["texts"], str, "texts")) or not all(_is_vector(x, width) for x in vectors):
+        raise ValueError("there is not one vector for each text, all of one width")
+    for told in listed(header["episodes"], dict, "episodes"):
+        episode = checked(told, _EPISODE)
+        if not re.fullmatch(r"episode-\d+", episode["name"]):
+            raise ValueError(f"an episode is called {episode['name']!r}")
+        if not _is_vector(episode["centre"], width):
+            raise ValueError(f"the centre of {episode['name']} is no vector of {width} numbers")
+        if any(not 0 <= number < len(vectors) for number in listed(episode["windows"], int, "windows")):
+            raise ValueError(f"{episode['name']} has windows that the conversation has not")
+        if min(listed(episode["probe"], int, "probe"), default=-1) < 0:
+            raise ValueError(f"{episode['name']} has no probe")
+
+
+def _is_vector(given: Any, width: int) -> bool:
+    return (
+        isinstance(given, list)
+        and len(given) == width > 0
+        and all(isinstance(x, float | int) and math.isfinite(x) for x in given)
+    )
 
 
 def shape_of(model: PreTrainedModel) -> dict[str, Any]:

@@ -56,9 +56,10 @@ class Encoder:
             found = torch.as_tensor(self._embed(list(texts)))
         except Exception as error:  # whatever a stranger's code raises, the caller hears what failed
             raise ValueError(f"the embedder failed on {len(texts)} texts: {type(error).__name__}: {error}") from error
-        if found.dim() != 2 or len(found) != len(texts):
+        if found.dim() != 2 or len(found) != len(texts) or not found.shape[1] or found.is_complex():
             raise ValueError(
-                f"the embedder gave shape {tuple(found.shape)} for {len(texts)} texts; it must be [n, width]"
+                f"the embedder gave shape {tuple(found.shape)} for {len(texts)} texts, of {found.dtype}; it must be "
+                "[n, width], of real numbers"
             )
         if self.width not in (None, found.shape[1]):
             raise ValueError(
