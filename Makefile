@@ -6,7 +6,7 @@ BIN := .venv/bin
 # PyTorch's wheels for Linux are built for CUDA by default. Without a GPU the constrained version is enough.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint docs tables clean
+.PHONY: demo test peers lint docs tables clean
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -14,6 +14,13 @@ demo: .venv/ready
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# Clients and engines that pin other versions than ours: each has an environment of its own, in which its tests run. Of
+# two of them the wheels are for CUDA and want gigabytes: what these tests import is asked for by name, as they miss it.
+peers: .venv-browser-use/ready .venv-lmcache/ready .venv-vllm/ready
+	OMP_NUM_THREADS=1 .venv-browser-use/bin/python -m pytest -rs tests/agentkv/test_browser_use.py
+	OMP_NUM_THREADS=1 .venv-lmcache/bin/python -m pytest -rs tests/textkv/test_lmcache_serde.py
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -rs tests/textkv/test_vllm_packed.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -40,9 +47,37 @@ docs: .venv/ready-docs
 	-$(BIN)/python -m envs.sites install
 	touch $@
 
+PEER = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
+TORCH := $$(grep '^torch==' constraints.txt)
+
+# browser-use 0.13 pins click 8.3.3, with which only huggingface_hub 1 and our oldest transformers go.
+.venv-browser-use/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(PEER) $(TORCH)
+	$(PEER) $(TORCH) transformers==5.17.0 browser-use==0.13.14 pytest --editable '.[agents,serve,structured]'
+	touch $@
+
+.venv-lmcache/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(PEER) $(TORCH)
+	$(PEER) --constraint constraints.txt pytest --editable .
+	$(PEER) --no-deps lmcache==0.5.6
+	$(PEER) aiohttp cachetools cryptography numba opentelemetry-sdk prometheus_client psutil py-cpuinfo pyyaml \
+	    requests sortedcontainers
+	touch $@
+
+.venv-vllm/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(PEER) $(TORCH)
+	$(PEER) --constraint constraints.txt pytest --editable '.[serve,structured]'
+	$(PEER) --no-deps vllm==0.33.0
+	$(PEER) aiohttp cachetools cbor2 cloudpickle llguidance msgspec openai openai_harmony partial_json_parser psutil \
+	    py-cpuinfo pybase64 pyzmq requests urllib3 uvloop
+	touch $@
+
 .venv/ready-docs: .venv/ready
 	$(INSTALL) --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 clean:
-	rm -rf .venv runs site
+	rm -rf .venv .venv-browser-use .venv-lmcache .venv-vllm runs site

@@ -11,7 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from agentkv.models import OWN_AGENT, ModelAdapter, load_adapter
 from textkv import Budget, resolve_method
@@ -91,14 +91,24 @@ class VisionEngine(ChatEngine):
         return self.adapter.words_of(ids)
 
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+
+
 def _picture(data: bytes) -> Image.Image:
     try:
-        image = Image.open(BytesIO(data), formats=("PNG", "JPEG", "WEBP", "GIF", "BMP"))
-        if image.width * image.height > PIXELS:
-            raise ValueError(
-                f"a picture of {image.width} x {image.height} is larger than {PIXELS:,} pixels; send it smaller"
-            )
-        image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+        large = image.width * image.height > PIXELS
+        if not large:
+            image.load()
+            # A photo may say which side is up: whoever looks at it sees it turned, as transformers' own loader does.
+            image = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:
+        told = f"{len(data):,} bytes that are none of {', '.join(FORMATS)}"
+        raise ValueError(f"a picture cannot be read: {told}") from None
+    except Exception as error:  # what decoders raise at damaged bytes is no closed list
         raise ValueError(f"a picture cannot be read: {' '.join(str(error).split())}") from None
+    if large:
+        raise ValueError(
+            f"a picture of {image.width} x {image.height} is larger than {PIXELS:,} pixels; send it smaller"
+        )
     return image

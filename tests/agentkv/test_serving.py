@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import struct
 from contextlib import contextmanager
 from io import BytesIO
 
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from agentkv import serving
 from agentkv.serving import PIXELS, VisionEngine
 from textkv import Conversation
 from textkv.serve import Opening, build_app
@@ -110,7 +112,7 @@ def test_a_page_cannot_open_a_turn_by_its_words():
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("data:image/png;base64,AAAA", "cannot be read"),
+        ("data:image/png;base64,AAAA", "cannot be read: 3 bytes that are none of PNG, JPEG, WEBP, GIF, BMP"),
         ("data:image/svg+xml;base64,AAAA", "cannot be read"),
         (url_of(Image.new("1", (PIXELS // 5_000 + 1, 5_000))), "larger than"),
         ("/etc/hostname", "data:image"),
@@ -121,6 +123,29 @@ def test_a_picture_that_cannot_be_taken_is_one_line(url, says):
     with served() as client:
         answer = client.post("/v1/chat/completions", json={"model": "mini", "messages": [shown(url)]})
     assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+
+
+def test_a_photo_is_seen_as_it_stands():
+    """Turned by what its file says, as by transformers' own loader of pictures."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (210, 160, 3), dtype=np.uint8))
+    lies, turned = BytesIO(), BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    image.save(lies, "PNG", exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(turned, "PNG")
+    assert serving._picture(lies.getvalue()).tobytes() == serving._picture(turned.getvalue()).tobytes()
+
+
+@pytest.mark.parametrize("error", [struct.error("required argument is not an integer"), TypeError("bad operand")])
+def test_whatever_a_decoder_says_of_damaged_bytes_is_one_line(monkeypatch, error):
+    def broken(image):
+        raise error
+
+    monkeypatch.setattr(serving.ImageOps, "exif_transpose", broken)
+    with served() as client:
+        body = {"model": "mini", "messages": [shown(noise(0))]}
+        answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400 and "a picture cannot be read: " in answer.json()["error"]["message"]
 
 
 def test_jpeg_and_texts_without_pictures_are_taken():

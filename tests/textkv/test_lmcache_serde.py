@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("lmcache", reason="lmcache is not installed: it pins other versions than ours")
+pytest.importorskip("lmcache", reason="lmcache pins other versions than ours: make peers")
 
 from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey  # noqa: E402
 from lmcache.v1.distributed.serde import create_serde_processor  # noqa: E402

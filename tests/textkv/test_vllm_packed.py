@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if importlib.util.find_spec("vllm") is None:
-    pytest.skip("vllm is not installed: it pins other versions than ours", allow_module_level=True)
+    pytest.skip("vllm pins other versions than ours: make peers", allow_module_level=True)
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.block_pool import BlockPool
