@@ -22,7 +22,15 @@ def chat(tokenizer: PreTrainedTokenizerBase, role: str | None, body: str) -> str
 
 
 def words(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Tokens of a text from outside: what looks like a special token in it is text, and ends no turn."""
+    """Tokens of a text from outside: what looks like a special token in it is text, and ends no turn.
+
+    Raises:
+        ValueError: it holds half of a pair of code units, which no tokenizer reads.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a character at {error.start} of a text; write the whole one") from None
     return tuple(Quoting.of(tokenizer, tokenizer.chat_template).words(text))
 
 

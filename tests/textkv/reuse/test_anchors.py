@@ -139,7 +139,10 @@ def test_the_nucleus_has_the_entry_that_crosses_its_mass() -> None:
 
 
 def test_impossible_criteria_are_refused() -> None:
-    for how in ({"gamma": -1}, {"distance": "cosine"}, {"temperature": 0}, {"nucleus": 0}):
+    nan, inf = float("nan"), float("inf")
+    refused = [{"gamma": -1}, {"gamma": nan}, {"distance": "cosine"}, {"temperature": 0}, {"temperature": nan},
+               {"temperature": inf}, {"nucleus": 0}, {"nucleus": nan}, {"gate": -1}, {"gate": nan}]  # fmt: skip
+    for how in refused:
         with pytest.raises(ValueError, match=next(iter(how))):
             Criteria(**how)
     with pytest.raises(ValueError, match="capacity=-1"):

@@ -202,6 +202,10 @@ def test_engines_say_what_is_wrong_with_a_call(mini) -> None:
         engine.call("bob", {})
     with pytest.raises(ValueError, match="'ann' is there already"):
         engine.add("ann", TEMPLATE)
+    with pytest.raises(ValueError, match=r"\{second\} got a str; give engine.segment\(text\)"):
+        engine.call("ann", {"first": engine.segment(LONG), "second": ASKED})
+    with pytest.raises(ValueError, match="half a character at 2 of a text"):
+        engine.segment("a \ud800")
     with pytest.raises(ValueError, match="fresh=0"):
         KVComm(*mini, fresh=0)
     with pytest.raises(ValueError, match="share=1.5"):

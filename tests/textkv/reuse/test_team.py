@@ -65,5 +65,10 @@ def test_teams_that_cannot_be_are_refused(mini) -> None:
     refused("cannot be told from text", {"Ann B": "x", "bob": "y"}, [("Ann B", "bob")])
     refused("cannot be told from text", {"ann": "you are {x} there"}, [])
     refused("layout='first'", ROLES, [], layout="first")
+    for make in (Team.chain, Team.star, Team.full):
+        with pytest.raises(ValueError, match="at least 1 agent"):
+            make(Dense(*mini, 3), {})
+    twice = Team(Dense(*mini, 3), ROLES, [("ann", "bob"), ("ann", "bob")])
+    assert twice.engine.templates["bob"].names.count("ann") == 1
     with pytest.raises(ValueError, match="check 'answer'"):
         Team.chain(Dense(*mini, 3), ROLES).run(ASKED | {"answer": "x"})

@@ -50,10 +50,15 @@ class Criteria:
     def __post_init__(self) -> None:
         if self.distance not in ("rms", "paper"):
             raise ValueError(f"distance={self.distance!r}: use 'rms' or 'paper'")
-        if self.gamma < 0 or not 0 < self.nucleus <= 1:
+        # Written so that what is no number fails too: compared with it everything would be estimated, or nothing.
+        if not (self.gamma >= 0 and 0 < self.nucleus <= 1):
             raise ValueError(f"gamma={self.gamma}, nucleus={self.nucleus}: gamma is at least 0, nucleus in (0, 1]")
-        if self.temperature is not None and self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature}: weights need one above 0; small = the nearest anchor")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature={self.temperature}: weights need a finite one above 0; small = the nearest anchor"
+            )
+        if self.gate is not None and not self.gate >= 0:
+            raise ValueError(f"gate={self.gate}: a distance is at least 0; None = any")
 
     @property
     def heat(self) -> float:

@@ -113,10 +113,13 @@ class Dense:
             given: a segment for each placeholder of its template.
 
         Raises:
-            ValueError: an unknown agent, or placeholders that do not fit.
+            ValueError: an unknown agent, placeholders that do not fit, or something else than a segment.
         """
         if agent not in self.templates:
             raise ValueError(f"unknown agent {agent!r}; there are {', '.join(self.templates) or 'none'}")
+        other = next((name for name, x in given.items() if not isinstance(x, Segment)), None)
+        if other is not None:
+            raise ValueError(f"placeholder {{{other}}} got a {type(given[other]).__name__}; give engine.segment(text)")
         begun = perf_counter()
         parts = self.templates[agent].parts(given)
         reading = self._read(agent, parts, given)

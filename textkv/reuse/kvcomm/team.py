@@ -54,7 +54,8 @@ class Team:
         if twice is not None:
             raise ValueError(f"agent {twice!r} has the name of a shared text; name one of them otherwise")
         self.engine, self.shared = engine, tuple(shared)
-        self._reads = {name: tuple(a for a, b in edges if b == name) for name in roles}
+        # An edge that is told twice is one.
+        self._reads = {name: tuple(dict.fromkeys(a for a, b in edges if b == name)) for name in roles}
         try:
             self.order = tuple(TopologicalSorter(self._reads).static_order())
         except CycleError as error:
@@ -81,8 +82,8 @@ class Team:
     @classmethod
     def star(cls, engine: Dense, roles: Mapping[str, str], **options) -> Team:
         """The last agent reads all others, which read none."""
-        *leaves, centre = roles
-        return cls(engine, roles, [(leaf, centre) for leaf in leaves], **options)
+        names = list(roles)
+        return cls(engine, roles, [(leaf, names[-1]) for leaf in names[:-1]], **options)
 
     @classmethod
     def full(cls, engine: Dense, roles: Mapping[str, str], **options) -> Team:
