@@ -100,6 +100,35 @@ def test_another_picture_under_the_same_words_is_seen():
     assert usage["prompt_tokens_details"]["cached_tokens"] < 64
 
 
+@pytest.mark.parametrize("method", ["full", "gui-kv"])
+def test_another_conversation_that_begins_alike_takes_nothing_away(method):
+    """Two agents in turn, of one system prompt: neither is taken for the other with its pictures left out."""
+    words = "You are a GUI agent. Look at the screenshot, then say in one line what to do next, and nothing else."
+    system = {"role": "system", "content": words}
+    budget = None if method == "full" else "0.4"
+    with (
+        served(method=method, budget=budget) as together,
+        served(method=method, budget=budget) as one,
+    ):
+        talks = [
+            [system, shown(noise(seed), text)] for seed, text in ((0, "Click on the button."), (1, "Type a word."))
+        ]
+        told = []
+        for turn in range(3):
+            for number, messages in enumerate(talks):
+                answer, usage = ask(together, messages)
+                told.append((usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"], answer))
+                messages += [{"role": "assistant", "content": answer}, shown(noise(2 + 2 * turn + number))]
+        for (before, *_), (_, cached, _) in zip(told, told[2:], strict=False):
+            assert cached >= before
+        # The first of these is alone on a server of its own.
+        messages = [system, shown(noise(0), "Click on the button.")]
+        for turn in range(3):
+            answer, _ = ask(one, messages)
+            assert answer == told[2 * turn][2]
+            messages += [{"role": "assistant", "content": answer}, shown(noise(2 + 2 * turn))]
+
+
 def test_a_page_cannot_open_a_turn_by_its_words():
     engine = VisionEngine.open(Opening("mini", "cpu"))
     marker = engine.adapter.markers[0]

@@ -21,7 +21,7 @@ import torch
 from textkv.conversation import Conversation
 from textkv.dialogue import Dialogue
 from textkv.serve.folders import OwnFolder
-from textkv.serve.omitted import compare
+from textkv.serve.omitted import AGREE, compare
 
 ID = 8  # bytes of a token's id
 TRIED = 8  # conversations that begin like a request and are asked whether they can be taken back to there
@@ -67,7 +67,12 @@ class Held:
         if line.startswith(self.line) != whole or not (whole or self.seen.images):
             return 0
         found = compare(self.seen, told, self.forgotten)
-        return 0 if found is None else found.columns
+        if found is None:
+            return 0
+        # What is left out must lie between things that both have: another conversation begins alike too, with the same
+        # words of the system, and taken for this one it would be answered from it and leave it without its cache.
+        alone = found.left_out and found.columns - found.left_out[0][0] < AGREE
+        return 0 if alone else found.columns
 
     def begins(self, line: bytes) -> int:
         """Columns that a request begins with as this does."""
