@@ -303,31 +303,50 @@ def _keys(found: Sequence[Row], data: str) -> int:
 
 def conversations() -> str:
     """Answers about long conversations under a fixed budget."""
+    return _conversations("text-conversations.json")
+
+
+def conversations_flat() -> str:
+    """The same under a budget in tokens, as conversations grow longer."""
+    return _conversations("text-conversations-flat.json")
+
+
+def _conversations(file: str) -> str:
     return markdown(
-        ["method", "budget", "questions", "right (95 %)", "digits", "MB held", "MB at most", "full, MB"],
+        ["method", "budget", "tokens", "questions", "right (95 %)", "digits", "MB held", "MB at most", "full, MB"],
         [
             [
                 f"`{row['method']}`",
                 row["budget"],
+                f"{row['tokens']:,}",
                 str(row["n"]),
                 f"{row['accuracy']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
                 f"{row['score']:.2f}",
                 *(f"{row[name] / 1e6:.1f}" for name in ("kv_bytes", "kv_bytes_peak", "kv_bytes_full")),
             ]
-            for row in rows("text-conversations.json")
+            for row in rows(file)
         ],
     )
 
 
 def teams() -> str:
-    """What sharing texts between agents saves and changes, for teams that were asked everything."""
-    lines, found = [], rows("text-multiagent.json")
-    whole = max(row["n"] for row in found)
-    for row in (row for row in found if row["n"] == whole):
-        short = row["ttft_ratio_reused"]
+    """What sharing texts between agents saves and changes: a team of three, and one of five."""
+    whole = [row for row in rows("text-multiagent.json") if row["agents"] == 5]
+    return _teams([*rows("text-team.json"), *whole, *rows("text-crossover.json")])
+
+
+def thresholds() -> str:
+    """The same by the entropy up to which a text is estimated from others."""
+    return _teams(rows("text-gamma.json"))
+
+
+def _teams(found: Sequence[Row]) -> str:
+    lines = []
+    for row in found:
+        short, gamma = row["ttft_ratio_reused"], row.get("gamma")
         lines.append(
             [
-                f"`{row['method']}`",
+                f"`{row['method']}`" + ("" if gamma is None else f" {gamma:g}"),
                 str(row["agents"]),
                 f"{row['shared']:,}",
                 str(row["calls"]),
@@ -339,6 +358,18 @@ def teams() -> str:
         )
     heads = ["method", "agents", "shared tokens", "calls", "short way", "answers unchanged (95 %)"]
     return markdown([*heads, "first token, x faster", "of calls on the short way"], lines)
+
+
+def sentences_pool() -> str:
+    """SentenceKV with its pool and with all tokens on the host, by whether the question was known."""
+    cells: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows("text-sentences-pool.json"):
+        if row["task"] in ("needle", "multikey"):
+            cells.setdefault((row["method"], row["budget"]), {})[f"{row['asked']} {row['task']}"] = row
+    names = [f"{asked} {task}" for asked in ("known", "unknown") for task in ("needle", "multikey")]
+    lines = [[f"`{m}`", b, *(f"{at[name]['recall']:.2f}" for name in names)] for (m, b), at in cells.items()]
+    heads = [f"{task}, {asked}" for asked, task in (name.split() for name in names)]
+    return markdown(["method", "budget", *heads], lines)
 
 
 def sentences() -> str:
@@ -386,6 +417,7 @@ def _method(row: Row) -> str:
 
 _MADE = (agents, curves, persistent, board, decoding, decoding_hard, dlm_loop, fast_dllm, batch_rows, cost)
 _MADE += (masa, masa_converted, rag, porag, peers, retrieval, conversations, teams, sentences, served, load)
+_MADE += (conversations_flat, thresholds, sentences_pool)
 TABLES: dict[str, Callable[[], str]] = {made.__name__.replace("_", "-"): made for made in _MADE}
 
 
