@@ -50,9 +50,7 @@ def test_an_agent_of_another_house_works_through_the_server(tmp_path, monkeypatc
     monkeypatch.setenv("ANONYMIZED_TELEMETRY", "false")
     monkeypatch.setenv("BROWSER_USE_CLOUD_SYNC", "false")
     monkeypatch.setenv("BROWSER_USE_CONFIG_DIR", str(tmp_path))
-    library = pytest.importorskip(
-        "browser_use", reason="browser-use wants other versions than ours: make peers"
-    )
+    library = pytest.importorskip("browser_use", reason="browser-use wants other versions than ours: make peers")
     pytest.importorskip("xgrammar", reason="extra structured is not installed")
     from browser_use.llm.openai.chat import ChatOpenAI
 
