@@ -69,9 +69,10 @@ class Held:
         found = compare(self.seen, told, self.forgotten)
         if found is None:
             return 0
-        # What is left out must lie between things that both have: another conversation begins alike too, with the same
-        # words of the system, and taken for this one it would be answered from it and leave it without its cache.
-        alone = found.left_out and found.columns - found.left_out[0][0] < AGREE
+        # What is left out must lie between things that both have, the last of all that was read among them. Another
+        # conversation begins alike too, with the same words of the system, and one that was edited shares marks of its
+        # turns: taken for this one they would be answered from it, and leave it without its cache.
+        alone = found.left_out and self.seen.columns - found.left_out[-1][1] < AGREE
         return 0 if alone else found.columns
 
     def begins(self, line: bytes) -> int:

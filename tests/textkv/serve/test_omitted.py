@@ -7,8 +7,11 @@ import torch
 
 from textkv.dialogue import Dialogue, SeenImage
 from textkv.serve.omitted import GoesOn, compare, restored
+from textkv.serve.shelf import Held
 
 WIDE = 3  # columns of a picture
+MARKS = " ".join(["5"] * 9)  # that a template writes between turns
+ANSWER = " ".join(str(n) for n in range(30, 39))
 
 
 def dialogue(text: str) -> Dialogue:
@@ -57,6 +60,20 @@ def test_another_history_is_no_shorter_one(seen, told):
     old = dialogue(seen)
     found = compare(old, dialogue(told), nothing(old))
     assert found is None or found.columns < 2
+
+
+@pytest.mark.parametrize(
+    ("told", "reused"),
+    [
+        (f"1 2 {MARKS} B {ANSWER} 4", 2 + 9 + WIDE + 9),  # the first picture left out
+        (f"1 2 {MARKS} C 4", 0),  # the second turn edited: only the marks of a turn are between both changes
+        ("1 2 4", 0),  # both turns gone
+    ],
+)
+def test_what_is_left_out_lies_before_the_end_of_what_was_read(told, reused):
+    seen = dialogue(f"1 2 A 21 {MARKS} B {ANSWER}")
+    held = Held(seen, nothing(seen), b"read", 0, "")
+    assert held.continues(dialogue(told), b"another", whole=False) == reused
 
 
 def test_what_was_forgotten_cannot_come_back():
