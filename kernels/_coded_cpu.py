@@ -22,18 +22,15 @@ _ROWS = 256  # query rows at a time
 _TOKENS, _FEWEST = 8192, 1024  # tokens of a run at a time, about, and at least
 
 
-def coded_cpu(q, query, k, v, bits, shift, turned, softcap, valid, beside=None):
-    """Arguments and results as the reference's.
+def coded_cpu(q, query, k, v, bits, shift, turned, softcap, valid, beside=None, need_lse=True):
+    """Arguments and results as the reference's; lse may be None if not needed.
 
     Args:
         beside: keys, and values that are turned as those of the rows are, fp32 [runs, r, D] each, which are seen too.
     """
-    runs, x, _ = q.shape
+    runs = len(q)
     k, v = k.flatten(0, 1), v.flatten(0, 1)
     valid = None if valid is None else valid.flatten(0, 1)
-    if x % 4 == 3:  # products of four rows are faster than those of three
-        q, query = F.pad(q, (0, 0, 0, 1)), F.pad(query, (0, 0, 0, 1))
-        shift = None if shift is None else F.pad(shift, (0, 1))
     rows, n = min(_ROWS, q.shape[1]), k.shape[1]
     step = tokens_together(n, _TOKENS, max(_FEWEST, _SCORES // rows))
     side = max(1, _SCORES // (rows * step))  # runs that go together
@@ -47,6 +44,7 @@ def coded_cpu(q, query, k, v, bits, shift, turned, softcap, valid, beside=None):
             _attend(
                 q[some, of], query[some, of], k[some, tile], v[some, tile], bits, by, turn, softcap,
                 None if valid is None else valid[some, tile], tile, more if tile is tiles[-1] else None,
+                need_lse or len(tiles) > 1,
             )
             for tile in tiles
         ]  # fmt: skip
@@ -55,14 +53,14 @@ def coded_cpu(q, query, k, v, bits, shift, turned, softcap, valid, beside=None):
     if runs <= side and q.shape[1] <= rows:
         out, lse = attended(slice(0, runs), slice(0, rows))
     else:
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
+        out, lse, need_lse = torch.empty_like(q), q.new_empty(q.shape[:2]), True
         for first, low in product(range(0, runs, side), range(0, q.shape[1], rows)):
             here = slice(first, first + side), slice(low, low + rows)
             out[here], lse[here] = attended(*here)
-    return out[:, :x], lse[:, :x]
+    return out, lse
 
 
-def _attend(q, query, k, v, bits, shift, turned, softcap, seen, columns, beside):
+def _attend(q, query, k, v, bits, shift, turned, softcap, seen, columns, beside, need_lse):
     """q fp32 [R, x, D], scaled, and turned; rows [R, n, bytes] of the tokens `columns` -> out fp32 [R, x, D], still
     turned, and lse [R, x]."""
     (R, n, _), (x, D) = k.shape, q.shape[1:]
@@ -77,13 +75,13 @@ def _attend(q, query, k, v, bits, shift, turned, softcap, seen, columns, beside)
         centres = shift[..., None]
         if turned is not None:
             centres = centres + turned_scores(q, *turned, columns)
-        coded += centres * ~size[:, None].signbit()
+        coded += centres.masked_fill(size[:, None].signbit(), 0)
     if beside is not None:
         scores[..., n:] = torch.bmm(q, beside[0].mT)
         seen = None if seen is None else F.pad(seen, (0, scores.shape[2] - n), value=True)
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
-    weights, lse = weights_of(scores, seen)
+    weights, lse = weights_of(scores, seen, need_lse)
     out = torch.zeros_like(q) if beside is None else torch.bmm(weights[..., n:], beside[1])
     size, coded = scales(v).abs(), weights[..., :n]
     coded.mul_((size if seen is None else size.masked_fill(~seen[:, :n], 0))[:, None])

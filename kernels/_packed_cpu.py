@@ -31,22 +31,33 @@ _MANY = 64  # query rows of a run from which tiles are unpacked for fused attent
 _FEWEST = 1024  # .. and at least, whatever the number of queries
 
 
-def packed_cpu(q, k, v, *, scale, start, length, longest, turn=None, softcap=None, shift=None, valid=None):
-    """Arguments as the reference's."""
+def packed_cpu(q, k, v, *, scale, start, length, longest, turn=None, softcap=None, shift=None, valid=None, beside=None):
+    """Arguments as the reference's. With `beside`, a `Beside`: out, lse and the weights fp32 [B, H, r] of the last
+    query over its last pair, the latter two None if not asked for; or nothing, where runs do not go together."""
     B, H, m, D = q.shape
     runs, starts, lengths = start.numel(), start.tolist(), length.tolist()
-    rows = q.reshape(runs, B * H // runs * m, D).float() * scale
-    x = rows.shape[1]
-    shift = None if shift is None else shift.reshape(runs, x, 1) * scale
+    x = B * H // runs * m
     plain = turn is softcap is shift is valid is None
     fused = x >= _MANY and plain and _ATTEND is not None and _whole(k, v, starts, lengths)
-    if x % 4 == 3 and not fused:  # products of four rows are faster than those of three
-        rows, shift = F.pad(rows, (0, 0, 0, 1)), None if shift is None else F.pad(shift, (0, 0, 0, 1))
+    short = x % 4 == 3 and not fused  # products of four rows are faster than those of three
+    rows = _rows(q, runs, scale, short)
+    if shift is not None:
+        shift = shift.reshape(runs, x, 1) * scale
+        shift = F.pad(shift, (0, 0, 0, 1)) if short else shift
     pieces = [slice(low, low + _ROWS) for low in range(0, rows.shape[1], _ROWS)]
-    parts = []
     # What is made for each token beside its scores is bounded, too.
     held = 4 if fused else max(4, min(rows.shape[1], _ROWS))
-    for some, chunks in _together(lengths, held, k.block):
+    groups, parts = list(_together(lengths, held, k.block)), []
+    if beside is not None:
+        if fused or len(groups) * len(pieces) > 1 or not groups[0][1]:
+            return None
+        exact = beside.at(rows, rows if beside.q is None else _rows(beside.q, runs, scale, short))
+        chunks = [Part(groups[0][0], starts, lengths, columns, k.block, valid) for columns in groups[0][1]]
+        out, lse, row = _with_exact(rows, k, v, chunks, turn, softcap, exact, beside)
+        row = None if row is None else row[:, :x].reshape(B, H, m, -1)[:, :, -1]
+        lse = None if lse is None else lse[:, :x].reshape(B, H, m)
+        return out[:, :x].to(q.dtype).reshape(B, H, m, D), lse, row
+    for some, chunks in groups:
         own, by, found = rows[some], None if shift is None else shift[some], []
         for columns in chunks:
             part = Part(some, starts, lengths, columns, k.block, valid)
@@ -60,6 +71,26 @@ def packed_cpu(q, k, v, *, scale, start, length, longest, turn=None, softcap=Non
         parts.append(found[0] if len(found) == 1 else merge(*zip(*found, strict=True)))
     out, lse = _joined(parts, 0)
     return out[:, :x].to(q.dtype).reshape(B, H, m, D), lse[:, :x].reshape(B, H, m)
+
+
+def _rows(q, runs, scale, short):
+    """q [B, H, m, D] as scaled fp32 [runs, x, D], with one more row if `short`."""
+    rows = q.reshape(runs, -1, q.shape[-1]).float() * scale
+    return F.pad(rows, (0, 0, 0, 1)) if short else rows
+
+
+def _with_exact(q, k, v, chunks, turn, softcap, exact, asked):
+    """`_attend` over several parts of all runs, of which the last takes the exact tokens along -> out, lse or None, and
+    the weights of the last pair [R, x, r] or None."""
+    lses = asked.lse or len(chunks) > 1
+    found = [_attend(q, k, v, part, turn, softcap, None) for part in chunks[:-1]]
+    out, lse, weights = _attend(q, k, v, chunks[-1], turn, softcap, None, exact, lses)
+    row = weights[..., weights.shape[2] - exact.pairs[-1][0].shape[1] :] if asked.row else None
+    if found:
+        own = lse
+        out, lse = merge(*zip(*found, (out, lse), strict=True))
+        row = None if row is None else row * (own - lse).exp().unsqueeze(-1)
+    return out, lse if lse is None or exact.shift is None else lse + exact.shift[..., 0], row
 
 
 def _joined(pairs, axis):
@@ -87,8 +118,8 @@ def _together(lengths, rows, tokens):
         first = last
 
 
-def _attend(q, k, v, part, turn, softcap, shift):
-    """q fp32 [R, x, D], scaled -> out fp32 [R, x, D], lse [R, x]."""
+def _attend(q, k, v, part, turn, softcap, shift, exact=None, need_lse=True):
+    """q fp32 [R, x, D], scaled -> out fp32 [R, x, D], lse [R, x], and the weights of exact tokens if there are any."""
     scores = (_by_channel if k.scale.shape[1] == 1 else _by_token)(q, k, part)
     if k.lowrank is not None:
         _add_rank(scores, q, k, part)
@@ -96,10 +127,18 @@ def _attend(q, k, v, part, turn, softcap, shift):
         scores += turned_scores(q, *turn_of(turn, part.runs), part.columns)
     if shift is not None:
         scores += shift
+    seen, n = part.seen, scores.shape[2]
+    if exact is not None:
+        scores = torch.cat([scores, *exact.scores()], 2)
+        seen = None if seen is None else F.pad(seen, (0, scores.shape[2] - n), value=True)
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
-    weights, lse = weights_of(scores, part.seen)
-    return _values(weights, v, part), lse
+    weights, lse = weights_of(scores, seen, need_lse)
+    if exact is None:
+        return _values(weights, v, part), lse
+    out, weights = _values(weights[..., :n], v, part), weights[..., n:]
+    exact.add(out, weights)
+    return out, lse, weights
 
 
 def _whole(k, v, starts, lengths):
@@ -142,7 +181,7 @@ def _table(packed, part):
 
 def _nowhere_0(scale, packed):
     """Scales by which single corrections can be divided: the codes of a group that is one number are 0."""
-    return scale if packed.sparse is None else scale.masked_fill(scale == 0, 1)
+    return scale if packed.sparse is None else scale.clamp(min=2**-24)  # float16 has no smaller one
 
 
 def _by_channel(q, k, part):

@@ -22,18 +22,23 @@ def turn_of(turn: tuple, some: slice) -> tuple:
     return centre[some], inv_freq[some], positions, axes
 
 
-def weights_of(scores: torch.Tensor, seen: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def weights_of(
+    scores: torch.Tensor, seen: torch.Tensor | None, need_lse: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Softmax of the scores.
 
     Args:
         scores: fp32 [R, x, n]; overwritten.
         seen: bool [R, n], the others get no weight whatever their scores are; None = all.
+        need_lse: False spares it where it is work of its own.
 
     Returns:
         Weights fp32 [R, x, n] and lse [R, x]; 0 and -inf where a query sees nothing.
     """
     if seen is not None:
         scores.masked_fill_(~seen[:, None], -torch.inf)
+    elif not need_lse:
+        return scores.softmax(-1), None
     top = scores.amax(-1)
     weights = scores.softmax(-1)
     lse = top - weights.amax(-1).log()  # what the largest score has become tells the sum of all

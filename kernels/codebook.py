@@ -168,6 +168,8 @@ def vectors(rows: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
 def to_bytes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes [.., D] below 2^bits as uint8 [.., D / 8 * bits]: eight codes fill `bits` whole bytes."""
     codes = codes.long() if codes.shape[-1] % 8 == 0 else F.pad(codes.long(), (0, -codes.shape[-1] % 8))
+    if bits == 4:
+        return torch.add(codes[..., ::2], codes[..., 1::2], alpha=16).byte()
     if 8 % bits == 0:  # no code reaches into another byte
         return (codes.unflatten(-1, (-1, 8 // bits)) << _steps(8, bits, codes.device)).sum(-1).byte()
     word = (codes.unflatten(-1, (-1, 8)) << _steps(8 * bits, bits, codes.device)).sum(-1, keepdim=True)

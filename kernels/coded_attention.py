@@ -16,6 +16,7 @@ Floor in bytes: the rows of the tokens, once, whatever the number of query heads
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ._backend import (
     FLOATS,
@@ -167,8 +168,9 @@ def coded_attention(
     softcap: float | None = None,
     valid: torch.Tensor | None = None,
     beside: tuple[torch.Tensor, torch.Tensor] | None = None,
+    need_lse: bool = True,
     _backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend to coded tokens, all of which lie before the queries; return `(out, lse)`.
 
     Args:
@@ -185,6 +187,7 @@ def coded_attention(
         valid: bool [B, G or 1, n]; a token that is False is never seen, and its rows may hold anything.
         beside: exact keys and values [B, G, r, D] in q's dtype that all queries see too: for a few tokens more in the
             same softmax, which on a CPU costs less than a merge of two.
+        need_lse: False spares making lse where it costs anything; None may come back in its place.
 
     Returns:
         out [B, H, m, D] in q's dtype and lse [B, H, m] in fp32; 0 and -inf where a query sees no token.
@@ -199,8 +202,11 @@ def coded_attention(
     G, n = k.shape[1:3]
     rows = q.reshape(B * G, H // G * m, D).float() * scale
     valid = None if valid is None else valid.expand(B, G, n)
-    query, shift, turned = _centred(q, rows, signs, centre, inv_freq, positions, n)
     graded = q.requires_grad and torch.is_grad_enabled()
+    x = rows.shape[1]
+    if q.is_cpu and x % 4 == 3:  # products of four rows are faster than those of three
+        rows = F.pad(rows, (0, 0, 0, 1))
+    query, shift, turned = _centred(q, rows, signs, centre, inv_freq, positions, n)
     if use_triton(q, _backend) and q.numel() and n:
         out, lse = _launch(rows, query.to(q.dtype), k, v, bits, shift, turned, softcap, valid, dot_dtype(q))
     elif q.is_cpu and q.numel() and n and _backend in (None, "fused") and not graded:
@@ -208,10 +214,11 @@ def coded_attention(
         if beside is not None:
             keys, values = (x.flatten(0, 1) for x in beside)
             more, beside = (keys.float(), turn(values, signs[1])), None
-        out, lse = coded_cpu(rows, query, k, v, bits, shift, turned, softcap, valid, more)
+        out, lse = coded_cpu(rows, query, k, v, bits, shift, turned, softcap, valid, more, need_lse)
     else:
         out, lse = reference(rows, query, k, v, bits, shift, turned, softcap, valid)
-    out, lse = turn_back(out, signs[1]).to(q.dtype).view(B, H, m, D), lse.reshape(B, H, m)
+    out = turn_back(out[:, :x], signs[1]).to(q.dtype).view(B, H, m, D)
+    lse = None if lse is None else lse[:, :x].reshape(B, H, m)
     if beside is None:
         return out, lse
     own = decode_attention(q, *beside, scale=scale, softcap=softcap)

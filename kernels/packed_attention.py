@@ -35,6 +35,7 @@ from ._backend import (
     triton,
     use_triton,
 )
+from ._beside import Beside, Pairs, check_beside, merged
 from ._packed_cpu import packed_cpu
 from ._packed_reference import reference
 from ._packed_tiles import by_token, codes, entry_tile, rank_tiles
@@ -234,8 +235,12 @@ def packed_attention(
     axes: torch.Tensor | None = None,
     softcap: float | None = None,
     valid: torch.Tensor | None = None,
+    beside: Pairs = (),
+    beside_q: torch.Tensor | None = None,
+    need_lse: bool = True,
+    row: bool = False,
     _backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Attend to packed tokens, all of which lie before the queries; return `(out, lse)`.
 
     Args:
@@ -256,6 +261,11 @@ def packed_attention(
         softcap: scaled scores s, those of the centre included, become softcap * tanh(s / softcap), as Gemma 2 does.
         valid: bool [B, G or 1, n] with n >= longest: a run's token j in column j. One that is False is never seen; its
             codes, its own scales and its low-rank factors may hold anything.
+        beside: exact keys and values [B, G, r, D] in q's dtype, pair by pair, that all queries see too: more tokens of
+            the same softmax, which for a few queries costs a CPU less than attentions that are merged.
+        beside_q: what these keys are multiplied with in place of q, if packed keys are balanced and need other queries.
+        need_lse: with beside, False spares making lse where it costs anything; None may come back in its place.
+        row: with beside, return as well what the last query looked at of the last pair: weights fp32 [B, H, r].
 
     Returns:
         out [B, H, m, D] in q's dtype and lse [B, H, m] in float32, the natural log, scale applied. A query of a run
@@ -270,12 +280,25 @@ def packed_attention(
     check_softcap(softcap)
     if valid is not None:
         valid = _check_holes(valid, q.shape[0], start.numel() // q.shape[0], longest, q)
-    turn, common = _parts_of_centre(q, centre, inv_freq, positions, axes, longest)
-    out, lse = _implementation(q, _backend)(
-        q, k, v, scale=scale, start=start, length=length, longest=longest, turn=turn, softcap=softcap, valid=valid,
-        shift=None if softcap is None else common,
-    )  # fmt: skip
-    return out, lse if common is None or softcap is not None else lse + common * scale
+    turn, still = _turning(q, centre, inv_freq, positions, axes, longest)
+    told = {"scale": scale, "softcap": softcap, "valid": valid, "turn": turn}
+    told |= {"start": start, "length": length, "longest": longest}
+    run = _implementation(q, _backend)
+    if beside:
+        check_beside(beside, q, start.numel() // q.shape[0])
+        more = Beside(beside, beside_q, None if softcap else centre, still, need_lse, row)
+        if run is packed_cpu and more.is_cheap and not (softcap and centre is not None):
+            found = packed_cpu(q, k, v, **told, beside=more)
+            if found is not None:
+                return found if row else found[:2]
+    common = _common(q, centre, still)
+    out, lse = run(q, k, v, **told, shift=None if softcap is None else common)
+    # What is the same for all scores of a query changes nothing but their log-sum-exp.
+    lse = lse if common is None or softcap is not None else lse + common * scale
+    if not beside:
+        return out, lse
+    found = merged(out, lse, q if beside_q is None else beside_q, beside, scale, softcap, row)
+    return found if row else found[:2]
 
 
 def _implementation(q, backend):
@@ -287,18 +310,23 @@ def _implementation(q, backend):
     return reference
 
 
-def _parts_of_centre(q, centre, inv_freq, positions, axes, longest):
-    """A centre by dims: those that turn, as (centre, inv_freq, positions, axes) or None, and what the dims that stand
-    still add to all scores of a query, fp32 [B, H, m] or None. Raises ValueError on bad arguments of the first."""
-    turn, still = None, 0
-    if inv_freq is not None:
-        positions = check_turn(q, centre, inv_freq, positions, axes, longest)
-        axes = None if axes is None else axes.contiguous()
-        turn, still = (centre.contiguous(), inv_freq.contiguous(), positions, axes), 2 * inv_freq.shape[1]
+def _turning(q, centre, inv_freq, positions, axes, longest):
+    """What of a centre turns, as (centre, inv_freq, positions, axes) or None, and how many dims these are. Raises
+    ValueError on bad arguments."""
+    if inv_freq is None:
+        return None, 0
+    positions = check_turn(q, centre, inv_freq, positions, axes, longest)
+    axes = None if axes is None else axes.contiguous()
+    return (centre.contiguous(), inv_freq.contiguous(), positions, axes), 2 * inv_freq.shape[1]
+
+
+def _common(q, centre, still):
+    """What the dims of a centre from `still` on, which do not turn, add to all scores of a query before they are
+    scaled: fp32 [B, H, m] or None."""
     if centre is None or still >= q.shape[-1]:
-        return turn, None
+        return None
     rows = q.reshape(len(centre), -1, q.shape[-1])[..., still:].float()
-    return turn, (rows @ centre[..., still:, None]).view(q.shape[:3])
+    return (rows @ centre[..., still:, None]).view(q.shape[:3])
 
 
 def _check_holes(valid, batch, groups, longest, like):

@@ -142,8 +142,8 @@ def protect(
     """
     if positions is None:
         scores = scores.clone()
-        scores[..., :first] = PROTECTED
-        scores[..., max(0, scores.shape[-1] - last) :] = PROTECTED
+        scores[..., :first].fill_(PROTECTED)
+        scores[..., max(0, scores.shape[-1] - last) :].fill_(PROTECTED)
         return scores
     first, last = (torch.as_tensor(x, device=scores.device).view(-1, 1, 1) for x in (first, last))
     real = positions >= 0

@@ -79,6 +79,8 @@ class Layer(Takeback, CacheLayerMixin):
         came: int64 [batch] on the CPU while a hook runs, real tokens that the forward brought; None = the same to all.
         last_share: fp32 [batch, heads, 1] while `on_decode_end` runs in a layer of several segments: the part of the
             token's attention that fell on the last one.
+        last_row: fp32 [batch, heads, n], at the same time, what the token looked at of the last segment's tokens,
+            out of all that it looked at; None where it was not told.
     """
 
     is_compileable = False
@@ -104,6 +106,7 @@ class Layer(Takeback, CacheLayerMixin):
         self.notes: dict[str, Any] = {}
         self.statistics: dict[str, torch.Tensor] = {}
         self.last_share: torch.Tensor | None = None
+        self.last_row: torch.Tensor | None = None
         self.came: torch.Tensor | None = None
         self._torn = False
         self._due: list[tuple[bool, torch.Tensor | None]] = []
@@ -332,6 +335,10 @@ class Layer(Takeback, CacheLayerMixin):
         """The output, and the log-sum-exp of the scores without sinks, where it was needed or came by itself."""
         last = self.segments[-1]
         others = [segment for segment in self.segments[:-1] if not segment.is_empty()]
+        if take and others and (found := self._beside(step, others, last, sinks is not None)):
+            out, lse, *row = found
+            self.last_row = row[0] if row else None
+            return _with_sinks(out, lse, sinks), lse
         # For columns it spares half the work, and on a CPU fused attention tells it anyway.
         counted = self.context.needs.columns and step.q.is_cpu and step.q.shape[2] > 1
         out, lse = (last.extend if take else last.read)(step, bool(others) or sinks is not None or counted)
@@ -343,11 +350,29 @@ class Layer(Takeback, CacheLayerMixin):
             # pass.
             if step.q.shape[2] == 1:
                 self.last_share = (own - lse).exp()
-        if sinks is not None:
-            # One more entry of the softmax, which has no value: its share is what the output lacks.
-            out = out * (lse - sinks.float()[:, None]).sigmoid()[..., None].to(out.dtype)
-        return out, lse
+        return _with_sinks(out, lse, sinks), lse
+
+    def _beside(self, step: Step, others: list[Segment], last: Segment, need_lse: bool) -> tuple | None:
+        """A decoded token that takes part in one softmax with packed tokens and the exact ones behind them; it is
+        stored. None, and nothing has been done, where that is not what the layer holds."""
+        packed = others[0]
+        if step.q.shape[2] > 1 or step.padded or step.hidden is not None or not packed.takes_beside:
+            return None
+        between = [segment.rectangle() for segment in others[1:]]
+        if last.rectangle() is None or None in between:
+            return None
+        last.append(step)
+        exact = [*between, last.rectangle()]
+        row = self.kind.governed and self.context.method.counts_last
+        return packed.attend_beside(step.q, step.scale, step.softcap, exact, need_lse, row)
 
     def bind(self, module: torch.nn.Module | None) -> None:
         """Ties the layer to the module whose keys it holds."""
         self.module = (lambda: None) if module is None else ref(module)
+
+
+def _with_sinks(out: torch.Tensor, lse: torch.Tensor | None, sinks: torch.Tensor | None) -> torch.Tensor:
+    if sinks is None:
+        return out
+    # One more entry of the softmax, which has no value: its share is what the output lacks.
+    return out * (lse - sinks.float()[:, None]).sigmoid()[..., None].to(out.dtype)

@@ -21,6 +21,7 @@ class Moments(Contents):
     softcap: float | None
     came: torch.Tensor | None
     last_share: torch.Tensor | None
+    last_row: torch.Tensor | None
     _due: list[tuple[bool, torch.Tensor | None]]
 
     def _end(
@@ -54,7 +55,7 @@ class Moments(Contents):
                 self._decode_end(step.q)
         if not hold and not context.frozen:
             self._settle()
-        self.last_share = self.came = None
+        self.last_share = self.last_row = self.came = None
         context.after_step(self, ends and not hold and not context.frozen, None if final else tokens)
 
     def _collect(self, step: Step, hidden: torch.Tensor | None, lse: torch.Tensor | None) -> None:

@@ -198,6 +198,8 @@ class MiKV(Method):
 
     def _row(self, layer: Layer, query: torch.Tensor) -> torch.Tensor:
         """What a decoded token looked at of the exact tokens, which the layer shows alone."""
+        if layer.last_row is not None:
+            return layer.last_row
         row = attention_row(layer, query)
         # Attention over exact tokens alone sums to 1; their part of the whole attention makes it what H2O adds up.
         return row if layer.last_share is None else row * layer.last_share

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from textkv.segments.base import Stored, register_segment
+from textkv.segments.base import Pairs, Stored, register_segment
 from textkv.segments.packed import PackedSegment
 
 
@@ -63,8 +63,20 @@ class BalancedSegment(PackedSegment):
         if not self.pools:
             # Nothing is stored: lse = -inf gives this part no weight in the merge.
             return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+        return super().attend(self._divided(q), scale, softcap=softcap, hidden=hidden)
+
+    def attend_beside(
+        self, q: torch.Tensor, scale: float, softcap: float | None, exact: Pairs, need_lse: bool, row: bool
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Only the packed keys are balanced."""
+        need_lse = need_lse or len(self.pools) > 1
+        return self._attend(
+            self._divided(q), scale, softcap, None, beside=exact, beside_q=q, need_lse=need_lse, row=row
+        )
+
+    def _divided(self, q: torch.Tensor) -> torch.Tensor:
         grouped = q.unflatten(1, (self.balance.shape[1], -1)) / self.balance[:, :, None, None].to(q.dtype)
-        return super().attend(grouped.flatten(1, 2), scale, softcap=softcap, hidden=hidden)
+        return grouped.flatten(1, 2)
 
     def stored(self) -> Stored:
         """Keys with the centre added and b divided out; n = 0 without blocks, where a packed segment would fail."""

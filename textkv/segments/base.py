@@ -11,6 +11,7 @@ cropped and counted like ours.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,8 @@ from textkv.positions import RotarySpec
 from textkv.registry import Registry
 
 SEGMENTS = Registry("segment", "agentkv.segments", "Segment")
+Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of several segments."""
 register_segment = SEGMENTS.register
 """Class decorator: makes a segment known by the name under which it is saved."""
 
@@ -83,6 +86,8 @@ class Segment(ABC):
     """Under which it is saved: set by `register_segment`."""
     stays = False
     """Whether its layer keeps it when it holds no token any more: what it was made with cannot be made again."""
+    takes_beside = False
+    """Whether `attend_beside` is there."""
 
     def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Takes the new tokens in and lets their queries attend causally to everything visible here.
@@ -129,6 +134,25 @@ class Segment(ABC):
         hidden: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries attend to every token here but the `hidden` (see `Step`); all lie before them. Returns (out, lse)."""
+
+    def attend_beside(
+        self, q: torch.Tensor, scale: float, softcap: float | None, exact: Pairs, need_lse: bool, row: bool
+    ) -> tuple[torch.Tensor | None, ...]:
+        """`attend` in one softmax with the exact tokens of other segments. Only where the segment `takes_beside` and is
+        not empty.
+
+        Args:
+            exact: keys and values [batch, kv_heads, r, head_dim] of each, in order.
+            need_lse: whether lse may not be None.
+            row: whether a third result shall tell what the query looked at of the last segment's tokens: fp32 [batch,
+                heads, r], out of all that it looked at.
+        """
+        raise NotImplementedError
+
+    def rectangle(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values [batch, kv_heads, n, head_dim] of exact tokens that fill a rectangle, as they lie; None where
+        there are holes, as far as the host knows, or anything else is held."""
+        return None
 
     @abstractmethod
     def keep(self, index: torch.Tensor) -> None:

@@ -147,7 +147,7 @@ class CodedSegment(Segment):
         """As any segment's; a single token is one more in the softmax over the codes."""
         if step.k.shape[2] > 1 or step.q.shape[2] > 1 or step.padded or step.visible is not None or self.is_empty():
             return super().read(step, need_lse)
-        return self._attend(step.q, step.scale, step.softcap, step.hidden, self._heads(step))
+        return self._attend(step.q, step.scale, step.softcap, step.hidden, self._heads(step), need_lse)
 
     def append(self, step: Step) -> None:
         """Codes the new tokens, one row of bytes for each key and each value; padding becomes a row of zeros."""
@@ -168,15 +168,21 @@ class CodedSegment(Segment):
         return self._attend(q, scale, softcap, hidden)
 
     def _attend(
-        self, q: torch.Tensor, scale: float, softcap: float | None, hidden: torch.Tensor | None, beside=None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        q: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        hidden: torch.Tensor | None,
+        beside=None,
+        need_lse: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`attend`, with exact keys and values [batch, heads, r, head_dim] beside the codes."""
         rows = self.rows.stored()
         whole = hidden is None and isinstance(self.rows, DenseSegment) and not self.rows.holes
         return coded_attention(
             q, rows.keys, rows.values, bits=self.coding.bits, signs=self.coding.signs, scale=scale, centre=self.centre,
             inv_freq=self.inv_freq, positions=None if self.inv_freq is None else rows.positions.contiguous(),
-            softcap=softcap, valid=None if whole else shown(rows.positions, hidden), beside=beside,
+            softcap=softcap, valid=None if whole else shown(rows.positions, hidden), beside=beside, need_lse=need_lse,
         )  # fmt: skip
 
     def stored(self) -> Stored:

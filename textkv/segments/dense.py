@@ -58,6 +58,10 @@ class DenseSegment(Segment):
         """One kernel call over the slots in use, without a mask if there are neither holes nor hidden tokens."""
         return decode_attention(q, self._k(), self._v(), scale=scale, valid=self._valid(hidden), softcap=softcap)
 
+    def rectangle(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Views of the slots in use, where they have no hole."""
+        return None if self.holes or self.k is None else (self._k(), self._v())
+
     def stored(self) -> Stored:
         """Views of the slots in use: nothing is copied, positions that heads share are expanded."""
         heads = self.k.shape[1]

@@ -16,7 +16,7 @@ import torch
 from textkv.kernels import merge, packed_attention
 from textkv.kernels.pack import Packed, unpack
 from textkv.positions import turned
-from textkv.segments.base import Segment, Step, Stored, compact_storage, register_segment, shown
+from textkv.segments.base import Pairs, Segment, Step, Stored, compact_storage, register_segment, shown
 from textkv.segments.block_pool import BlockPool, alike, fits, is_even, padded, rows_of, thinned, with_room, write
 
 
@@ -32,6 +32,8 @@ class PackedSegment(Segment):
         axes: int32 [R / 2], with inv_freq under M-RoPE: keys turn by their rotary positions, each pair of dims by that
             on its axis; None = by their logical ones.
     """
+
+    takes_beside = True
 
     def __init__(
         self,
@@ -103,6 +105,15 @@ class PackedSegment(Segment):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of q [batch, heads, m, head_dim] over all packed tokens, which are read as codes: out like q, and
         lse fp32 [batch, heads, m]."""
+        return self._attend(q, scale, softcap, hidden)
+
+    def attend_beside(
+        self, q: torch.Tensor, scale: float, softcap: float | None, exact: Pairs, need_lse: bool, row: bool
+    ) -> tuple[torch.Tensor | None, ...]:
+        """One softmax over the packed tokens and the exact ones; see `Segment.attend_beside`."""
+        return self._attend(q, scale, softcap, None, beside=exact, need_lse=need_lse or len(self.pools) > 1, row=row)
+
+    def _attend(self, q, scale, softcap, hidden, beside: Pairs = (), **more) -> tuple[torch.Tensor, ...]:
         centre, inv_freq = (None if x is None else x.flatten(0, 1) for x in (self.centre, self.inv_freq))
         parts = [
             packed_attention(
@@ -110,10 +121,16 @@ class PackedSegment(Segment):
                 centre=centre, inv_freq=inv_freq, axes=self.axes,
                 positions=None if inv_freq is None else pool.turned_by,
                 softcap=softcap, valid=shown(pool.positions, hidden) if pool.holes or hidden is not None else None,
+                **({"beside": beside, **more} if beside and pool is self.pools[-1] else {}),
             )
             for pool in self.pools
         ]  # fmt: skip
-        return parts[0] if len(parts) == 1 else merge([out for out, _ in parts], [lse for _, lse in parts])
+        out, lse, *seen = parts[-1]
+        if len(parts) > 1:
+            own = lse
+            out, lse = merge([part[0] for part in parts], [part[1] for part in parts])
+            seen = [x * (own - lse)[..., -1:].exp() for x in seen]
+        return out, lse, *seen
 
     def keep(self, index: torch.Tensor) -> None:
         """Frees the blocks of which no token stays; what goes from other blocks is a hole, never seen again. A pool

@@ -1,0 +1,77 @@
+"""Exact tokens beside packed ones in one softmax: as a merge of two attentions, whatever the packed tokens have."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from tests.kernels.helpers import TOLERANCE, mismatch, randn
+from tests.kernels.test_packed_attention import cache, rotary_centre
+from textkv.kernels import decode_attention, merge, packed_attention
+
+CPU = importlib.import_module("textkv.kernels._packed_cpu")
+
+
+def merged(q, k, v, rows, pairs, exact_q, scale, **options):
+    """out, lse, and what the last query looked at of the last pair's tokens, one attention after the other."""
+    softcap = options.get("softcap")
+    parts = [packed_attention(q, k, v, scale=scale, **rows, **options, _backend="reference")]
+    parts += [decode_attention(exact_q, *pair, scale=scale, softcap=softcap, _backend="reference") for pair in pairs]
+    out, lse = merge([x for x, _ in parts], [x for _, x in parts], _backend="reference")
+    keys = pairs[-1][0].repeat_interleave(q.shape[1] // pairs[-1][0].shape[1], 1)
+    scores = (exact_q[:, :, -1:].float() * scale) @ keys.float().mT
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    return out, lse, (scores[:, :, 0] - lse[..., -1:]).exp()
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "triton"])
+@pytest.mark.parametrize("lengths", [(48, 48), (48, 16, 0, 33), (0, 0)])
+@pytest.mark.parametrize("keys", ["channel", "token"])
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("tokens", [8192, 16])
+def test_exact_tokens_are_in_the_same_softmax(backend, lengths, keys, corrected, tokens, monkeypatch, dtype):
+    if backend == "triton" and tokens == 16:
+        pytest.skip("the same")
+    monkeypatch.setattr(CPU, "_TOKENS", tokens)
+    k, v, rows = cache(lengths, keys=keys, rank=3 if corrected else 0, single=9 if corrected else 0)
+    batch, runs = len(lengths) // 2, len(lengths)
+    pairs = [(randn(batch, 2, r, 32, dtype=dtype), randn(batch, 2, r, 32, dtype=dtype)) for r in (0, 1, 7)]
+    valid = torch.rand(batch, 2, rows["longest"]) > 0.3
+    for queries in (1, 3):
+        q, other = randn(batch, 6, queries, 32, dtype=dtype), randn(batch, 6, queries, 32, dtype=dtype)
+        fixed, turned = {"centre": 3 * randn(runs, 32)}, rotary_centre(lengths, 32, 12, size=3) if max(lengths) else {}
+        for options in ({}, fixed, turned, fixed | {"softcap": 3.0}, turned | {"softcap": 3.0, "valid": valid}):
+            for exact_q in (q, other):
+                more = {"beside": pairs, "beside_q": None if exact_q is q else exact_q, "row": True}
+                ours = packed_attention(q, k, v, scale=0.2, **rows, **options, **more, _backend=backend)
+                true = merged(q, k, v, rows, pairs, exact_q, 0.2, **options)
+                for x, y in zip(ours, true, strict=True):
+                    assert not mismatch(x, y, 8 * TOLERANCE[dtype]), (options, queries)
+                out, *rest = packed_attention(
+                    q, k, v, scale=0.2, **rows, **options, **more | {"row": False, "need_lse": False}, _backend=backend
+                )
+                assert len(rest) == 1 and not mismatch(out, true[0], 8 * TOLERANCE[dtype])
+
+
+def test_many_exact_tokens_of_half_precision_are_not_made_fp32():
+    k, v, rows = cache((48, 48))
+    q, pair = randn(1, 4, 1, 32, dtype=torch.bfloat16), randn(2, 1, 2, 600, 32, dtype=torch.bfloat16)
+    ours = packed_attention(q, k, v, scale=0.2, **rows, beside=[tuple(pair)], row=True)
+    for x, y in zip(ours, merged(q, k, v, rows, [tuple(pair)], q, 0.2), strict=True):
+        assert not mismatch(x, y, 8 * TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize(
+    "wrong, line",
+    [
+        ((torch.ones(1, 2, 3, 16), torch.ones(1, 2, 3, 16)), r"beside\[0\]\[0\] has shape \[1, 2, 3, 16\]"),
+        ((torch.ones(1, 2, 3, 32), torch.ones(1, 2, 4, 32)), r"beside\[0\]\[1\] has shape \[1, 2, 4, 32\]"),
+        ((torch.ones(1, 2, 3, 32).half(), torch.ones(1, 2, 3, 32)), r"beside\[0\]\[0\] is torch.float16 and q is"),
+    ],
+)
+def test_what_lies_beside_is_checked(wrong, line):
+    k, v, rows = cache((48, 48))
+    with pytest.raises(ValueError, match=line):
+        packed_attention(randn(1, 4, 1, 32), k, v, scale=0.2, **rows, beside=[wrong])
