@@ -96,8 +96,10 @@ CAPTURE = "textkv_capture"
 """Name of a dictionary that a call may pass down: it gets each layer's new keys and queries, by its number."""
 
 
-def mask(attention_mask: torch.Tensor | None = None, *, before: str, **kwargs: Any) -> Any:
+def mask(attention_mask: torch.Tensor | Call | None = None, *, before: str, **kwargs: Any) -> Any:
     """The mask of a forward: a `Call` where one of our layers told the sizes, else what the model had before."""
+    if isinstance(attention_mask, Call):
+        return attention_mask
     # Our layers give False for the offset: arithmetic takes it for 0, and nobody else gives it.
     if kwargs.get("kv_offset") is False:
         function = None if kwargs.get("allow_is_causal_skip", True) else kwargs["mask_function"]

@@ -50,6 +50,9 @@ class Call:
             cache still holds.
     """
 
+    ndim = 4
+    """As a mask that was made already: the model around a decoder makes it, and the decoder asks once more."""
+
     def __init__(
         self,
         mask: torch.Tensor | None,

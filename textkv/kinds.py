@@ -155,7 +155,7 @@ def describe(model: PreTrainedModel) -> tuple[LayerKind, ...]:
     if unknown:
         raise ValueError(f"{who}: layers of kind {', '.join(unknown)} are not supported by this cache")
     modes = getattr(config, "kv_sharing_modes", None) or [None] * len(types)
-    attention = attention_modules(model)
+    attention, outside = attention_modules(model), _is_masked_from_outside(model)
     given = list(getattr(config, "layer_types", None) or types)
     kinds = []
     for number, (of, own) in enumerate(zip(types, options, strict=True)):
@@ -169,7 +169,7 @@ def describe(model: PreTrainedModel) -> tuple[LayerKind, ...]:
         kind = LayerKind(number, name, window, type=of, options=own)
         # All that can be wrong is said now, by name, and not at the thousandth token.
         if kind.attends:
-            _refuse_layer(attention.get(number), number, who)
+            _refuse_layer(attention.get(number), number, who, outside)
         kinds.append(kind)
     if not any(kind.attends for kind in kinds):
         raise ValueError(f"{who} has no layer of attention, so nothing that a method could keep")
@@ -205,7 +205,15 @@ def _refuse_model(decoder: PreTrainedModel, config: PreTrainedConfig, who: str) 
         raise ValueError(f"{who} compresses keys and values into one latent (MLA): not supported by this cache")
 
 
-def _refuse_layer(module: torch.nn.Module | None, number: int, who: str) -> None:
+def _is_masked_from_outside(model: PreTrainedModel) -> bool:
+    """Whether the model around the text decoder makes its causal masks, whatever the decoder would do alone (PaliGemma:
+    a prefix sees itself both ways, and what follows does not)."""
+    decoder = text_model(model)
+    around = (x for x in model.modules() if isinstance(x, PreTrainedModel) and decoder in list(x.children()))
+    return any("create_causal_mask(" in _source(type(x)) for x in around)
+
+
+def _refuse_layer(module: torch.nn.Module | None, number: int, who: str, outside: bool) -> None:
     if module is None:
         raise ValueError(
             f"{who}: layer {number} does not hand its attention to transformers' registry, so no cache can attend "
@@ -214,7 +222,7 @@ def _refuse_layer(module: torch.nn.Module | None, number: int, who: str) -> None
     wide = getattr(module, "head_dim", None)
     if isinstance(wide, int) and wide > MAX_HEAD_DIM:
         raise ValueError(f"{who}: layer {number} has head_dim={wide}; the kernels of the cache take {MAX_HEAD_DIM}")
-    if not getattr(module, "is_causal", True):
+    if not outside and not getattr(module, "is_causal", True):
         raise ValueError(f"{who}: layer {number} attends in both directions: its past changes with every token")
     if _changes_what_is_stored(type(module)):
         raise ValueError(

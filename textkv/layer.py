@@ -13,6 +13,7 @@ from typing import Any
 from weakref import ref
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import CacheLayerMixin
 
 from textkv.call import Call, Tokens
@@ -227,12 +228,12 @@ class Layer(Takeback, CacheLayerMixin):
         # What is stored is used again by later calls: no graph may hang on to it.
         grows = torch.is_grad_enabled() and q.requires_grad
         with torch.no_grad(), exactly(q.device.type):
-            tokens = self._tokens(mask, q)
+            mask, tokens = self._tokens(mask, q)
             view.tokens, self.scale, self.softcap = tokens, scale, softcap
             rope = None if rotary is None else rotary[0].expand(len(q), -1)
             view.step = Step(
                 q, k, v, tokens.positions, scale, tokens.padded, rope if self.context.needs.rope else None, softcap,
-                tokens.hidden, tokens.visible, getattr(mask, "local", True), ids,
+                tokens.hidden, tokens.visible, mask.local, ids,
             )  # fmt: skip
             if self.context.table is not None and self.kind.number == self.context.first:
                 self.context.table.write(tokens.positions, self.seen + q.shape[2], rotary)
@@ -259,11 +260,26 @@ class Layer(Takeback, CacheLayerMixin):
                 "whole; reset the cache, or go on from a fork of it"
             )
 
-    def _tokens(self, mask: Call | torch.Tensor | None, q: torch.Tensor) -> Tokens:
+    def _tokens(self, mask: Call | torch.Tensor | None, q: torch.Tensor) -> tuple[Call, Tokens]:
         # A test, a benchmark, or a caller who passes a mask of all heads: no mask function of ours was asked.
         if not isinstance(mask, Call):
-            mask = Call(None, q.shape[2], self.seen, None) if mask is None else self.context.call_of(mask, self.seen)
-        return mask.brings(self.real_seen, self.context.real, q.device)
+            mask = Call(None, q.shape[2], self.seen, None) if mask is None else self._call_of(mask)
+        return mask, mask.brings(self.real_seen, self.context.real, q.device)
+
+    def _call_of(self, mask: torch.Tensor) -> Call:
+        """The call that a mask of the caller's own means. For a layer with a window it may be as narrow as what
+        transformers' cache shows of such a layer; then it is the caller who says what the window hides."""
+        window = self.kind.window
+        if window is None or mask.dim() != 4:
+            return self.context.call_of(mask, self.seen)
+        gone = max(0, self.seen - window + 1)
+        told = mask.shape[3] == self.seen - gone + mask.shape[2]
+        if told:  # what has left the window is hidden
+            hides = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            mask = F.pad(mask, (gone, 0), value=hides)
+        call = self.context.call_of(mask, self.seen)
+        call.local = not told
+        return call
 
     def _forward(self, view: View, q: torch.Tensor, sinks: torch.Tensor | None, hidden) -> torch.Tensor:
         step, m = view.step, view.k.shape[2]

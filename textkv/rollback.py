@@ -148,6 +148,13 @@ class Rollback(Cache):
             self._through = set()
         self._through.add((layer, what))
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a token has come; models ask whether a forward is the first one (transformers: only of layers whose
+        memory can be reserved)."""
+        own = self._own()
+        return bool(own) and all(layer.is_initialized for layer in own)
+
     def _own(self) -> list[Layer]:
         return [layer for layer in self.layers if isinstance(layer, Layer)]
 

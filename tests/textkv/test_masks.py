@@ -6,7 +6,13 @@ from functools import cache
 
 import pytest
 import torch
-from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+)
 
 from tests.textkv import kinds
 from textkv import MethodCache
@@ -185,15 +191,40 @@ def test_a_mask_of_the_callers_own(kind, method, budget, dtype):
     for held in (MethodCache(model, method, budget), plain_cache(model)):
         kinds.logits(model, kinds.ids(30), held)
         given = additive(visible) if dtype == "float" or isinstance(held, DynamicCache) else visible
-        if kind == "sinks":  # layers of two kinds take a mask each
-            given = {"full_attention": given, "sliding_attention": given[..., -34:]}
-            if isinstance(held, DynamicCache):
-                given["sliding_attention"] = given["full_attention"][..., -11:]
+        if kind == "sinks":  # layers of two kinds take a mask each, one of them as narrow as its window
+            given = {"full_attention": given, "sliding_attention": given[..., -11:]}
         both.append(kinds.logits(model, new, held, attention_mask=given, position_ids=at))
-    if kind == "dense":
-        assert gap(*both) < CLOSE
-    else:
-        assert bool(both[0].isfinite().all())
+    assert gap(*both) < CLOSE
+
+
+@pytest.mark.parametrize("kind", ["sliding", "sinks"])
+def test_a_mask_of_the_callers_own_says_what_a_window_hides(kind):
+    """As transformers takes it: in a first forward, and as long as the window has let go of nothing. Where it has, a
+    mask of all columns is narrowed to the window, which transformers cannot take at all."""
+    model, new, shown = kinds.model_of_kind(kind), kinds.ids(20), torch.ones(20, 20, dtype=torch.bool).tril()
+    shown[9, 5:8] = False
+    plain = [logits_of(model, plain_cache(model), new, cut, shown) for cut in ((20,), (5, 15), (1, 3, 16))]
+    ours = [logits_of(model, MethodCache(model, "full"), new, cut, shown) for cut in ((20,), (5, 15), (1, 3, 16))]
+    assert max(gap(x, y) for x, y in zip(ours, plain, strict=True)) < CLOSE
+    assert gap(plain[0], kinds.logits(model, new, plain_cache(model))) > 1e-2  # it is another model without its window
+    held = MethodCache(model, "full")
+    kinds.logits(model, new, held)
+    all_columns = additive(torch.ones(1, 1, 1, 21, dtype=torch.bool))
+    found = kinds.logits(model, new[:, :1], held, attention_mask=all_columns, position_ids=torch.tensor([[20]]))
+    held = plain_cache(model)
+    kinds.logits(model, new, held)
+    assert gap(found, kinds.logits(model, new[:, :1], held)) < CLOSE
+
+
+def logits_of(model, held, new: torch.Tensor, cut: tuple[int, ...], shown: torch.Tensor) -> torch.Tensor:
+    """Logits of all tokens, fed in pieces of the sizes `cut` with the caller's mask `shown` of all of them."""
+    out, first = [], 0
+    for part in new.split(cut, 1):
+        stop = first + part.shape[1]
+        mask, at = additive(shown[None, None, first:stop, :stop]), torch.arange(first, stop)[None]
+        out.append(kinds.logits(model, part, held, attention_mask=mask, position_ids=at))
+        first = stop
+    return torch.cat(out, 1)
 
 
 def test_a_mask_that_hides_from_some_queries_only_is_refused():
@@ -258,6 +289,61 @@ def test_images_that_see_themselves_both_ways(method, budget, text):
         out.append(model(**second, past_key_values=held).logits)
         both.append(torch.cat(out, 1))
     assert gap(*both) < CLOSE
+
+
+@cache
+def prefix_gemma(model_type: str):
+    """PaliGemma, with or without windows: a prompt's tokens of type 0 see each other both ways, later ones do not."""
+    torch.manual_seed(0)
+    text = dict(
+        model_type=model_type, vocab_size=120, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, pad_token_id=0,
+    )  # fmt: skip
+    text |= {"sliding_window": 8, "query_pre_attn_scalar": 16} if model_type == "gemma2" else {}
+    vision = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14,
+        projection_dim=64, vision_use_head=False,
+    )  # fmt: skip
+    config = PaliGemmaConfig(
+        text_config=text, vision_config=vision, image_token_index=110, projection_dim=64, hidden_size=64,
+        attn_implementation="eager",
+    )  # fmt: skip
+    model = PaliGemmaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "language_model" in name and ("q_proj.weight" in name or "k_proj.weight" in name):
+                weight.mul_(6)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("method", "budget"), EXACT)
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2"])
+def test_a_prefix_that_sees_itself_both_ways(method, budget, model_type):
+    model = prefix_gemma(model_type)
+    ids, pixels = kinds.ids(30), torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    ids[0, :4] = 110
+    ours, plain, both = MethodCache(model, method, budget), DynamicCache(config=model.config.text_config), []
+    assert not ours.is_initialized
+    for held in (plain, ours):
+        types = torch.tensor([[0] * 18 + [1] * 2])
+        out = [model(ids[:, :20], pixel_values=pixels, token_type_ids=types, past_key_values=held).logits]
+        causal = model(ids[:, :20], pixel_values=pixels, token_type_ids=torch.ones_like(types)).logits
+        assert float((out[0] - causal).abs().max()) > 1e-2, "both ways or not makes no difference: nothing is tested"
+        # A later turn is no prefix: models ask the cache whether it is the first one.
+        for cut in (slice(20, 26), slice(26, 27), slice(27, 30)):
+            of_turn = torch.zeros_like(ids[:, cut])
+            out.append(model(ids[:, cut], token_type_ids=of_turn, past_key_values=held).logits)
+        both.append(torch.cat(out, 1))
+        assert held.is_initialized
+    assert gap(*both) < CLOSE
+    ours.reset()
+    assert not ours.is_initialized
+
+
+def test_a_decoder_that_attends_both_ways_by_itself_is_refused():
+    with pytest.raises(ValueError, match="layer 0 attends in both directions"):
+        MethodCache(prefix_gemma("gemma").model.language_model)
 
 
 @pytest.mark.parametrize("method", ["h2o", "d2o", "h2o+mikv(16,2)"])
