@@ -1,8 +1,7 @@
 """What a method may look at when a prompt block ends, gathered while it runs and only when asked for.
 
 Queries are the true ones, after norms and rotary embedding, taken where the model hands them to attention. Hidden
-states are kept as row norms, and whole only in screenshots. Everything here is dropped as soon as the method's hook has
-returned.
+states are kept as row norms, and whole only in screenshots. All is dropped as soon as the method's hook has returned.
 """
 
 from __future__ import annotations
@@ -116,8 +115,7 @@ class Evidence:
             mean over each KV head's query heads, or None.
         moments: of the block's pre-RoPE queries, or None.
         came: int64 [batch] on the CPU, real tokens of each row in the block; None = all rows got as many, no padding.
-        asked: int64 [batch] on the CPU, how many of `queries`, the last ones, are a row's, where they are not those of
-            the block's tokens; None = they are.
+        asked: int64 [batch] on the CPU, how many of the last `queries` are a row's; None = those of the block's tokens.
         softcap: the model's soft cap of scores, or None.
         peaks: fp32 [batch, heads, head_dim], largest magnitude of the block's post-RoPE queries per channel, or None.
         centres: of the block's pre-RoPE queries, or None.
@@ -213,10 +211,8 @@ class Evidence:
         )
 
     def queries_of(self, row: int) -> torch.Tensor:
-        """The window's queries of one row, [1, heads, w, head_dim]: fewer where the row's block was shorter, because
-        padding has no vote."""
-        width = self.queries.shape[2]
-        own = self.came if self.asked is None else self.asked
+        """The window's queries of one row, [1, heads, w, head_dim]: fewer where its block was shorter."""
+        width, own = self.queries.shape[2], self.came if self.asked is None else self.asked
         real = width if own is None else min(width, int(own[row]))
         return self.queries[row : row + 1, :, width - real :]
 
