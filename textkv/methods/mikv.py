@@ -224,7 +224,7 @@ class MiKV(Method):
     def _with_one(self, layer: Layer, low: Segment, *waiting: DenseSegment, gone: Stored) -> list[Segment]:
         """The segments of what was demoted, and one token more of each head."""
         if isinstance(low, CodedSegment):
-            low.put(gone)
+            low.put(gone, whole=True)
             return [low]
         if not waiting:
             return [low, DenseSegment.of(gone)]

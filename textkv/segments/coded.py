@@ -80,10 +80,14 @@ class CodedSegment(Segment):
             positions = positions[:, :1].clone()
         self.rows = DenseSegment.of(Stored(k, v, positions))
 
-    def put(self, held: Stored) -> None:
-        """Codes tokens that were in another segment, each head's own: [batch, heads, n, ..], position -1 is none."""
+    def put(self, held: Stored, whole: bool = False) -> None:
+        """Codes tokens that were in another segment, each head's own: [batch, heads, n, ..], position -1 is none.
+
+        Args:
+            whole: none of them is none; then nothing is asked of the device.
+        """
         positions = held.positions
-        padded = positions.shape[2] > 1 and bool((positions < 0).any())
+        padded = not whole and bool((positions < 0).any())
         k, v = self._coded(held.keys, held.values, positions, padded)
         if not (padded or self.rows.is_empty()) and isinstance(self.rows, DenseSegment):
             self.rows.put(Stored(k, v, positions))
