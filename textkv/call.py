@@ -83,6 +83,7 @@ class Call:
                 f"attention mask of shape {tuple(mask.shape)} after {past} tokens: give the 2-D padding mask "
                 "[batch, tokens], or one mask for all heads [batch, 1, new tokens, tokens]"
             )
+        check_mask_dtype(mask)
         m = mask.shape[2]
         # An additive mask hides by the dtype's least number, or by -inf; half of it is far from any bias.
         shown = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[:, 0]
@@ -208,3 +209,12 @@ def _moved(x: Tokens, device: torch.device) -> Tokens:
     parts = (None if t is None else t.to(device) for t in (x.positions, x.hidden, x.real, x.visible))
     positions, hidden, real, visible = parts
     return Tokens(positions, x.padded, x.seen, x.came, hidden, real, visible)
+
+
+def check_mask_dtype(mask: torch.Tensor) -> None:
+    """Raise ValueError unless a mask [batch, 1, queries, keys] is bool or additive floats."""
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"attention mask of shape {tuple(mask.shape)} is {mask.dtype}: give bool, True = may be seen, or floats "
+            "that are added to the scores"
+        )

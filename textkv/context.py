@@ -189,7 +189,7 @@ class Context:
     def remember(self, real_seen: torch.Tensor) -> None:
         """Tokens from position real_seen, int64 [batch], on were taken back: others may stand there now."""
         if self.forgotten is not None:
-            self.forgotten &= torch.arange(self.forgotten.shape[1]) < real_seen[:, None]
+            self.forgotten = self.forgotten & (torch.arange(self.forgotten.shape[1]) < real_seen[:, None])
 
     def check_attention(self) -> None:
         """Raises ValueError if the model was switched away from our attention implementation."""

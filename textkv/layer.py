@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import CacheLayerMixin
 
-from textkv.call import Call, Tokens
+from textkv.call import Call, Tokens, check_mask_dtype
 from textkv.context import Context
 from textkv.evidence import EvidenceCollector
 from textkv.kernels import merge
@@ -272,6 +272,7 @@ class Layer(Takeback, CacheLayerMixin):
         window = self.kind.window
         if window is None or mask.dim() != 4:
             return self.context.call_of(mask, self.seen)
+        check_mask_dtype(mask)
         gone = max(0, self.seen - window + 1)
         told = mask.shape[3] == self.seen - gone + mask.shape[2]
         if told:  # what has left the window is hidden
@@ -340,7 +341,9 @@ class Layer(Takeback, CacheLayerMixin):
     def _read_again(self, view: View, q: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         """Another layer's queries over the same tokens; what came is taken in after the last one."""
         with torch.no_grad(), exactly(q.device.type):
+            share = self.last_share
             out, _ = self._attend(replace(view.step, q=q.to(self.dtype)), sinks, take=False)
+            self.last_share = share  # a method acts by what the layer's own query looked at
             view.waiting -= 1
             if not view.waiting:
                 self.segments[-1].append(view.step)

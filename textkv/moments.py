@@ -121,11 +121,10 @@ class Moments(Contents):
         step = Step(observers[:, :, :0], k, v, positions, scale, padded=not bool(real.all()))
         # A method takes the last of these for the queries that follow the block.
         window = min(self.context.needs.window, observers.shape[2])
-        queries = observers[:, :, observers.shape[2] - window :]
-        came, asked = real.sum(1).cpu(), torch.full((len(k),), window) if observed is None else observed
-        evidence = Evidence(
-            queries, scale, self.real_seen + came, came=came if step.padded else None, asked=asked.clamp(max=window)
-        )
+        came = real.sum(1).cpu()
+        asked = (torch.full((len(k),), window) if observed is None else observed).clamp(max=window)
+        queries = observers[:, :, observers.shape[2] - int(asked.max()) :]
+        evidence = Evidence(queries, scale, self.real_seen + came, came=came if step.padded else None, asked=asked)
         self.replay(step, evidence)
 
     def replay(self, step: Step, evidence: Evidence) -> None:

@@ -56,6 +56,7 @@ WRONG: dict[str, list[tuple[str, str]]] = {
     **dict.fromkeys(("seconds", "positive", "scale"), [*NUMBERS, ("zero", "0")]),
     "weight": NUMBERS,
     "finite": [*NO_NUMBERS, ("infinite", "inf"), ("overflowing", "1e999")],
+    "numbers": [*parts(NO_NUMBERS), *LISTS, ("one of a list", "1,inf"), ("overflowing", "1e999")],
     "size": [*NUMBERS, ("zero", "0B"), ("no unit", "512"), ("huge", f"{HUGE}GB"), ("full-width digits", "１GB")],
     "budget": BUDGETS,
     "budgets": [*parts(BUDGETS), *LISTS, ("percent", "0.2,40")],

@@ -65,3 +65,16 @@ def test_the_observers_decide_and_padding_is_nobody(model_of):
     assert layer.real_seen.tolist() == [20, 16] and layer.lengths().tolist() == [[10] * 2, [8] * 2]
     kept = cache.kept_positions(0)
     assert (kept[0] == 7).any(-1).all() and (kept[1] == 3).any(-1).all()
+
+
+def test_as_many_observers_choose_as_are_told(model_of):
+    """Three of eight in each row: as if there were three."""
+    k, v, _ = tokens(40, 0, rows=2)
+    observers = torch.randn(2, HEADS, 8, DIM, generator=torch.Generator().manual_seed(5))
+    kept = []
+    for given, observed in ((observers, torch.tensor([3, 3])), (observers[:, :, 5:], None)):
+        cache = MethodCache(model_of("llama"), "snapkv(window=8)", "16t")
+        positions = torch.arange(40, dtype=torch.int32).repeat(2, 1)
+        cache.layers[0].absorb(k, v, positions, given, 0.25, observed=observed)
+        kept.append(cache.kept_positions(0))
+    assert torch.equal(*kept)

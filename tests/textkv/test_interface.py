@@ -228,3 +228,19 @@ def test_a_count_of_drafts_may_be_a_tensor(model_of, method):
             cache.crop(count)
             answers.append(model(ids[:, 41:60], past_key_values=cache).logits)
     assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("method", ["snapkv+mikv(16,2)", "kivi(4)"])
+def test_tokens_are_taken_back_after_some_were_forgotten_under_inference_mode(model_of, method):
+    model, ids, answers = model_of("llama"), tiny.text_ids(60), []
+    for within in (torch.inference_mode, torch.no_grad):
+        cache = MethodCache(model, method, 0.5)
+        with within():
+            model(ids[:, :40], past_key_values=cache)
+            cache.forget([[(5, 9)]])
+        with torch.no_grad():
+            model(ids[:, 40:41], past_key_values=cache)
+            model(ids[:, 41:42], past_key_values=cache)
+            cache.crop(-1)
+            answers.append(model(ids[:, 41:42], past_key_values=cache).logits)
+    assert torch.equal(*answers)

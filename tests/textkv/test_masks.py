@@ -379,3 +379,11 @@ def test_hidden_columns_beside_windows_states_and_sinks(kind, method):
         )
         real = mask[:, start:].bool()
         assert (got - expected)[real].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["dense", "sliding"])
+def test_a_mask_of_whole_numbers_is_one_clear_error(kind):
+    model = kinds.model_of_kind(kind)
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.long).tril()
+    with pytest.raises(ValueError, match="is torch.int64: give bool, True = may be seen, or floats"):
+        model(kinds.ids(8), attention_mask=mask, past_key_values=MethodCache(model, "full"))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from agentkv.eval import tiny as families
 from tests.textkv import kinds, tiny
 from textkv import MethodCache
+from textkv.layer import Layer
+from textkv.methods.mikv import MiKV
 from textkv.segments.packed import PackedSegment
 
 METHODS = ("kivi(4)", "gear(2)", "mikv(16,4)", "snapkv+mikv(16,4)", "adakv+kivi(4)", "kivi(4,centre='turned')")
@@ -53,3 +56,28 @@ def test_rows_with_padding_are_read_one_segment_after_the_other(monkeypatch):
     mask[1, :30] = 0
     ours, true, _ = both(monkeypatch, tiny.build("llama"), "kivi(4)", kinds.ids(150, 2), 12, mask)
     assert torch.allclose(ours, true, atol=2e-5)
+
+
+def test_where_layers_share_keys_a_method_acts_by_the_owners_own_look(monkeypatch):
+    """Gemma 3n: later layers read an earlier one's keys, and its own query's shares stay its own."""
+    model = families.build("gemma3n_text")
+    cache, looked, acted = MethodCache(model, "mikv(16,4)", 0.4), {}, {}
+    with torch.no_grad():
+        kinds.logits(model, kinds.ids(80), cache)
+    attend, end = Layer._attend, MiKV.on_decode_end
+
+    def attended(layer, *given, **told):
+        out = attend(layer, *given, **told)
+        looked.setdefault(layer.index, layer.last_share)
+        return out
+
+    def ended(method, layer, query):
+        acted[layer.index] = layer.last_share
+        end(method, layer, query)
+
+    monkeypatch.setattr(Layer, "_attend", attended)
+    monkeypatch.setattr(MiKV, "on_decode_end", ended)
+    with torch.no_grad():
+        kinds.logits(model, kinds.ids(1, seed=1), cache)
+    shares = [(looked[index], share) for index, share in acted.items() if share is not None]
+    assert shares and all(torch.equal(*pair) for pair in shares)

@@ -201,7 +201,7 @@ def test_drafts_into_a_cache_that_is_filled_already(how):
     assert cache.get_seq_length() == 49
 
 
-@pytest.mark.parametrize("method", ["snapkv+mikv(16,2)", "mikv", "h2o+adakv", "tri_attention+adakv"])
+@pytest.mark.parametrize("method", ["snapkv+mikv(16,4)", "mikv", "h2o+adakv", "tri_attention+adakv"])
 def test_who_reads_all_queries_of_a_prompt_says_so(method):
     model = kinds.model_of_kind("dense")
     with pytest.raises(ValueError, match="reads all queries of a prompt|cannot take drafts back"):

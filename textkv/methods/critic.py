@@ -174,13 +174,19 @@ class Critic(Eviction):
         attention, entropy = accumulate(layer, ATTENTION, evidence.columns), layer.statistic(ENTROPY)
         gradient, outputs = torch.zeros_like(entropy), []
         for row in range(len(held.positions)):
-            real = held.positions[row, 0] >= 0
-            new = real[len(real) - evidence.queries.shape[2] :]
-            one, slots = slice(row, row + 1), real_slots(real)
+            queries, one = evidence.queries_of(row), slice(row, row + 1)
+            if not queries.shape[2]:  # padding alone came
+                shape = (1, held.keys.shape[1], -1, layer.head_dim)
+                outputs.append(
+                    evidence.queries.new_zeros(evidence.queries.shape[1], layer.head_dim).view(shape).float()
+                    if previous is None
+                    else previous[one]
+                )
+                continue
+            slots = real_slots(held.positions[row, 0] >= 0)
             part = Stored(*(x[one, :, slots] for x in (held.keys, held.values, held.positions)))
             seen = Evidence(
-                evidence.queries[one, :, new], evidence.scale, evidence.tokens[one],
-                columns=evidence.columns[one, :, slots],
+                queries, evidence.scale, evidence.tokens[one], columns=evidence.columns[one, :, slots]
             )  # fmt: skip
             terms = self._look(part, seen, None if previous is None else previous[one])
             # Tokens of earlier blocks keep the entropy that they had as queries.
@@ -202,7 +208,12 @@ class Critic(Eviction):
         output = row @ values
         attention, entropy = accumulate(layer, ATTENTION, row.mean(2)), layer.statistic(ENTROPY)
         visible = real.sum(-1).clamp(min=2)
-        entropy[..., -1] = torch.special.entr(row).sum(-1).mean(2) / visible.log()
+        # Rows that hold fewer tokens than others have their holes behind these.
+        newest, own = held.positions.argmax(-1, keepdim=True), torch.special.entr(row).sum(-1).mean(2) / visible.log()
+        if layer.came is not None:  # padding is no token
+            came = (layer.came > 0).to(own.device)[:, None, None]
+            own = own[..., None].where(came, entropy.gather(-1, newest))[..., 0]
+        entropy.scatter_(-1, newest, own[..., None])
         gradient = torch.zeros_like(entropy)
         if previous is not None:
             gradient = output_gradient(row, output, previous, query[:, :, 0], values, layer.scale)

@@ -55,7 +55,7 @@ class MiKV(Method):
     Attributes:
         high: bits of the important tokens: 16, as they are.
         low: bits of the others, 1 to 8 turned; 2, 4, 8 or "fp8" (8-bit floats) scaled; 0 drops them.
-        codes: "turned" or "scaled"; None = scaled from 4 bits on, and where one of the next three says how.
+        codes: "turned" or "scaled"; None = scaled at 4 and 8 bits, and where one of the next three says how.
         group: scaled: neighbouring channels that share a scale in each token; None = the largest divisor of head_dim up
             to 64 (64 of 128 in the paper: low + 0.5 bits per element).
         block: scaled: demoted tokens of a head that are packed together, a multiple of 16 (None = 16); fewer wait.
@@ -100,6 +100,8 @@ class MiKV(Method):
 
     def _check_codes(self) -> None:
         """Raise ValueError for codes that cannot be."""
+        if self.low != "fp8" and (not isinstance(self.low, int) or isinstance(self.low, bool) or self.low < 0):
+            raise ValueError(f"low={self.low!r} is no number of bits; use 1 to 8, 'fp8', or 0 to drop")
         if self.codes not in (None, *get_args(Codes)):
             raise ValueError(f"codes={self.codes!r} is not known; use 'turned' or 'scaled'")
         if self.group is not None and self.group < 1:
@@ -108,6 +110,8 @@ class MiKV(Method):
         if told and self.codes == "turned":
             said = ", ".join(f"{name}={value}" for name, value in told.items())
             raise ValueError(f"{said}: turned codes have no scales to share; use codes='scaled'")
+        if not self.low and (told or self.codes):
+            raise ValueError("low=0 drops what is unimportant: there are no codes to say anything of")
         if self.scaled:
             check_block(self.low, self.waits, self.waits)
         elif self.low:
@@ -119,7 +123,7 @@ class MiKV(Method):
         if not self.low or self.codes:
             return bool(self.low) and self.codes == "scaled"
         told = any(getattr(self, name) is not None for name in _OF_SCALES)
-        return told or self.low == "fp8" or self.low >= 4
+        return told or self.low in (4, 8, "fp8")
 
     @property
     def waits(self) -> int:
@@ -164,9 +168,10 @@ class MiKV(Method):
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
         """Fix balancer and centre by the first prompt, then let the scorer drop: what it drops is demoted."""
-        if self.scaled and not isinstance(layer.segments[0], BalancedSegment):
+        if self.low and not isinstance(layer.segments[0], BalancedSegment | CodedSegment):
             # Fixed by the first prompt, as in the paper: codes that are stored cannot be balanced anew.
-            low = BalancedSegment.for_prompt(layer.stored(), None if self.balance is False else evidence.peaks)
+            held, peaks = layer.stored(), None if self.balance is False else evidence.peaks
+            low = BalancedSegment.for_prompt(held, peaks) if self.scaled else self._coder.empty(layer, held)
             layer.segments = [low, *layer.segments]
         if evidence.columns is not None:
             # Columns are those of all stored tokens, packed ones first; the scorer sees the exact ones alone.
@@ -237,6 +242,13 @@ class MiKV(Method):
     def _counts(self, layer: Layer) -> torch.Tensor:
         """Exact tokens of each row after a decoded token, int64 [batch, 1]."""
         lengths = layer.lengths().amax(1, keepdim=True)
+        counts = self._allowed(layer, lengths)
+        if layer.came is None:
+            return counts
+        # A row that got only padding has nothing to make room for.
+        return torch.where(layer.came[:, None] > 0, counts, lengths)
+
+    def _allowed(self, layer: Layer, lengths: torch.Tensor) -> torch.Tensor:
         budget = self.inner.budget
         if budget.tokens is not None:
             return lengths.clamp(max=budget.tokens)
@@ -275,13 +287,11 @@ class MiKV(Method):
     def _demote(self, layer: Layer, before: Segment) -> None:
         """Codes what was dropped from `before`."""
         *demoted, exact = layer.segments
-        held = before.stored()
-        gone = picked(held, _missing(before.held_positions(), exact.held_positions()))
+        gone = picked(before.stored(), _missing(before.held_positions(), exact.held_positions()))
         if self.scaled:
             demoted = self._packed(layer, *demoted, gone=gone)
         else:
             check_codable(gone, lambda row, head: f"layer {layer.index}, row {row}, head {head}")
-            demoted = demoted or [self._coder.empty(layer, held)]
             demoted[0].put(gone)
         layer.segments = [*demoted, exact]
 

@@ -193,7 +193,9 @@ class TurboQuant(Method):
         if centre is not None:
             centre = centre * ((held.positions >= 0).sum(-1) >= _FEW).to(centre)[..., None]
         coding = Coding(self._signs(layer), (self.bits, self.value_bits or self.bits), self.fit)
-        return CodedSegment(held.keys.dtype, coding, centre, inv_freq, repeat)
+        segment = CodedSegment(held.keys.dtype, coding, centre, inv_freq, repeat)
+        segment.take(Stored(*(x[:, :, :0] for x in (held.keys, held.values, held.positions))), ragged=False)
+        return segment
 
     def _signs(self, layer: Layer) -> torch.Tensor:
         """int8 [2, head_dim], drawn on the CPU so that every device gets the same."""

@@ -64,6 +64,8 @@ class CodedSegment(Segment):
         self.head_repeat = head_repeat
         self.rows: DenseSegment | RaggedSegment = DenseSegment()
 
+    stays = True  # signs and centre were fixed by a first prompt
+
     def take(self, held: Stored, ragged: bool) -> None:
         """Codes the first tokens: [batch, heads, n, ..], those with position -1 are none.
 
@@ -92,7 +94,7 @@ class CodedSegment(Segment):
         if not (padded or self.rows.is_empty()) and isinstance(self.rows, DenseSegment):
             self.rows.put(Stored(k, v, positions))
             return
-        # Heads take unequal numbers: all rows are laid out anew, which happens when a prompt ends.
+        # Heads take unequal numbers, or did before: all rows are laid out anew.
         mine = [] if self.rows.is_empty() else [self.rows.stored()]
         parts = [(x.keys, x.values, x.positions.expand(x.keys.shape[:3])) for x in (*mine, Stored(k, v, positions))]
         k, v, positions = (torch.cat(x, 2) for x in zip(*parts, strict=True))
@@ -191,8 +193,10 @@ class CodedSegment(Segment):
 
     def stored(self) -> Stored:
         """What the rows stand for, for scoring and for moving elsewhere: as large as if it had never been coded."""
-        rows, dim = self.rows.stored(), self.coding.signs.shape[-1]
-        parts = []
+        rows, dim, parts = self.rows.stored(), self.coding.signs.shape[-1], []
+        if not rows.keys.shape[2]:
+            none = rows.keys.new_zeros((*rows.keys.shape[:3], dim), dtype=self.dtype)
+            return Stored(none, none, rows.positions)
         for x, signs, bits in zip((rows.keys, rows.values), self.coding.signs, self.coding.bits, strict=True):
             c, size = decode(x, bits, dim)
             parts.append(turn_back(c * size.abs()[..., None], signs))
@@ -202,7 +206,14 @@ class CodedSegment(Segment):
 
     def keep(self, index: torch.Tensor) -> None:
         """Moves rows of bytes: nothing is decoded, and nothing is rounded again."""
-        self.rows.keep(index)
+        if index.shape[-1]:
+            self.rows.keep(index)
+        elif not self.is_empty():
+            held = self.rows.stored()
+            # Copies: a view of nothing would keep all bytes alive.
+            self.rows = DenseSegment.of(
+                Stored(*(x[:, :, :0].clone() for x in (held.keys, held.values, held.positions)))
+            )
 
     def keep_mask(self, mask: torch.Tensor) -> Segment:
         """Rows of heads that keep different numbers become ragged; the segment stays this one."""

@@ -95,7 +95,7 @@ def _parts(dialogue: Dialogue) -> Iterator[tuple[int | bytes, int]]:
 
 
 def _again(old: list, new: list, i: int, j: int) -> int | None:
-    """Where, behind old[i], the old goes on as new[j] does; at its end, if it does so nowhere before."""
+    """Where, behind old[i], the old goes on as new[j] does; None where it does not."""
     wanted = [part for part, _ in new[j : j + AGREE]]
     for k in range(i + 1, len(old)):
         have = [part for part, _ in old[k : k + AGREE]]
@@ -103,7 +103,7 @@ def _again(old: list, new: list, i: int, j: int) -> int | None:
         have = have[: next((n for n, part in enumerate(have) if n and isinstance(part, bytes)), AGREE)]
         if have and have == wanted[: len(have)]:
             return k
-    return len(old) if j < len(new) else None
+    return None
 
 
 def restored(inputs: dict[str, Any], seen: Dialogue, told: Dialogue, found: GoesOn) -> tuple[dict[str, Any], int]:

@@ -169,7 +169,7 @@ class ChatRequest(_Strict):
     response_format: _Format | None = None
 
     # Carried out only in the form in which they change nothing.
-    n: Literal[1] | None = None
+    n: Annotated[Whole, Field(ge=1, le=1)] | None = None
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
     tools: NoTools = []

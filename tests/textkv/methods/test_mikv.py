@@ -286,7 +286,9 @@ def test_what_is_not_finite_is_told_with_layer_row_and_head():
     [
         ("mikv(16,3,codes='scaled')", "bits=3 cannot be packed"),
         ("mikv(16,3,group=16)", "bits=3 cannot be packed"),
-        ("mikv(16,9,codes='turned')", "bits=9 cannot be coded"),
+        ("mikv(16,9)", "bits=9 cannot be coded"),
+        ("mikv(16,'x')", "low='x' is no number of bits; use 1 to 8, 'fp8', or 0 to drop"),
+        ("mikv(16,0,group=8)", "low=0 drops what is unimportant"),
         ("mikv(16,'fp8',codes='turned')", "bits='fp8' cannot be coded"),
         ("mikv(16,2,codes='turned',block=32)", "block=32: turned codes have no scales to share; use codes='scaled'"),
         ("mikv(16,2,codes='packed')", "codes='packed' is not known; use 'turned' or 'scaled'"),
