@@ -36,8 +36,9 @@ from ._backend import (
 from ._coded_cpu import coded_cpu
 from ._rotary_centre import check_turn, turned_products, turned_scores, turned_tile
 from ._tiles import scaled, softmax_step
+from .beside import Exact, merge_exact
 from .codebook import centroids, decode, row_bytes, turn, turn_back
-from .decode_attention import _merge_kernel, decode_attention
+from .decode_attention import _merge_kernel
 from .merge import merge
 
 _NUMBERS = 2**19  # centroids that are looked up at a time: 2 MB stay in a processor's cache
@@ -198,31 +199,36 @@ def coded_attention(
     if not _fits(q, k, v, bits, signs, valid, beside):
         _check(q, k, v, bits, signs, valid, beside)
     check_softcap(softcap)
-    B, H, m, D = q.shape
     G, n = k.shape[1:3]
-    rows = q.reshape(B * G, H // G * m, D).float() * scale
-    valid = None if valid is None else valid.expand(B, G, n)
-    graded = q.requires_grad and torch.is_grad_enabled()
+    rows = q.reshape(q.shape[0] * G, q.shape[1] // G * q.shape[2], q.shape[3]).float() * scale
     x = rows.shape[1]
     if q.is_cpu and x % 4 == 3:  # products of four rows are faster than those of three
         rows = F.pad(rows, (0, 0, 0, 1))
-    query, shift, turned = _centred(q, rows, signs, centre, inv_freq, positions, n)
+    query, *centred = _centred(q, rows, signs, centre, inv_freq, positions, n)
+    told, fused = (bits, *centred, softcap, None if valid is None else valid.expand(q.shape[0], G, n)), False
     if use_triton(q, _backend) and q.numel() and n:
-        out, lse = _launch(rows, query.to(q.dtype), k, v, bits, shift, turned, softcap, valid, dot_dtype(q))
-    elif q.is_cpu and q.numel() and n and _backend in (None, "fused") and not graded:
-        more = None
-        if beside is not None:
-            keys, values = (x.flatten(0, 1) for x in beside)
-            more, beside = (keys.float(), turn(values, signs[1])), None
-        out, lse = coded_cpu(rows, query, k, v, bits, shift, turned, softcap, valid, more, need_lse)
+        out, lse = _launch(rows, query.to(q.dtype), k, v, *told, dot_dtype(q))
+    elif fused := _is_fused(q, n, _backend):
+        out, lse = coded_cpu(rows, query, k, v, *told, _turned_beside(beside, signs), need_lse)
     else:
-        out, lse = reference(rows, query, k, v, bits, shift, turned, softcap, valid)
-    out = turn_back(out[:, :x], signs[1]).to(q.dtype).view(B, H, m, D)
-    lse = None if lse is None else lse[:, :x].reshape(B, H, m)
+        out, lse = reference(rows, query, k, v, *told)
+    out = turn_back(out[:, :x], signs[1]).to(q.dtype).view(q.shape)
+    lse = None if lse is None else lse[:, :x].reshape(q.shape[:3])
+    return (out, lse) if fused or beside is None else merge_exact(out, lse, q, Exact([beside]), scale, softcap)
+
+
+def _is_fused(q, n, backend):
+    """Whether these queries take the CPU's path, which knows no gradient."""
+    graded = q.requires_grad and torch.is_grad_enabled()
+    return q.is_cpu and bool(q.numel()) and n > 0 and backend in (None, "fused") and not graded
+
+
+def _turned_beside(beside, signs):
+    """Exact keys, and values turned as those of the rows are, fp32 [B * G, r, D] each; None where there are none."""
     if beside is None:
-        return out, lse
-    own = decode_attention(q, *beside, scale=scale, softcap=softcap)
-    return merge([out, own[0]], [lse, own[1]])
+        return None
+    keys, values = (x.flatten(0, 1) for x in beside)
+    return keys.float(), turn(values, signs[1])
 
 
 def _centred(q, rows, signs, centre, inv_freq, positions, n):

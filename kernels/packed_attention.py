@@ -35,12 +35,12 @@ from ._backend import (
     triton,
     use_triton,
 )
-from ._beside import Beside, Pairs, check_beside, merged
 from ._packed_cpu import packed_cpu
 from ._packed_reference import reference
 from ._packed_tiles import by_token, codes, entry_tile, rank_tiles
 from ._rotary_centre import check_turn, turned_products, turned_tile
 from ._tiles import scaled, softmax_step
+from .beside import Beside, Exact, check_beside, merge_exact
 from .decode_attention import _merge_kernel
 from .pack import Packed, width
 
@@ -235,10 +235,7 @@ def packed_attention(
     axes: torch.Tensor | None = None,
     softcap: float | None = None,
     valid: torch.Tensor | None = None,
-    beside: Pairs = (),
-    beside_q: torch.Tensor | None = None,
-    need_lse: bool = True,
-    row: bool = False,
+    beside: Exact | None = None,
     _backend: str | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Attend to packed tokens, all of which lie before the queries; return `(out, lse)`.
@@ -261,44 +258,47 @@ def packed_attention(
         softcap: scaled scores s, those of the centre included, become softcap * tanh(s / softcap), as Gemma 2 does.
         valid: bool [B, G or 1, n] with n >= longest: a run's token j in column j. One that is False is never seen; its
             codes, its own scales and its low-rank factors may hold anything.
-        beside: exact keys and values [B, G, r, D] in q's dtype, pair by pair, that all queries see too: more tokens of
-            the same softmax, which for a few queries costs a CPU less than attentions that are merged.
-        beside_q: what these keys are multiplied with in place of q, if packed keys are balanced and need other queries.
-        need_lse: with beside, False spares making lse where it costs anything; None may come back in its place.
-        row: with beside, return as well what the last query looked at of the last pair: weights fp32 [B, H, r].
+        beside: exact tokens in the same softmax, which costs a CPU less than attentions that are merged.
 
     Returns:
         out [B, H, m, D] in q's dtype and lse [B, H, m] in float32, the natural log, scale applied. A query of a run
-        without tokens has out 0 and lse -inf.
+        without tokens has out 0 and lse -inf. What `beside` asks for besides.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or layout.
     """
-    if not _fits(q, k, v, start, length, centre):
-        _check(q, k, v, start, length, longest, centre)
-    _check_runs(k, start, length, longest)
-    check_softcap(softcap)
-    if valid is not None:
-        valid = _check_holes(valid, q.shape[0], start.numel() // q.shape[0], longest, q)
+    valid = _checked(q, k, v, start, length, longest, centre, softcap, valid)
     turn, still = _turning(q, centre, inv_freq, positions, axes, longest)
-    told = {"scale": scale, "softcap": softcap, "valid": valid, "turn": turn}
-    told |= {"start": start, "length": length, "longest": longest}
+    told = dict(scale=scale, start=start, length=length, longest=longest, turn=turn, softcap=softcap, valid=valid)
     run = _implementation(q, _backend)
-    if beside:
-        check_beside(beside, q, start.numel() // q.shape[0])
-        more = Beside(beside, beside_q, None if softcap else centre, still, need_lse, row)
-        if run is packed_cpu and more.is_cheap and not (softcap and centre is not None):
-            found = packed_cpu(q, k, v, **told, beside=more)
-            if found is not None:
-                return found if row else found[:2]
+    if beside is not None:
+        check_beside(beside.pairs, q, start.numel() // q.shape[0])
+        if run is packed_cpu and (found := _in_one_softmax(q, k, v, beside, told, centre, still)):
+            return found
     common = _common(q, centre, still)
     out, lse = run(q, k, v, **told, shift=None if softcap is None else common)
     # What is the same for all scores of a query changes nothing but their log-sum-exp.
     lse = lse if common is None or softcap is not None else lse + common * scale
-    if not beside:
-        return out, lse
-    found = merged(out, lse, q if beside_q is None else beside_q, beside, scale, softcap, row)
-    return found if row else found[:2]
+    return (out, lse) if beside is None else merge_exact(out, lse, q, beside, scale, softcap)
+
+
+def _in_one_softmax(q, k, v, beside, told, centre, still):
+    """What `packed_attention` returns, by the CPU's path; None where attentions that are merged are better."""
+    softcap = told["softcap"]
+    more = Beside(beside.pairs, beside.q, beside.lse, beside.row, None if softcap else centre, still)
+    if not more.is_cheap or (softcap and centre is not None):
+        return None
+    found = packed_cpu(q, k, v, **told, beside=more)
+    return found if found is None or beside.row else found[:2]
+
+
+def _checked(q, k, v, start, length, longest, centre, softcap, valid):
+    """`valid` as it is read. Raises ValueError on bad arguments."""
+    if not _fits(q, k, v, start, length, centre):
+        _check(q, k, v, start, length, longest, centre)
+    _check_runs(k, start, length, longest)
+    check_softcap(softcap)
+    return None if valid is None else _check_holes(valid, q.shape[0], start.numel() // q.shape[0], longest, q)
 
 
 def _implementation(q, backend):

@@ -20,6 +20,7 @@ from textkv.call import Call, Tokens, check_mask_dtype
 from textkv.context import Context
 from textkv.evidence import EvidenceCollector
 from textkv.kernels import merge
+from textkv.kernels.beside import Exact
 from textkv.kinds import LayerKind
 from textkv.modes import Undifferentiable, exactly
 from textkv.positions import RotarySpec
@@ -383,7 +384,7 @@ class Layer(Takeback, CacheLayerMixin):
         last.append(step)
         exact = [*between, last.rectangle()]
         row = self.kind.governed and self.context.method.counts_last
-        return packed.attend_beside(step.q, step.scale, step.softcap, exact, need_lse, row)
+        return packed.attend_beside(step.q, step.scale, step.softcap, Exact(exact, lse=need_lse, row=row))
 
     def bind(self, module: torch.nn.Module | None) -> None:
         """Ties the layer to the module whose keys it holds."""

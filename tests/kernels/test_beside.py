@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from tests.kernels.helpers import TOLERANCE, mismatch, randn
 from tests.kernels.test_packed_attention import cache, rotary_centre
 from textkv.kernels import decode_attention, merge, packed_attention
+from textkv.kernels.beside import Exact
 
 CPU = importlib.import_module("textkv.kernels._packed_cpu")
 
@@ -44,21 +46,20 @@ def test_exact_tokens_are_in_the_same_softmax(backend, lengths, keys, corrected,
         fixed, turned = {"centre": 3 * randn(runs, 32)}, rotary_centre(lengths, 32, 12, size=3) if max(lengths) else {}
         for options in ({}, fixed, turned, fixed | {"softcap": 3.0}, turned | {"softcap": 3.0, "valid": valid}):
             for exact_q in (q, other):
-                more = {"beside": pairs, "beside_q": None if exact_q is q else exact_q, "row": True}
-                ours = packed_attention(q, k, v, scale=0.2, **rows, **options, **more, _backend=backend)
+                exact = Exact(pairs, None if exact_q is q else exact_q, row=True)
+                ours = packed_attention(q, k, v, scale=0.2, **rows, **options, beside=exact, _backend=backend)
                 true = merged(q, k, v, rows, pairs, exact_q, 0.2, **options)
                 for x, y in zip(ours, true, strict=True):
                     assert not mismatch(x, y, 8 * TOLERANCE[dtype]), (options, queries)
-                out, *rest = packed_attention(
-                    q, k, v, scale=0.2, **rows, **options, **more | {"row": False, "need_lse": False}, _backend=backend
-                )
+                exact = replace(exact, row=False, lse=False)
+                out, *rest = packed_attention(q, k, v, scale=0.2, **rows, **options, beside=exact, _backend=backend)
                 assert len(rest) == 1 and not mismatch(out, true[0], 8 * TOLERANCE[dtype])
 
 
 def test_many_exact_tokens_of_half_precision_are_not_made_fp32():
     k, v, rows = cache((48, 48))
     q, pair = randn(1, 4, 1, 32, dtype=torch.bfloat16), randn(2, 1, 2, 600, 32, dtype=torch.bfloat16)
-    ours = packed_attention(q, k, v, scale=0.2, **rows, beside=[tuple(pair)], row=True)
+    ours = packed_attention(q, k, v, scale=0.2, **rows, beside=Exact([tuple(pair)], row=True))
     for x, y in zip(ours, merged(q, k, v, rows, [tuple(pair)], q, 0.2), strict=True):
         assert not mismatch(x, y, 8 * TOLERANCE[torch.bfloat16])
 
@@ -74,4 +75,4 @@ def test_many_exact_tokens_of_half_precision_are_not_made_fp32():
 def test_what_lies_beside_is_checked(wrong, line):
     k, v, rows = cache((48, 48))
     with pytest.raises(ValueError, match=line):
-        packed_attention(randn(1, 4, 1, 32), k, v, scale=0.2, **rows, beside=[wrong])
+        packed_attention(randn(1, 4, 1, 32), k, v, scale=0.2, **rows, beside=Exact([wrong]))

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from agentkv.eval import tiny as families
+from tests.compare import mismatch
 from tests.textkv import kinds, tiny
 from textkv import MethodCache
+from textkv.kernels.beside import Exact
 from textkv.layer import Layer
 from textkv.methods.mikv import MiKV
+from textkv.segments.base import Segment
 from textkv.segments.packed import PackedSegment
 
 METHODS = ("kivi(4)", "gear(2)", "mikv(16,4)", "snapkv+mikv(16,4)", "adakv+kivi(4)", "kivi(4,centre='turned')")
@@ -26,9 +29,12 @@ def both(monkeypatch, *args, **kwargs):
     """`decoded` as it is, and with every segment by itself; how often one softmax was taken."""
     calls = []
     once = PackedSegment._attend
-    monkeypatch.setattr(
-        PackedSegment, "_attend", lambda *a, beside=(), **k: calls.append(bool(beside)) or once(*a, beside=beside, **k)
-    )
+
+    def seen(segment, q, scale, softcap, hidden, exact=None):
+        calls.append(exact is not None)
+        return once(segment, q, scale, softcap, hidden, exact)
+
+    monkeypatch.setattr(PackedSegment, "_attend", seen)
     ours = decoded(*args, **kwargs)
     monkeypatch.setattr(PackedSegment, "takes_beside", False)
     true = decoded(*args, **kwargs)
@@ -81,3 +87,19 @@ def test_where_layers_share_keys_a_method_acts_by_the_owners_own_look(monkeypatc
         kinds.logits(model, kinds.ids(1, seed=1), cache)
     shares = [(looked[index], share) for index, share in acted.items() if share is not None]
     assert shares and all(torch.equal(*pair) for pair in shares)
+
+
+@pytest.mark.parametrize("method", ["kivi(4)", "mikv(16,4)"])
+def test_a_segment_that_has_no_softmax_for_both_merges_two(method):
+    """What every segment can do, ours from outside the package too, beside what a packed one does."""
+    model = tiny.build("llama")
+    cache = MethodCache(model, method, 0.5)
+    with torch.no_grad():
+        kinds.logits(model, kinds.ids(80), cache)
+    layer = cache.layers[0]
+    packed, near = layer.segments[0], layer.segments[-1].rectangle()
+    q = torch.randn(1, layer.kv_heads * 2, 1, layer.head_dim, generator=torch.Generator().manual_seed(3))
+    for exact in (Exact([near], row=True), Exact([near])):
+        ours, plain = (x.attend_beside(packed, q, 0.3, None, exact) for x in (type(packed), Segment))
+        assert len(ours) == len(plain) == 2 + exact.row
+        assert all(not mismatch(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(ours, plain, strict=True))

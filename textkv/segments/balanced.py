@@ -8,9 +8,12 @@ products are exact as well. b and centre are set before the first token comes an
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from textkv.segments.base import Pairs, Stored, register_segment
+from textkv.kernels.beside import Exact
+from textkv.segments.base import Stored, register_segment
 from textkv.segments.packed import PackedSegment
 
 
@@ -66,13 +69,10 @@ class BalancedSegment(PackedSegment):
         return super().attend(self._divided(q), scale, softcap=softcap, hidden=hidden)
 
     def attend_beside(
-        self, q: torch.Tensor, scale: float, softcap: float | None, exact: Pairs, need_lse: bool, row: bool
+        self, q: torch.Tensor, scale: float, softcap: float | None, exact: Exact
     ) -> tuple[torch.Tensor | None, ...]:
         """Only the packed keys are balanced."""
-        need_lse = need_lse or len(self.pools) > 1
-        return self._attend(
-            self._divided(q), scale, softcap, None, beside=exact, beside_q=q, need_lse=need_lse, row=row
-        )
+        return super().attend_beside(self._divided(q), scale, softcap, replace(exact, q=q))
 
     def _divided(self, q: torch.Tensor) -> torch.Tensor:
         grouped = q.unflatten(1, (self.balance.shape[1], -1)) / self.balance[:, :, None, None].to(q.dtype)

@@ -11,19 +11,17 @@ cropped and counted like ours.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from textkv.kernels import decode_attention, merge
+from textkv.kernels.beside import Exact, merge_exact
 from textkv.positions import RotarySpec
 from textkv.registry import Registry
 
 SEGMENTS = Registry("segment", "agentkv.segments", "Segment")
-Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values of several segments."""
 register_segment = SEGMENTS.register
 """Class decorator: makes a segment known by the name under which it is saved."""
 
@@ -87,7 +85,7 @@ class Segment(ABC):
     stays = False
     """Whether its layer keeps it when it holds no token any more: what it was made with cannot be made again."""
     takes_beside = False
-    """Whether `attend_beside` is there."""
+    """Whether `attend_beside` is cheaper than attentions that are merged."""
 
     def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Takes the new tokens in and lets their queries attend causally to everything visible here.
@@ -136,18 +134,19 @@ class Segment(ABC):
         """Queries attend to every token here but the `hidden` (see `Step`); all lie before them. Returns (out, lse)."""
 
     def attend_beside(
-        self, q: torch.Tensor, scale: float, softcap: float | None, exact: Pairs, need_lse: bool, row: bool
+        self, q: torch.Tensor, scale: float, softcap: float | None, exact: Exact
     ) -> tuple[torch.Tensor | None, ...]:
-        """`attend` in one softmax with the exact tokens of other segments. Only where the segment `takes_beside` and is
-        not empty.
+        """`attend` with the exact tokens of other segments beside those here, of which there is one at least.
 
         Args:
-            exact: keys and values [batch, kv_heads, r, head_dim] of each, in order.
-            need_lse: whether lse may not be None.
-            row: whether a third result shall tell what the query looked at of the last segment's tokens: fp32 [batch,
-                heads, r], out of all that it looked at.
+            exact: their keys and values [batch, kv_heads, r, head_dim], in order, and what is asked for.
+
+        Returns:
+            out like q [batch, heads, m, head_dim]; lse fp32 [batch, heads, m], None if it was not asked for and cost
+            anything; with `exact.row` what the query looked at of the last segment's tokens, fp32 [batch, heads, r],
+            out of all that it looked at.
         """
-        raise NotImplementedError
+        return merge_exact(*self.attend(q, scale, softcap=softcap), q, exact, scale, softcap)
 
     def rectangle(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Keys and values [batch, kv_heads, n, head_dim] of exact tokens that fill a rectangle, as they lie; None where

@@ -11,12 +11,15 @@ Tokens come in whole blocks only: the tokens that do not fill one wait in the de
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from textkv.kernels import merge, packed_attention
+from textkv.kernels.beside import Exact
 from textkv.kernels.pack import Packed, unpack
 from textkv.positions import turned
-from textkv.segments.base import Pairs, Segment, Step, Stored, compact_storage, register_segment, shown
+from textkv.segments.base import Segment, Step, Stored, compact_storage, register_segment, shown
 from textkv.segments.block_pool import BlockPool, alike, fits, is_even, padded, rows_of, thinned, with_room, write
 
 
@@ -108,12 +111,12 @@ class PackedSegment(Segment):
         return self._attend(q, scale, softcap, hidden)
 
     def attend_beside(
-        self, q: torch.Tensor, scale: float, softcap: float | None, exact: Pairs, need_lse: bool, row: bool
+        self, q: torch.Tensor, scale: float, softcap: float | None, exact: Exact
     ) -> tuple[torch.Tensor | None, ...]:
         """One softmax over the packed tokens and the exact ones; see `Segment.attend_beside`."""
-        return self._attend(q, scale, softcap, None, beside=exact, need_lse=need_lse or len(self.pools) > 1, row=row)
+        return self._attend(q, scale, softcap, None, replace(exact, lse=exact.lse or len(self.pools) > 1))
 
-    def _attend(self, q, scale, softcap, hidden, beside: Pairs = (), **more) -> tuple[torch.Tensor, ...]:
+    def _attend(self, q, scale, softcap, hidden, exact: Exact | None = None) -> tuple[torch.Tensor, ...]:
         centre, inv_freq = (None if x is None else x.flatten(0, 1) for x in (self.centre, self.inv_freq))
         parts = [
             packed_attention(
@@ -121,7 +124,7 @@ class PackedSegment(Segment):
                 centre=centre, inv_freq=inv_freq, axes=self.axes,
                 positions=None if inv_freq is None else pool.turned_by,
                 softcap=softcap, valid=shown(pool.positions, hidden) if pool.holes or hidden is not None else None,
-                **({"beside": beside, **more} if beside and pool is self.pools[-1] else {}),
+                beside=exact if pool is self.pools[-1] else None,
             )
             for pool in self.pools
         ]  # fmt: skip

@@ -19,22 +19,33 @@ Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class Beside:
-    """Exact tokens that a CPU's path takes along, and what is asked for.
+class Exact:
+    """Exact tokens that all queries see beside the packed ones, and what is asked for.
 
     Attributes:
-        pairs: keys and values [B, G, r, D], in the queries' dtype.
-        q: [B, H, m, D] that the keys are multiplied with; None = the queries of the packed tokens.
-        centre: fp32 [B * G, D], what the packed keys lack; its dims before `still` turn, and are taken care of.
-        lse, row: whether these are asked for.
+        pairs: keys and values [B, G, r, D] in the queries' dtype, pair by pair.
+        q: [B, H, m, D] that these keys are multiplied with, where packed keys are balanced and need other queries; None
+            = the queries of the packed tokens.
+        lse: False spares making it where it costs anything; None may come back in its place.
+        row: return as well what the last query looked at of the last pair: weights fp32 [B, H, r].
     """
 
     pairs: Pairs
-    q: torch.Tensor | None
-    centre: torch.Tensor | None
-    still: int
-    lse: bool
-    row: bool
+    q: torch.Tensor | None = None
+    lse: bool = True
+    row: bool = False
+
+
+@dataclass(frozen=True)
+class Beside(Exact):
+    """The same for a CPU's path.
+
+    Attributes:
+        centre: fp32 [B * G, D], what the packed keys lack; its dims before `still` turn, and are taken care of.
+    """
+
+    centre: torch.Tensor | None = None
+    still: int = 0
 
     @property
     def is_cheap(self) -> bool:
@@ -78,16 +89,19 @@ class Tokens:
             first += values.shape[1]
 
 
-def merged(out, lse, q, pairs, scale, softcap, row):
-    """Attention over packed tokens, `out` and `lse`, with that over the pairs: out, lse, and with `row` the weights
-    fp32 [B, H, r] of the last query over the last pair."""
+def merge_exact(
+    out: torch.Tensor, lse: torch.Tensor, q: torch.Tensor, exact: Exact, scale: float, softcap: float | None
+) -> tuple[torch.Tensor, ...]:
+    """Attention over other tokens, `out` [B, H, m, D] and `lse` fp32 [B, H, m], with that over the exact ones: out and
+    lse, and the weights of the last query if `exact.row` asks for them."""
+    pairs, q = exact.pairs, q if exact.q is None else exact.q
     outs, lses = [out], [lse]
     for keys, values in pairs:
         own = decode_attention(q, keys, values, scale=scale, softcap=softcap)
         outs, lses = [*outs, own[0]], [*lses, own[1]]
     out, lse = merge(outs, lses)
-    if not row:
-        return out, lse, None
+    if not exact.row:
+        return out, lse
     mass = window_mass(q[:, :, -1:], pairs[-1][0], scale=scale, softcap=softcap)
     return out, lse, mass * (lses[-1] - lse)[..., -1:].exp()
 
