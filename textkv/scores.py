@@ -33,6 +33,11 @@ def group_mean(scores: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return scores.unflatten(1, (kv_heads, -1)).mean(2)
 
 
+def soft_capped(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Scores of any shape under a soft cap, cap * tanh(scores / cap); as they are without one."""
+    return scores if cap is None else cap * (scores / cap).tanh()
+
+
 def past_mass(queries: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None = None) -> torch.Tensor:
     """Attention that the last w tokens pay to each token before them: fp32 [batch, heads, n - w].
 

@@ -27,7 +27,7 @@ from textkv.evidence import Evidence, Needs
 from textkv.kernels import window_mass
 from textkv.layer import Layer
 from textkv.method import Capabilities, register
-from textkv.scores import fit_window, group_mean, pool, with_window
+from textkv.scores import fit_window, group_mean, pool, soft_capped, with_window
 from textkv.segments.base import Stored
 
 NAME = "cake"
@@ -121,9 +121,11 @@ class Cake(Eviction):
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
         """mean + gamma * variance of the window's attention, pooled: fp32 [batch, kv_heads, n]; for wrappers."""
         queries = fit_window(evidence.queries, held.keys.shape[2], keep)
-        return with_window(self.look(queries, held.keys, evidence.scale)[0], queries.shape[2])
+        return with_window(self.look(queries, held.keys, evidence.scale, evidence.softcap)[0], queries.shape[2])
 
-    def look(self, queries: torch.Tensor, keys: torch.Tensor, scale: float) -> tuple[torch.Tensor, list[float]]:
+    def look(
+        self, queries: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None = None
+    ) -> tuple[torch.Tensor, list[float]]:
         """Scores of the tokens before the window, fp32 [batch, kv_heads, n - w], and each row's log preference.
 
         Args:
@@ -135,7 +137,7 @@ class Cake(Eviction):
         for row in range(batch):
             # One KV head at a time: over long prompts the attention of all heads' windows would be large.
             for head, group in enumerate(queries[row].unflatten(0, (kv_heads, -1))):
-                weights = past_attention(group, keys[row, head], scale)
+                weights = past_attention(group, keys[row, head], scale, softcap)
                 scores[row, head] = self.indicator(weights).mean(0)
                 spread[row, 0] -= (weights * (weights + 1e-10).log()).sum()
                 spread[row, 1] += variance(weights).sum()
@@ -179,7 +181,7 @@ class Cake(Eviction):
             keep = self.budget.count(seen)
             queries = fit_window(evidence.queries_of(row), keys.shape[2], keep)
             window = queries.shape[2]
-            past, (preference,) = self.look(queries, keys, evidence.scale)
+            past, (preference,) = self.look(queries, keys, evidence.scale, evidence.softcap)
             if not math.isfinite(preference):
                 raise ValueError(f"layer {layer.index}: the window's attention is NaN; are keys and queries finite?")
             scores[row][:, slots] = with_window(past, window)[0]
@@ -234,7 +236,8 @@ class Cake(Eviction):
             counts = torch.where(layer.came[:, None] > 0, counts, lengths)
         if bool((lengths > counts).any()):
             scorer = LastQuery(window=self.window, kernel=self.kernel)
-            keep_best(layer, scorer.scores(layer, Evidence(query, layer.scale, layer.real_seen)), counts)
+            known = Evidence(query, layer.scale, layer.real_seen, softcap=layer.softcap)
+            keep_best(layer, scorer.scores(layer, known), counts)
 
     def _limits(self, layer: Layer, lengths: torch.Tensor) -> torch.Tensor:
         """Tokens that each row may hold, int64 [batch, 1]: one leaves for each that came, once anything had to go."""
@@ -304,14 +307,16 @@ class LastQuery(Eviction):
         return with_window(pool(past, self.kernel), window)
 
 
-def past_attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+def past_attention(
+    queries: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None = None
+) -> torch.Tensor:
     """Attention of queries [heads, w, head_dim] of the last w of the keys [n, head_dim] to the n - w before them.
 
     fp32 [heads, w, n - w]; softmax over all visible keys, so rows sum to less than 1.
     """
     width, n = queries.shape[1], keys.shape[0]
     unseen = torch.ones(width, n, dtype=torch.bool, device=keys.device).triu(n - width + 1)
-    scores = queries.float() * scale @ keys.float().mT
+    scores = soft_capped(queries.float() * scale @ keys.float().mT, softcap)
     return scores.masked_fill_(unseen, NEVER).softmax(-1)[..., : n - width]
 
 

@@ -23,8 +23,10 @@ from textkv.contents import OF_HEAD
 from textkv.decode_eviction import accumulate, attention_row, protect
 from textkv.eviction import Eviction, keep_best
 from textkv.evidence import Evidence, Needs
+from textkv.kernels import decode_attention
 from textkv.layer import Layer
 from textkv.method import Capabilities, register
+from textkv.scores import soft_capped
 from textkv.segments.base import Stored
 
 ATTENTION, ENTROPY = "critic.attention", "critic.entropy"
@@ -141,14 +143,16 @@ class Critic(Eviction):
         queries = evidence.queries[:, :, -held.keys.shape[2] :]
         entropy = torch.zeros_like(evidence.columns)
         if self.weights[1]:
-            entropy[..., -queries.shape[2] :] = row_entropy(queries, held.keys, evidence.scale)
+            entropy[..., -queries.shape[2] :] = row_entropy(queries, held.keys, evidence.scale, evidence.softcap)
         gradient = torch.zeros_like(entropy)
-        row, output = look_once(queries[:, :, -1], held.keys, held.values, evidence.scale)
+        how = evidence.scale, evidence.softcap
+        row, output = look_once(queries[:, :, -1], held.keys, held.values, *how)
         if queries.shape[2] > 1:
             before = held.keys[:, :, :-1], held.values[:, :, :-1]
-            previous = look_once(queries[:, :, -2], *before, evidence.scale)[1]
+            previous = look_once(queries[:, :, -2], *before, *how)[1]
         if previous is not None:
-            gradient = output_gradient(row, output, previous, queries[:, :, -1], held.values, evidence.scale)
+            slope = capped_slope(queries[:, :, -1], held.keys, *how)
+            gradient = output_gradient(row, output, previous, queries[:, :, -1], held.values, evidence.scale, slope)
         return Terms(evidence.columns, entropy, gradient, output)
 
     def _importance(self, terms: Terms, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -185,8 +189,9 @@ class Critic(Eviction):
                 continue
             slots = real_slots(held.positions[row, 0] >= 0)
             part = Stored(*(x[one, :, slots] for x in (held.keys, held.values, held.positions)))
+            columns = evidence.columns[one, :, slots]
             seen = Evidence(
-                queries, evidence.scale, evidence.tokens[one], columns=evidence.columns[one, :, slots]
+                queries, evidence.scale, evidence.tokens[one], columns=columns, softcap=evidence.softcap
             )  # fmt: skip
             terms = self._look(part, seen, None if previous is None else previous[one])
             # Tokens of earlier blocks keep the entropy that they had as queries.
@@ -216,7 +221,9 @@ class Critic(Eviction):
         entropy.scatter_(-1, newest, own[..., None])
         gradient = torch.zeros_like(entropy)
         if previous is not None:
-            gradient = output_gradient(row, output, previous, query[:, :, 0], values, layer.scale)
+            keys = held.keys.masked_fill(~real[..., None], 0) if layer.softcap else held.keys
+            slope = capped_slope(query[:, :, 0], keys, layer.scale, layer.softcap)
+            gradient = output_gradient(row, output, previous, query[:, :, 0], values, layer.scale, slope)
         self._settle(layer, Terms(attention, entropy, gradient, output), limits)
 
     def _settle(self, layer: Layer, terms: Terms, limits: torch.Tensor) -> None:
@@ -250,35 +257,67 @@ def unit(x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
 
 
-def row_entropy(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+def row_entropy(queries: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None = None) -> torch.Tensor:
     """Entropy of each query's attention over the log of the keys it sees: fp32 [batch, kv_heads, m], mean over heads.
 
-    In [0, 1], 0 where only one key is seen. In tiles: the m x n matrix is never held.
+    In [0, 1], 0 where only one key is seen. The m x n matrix is never held.
 
     Args:
         queries: [batch, heads, m, head_dim] of the last m of the keys [batch, kv_heads, n, head_dim].
+        softcap: the model's soft cap of scores, or None.
     """
+    kv_heads, n, m = keys.shape[1], keys.shape[2], queries.shape[2]
+    if softcap is None:
+        found = _entropy_by_attention(queries, keys, scale)
+    else:
+        found = _entropy_by_rows(queries, keys, scale, softcap)
+    visible = torch.arange(n - m + 1, n + 1, device=keys.device)
+    return found.unflatten(1, (kv_heads, -1)).mean(2) / visible.clamp(min=2).log()
+
+
+def _entropy_by_attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """Without a table of weights p: H = lse - sum_j p_j s_j, and as s_j = scale q . k_j, the sum is q times what
+    attention gives when the keys are its values too."""
+    q, k = queries.float(), keys.float()
+    mean_key, lse = decode_attention(q, k, k, scale=scale, causal=True)
+    return (lse - scale * (q * mean_key).sum(-1)).clamp(min=0)  # a sharp row's may fall a rounding below
+
+
+def _entropy_by_rows(queries: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:
+    """From the weights themselves, in tiles: capped scores are no longer linear in the keys."""
     kv_heads, n, m = keys.shape[1], keys.shape[2], queries.shape[2]
     grouped = queries.unflatten(1, (kv_heads, -1)).float() * scale
     rows = max(1, _TILE // (queries.shape[0] * queries.shape[1] * n))
     out = []
     for low in range(0, m, rows):
         tile = grouped[..., low : low + rows, :]
-        last = torch.arange(n - m + low, n - m + low + tile.shape[-2], device=keys.device)
-        seen = keys[:, :, None, : n - m + low + tile.shape[-2]].float()
-        unseen = torch.arange(seen.shape[-2], device=keys.device) > last[:, None]
-        weights = (tile @ seen.mT).masked_fill_(unseen, float("-inf")).softmax(-1)
-        out.append(torch.special.entr(weights).sum(-1).mean(2) / (last + 1).clamp(min=2).log())
-    return torch.cat(out, -1)
+        end = n - m + low + tile.shape[-2]
+        unseen = torch.ones(tile.shape[-2], end, dtype=torch.bool, device=keys.device).triu_(n - m + low + 1)
+        scores = soft_capped(tile @ keys[:, :, None, :end].float().mT, softcap)
+        out.append(torch.special.entr(scores.masked_fill_(unseen, float("-inf")).softmax(-1)).sum(-1))
+    return torch.cat(out, -1).flatten(1, 2)
 
 
 def look_once(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, softcap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one query [batch, heads, head_dim] to all keys: fp32 row [batch, kv_heads, group, n] and output."""
-    query = query.unflatten(1, (keys.shape[1], -1)).float()
-    row = (query * scale @ keys.float().mT).softmax(-1)
+    row = soft_capped(_scores(query, keys, scale), softcap).softmax(-1)
     return row, row @ values.float()
+
+
+def capped_slope(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor | None:
+    """How much of a change of each score a soft cap lets through: fp32 [batch, kv_heads, group, n], None without cap.
+
+    Args:
+        query: [batch, heads, head_dim].
+    """
+    return None if softcap is None else 1 - (_scores(query, keys, scale) / softcap).tanh().square()
+
+
+def _scores(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """fp32 [batch, kv_heads, group, n] of one query [batch, heads, head_dim], not capped."""
+    return query.unflatten(1, (keys.shape[1], -1)).float() * scale @ keys.float().mT
 
 
 def output_gradient(
@@ -288,6 +327,7 @@ def output_gradient(
     query: torch.Tensor,
     values: torch.Tensor,
     scale: float,
+    slope: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """|dloss/dk|_1 + |dloss/dv|_1 of each token, loss = mean squared change of the output: fp32 [batch, kv_heads, n].
 
@@ -299,8 +339,10 @@ def output_gradient(
         output, previous: [batch, kv_heads, group, head_dim].
         query: [batch, heads, head_dim].
         values: [batch, kv_heads, n, head_dim].
+        slope: see `capped_slope`.
     """
     g = 2 * (output - previous) / output[0].numel()
     toward = g @ values.float().mT - (g * output).sum(-1, keepdim=True)
+    toward = toward if slope is None else toward * slope
     reach = query.unflatten(1, (row.shape[1], -1)).float().abs().sum(-1, keepdim=True) * scale
     return (row * (g.abs().sum(-1, keepdim=True) + toward.abs() * reach)).sum(2)

@@ -21,7 +21,7 @@ from textkv.evidence import Evidence, Needs
 from textkv.interval_eviction import IntervalEviction
 from textkv.layer import Layer
 from textkv.method import register
-from textkv.scores import fit_window, pool, with_window
+from textkv.scores import fit_window, pool, soft_capped, with_window
 from textkv.segments.base import Stored
 
 QUERIES = OF_HEAD + "rkv.queries"
@@ -114,8 +114,7 @@ def importance(queries: torch.Tensor, keys: torch.Tensor, scale: float, softcap:
     """
     groups = queries.unflatten(1, (keys.shape[1], -1)).float() * scale
     logits = groups @ keys[:, :, None, : keys.shape[2] - queries.shape[2]].float().mT
-    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
-    return logits.amax(2).softmax(-1).mean(2)
+    return soft_capped(logits, softcap).amax(2).softmax(-1).mean(2)
 
 
 def redundancy(keys: torch.Tensor, similar: float) -> torch.Tensor:

@@ -24,7 +24,7 @@ from textkv.eviction import Eviction, keep_best
 from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
 from textkv.method import register
-from textkv.scores import fit_window, group_mean, past_mass, pool, with_window
+from textkv.scores import fit_window, group_mean, past_mass, pool, soft_capped, with_window
 from textkv.segments.base import Stored
 
 _ALL = 1 << 30  # more queries than any prompt has
@@ -108,8 +108,8 @@ class VLCache(Eviction):
         for head, group in enumerate(queries.unflatten(0, (kv_heads, -1))):
             keys = held.keys[row, head][held.positions[row, head] >= 0]
             hidden = torch.ones(width, len(keys), dtype=torch.bool, device=keys.device).triu(len(keys) - width + 1)
-            scores = (group.float() @ keys.float().mT * evidence.scale).masked_fill(hidden, float("-inf"))
-            shares = scores.softmax(-1)
+            scores = soft_capped(group.float() @ keys.float().mT * evidence.scale, evidence.softcap)
+            shares = scores.masked_fill(hidden, float("-inf")).softmax(-1)
             # Dense = not sparse: layers get shares in proportion to it.
             limit = self.threshold * (shares.amax(-1, keepdim=True) if self.relative else 1.0)
             dense += int((shares >= limit).masked_fill(hidden, False).sum())

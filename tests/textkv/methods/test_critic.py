@@ -11,7 +11,17 @@ from tests.textkv import tiny
 from tests.textkv.methods.test_cake import kept, lengths, read
 from textkv import Budget, MethodCache
 from textkv.conformance import check_method
-from textkv.methods.critic import ENTROPY, OUTPUT, Critic, Terms, look_once, output_gradient, row_entropy, unit
+from textkv.methods.critic import (
+    ENTROPY,
+    OUTPUT,
+    Critic,
+    Terms,
+    capped_slope,
+    look_once,
+    output_gradient,
+    row_entropy,
+    unit,
+)
 
 LAYER = SimpleNamespace(index=0)
 
@@ -25,18 +35,22 @@ def decode(model, cache, ids):
 # ---- the terms -----------------------------------------------------------------------------------------------------
 
 
-def test_the_gradient_is_autograds():
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_the_gradient_is_autograds(softcap):
     """Keys and values repeated per query head, as the sum over a group's heads means."""
     g = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(1, 2, 9, 4, generator=g, dtype=torch.float64) for _ in range(2))
     query = torch.randn(1, 4, 4, generator=g, dtype=torch.float64)
     previous = torch.randn(1, 2, 2, 4, generator=g, dtype=torch.float64)
     k, v = (x.repeat_interleave(2, 1).requires_grad_() for x in (keys, values))
-    out = ((query[:, :, None] @ k.mT * 0.4).softmax(-1) @ v)[:, :, 0]
+    scores = query[:, :, None] @ k.mT * 0.4
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    out = (scores.softmax(-1) @ v)[:, :, 0]
     torch.nn.functional.mse_loss(out.unflatten(1, (2, 2)), previous).backward()
     expected = (k.grad.abs().sum(-1) + v.grad.abs().sum(-1)).unflatten(1, (2, 2)).sum(2)
-    row, output = look_once(query, keys, values, 0.4)
-    found = output_gradient(row, output, previous.float(), query, values, 0.4)
+    row, output = look_once(query, keys, values, 0.4, softcap)
+    slope = capped_slope(query, keys, 0.4, softcap)
+    found = output_gradient(row, output, previous.float(), query, values, 0.4, slope)
     assert not mismatch(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -46,13 +60,26 @@ def test_an_output_that_did_not_change_has_no_gradient():
     assert not output_gradient(row, output, output, query, values, 0.5).any()
 
 
-def test_even_rows_have_entropy_one_wherever_they_stand(monkeypatch):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_even_rows_have_entropy_one_wherever_they_stand(monkeypatch, softcap):
     """Zero keys: every query looks evenly. Without the division by log(visible) later tokens would win."""
     monkeypatch.setattr("textkv.methods.critic._TILE", 60)  # several tiles, the last one shorter
-    found = row_entropy(torch.randn(1, 2, 10, 4), torch.zeros(1, 1, 10, 4), 0.5)
+    found = row_entropy(torch.randn(1, 2, 10, 4), torch.zeros(1, 1, 10, 4), 0.5, softcap)
     assert torch.allclose(found, torch.tensor([0.0] + [1.0] * 9).view(1, 1, -1), atol=1e-6)
-    later = row_entropy(torch.randn(1, 2, 3, 4), torch.zeros(1, 1, 10, 4), 0.5)
+    later = row_entropy(torch.randn(1, 2, 3, 4), torch.zeros(1, 1, 10, 4), 0.5, softcap)
     assert torch.allclose(later, torch.ones(1, 1, 3), atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5, 1e4])
+def test_entropies_are_those_of_the_weights(softcap):
+    """Of several heads and rows, queries at the end of a longer row; a cap that is never reached changes nothing."""
+    queries, keys = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 13, 8)
+    scores = queries.unflatten(1, (2, 2)) @ keys[:, :, None].mT
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    seen = torch.ones(5, 13, dtype=torch.bool).tril(8)
+    p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    expected = torch.special.entr(p).sum(-1).mean(2) / torch.arange(9, 14).log()
+    assert torch.allclose(row_entropy(queries, keys, 1.0, softcap), expected, atol=1e-5)
 
 
 def test_a_row_of_known_entropy():
