@@ -78,7 +78,7 @@ class GuiKV(Eviction):
         """
         queries = fit_window(evidence.queries, held.keys.shape[2], keep, self.past)
         width, kv_heads = queries.shape[2], held.keys.shape[1]
-        mass = pool(past_mass(queries, held.keys, evidence.scale, evidence.softcap), self.kernel)
+        mass = pool(past_mass(queries, held.keys, evidence.softmax), self.kernel)
         scores = with_window(self._reduce(mass, kv_heads), width)
         group = scores.shape[1] // kv_heads
         positions = held.positions.repeat_interleave(group, 1)

@@ -127,7 +127,7 @@ class STLite(Eviction):
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
         """Attention of the window plus what `scores` has worked out for whole rows."""
         queries = fit_window(evidence.queries, held.keys.shape[2], keep, self.past)
-        mass = pool(past_mass(queries, held.keys, evidence.scale, evidence.softcap), self.kernel)
+        mass = pool(past_mass(queries, held.keys, evidence.softmax), self.kernel)
         scores = with_window(mass.unflatten(1, (held.keys.shape[1], -1)).mean(2), queries.shape[2])
         if evidence.statistic is None:
             return scores

@@ -197,7 +197,7 @@ class StarKV(Eviction):
         group = len(found) // len(at)
         for _, heads, _, part, seen in blocks(alone, evidence.part(row, None, len(at), slice(None))):
             queries = fit_window(seen.queries, part.keys.shape[2], keep, self.past)
-            mass = pool(past_mass(queries, part.keys, evidence.scale, evidence.softcap), self.kernel)
+            mass = pool(past_mass(queries, part.keys, seen.softmax), self.kernel)
             slots = torch.searchsorted(positions, part.positions[0, 0].contiguous())
             rows = slice((heads.start or 0) * group, heads.stop * group)
             found[rows, slots] = with_window(mass, queries.shape[2])[0]

@@ -88,7 +88,7 @@ def of_text(
             yield Head(
                 f"{name} {tokens}", *(x[0, head, :known].float().cpu() for x in (held.keys, held.values)),
                 slice(FIRST, known - RECENT), own[:, :known:4].flatten(0, 1), own[:, places].transpose(0, 1),
-                layer.scale,
+                layer.softmax.scale,
             )  # fmt: skip
 
 

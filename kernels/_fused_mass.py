@@ -4,7 +4,7 @@ the processor's cache.
     mass[j] = sum_i exp(scale * q[i] . k[j] - lse[i])
 
 The log-sum-exp rides along as one more channel of the queries, beside a channel of ones in the keys: what the product
-gives is then ready for exp. The attention of the same queries has told it already; else it is asked for here.
+gives is then ready for exp. Where the attention of the same queries has not told it, `causal_lse` does.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ _QUERIES, _KEYS = 128, 1024  # of one tile: 512 KiB in fp32
 FEW = 64  # queries up to which the reference is at least as fast
 
 
+def causal_lse(q, k, scale):
+    """Log-sum-exp fp32 [B, H, w] of each query over the keys that it sees."""
+    return fused(q, k, k, scale, True, None, None, None, None, None)[1]
+
+
 def fused_mass(q, k, scale, lse, squares):
-    """Arguments as `window_mass` after its checks; lse fp32 [B, H, w] or None."""
+    """Arguments as `window_mass` after its checks; lse fp32 [B, H, w]."""
     B, H, w, _ = q.shape
     G, n = k.shape[1:3]
-    if lse is None:
-        _, lse = fused(q, k, k, scale, True, None, None, None, None, None)
     q = torch.cat([q.float() * scale, -lse[..., None]], -1)
     k = torch.cat([k.float(), k.new_ones((), dtype=torch.float32).expand(B, G, n, 1)], -1)
     sums = q.new_zeros((2 if squares else 1, B, H, n))

@@ -5,6 +5,8 @@
 `squares` adds sum_i P^2, from which a caller gets the variance over the queries. With w = n this is the accumulated
 attention of H2O and D2O, and costs as much arithmetic as the prefill attention itself.
 
+A learned sink (gpt-oss) is one more entry of each query's softmax: it takes its share of P and is no key.
+
 Floor in bytes: K is read twice (once per pass), q once, [B, H, n] fp32 written once; for w in the tens the bound is
 arithmetic, 4 * w * H * n * D operations. Nothing is repeated per query head.
 """
@@ -30,24 +32,25 @@ from ._backend import (
     use_triton,
 )
 from ._fused import fused_applies
-from ._fused_mass import FEW, fused_mass
+from ._fused_mass import FEW, causal_lse, fused_mass
 from ._tiles import scaled, softmax_step
 
 _BLOCK_ELEMENTS = 1 << 24  # fp32 probabilities that the reference holds at a time
 
 
-def reference(q, k, *, scale, valid=None, squares=False, softcap=None):
+def reference(q, k, *, scale, valid=None, squares=False, softcap=None, sinks=None):
     """Plain torch in blocks of query rows, fp32: the truth, and the path off CUDA. `valid` is [B, G, n] or None."""
     B, H, w, D = q.shape
     G, n = k.shape[1:3]
     q, keys = q.reshape(B, G, H // G, w, D), k.float().mT
     sums = q.new_zeros((2 if squares else 1, B, G, H // G, n), dtype=torch.float32)
+    sinks = None if sinks is None else sinks.float().view(G, H // G, 1, 1)
     rows = max(1, _BLOCK_ELEMENTS // max(1, B * H * n))
     for low in range(0, w, rows):
         high = min(low + rows, w)
         end = n - w + high  # no query of this block sees further
         some = None if valid is None else valid[..., :end]
-        p = _probabilities(q[..., low:high, :], keys[..., :end], scale, some, softcap)
+        p = _probabilities(q[..., low:high, :], keys[..., :end], scale, some, softcap, sinks)
         sums[0, ..., :end] += p.sum(-2)
         if squares:
             sums[1, ..., :end] += p.square_().sum(-2)
@@ -55,7 +58,7 @@ def reference(q, k, *, scale, valid=None, squares=False, softcap=None):
     return (sums[0], sums[1]) if squares else sums[0]
 
 
-def _probabilities(q, keys, scale, valid, softcap):
+def _probabilities(q, keys, scale, valid, softcap, sinks):
     """q [B, G, group, r, D] are the queries of the last r of `end` keys [B, G, D, end] -> P [B, G, group, r, end]."""
     r, end = q.shape[-2], keys.shape[-1]
     scores = (q.flatten(2, 3).float() * scale @ keys).unflatten(2, q.shape[2:4])
@@ -67,8 +70,15 @@ def _probabilities(q, keys, scale, valid, softcap):
         unseen = unseen | ~valid[:, :, None, :] | ~valid[:, :, end - r :, None]
         unseen = unseen[:, :, None]
     scores.masked_fill_(unseen, -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+    lse = _beside_sinks(torch.logsumexp(scores, dim=-1, keepdim=True), sinks)
     return scores.sub_(lse.masked_fill_(lse == -torch.inf, 0)).exp_()
+
+
+def _beside_sinks(lse, sinks):
+    """Log-sum-exp of keys and sink together; a query that sees no key (-inf) still sees nothing. `sinks` broadcasts."""
+    if sinks is None:
+        return lse
+    return torch.logaddexp(lse, sinks.expand_as(lse)).masked_fill_(lse == -torch.inf, -torch.inf)
 
 
 @jit(do_not_specialize=["n", "w", "split", "splits"])
@@ -153,7 +163,7 @@ def _mass_kernel(
             tl.store(p_squares + o_mass, squares, mask=j < n)
 
 
-def _launch(q, k, *, scale, valid, squares, softcap=None, lse=None, split=None):
+def _launch(q, k, *, scale, valid, squares, softcap=None, lse=None, sinks=None, split=None):
     """Run both passes, the second alone if lse is known; `split` (keys of one program of the first) is chosen here
     unless a test names it."""
     B, H, w, D = q.shape
@@ -171,14 +181,13 @@ def _launch(q, k, *, scale, valid, squares, softcap=None, lse=None, split=None):
     flags |= {"BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2 if row * block_n <= 16384 else 1}
     valid = None if valid is None else valid.view(torch.uint8)
     scales = float(scale) * LOG2_E, float(softcap or 0) * LOG2_E
-    if lse is not None:
-        lse = lse.contiguous()
-    else:
+    if lse is None:
         lse = q.new_empty((splits, B, H, w), dtype=torch.float32)
         _lse_kernel[(B * G * splits, blocks)](
             q, k, valid, lse, *common, n, w, split, splits, G, *scales, **flags, BLOCK_M=block_m
         )
         lse = lse[0] if splits == 1 else lse.logsumexp(0)
+    lse = _beside_sinks(lse, None if sinks is None else sinks.float()[:, None]).contiguous()
     mass = q.new_empty((B, H, n), dtype=torch.float32)
     second = torch.empty_like(mass) if squares else None
     _mass_kernel[(B * G, triton.cdiv(n, block_n))](
@@ -197,6 +206,7 @@ def window_mass(
     squares: bool = False,
     softcap: float | None = None,
     lse: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     _backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Sum the causal attention of a window of queries over each key; return `mass`, or `(mass, squares)`.
@@ -211,9 +221,11 @@ def window_mass(
             them.
         lse: fp32 [B, H, w], what causal `decode_attention` of these queries over these keys told, if it is at hand:
             then the scores need not be made twice. Only without `valid`.
+        sinks: [H] of any float dtype, a logit of each head that takes part in the softmax of every query; None = none.
 
     Returns:
-        mass [B, H, n] in float32 over ALL n keys, the window included; its sum over n is the number of valid queries.
+        mass [B, H, n] in float32 over ALL n keys, the window included; its sum over n is the number of valid queries,
+        less what their sinks took.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, w > n, softcap is not positive, or lse comes
@@ -233,8 +245,12 @@ def window_mass(
         check_tensor("lse", lse, (B, H, w), (torch.float32,), q)
         if valid is not None:
             raise ValueError("lse and valid come together: what attention tells counts all keys; give one of them")
+    if sinks is not None:
+        check_tensor("sinks", sinks, (H,), FLOATS, q)
     if valid is None and q.numel() and (lse is not None or w > FEW) and fused_applies(q, k, k, softcap, _backend):
-        return fused_mass(q, k, scale, lse, squares)
+        lse = causal_lse(q, k, scale) if lse is None else lse
+        return fused_mass(q, k, scale, _beside_sinks(lse, None if sinks is None else sinks.float()[:, None]), squares)
+    how = {"scale": scale, "valid": valid, "squares": squares, "softcap": softcap, "sinks": sinks}
     if use_triton(q, _backend) and q.numel():
-        return _launch(q, k, scale=scale, valid=valid, squares=squares, softcap=softcap, lse=lse)
-    return reference(q, k, scale=scale, valid=valid, squares=squares, softcap=softcap)
+        return _launch(q, k, lse=lse, **how)
+    return reference(q, k, **how)

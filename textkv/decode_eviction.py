@@ -20,6 +20,7 @@ from textkv.eviction import NEVER, PROTECTED, Eviction, keep_best
 from textkv.kernels import window_mass
 from textkv.layer import Layer
 from textkv.method import Capabilities
+from textkv.softmax import Softmax
 
 
 @dataclass(frozen=True)
@@ -79,18 +80,20 @@ class DecodeEviction(Eviction):
             keep_best(layer, scores, counts)
 
 
-def attention_row(layer: Layer, query: torch.Tensor) -> torch.Tensor:
-    """What a decoded token looked at: fp32 [batch, heads, n of layer.stored()], each row sums to 1, 0 at holes.
+def attention_row(layer: Layer, query: torch.Tensor, sinks: bool = True) -> torch.Tensor:
+    """What a decoded token looked at: fp32 [batch, heads, n of layer.stored()], 0 at holes. Each row sums to 1, less
+    what the model's sinks took.
 
     A row of the batch to which the step brought padding has 0 everywhere.
 
     Args:
         query: [batch, heads, 1, head_dim] of the token stored last.
+        sinks: False leaves them out: the row sums to 1.
     """
-    how = {"scale": layer.scale, "softcap": layer.softcap}
+    softmax = layer.softmax if sinks else layer.softmax._replace(sinks=None)
     if layer.whole is not None:
-        return last_row(query, layer.rectangle.keys, **how)
-    held = layer.stored()
+        return last_row(query, layer.rectangle.keys, softmax)
+    held, how = layer.stored(), softmax.options
     real = held.positions >= 0
     row = window_mass(query, held.keys, **how) if bool(real.all()) else _row_over_holes(query, held.keys, real, how)
     if layer.came is None:
@@ -112,12 +115,12 @@ def _row_over_holes(query: torch.Tensor, keys: torch.Tensor, real: torch.Tensor,
     return torch.empty_like(row).scatter_(-1, order.repeat_interleave(row.shape[1] // order.shape[1], 1), row)
 
 
-def last_row(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+def last_row(query: torch.Tensor, keys: torch.Tensor, softmax: Softmax) -> torch.Tensor:
     """`window_mass` of one query over keys without holes: on a CPU one product, for a kernel's checks cost more."""
-    if keys.is_cuda or keys.dtype != torch.float32 or softcap is not None:
-        return window_mass(query, keys, scale=scale, softcap=softcap)
+    if keys.is_cuda or keys.dtype != torch.float32 or softmax[1:] != (None, None):
+        return window_mass(query, keys, **softmax.options)
     groups = query.view(*keys.shape[:2], -1, keys.shape[3])
-    return (groups @ keys.mT).mul_(scale).softmax(-1).flatten(1, 2)
+    return (groups @ keys.mT).mul_(softmax.scale).softmax(-1).flatten(1, 2)
 
 
 def holed(layer: Layer, keep: torch.Tensor | int) -> torch.Tensor | None:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from transformers.cache_utils import CacheLayerMixin
 
 from textkv.call import Call, Tokens, check_mask_dtype
+from textkv.collector import EvidenceCollector
 from textkv.context import Context
-from textkv.evidence import EvidenceCollector
 from textkv.kernels import merge
 from textkv.kernels.beside import Exact
 from textkv.kinds import LayerKind
@@ -27,6 +27,7 @@ from textkv.positions import RotarySpec
 from textkv.segments.base import Segment, Step
 from textkv.segments.dense import DenseSegment
 from textkv.segments.window import WindowSegment
+from textkv.softmax import Softmax
 from textkv.takeback import Takeback
 
 
@@ -76,8 +77,7 @@ class Layer(Takeback, CacheLayerMixin):
         statistics: numbers that a method keeps per stored token, by name; see `statistic`.
         trajectory: what a method learned from the steps of an agent so far, by name, row by row [batch, ...]. It
             outlives `reset`; `MethodCache.new_trajectory` ends it.
-        scale: the model's softmax scale, known from the first forward on.
-        softcap: its soft cap of scores, or None.
+        softmax: how the model weighs this layer's scores, known from the first forward on.
         came: int64 [batch] on the CPU while a hook runs, real tokens that the forward brought; None = the same to all.
         last_share: fp32 [batch, heads, 1] while `on_decode_end` runs in a layer of several segments: the part of the
             token's attention that fell on the last one.
@@ -207,8 +207,7 @@ class Layer(Takeback, CacheLayerMixin):
         Args:
             view: what `update` gave; the second time it comes, another layer reads the same tokens.
             mask: what our mask function made, or a mask of the caller's own [batch, 1, m, columns].
-            softcap: see `Step`.
-            sinks: [heads], a logit that takes part in each query's softmax and gives no output (gpt-oss).
+            scale, softcap, sinks: see `Softmax`.
             rotary: [3 or 1, batch or 1, m] position ids of the call.
             hidden: [batch, m, hidden_size], hidden states, if the method asked for them.
             ids: int64 [batch, m], token ids, if the method asked for them.
@@ -230,15 +229,16 @@ class Layer(Takeback, CacheLayerMixin):
         grows = torch.is_grad_enabled() and q.requires_grad
         with torch.no_grad(), exactly(q.device.type):
             mask, tokens = self._tokens(mask, q)
-            view.tokens, self.scale, self.softcap = tokens, scale, softcap
+            sinks = None if sinks is None else sinks.detach()
+            view.tokens, self.softmax = tokens, Softmax(scale, softcap, sinks)
             rope = None if rotary is None else rotary[0].expand(len(q), -1)
             view.step = Step(
                 q, k, v, tokens.positions, scale, tokens.padded, rope if self.context.needs.rope else None, softcap,
-                tokens.hidden, tokens.visible, mask.local, ids,
+                sinks, tokens.hidden, tokens.visible, mask.local, ids,
             )  # fmt: skip
             if self.context.table is not None and self.kind.number == self.context.first:
                 self.context.table.write(tokens.positions, self.seen + q.shape[2], rotary)
-            out = self._forward(view, q, sinks, hidden)
+            out = self._forward(view, q, hidden)
         if out.dtype != given:
             out = out.to(given)
         return Undifferentiable.apply(q, out) if grows else out
@@ -283,7 +283,7 @@ class Layer(Takeback, CacheLayerMixin):
         call.local = not told
         return call
 
-    def _forward(self, view: View, q: torch.Tensor, sinks: torch.Tensor | None, hidden) -> torch.Tensor:
+    def _forward(self, view: View, q: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
         step, m = view.step, view.k.shape[2]
         prompt = (m > 1 and not self.context.verifying) or self.seen == 0 or self.seen < self.context.block_end
         self.context.stay_writable()
@@ -291,12 +291,12 @@ class Layer(Takeback, CacheLayerMixin):
             self.tidy()
         block = self._block_before_drafts(view)
         if block:
-            return self._block_and_drafts(view, block, sinks, hidden)
+            return self._block_and_drafts(view, block, hidden)
         if not view.waiting:
-            return self._take(step, view.tokens, prompt, sinks, hidden)
+            return self._take(step, view.tokens, prompt, hidden)
         self._before(q, prompt)
         self._torn = True
-        out, lse = self._attend(step, sinks, take=False)
+        out, lse = self._attend(step, take=False)
         view.prompt, view.hidden, view.lse = prompt, hidden, lse
         self._torn = False
         return out
@@ -308,13 +308,13 @@ class Layer(Takeback, CacheLayerMixin):
                 self.context.method.on_decode_begin(self, q)
 
     def _take(
-        self, step: Step, tokens: Tokens, prompt: bool, sinks: torch.Tensor | None, hidden, final: bool = False
+        self, step: Step, tokens: Tokens, prompt: bool, hidden: torch.Tensor | None, final: bool = False
     ) -> torch.Tensor:
         """Attends and takes the tokens in; `final`: none of them will be taken back, whatever else may be."""
         self._before(step.q, prompt)
         # Until the output is there. An exception in between leaves segments half-changed.
         self._torn = True
-        out, lse = self._attend(step, sinks, take=True)
+        out, lse = self._attend(step, take=True)
         self._end(step, tokens, prompt, hidden, lse, final)
         self._torn = False
         return out
@@ -330,20 +330,20 @@ class Layer(Takeback, CacheLayerMixin):
         plain = not step.padded and step.hidden is None and step.visible is None and not view.waiting
         return block if apart and plain and 0 < block < view.k.shape[2] else 0
 
-    def _block_and_drafts(self, view: View, block: int, sinks: torch.Tensor | None, hidden) -> torch.Tensor:
+    def _block_and_drafts(self, view: View, block: int, hidden: torch.Tensor | None) -> torch.Tensor:
         """The prompt block's own `block` tokens, after which the method acts, and then the drafts."""
         drafts = view.k.shape[2] - block
         tokens = replace(view.tokens, positions=view.tokens.positions[:, :block], seen=view.tokens.seen - drafts)
         first, second = slice(None, block), slice(block, None)
         of_block = None if hidden is None else hidden[:, first]
-        out = self._take(view.step.part(first), tokens, True, sinks, of_block, final=True)
-        return torch.cat([out, self._take(view.step.part(second), view.tokens, False, sinks, None)], 2)
+        out = self._take(view.step.part(first), tokens, True, of_block, final=True)
+        return torch.cat([out, self._take(view.step.part(second), view.tokens, False, None)], 2)
 
     def _read_again(self, view: View, q: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         """Another layer's queries over the same tokens; what came is taken in after the last one."""
         with torch.no_grad(), exactly(q.device.type):
             share = self.last_share
-            out, _ = self._attend(replace(view.step, q=q.to(self.dtype)), sinks, take=False)
+            out, _ = self._attend(replace(view.step, q=q.to(self.dtype), sinks=sinks), take=False)
             self.last_share = share  # a method acts by what the layer's own query looked at
             view.waiting -= 1
             if not view.waiting:
@@ -351,14 +351,14 @@ class Layer(Takeback, CacheLayerMixin):
                 self._end(view.step, view.tokens, view.prompt, view.hidden, view.lse)
         return out.to(q.dtype)
 
-    def _attend(self, step: Step, sinks: torch.Tensor | None, take: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _attend(self, step: Step, take: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output, and the log-sum-exp of the scores without sinks, where it was needed or came by itself."""
-        last = self.segments[-1]
+        last, sinks = self.segments[-1], step.sinks
         others = [segment for segment in self.segments[:-1] if not segment.is_empty()]
         if take and others and (found := self._beside(step, others, last, sinks is not None)):
             out, lse, *row = found
-            self.last_row = row[0] if row else None
-            return _with_sinks(out, lse, sinks), lse
+            self.last_row = _beside_sinks(row[0], lse, sinks) if row else None
+            return _beside_sinks(out, lse, sinks), lse
         # For columns it spares half the work, and on a CPU fused attention tells it anyway.
         counted = self.context.needs.columns and step.q.is_cpu and step.q.shape[2] > 1
         out, lse = (last.extend if take else last.read)(step, bool(others) or sinks is not None or counted)
@@ -369,8 +369,8 @@ class Layer(Takeback, CacheLayerMixin):
             # How much of the token's attention stayed in the newest segment: methods that evict there need no second
             # pass.
             if step.q.shape[2] == 1:
-                self.last_share = (own - lse).exp()
-        return _with_sinks(out, lse, sinks), lse
+                self.last_share = _beside_sinks((own - lse).exp(), lse, sinks)
+        return _beside_sinks(out, lse, sinks), lse
 
     def _beside(self, step: Step, others: list[Segment], last: Segment, need_lse: bool) -> tuple | None:
         """A decoded token that takes part in one softmax with packed tokens and the exact ones behind them; it is
@@ -391,8 +391,10 @@ class Layer(Takeback, CacheLayerMixin):
         self.module = (lambda: None) if module is None else ref(module)
 
 
-def _with_sinks(out: torch.Tensor, lse: torch.Tensor | None, sinks: torch.Tensor | None) -> torch.Tensor:
+def _beside_sinks(out: torch.Tensor, lse: torch.Tensor | None, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Outputs, or a decoded token's weights fp32 [batch, heads, n], of a softmax in which sinks took part too."""
     if sinks is None:
         return out
     # One more entry of the softmax, which has no value: its share is what the output lacks.
-    return out * (lse - sinks.float()[:, None]).sigmoid()[..., None].to(out.dtype)
+    part = (lse - sinks.float()[:, None]).sigmoid().to(out.dtype)
+    return out * (part[..., None] if out.dim() == 4 else part)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from textkv.call import Tokens
+from textkv.collector import EvidenceCollector
 from textkv.contents import Contents
-from textkv.evidence import Evidence, EvidenceCollector
+from textkv.evidence import Evidence
 from textkv.segments.base import Step
+from textkv.softmax import Softmax
 
 SPARE = 128
 """Queries kept beyond a method's window while drafts may be taken back: more than any draft is long."""
@@ -17,8 +19,7 @@ class Moments(Contents):
     """The part of a layer that calls the method's hooks; see `textkv.layer.Layer` for its attributes."""
 
     collector: EvidenceCollector
-    scale: float
-    softcap: float | None
+    softmax: Softmax
     came: torch.Tensor | None
     last_share: torch.Tensor | None
     last_row: torch.Tensor | None
@@ -73,9 +74,7 @@ class Moments(Contents):
 
     def _prompt_end(self, q: torch.Tensor) -> None:
         context = self.context
-        evidence = self.collector.finish(
-            q, self.scale, self.real_seen, context.spans, self.softcap, context.gone, context.grids
-        )
+        evidence = self.collector.finish(q, self.softmax, self.real_seen, context.spans, context.gone, context.grids)
         with context.timed("on_prefill_end"):
             context.method.on_prefill_end(self, evidence)
 
@@ -138,7 +137,7 @@ class Moments(Contents):
             self.lazy_initialization(step.k)
         self.context.stay_writable()
         self.segments[-1].append(step)
-        self.scale, self.softcap = evidence.scale, evidence.softcap
+        self.softmax = evidence.softmax
         self.seen += step.k.shape[2]
         self.since_eviction += step.k.shape[2]
         self.real_seen = evidence.tokens

@@ -30,7 +30,7 @@ from textkv.segments.base import Segment, Step
 NAME = "reading"
 _WINDOW_STATE = (
     "segments", "seen", "real_seen", "since_eviction", "is_initialized", "dtype", "device", "kv_heads", "head_dim",
-    "scale", "softcap",
+    "softmax",
 )  # fmt: skip
 """What a layer of windows is after a prompt: no method acts on it, so it is copied as it is."""
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from textkv.eviction import PROTECTED
 from textkv.kernels import window_mass
+from textkv.softmax import Softmax
 
 Pool = Literal["avg", "max"]
 
@@ -33,18 +34,13 @@ def group_mean(scores: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return scores.unflatten(1, (kv_heads, -1)).mean(2)
 
 
-def soft_capped(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """Scores of any shape under a soft cap, cap * tanh(scores / cap); as they are without one."""
-    return scores if cap is None else cap * (scores / cap).tanh()
-
-
-def past_mass(queries: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None = None) -> torch.Tensor:
+def past_mass(queries: torch.Tensor, keys: torch.Tensor, softmax: Softmax) -> torch.Tensor:
     """Attention that the last w tokens pay to each token before them: fp32 [batch, heads, n - w].
 
     Sum over the window of softmax probabilities over ALL n keys (SnapKV, arXiv 2404.14469): the past columns are not
     normalised again.
     """
-    return window_mass(queries, keys, scale=scale, softcap=softcap)[..., : keys.shape[2] - queries.shape[2]]
+    return window_mass(queries, keys, **softmax.options)[..., : keys.shape[2] - queries.shape[2]]
 
 
 def with_window(past: torch.Tensor, window: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from textkv.kernels import decode_attention, window_mass
 module = importlib.import_module("textkv.kernels.window_mass")
 
 
-def naive(q, k, scale, valid, softcap=None):
+def naive(q, k, scale, valid, softcap=None, sinks=None):
     """The w x n matrix in float64, query head by query head; `valid` bool [B, G, n] -> sum P, sum P^2."""
     (B, H, w, _), (G, n) = q.shape, k.shape[1:3]
     mass, squares = torch.zeros(2, B, H, n, dtype=torch.float64)
@@ -24,7 +24,8 @@ def naive(q, k, scale, valid, softcap=None):
                 slot = n - w + i
                 seen = valid[b, g] & (torch.arange(n) <= slot)
                 if valid[b, g, slot] and seen.any():
-                    p = scores[i].masked_fill(~seen, -torch.inf).softmax(-1)
+                    row = scores[i].masked_fill(~seen, -torch.inf)
+                    p = row.softmax(-1) if sinks is None else torch.cat([row, sinks[h, None]]).softmax(-1)[:-1]
                     mass[b, h] += p
                     squares[b, h] += p * p
     return mass.float(), squares.float()
@@ -65,6 +66,29 @@ def test_soft_cap(softcap, backend, interpreted):
     truth = naive(q.nan_to_num(0), k.nan_to_num(0), 2.0, per_head, softcap)
     ours = window_mass(q, k, scale=2.0, valid=valid, squares=True, softcap=softcap, _backend=backend)
     assert not mismatch(ours, truth, 5e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton", "fused"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("mask", [None, "head"])
+def test_a_sink_takes_its_share_of_each_query(mask, softcap, backend, interpreted):
+    """Of every head another one; a query that sees no key gives none, whatever its sink."""
+    if backend == "fused" and (mask or softcap):
+        pytest.skip("the fused path is for neither")
+    w = 80 if backend == "fused" else 6
+    q, k, valid, per_head = sample(2, 2, 3, w, 90, 32, mask)
+    sinks = torch.linspace(-2, 4, 6)
+    truth = naive(q.nan_to_num(0), k.nan_to_num(0), 0.4, per_head, softcap, sinks.double())
+    how = {"scale": 0.4, "valid": valid, "squares": True, "softcap": softcap, "sinks": sinks, "_backend": backend}
+    assert not mismatch(window_mass(q, k, **how), truth, 5e-5)
+
+
+def test_a_sink_beside_what_attention_told():
+    q, k, _, per_head = sample(1, 2, 2, 70, 90, 32, None)
+    _, lse = decode_attention(q, k, k, scale=0.4, causal=True)
+    sinks = torch.tensor([1.0, -1.0, 2.0, 0.0])
+    truth = naive(q, k, 0.4, per_head, None, sinks.double())[0]
+    assert not mismatch(window_mass(q, k, scale=0.4, lse=lse, sinks=sinks), truth, 5e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -136,6 +160,7 @@ Q, K = torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 5, 16)
         (Q, K.bfloat16(), {}, "k is bfloat16; it must be float32"),
         (Q, K[:, :, :2], {}, "q has shape .* a window of 3 queries; the limit is n = 2"),
         (Q, K, {"softcap": 0}, "softcap=0 must be above 0"),
+        (Q, K, {"sinks": torch.zeros(1)}, r"sinks has shape \[1\]; it must be"),
         (Q[:, :3], K, {}, "q has 3 heads and k has 2"),
         (
             Q,

@@ -27,8 +27,9 @@ from textkv.evidence import Evidence, Needs
 from textkv.kernels import window_mass
 from textkv.layer import Layer
 from textkv.method import Capabilities, register
-from textkv.scores import fit_window, group_mean, pool, soft_capped, with_window
+from textkv.scores import fit_window, group_mean, pool, with_window
 from textkv.segments.base import Stored
+from textkv.softmax import Softmax
 
 NAME = "cake"
 """The name of the token statistics and notes that live from a layer's end to the prompt's end."""
@@ -121,11 +122,9 @@ class Cake(Eviction):
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
         """mean + gamma * variance of the window's attention, pooled: fp32 [batch, kv_heads, n]; for wrappers."""
         queries = fit_window(evidence.queries, held.keys.shape[2], keep)
-        return with_window(self.look(queries, held.keys, evidence.scale, evidence.softcap)[0], queries.shape[2])
+        return with_window(self.look(queries, held.keys, evidence.softmax)[0], queries.shape[2])
 
-    def look(
-        self, queries: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None = None
-    ) -> tuple[torch.Tensor, list[float]]:
+    def look(self, queries: torch.Tensor, keys: torch.Tensor, softmax: Softmax) -> tuple[torch.Tensor, list[float]]:
         """Scores of the tokens before the window, fp32 [batch, kv_heads, n - w], and each row's log preference.
 
         Args:
@@ -137,7 +136,8 @@ class Cake(Eviction):
         for row in range(batch):
             # One KV head at a time: over long prompts the attention of all heads' windows would be large.
             for head, group in enumerate(queries[row].unflatten(0, (kv_heads, -1))):
-                weights = past_attention(group, keys[row, head], scale, softcap)
+                ours = slice(head * len(group), (head + 1) * len(group))
+                weights = past_attention(group, keys[row, head], softmax.of_heads(ours))
                 scores[row, head] = self.indicator(weights).mean(0)
                 spread[row, 0] -= (weights * (weights + 1e-10).log()).sum()
                 spread[row, 1] += variance(weights).sum()
@@ -181,7 +181,7 @@ class Cake(Eviction):
             keep = self.budget.count(seen)
             queries = fit_window(evidence.queries_of(row), keys.shape[2], keep)
             window = queries.shape[2]
-            past, (preference,) = self.look(queries, keys, evidence.scale, evidence.softcap)
+            past, (preference,) = self.look(queries, keys, evidence.softmax)
             if not math.isfinite(preference):
                 raise ValueError(f"layer {layer.index}: the window's attention is NaN; are keys and queries finite?")
             scores[row][:, slots] = with_window(past, window)[0]
@@ -226,9 +226,7 @@ class Cake(Eviction):
         n = layer.whole
         if self.budget.tokens is None and n is not None and layer.came is None:
             scorer = LastQuery(window=self.window, kernel=self.kernel)
-            layer.drop_lowest(
-                scorer.of_row(last_row(query, layer.stored().keys, layer.scale, layer.softcap), layer.kv_heads)
-            )
+            layer.drop_lowest(scorer.of_row(last_row(query, layer.stored().keys, layer.softmax), layer.kv_heads))
             return
         lengths = layer.lengths().amax(1, keepdim=True)
         counts = self._limits(layer, lengths)
@@ -236,7 +234,7 @@ class Cake(Eviction):
             counts = torch.where(layer.came[:, None] > 0, counts, lengths)
         if bool((lengths > counts).any()):
             scorer = LastQuery(window=self.window, kernel=self.kernel)
-            known = Evidence(query, layer.scale, layer.real_seen, softcap=layer.softcap)
+            known = Evidence(query, tokens=layer.real_seen, **layer.softmax.options)
             keep_best(layer, scorer.scores(layer, known), counts)
 
     def _limits(self, layer: Layer, lengths: torch.Tensor) -> torch.Tensor:
@@ -295,9 +293,7 @@ class LastQuery(Eviction):
 
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
         """The query's attention, pooled: fp32 [batch, kv_heads, n]."""
-        return self.of_row(
-            window_mass(evidence.queries, held.keys, scale=evidence.scale, softcap=evidence.softcap), held.keys.shape[1]
-        )
+        return self.of_row(window_mass(evidence.queries, held.keys, **evidence.softmax.options), held.keys.shape[1])
 
     def of_row(self, row: torch.Tensor, kv_heads: int) -> torch.Tensor:
         """Scores fp32 [batch, kv_heads, n] from what the token looked at, [batch, heads, n]."""
@@ -307,17 +303,15 @@ class LastQuery(Eviction):
         return with_window(pool(past, self.kernel), window)
 
 
-def past_attention(
-    queries: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None = None
-) -> torch.Tensor:
+def past_attention(queries: torch.Tensor, keys: torch.Tensor, softmax: Softmax) -> torch.Tensor:
     """Attention of queries [heads, w, head_dim] of the last w of the keys [n, head_dim] to the n - w before them.
 
     fp32 [heads, w, n - w]; softmax over all visible keys, so rows sum to less than 1.
     """
     width, n = queries.shape[1], keys.shape[0]
     unseen = torch.ones(width, n, dtype=torch.bool, device=keys.device).triu(n - width + 1)
-    scores = soft_capped(queries.float() * scale @ keys.float().mT, softcap)
-    return scores.masked_fill_(unseen, NEVER).softmax(-1)[..., : n - width]
+    scores = softmax.scores(queries.float() @ keys.float().mT)
+    return softmax.weights(scores.masked_fill_(unseen, NEVER))[..., : n - width]
 
 
 def variance(weights: torch.Tensor) -> torch.Tensor:

@@ -26,8 +26,8 @@ from textkv.evidence import Evidence, Needs
 from textkv.kernels import decode_attention
 from textkv.layer import Layer
 from textkv.method import Capabilities, register
-from textkv.scores import soft_capped
 from textkv.segments.base import Stored
+from textkv.softmax import Softmax
 
 ATTENTION, ENTROPY = "critic.attention", "critic.entropy"
 """Token statistics: attention received so far, and the normalised entropy of the token's own row."""
@@ -143,16 +143,16 @@ class Critic(Eviction):
         queries = evidence.queries[:, :, -held.keys.shape[2] :]
         entropy = torch.zeros_like(evidence.columns)
         if self.weights[1]:
-            entropy[..., -queries.shape[2] :] = row_entropy(queries, held.keys, evidence.scale, evidence.softcap)
+            entropy[..., -queries.shape[2] :] = row_entropy(queries, held.keys, evidence.softmax)
         gradient = torch.zeros_like(entropy)
-        how = evidence.scale, evidence.softcap
-        row, output = look_once(queries[:, :, -1], held.keys, held.values, *how)
+        how = evidence.softmax
+        row, output = look_once(queries[:, :, -1], held.keys, held.values, how)
         if queries.shape[2] > 1:
             before = held.keys[:, :, :-1], held.values[:, :, :-1]
-            previous = look_once(queries[:, :, -2], *before, *how)[1]
+            previous = look_once(queries[:, :, -2], *before, how)[1]
         if previous is not None:
-            slope = capped_slope(queries[:, :, -1], held.keys, *how)
-            gradient = output_gradient(row, output, previous, queries[:, :, -1], held.values, evidence.scale, slope)
+            slope = capped_slope(queries[:, :, -1], held.keys, how)
+            gradient = output_gradient(row, output, previous, queries[:, :, -1], held.values, how.scale, slope)
         return Terms(evidence.columns, entropy, gradient, output)
 
     def _importance(self, terms: Terms, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -189,10 +189,8 @@ class Critic(Eviction):
                 continue
             slots = real_slots(held.positions[row, 0] >= 0)
             part = Stored(*(x[one, :, slots] for x in (held.keys, held.values, held.positions)))
-            columns = evidence.columns[one, :, slots]
-            seen = Evidence(
-                queries, evidence.scale, evidence.tokens[one], columns=columns, softcap=evidence.softcap
-            )  # fmt: skip
+            how = evidence.softmax.options
+            seen = Evidence(queries, tokens=evidence.tokens[one], columns=evidence.columns[one, :, slots], **how)
             terms = self._look(part, seen, None if previous is None else previous[one])
             # Tokens of earlier blocks keep the entropy that they had as queries.
             entropy[row][:, slots] += terms.entropy[0]
@@ -221,9 +219,9 @@ class Critic(Eviction):
         entropy.scatter_(-1, newest, own[..., None])
         gradient = torch.zeros_like(entropy)
         if previous is not None:
-            keys = held.keys.masked_fill(~real[..., None], 0) if layer.softcap else held.keys
-            slope = capped_slope(query[:, :, 0], keys, layer.scale, layer.softcap)
-            gradient = output_gradient(row, output, previous, query[:, :, 0], values, layer.scale, slope)
+            keys = held.keys.masked_fill(~real[..., None], 0) if layer.softmax.softcap else held.keys
+            slope = capped_slope(query[:, :, 0], keys, layer.softmax)
+            gradient = output_gradient(row, output, previous, query[:, :, 0], values, layer.softmax.scale, slope)
         self._settle(layer, Terms(attention, entropy, gradient, output), limits)
 
     def _settle(self, layer: Layer, terms: Terms, limits: torch.Tensor) -> None:
@@ -257,67 +255,73 @@ def unit(x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
 
 
-def row_entropy(queries: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None = None) -> torch.Tensor:
+def row_entropy(queries: torch.Tensor, keys: torch.Tensor, softmax: Softmax) -> torch.Tensor:
     """Entropy of each query's attention over the log of the keys it sees: fp32 [batch, kv_heads, m], mean over heads.
 
     In [0, 1], 0 where only one key is seen. The m x n matrix is never held.
 
     Args:
         queries: [batch, heads, m, head_dim] of the last m of the keys [batch, kv_heads, n, head_dim].
-        softcap: the model's soft cap of scores, or None.
     """
     kv_heads, n, m = keys.shape[1], keys.shape[2], queries.shape[2]
-    if softcap is None:
-        found = _entropy_by_attention(queries, keys, scale)
+    if softmax.softcap is None:
+        found = _entropy_by_attention(queries, keys, softmax)
     else:
-        found = _entropy_by_rows(queries, keys, scale, softcap)
+        found = _entropy_by_rows(queries, keys, softmax)
     visible = torch.arange(n - m + 1, n + 1, device=keys.device)
     return found.unflatten(1, (kv_heads, -1)).mean(2) / visible.clamp(min=2).log()
 
 
-def _entropy_by_attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+def _entropy_by_attention(queries: torch.Tensor, keys: torch.Tensor, softmax: Softmax) -> torch.Tensor:
     """Without a table of weights p: H = lse - sum_j p_j s_j, and as s_j = scale q . k_j, the sum is q times what
-    attention gives when the keys are its values too."""
+    attention gives when the keys are its values too. Beside a sink the weights are part * p."""
     q, k = queries.float(), keys.float()
-    mean_key, lse = decode_attention(q, k, k, scale=scale, causal=True)
-    return (lse - scale * (q * mean_key).sum(-1)).clamp(min=0)  # a sharp row's may fall a rounding below
+    mean_key, lse = decode_attention(q, k, k, scale=softmax.scale, causal=True)
+    entropy = (lse - softmax.scale * (q * mean_key).sum(-1)).clamp(min=0)  # a sharp row's may fall a rounding below
+    if softmax.sinks is None:
+        return entropy
+    part = (lse - softmax.sinks.float()[:, None]).sigmoid()
+    return part * entropy + torch.special.entr(part)
 
 
-def _entropy_by_rows(queries: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:
+def _entropy_by_rows(queries: torch.Tensor, keys: torch.Tensor, softmax: Softmax) -> torch.Tensor:
     """From the weights themselves, in tiles: capped scores are no longer linear in the keys."""
     kv_heads, n, m = keys.shape[1], keys.shape[2], queries.shape[2]
-    grouped = queries.unflatten(1, (kv_heads, -1)).float() * scale
+    grouped = queries.unflatten(1, (kv_heads, -1)).float()
     rows = max(1, _TILE // (queries.shape[0] * queries.shape[1] * n))
     out = []
     for low in range(0, m, rows):
         tile = grouped[..., low : low + rows, :]
         end = n - m + low + tile.shape[-2]
         unseen = torch.ones(tile.shape[-2], end, dtype=torch.bool, device=keys.device).triu_(n - m + low + 1)
-        scores = soft_capped(tile @ keys[:, :, None, :end].float().mT, softcap)
-        out.append(torch.special.entr(scores.masked_fill_(unseen, float("-inf")).softmax(-1)).sum(-1))
+        scores = softmax.scores(tile @ keys[:, :, None, :end].float().mT).masked_fill_(unseen, float("-inf"))
+        out.append(torch.special.entr(softmax.weights(scores)).sum(-1))
     return torch.cat(out, -1).flatten(1, 2)
 
 
 def look_once(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, softcap: float | None = None
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, softmax: Softmax
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one query [batch, heads, head_dim] to all keys: fp32 row [batch, kv_heads, group, n] and output."""
-    row = soft_capped(_scores(query, keys, scale), softcap).softmax(-1)
+    scores = softmax.scores(_products(query, keys))
+    row = softmax.weights(scores[..., None, :])[..., 0, :]
     return row, row @ values.float()
 
 
-def capped_slope(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor | None:
+def capped_slope(query: torch.Tensor, keys: torch.Tensor, softmax: Softmax) -> torch.Tensor | None:
     """How much of a change of each score a soft cap lets through: fp32 [batch, kv_heads, group, n], None without cap.
 
     Args:
         query: [batch, heads, head_dim].
     """
-    return None if softcap is None else 1 - (_scores(query, keys, scale) / softcap).tanh().square()
+    if softmax.softcap is None:
+        return None
+    return 1 - (softmax.scores(_products(query, keys)) / softmax.softcap).square()
 
 
-def _scores(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """fp32 [batch, kv_heads, group, n] of one query [batch, heads, head_dim], not capped."""
-    return query.unflatten(1, (keys.shape[1], -1)).float() * scale @ keys.float().mT
+def _products(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """q . k, fp32 [batch, kv_heads, group, n], of one query [batch, heads, head_dim]."""
+    return query.unflatten(1, (keys.shape[1], -1)).float() @ keys.float().mT
 
 
 def output_gradient(

@@ -200,9 +200,7 @@ def _far_mass(layer: Layer, evidence: Evidence, sizes: list[Sizes]) -> torch.Ten
     held = layer.stored()
     at = held.positions
     queries = evidence.queries[:, :, -at.shape[-1] :]
-    mass = group_mean(
-        window_mass(queries, held.keys, scale=evidence.scale, valid=at >= 0, softcap=evidence.softcap), layer.kv_heads
-    )
+    mass = group_mean(window_mass(queries, held.keys, valid=at >= 0, **evidence.softmax.options), layer.kv_heads)
     first, last = (
         torch.tensor(bounds, device=at.device)[:, None, None]
         for bounds in (
@@ -235,7 +233,7 @@ def _split(layer: Layer, full: torch.Tensor, sizes: list[Sizes]) -> SplitSegment
         elif count is None:
             segment = dense_part(held, row, head)
         else:
-            segment = ring_part(held, row, head, count, of_units, layer.scale)
+            segment = ring_part(held, row, head, count, of_units, layer.softmax.scale)
         parts.append(Part(row.contiguous(), head.contiguous(), segment))
     return SplitSegment(parts, len(full), layer.kv_heads)
 

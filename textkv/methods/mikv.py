@@ -205,9 +205,10 @@ class MiKV(Method):
         """What a decoded token looked at of the exact tokens, which the layer shows alone."""
         if layer.last_row is not None:
             return layer.last_row
-        row = attention_row(layer, query)
+        if layer.last_share is None:
+            return attention_row(layer, query)
         # Attention over exact tokens alone sums to 1; their part of the whole attention makes it what H2O adds up.
-        return row if layer.last_share is None else row * layer.last_share
+        return attention_row(layer, query, sinks=False) * layer.last_share
 
     def _demote_one(self, layer: Layer, query: torch.Tensor) -> bool:
         """The common case: a full rectangle of exact tokens, of which one is demoted for the one that came, and a

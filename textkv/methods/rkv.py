@@ -21,8 +21,9 @@ from textkv.evidence import Evidence, Needs
 from textkv.interval_eviction import IntervalEviction
 from textkv.layer import Layer
 from textkv.method import register
-from textkv.scores import fit_window, pool, soft_capped, with_window
+from textkv.scores import fit_window, pool, with_window
 from textkv.segments.base import Stored
+from textkv.softmax import soft_capped
 
 QUERIES = OF_HEAD + "rkv.queries"
 """Statistic per row, [batch, heads, window, head_dim] in the model's dtype: the last queries, while a round is near."""
@@ -99,7 +100,7 @@ class RKV(IntervalEviction):
 
     def recall(self, layer: Layer, query: torch.Tensor) -> Evidence:
         """The last `window` queries, as evidence; see `IntervalEviction`."""
-        return Evidence(layer.statistics[QUERIES], layer.scale, layer.real_seen, softcap=layer.softcap)
+        return Evidence(layer.statistics[QUERIES], tokens=layer.real_seen, **layer.softmax.options)
 
 
 def importance(queries: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:

@@ -54,7 +54,7 @@ class SnapKV(Eviction):
         # The window counts against the budget, so a small budget shrinks it.
         queries = fit_window(evidence.queries, held.keys.shape[2], keep)
         kv_heads = held.keys.shape[1]
-        mass = past_mass(queries, held.keys, evidence.scale, evidence.softcap)
+        mass = past_mass(queries, held.keys, evidence.softmax)
         # Mean over the group first: the same as after for an average, and what the max variant's authors do.
         past = pool(group_mean(mass, kv_heads), self.kernel, self.pooling)
         return with_window(past, queries.shape[2])

@@ -46,7 +46,7 @@ class TOVA(DecodeEviction):
     def score(self, layer: Layer, held: Stored, evidence: Evidence, keep: int) -> torch.Tensor:
         """The last query's attention, mean over all heads of the layer, the same for every KV head."""
         # A head that a wrapper gave tokens of its own comes alone, with only its own queries: then these decide.
-        row = window_mass(evidence.queries[:, :, -1:], held.keys, scale=evidence.scale, softcap=evidence.softcap)
+        row = window_mass(evidence.queries[:, :, -1:], held.keys, **evidence.softmax.options)
         return self._shared(row, held.positions, torch.tensor([keep]))
 
     def decode_score(self, layer: Layer, row: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:

@@ -302,7 +302,7 @@ class TriAttention(IntervalEviction):
         return Evidence(
             # No query: only how many heads there are is read off.
             torch.zeros(len(newest), centres.mean.shape[1], 0, layer.head_dim, device=layer.device),
-            layer.scale,
+            layer.softmax.scale,
             layer.real_seen,
             norm_positions=newest,
             rope_positions=newest if shift is None else newest + shift[:, 0],

@@ -24,7 +24,7 @@ from textkv.eviction import Eviction, keep_best
 from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
 from textkv.method import register
-from textkv.scores import fit_window, group_mean, past_mass, pool, soft_capped, with_window
+from textkv.scores import fit_window, group_mean, past_mass, pool, with_window
 from textkv.segments.base import Stored
 
 _ALL = 1 << 30  # more queries than any prompt has
@@ -73,9 +73,7 @@ class VLCache(Eviction):
         for row in range(len(held.keys)):
             queries = fit_window(self._observed(evidence, row), held.keys.shape[2], keep)
             keys = held.keys[row : row + 1]
-            mass = pool(
-                group_mean(past_mass(queries, keys, evidence.scale, evidence.softcap), keys.shape[1]), self.kernel
-            )
+            mass = pool(group_mean(past_mass(queries, keys, evidence.softmax), keys.shape[1]), self.kernel)
             rows.append(with_window(mass, queries.shape[2]))
         return torch.cat(rows)
 
@@ -108,8 +106,9 @@ class VLCache(Eviction):
         for head, group in enumerate(queries.unflatten(0, (kv_heads, -1))):
             keys = held.keys[row, head][held.positions[row, head] >= 0]
             hidden = torch.ones(width, len(keys), dtype=torch.bool, device=keys.device).triu(len(keys) - width + 1)
-            scores = soft_capped(group.float() @ keys.float().mT * evidence.scale, evidence.softcap)
-            shares = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            how = evidence.softmax.of_heads(slice(head * len(group), (head + 1) * len(group)))
+            scores = how.scores(group.float() @ keys.float().mT)
+            shares = how.weights(scores.masked_fill(hidden, float("-inf")))
             # Dense = not sparse: layers get shares in proportion to it.
             limit = self.threshold * (shares.amax(-1, keepdim=True) if self.relative else 1.0)
             dense += int((shares >= limit).masked_fill(hidden, False).sum())

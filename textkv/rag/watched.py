@@ -16,7 +16,6 @@ from textkv.attention import CAPTURE
 from textkv.cache import MethodCache
 from textkv.layer import Layer
 from textkv.rag.answer import Reader
-from textkv.scores import soft_capped
 
 
 @dataclass
@@ -100,9 +99,9 @@ class Watched:
         stored = layer.stored()
         keys, positions = stored.keys[0].float(), stored.positions[0].long()
         group = queries.shape[0] // keys.shape[0]
-        scores = queries.float().unflatten(0, (-1, group)) @ keys[:, None].mT * layer.scale
+        scores = layer.softmax.scores(queries.float().unflatten(0, (-1, group)) @ keys[:, None].mT)
         unseen = (positions[:, None, None] > at[:, None]) | (positions[:, None, None] < 0)
-        rows = soft_capped(scores, layer.softcap).masked_fill(unseen, float("-inf")).softmax(-1).nan_to_num()
+        rows = layer.softmax.weights(scores.masked_fill(unseen, float("-inf"))[None])[0].nan_to_num()
         made = rows.new_zeros(*rows.shape[:-1], len(self.ids))
         made.scatter_add_(-1, positions[:, None, None].clamp(min=0).expand_as(rows), rows)
         return made.flatten(0, 1)

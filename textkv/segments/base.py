@@ -20,6 +20,7 @@ from textkv.kernels import decode_attention, merge
 from textkv.kernels.beside import Exact, merge_exact
 from textkv.positions import RotarySpec
 from textkv.registry import Registry
+from textkv.softmax import Softmax
 
 SEGMENTS = Registry("segment", "agentkv.segments", "Segment")
 register_segment = SEGMENTS.register
@@ -37,7 +38,7 @@ class Step:
         scale: softmax scale.
         padded: whether any position is -1 (known on the host, so that the common case needs no check).
         rope_positions: [batch, m] int64 rotary position (the temporal axis under M-RoPE), or None if not asked for.
-        softcap: scores s become softcap * tanh(s / softcap) (Gemma 2); None = as they are.
+        softcap, sinks: see `Softmax`; a sink is no segment's: the layer counts it when all have attended.
         hidden: bool [batch, p], True at logical positions whose tokens this forward may not see although they are
             stored: the caller's mask has a zero there. Positions from p on may be seen. None = all may.
         visible: bool [batch or 1, m, m], which new token (row) sees which (column); None = each sees those before it.
@@ -53,10 +54,16 @@ class Step:
     padded: bool = False
     rope_positions: torch.Tensor | None = None
     softcap: float | None = None
+    sinks: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
     visible: torch.Tensor | None = None
     local: bool = True
     ids: torch.Tensor | None = None
+
+    @property
+    def softmax(self) -> Softmax:
+        """How the model weighs products of queries and keys."""
+        return Softmax(self.scale, self.softcap, self.sinks)
 
     def part(self, which: slice) -> Step:
         """Some of the new tokens, of a step in which nothing is padded, hidden or visible but by causality."""

@@ -17,6 +17,7 @@ from textkv.conformance import check_method
 from textkv.eviction import PROTECTED
 from textkv.evidence import Evidence
 from textkv.methods.cake import Cake, CakeOfficial, LastQuery, past_attention, variance
+from textkv.softmax import Softmax
 
 LAYER = SimpleNamespace(index=0)
 
@@ -124,7 +125,7 @@ def test_scores_and_preferences_in_double_precision():
     keys = torch.randn(1, 2, 40, 8, generator=g).half()
     queries = (2 * torch.randn(1, 4, 6, 8, generator=g)).half()
     method = Cake(window=6, tau1=0.8, tau2=2.0)
-    scores, (preference,) = method.look(queries, keys, 8**-0.5)
+    scores, (preference,) = method.look(queries, keys, Softmax(8**-0.5))
     repeated = keys.double().repeat_interleave(2, 1)
     logits = (queries.double() @ repeated.mT * 8**-0.5).masked_fill(torch.ones(6, 40).triu(35).bool(), -torch.inf)
     weights = logits.softmax(-1)[..., :34]
@@ -139,8 +140,8 @@ def test_scores_and_preferences_in_double_precision():
 def test_groups_equal_explicit_repetition():
     g = torch.Generator().manual_seed(1)
     keys, queries = torch.randn(1, 2, 30, 8, generator=g), torch.randn(1, 4, 5, 8, generator=g)
-    scores, grouped = Cake(window=5).look(queries, keys, 0.3)
-    repeated, alone = Cake(window=5).look(queries, keys.repeat_interleave(2, 1), 0.3)
+    scores, grouped = Cake(window=5).look(queries, keys, Softmax(0.3))
+    repeated, alone = Cake(window=5).look(queries, keys.repeat_interleave(2, 1), Softmax(0.3))
     torch.testing.assert_close(scores, repeated.unflatten(1, (2, 2)).mean(2))
     assert grouped[0] == pytest.approx(alone[0], rel=1e-6)
 
@@ -151,7 +152,7 @@ def test_wide_and_restless_layers_are_preferred():
     narrow = (20 * keys[:, :, 7:8]).expand(1, 1, 8, 8)
     restless = 2 * torch.randn(1, 1, 8, 8, generator=g)
     method = Cake(window=8)
-    assert method.look(restless, keys, 0.35)[1][0] > method.look(narrow, keys, 0.35)[1][0] + 5
+    assert method.look(restless, keys, Softmax(0.35))[1][0] > method.look(narrow, keys, Softmax(0.35))[1][0] + 5
 
 
 def test_windows_that_do_not_fit():
@@ -162,7 +163,7 @@ def test_windows_that_do_not_fit():
         assert bool((scores[0, 0, 2 - window :] == PROTECTED).all()) and bool(
             scores[0, 0, : 2 - window].isfinite().all()
         )
-    weights = past_attention(queries[0], keys[0, 0], 0.5)
+    weights = past_attention(queries[0], keys[0, 0], Softmax(0.5))
     assert weights.shape == (1, 2, 0)
 
 

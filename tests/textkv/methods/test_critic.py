@@ -22,6 +22,7 @@ from textkv.methods.critic import (
     row_entropy,
     unit,
 )
+from textkv.softmax import Softmax
 
 LAYER = SimpleNamespace(index=0)
 
@@ -48,15 +49,15 @@ def test_the_gradient_is_autograds(softcap):
     out = (scores.softmax(-1) @ v)[:, :, 0]
     torch.nn.functional.mse_loss(out.unflatten(1, (2, 2)), previous).backward()
     expected = (k.grad.abs().sum(-1) + v.grad.abs().sum(-1)).unflatten(1, (2, 2)).sum(2)
-    row, output = look_once(query, keys, values, 0.4, softcap)
-    slope = capped_slope(query, keys, 0.4, softcap)
+    row, output = look_once(query, keys, values, Softmax(0.4, softcap))
+    slope = capped_slope(query, keys, Softmax(0.4, softcap))
     found = output_gradient(row, output, previous.float(), query, values, 0.4, slope)
     assert not mismatch(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_output_that_did_not_change_has_no_gradient():
     keys, values, query = torch.randn(1, 2, 9, 4), torch.randn(1, 2, 9, 4), torch.randn(1, 4, 4)
-    row, output = look_once(query, keys, values, 0.5)
+    row, output = look_once(query, keys, values, Softmax(0.5))
     assert not output_gradient(row, output, output, query, values, 0.5).any()
 
 
@@ -64,9 +65,9 @@ def test_an_output_that_did_not_change_has_no_gradient():
 def test_even_rows_have_entropy_one_wherever_they_stand(monkeypatch, softcap):
     """Zero keys: every query looks evenly. Without the division by log(visible) later tokens would win."""
     monkeypatch.setattr("textkv.methods.critic._TILE", 60)  # several tiles, the last one shorter
-    found = row_entropy(torch.randn(1, 2, 10, 4), torch.zeros(1, 1, 10, 4), 0.5, softcap)
+    found = row_entropy(torch.randn(1, 2, 10, 4), torch.zeros(1, 1, 10, 4), Softmax(0.5, softcap))
     assert torch.allclose(found, torch.tensor([0.0] + [1.0] * 9).view(1, 1, -1), atol=1e-6)
-    later = row_entropy(torch.randn(1, 2, 3, 4), torch.zeros(1, 1, 10, 4), 0.5, softcap)
+    later = row_entropy(torch.randn(1, 2, 3, 4), torch.zeros(1, 1, 10, 4), Softmax(0.5, softcap))
     assert torch.allclose(later, torch.ones(1, 1, 3), atol=1e-6)
 
 
@@ -79,7 +80,7 @@ def test_entropies_are_those_of_the_weights(softcap):
     seen = torch.ones(5, 13, dtype=torch.bool).tril(8)
     p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     expected = torch.special.entr(p).sum(-1).mean(2) / torch.arange(9, 14).log()
-    assert torch.allclose(row_entropy(queries, keys, 1.0, softcap), expected, atol=1e-5)
+    assert torch.allclose(row_entropy(queries, keys, Softmax(1.0, softcap)), expected, atol=1e-5)
 
 
 def test_a_row_of_known_entropy():
@@ -87,7 +88,7 @@ def test_a_row_of_known_entropy():
     keys = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).view(1, 1, 2, 2)
     queries = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]]).view(1, 1, 2, 2)
     expected = (2 * math.log(2) - 0.75 * math.log(3)) / math.log(2)
-    assert row_entropy(queries, keys, 1.0)[0, 0].tolist() == pytest.approx([0.0, expected])
+    assert row_entropy(queries, keys, Softmax(1.0))[0, 0].tolist() == pytest.approx([0.0, expected])
 
 
 def test_terms_are_scaled_weighted_and_guarded():

@@ -86,7 +86,7 @@ def moments_differ(moments, row, q):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen2_5_vl"])
 def test_moments_are_those_of_the_queries_before_the_rotation(model_of, family, monkeypatch):
     model, ids = model_of(family), tiny.text_ids(40)
-    monkeypatch.setattr("textkv.evidence._BLOCK", 16)
+    monkeypatch.setattr("textkv.collector._BLOCK", 16)
     caches = [MethodCache(model, Seeing()) for _ in range(2)]
     with torch.no_grad():
         queries = plain_queries(model, lambda: model(ids, past_key_values=caches[0]))

@@ -114,7 +114,7 @@ def test_the_last_queries_alone_make_it_snapkv():
     keys, queries = torch.randn(2, 3, 20, 8, generator=g), torch.randn(2, 6, 4, 8, generator=g)
     held, evidence = case(keys, queries)
     snap = SnapKV(window=4, kernel=1).score(LAYER, held, evidence, keep=8)
-    past = torch.nn.functional.pad(group_mean(past_mass(queries, keys, evidence.scale), 3), (0, 4))
+    past = torch.nn.functional.pad(group_mean(past_mass(queries, keys, evidence.softmax), 3), (0, 4))
     object.__setattr__(evidence, "columns", past)
     assert torch.equal(H2O(recent=0.5).score(LAYER, held, evidence, keep=8), snap)
 

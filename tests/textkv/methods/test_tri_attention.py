@@ -177,7 +177,7 @@ def test_the_union_of_all_heads_nominees_is_the_best_by_the_maximum():
 def test_a_prompt_s_centres_are_those_of_the_queries_before_the_rotation(model_of, family, monkeypatch):
     """Whole and in chunks, in blocks; a second turn adds to the first."""
     model, ids = model_of(family), tiny.text_ids(60)
-    monkeypatch.setattr("textkv.evidence._BLOCK", 16)
+    monkeypatch.setattr("textkv.collector._BLOCK", 16)
     cache = MethodCache(model, "tri_attention", 0.5)
     with torch.no_grad():
         queries = plain_queries(model, lambda: model(ids))

@@ -1,0 +1,201 @@
+"""Evidence of a prompt block, gathered chunk by chunk while it runs, and only what a method asked for.
+
+Queries are the true ones, after norms and rotary embedding, taken where the model hands them to attention. Hidden
+states are kept as row norms, and whole only in screenshots. All is dropped as soon as the method's hook has returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from textkv.evidence import Evidence, Needs
+from textkv.kernels import window_mass
+from textkv.positions import RotarySpec
+from textkv.query_statistics import QueryCentres, QueryMoments
+from textkv.screens import Grids, ScreenStates, Spans
+from textkv.segments.base import Step, Stored
+from textkv.softmax import Softmax
+
+_BLOCK = 4096  # queries that are turned back at a time: a long prompt's fp32 copy would weigh as much as its keys
+
+
+class EvidenceCollector:
+    """Collects one layer's evidence over the chunks of a prompt block."""
+
+    def __init__(self, needs: Needs) -> None:
+        self.needs = needs
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything collected."""
+        self._queries: torch.Tensor | None = None
+        self._norms: list[torch.Tensor] = []
+        self._states: list[ScreenStates] = []
+        self._positions: list[torch.Tensor] = []
+        self._rope: list[torch.Tensor] = []
+        self._ids: list[torch.Tensor] = []
+        self._sampled: list[torch.Tensor] = []
+        self._sampled_at: list[torch.Tensor] = []
+        self._columns: torch.Tensor | None = None
+        self._moments: QueryMoments | None = None
+        self._centres: QueryCentres | None = None
+        self._peaks: torch.Tensor | None = None
+        self._came: torch.Tensor | int = 0
+        self._before: tuple[int, dict] | None = None
+
+    def take(
+        self,
+        step: Step,
+        held: Callable[[], Stored],
+        *,
+        hidden: torch.Tensor | None = None,
+        spans: Spans | None = None,
+        rotary: RotarySpec | None = None,
+        lse: torch.Tensor | None = None,
+        spare: int = 0,
+    ) -> None:
+        """One chunk of the block.
+
+        Args:
+            held: gives what the layer stores, the chunk included.
+            hidden: [batch, m, hidden_size], the hidden states that were asked for.
+            spans: where the screenshots lie.
+            rotary: how the layer's keys turn, if asked for.
+            lse: fp32 [batch, heads, m], the log-sum-exp of what the chunk's queries saw, if it is known.
+            spare: queries to keep beyond the window, because so many tokens may be taken back.
+        """
+        q = step.q
+        # All that is collected is replaced, never written into: to go back a chunk costs a few references.
+        kept = {k: list(x) if isinstance(x, list) else x for k, x in vars(self).items() if k != "_before"}
+        self._before = step.k.shape[2], kept
+        self._came = self._came + ((step.positions >= 0).sum(1).cpu() if step.padded else q.shape[2])
+        if self.needs.window:
+            width = self.needs.window + spare
+            last = q[:, :, -width:]
+            if self._queries is not None:
+                last = torch.cat([self._queries, last], dim=2)[:, :, -width:]
+            # A copy: a slice would keep the whole chunk's queries alive until the block ends.
+            self._queries = last.clone()
+        if self.needs.hidden:
+            self._norms.append(hidden.float().norm(dim=-1))
+        if self.needs.states:
+            self._states.append(ScreenStates.of(hidden, step.positions, spans or []))
+        if self.needs.hidden or self.needs.rope or self.needs.ids:
+            self._positions.append(step.positions)
+        if self.needs.ids and step.ids is not None:
+            self._ids.append(step.ids)
+        if self.needs.query_sample:
+            self._add_sample(step)
+        if self.needs.rope:
+            rope = step.positions if step.rope_positions is None else step.rope_positions
+            self._rope.append(rope.expand(len(q), -1))
+        if self.needs.columns:
+            self._add_columns(step, held(), lse)
+        if self.needs.query_moments is not None or self.needs.query_centres:
+            self._add_plain(step, rotary)
+        if self.needs.query_peaks:
+            padding = (step.positions < 0)[:, None, :, None]
+            peaks = q.abs().masked_fill(padding, 0).amax(2).float()
+            self._peaks = peaks if self._peaks is None else torch.maximum(self._peaks, peaks)
+
+    def _add_sample(self, step: Step) -> None:
+        """By logical position: a row's sample is the same whatever chunks it came in and however it was padded."""
+        taken = (step.positions >= 0) & (step.positions % self.needs.query_sample == 0)
+        columns = taken.any(0).nonzero()[:, 0]
+        self._sampled.append(step.q[:, :, columns])
+        self._sampled_at.append(step.positions[:, columns].masked_fill(~taken[:, columns], -1))
+
+    def _add_columns(self, step: Step, held: Stored, lse: torch.Tensor | None) -> None:
+        """Column sums per slot. The kernel takes the queries for those of the last slots, so slots without a token
+        (padding, the missing ones of a ragged head) are left out, head by head where heads differ."""
+        real, kv_heads = held.positions >= 0, held.keys.shape[1]
+        how = step.softmax.options
+        if bool(real.all()) and not step.padded:
+            # Columns are counted by plain causality, whatever a mask hid in this forward.
+            plain = lse is not None and step.hidden is None and step.visible is None
+            mass = window_mass(step.q, held.keys, lse=lse if plain else None, **how)
+            mass = mass.unflatten(1, (kv_heads, -1)).mean(2)
+        else:
+            mass = torch.zeros(real.shape, device=step.q.device)
+            groups = step.q.unflatten(1, (kv_heads, -1))
+            alike = bool((real == real[:, :1]).all())
+            for row in range(len(real)):
+                queries = groups[row, :, :, step.positions[row] >= 0]
+                for heads in [slice(0, kv_heads)] if alike else [slice(h, h + 1) for h in range(kv_heads)]:
+                    # Only real slots: the kernel's causal edge counts from the end, and holes would shift it.
+                    slots = real[row, heads][0].nonzero()[:, 0]
+                    if queries.shape[2] and len(slots):
+                        keys = held.keys[row, heads][None, :, slots]
+                        seen = window_mass(queries[heads].flatten(0, 1)[None], keys, **how)[0]
+                        mass[row, heads, slots] = seen.unflatten(0, (-1, groups.shape[2])).mean(1)
+        if self._columns is not None:
+            # Earlier chunks voted on the slots that were there then; nothing was evicted in between.
+            mass[..., : self._columns.shape[-1]] += self._columns
+        self._columns = mass
+
+    def _add_plain(self, step: Step, rotary: RotarySpec) -> None:
+        """Turns the queries back by their own rotary positions and counts them. Under M-RoPE only the temporal axis is
+        known, so an image's queries stay turned by their offset inside the image on the height and width frequencies.
+        """
+        rope = self._rope[-1]
+        for start in range(0, step.q.shape[2], _BLOCK):
+            part = slice(start, start + _BLOCK)
+            plain, at = rotary.turn(step.q[:, :, part].float(), -rope[:, part]), step.positions[:, part]
+            if self.needs.query_moments is not None:
+                found = QueryMoments.of(plain, at >= self.needs.query_moments)
+                self._moments = found if self._moments is None else self._moments + found
+            if self.needs.query_centres:
+                lie = QueryCentres.of(plain, at >= 0, rotary)
+                self._centres = lie if self._centres is None else self._centres + lie
+
+    def can_drop(self, tokens: int) -> bool:
+        """Whether the last `tokens` tokens can be left out: they are the last chunk, or nothing sums over them."""
+        summed = (self._columns, self._moments, self._centres, self._peaks)
+        return (all(x is None for x in summed) and not self._sampled) or (
+            self._before is not None and self._before[0] == tokens
+        )
+
+    def drop_last(self, tokens: int) -> None:
+        """Leaves out the last `tokens` tokens: they were taken back."""
+        if self._before is not None and self._before[0] == tokens:
+            vars(self).update(self._before[1])
+            self._before = None
+            return
+        self._before = None
+        if self._queries is not None and tokens:
+            self._queries = self._queries[:, :, : self._queries.shape[2] - tokens]
+        for chunks in (self._norms, self._positions, self._rope, self._ids):
+            chunks[:] = [torch.cat(chunks, 1)[:, :-tokens]] if chunks and tokens else chunks
+        if self._states and tokens:
+            ends = F.pad(self._positions[0], (1, 0), value=-1).amax(1) + 1
+            self._states = [states.before(ends) for states in self._states]
+        # Tokens of blocks that are over, or of an answer, were not counted here.
+        came = self._came - tokens
+        self._came = max(0, came) if isinstance(came, int) else came.clamp(min=0)
+
+    def finish(
+        self, q: torch.Tensor, softmax: Softmax, tokens: torch.Tensor, spans: Spans,
+        gone: torch.Tensor | None = None, grids: Grids | None = None,
+    ) -> Evidence:  # fmt: skip
+        """The evidence of the whole block; the collector is empty afterwards."""
+        queries = self._queries if self._queries is not None else q[:, :, :0]
+        queries = queries[:, :, max(0, queries.shape[2] - self.needs.window) :] if self.needs.window else queries
+        norms, positions, rope, ids, at = (
+            torch.cat(x, 1) if x else None
+            for x in (self._norms, self._positions, self._rope, self._ids, self._sampled_at)
+        )
+        sampled = torch.cat(self._sampled, 2) if self._sampled else None
+        states = ScreenStates.joined(self._states) if self._states else None
+        columns, moments, peaks, came = self._columns, self._moments, self._peaks, self._came
+        centres = self._centres
+        self.clear()
+        # A plain number says that no row was padded.
+        came = came if isinstance(came, torch.Tensor) else None
+        return Evidence(
+            queries, softmax.scale, tokens, norms, positions, rope, spans, columns, moments, peaks, came,
+            *softmax[1:], centres, sampled=sampled, sampled_positions=at, ids=ids, gone=gone, grids=grids or [],
+            states=states,
+        )  # fmt: skip
