@@ -77,7 +77,7 @@ class Layer(Takeback, CacheLayerMixin):
         statistics: numbers that a method keeps per stored token, by name; see `statistic`.
         trajectory: what a method learned from the steps of an agent so far, by name, row by row [batch, ...]. It
             outlives `reset`; `MethodCache.new_trajectory` ends it.
-        softmax: how the model weighs this layer's scores, known from the first forward on.
+        softmax: how the model weighs this layer's scores, from the first forward on; sinks are there while hooks run.
         came: int64 [batch] on the CPU while a hook runs, real tokens that the forward brought; None = the same to all.
         last_share: fp32 [batch, heads, 1] while `on_decode_end` runs in a layer of several segments: the part of the
             token's attention that fell on the last one.

@@ -54,8 +54,8 @@ class Moments(Contents):
                 self._prompt_end(step.q)
             elif not prompt:
                 self._decode_end(step.q)
-        if not hold and not context.frozen:
-            self._settle()
+        if not hold:
+            self._let_go()
         self.last_share = self.last_row = self.came = None
         context.after_step(self, ends and not hold and not context.frozen, None if final else tokens)
 
@@ -90,15 +90,19 @@ class Moments(Contents):
                 self._prompt_end(self.real_seen.new_zeros(1, 1, 0, 1, dtype=self.dtype).to(self.device))
             elif query is not None:
                 self._decode_end(query[:, :, -1:])
-        self._settle()
+        self._let_go()
         return any(ends for ends, _ in due)
 
     def forget_due(self, but: int) -> None:
         """Drops what waits for `commit`, but for the first so many: a forward that did not come to its end."""
         self._due = self._due[:but]
 
-    def _settle(self) -> None:
-        """Lets go of what no later token can see. An earlier one could: what came cannot be taken back any more."""
+    def _let_go(self) -> None:
+        """The method has acted: nothing of the model's stays here, and nothing that no later token can see. An earlier
+        one could: what came cannot be taken back any more."""
+        self.softmax = self.softmax._replace(sinks=None)
+        if self.context.frozen:
+            return
         if any([segment.settle() for segment in self.segments]):
             self.since_eviction = 0
 

@@ -76,8 +76,8 @@ def padded_batch_equals_single_runs(bench: Bench) -> None:
 def second_turn_continues(bench: Bench) -> None:
     """After eviction the cache still counts every token seen, and a further prompt gets the next positions."""
     ids, cache, seen = bench.ids[:1], bench.cache(), []
-    # Positions are read where the model turns its keys: the only place where a wrong one does harm.
-    rotary = next(m for n, m in bench.model.named_modules() if n.endswith("rotary_emb"))
+    # Positions are read where the model turns its keys, if it does: the only place where a wrong one does harm.
+    rotary = [m for n, m in bench.model.named_modules() if n.endswith("rotary_emb")][:1]
 
     def note(module, args, kwargs):
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and not x.is_floating_point()]
@@ -85,15 +85,16 @@ def second_turn_continues(bench: Bench) -> None:
         if seen[-len(at) :] != at:  # some models turn once for each kind of layer
             seen.extend(at)
 
-    handle = rotary.register_forward_pre_hook(note, with_kwargs=True)
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in rotary]
     try:
         bench.run(cache, ids[:, :50])
         bench.decode(cache, ids[:, 50:53])
         out = bench.run(cache, ids[:, 53:70])
         bench.decode(cache, ids[:, 70:72])
     finally:
-        handle.remove()
-    assert seen == list(range(72)), f"positions are not contiguous over turns: {seen}"
+        for handle in handles:
+            handle.remove()
+    assert not rotary or seen == list(range(72)), f"positions are not contiguous over turns: {seen}"
     assert cache.get_seq_length() == 72, f"the cache says {cache.get_seq_length()} tokens, 72 were seen"
     assert bool(out.isfinite().all()), "the second turn's logits are not finite"
 
