@@ -107,9 +107,8 @@ class Layer(Takeback, CacheLayerMixin):
         self.collector.clear()
         self.notes: dict[str, Any] = {}
         self.statistics: dict[str, torch.Tensor] = {}
-        self.last_share: torch.Tensor | None = None
-        self.last_row: torch.Tensor | None = None
-        self.came: torch.Tensor | None = None
+        self.softmax = Softmax(1.0)
+        self.last_share = self.last_row = self.came = None
         self._torn = False
         self._due: list[tuple[bool, torch.Tensor | None]] = []
 

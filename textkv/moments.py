@@ -148,4 +148,5 @@ class Moments(Contents):
         self.context.note_bytes(self)
         with self.context.timed("on_prefill_end"):
             self.context.method.on_prefill_end(self, evidence)
+        self.softmax = self.softmax._replace(sinks=None)
         self.context.after_step(self, True, None)
