@@ -10,6 +10,7 @@ from textkv import MethodCache
 from textkv.reuse.epicache.blocks import BlockPrefill, probe_scores
 from textkv.reuse.epicache.budgets import layer_entries, sensitivities
 from textkv.segments.base import Stored
+from textkv.softmax import Softmax
 
 TOKENS, PROBE = 60, text_ids(5, seed=3)[0].tolist()
 IDS = text_ids(TOKENS)[0].tolist()
@@ -64,7 +65,7 @@ def test_one_block_is_one_shot_eviction_by_the_same_probe(model, level) -> None:
     for number, layer in enumerate(cache.layers):
         keys, queries = truth.layers[number].stored().keys[:, :, :TOKENS], seen[number][1][:, :, -len(PROBE) :]
         at = torch.arange(TOKENS).expand(1, HEADS, -1)
-        scores = probe_scores(queries, Stored(keys, keys, at), queries.shape[-1] ** -0.5)[0]
+        scores = probe_scores(queries, Stored(keys, keys, at), Softmax(queries.shape[-1] ** -0.5))[0]
         scores[:, :4] = torch.inf
         if level == "uniform":
             wanted = [sorted(row.topk(entries).indices.tolist()) for row in scores]
@@ -79,7 +80,7 @@ def test_scores_are_the_most_attention_that_any_query_of_a_group_pays() -> None:
     queries, keys = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 6, 8)
     at = torch.arange(6).expand(1, 2, -1).clone()
     at[0, 1, 5] = -1
-    scores = probe_scores(queries, Stored(keys, keys, at), 0.5)
+    scores = probe_scores(queries, Stored(keys, keys, at), Softmax(0.5))
     first = (queries[0, :2] @ keys[0, 0].T * 0.5).softmax(-1).amax((0, 1))
     second = (queries[0, 2:] @ keys[0, 1, :5].T * 0.5).softmax(-1).amax((0, 1))
     torch.testing.assert_close(scores[0, 0], first)

@@ -21,6 +21,7 @@ from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
 from textkv.method import Method
 from textkv.segments.base import Stored
+from textkv.softmax import Softmax
 
 Level = Literal["pair", "uniform"]
 _NOTE = "probe"
@@ -50,10 +51,10 @@ class Observed(Method):
         held = layer.stored()
         probe = held.positions >= int(evidence.tokens[0]) - self.window
         held = Stored(held.keys, held.values, held.positions.masked_fill(probe, -1))
-        layer.notes[_NOTE] = probe_scores(evidence.queries, held, evidence.scale, evidence.softcap)
+        layer.notes[_NOTE] = probe_scores(evidence.queries, held, evidence.softmax)
 
 
-def probe_scores(queries: torch.Tensor, held: Stored, scale: float, softcap: float | None = None) -> torch.Tensor:
+def probe_scores(queries: torch.Tensor, held: Stored, softmax: Softmax) -> torch.Tensor:
     """The most attention that any query of a KV head's group pays to each stored token: fp32 [batch, kv_heads, n],
     NEVER at holes. The softmax runs over what is stored alone.
 
@@ -66,10 +67,8 @@ def probe_scores(queries: torch.Tensor, held: Stored, scale: float, softcap: flo
     keys, hole = held.keys.float(), (held.positions < 0)[:, :, None, None]
     best = torch.full(held.positions.shape, NEVER, device=keys.device)
     for part in grouped.split(_QUERIES, 3):
-        logits = torch.einsum("bhgwd,bhnd->bhgwn", part, keys) * scale
-        if softcap is not None:
-            logits = softcap * (logits / softcap).tanh()
-        best = torch.maximum(best, logits.masked_fill(hole, NEVER).softmax(-1).amax((2, 3)))
+        scores = softmax.scores(torch.einsum("bhgwd,bhnd->bhgwn", part, keys)).masked_fill(hole, NEVER)
+        best = torch.maximum(best, softmax.weights(scores).amax((2, 3)))
     return best.masked_fill(held.positions < 0, NEVER)
 
 
