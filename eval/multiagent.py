@@ -50,6 +50,7 @@ from .ruler import DIGITS, SEED
 from .textbench import MODEL_HELP, check_model, load_text_model
 
 FACTS = 6  # of a document
+FACT_TOKENS = 16  # of one, at most, by a tokenizer that knows its words
 SPOKEN = DIGITS + 4
 BEGUN = "The secret number is"
 ROLES = {
@@ -76,18 +77,26 @@ class Request:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a team is asked: `requests` questions about `documents` texts of about `shared` tokens."""
+    """What a team is asked: `requests` questions about `documents` texts of about `shared` tokens, each about another
+    fact of its document; short documents hold fewer facts."""
 
     shared: int
     documents: int
     requests: int
 
     def __post_init__(self) -> None:
-        if min(self.documents, self.requests, self.shared) < 1 or self.requests > self.documents * FACTS:
+        most = self.documents * self.facts
+        if min(self.documents, self.requests) < 1 or self.requests > most:
             raise ValueError(
                 f"{self.requests} requests about {self.documents} documents of {self.shared} tokens: give at least 1 "
-                f"of each, and at most {FACTS} requests per document"
+                f"of each; a document holds a fact for each {FACT_TOKENS} tokens, {FACTS} at most, so that these "
+                f"allow {most} requests"
             )
+
+    @property
+    def facts(self) -> int:
+        """Of one document."""
+        return min(FACTS, self.shared // FACT_TOKENS)
 
     def make(self, tokenizer: PreTrainedTokenizerBase) -> list[Request]:
         """The requests, in a random order that is always the same."""
@@ -96,7 +105,7 @@ class Workload:
         return [made[number] for number in rng.permutation(len(made))[: self.requests]]
 
     def _about_one(self, rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase) -> list[Request]:
-        keys = rng.choice(KEYS, FACTS, replace=False).tolist()
+        keys = rng.choice(KEYS, self.facts, replace=False).tolist()
         facts = {key: str(rng.integers(10 ** (DIGITS - 1), 10**DIGITS)) for key in keys}
         lines = [f"The secret number of the {key} is {number}." for key, number in facts.items()]
         used = sum(len(tokenizer(line, add_special_tokens=False)["input_ids"]) + 1 for line in lines)

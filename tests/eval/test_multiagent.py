@@ -25,6 +25,18 @@ def test_a_workload_is_the_same_every_time_and_holds_its_answers() -> None:
         multiagent.Workload(200, 2, 13)
 
 
+@pytest.mark.parametrize("tokens", [16, 32, 64])
+def test_a_short_document_holds_the_facts_that_fit(tokens) -> None:
+    _, tokenizer = load_text_model("mini")
+    for asked in multiagent.Workload(tokens, 3, 3).make(tokenizer):
+        assert asked.answer in asked.document
+        assert len(asked.document.splitlines()) == tokens // 16
+    with pytest.raises(ValueError, match=f"documents of {tokens} tokens: .* allow {tokens // 16} requests"):
+        multiagent.Workload(tokens, 1, tokens // 16 + 1)
+    with pytest.raises(ValueError, match="documents of 15 tokens"):
+        multiagent.Workload(15, 1, 1)
+
+
 def test_rows_of_all_methods(tmp_path, monkeypatch, capsys) -> None:
     path = tmp_path / "rows.json"
     assert multiagent.main([*SMALL, "--json", str(path)]) == 0
