@@ -22,6 +22,7 @@ METHODS = (
     "vatp",
     "keydiff",
 )
+RETRIEVING = ("quest(dense=0,page=4)", "sentence_kv(ends=(3,17,40,60,77))", "retrieval_attention(index='exact')")
 DEMOTING = ("mikv(16,2)", "mikv(16,4)", "snapkv+adakv+mikv(16,2)", "tova+mikv(16,2)", "cake(window=8)+mikv(16,2)")
 
 
@@ -39,7 +40,7 @@ def answers(model, method, budget, ids, real, cuts):
 
 
 @pytest.mark.parametrize("budget", [0.4, "20t"])
-@pytest.mark.parametrize("method", METHODS + DEMOTING)
+@pytest.mark.parametrize("method", METHODS + DEMOTING + RETRIEVING)
 def test_a_row_equals_that_row_alone(model_of, method, budget):
     model, n = model_of("llama"), CUTS[0]
     ids, real = tiny.text_ids(sum(CUTS), batch=len(LENGTHS)), torch.ones(len(LENGTHS), sum(CUTS), dtype=torch.long)

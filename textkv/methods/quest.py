@@ -35,5 +35,5 @@ class Quest(Retrieval):
             raise ValueError(f"page={self.page}: a page needs at least 1 token")
 
     def retriever(self, layer: Layer, plan: Plan, evidence: Evidence) -> Retriever:
-        """Pages in the order of the slots."""
+        """Pages in the order of the text."""
         return Pages(self.page)

@@ -7,6 +7,7 @@ a query than sum_d max(q_d * min_d, q_d * max_d): pages are ranked by this bound
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from textkv.retrievers.base import register_retriever
 from textkv.retrievers.buckets import Buckets, grouped
@@ -17,7 +18,7 @@ class Pages(Buckets):
     """Bounds of the keys of pages.
 
     Args:
-        page: tokens of a page, in the order of the slots.
+        page: tokens of a page, in the order of their positions.
 
     Attributes:
         low, high: [batch, kv_heads, pages, head_dim] in the keys' dtype.
@@ -41,22 +42,24 @@ class Pages(Buckets):
         self.update(keys, positions)
 
     def update(self, keys: torch.Tensor, positions: torch.Tensor) -> None:
-        """Bounds of the pages in which there is a new token."""
-        whole = self.length // self.page
-        first = whole * self.page
-        device, n = self.bucket.device, keys.shape[2]
-        real = positions[:, :, first:] >= 0
-        bucket = (torch.arange(first, n) // self.page).expand(real.shape).masked_fill(~real, -1)
-        self.bucket = torch.cat([self.bucket[..., :first], bucket.to(device)], -1)
-        low, high = (
-            _by_page(keys[:, :, first:].masked_fill(~real[..., None], fill), self.page, fill).to(device)
-            for fill in (torch.inf, -torch.inf)
-        )
-        size = _by_page(real[..., None].long(), self.page, 0)[..., 0].to(device)
-        self.low = torch.cat([self.low[:, :, :whole], low.amin(3)], 2)
-        self.high = torch.cat([self.high[:, :, :whole], high.amax(3)], 2)
-        self.size = torch.cat([self.size[:, :, :whole], size.sum(3)], 2)
-        self.length = n
+        """The last page of each head is filled up, then new ones begin."""
+        new, device = positions[:, :, self.length :], self.bucket.device
+        real, known = new >= 0, self.size.sum(-1, keepdim=True).cpu()
+        # Tokens are counted, not slots: a row has holes where its neighbours have tokens, and its pages are its own.
+        bucket = ((known + real.cumsum(-1) - 1) // self.page).masked_fill(~real, -1)
+        first = int((known // self.page).min()) if known.numel() else 0
+        more = max(0, int(bucket.max()) + 1 - self.size.shape[-1]) if bucket.numel() else 0
+        place = (bucket - first).clamp(min=0)
+        count = self.size.shape[-1] + more - first
+        size = place.new_zeros(*place.shape[:2], count).scatter_add_(-1, place, real.long())
+        self.size = F.pad(self.size, (0, more))
+        self.size[..., first:] += size.to(device)
+        for name, fill, nearer in (("low", torch.inf, torch.minimum), ("high", -torch.inf, torch.maximum)):
+            bounds = F.pad(getattr(self, name), (0, 0, 0, more), value=fill)
+            found = _bounds(keys[:, :, self.length :].masked_fill(~real[..., None], fill), place, count, fill)
+            bounds[:, :, first:] = nearer(bounds[:, :, first:], found.to(device))
+            setattr(self, name, bounds)
+        self.bucket, self.length = torch.cat([self.bucket, bucket.to(device)], -1), keys.shape[2]
 
     def score(self, q: torch.Tensor) -> torch.Tensor:
         """The largest bound over the query heads of a KV head."""
@@ -70,8 +73,14 @@ class Pages(Buckets):
         return {"low": self.low, "high": self.high}
 
 
-def _by_page(x: torch.Tensor, page: int, fill: float) -> torch.Tensor:
-    """[batch, kv_heads, n, d] -> [batch, kv_heads, pages, page, d]; the last page is filled up."""
-    short = -x.shape[2] % page
-    filled = torch.cat([x, x.new_full((*x.shape[:2], short, x.shape[3]), fill)], 2)
-    return filled.unflatten(2, (-1, page))
+def _bounds(keys: torch.Tensor, page: torch.Tensor, pages: int, fill: float) -> torch.Tensor:
+    """[batch, kv_heads, pages, head_dim]: per channel the smallest key of each page if `fill` is inf, the largest if it
+    is -inf.
+
+    Args:
+        keys: [batch, kv_heads, n, head_dim], `fill` at holes.
+        page: int64 [batch, kv_heads, n].
+    """
+    index = page[..., None].expand(keys.shape)
+    found = keys.new_full((*keys.shape[:2], pages, keys.shape[3]), fill)
+    return found.scatter_reduce_(2, index, keys, "amin" if fill > 0 else "amax")
