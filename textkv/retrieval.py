@@ -75,7 +75,8 @@ class Retrieval(Method):
         plan = self.plan(evidence.remaining)
         held = layer.segments[0]
         if isinstance(held, TieredSegment):
-            held.plan.seen = plan.seen
+            # A first turn may have been short: what stays on the device is counted anew too.
+            held.replan(plan if evidence.idle is None else plan.but(evidence.idle, held.plan))
             return
         limit = int(self.host_gib * GIB / layer.context.governed) if self.host_gib else None
         host = HostSegment(self.retriever(layer, plan, evidence), limit)

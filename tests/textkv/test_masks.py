@@ -20,11 +20,13 @@ from textkv import MethodCache
 EXACT = [
     ("full", None), ("snapkv", 1.0), ("adakv", 1.0), ("streaming_llm", 1.0), ("lacache", 1.0), ("h2o", 1.0),
     ("duo_attention", 1.0), ("tova", 1.0), ("kvcrush", 1.0),
+    ("quest(dense=0,page=4)", 1.0),
 ]  # fmt: skip
 """Methods that drop nothing at these budgets, so that transformers' own cache tells what is right."""
 VOTING = [
     "snapkv", "pyramidkv", "vatp", "cake", "kvcrush", "h2o", "tova", "d2o", "adakv", "streaming_llm", "lacache",
     "keydiff", "knorm", "expected", "h2o+adakv", "duo_attention", "tri_attention", "rkv",
+    "quest(dense=0,page=4)", "sentence_kv(ends=(3,17,40,60,77))", "retrieval_attention(index='exact')",
 ]  # fmt: skip
 KINDS = ["dense", "sliding", "sinks"]  # a hybrid's states know no mask over what they have read
 CLOSE = 3e-4

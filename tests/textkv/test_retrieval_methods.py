@@ -62,6 +62,36 @@ def test_every_token_is_in_one_place(method):
             assert head[head >= 0].tolist() == list(range(100))
 
 
+@pytest.mark.parametrize("budget", [0.5, "48t"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_short_first_turn_is_no_plan_for_a_long_one(method, budget):
+    """What stays on the device is counted anew in every turn: first tokens come back, and sentences grow longer."""
+    parts = [kinds.ids(n, seed=n) for n in (3, 150)]
+    _, once, _ = read(method, budget, torch.cat(parts, 1), 40)
+    model, turns, _ = read(method, budget, parts[0])
+    kinds.logits(model, parts[1], turns)
+    kinds.steps(model, kinds.ids(40, seed=1), turns)
+    for ours, truth in zip(tiers(turns), tiers(once), strict=True):
+        assert vars(ours.plan) == vars(truth.plan) and int(ours.plan.first) > 3
+        kept = ours.segments[0].held_positions()[0, 0].tolist()
+        assert kept == list(range(int(ours.plan.first))) == truth.segments[0].held_positions()[0, 0].tolist()
+        assert 0 < int(ours.near() + ours.host.seen) <= int(ours.plan.seen)
+        if method == SENTENCES:
+            assert ours.host.retriever.longest.tolist() == truth.host.retriever.longest.tolist()
+    for ours, truth in zip(turns.context.layers, once.context.layers, strict=True):
+        for head, other in zip(ours.held_positions()[0], truth.held_positions()[0], strict=True):
+            held = head[head >= 0].tolist()
+            assert held == sorted(set(held)) and (len(held) == 193 or len(held) == int((other >= 0).sum()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_first_tokens_that_are_decoded_stay_on_the_device(method):
+    _, cache, _ = read(method, "48t", kinds.ids(1), 90)
+    for segment in tiers(cache):
+        first = int(segment.plan.first)
+        assert segment.segments[0].held_positions()[0, 0].tolist() == list(range(first)) and first > 1
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_bytes_on_each_side(method):
     _, cache, _ = read(method, "48t", kinds.ids(120))

@@ -22,8 +22,19 @@ METHODS = (
     "vatp",
     "keydiff",
 )
-RETRIEVING = ("quest(dense=0,page=4)", "sentence_kv(ends=(3,17,40,60,77))", "retrieval_attention(index='exact')")
+RETRIEVING = (
+    "quest(dense=0,page=4)",
+    "sentence_kv(ends=(3,17,40,60,77))",
+    "retrieval_attention(index='exact')",
+    "retrieval_attention(index='ivf',few=16)",
+    "retrieval_attention(few=16)",
+)
 DEMOTING = ("mikv(16,2)", "mikv(16,4)", "snapkv+adakv+mikv(16,2)", "tova+mikv(16,2)", "cake(window=8)+mikv(16,2)")
+
+
+def needs_faiss(method: str) -> None:
+    if "few" in method:
+        pytest.importorskip("faiss", reason="faiss is not installed")
 
 
 def answers(model, method, budget, ids, real, cuts):
@@ -42,6 +53,7 @@ def answers(model, method, budget, ids, real, cuts):
 @pytest.mark.parametrize("budget", [0.4, "20t"])
 @pytest.mark.parametrize("method", METHODS + DEMOTING + RETRIEVING)
 def test_a_row_equals_that_row_alone(model_of, method, budget):
+    needs_faiss(method)
     model, n = model_of("llama"), CUTS[0]
     ids, real = tiny.text_ids(sum(CUTS), batch=len(LENGTHS)), torch.ones(len(LENGTHS), sum(CUTS), dtype=torch.long)
     for row, length in enumerate(LENGTHS):
@@ -53,9 +65,10 @@ def test_a_row_equals_that_row_alone(model_of, method, budget):
         assert not mismatch(together[row], alone[0], atol=1e-4, rtol=0), f"the row of {length} tokens"
 
 
-@pytest.mark.parametrize("method", ["h2o", "mikv(16,2)", "mikv(16,4)", "cake+mikv(16,2)", "critic"])
+@pytest.mark.parametrize("method", ["h2o", "mikv(16,2)", "mikv(16,4)", "cake+mikv(16,2)", "critic", *RETRIEVING])
 def test_a_row_that_gets_padding_while_it_waits_loses_nothing(model_of, method):
     """A row that has ended is filled with padding for three steps, and then goes on."""
+    needs_faiss(method)
     model, cuts = model_of("llama"), (40, *[1] * 3, 5, 1)
     ids, real = tiny.text_ids(sum(cuts), batch=2), torch.ones(2, sum(cuts), dtype=torch.long)
     real[1, 40:43] = 0

@@ -123,6 +123,9 @@ def crop_or_refusal(bench: Bench) -> None:
     if cache.states or any(kind.window is not None for kind in cache.context.kinds):
         refused(lambda: cache.crop(-4), "crop although a state or a window has moved on")
         raise NotApplicable("the model itself has let go of what it would see again")
+    if any(layer.since_eviction < 4 for layer in cache.context.layers):
+        refused(lambda: cache.crop(-4), "crop of tokens before the last eviction")
+        raise NotApplicable("tokens were moved while these were decoded, and crop is refused with a clear error")
     cache.crop(-4)
     same(bench.decode(cache, ids[:, 60:63]), bench.decode(kept, ids[:, 60:63]), "decoding after crop")
     if cache.at_rest.tokens_stored < 50:

@@ -27,7 +27,7 @@ from textkv.methods.snapkv import SnapKV
 from textkv.retrieval import Retrieval
 from textkv.retrievers.base import Retriever
 from textkv.retrievers.sentences import Sentences
-from textkv.segments.tiered import Plan
+from textkv.segments.tiered import Plan, TieredSegment
 from textkv.sentences import sentence_ends
 
 
@@ -114,6 +114,9 @@ class SentenceKV(Retrieval):
         if not self.budget.is_full and layer.index >= self.dense:
             self._fill(layer, evidence)
         super().on_prefill_end(layer, evidence)
+        held = layer.segments[0]
+        if isinstance(held, TieredSegment):  # a later turn may have a larger budget
+            held.host.retriever.longest = self._longest(held.plan)
 
     def retriever(self, layer: Layer, plan: Plan, evidence: Evidence) -> Retriever:
         """Sentences of the block, of which the pool holds some tokens."""
@@ -143,4 +146,4 @@ class SentenceKV(Retrieval):
         newest = at.flatten(1).amax(1)[:, None, None]
         first, late = (x.to(at.device)[:, None, None] for x in (plan.first, plan.recent + self._longest(plan)))
         always = (at >= 0) & ((at < first) | (at > newest - late))
-        keep_best(layer, scores.masked_fill(always, PROTECTED), torch.tensor(room)[:, None])
+        keep_best(layer, scores.masked_fill(always, PROTECTED), torch.tensor(room)[:, None], idle=evidence.idle)

@@ -61,6 +61,10 @@ class Engine(ABC):
         """One that may grow by itself."""
 
     @abstractmethod
+    def __len__(self) -> int:
+        """Keys in it."""
+
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes that the library holds for it."""
 
@@ -106,6 +110,10 @@ class Graph(Engine):
     def clone(self) -> Graph:
         """Built anew from the same keys."""
         return Graph(self._all(), self._degree, self.effort, self._edges)
+
+    def __len__(self) -> int:
+        """Keys in it."""
+        return self._keys.ntotal
 
     def nbytes(self) -> int:
         """Keys and neighbours."""
@@ -189,6 +197,10 @@ class Lists(Engine):
         other.__dict__.update(self.__dict__)
         other._index = library().clone_index(self._index)
         return other
+
+    def __len__(self) -> int:
+        """Keys in it."""
+        return self._index.ntotal
 
     def nbytes(self) -> int:
         """Keys, their numbers, and the centres."""

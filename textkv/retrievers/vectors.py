@@ -85,8 +85,9 @@ class Vectors(Retriever):
         self.seconds += perf_counter() - begin
 
     def keep(self, index: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, device: torch.device) -> None:
-        """An index of what stays is built when it is next asked; edges among what stays are kept."""
-        self._engines = {}
+        """Indexes of heads that lost a token are built when they are next asked; edges among what stays are kept."""
+        stay = (index >= 0).sum(-1)
+        self._engines = {at: engine for at, engine in self._engines.items() if len(engine) == int(stay[at])}
         if self.edges is not None:
             known = self.edges.shape[2]
             # New numbers of old slots; one column more for those that are none.
@@ -169,7 +170,10 @@ class Vectors(Retriever):
 
     def _best(self, q, most: int, keys, positions, at: tuple[int, int]) -> torch.Tensor:
         """Slots int64 [group, c] for the queries fp32 [group, head_dim] of one KV head."""
-        engine = self._engines.get(at)
+        engine, slots = self._engines.get(at), _slots(positions)
+        if most >= len(slots):  # no index may miss what there is room for
+            self.compared += len(q) * len(slots)
+            return slots.expand(len(q), -1)
         if engine is None:
             scores = (q @ keys.float().T).masked_fill(positions < 0, -torch.inf)
             best = scores.topk(most, dim=-1)
@@ -177,15 +181,15 @@ class Vectors(Retriever):
             return best.indices.masked_fill(best.values == -torch.inf, -1)
         ids, compared = engine.search(q, most)
         self.compared += compared
-        slots = _slots(positions)
         return slots[ids.clamp(min=0, max=len(slots) - 1)].masked_fill(ids < 0, -1)
 
     def _edges_of(self, keys: torch.Tensor, positions: torch.Tensor, b: int, g: int) -> torch.Tensor:
-        """Edges of one KV head, in slots: int32 [n, d]."""
+        """Edges of one KV head, in slots: int32 [n, d]; none where it has few tokens."""
         queries, at = self._queries
         group = queries.shape[1] // keys.shape[1]
         own = queries[b, g * group : (g + 1) * group][:, at[b] >= 0].flatten(0, 1).float()
         slots = _slots(positions[b, g])
+        own = own if len(slots) > self.few else own[:0]
         found, _ = wanted_together(keys[b, g, slots].float(), own, NEAREST, 2 * self.degree)
         edges = torch.full((self.length, found.shape[1]), -1, dtype=torch.int32)
         edges[slots] = slots[found.clamp(min=0).long()].int().masked_fill(found < 0, -1)
@@ -193,17 +197,18 @@ class Vectors(Retriever):
 
     def _wake(self, keys: torch.Tensor, positions: torch.Tensor) -> None:
         """Makes the indexes that there should be and are not; they number a head's tokens without its holes."""
-        if self.kind == "exact" or self.length <= self.few or self._engines:
+        if self.kind == "exact" or self.length <= self.few:
             return
-        for b, g in ((b, g) for b in range(keys.shape[0]) for g in range(keys.shape[1])):
+        for b, g in ((b, g) for b in range(keys.shape[0]) for g in range(keys.shape[1]) if (b, g) not in self._engines):
             slots = _slots(positions[b, g])
-            if not len(slots):
+            # A head's own tokens count, not its slots: its neighbours' length is nothing to it.
+            if len(slots) <= self.few:
                 continue
             own = keys[b, g, slots].float()
             self._engines[b, g] = Lists(own, self.effort) if self.kind == "ivf" else self._graph(own, slots, b, g)
 
     def _graph(self, own: torch.Tensor, slots: torch.Tensor, b: int, g: int) -> Graph:
-        if self.edges is None:
+        if self.edges is None or not bool((self.edges[b, g] >= 0).any()):
             return Graph(own, self.degree, self.effort)
         number = torch.full((self.length,), -1, dtype=torch.int32)
         number[slots] = torch.arange(len(slots), dtype=torch.int32)

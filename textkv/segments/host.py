@@ -11,7 +11,7 @@ import torch
 
 from textkv.kernels import decode_attention, merge
 from textkv.retrievers.base import RETRIEVERS, Looked, Retriever
-from textkv.segments.base import Segment, Step, Stored, register_segment, shown
+from textkv.segments.base import Segment, Step, Stored, index_of, picked, register_segment, shown
 from textkv.segments.host_rows import HostRows
 
 _OWN = "retriever."
@@ -106,6 +106,17 @@ class HostSegment(Segment):
         self.rows.keep(index)
         self.retriever.keep(index, *self._index_of(), self.rows.device)
         self._check()
+
+    def give_first(self, first: torch.Tensor) -> Stored:
+        """Lets go of the tokens of each row before position `first`, int64 [batch] on the CPU, and returns them on the
+        device."""
+        held = Stored(*self.rows.held())
+        real = held.positions >= 0
+        given = real & (held.positions < first[:, None, None])
+        found = picked(held, given)
+        if found.keys.shape[2]:
+            self.keep(index_of(real & ~given))
+        return Stored(*(x.to(self.rows.device) for x in vars(found).values()))
 
     def stored(self) -> Stored:
         """A copy on the device: all rows, whatever a query sees of them."""

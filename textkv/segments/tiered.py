@@ -45,6 +45,12 @@ class Plan:
     recent: torch.Tensor
     batch: torch.Tensor
 
+    def but(self, rows: torch.Tensor, other: Plan) -> Plan:
+        """This one, in rows bool [batch] on the CPU the other."""
+        return Plan(
+            *(torch.where(rows, theirs, x) for x, theirs in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
+
     def take_rows(self, rows: torch.Tensor) -> None:
         """New row i is old row rows[i]."""
         for name, x in vars(self).items():
@@ -105,8 +111,25 @@ class TieredSegment(StackSegment):
             near = near if part.is_empty() else near + part.lengths().amax(1)
         return near
 
+    def replan(self, plan: Plan) -> None:
+        """Tokens are divided by another plan from now on; of the first ones, those that lie on the host come back."""
+        self.plan = plan
+        if not self.host.is_empty():
+            self._hold_first(self.host.give_first(plan.first))
+
+    def _hold_first(self, held: Stored) -> None:
+        """Puts tokens behind the first ones that are there."""
+        if not held.keys.shape[2]:
+            return
+        first = self.segments[0]
+        if not first.is_empty():
+            names = ("keys", "values", "positions")
+            held = Stored(*(torch.cat([getattr(x, name) for x in (first.stored(), held)], 2) for name in names))
+        self.segments[0] = DenseSegment.of(held)
+
     def settle(self) -> bool:
-        """Moves what is too old to be recent to the host, where more than a batch of it has gathered."""
+        """Moves what is too old to be recent to the host, where more than a batch of it has gathered. First tokens that
+        came after the prompt's end stay on the device."""
         recent = self.segments[-1]
         # The host knows the slots; only where they are many is the device asked which tokens are in them.
         if recent.is_empty() or recent.used <= int((self.plan.recent + self.plan.batch).min()):
@@ -123,7 +146,9 @@ class TieredSegment(StackSegment):
         moved = (at >= 0) & (at < edge.to(at.device)[:, None, None])
         if not bool(moved.any()):
             return False
-        self.host.take(picked(recent.stored(), moved))
+        held, early = recent.stored(), moved & (at < self.plan.first.to(at.device)[:, None, None])
+        self.host.take(picked(held, moved & ~early))
+        self._hold_first(picked(held, early))
         recent.keep(index_of((at >= 0) & ~moved))
         return True
 

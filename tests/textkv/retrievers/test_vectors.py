@@ -56,6 +56,30 @@ def test_all_of_an_index_finds_all(kind, effort):
     assert recall(index(kind, effort, keys, training), keys, asking)[0] == pytest.approx(1.0, abs=0.005)
 
 
+@pytest.mark.parametrize("kind", ["hnsw", "ivf", "graph"])
+def test_a_head_is_indexed_by_its_own_tokens_and_misses_none_that_it_has_room_for(kind):
+    """Beside a row of 600 tokens one of 60 is searched as it is alone: exactly, for it has few."""
+    keys, training, asking = skewed()
+    where = at(N).repeat(2, 1, 1)
+    where[1, :, 60:] = -1
+    made = Vectors(kind, 5, 8, 100, training.repeat(2, 1, 1, 1), torch.arange(200, dtype=torch.int32).repeat(2, 1))
+    made.build(keys.repeat(2, 1, 1, 1), where, CPU)
+    assert list(made._engines) == [(0, 0)]
+    q = asking[:1, :, None].repeat(2, 1, 1, 1)
+    found = made.query(q, torch.tensor([20, 20]), keys.repeat(2, 1, 1, 1), where)
+    best = (asking[0] @ keys[0, 0, :60].T).topk(20).indices
+    assert found[1].sort().values.tolist() == best.sort().values.tolist()
+    found = made.query(q, torch.tensor([N, 60]), keys.repeat(2, 1, 1, 1), where)
+    for row, n in ((0, N), (1, 60)):
+        assert [x[x >= 0].sort().values.tolist() for x in found[row]] == [list(range(n))] * 2
+    # A neighbour's tokens leave: the index of a head that loses none is not built anew.
+    engine = made._engines[0, 0]
+    where[1, :, :5] = -1
+    index_of = torch.stack([torch.arange(N), torch.cat([torch.arange(5, 60), torch.full((N - 55,), -1)])])[:, None]
+    made.keep(index_of, keys.repeat(2, 1, 1, 1), where, CPU)
+    assert made._engines == {(0, 0): engine}
+
+
 def test_more_effort_finds_more_and_compares_more():
     keys, training, asking = skewed()
     made, found = index("graph", 20, keys, training), []
