@@ -85,6 +85,22 @@ def test_a_short_first_turn_is_no_plan_for_a_long_one(method, budget):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_row_that_gets_nothing_in_a_turn_keeps_its_plan(method):
+    """Its neighbour's turn counts the budget anew, 90 tokens after the prompt; alone this row would go on as it was."""
+    model, cache, _ = read(method, 0.5, kinds.ids(60, 2), 30)
+    held = [x.clone() for x in cache.context.layers[0].lengths()]
+    before = [vars(segment.plan) for segment in tiers(cache)]
+    mask = torch.ones(2, 130, dtype=torch.int64)
+    mask[1, 90:] = 0
+    kinds.logits(model, kinds.ids(40, 2, seed=3), cache, mask)
+    for segment, plan in zip(tiers(cache), before, strict=True):
+        now = vars(segment.plan)
+        assert [int(now[name][1]) for name in now] == [int(plan[name][1]) for name in now]
+        assert int(now["seen"][0]) > int(plan["seen"][0])
+    assert torch.equal(cache.context.layers[0].lengths()[1], held[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_first_tokens_that_are_decoded_stay_on_the_device(method):
     _, cache, _ = read(method, "48t", kinds.ids(1), 90)
     for segment in tiers(cache):

@@ -99,8 +99,20 @@ def test_anchors_without_the_agents_offsets_do_not_count() -> None:
     assert pool.judge("bob", text(4, 0)).share
 
 
-def test_an_empty_text_needs_no_anchor() -> None:
-    assert AnchorPool(capacity=0).judge(AGENT, Segment((), span(0, 0))).share
+def test_an_empty_text_is_its_own_anchor() -> None:
+    """What stands behind it was moved by what stood before: another text's offsets say nothing of that."""
+    empty, pool = Segment((), span(0, 0)), pool_of(text(4, 0), text(5, 10), criteria=Criteria(gamma=1))
+    verdict = pool.judge(AGENT, empty)
+    assert not verdict.share and "empty text" in verdict.why
+    moved = offset(0, 3)
+    assert pool.add(AGENT, empty, moved)
+    verdict = pool.judge(AGENT, empty)
+    assert verdict.share and len(verdict.anchors) == 1
+    for distance in ("rms", "paper"):
+        behind = span(2, 40)
+        own, after = blended(empty.base, behind, verdict.anchors, AGENT, Criteria(distance=distance), same)
+        assert own.tokens == 0
+        torch.testing.assert_close(after.values[1:], (behind + moved.behind).values[1:])
 
 
 # ---- bounds --------------------------------------------------------------------------------------------------------

@@ -137,11 +137,23 @@ def test_the_last_tokens_may_be_read_by_the_model(mini) -> None:
     assert len(engine.pools["first"].anchors) == 1 and not engine.pools["second"].anchors
 
 
-def test_an_empty_text_is_estimated_as_nothing(mini) -> None:
-    engine = made(KVComm, mini)
-    told(engine, LONG, "")
-    call = told(engine, LONG, "")
-    assert call.reused and call.answer.ids == told(made(Dense, mini), LONG, "").answer.ids
+@pytest.mark.parametrize(
+    ("template", "given"),
+    [
+        (TEMPLATE, (LONG, "")), ("the list is {first} and {second} . the code is", ("", SHORT)),
+        ("the list {first}{second} is", (LONG, SHORT)), ("the list {first}{second} is", ("", SHORT)),
+        ("the list is {first}{second}", (LONG, "")), ("the list is {first}{second}", ("", "")),
+        ("the list is {first} and {second}", (LONG, "the")),
+    ],
+)  # fmt: skip
+def test_texts_that_are_empty_or_touch_are_exact_when_they_come_again(mini, template, given) -> None:
+    engine, dense = KVComm(*mini, 4), Dense(*mini, 4)
+    for x in (engine, dense):
+        x.add("ann", template)
+    told(engine, *given)
+    call, (ours, _), (theirs, _) = told(engine, *given), read(engine, *given), read(dense, *given)
+    assert call.reused and call.answer.ids == told(dense, *given).answer.ids
+    torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-3, rtol=1e-3)
 
 
 def test_what_a_text_says_is_never_a_special_token(mini) -> None:
@@ -160,6 +172,23 @@ def test_prefix_reuse_is_exact(mini) -> None:
         ours, truth = told(engine, LONG, asked), told(dense, LONG, asked)
         assert ours.answer.ids == truth.answer.ids
     assert ours.reused and ours.computed < ours.tokens / 2
+
+
+def test_a_prefix_that_was_not_read_to_its_end_is_not_reused(mini) -> None:
+    engine, dense = made(Prefix, mini), made(Dense, mini)
+    told(engine, LONG)
+
+    def stop(*args):
+        raise RuntimeError("stopped")
+
+    hook = mini[0].model.layers[1].register_forward_pre_hook(stop)
+    try:
+        with pytest.raises(RuntimeError, match="stopped"):
+            told(engine, LONGER)
+    finally:
+        hook.remove()
+    call = told(engine, LONGER)
+    assert call.answer.ids == told(dense, LONGER).answer.ids and call.computed == call.tokens
 
 
 def test_recomputing_all_tokens_is_exact_and_some_cost_less(mini) -> None:

@@ -140,13 +140,14 @@ class AnchorPool:
 
     def judge(self, agent: str, text: Segment) -> Verdict:
         """Whether the text can be estimated for an agent (Eq. 5); nothing is counted as used yet."""
-        if not text.ids:
-            return Verdict(True, "an empty text has nothing to estimate")
         # An anchor may lack the offsets of an agent that took the short way when it was made.
         known = [anchor for anchor in self.anchors if agent in anchor.offsets]
         same = next((anchor for anchor in known if anchor.ids == text.key), None)
         if same is not None:
             return Verdict(True, "the same text was read before", (same,), torch.ones(1))
+        if not text.ids:
+            # What stands behind it follows what stood before: no other text tells what that does.
+            return Verdict(False, "an empty text, which was not read before")
         # Patches of pictures of another shape lie at other positions: nothing of them can be compared.
         alike = [anchor for anchor in known if anchor.shape == _shape(text)]
         long_enough = tuple(anchor for anchor in alike if anchor.base.tokens >= len(text.ids))

@@ -28,7 +28,7 @@ def blended(
         anchors: one or more, with offsets of `agent`.
         turned: moves keys by a number of positions (`Spans.turned`).
     """
-    if not anchors or not text.tokens:
+    if not anchors:
         return text, behind
     n = text.tokens
     offsets = [anchor.offsets[agent] for anchor in anchors]
@@ -40,9 +40,9 @@ def blended(
         if behind is None:
             continue
         # Last tokens lie at other positions of the anchor's frame: compared in the text's.
-        ends = [
-            turned(base[:, :, -n:], n - base.shape[2]) if of_anchor == "keys" else base[:, :, -n:] for base in bases
-        ]
+        ends = [base[:, :, base.shape[2] - n :] for base in bases]
+        if of_anchor == "keys":
+            ends = [turned(end, n - base.shape[2]) for end, base in zip(ends, bases, strict=True)]
         by_channel = criteria.weights(torch.stack([_of_channels(x, end, criteria) for end in ends]))
         following = getattr(behind, of_anchor)
         after.append(_added(following, [getattr(o.behind, of_anchor) for o in offsets], by_channel[..., None, :]))
@@ -60,7 +60,7 @@ def _of_tokens(text: torch.Tensor, anchor: torch.Tensor, criteria: Criteria) -> 
 def _of_channels(text: torch.Tensor, anchor: torch.Tensor, criteria: Criteria) -> torch.Tensor:
     """Distance of each layer, head and channel over all tokens: fp32 [layers, kv_heads, head_dim]."""
     apart = (text.float() - anchor.float()).norm(dim=2)
-    if criteria.distance == "paper":
+    if criteria.distance == "paper" or not text.shape[2]:  # an empty text is like any other
         return apart
     size = text.float().square().mean((2, 3), keepdim=True)[..., 0].sqrt().clamp(min=1e-12)
     return apart / text.shape[2] ** 0.5 / size

@@ -192,10 +192,11 @@ class Prefix(Dense):
         )
         # A model needs a token to go on from.
         same = outside_pictures(parts, min(same, len(marks) - 1))
-        if self._cache is None:
-            self._cache = MethodCache(self.model, "full")
-        if self._cache.tokens_seen:
-            self._cache.crop(same - self._cache.tokens_seen)
-        self._before = marks
-        logits = self._run(parts, self._cache, same)
-        return Reading(self._cache, logits, len(marks) - same, same > 0, f"{same} of {len(marks)} tokens were there")
+        # Should the reading stop half-way, nothing is known of what was there.
+        cache = MethodCache(self.model, "full") if self._cache is None else self._cache
+        self._cache, self._before = None, []
+        if cache.tokens_seen:
+            cache.crop(same - cache.tokens_seen)
+        logits = self._run(parts, cache, same)
+        self._cache, self._before = cache, marks
+        return Reading(cache, logits, len(marks) - same, same > 0, f"{same} of {len(marks)} tokens were there")
