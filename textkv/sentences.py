@@ -1,7 +1,8 @@
 """Where sentences end in a tokenizer's vocabulary.
 
 Tokens are looked at as text, once for a tokenizer: strings looked up as entries would miss those in which a byte-level
-vocabulary has merged a full stop with a quote, a bracket or a new line.
+vocabulary has merged a full stop with a quote, a bracket or a new line. A mark that the vocabulary splits over several
+tokens (bytes of a rare script, two new lines apart) ends no sentence: such a text is cut by length.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from functools import cache
 
 from transformers import AutoTokenizer
 
-_END = re.compile(r"""[.!?…。！？｡][\s"'”’»)\]}」』）]*$|\n\s*\n\s*$""")
+_MARKS = ".!?…‼⁇⁈⁉。．！？｡؟۔।॥։።။។"
+"""Of Latin, Chinese and Japanese, Arabic and Urdu, Devanagari, Armenian, Ethiopic, Burmese and Khmer text."""
+_END = re.compile(rf"""[{_MARKS}][\s"'”’»)\]}}」』）]*$|\n\s*\n\s*$""")
 """A terminator with nothing but closing quotes, brackets and blanks behind it, or an empty line."""
 
 

@@ -34,7 +34,8 @@ def sentences(
     ("text", "ends"),
     [
         (".", True), ("?!", True), ("...", True), ('."', True), (".)\n", True), ("。", True), ("！」", True),
-        ("\n\n", True),
+        ("\n\n", True), ("．", True), ("؟", True), ("۔", True), ("।", True), ("։", True), ("።", True), ("‼", True),
+        ("、", False), ("،", False), ("\ufffd", False), (".*", False),
         ("end.", True), ("3.14", False), (".5", False), ("\n", False), (",", False), (" the", False), ("e.g", False),
         ("", False), ("'s", False),
     ],
