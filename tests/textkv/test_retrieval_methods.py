@@ -109,6 +109,34 @@ def test_first_tokens_that_are_decoded_stay_on_the_device(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_rows_move_before_anything_is_on_the_host(method):
+    """Beams of a short prompt: what a retriever has noted of tokens that will move belongs to their rows too."""
+    order = torch.tensor([1, 1, 0])
+    model, ours, _ = read(method, "48t", kinds.ids(9, 2))
+    _, other, _ = read(method, "48t", kinds.ids(9, 2)[order])
+    assert all(segment.host.rows is None for segment in tiers(ours))
+    ours.reorder_cache(order)
+    assert ours.kv_bytes() == other.kv_bytes()
+    new = kinds.ids(70, 3, seed=1)
+    assert not mismatch(kinds.steps(model, new, ours), kinds.steps(model, new, other), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_came_behind_a_forgotten_token_is_taken_back_in_every_row(method):
+    """Rows of unequal length: holes of the shorter one must not stand where `crop` takes the newest tokens."""
+    model, cache, _ = read(method, "200t", kinds.ids(2, 2))
+    mask = torch.ones(2, 64, dtype=torch.int64)
+    mask[1, 2:50] = 0
+    kinds.logits(model, kinds.ids(62, 2, seed=3), cache, mask)
+    kinds.steps(model, kinds.ids(5, 2, seed=4), cache, mask)
+    cache.forget([[(3, 4)], [(3, 4)]])
+    cache.crop(-4)
+    for layer in cache.context.layers:
+        for row, last in zip(layer.held_positions(), (64, 16), strict=True):
+            assert row.amax(-1).tolist() == [last] * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_bytes_on_each_side(method):
     _, cache, _ = read(method, "48t", kinds.ids(120))
     report = cache.report()

@@ -51,9 +51,9 @@ class Buckets(Retriever):
         return slots.masked_fill(torch.arange(slots.shape[-1]) >= room[:, None, None], -1)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Buckets and their summaries; empty before `build`."""
+        """Buckets and their summaries, as far as they are there: before `build` a retriever may know of tokens too."""
         own = {"bucket": self.bucket, "size": self.size} | self._summaries()
-        return {} if self.bucket is None else own
+        return {name: x for name, x in own.items() if x is not None}
 
     def _summaries(self) -> dict[str, torch.Tensor]:
         """Further tensors, first axis the batch."""

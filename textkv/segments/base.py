@@ -331,8 +331,9 @@ def keep_across(segments: list[Segment], index: torch.Tensor) -> list[Segment]:
         inside = (index >= first) & (index < first + size)
         own, most = (index - first).masked_fill(~inside, -1), int(inside.sum(-1).max()) if inside.numel() else 0
         if most < own.shape[-1]:
-            # Rows that keep fewer of the segments before start earlier: each closes up by itself.
-            own = own.gather(-1, (~inside).sort(dim=-1, stable=True).indices[..., :most])
+            # Rows that keep fewer of the segments before start earlier: each closes up by itself, holes first, so that
+            # the newest tokens of all rows stand in the last columns, where `crop` takes them.
+            own = own.gather(-1, inside.sort(dim=-1, stable=True).indices[..., own.shape[-1] - most :])
         # A segment that keeps all its slots is left alone: packed tokens must not be rounded for nothing.
         if most < size or bool((own < 0).any()):
             segment.keep(own)

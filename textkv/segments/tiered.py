@@ -171,8 +171,10 @@ class TieredSegment(StackSegment):
         self.host.retriever.crop(tokens)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Those of the parts, and the plan by "plan.name"."""
-        return super().tensors() | self._of_plan()
+        """Those of the parts, what the retriever knows of tokens that have not come to the host yet, and the plan by
+        "plan.name"."""
+        known = {f"1.retriever.{name}": x for name, x in self.host.retriever.tensors().items()}
+        return super().tensors() | known | self._of_plan()
 
     def host_tensors(self) -> dict[str, torch.Tensor]:
         """The host's rows, what its retriever holds there, and the plan."""
