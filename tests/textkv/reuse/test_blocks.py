@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.textkv.kinds import model_of_kind
 from tests.textkv.tiny import build, text_ids
 from textkv import MethodCache
 from textkv.reuse.epicache.blocks import BlockPrefill, probe_scores
@@ -123,6 +124,12 @@ def test_the_probe_leaves_no_trace_and_positions_go_on(model) -> None:
     before = next_logits(model, cache)
     cache.crop(-3)
     torch.testing.assert_close(next_logits(model, cache), before)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("sliding", "sliding"), ("hybrid", "state"), ("sinks", "sliding")])
+def test_a_model_that_cannot_take_a_probe_back_is_refused_when_built(kind, name) -> None:
+    with pytest.raises(ValueError, match=f"layer 0 is of kind {name} and cannot take the probe back"):
+        BlockPrefill(model_of_kind(kind), [20], 16)
 
 
 def test_what_cannot_be_read_is_refused(model) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from textkv.cache import MethodCache
 from textkv.eviction import NEVER, PROTECTED, keep_best
 from textkv.evidence import Evidence, Needs
+from textkv.kinds import describe
 from textkv.layer import Layer
 from textkv.method import Method
 from textkv.segments.base import Stored
@@ -83,7 +84,8 @@ class BlockPrefill:
         level: "pair" lets the heads of a layer compete for its entries, "uniform" gives each the same.
 
     Raises:
-        ValueError: a number below 1, a layer that keeps less than is protected, or another number of layers.
+        ValueError: a number below 1, a layer that keeps less than is protected, another number of layers, or a model
+            that cannot take a probe back.
     """
 
     def __init__(
@@ -98,6 +100,12 @@ class BlockPrefill:
             raise ValueError(
                 f"a layer keeps {min(entries, default=0)} tokens and {protected} are protected: raise the budget, or "
                 "protect fewer"
+            )
+        moving = next((kind for kind in describe(model) if kind.name not in ("full", "shared", "none")), None)
+        if moving is not None:
+            raise ValueError(
+                f"{type(model).__name__}: layer {moving.number} is of kind {moving.name} and cannot take the probe back "
+                "that follows every block; use a model whose layers all have full attention, or a method by itself"
             )
         layers = MethodCache(model, Observed()).context.governed
         if layers != len(entries):
