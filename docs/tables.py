@@ -276,16 +276,16 @@ def sentences_pool() -> str:
 
 
 def sentences() -> str:
-    """SentenceKV by budget, at two lengths: what is found, and the bytes on either side."""
-    lengths = (1024, 4096)
-    at = {n: [row for row in rows(f"text-sentences-{n}.json") if row["task"] == "all"] for n in lengths}
+    """SentenceKV by budget, at three lengths: what is found, and the bytes on either side."""
+    lengths = (1024, 2048, 4096)
+    at = [[row for row in rows(f"text-sentences-{n}.json") if row["task"] == "all"] for n in lengths]
     lines = []
-    for short, long in zip(*at.values(), strict=True):
-        told = [f"{short['recall']:.2f} / {long['recall']:.2f}", f"{short['digits']:.2f} / {long['digits']:.2f}"]
+    for cell in zip(*at, strict=True):
+        told = [" / ".join(f"{row[name]:.2f}" for row in cell) for name in ("recall", "digits")]
         for name in ("kv_bytes", "host_bytes"):
-            told.append(" / ".join(f"{row.get(name, 0) / 1e6:.1f}" for row in (short, long)))
-        lines.append([f"`{short['method']}`", short["budget"], *told])
-    heads = ["method", "budget", "right, 1,024 / 4,096", "digits", "MB on the device", "MB on the host"]
+            told.append(" / ".join(f"{row.get(name, 0) / 1e6:.1f}" for row in cell))
+        lines.append([f"`{cell[0]['method']}`", cell[0]["budget"], *told])
+    heads = ["method", "budget", "right, 1,024 / 2,048 / 4,096", "digits", "MB on the device", "MB on the host"]
     return markdown(heads, lines)
 
 

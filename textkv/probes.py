@@ -45,6 +45,9 @@ def place(model: PreTrainedModel, needs: Needs) -> None:
         placed[ROTARY] = [decoder.register_forward_pre_hook(hook, with_kwargs=True)]
     if needs.ids and IDS not in placed:
         placed[IDS] = [decoder.register_forward_pre_hook(_see_ids, with_kwargs=True)]
+    if needs.ids and IDS not in calls and model.config is not model.config.get_text_config():
+        # A model of several kinds of input embeds them before its decoder is called: ids are seen where they come in.
+        calls[IDS] = [model.register_forward_pre_hook(_hand_ids_on, with_kwargs=True)]
     name = f"{HIDDEN}.{needs.hidden}"
     if needs.hidden and name not in placed:
         modules = attention_modules(model)
@@ -107,6 +110,13 @@ def _see_positions(index: int | None):
     return hook
 
 
+def _hand_ids_on(module, args, kwargs):
+    """`_see_ids` for a model that hands no ids to its decoder."""
+    needs = getattr(getattr(kwargs.get("past_key_values"), "context", None), "needs", None)
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    return None if needs is None or not needs.ids or ids is None else (args, kwargs | {IDS: ids})
+
+
 def _see_ids(module, args, kwargs):
     """Hands on the token ids of a call that runs on a cache which asked for them.
 
@@ -115,7 +125,7 @@ def _see_ids(module, args, kwargs):
     """
     cache = kwargs.get("past_key_values")
     needs = getattr(getattr(cache, "context", None), "needs", None)
-    if needs is None or not needs.ids:
+    if needs is None or not needs.ids or kwargs.get(IDS) is not None:
         return None
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is None:

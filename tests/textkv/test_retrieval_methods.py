@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.compare import mismatch
-from tests.textkv import kinds
+from tests.textkv import kinds, tiny
 from textkv import MethodCache, resolve_method
 from textkv.conformance import check_method
 from textkv.segments.tiered import TieredSegment
@@ -218,6 +218,26 @@ def test_sentences_without_a_tokenizer_are_refused():
         MethodCache(kinds.model_of_kind("dense"), "sentence_kv", 0.5)
     with pytest.raises(ValueError, match="no tokenizer in '/nowhere'"):
         MethodCache(kinds.model_of_kind("dense"), "sentence_kv(tokenizer='/nowhere')", 0.5)
+
+
+@pytest.mark.parametrize("family", tiny.VISION_FAMILIES)
+def test_sentences_around_pictures(model_of, family):
+    """Such a model embeds tokens before its decoder is called; their ids are known all the same."""
+    model, (inputs, _) = model_of(family), tiny.screens(2, text=30)
+    outputs = []
+    for method in (SENTENCES, "full"):
+        model.model.rope_deltas = None
+        cache = MethodCache(model, method, 1.0)
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache)
+            new = kinds.ids(1, seed=1)
+            outputs.append(model(new, past_key_values=cache).logits)
+        if method == SENTENCES:
+            noted = tiers(cache)[0].host.retriever
+            ids = torch.cat([inputs["input_ids"], new], 1)[0]
+            for at, ends in zip(noted.log_at[0].tolist(), noted.log_ends[0].tolist(), strict=True):
+                assert ends == (int(ids[at]) in (3, 17, 40, 60, 77))
+    assert not mismatch(*outputs, atol=1e-5, rtol=1e-5)
 
 
 def test_sentences_need_ids():

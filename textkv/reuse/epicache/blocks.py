@@ -104,8 +104,8 @@ class BlockPrefill:
         moving = next((kind for kind in describe(model) if kind.name not in ("full", "shared", "none")), None)
         if moving is not None:
             raise ValueError(
-                f"{type(model).__name__}: layer {moving.number} is of kind {moving.name} and cannot take the probe back "
-                "that follows every block; use a model whose layers all have full attention, or a method by itself"
+                f"{type(model).__name__}: layer {moving.number} is of kind {moving.name} and cannot take the probe "
+                "back that follows every block; use a model whose layers all have full attention, or a method by itself"
             )
         layers = MethodCache(model, Observed()).context.governed
         if layers != len(entries):
