@@ -83,8 +83,9 @@ class Retriever(ABC):
     def observe(self, q: torch.Tensor, positions: torch.Tensor, ids: torch.Tensor | None) -> None:  # noqa: B027
         """A forward has attended: queries [batch, heads, m, head_dim] of tokens at int32 [batch, m], with their ids."""
 
-    def crop(self, tokens: int) -> None:  # noqa: B027 (most retrievers remember no query)
-        """The last `tokens` columns that it observed are taken back."""
+    def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:  # noqa: B027 (most remember no query)
+        """The last `tokens` columns that it observed are taken back, of which `real` int64 [batch] on the CPU were
+        tokens of each row; None = all."""
 
     def edge(self, before: torch.Tensor) -> torch.Tensor:
         """Where tokens may be cut off the recent ones to be moved here: for each row the last position, int64 [batch]

@@ -66,15 +66,20 @@ class Sentences(Buckets):
         queries = q.unflatten(1, (self.said.shape[1], -1)).mean(2)
         at = positions[:, positions.shape[1] - q.shape[2] :]
         most = 2 * int(self.longest.max()) + 16
-        self.said = torch.cat([self.said, queries], 2)[:, :, -most:].clone()
-        self.said_at = torch.cat([self.said_at, at], 1)[:, -most:].clone()
+        said, said_at = torch.cat([self.said, queries], 2), torch.cat([self.said_at, at], 1)
+        if at.numel() > 1:  # padding must not push a row's own queries out
+            said, said_at = _closed_up(said, said_at)
+        self.said, self.said_at = said[:, :, -most:].clone(), said_at[:, -most:].clone()
 
-    def crop(self, tokens: int) -> None:
-        """The last columns are gone from what was noted."""
-        self.log_at, self.log_ends, self.said_at = (
-            x[:, : max(0, x.shape[1] - tokens)] for x in (self.log_at, self.log_ends, self.said_at)
-        )
-        self.said = self.said[:, :, : self.said_at.shape[1]]
+    def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
+        """The last columns are gone from what was noted, `real` of them tokens of a row."""
+        self.log_at, self.log_ends = (x[:, : max(0, x.shape[1] - tokens)] for x in (self.log_at, self.log_ends))
+        if real is None:
+            real = torch.full((len(self.said_at),), tokens)
+        # Newest last, and no padding behind a token.
+        behind = torch.arange(self.said_at.shape[1], 0, -1, device=self.said_at.device)
+        gone = behind <= real.to(behind.device)[:, None]
+        self.said, self.said_at = _closed_up(self.said, self.said_at.masked_fill(gone, -1))
 
     def edge(self, before: torch.Tensor) -> torch.Tensor:
         """Behind the last sentence that ends before the position."""
@@ -172,6 +177,12 @@ class Sentences(Buckets):
         kept = self.size > 0
         self.mean = torch.where(F.pad(kept, (0, more))[..., None], F.pad(self.mean, (0, 0, 0, more)), mean)
         self.bucket, self.size = torch.cat([self.bucket, bucket], -1), size
+
+
+def _closed_up(said: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns of [batch, kv_heads, u, head_dim] and int32 [batch, u] with padding (-1) first, the rest in order."""
+    order = (at >= 0).sort(dim=1, stable=True).indices
+    return said.gather(2, order[:, None, :, None].expand(said.shape)), at.gather(1, order)
 
 
 @cache

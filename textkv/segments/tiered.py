@@ -168,7 +168,7 @@ class TieredSegment(StackSegment):
     def crop(self, tokens: int, real: torch.Tensor | None = None) -> None:
         """Takes them from the recent tokens, and from what the retriever has observed."""
         super().crop(tokens, real)
-        self.host.retriever.crop(tokens)
+        self.host.retriever.crop(tokens, real)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those of the parts, what the retriever knows of tokens that have not come to the host yet, and the plan by

@@ -91,6 +91,28 @@ def test_a_full_stop_begins_a_new_query_and_crop_takes_it_back():
     assert not torch.allclose(made.score(second), before)
 
 
+def test_padding_pushes_no_query_of_a_row_out_and_crop_takes_its_own():
+    """A row beside one that reads on for long: it gets padding, and its sentence's queries stay."""
+    made, apart = (Sentences((99,), torch.tensor([2, 2][:rows])) for rows in (2, 1))
+    first, then = torch.randn(2, 1, 3, 8), torch.randn(2, 1, 60, 8)
+    at_first, at_then = (
+        torch.arange(3, dtype=torch.int32).expand(2, 3),
+        torch.arange(3, 63, dtype=torch.int32).repeat(2, 1),
+    )
+    at_then[1, :-1] = -1
+    at_then[1, -1] = 3
+    ids = torch.ones(2, 60, dtype=torch.int64)
+    made.read(first, at_first, ids[:, :3], 1)
+    made.observe(then, at_then, ids)
+    apart.read(first[1:], at_first[1:], ids[1:, :3], 1)
+    apart.observe(then[1:, :, -1:], at_then[1:, -1:], ids[1:, -1:])
+    assert made.said_at[1][made.said_at[1] >= 0].tolist() == apart.said_at[0].tolist() == [0, 1, 2, 3]
+    assert torch.equal(made.said[1, :, -4:], apart.said[0])
+    made.crop(5, torch.tensor([5, 1]))
+    assert [row[row >= 0].tolist()[-3:] for row in made.said_at] == [[55, 56, 57], [0, 1, 2]]
+    assert torch.equal(made.said[1, :, -3:], first[1])
+
+
 def test_one_token_a_sentence_is_exact_top_k():
     k, made = keys(30), sentences(30, set(range(30)))
     made.build(k, at(30), CPU)
