@@ -140,6 +140,11 @@ def chunks(items: Sequence[Item], size: int, done: set[int]) -> list[list[Item]]
     return [chunk for chunk in cut if any(item.line not in done for item in chunk)]
 
 
+def to_answer(items: Sequence[Item], done: set[int]) -> list[Item]:
+    """The items that a model is needed for: without an error, and not done yet."""
+    return [item for item in items if item.error is None and item.line not in done]
+
+
 def answer_all(
     items: Sequence[Item],
     out: Path,
@@ -153,19 +158,22 @@ def answer_all(
         size: items of a batch.
         settings: digest of what else the answers depend on.
         answer: one row for each item of a batch, without line, id, prompt and settings; it is not asked for items
-            that have an error.
+            that have an error, nor for a batch of which only such are missing.
     """
     done, written = read_done(out, items, settings), 0
-    out.parent.mkdir(parents=True, exist_ok=True)
+    # Folders are missing where the file is written, and a link may lead elsewhere.
+    Path(os.path.realpath(out)).parent.mkdir(parents=True, exist_ok=True)
     with (
         disk_errors(out),
         out.open("a", encoding="utf-8") as file,
         _progress(len(items), len(done)) as advance,
     ):
         for chunk in chunks(items, size, done):
-            good = [item for item in chunk if item.error is None]
+            missing = [item for item in chunk if item.line not in done]
+            # All that can be answered, done or not: together they give the numbers that they gave before.
+            good = [item for item in chunk if item.error is None] if to_answer(missing, done) else []
             rows = dict(zip((item.line for item in good), answer(good) if good else [], strict=True))
-            fresh = [(item, rows.get(item.line, {"error": item.error})) for item in chunk if item.line not in done]
+            fresh = [(item, rows.get(item.line, {"error": item.error})) for item in missing]
             _append(file, [_about(item) | row | {"settings": settings} for item, row in fresh])
             written += len(fresh)
             advance(len(fresh))

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlm.batch import Item, answer_all, bad_item, digest, read_done, read_items
+from dlm.batch import Item, answer_all, bad_item, digest, read_done, read_items, to_answer
 from dlm.config import DecodingConfig, add_arguments, from_arguments
 from dlm.decode import Decoded, StuckError, decode_prompts
 from dlm.ends import cut_at
@@ -172,7 +172,8 @@ def batch_command(args: argparse.Namespace) -> int:
     said = asdict(make_config(args)) | {"model": args.model, "guide": args.guide, "chat": args.chat}
     said |= {"seed": args.seed, "batch_size": args.batch_size, "dtype": args.dtype, "stats": args.stats}
     mark = digest(said)
-    if read_done(args.out, items, mark) == {item.line for item in items}:
+    done = read_done(args.out, items, mark)
+    if done == {item.line for item in items}:
         print(f"all {len(items)} answers are in {args.out} already")
         return 0
     config, known = make_request(args)
@@ -184,7 +185,7 @@ def batch_command(args: argparse.Namespace) -> int:
                 ids[item.line] = known.ids(config, item.prompt, args.chat)
             except ValueError as error:
                 items[place] = bad_item(item, str(error), args.batch, args.strict)
-    writer = make_writer(args, config)
+    writer = make_writer(args, config) if to_answer(items, done) else None
 
     def answer(chunk: list[Item]) -> list[dict[str, Any]]:
         prompts = [ids[item.line] for item in chunk]

@@ -90,7 +90,9 @@ def construct(cls: type[T], said: str, args: list, kwargs: dict, **more: Any) ->
     try:
         given = takes.bind(*args, **kwargs).arguments
         for name, value in given.items():
-            kinds = _kinds(hints.get(name, Any))
+            kinds = _kinds(hint := hints.get(name, Any))
+            if not kinds and hint is not Any:
+                raise TypeError(f"{name}={value!r} is nothing that a text can say")
             if kinds and not (type(value) in kinds or (type(value) is int and float in kinds)):
                 wanted = " or ".join(words for kind, words in _WORDS.items() if kind in kinds)
                 raise ValueError(f"{said}: {name}={value!r} is not {wanted}")

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from dlm.cache.base import Policy, Run, WindowRun, register
-from dlm.cache.frozen import check_method, slots_or_frozen
+from dlm.cache.frozen import check_method, check_shape, slots_or_frozen
 from dlm.cache.plan import Plan
 from dlm.canvas import Canvas
 from dlm.models.decoding_spec import DecodingSpec
@@ -52,9 +52,10 @@ class BlockCache(Policy):
         return self.method is None
 
     def check(self, spec: DecodingSpec) -> None:
-        """Raises ValueError for a model whose tokens see what comes later."""
+        """Raises ValueError for a model whose tokens see what comes later, or a method that does not go with it."""
         if spec.block is None:
             raise ValueError("cache block is for block-causal models; in this one every token sees all; use freecache")
+        check_shape(self.method, spec)
 
     def begin(self, canvas: Canvas, model: Any) -> Run:
         """A run in which nothing is stored."""

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 
 from dlm.cache.base import Policy, Run, WindowRun, check_interval, register
-from dlm.cache.frozen import check_method, slots_or_frozen
+from dlm.cache.frozen import check_method, check_shape, slots_or_frozen
 from dlm.cache.plan import Plan
 from dlm.canvas import Canvas
+from dlm.models.decoding_spec import DecodingSpec
 from textkv.method import Method
 
 
@@ -56,6 +57,10 @@ class FreeCache(Policy):
     def still(self) -> bool:
         """Without refreshes, and with frozen slots in place."""
         return self.refresh is None and self.method is None
+
+    def check(self, spec: DecodingSpec) -> None:
+        """Raises ValueError for a method that the model's layers and heads do not go with."""
+        check_shape(self.method, spec)
 
     def begin(self, canvas: Canvas, model: Any) -> Run:
         """A run in which nothing is frozen; `model` tells a method its layers."""

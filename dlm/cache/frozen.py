@@ -11,12 +11,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from dlm.cache.slots import SlotCache, SlotLayer
 from dlm.canvas import Canvas
-from dlm.models.backbone import rope_frequencies
+from dlm.models.backbone import head_dim_of, rope_frequencies, rotated_of
+from dlm.models.decoding_spec import DecodingSpec
 from textkv.context import Context
+from textkv.evidence import Needs
 from textkv.kernels import decode_attention, merge
+from textkv.kernels.beside import Exact
 from textkv.kinds import LayerKind
 from textkv.layer import Layer
 from textkv.method import Method
@@ -28,31 +32,44 @@ from textkv.segments.dense import DenseSegment
 def check_method(method: Method) -> None:
     """Raises ValueError for a method that cannot keep frozen slots, and says why."""
     needs, can = method.needs(), method.capabilities
-    wrong = ""
-    if needs.hidden or needs.rope or needs.spans or needs.columns or needs.query_moments is not None:
-        wrong = "needs evidence of the whole prompt (hidden states, positions or all queries)"
+    # What a canvas hands over with the slots is all that there is: a need that is not among it would be met by nothing.
+    if needs != Needs(window=needs.window, positions=needs.positions):
+        wrong = "needs evidence of the whole prompt (token ids, hidden states, positions or all queries)"
+    elif can.retrieves:
+        wrong = "fetches tokens for each that is decoded, and a canvas reads all of them at once"
     elif can.decode_eviction:
         wrong = "drops tokens while single tokens are decoded, and a canvas has no such moment"
     elif not can.original_positions:
         wrong = "moves keys to other positions, and slots never move"
     elif can.stores_query_heads:
         wrong = "stores a copy per query head"
-    if wrong:
-        raise ValueError(f"{method.expression} {wrong}; use one that scores keys or by the last queries: snapkv, knorm")
+    else:
+        return
+    raise ValueError(f"{method.expression} {wrong}; use one that scores keys or by the last queries: snapkv, knorm")
 
 
-def store_of(model: Any, method: Method) -> Context:
+def check_shape(method: Method | None, spec: DecodingSpec) -> None:
+    """Raises ValueError for a method that does not go with the layers and heads of a model, as its config tells them:
+    an empty store is begun, which needs no weights."""
+    if method is None or spec.config is None:
+        return
+    for layer in store_of(spec.config, method).layers:
+        layer.lazy_initialization(torch.zeros(1, spec.config.num_key_value_heads, 0, head_dim_of(spec.config)))
+
+
+def store_of(config: PreTrainedConfig, method: Method) -> Context:
     """Empty layers for frozen slots, which take tokens through `Layer.absorb`, and what they share.
 
     No `MethodCache`: that one would put the model on its own, causal attention.
     """
-    kinds = tuple(LayerKind(number, "full") for number in range(model.config.num_hidden_layers))
-    context = Context(method, method.needs(), model.config, kinds)
+    kinds = tuple(LayerKind(number, "full") for number in range(config.num_hidden_layers))
+    context = Context(method, method.needs(), config, kinds)
     context.layers = [Layer(kind, context, kind.number) for kind in kinds]
     context.everything = context.layers
     # Slots keep their positions, and these turn their keys.
-    spec = RotarySpec.halves(rope_frequencies(model.rotated, model.config.rope_theta), model.layers[0].head_dim)
+    spec = RotarySpec.halves(rope_frequencies(rotated_of(config), config.rope_theta), head_dim_of(config))
     context.rotary = dict.fromkeys(range(len(kinds)), spec)
+    method.on_build(context)
     return context
 
 
@@ -74,7 +91,7 @@ class FrozenCache(SlotCache):
 
     def __init__(self, canvas: Canvas, model: Any, method: Method) -> None:
         super().__init__(canvas.length)
-        self.canvas, self.store = canvas, store_of(model, method)
+        self.canvas, self.store = canvas, store_of(model.config, method)
         self.frozen = canvas.real_start_cpu.clone()  # padding is nobody's
         self.move: Move | None = None
         self.kept = 0
@@ -176,15 +193,18 @@ class FrozenLayer(SlotLayer):
             pruned = mask[:, cache.base :][:, live].bool()
             valid = pruned if valid is None else valid & pruned
         k, v = self.k[:, :, live], self.v[:, :, live]
-        frozen = self.store.segments if self.store.seen else []
+        frozen = [segment for segment in self.store.segments if not segment.is_empty()] if self.store.seen else []
         near = [x for x in frozen if _beside(x, k.shape[2])] if valid is None and by_query is None else []
         if near:
             frozen = [segment for segment in frozen if segment not in near]
             held = [segment.stored() for segment in near]
             k, v = torch.cat([*(x.keys for x in held), k], 2), torch.cat([*(x.values for x in held), v], 2)
-        parts = [decode_attention(spread, k, v, scale=scale, valid=valid, visible=by_query)]
-        parts += [segment.attend(spread, scale) for segment in frozen]
-        out = parts[0][0] if len(parts) == 1 else merge([p[0] for p in parts], [p[1] for p in parts])[0]
+        if len(frozen) == 1 and frozen[0].takes_beside and valid is None and by_query is None:
+            out = frozen[0].attend_beside(spread, scale, None, Exact([(k, v)], lse=False))[0]
+        else:
+            parts = [decode_attention(spread, k, v, scale=scale, valid=valid, visible=by_query)]
+            parts += [segment.attend(spread, scale) for segment in frozen]
+            out = parts[0][0] if len(parts) == 1 else merge([p[0] for p in parts], [p[1] for p in parts])[0]
         return out if packing is None else packing.gather(out)
 
     def _hand_over(self, move: Move, q: torch.Tensor, scale: float) -> None:

@@ -65,6 +65,16 @@ def rope_frequencies(head_dim: int, theta: float, device: torch.device | None = 
     return 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
 
 
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Dimensions of a head. Not always width / heads: SDAR-4B has 32 heads of 128 in a width of 2,560."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def rotated_of(config: PreTrainedConfig) -> int:
+    """Dimensions of a head that the rotary embedding turns, from the first on."""
+    return int(head_dim_of(config) * getattr(config, "partial_rotary_factor", 1.0))
+
+
 def full_tables(rope: Rope) -> Rope:
     """Cosines and signed sines [batch, 1, q, rotated] for `rotate`, of tables half as wide; once per forward."""
     cos, sin = rope
@@ -113,8 +123,7 @@ class Layer(GradientCheckpointingLayer):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        # Not always width / heads: SDAR-4B has 32 heads of 128 in a width of 2,560.
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.head_dim = head_dim_of(config)
         self.scaling = self.head_dim**-0.5
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
 
@@ -302,8 +311,8 @@ class MaskedDiffusionModel(PreTrainedModel):
 
     @property
     def rotated(self) -> int:
-        """Dimensions of a head that the rotary embedding turns, from the first on."""
-        return int(self.layers[0].head_dim * getattr(self.config, "partial_rotary_factor", 1.0))
+        """`rotated_of` this model's config."""
+        return rotated_of(self.config)
 
     def _mask(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from transformers import PreTrainedConfig
@@ -24,6 +24,7 @@ class DecodingSpec:
         block: B of a block-causal model: a token sees its own block and those before, blocks being counted in B
             positions from 0 on; None = every token sees every other.
         sub_block: positions of a block that are finished before the next are begun; None = the block.
+        config: of the model, which tells its layers and heads; None = unknown.
 
     Raises:
         ValueError: an id below 0, a mask that is also an end or padding, a shift other than 0 and 1, a limit below 1.
@@ -39,6 +40,7 @@ class DecodingSpec:
     vocabulary: int | None = None
     block: int | None = None
     sub_block: int | None = None
+    config: PreTrainedConfig | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, ids in (("mask_id", (self.mask_id,)), ("pad_id", (self.pad_id,)), ("eos_ids", self.eos_ids)):
@@ -102,4 +104,5 @@ class DecodingSpec:
             block=block,
             # A checkpoint of smaller blocks has no smaller ones inside.
             sub_block=sub_block if block and sub_block and block % sub_block == 0 else None,
+            config=config,
         )

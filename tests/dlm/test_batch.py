@@ -65,6 +65,35 @@ def test_a_torn_end_of_ours_is_written_again(cut, tmp_path):
         assert (tmp_path / "out").read_bytes() == content
 
 
+def test_bad_lines_alone_need_no_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "open_model", lambda *args: pytest.fail("weights were read"))
+    (tmp_path / "in").write_bytes(b'nonsense\n{"prompt": "tom <mask>"}\n{"text": "a"}\n')
+    argv = ["--batch", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--gen-length", "4", "--device", "cpu"]
+    assert generate.main(argv) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [row["line"] for row in rows] == [1, 2, 3] and all("error" in row and "text" not in row for row in rows)
+    assert "3 lines could not be answered" in capsys.readouterr().err
+
+
+def test_a_batch_of_which_only_bad_lines_are_missing_is_not_answered_again(tmp_path):
+    items = [Item(1, "tom"), Item(2, None, error="is no prompt"), Item(3, "ann")]
+    answer_all(items, tmp_path / "whole", 3, "s", answers)
+    lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out").write_bytes(lines[0] + lines[2])
+    assert answer_all(items, tmp_path / "out", 3, "s", lambda chunk: pytest.fail("asked again")) == 1
+    assert b"is no prompt" in (tmp_path / "out").read_bytes()
+
+
+def test_answers_go_where_a_link_leads(tmp_path):
+    """Also into folders that are not there yet: found at the first answer, the work would be lost."""
+    (tmp_path / "file").symlink_to(tmp_path / "new" / "deep" / "out")
+    (tmp_path / "folder").symlink_to(tmp_path / "other")
+    for out in (tmp_path / "file", tmp_path / "folder" / "out"):
+        assert answer_all([Item(1, "tom")], out, 1, "s", answers) == 1
+    assert (tmp_path / "file").is_symlink()
+    assert (tmp_path / "new" / "deep" / "out").read_bytes() == (tmp_path / "other" / "out").read_bytes() != b""
+
+
 def test_an_unreachable_hub_is_one_line_at_once(capfd, monkeypatch):
     monkeypatch.setattr(sources.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(sources.constants, "HF_HUB_OFFLINE", False)

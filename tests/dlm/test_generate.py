@@ -131,6 +131,8 @@ WRONG = {
     "whole rows": (["--cache", "elastic+suffix(3)"], "elastic computes whole rows here and cannot leave slots out"),
     "gap": (["--infill", "tom has <mask:1000000000>"], "gaps of more than 1,048,576 tokens: no model has so many"),
     "long gap": (["--infill", f"tom has <mask:{'9' * 5000}>"], "gaps of more than 1,048,576 tokens"),
+    "method of retrieval": (["--cache", "freecache+quest(0.5)"], "quest fetches tokens for each that is decoded"),
+    "rule's sampling": (["--unmask", "random(sampling=3)"], "sampling=3 is nothing that a text can say"),
     "rule argument": (["--unmask", "guided('topk', k=0)", "--guide", "mini"], "k=0 is no number of tokens"),
     "no guide": (["--unmask", "guided"], "asks a guide and none is named; use --guide"),
     "idle guide": (["--unmask", "random", "--guide", "mini"], "asks no guide; use guided(...)"),
@@ -178,6 +180,8 @@ BLOCKED = {
     "positions": (["--gen-length", "4000"], "need 4015 positions, the model has 2048; shorten the prompt or generate"),
     "mask": (["--prompt", "tom has <mask>"], "a prompt contains the mask token 2, which stands for what is to be"),
     "cache of other models": (["--cache", "block"], "cache block is for block-causal models"),
+    "method and heads": (["--cache", "freecache+kivi(4,channels=5)"], "a group of 5 channels does not divide head_dim 8"),
+    "method and layers": (["--cache", "freecache+minicache(start=9)"], "start=9: the model has 2 layers"),
     "rule and sampling": (
         ["--unmask", "ssd", "--temperature", "1"],
         "ssd with temperature=1.0: only the most",
