@@ -28,6 +28,7 @@ _SCORES = 1 << 19  # scores held at a time
 _ROWS = 256  # query rows at a time
 _TOKENS = 8192  # tokens of a run at a time, about
 _MANY = 64  # query rows of a run from which tiles are unpacked for fused attention
+_SOME = 32  # .. and from which exact tokens go with them, for this spares their own attention besides
 _FEWEST = 1024  # .. and at least, whatever the number of queries
 
 
@@ -37,8 +38,8 @@ def packed_cpu(q, k, v, *, scale, start, length, longest, turn=None, softcap=Non
     B, H, m, D = q.shape
     runs, starts, lengths = start.numel(), start.tolist(), length.tolist()
     x = B * H // runs * m
-    plain = turn is softcap is shift is valid is None
-    fused = x >= _MANY and plain and _ATTEND is not None and _whole(k, v, starts, lengths)
+    plain = turn is softcap is shift is valid is None and x >= (_MANY if beside is None else _SOME)
+    fused = plain and _ATTEND is not None and _whole(k, v, starts, lengths)
     short = x % 4 == 3 and not fused  # products of four rows are faster than those of three
     rows = _rows(q, runs, scale, short)
     if shift is not None:
@@ -49,10 +50,16 @@ def packed_cpu(q, k, v, *, scale, start, length, longest, turn=None, softcap=Non
     held = 4 if fused else max(4, min(rows.shape[1], _ROWS))
     groups, parts = list(_together(lengths, held, k.block)), []
     if beside is not None:
-        if fused or len(groups) * len(pieces) > 1 or not groups[0][1]:
+        chunks = [Part(groups[0][0], starts, lengths, columns, k.block, valid) for columns in groups[0][1]]
+        if fused:
+            per_token = beside.centre is not None and k.scale.shape[1] > 1  # whose table has no channels
+            if len(groups) * len(chunks) > 1 or beside.row or beside.q is not None or per_token:
+                return None
+            out, lse = _unpacked(rows, k, v, chunks[0], beside)
+            return out.to(q.dtype).reshape(B, H, m, D), lse.reshape(B, H, m), None
+        if len(groups) * len(pieces) > 1 or not chunks:
             return None
         exact = beside.at(rows, rows if beside.q is None else _rows(beside.q, runs, scale, short))
-        chunks = [Part(groups[0][0], starts, lengths, columns, k.block, valid) for columns in groups[0][1]]
         out, lse, row = _with_exact(rows, k, v, chunks, turn, softcap, exact, beside)
         row = None if row is None else row[:, :x].reshape(B, H, m, -1)[:, :, -1]
         lse = None if lse is None else lse[:, :x].reshape(B, H, m)
@@ -149,24 +156,32 @@ def _whole(k, v, starts, lengths):
     return all(x.lowrank is None or _one_direction(x, every) is not None for x in (k, v))
 
 
-def _unpacked(q, k, v, part):
+def _unpacked(q, k, v, part, beside=None):
     """As `_attend` without a turning centre, a shift or a soft cap, by fused attention over tiles of runs that are
-    `_whole`, as they are."""
-    tables = []
+    `_whole`, as they are; with the exact tokens of `beside` behind the last tile of every run."""
+    tables, centre = [], None if beside is None or beside.centre is None else beside.centre[part.runs, None, None]
     for packed in (k, v):
-        rank = None
+        rank, (scale, zero) = None, _table(packed, part)
         if packed.lowrank is not None:
             rank = part.of(packed.lowrank.a).flatten(1, 2).float(), _one_direction(packed, part).mT
-        tables.append((rank, tiles(packed, part, _TILE, singles(packed, part, None), *_table(packed, part))))
+        if packed is k and centre is not None:  # beside exact keys these must be whole
+            zero = zero + centre
+        tables.append((rank, tiles(packed, part, _TILE, singles(packed, part, None), scale, zero)))
     (k_rank, keys), (v_rank, values) = tables
+    exact = None if beside is None else [[x.flatten(0, 1).float() for x in pair] for pair in beside.pairs]
     outs, lses = [[] for _ in q], [[] for _ in q]
     for (some, low, high, a), (_, _, _, b) in zip(keys, values, strict=True):
         tokens, own = slice(low * k.block, high * k.block), q[some, None]
         pair = []
-        for x, rank in ((a, k_rank), (b, v_rank)):
+        for which, (x, rank) in enumerate(((a, k_rank), (b, v_rank))):
             x = x.view(len(own), -1, k.head_dim)
-            pair.append((x if rank is None else x.baddbmm_(rank[0][some, tokens], rank[1][some]))[:, None])
+            x = x if rank is None else x.baddbmm_(rank[0][some, tokens], rank[1][some])
+            if exact is not None and high == part.shape[1]:
+                x = torch.cat([x, *(each[which][some] for each in exact)], 1)
+            pair.append(x[:, None])
         out, lse = _ATTEND(own, *pair, 0.0, False, attn_mask=None, scale=1.0)
+        if len(own) == len(q) and high - low == part.shape[1]:
+            return out[:, 0], lse[:, 0]
         for r, run in enumerate(range(some.start, some.stop)):
             outs[run].append(out[r, 0])
             lses[run].append(lse[r, 0])

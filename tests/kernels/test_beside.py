@@ -56,6 +56,31 @@ def test_exact_tokens_are_in_the_same_softmax(backend, lengths, keys, corrected,
                 assert len(rest) == 1 and not mismatch(out, true[0], 8 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("tile", [1 << 18, 48 * 32, 16 * 32])
+@pytest.mark.parametrize("keys", ["channel", "token"])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_many_queries_read_the_exact_tokens_with_the_last_tile(tile, keys, corrected, monkeypatch, dtype):
+    """In one tile, in one for each run, and in three for each."""
+    monkeypatch.setattr(CPU, "_TILE", tile)
+    fused, calls = CPU._ATTEND, []
+    monkeypatch.setattr(CPU, "_ATTEND", lambda *args, **more: calls.append(1) or fused(*args, **more))
+    k, v, rows = cache((48, 48, 48, 48), keys=keys, rank=3 if corrected else 0, single=9 if corrected else 0)
+    if corrected:  # one set of directions for each run, as gear has them
+        run = ((torch.arange(k.blocks) + 1) // 4).clamp(max=3).int()
+        k, v = (replace(x, lowrank=replace(x.lowrank, chunk=run)) for x in (k, v))
+    pairs = [(randn(2, 2, r, 32, dtype=dtype), randn(2, 2, r, 32, dtype=dtype)) for r in (0, 5, 7)]
+    q = randn(2, 6, 11, 32, dtype=dtype)  # 33 query rows of a run
+    for options in ({}, {"centre": 3 * randn(4, 32)}):
+        ours = packed_attention(q, k, v, scale=0.2, **rows, **options, beside=Exact(pairs))
+        true = merged(q, k, v, rows, pairs, q, 0.2, **options)
+        for x, y in zip(ours, true[:2], strict=True):
+            assert not mismatch(x, y, 8 * TOLERANCE[dtype]), options
+        # Keys with a scale per token have no channels that a centre could be added to.
+        apart = keys == "token" and bool(options)
+        assert len(calls) == (0 if apart else {1 << 18: 1, 48 * 32: 4, 16 * 32: 12}[tile])
+        calls.clear()
+
+
 def test_many_exact_tokens_of_half_precision_are_not_made_fp32():
     k, v, rows = cache((48, 48))
     q, pair = randn(1, 4, 1, 32, dtype=torch.bfloat16), randn(2, 1, 2, 600, 32, dtype=torch.bfloat16)
