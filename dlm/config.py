@@ -16,6 +16,7 @@ from dlm.cache import Policy, list_caches, resolve_cache
 from dlm.models import DecodingSpec
 from dlm.unmask import Guided, Rule, Sampling, list_rules, parse_rule
 from textkv.command import checked, count, fraction, natural, some_text, weight
+from textkv.expression import LARGEST
 
 EndOfText = Literal["stop", "fill", "none"]
 BLOCK_LENGTH = 32  # of "auto", in an answer that is at least as long; as in Fast-dLLM's evaluations
@@ -102,6 +103,10 @@ class DecodingConfig:
     infill: bool = _option(False, "")
 
     def __post_init__(self) -> None:
+        for name in ("guided", "infill"):
+            # A text is true to Python whatever it says, and infill="no" would write the masks of a prompt.
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: use True or False")
         if self.gen_length == 0 and not isinstance(self.gen_length, bool):
             object.__setattr__(self, "infill", True)
         _check_number("gen_length", self.gen_length, "tokens", least=0 if self.infill else 1)
@@ -262,3 +267,5 @@ def _check_number(name: str, value: int, unit: str, least: int = 1) -> None:
     """Raises ValueError unless `value` is a whole number of `unit`, at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r} is no number of {unit}; use {least} or more")
+    if value > LARGEST:
+        raise ValueError(f"{name}={value} is out of range; use at most {LARGEST:,}")

@@ -80,9 +80,9 @@ def make_canvas(
         attention_mask: [batch, P], nonzero = real token; None = no padding.
 
     Raises:
-        ValueError: ids of another shape or dtype, padding that is not on the left, a prompt with a mask in it without
-            `infill`, or none in it with `infill` and nothing to generate, a prompt that a shifted model cannot begin
-            from, more positions than the model has.
+        ValueError: ids of another shape, dtype or vocabulary, padding that is not on the left, a prompt with a mask in
+            it without `infill`, or none in it with `infill` and nothing to generate, a prompt that a shifted model
+            cannot begin from, more positions than the model has.
     """
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or input_ids.shape[0] == 0:
         raise ValueError(
@@ -166,6 +166,14 @@ def check_prompt(config: DecodingConfig, spec: DecodingSpec, ids: Sequence[int])
 
 def _check_prompts(spec: DecodingSpec, input_ids: torch.Tensor, real: torch.Tensor, config: DecodingConfig) -> None:
     gaps, tokens = (input_ids == spec.mask_id) & real, real.sum(1)
+    if spec.vocabulary is not None and input_ids.numel():
+        low, high = (int(x) for x in input_ids.aminmax())
+        # An index outside the embedding is an error without a name on a CPU, and ends the process's use of a GPU.
+        if low < 0 or high >= spec.vocabulary:
+            raise ValueError(
+                f"input_ids hold {low if low < 0 else high}, and the model has tokens 0 to {spec.vocabulary - 1}; use "
+                "the ids of its own tokenizer, in padding too"
+            )
     if config.infill:
         _check_gaps(spec, gaps, real, config)
     # The canvas reads its progress from the masks, so a mask in a prompt would be taken for one to be written.

@@ -60,6 +60,8 @@ def resolve_cache(expression: str | Policy) -> Policy:
     """
     if isinstance(expression, Policy):
         return expression
+    if not isinstance(expression, str):
+        raise ValueError(f"cache={expression!r} is neither a text nor a Policy; write for example 'freecache'")
     first, *methods = split_parts(expression)
     pruned = [part for part in methods if parse_call(part)[0] == "suffix"]
     methods = [part for part in methods if part not in pruned]

@@ -102,6 +102,8 @@ def parse_rule(expression: str) -> Rule:
     Raises:
         ValueError: unknown name, malformed text, a bad argument.
     """
+    if not isinstance(expression, str):
+        raise ValueError(f"unmask={expression!r} is neither a text nor a Rule; write for example 'confidence'")
     part, *more = split_parts(expression)
     if more:
         raise ValueError(f"unmasking rule {expression!r}: a rule stands alone; leave out +{'+'.join(more)}")

@@ -38,8 +38,8 @@ class Guider:
         budget: of the method, see textkv.
 
     Raises:
-        ValueError: one tokenizer without the other, unequal vocabularies and a guider's tokenizer without character
-            offsets, a method that cannot take drafts back, or a budget without a method.
+        ValueError: a diffusion model, one tokenizer without the other, unequal vocabularies and a guider's tokenizer
+            without character offsets, a method that cannot take drafts back, or a budget without a method.
     """
 
     model: PreTrainedModel
@@ -50,6 +50,9 @@ class Guider:
     budget: Budget | float | str | None = None
 
     def __post_init__(self) -> None:
+        if hasattr(self.model, "decoding_spec"):
+            kind = type(self.model).__name__
+            raise ValueError(f"the guide is a {kind}, a diffusion model; a guide reads from the left, as Qwen2 does")
         if (self.tokenizer is None) != (self.dlm_tokenizer is None):
             missing = "tokenizer" if self.tokenizer is None else "dlm_tokenizer"
             raise ValueError(f"{missing} is missing: give both tokenizers, or none if the ids mean the same")

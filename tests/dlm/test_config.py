@@ -41,6 +41,10 @@ def test_lengths_are_resolved() -> None:
         (dict(eos="never"), "eos='never': use 'stop', 'fill' or 'none'"),
         (dict(cache="freecash"), "did you mean freecache"),
         (dict(unmask="treshold"), "did you mean threshold"),
+        (dict(infill="no"), "infill='no': use True or False"),
+        (dict(steps=2**70), "steps=1180591620717411303424 is out of range; use at most 2,147,483,647"),
+        (dict(cache=3), "cache=3 is neither a text nor a Policy"),
+        (dict(unmask="random(sampling=3)"), "sampling=3 is nothing that a text can say; its arguments are: suppress"),
     ],
 )
 def test_what_cannot_work_is_refused_without_a_model(options: dict, message: str) -> None:

@@ -308,6 +308,11 @@ IDS = torch.ones(1, 4, dtype=torch.int64)
         ),
         (dict(gen_length=8, block_length=8, unmask="threshold('x')"), "tau='x'"),
         (dict(gen_length=8, block_length=8, temperature=-1.0), "temperature=-1.0"),
+        (dict(gen_length=8, input_ids=IDS * 24), "input_ids hold 24, and the model has tokens 0 to 23; use the ids of"),
+        (dict(gen_length=8, input_ids=-IDS), "input_ids hold -1"),
+        (dict(gen_length=8, generator=[7]), r"generator has 7, which is none; give torch.Generator\(\)"),
+        (dict(gen_length=8, guide=llada()), "the guide is a LLaDAModelLM, a diffusion model; a guide reads from the"),
+        (dict(gen_length=8, unmask=3), "unmask=3 is neither a text nor a Rule"),
     ],
 )
 def test_a_request_that_cannot_work_is_refused_before_the_first_forward(options, message):

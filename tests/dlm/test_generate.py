@@ -180,7 +180,7 @@ BLOCKED = {
     "positions": (["--gen-length", "4000"], "need 4015 positions, the model has 2048; shorten the prompt or generate"),
     "mask": (["--prompt", "tom has <mask>"], "a prompt contains the mask token 2, which stands for what is to be"),
     "cache of other models": (["--cache", "block"], "cache block is for block-causal models"),
-    "method and heads": (["--cache", "freecache+kivi(4,channels=5)"], "a group of 5 channels does not divide head_dim 8"),
+    "method and heads": (["--cache", "freecache+kivi(4,channels=5)"], "a group of 5 channels does not divide"),
     "method and layers": (["--cache", "freecache+minicache(start=9)"], "start=9: the model has 2 layers"),
     "rule and sampling": (
         ["--unmask", "ssd", "--temperature", "1"],

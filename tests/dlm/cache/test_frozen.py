@@ -120,7 +120,7 @@ def test_eight_bits_stay_near_the_exact_logits():
         ("freecache+h2o(0.5)", "h2o.* needs evidence of the whole prompt"),
         ("freecache+quest(0.5)", "quest fetches tokens for each that is decoded, and a canvas reads all of them"),
         ("freecache+retrieval_attention(index='exact')", "retrieval_attention.* fetches tokens for each"),
-        ("freecache+retrieval_attention", r"retrieval_attention needs evidence .*\(token ids, hidden states, positions"),
+        ("freecache+retrieval_attention", r"retrieval_attention needs evidence .*\(token ids, hidden states"),
         ("freecache+sentence_kv(ends=(1,))", "sentence_kv.* needs evidence of the whole prompt"),
         ("freecache+kivi(channels=5)", "a group of 5 channels does not divide head_dim 8"),
         ("freecache+minicache(start=5)", "start=5: the model has 2 layers and a pair needs two of them"),
