@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from table_rows import HERE, Row, markdown, rows
-from tables_dlm import batch_rows, decoding, decoding_hard, dlm_loop, fast_dllm
+from tables_dlm import batch_rows, decoding, decoding_hard, dlm_frozen, dlm_loop, fast_dllm
 
 PAGES = (HERE / "results.md", HERE / "rag.md", HERE / "serving.md")
 _PLACE = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -318,7 +318,7 @@ def _method(row: Row) -> str:
     return f"`{method}`" + (f" {row['budget']}" if method not in ("full", row.get("server")) else "")
 
 
-_MADE = (agents, curves, persistent, board, decoding, decoding_hard, dlm_loop, fast_dllm, batch_rows, cost)
+_MADE = (agents, curves, persistent, board, decoding, decoding_hard, dlm_loop, dlm_frozen, fast_dllm, batch_rows, cost)
 _MADE += (masa, masa_converted, rag, porag, peers, retrieval, conversations, teams, sentences, served, load)
 _MADE += (conversations_flat, thresholds, sentences_pool)
 TABLES: dict[str, Callable[[], str]] = {made.__name__.replace("_", "-"): made for made in _MADE}

@@ -44,6 +44,15 @@ def dlm_loop() -> str:
     return markdown(["model", "cache", "operations outside", "ms outside", "ms of a forward", "share"], lines)
 
 
+def dlm_frozen() -> str:
+    """What reading frozen slots costs that a method holds."""
+    lines = []
+    for row in rows("dlm-frozen-read.json"):
+        told = [f"{row['model']}, {row['layers']} layers", f"`{row['method']}`", f"{row['calls_forward']:,.0f}"]
+        lines.append([*told, f"{1000 * row['seconds_forward']:,.1f}", f"{row.get('frozen_ratio', 1):.2f}"])
+    return markdown(["model", "cache", "operations in a forward", "ms of a forward", "x of `freecache`"], lines)
+
+
 def _arm(row: Row) -> str:
     """The arm's name, the same at every length."""
     if row["steps"] == row["gen_length"]:

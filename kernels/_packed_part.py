@@ -161,6 +161,9 @@ def tiles(packed: Packed, part: Part, numbers: int, extra: Singles | None, scale
                 plus = None if plus is None else plus[..., None]
             if plus is None:
                 wide.mul_(by)
+            elif by.shape[-1] == 1:
+                # One number for a row of channels: two vectorised passes take a third of addcmul's one, which is not.
+                wide.mul_(by).add_(plus)
             else:
                 torch.addcmul(plus, wide, by, out=wide)
         if extra is not None:
