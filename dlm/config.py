@@ -257,7 +257,8 @@ def from_arguments(args: argparse.Namespace, **more: Any) -> DecodingConfig:
     Raises:
         ValueError: as `DecodingConfig`.
     """
-    names = [f.name for f in fields(DecodingConfig)]
+    # Without help it is no argument, and one of that name is something else: `--infill` is a text.
+    names = [f.name for f in fields(DecodingConfig) if f.metadata["help"]]
     return DecodingConfig(
         **(more | {name: value for name in names if (value := getattr(args, name, None)) is not None})
     )
