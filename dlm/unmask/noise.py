@@ -35,7 +35,7 @@ class Noise:
             raise ValueError(f"{len(self.own)} generators for {batch} rows; give one for each row, or one for all")
         # torch.rand fails on a foreign generator only at the first draw, in the middle of a generation.
         for one in self.own or [self.common]:
-            if not isinstance(one, torch.Generator | None):
+            if one is not None and not hasattr(one, "device"):
                 raise ValueError(f"generator has {one!r}, which is none; give torch.Generator(), seeded by manual_seed")
             if one is not None and one.device.type != device.type:
                 raise ValueError(
