@@ -47,6 +47,7 @@ class Held:
         line: the ids as bytes: of thousands of conversations all but a few are passed over by these, in no time.
         bytes: of its cache, or of its files.
         owner: whose it is; nobody else's requests go on from it.
+        back: of one in a folder: columns that it can take back, as far as was seen when it went there.
     """
 
     seen: Dialogue
@@ -56,6 +57,7 @@ class Held:
     owner: str
     talk: Conversation | None = None
     folder: Path | None = None
+    back: int = 0
 
     def continues(self, told: Dialogue, line: bytes, whole: bool) -> int:
         """Columns that a request need not read, if it goes on from here; else 0.
@@ -81,6 +83,10 @@ class Held:
         mine, its = (np.frombuffer(x, np.int64, n) for x in (self.line, line))
         apart = mine != its
         return int(apart.argmax()) if apart.any() else n
+
+    def reaches(self, line: bytes) -> bool:
+        """Whether it may be taken back to where a request leaves it. In memory it is asked itself."""
+        return self.talk is not None or self.seen.columns - self.begins(line) <= self.back
 
 
 @dataclass
@@ -136,7 +142,7 @@ class Shelf:
                 return self.new()
             # The other may still go on its own way.
             self.stats.branched += 1
-            return part.fork()
+            return part
 
     def put(self, conversation: Conversation, owner: str = "") -> None:
         """Keeps a conversation whose turn is over, as the one used last. Others make room first: what lies in memory
@@ -188,13 +194,22 @@ class Shelf:
         return max(found, key=lambda x: x[0], default=(0, None))
 
     def _beginning(self, told: Dialogue, line: bytes, owner: str) -> Conversation | None:
-        """One that begins as a request does and can be taken back to where they part."""
-        alike = (x for x in self._kept if x.owner == owner and line[: self.share * ID] == x.line[: self.share * ID])
-        near = sorted(((x.begins(line), x) for x in alike if not x.forgotten.any()), key=lambda x: -x[0])
-        for _, held in near[:TRIED] if told.columns > self.share else ():
-            reuse = held.talk.foresee(told)
+        """A copy of one that begins as a request does and can be taken back to where they part."""
+        if told.columns <= self.share:
+            return None
+        # Of two that begin as long alike the one in memory comes first: it need not be loaded.
+        held = (x for x in (*self._kept, *self._stored) if x.owner == owner and not x.forgotten.any())
+        alike = (x for x in held if line[: self.share * ID] == x.line[: self.share * ID] and x.reaches(line))
+        near = sorted(((x.begins(line), x) for x in alike), key=lambda x: -x[0])
+        for _, held in near[:TRIED]:
+            talk = held.talk or self._loaded(held)
+            if talk is None:
+                self._forget(held)
+                self.stats.dropped += 1
+                continue
+            reuse = talk.foresee(told)
             if reuse.how == "cropped" and reuse.reused >= self.share:
-                return held.talk
+                return talk.fork() if talk is held.talk else talk
         return None
 
     def _make_room(self, held: Held) -> None:
@@ -204,6 +219,7 @@ class Shelf:
         folder = self._folder.path / str(self._number)
         self._number += 1
         try:
+            back = _takes_back(held.talk)
             held.talk.save(folder)
             size = sum(file.stat().st_size for file in folder.iterdir())
         except (OSError, ValueError):
@@ -211,24 +227,45 @@ class Shelf:
             shutil.rmtree(folder, ignore_errors=True)
             self.stats.dropped += 1
             return
-        self._stored.append(replace(held, bytes=size, talk=None, folder=folder))
+        self._stored.append(replace(held, bytes=size, talk=None, folder=folder, back=back))
         self.stats.to_disk += 1
         while self.disk_limit is not None and self._stored and self.disk_bytes() > self.disk_limit:
-            shutil.rmtree(self._stored.pop(0).folder, ignore_errors=True)
+            self._forget(self._stored[0])
             self.stats.dropped += 1
 
     def _back(self, stored: Held) -> Conversation | None:
         """The conversation from disk; None if what lies there is no longer whole."""
-        self._stored.remove(stored)
-        conversation = None
-        with suppress(OSError, ValueError):
-            conversation = self.load(stored.folder)
-        shutil.rmtree(stored.folder, ignore_errors=True)
+        conversation = self._loaded(stored)
+        self._forget(stored)
         if conversation is None:
             self.stats.dropped += 1
         else:
             self.stats.from_disk += 1
         return conversation
+
+    def _loaded(self, stored: Held) -> Conversation | None:
+        """What lies on disk, which stays there."""
+        with suppress(OSError, ValueError):
+            return self.load(stored.folder)
+        return None
+
+    def _forget(self, stored: Held) -> None:
+        self._stored.remove(stored)
+        shutil.rmtree(stored.folder, ignore_errors=True)
+
+
+def _takes_back(talk: Conversation) -> int:
+    """The most columns that a conversation can take back."""
+    least, most = 0, talk.cache.tokens_seen
+    while least < most:
+        middle = (least + most + 1) // 2
+        try:
+            talk.cache.check_crop(middle)
+        except ValueError:
+            most = middle - 1
+        else:
+            least = middle
+    return least
 
 
 def _line(dialogue: Dialogue) -> bytes:

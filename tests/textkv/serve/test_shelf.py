@@ -122,6 +122,40 @@ def test_one_that_went_to_disk_comes_back_as_it_was(method, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("method", ["full", "snapkv"])
+def test_one_on_disk_that_was_edited_is_loaded_and_taken_back(method, tmp_path):
+    shelf = shelf_of(method, disk=tmp_path, share=8)
+    first, _ = turn(shelf, tiny.text_ids(20, seed=1))
+    stays = shelf._kept[0].talk.fork()
+    shelf.limit = 1
+    turn(shelf, tiny.text_ids(20, seed=2))
+    # Of the answer two tokens stay.
+    edited = more(first[:, :22], 6)
+    out, again = turn(shelf, edited)
+    assert again.last.how == "cropped" and again.last.reused == 22
+    assert torch.equal(out, stays.generate(edited, **GREEDY))
+    assert (shelf.stats.branched, shelf.stats.new, shelf.stats.dropped) == (1, 2, 0)
+    # The other still goes on its own way.
+    _, other = turn(shelf, more(first, 3))
+    assert other.last.how == "continued" and shelf.stats.from_disk == 1
+
+
+def test_one_on_disk_that_cannot_be_taken_back_is_not_even_loaded(tmp_path, monkeypatch):
+    shelf = shelf_of("snapkv", disk=tmp_path, share=8, limit=1)
+    first, _ = turn(shelf, tiny.text_ids(20, seed=1))
+    monkeypatch.setattr(shelf, "load", lambda folder: pytest.fail("it was loaded"))
+    _, again = turn(shelf, more(first[:, :15], 6))
+    assert again.last.how == "new" and len(shelf) == 2
+
+
+def test_one_on_disk_that_was_edited_and_is_damaged_is_read_again(tmp_path):
+    shelf = shelf_of(disk=tmp_path, share=8, limit=1)
+    first, _ = turn(shelf, tiny.text_ids(20, seed=1))
+    (shelf._stored[0].folder / "cache.safetensors").write_bytes(b"")
+    _, again = turn(shelf, more(first[:, :15], 6))
+    assert again.last.how == "new" and shelf.stats.dropped == 1 and len(shelf) == 1
+
+
 def test_a_damaged_file_costs_its_conversation_alone(tmp_path):
     shelf = shelf_of(disk=tmp_path, limit=1)
     first, _ = turn(shelf, tiny.text_ids(20, seed=1))
