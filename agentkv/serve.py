@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import cached_file, logging
 
-from textkv import resolve_method
 from textkv.arguments import budget, device
 from textkv.checkpoints import read_object
 from textkv.command import checked, cluster, count, port, processes, run, seconds, size, some_text, writable_folder
@@ -87,6 +86,8 @@ def serve(args: argparse.Namespace, argv: list[str]) -> None:
 
     if args.ray is None and args.replicas > 1:
         raise ValueError(f"--replicas {args.replicas} need Ray; give --ray local, or HOST:PORT of a cluster")
+    if args.disk is not None and args.memory is None:
+        raise ValueError(f"--disk {args.disk} takes what does not fit into --memory, which has no limit; give one: 8GB")
     logging.disable_progress_bar()
     if not args.api_key_file and not _only_here(args.host):
         raise ValueError(f"--host {args.host} lets other machines in; give --api-key-file FILE, or use 127.0.0.1")
@@ -103,11 +104,10 @@ def serve(args: argparse.Namespace, argv: list[str]) -> None:
         kind = ENGINES.find(engine)
         if (args.rows or 1) > 1 and engine in ("vision", "diffusion"):
             raise ValueError(f"--rows {args.rows} are for text models; leave it out, this is a {engine} model")
+        kind.check(opening)
         if args.ray is None:
             app = build_app(kind.open(opening), name, limits, args.api_key_file, here_alone=here_alone)
         else:
-            if opening.method is not None and engine != "diffusion":
-                resolve_method(opening.method, opening.budget)
             spread = stack.enter_context(replicas(args.replicas, args.ray, engine, opening, limits.waiting))
             app = build_app(Door(), name, limits, args.api_key_file, spread, here_alone)
         print(f"http://{args.host}:{args.port}/v1 serves {name}", flush=True)

@@ -19,7 +19,9 @@ from textkv.serve import ChatEngine, Opening
 from textkv.serve.answers import Answer
 from textkv.serve.engine import Prepared
 from textkv.serve.protocol import ChatRequest, Message
+from textkv.serve.unread import check_cache
 
+DEFAULT = "gui-kv"  # method
 PIXELS = 40_000_000  # of one picture: beyond it a small file can fill the memory
 
 
@@ -54,14 +56,20 @@ class VisionEngine(ChatEngine):
         self.adapter = adapter
 
     @classmethod
-    def open(cls, opening: Opening) -> VisionEngine:
+    def check(cls, opening: Opening) -> None:
         """See `textkv.serve.Engine`."""
         if opening.chat_template is not None:
             raise ValueError("a chat template of your own is for text models; this family brings its form along")
-        method = opening.method or "gui-kv"
-        resolve_method(method, opening.budget)
+        resolve_method(opening.method or DEFAULT, opening.budget)
+        adapter = load_adapter(opening.model, weights=False)
+        config = adapter.model.config
+        check_cache(lambda: adapter.architecture._from_config(config), config, opening, opening.method or DEFAULT)
+
+    @classmethod
+    def open(cls, opening: Opening) -> VisionEngine:
+        """See `textkv.serve.Engine`."""
         adapter = load_adapter(opening.model, opening.device, opening.dtype)
-        return cls(adapter, method, opening.budget, opening.memory, opening.disk)
+        return cls(adapter, opening.method or DEFAULT, opening.budget, opening.memory, opening.disk)
 
     def prepare(self, request: ChatRequest) -> Prepared:
         """See `textkv.serve.Engine`; screenshots are told to methods that ask for them."""

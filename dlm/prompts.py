@@ -13,7 +13,7 @@ from dlm.cache import resolve_cache
 from dlm.canvas import Canvas
 from dlm.config import DecodingConfig
 from dlm.models import DecodingSpec, chat_ids, text_ids
-from dlm.unmask import Guided, parse_rule
+from dlm.unmask import Guided, Rule, parse_rule
 
 MOST_MASKS = 2**20
 MOST_DIGITS = 12  # of the number in a gap: more say no more than that it is too large
@@ -152,14 +152,21 @@ def _grid_canvas(config: DecodingConfig, spec: DecodingSpec, input_ids: torch.Te
     )  # fmt: skip
 
 
-def check_prompt(config: DecodingConfig, spec: DecodingSpec, ids: Sequence[int]) -> None:
-    """Raises ValueError for whatever `decode` would refuse before its first forward, as far as it is known without the
-    model's weights: if a model with this spec cannot go on from the prompt `ids` as `config` says."""
-    canvas = make_canvas(config, spec, torch.tensor([ids], dtype=torch.int64))
+def check_config(config: DecodingConfig, spec: DecodingSpec) -> Rule:
+    """The rule by which a model with this spec decodes. Raises ValueError if the model, the rule and the cache of
+    `config` do not go together, whatever the prompt."""
     rule, policy = config.rule(spec), resolve_cache(config.policy(spec))
     rule = parse_rule(rule) if isinstance(rule, str) else rule
     rule.check(config, policy, hooked=False)
     policy.check(spec)
+    return rule
+
+
+def check_prompt(config: DecodingConfig, spec: DecodingSpec, ids: Sequence[int]) -> None:
+    """Raises ValueError for whatever `decode` would refuse before its first forward, as far as it is known without the
+    model's weights: if a model with this spec cannot go on from the prompt `ids` as `config` says."""
+    canvas = make_canvas(config, spec, torch.tensor([ids], dtype=torch.int64))
+    rule = check_config(config, spec)
     if not isinstance(rule, Guided):  # a guide has weights, too
         rule.begin(canvas, spec, None, config.forwards)
 

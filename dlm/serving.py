@@ -15,8 +15,8 @@ from dlm.cache import resolve_cache
 from dlm.config import DecodingConfig
 from dlm.decode import stream
 from dlm.models.loading import MODELS
-from dlm.prompts import check_prompt, prompt_ids
-from dlm.sources import open_model
+from dlm.prompts import check_config, check_prompt, prompt_ids
+from dlm.sources import model_info, open_model
 from textkv.serve import Cancelled, Engine, Opening, Outcome
 from textkv.serve.protocol import ChatRequest
 
@@ -46,18 +46,19 @@ class DiffusionEngine(Engine):
         self.model, self.tokenizer, self.cache = model, tokenizer, cache
 
     @classmethod
-    def open(cls, opening: Opening) -> DiffusionEngine:
+    def check(cls, opening: Opening) -> None:
         """See `Engine`; `method` is a cache policy of this wing."""
         if opening.budget is not None:
             raise ValueError("a budget belongs into a diffusion model's cache policy: --method 'freecache+snapkv(0.4)'")
+        for name in (name for name in ("memory", "disk") if getattr(opening, name) is not None):
+            raise ValueError(f"--{name}: a diffusion model keeps nothing from one request to the next; leave it out")
         _check(opening.method)
+        check_config(DecodingConfig(gen_length=1, cache=opening.method), model_info(opening.model).spec)
+
+    @classmethod
+    def open(cls, opening: Opening) -> DiffusionEngine:
+        """See `Engine`."""
         model, tokenizer = open_model(opening.model, opening.device, opening.dtype)
-        if tokenizer is None:
-            raise ValueError(
-                f"model {opening.model} has no tokenizer beside it; put its tokenizer.json into the folder"
-            )
-        if opening.method is not None:
-            resolve_cache(opening.method).check(model.decoding_spec)
         if opening.chat_template is not None:
             tokenizer.chat_template = opening.chat_template
         return cls(model, tokenizer, opening.method)

@@ -136,7 +136,7 @@ FEW = "--conversations 1 --steps 1 --holds 1 --clients 1 --requests 1 --methods 
 CASES = {
     "agentkv.report.picture": Case("run p.png", sleeps, STOP, before=recorded, browser=True),
     "agentkv.run": Case(f"{PLAYED} --out run", plays, STOP, browser=True),
-    "agentkv.serve": Case("--model mini --disk d --port {port}", listens, STOP),
+    "agentkv.serve": Case("--model mini --memory 1GB --disk d --port {port}", listens, STOP),
     "agentkv.serve,ray": Case("--model mini-text --ray local --replicas 1 --port {port}", serves, None),
     "dlm.check_models": Case("", fills, None),
     "envs.install": Case("", sleeps, KILL, ("apt-get", "sudo"), elsewhere, browser=True),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +16,8 @@ import pytest
 
 from agentkv import serve
 from tests.processes import start
+from textkv.mini import WEIGHTS
+from textkv.serve import ENGINES
 
 
 def free_port() -> int:
@@ -38,6 +42,20 @@ def free_port() -> int:
         (["--engine", "video"], "video"),
         (["--model", "nowhere"], "nowhere"),
         (["--model", "mini-dlm", "--budget", "0.4"], "cache policy"),
+        (["--model", "mini-dlm", "--method", "frecache"], "freecache"),
+        (["--model", "mini-dlm", "--method", "block"], "block"),
+        (["--model", "mini-dlm", "--memory", "1GB"], "--memory: a diffusion model keeps nothing"),
+        (["--model", "mini-dlm", "--memory", "1GB", "--disk", "{folder}"], "keeps nothing"),
+        (["--model", "mini-text", "--budget", "0.4"], "without a method"),
+        (["--model", "mini-text", "--method", "snapkw", "--budget", "0.4"], "snapkv"),
+        (["--model", "mini-text", "--memory", "8KB"], "holds no conversation of 64 tokens with full, which is 132,096"),
+        (["--model", "mini-text", "--memory", "1KB", "--method", "minicache"], "holds no conversation of 1 tokens"),
+        (["--model", "mini", "--memory", "8KB"], "holds no conversation"),
+        (["--model", "mini", "--chat-template", "{template}"], "for text models"),
+        (["--model", "{gpt2}"], "no chat template"),
+        (["--model", "{gpt2}", "--chat-template", "{template}", "--method", "snapkv"], "a cache that attends"),
+        (["--model", "{t5}", "--chat-template", "{template}"], "Unrecognized configuration class"),
+        (["--disk", "{folder}"], "no limit"),
         (["--queue", "0"], "count"),
         (["--replicas", "2"], "need Ray"),
         (["--rows", "4"], "for text models"),
@@ -53,9 +71,16 @@ def free_port() -> int:
         (["--colour", "red"], "--colour"),
     ],
 )
-def test_a_wrong_request_is_one_line(arguments, says, capsys, monkeypatch):
-    monkeypatch.setattr("uvicorn.Server.run", lambda *a, **k: pytest.fail("it was served"))
-    assert serve.main(["--port", str(free_port()), *arguments]) == 2
+def test_a_wrong_request_is_one_line_before_weights_are_read(arguments, says, capsys, monkeypatch, tmp_path):
+    for engine in ("text", "vision", "diffusion"):
+        monkeypatch.setattr(ENGINES.find(engine), "open", lambda *a, **k: pytest.fail("weights were read"))
+    places = {name: tmp_path / name for name in ("folder", "gpt2", "t5", "template")}
+    places["template"].write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    for kind in (kind for kind in ("gpt2", "t5") if f"{{{kind}}}" in arguments):
+        shutil.copytree(WEIGHTS, places[kind])
+        config = json.loads((WEIGHTS / "config.json").read_text()) | {"model_type": kind}
+        (places[kind] / "config.json").write_text(json.dumps(config))
+    assert serve.main(["--port", str(free_port()), *(one.format(**places) for one in arguments)]) == 2
     told = capsys.readouterr().err
     assert says in told and told.count("\n") == 1
 

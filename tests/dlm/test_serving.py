@@ -70,9 +70,9 @@ def test_what_a_diffusion_model_cannot_do_is_refused(client):
 
 def test_a_budget_and_an_unknown_cache_are_refused_before_weights_are_read():
     with pytest.raises(ValueError, match="cache policy"):
-        DiffusionEngine.open(Opening("nowhere", budget="0.4"))
+        DiffusionEngine.check(Opening("nowhere", budget="0.4"))
     with pytest.raises(ValueError, match="frecache"):
-        DiffusionEngine.open(Opening("nowhere", method="frecache"))
+        DiffusionEngine.check(Opening("nowhere", method="frecache"))
 
 
 def test_every_class_of_the_wing_is_served_with_its_own_cache(tmp_path):

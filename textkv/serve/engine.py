@@ -27,9 +27,11 @@ from textkv.serve.rows import Ask, More, Row, read_next, step
 from textkv.serve.shelf import Shelf
 from textkv.serve.structured import Schemas
 from textkv.serve.template import PLAIN
+from textkv.serve.unread import check_template, check_text_model
 from textkv.together import packs
 
 _COLUMNS = ("input_ids", "attention_mask", "mm_token_type_ids")
+DEFAULT = "full"  # method
 ROWS = 16  # requests that are answered together
 LONGEST = 2**31  # columns, where a model names no limit
 COLDEST = 1e-4  # a temperature below takes the likeliest token: logits divided by it are beyond numbers of 16 bits
@@ -81,10 +83,7 @@ class ChatEngine(Engine):
         rows: int | None = None,
     ) -> None:
         self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
-        if not self.chat_template:
-            raise ValueError(
-                "the tokenizer has no chat template, so messages cannot be told; give one: --chat-template FILE"
-            )
+        check_template(self.chat_template)
         resolve_method(method, budget)
         self.model, self.tokenizer, self.answer_tokens = model, tokenizer, answer_tokens
         self.shelf = Shelf(
@@ -99,16 +98,22 @@ class ChatEngine(Engine):
         self._schemas = Schemas(tokenizer, model.config.get_text_config().vocab_size, self._ends())
 
     @classmethod
+    def check(cls, opening: Opening) -> None:
+        """See `Engine`."""
+        if opening.method is None and opening.budget is not None:
+            raise ValueError(f"--budget {opening.budget} without a method that keeps to it; give one: --method snapkv")
+        resolve_method(opening.method or DEFAULT, opening.budget)
+        check_text_model(opening, opening.method or DEFAULT)
+
+    @classmethod
     def open(cls, opening: Opening) -> ChatEngine:
         """See `Engine`."""
-        method = opening.method or "full"
-        resolve_method(method, opening.budget)
         model, tokenizer = load(opening.model, opening.dtype, opening.device)
         template = opening.chat_template or (PLAIN if opening.model == "mini" else None)
         return cls(
             model,
             tokenizer,
-            method,
+            opening.method or DEFAULT,
             opening.budget,
             opening.memory,
             opening.disk,

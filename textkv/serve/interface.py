@@ -73,8 +73,14 @@ class Engine(Protocol):
     rows: int = 1
 
     @classmethod
+    def check(cls, opening: Opening) -> None:
+        """Raises ValueError or FileNotFoundError, in one line, for what cannot be served, as far as it is known before
+        weights are read.
+        """
+
+    @classmethod
     def open(cls, opening: Opening) -> Engine:
-        """Loads a model. Raises ValueError or FileNotFoundError, in one line, for what cannot be served."""
+        """Loads a model that was checked. Raises ValueError or FileNotFoundError, in one line, for what shows then."""
 
     def prepare(self, request: ChatRequest) -> Any:
         """What `answer` needs of a request. Raises ValueError for one that this model cannot carry out."""
