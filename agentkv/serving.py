@@ -18,11 +18,12 @@ from textkv import Budget, resolve_method
 from textkv.serve import ChatEngine, Opening
 from textkv.serve.answers import Answer
 from textkv.serve.engine import Prepared
-from textkv.serve.protocol import ChatRequest, Message
+from textkv.serve.protocol import ChatRequest, Message, Wrong
 from textkv.serve.unread import check_cache
 
 DEFAULT = "gui-kv"  # method
 PIXELS = 40_000_000  # of one picture: beyond it a small file can fill the memory
+ALL_PIXELS = 200_000_000  # of all pictures of a request, which lie in memory together
 
 
 class VisionEngine(ChatEngine):
@@ -75,7 +76,11 @@ class VisionEngine(ChatEngine):
         """See `textkv.serve.Engine`; screenshots are told to methods that ask for them."""
         images: list[Image.Image] = []
         messages = [self._message(message, images) for message in request.messages]
-        prompt = self.adapter.chat(messages, images)
+        pixels = sum(image.width * image.height for image in images)
+        if pixels > ALL_PIXELS:
+            told = f"{len(images)} pictures of {pixels:,} pixels together"
+            raise Wrong(f"{told} are more than {ALL_PIXELS:,}; send fewer or smaller ones", "messages")
+        prompt = self.adapter.chat(messages, [_whole(image) for image in images])
         return self.prepared(request, prompt.inputs | {"spans": [prompt.spans], "grids": [prompt.grids]})
 
     def _message(self, message: Message, images: list[Image.Image]) -> dict[str, Any]:
@@ -84,7 +89,7 @@ class VisionEngine(ChatEngine):
             if isinstance(part, str):
                 content.append({"type": "text", "text": self.adapter.defuse(part, message.role == "assistant")})
             else:
-                images.append(_picture(part))
+                images.append(_opened(part))
                 content.append({"type": "image"})
         role = "system" if message.role == "developer" else message.role
         # Templates want a text, not a list, where a turn has no picture.
@@ -102,21 +107,29 @@ class VisionEngine(ChatEngine):
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
-def _picture(data: bytes) -> Image.Image:
+def _opened(data: bytes) -> Image.Image:
+    """A picture of which the size is known and nothing else was decoded."""
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
-        large = image.width * image.height > PIXELS
-        if not large:
-            image.load()
-            # A photo may say which side is up: whoever looks at it sees it turned, as transformers' own loader does.
-            image = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
-        told = f"{len(data):,} bytes that are none of {', '.join(FORMATS)}"
-        raise ValueError(f"a picture cannot be read: {told}") from None
+        raise _unreadable(f"{len(data):,} bytes that are none of {', '.join(FORMATS)}") from None
     except Exception as error:  # what decoders raise at damaged bytes is no closed list
-        raise ValueError(f"a picture cannot be read: {' '.join(str(error).split())}") from None
-    if large:
-        raise ValueError(
-            f"a picture of {image.width} x {image.height} is larger than {PIXELS:,} pixels; send it smaller"
-        )
+        raise _unreadable(error) from None
+    if image.width * image.height > PIXELS:
+        size = f"{image.width} x {image.height}"
+        raise Wrong(f"a picture of {size} is larger than {PIXELS:,} pixels; send it smaller", "messages")
     return image
+
+
+def _whole(image: Image.Image) -> Image.Image:
+    """The picture as it is seen."""
+    try:
+        image.load()
+        # A photo may say which side is up: whoever looks at it sees it turned, as transformers' own loader does.
+        return ImageOps.exif_transpose(image)
+    except Exception as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(why: Exception | str) -> Wrong:
+    return Wrong(f"a picture cannot be read: {' '.join(str(why).split())}", "messages")

@@ -18,8 +18,9 @@ from dlm.models.loading import MODELS
 from dlm.prompts import check_config, check_prompt, prompt_ids
 from dlm.sources import model_info, open_model
 from textkv.serve import Cancelled, Engine, Opening, Outcome
-from textkv.serve.protocol import ChatRequest
+from textkv.serve.protocol import ChatRequest, too_long
 
+LONGEST = 2**31  # tokens, where a model names no limit
 ANSWER = 128  # tokens, where a request names no limit
 
 
@@ -70,17 +71,21 @@ class DiffusionEngine(Engine):
             raise ValueError(f"{name}: tokens of a diffusion model come in no order in which they could be counted")
         if request.schema_of_answer is not None:
             raise ValueError("response_format: a diffusion model writes from all sides, where no schema can follow it")
-        length = request.max_tokens or ANSWER
-        config = DecodingConfig(
-            gen_length=length, cache=self.cache, temperature=request.temperature or 0.0, top_p=request.top_p,
-            stop=tuple(request.stop),
-        )  # fmt: skip
         messages = [{"role": _role(m.role), "content": "".join(_texts(m.parts()))} for m in request.messages]
         # A base model's tokenizer has no turns: it goes on from the last message.
         chat = self.tokenizer.chat_template is not None
         ids = prompt_ids(self.tokenizer, messages if chat else messages[-1]["content"], chat)
+        limit = self.model.decoding_spec.context_limit or LONGEST
+        if len(ids) >= limit:
+            raise too_long(len(ids), limit)
+        # Not cut to what there is room for: the length of the canvas is part of what the model sees.
+        length = request.max_tokens or min(ANSWER, limit - len(ids))
+        config = DecodingConfig(
+            gen_length=length, cache=self.cache, temperature=request.temperature or 0.0, top_p=request.top_p,
+            stop=tuple(request.stop),
+        )  # fmt: skip
         check_prompt(config, self.model.decoding_spec, ids)
-        return Asked(torch.tensor([ids], device=self.model.device), config, request.seed)
+        return Asked(torch.tensor([ids], dtype=torch.int64, device=self.model.device), config, request.seed)
 
     def answer(self, prepared: Asked, give: Callable[[str], None], cancelled: Callable[[], bool]) -> Outcome:
         """See `Engine`. Stops between two pieces that became final, not between two forwards."""

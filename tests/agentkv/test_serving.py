@@ -154,6 +154,18 @@ def test_a_picture_that_cannot_be_taken_is_one_line(url, says):
     assert answer.status_code == 400 and says in answer.json()["error"]["message"]
 
 
+def test_many_large_pictures_are_refused_before_one_is_decoded(monkeypatch):
+    monkeypatch.setattr(serving, "_whole", lambda image: pytest.fail("it was decoded"))
+    large = url_of(Image.new("1", (5_000, PIXELS // 5_000)))
+    picture = {"type": "image_url", "image_url": {"url": large}}
+    with served() as client:
+        body = {"model": "mini", "messages": [{"role": "user", "content": [picture] * 6}]}
+        answer = client.post("/v1/chat/completions", json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and "6 pictures of 240,000,000 pixels" in error["message"]
+    assert error["param"] == "messages"
+
+
 def test_a_photo_is_seen_as_it_stands():
     """Turned by what its file says, as by transformers' own loader of pictures."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (210, 160, 3), dtype=np.uint8))
@@ -162,7 +174,8 @@ def test_a_photo_is_seen_as_it_stands():
     exif[0x0112] = 6  # the camera lay on its side
     image.save(lies, "PNG", exif=exif)
     image.transpose(Image.Transpose.ROTATE_270).save(turned, "PNG")
-    assert serving._picture(lies.getvalue()).tobytes() == serving._picture(turned.getvalue()).tobytes()
+    lying, upright = (serving._whole(serving._opened(file.getvalue())) for file in (lies, turned))
+    assert lying.tobytes() == upright.tobytes()
 
 
 @pytest.mark.parametrize("error", [struct.error("required argument is not an integer"), TypeError("bad operand")])

@@ -68,6 +68,15 @@ def test_what_a_diffusion_model_cannot_do_is_refused(client):
     assert told.status_code == 400 and "text only" in told.json()["error"]["message"]
 
 
+def test_what_is_longer_than_the_model_reads_is_said_and_an_empty_text_is_answered(client):
+    told = client.post("/v1/chat/completions", json=body(max_tokens=4_096))
+    assert told.status_code == 400 and "generate at most 2033" in told.json()["error"]["message"]
+    long = client.post("/v1/chat/completions", json=body(messages=[{"role": "user", "content": "a " * 3_000}]))
+    assert long.status_code == 400 and long.json()["error"]["code"] == "context_length_exceeded"
+    empty = client.post("/v1/chat/completions", json=body(messages=[{"role": "user", "content": ""}]))
+    assert empty.status_code == 200
+
+
 def test_a_budget_and_an_unknown_cache_are_refused_before_weights_are_read():
     with pytest.raises(ValueError, match="cache policy"):
         DiffusionEngine.check(Opening("nowhere", budget="0.4"))

@@ -49,9 +49,16 @@ class Limits:
 class Refused(Exception):
     """A request that gets an error instead of an answer: its HTTP status and one line."""
 
-    def __init__(self, status: int, line: str, kind: str = "invalid_request_error", code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        line: str,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+    ) -> None:
         super().__init__(line)
-        self.status, self.body = status, protocol.error_body(line, kind, code)
+        self.status, self.body = status, protocol.error_body(line, kind, code, param)
 
 
 def build_app(
@@ -266,20 +273,26 @@ async def _read(request: Request, limits: Limits) -> protocol.ChatRequest:
     try:
         return protocol.read_request(parse(bytes(body)))
     except ValueError as error:
-        raise Refused(400, f"the body is no request: {_line(error)}") from None
+        raise Refused(400, f"the body is no request: {_line(error)}", **_named(error)) from None
 
 
 def _told(error: Exception) -> Refused:
     # A template refuses turns that its model was not trained on, two of the same role for example.
     if isinstance(error, ValueError | TemplateError):
-        return Refused(400, _line(error))
+        return Refused(400, _line(error), **_named(error))
     # What it was in full is for whoever runs the server; a message of torch may hold tensors of the prompt.
     return Refused(500, f"the answer failed: {type(error).__name__}", "server_error")
 
 
+def _named(error: Exception) -> dict[str, str | None]:
+    """Which field an error is about, and what clients call it."""
+    return {name: getattr(error, name, None) for name in ("param", "code")}
+
+
 def _check_name(asked: str, name: str) -> None:
     if asked != name:
-        raise Refused(404, f"no model {asked!r} here; this server has {name!r}", code="model_not_found")
+        line = f"no model {asked!r} here; this server has {name!r}"
+        raise Refused(404, line, code="model_not_found", param="model")
 
 
 def _client(request: Request) -> str:

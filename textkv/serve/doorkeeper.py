@@ -74,7 +74,9 @@ class KeyAsked:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN and not self._known(scope):
             line = "no valid API key; send it as Authorization: Bearer KEY"
-            await JSONResponse(protocol.error_body(line, "authentication_error"), 401)(scope, receive, send)
+            await JSONResponse(protocol.error_body(line, "authentication_error", "invalid_api_key"), 401)(
+                scope, receive, send
+            )
         else:
             await self.app(scope, receive, send)
 

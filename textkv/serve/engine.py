@@ -22,7 +22,7 @@ from textkv.serve.answers import Answer
 from textkv.serve.interface import Cancelled, Engine, Opening, Outcome
 from textkv.serve.omitted import goes_on, restored
 from textkv.serve.opening import AnswerOpening
-from textkv.serve.protocol import ChatRequest, Message
+from textkv.serve.protocol import ChatRequest, Message, too_long
 from textkv.serve.rows import Ask, More, Row, read_next, step
 from textkv.serve.shelf import Shelf
 from textkv.serve.structured import Schemas
@@ -145,7 +145,7 @@ class ChatEngine(Engine):
         columns = inputs["input_ids"].shape[1]
         limit = self._limit
         if columns >= limit:
-            raise ValueError(f"the messages are {columns} tokens, the model reads up to {limit}; send fewer")
+            raise too_long(columns, limit)
         options = sampling(request)
         options["max_new_tokens"] = min(request.max_tokens or self.answer_tokens, limit - columns)
         penalties = request.frequency_penalty or 0.0, request.presence_penalty or 0.0

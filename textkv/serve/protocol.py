@@ -7,7 +7,6 @@ request (`user`, `metadata`, ...) is accepted and unused.
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -46,6 +45,21 @@ def _whole_characters(text: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"half a character at {error.start}; write the whole one") from None
     return text
+
+
+class Wrong(ValueError):
+    """A request that cannot be carried out. param: the field that is wrong; code: what clients call such an error."""
+
+    def __init__(self, line: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(line)
+        self.param, self.code = param, code
+
+
+def too_long(tokens: int, limit: int) -> Wrong:
+    """What is said of messages that are longer than a model reads; some clients shorten them when they meet the
+    code."""
+    line = f"the messages are {tokens} tokens, the model reads up to {limit}; send fewer"
+    return Wrong(line, "messages", "context_length_exceeded")
 
 
 Words = Annotated[str, AfterValidator(_whole_characters)]
@@ -241,33 +255,37 @@ def read_request(body: Any) -> ChatRequest:
     """The request in a decoded JSON body.
 
     Raises:
-        ValueError: one line that names the first field that is wrong, and what it may be.
+        Wrong: one line that names the first field that is wrong, and what it may be.
     """
     try:
         return ChatRequest.model_validate(body)
     except ValidationError as error:
         # Where a field may be of several kinds each tells its error: the one meant is that which came furthest.
         wrong = max(error.errors(include_url=False, include_context=False), key=lambda one: len(one["loc"]))
-        parts = (str(x) for x in wrong["loc"] if isinstance(x, int) or x.isidentifier())
+        parts = [str(x) for x in wrong["loc"] if isinstance(x, int) or x.isidentifier()]
         place = ".".join(parts) or "the body"
         if wrong["type"] == "extra_forbidden":
             place = ".".join(str(x) for x in wrong["loc"])
-            raise ValueError(f"{place} is no field that this server knows; leave it out") from None
+            raise Wrong(f"{place} is no field that this server knows; leave it out", place) from None
         given = repr(wrong["input"])
         given = given if len(given) <= 80 else f"{given[:77]}..."
-        raise ValueError(f"{place}: {wrong['msg'].removeprefix('Value error, ')}; given was {given}") from None
+        line = f"{place}: {wrong['msg'].removeprefix('Value error, ')}; given was {given}"
+        raise Wrong(line, ".".join(parts) or None) from None
 
 
 def _bytes_of(url: str) -> bytes:
     head, comma, data = url.partition(",")
+    head = head.lower()
     if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
-        raise ValueError(
-            f"a picture must come inside the request, as data:image/png;base64,...; {url[:40]!r} is not fetched"
+        raise Wrong(
+            f"a picture must come inside the request, as data:image/png;base64,...; {url[:40]!r} is not fetched",
+            "messages",
         )
     try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
-        raise ValueError(f"a picture's base64 is damaged: {error}") from None
+        # In lines, as mail has it, it is whole too.
+        return base64.b64decode("".join(data.split()), validate=True)
+    except ValueError as error:
+        raise Wrong(f"a picture's base64 is damaged: {error}", "messages") from None
 
 
 def completion(identity: str, model: str, created: int, text: str, reason: str, usage: dict) -> dict[str, Any]:
@@ -292,9 +310,11 @@ def usage_chunk(identity: str, model: str, created: int, usage: dict) -> dict[st
     return _head(identity, "chat.completion.chunk", model, created) | {"choices": [], "usage": usage}
 
 
-def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict[str, Any]:
+def error_body(
+    message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
     """What goes back instead of an answer."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def _head(identity: str, what: str, model: str, created: int) -> dict[str, Any]:

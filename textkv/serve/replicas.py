@@ -19,7 +19,7 @@ from textkv.serve.engine import ENGINES
 from textkv.serve.folders import OwnFolder
 from textkv.serve.interface import Engine, Opening, Outcome
 from textkv.serve.placing import key_of
-from textkv.serve.protocol import ChatRequest
+from textkv.serve.protocol import ChatRequest, Wrong
 from textkv.serve.queue import Full, Job, Turns
 
 APP = "agentkv"
@@ -192,4 +192,6 @@ def _on_disk(opening: Opening) -> Iterator[Opening]:
 
 def _plain(error: Exception) -> Exception:
     """An error that any process can read: of its kind if the client is to know it, else by its name alone."""
+    if isinstance(error, Wrong):
+        return error
     return ValueError(str(error)) if isinstance(error, ValueError) else RuntimeError(type(error).__name__)

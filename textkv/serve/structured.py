@@ -13,11 +13,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LogitsProcessor
 
+from textkv.serve.protocol import Wrong
+
 if TYPE_CHECKING:
     import xgrammar
 
 LONGEST = 100_000  # characters of a schema: compiling takes seconds per megabyte, and all would wait
 KEPT = 64_000_000  # bytes of compiled schemas
+UNKEPT = {"not", "if", "then", "else", "uniqueItems", "dependentRequired", "$dynamicRef", "$recursiveRef"}
+"""Keywords that xgrammar passes over in silence."""
+EITHER = ("$ref", "anyOf", "oneOf", "allOf")
+"""Where one of these stands, xgrammar looks at nothing beside it."""
+ASKS = {
+    "properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
+    "maxProperties", "items", "prefixItems", "minItems", "maxItems", "contains", "enum", "const", "pattern", "format",
+    "minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", *EITHER,
+}  # fmt: skip
+NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""Keywords of which each value is a schema, under a name of the writer's own."""
 
 
 class Schemas:
@@ -37,11 +50,12 @@ class Schemas:
         """A logits processor for one answer behind `prompt` columns.
 
         Raises:
-            ValueError: xgrammar is not installed, or it cannot carry out this schema.
+            Wrong: xgrammar is not installed, or it cannot carry out this schema.
         """
+        check_schema(schema)
         text = json.dumps(schema)
         if len(text) > LONGEST:
-            raise ValueError(f"response_format: a schema of {len(text):,} characters; use at most {LONGEST:,}")
+            raise _wrong(f"a schema of {len(text):,} characters; use at most {LONGEST:,}")
         compiler = self._compiler or self._made()
         try:
             # One blank at most between two parts: a small model would go on with empty lines to its limit.
@@ -49,23 +63,50 @@ class Schemas:
         except RuntimeError as error:
             # Its own message begins with a time and a line of its source.
             line = str(error).strip().rpartition("] ")[2].partition(": ")[2] or str(error)
-            raise ValueError(f"response_format: this schema cannot be carried out: {line}") from None
+            raise _wrong(f"this schema cannot be carried out: {line}") from None
         return Constrained(compiled, prompt)
 
     def _made(self) -> xgrammar.GrammarCompiler:
         try:
             import xgrammar
         except ImportError:
-            raise ValueError(
-                "response_format needs xgrammar on the server: pip install 'agentkv[structured]'"
-            ) from None
+            raise _wrong("xgrammar is missing on the server: pip install 'agentkv[structured]'") from None
         if not self._ends:
-            raise ValueError("response_format: the model names no token that ends an answer, so none could end")
+            raise _wrong("the model names no token that ends an answer, so none could end")
         told = xgrammar.TokenizerInfo.from_huggingface(
             self._tokenizer, vocab_size=self._columns, stop_token_ids=self._ends
         )
         self._compiler = xgrammar.GrammarCompiler(told, max_threads=2, cache_limit_bytes=KEPT)
         return self._compiler
+
+
+def check_schema(schema: Any, place: str = "") -> None:
+    """Raises Wrong for what a JSON schema asks and xgrammar would pass over, so that answers would not keep it."""
+    if not isinstance(schema, dict):
+        return
+    named = f" of {place}" if place else ""
+    asked = [name for name in schema if schema[name] is not False]
+    for name in (name for name in asked if name in UNKEPT):
+        raise _wrong(f"{name}{named} is not carried out; leave it out of the schema")
+    there = schema.get("$ref")
+    if isinstance(there, str) and there != "#" and not there.startswith("#/"):
+        raise _wrong(f"$ref{named} leads out of the schema by {there[:40]!r}; put what it means under $defs")
+    either = next((name for name in EITHER if name in asked), None)
+    beside = [name for name in asked if name in ASKS and name != either]
+    if either and beside:
+        raise _wrong(f"{beside[0]}{named} beside {either} is not carried out; put it within, or leave it out")
+    several = schema.get("allOf")
+    if isinstance(several, list) and len(several) > 1:
+        raise _wrong(f"allOf{named} of several schemas is not carried out; write them as one")
+    for name, value in schema.items():
+        inner = value.items() if name in NAMED and isinstance(value, dict) else [("", value)]
+        parts = [(key, one) for key, part in inner for one in (part if isinstance(part, list) else [part])]
+        for key, one in parts if name not in ("enum", "const", "default", "examples") else ():
+            check_schema(one, ".".join(part for part in (place, name, key) if part))
+
+
+def _wrong(line: str) -> Wrong:
+    return Wrong(f"response_format: {line}", "response_format")
 
 
 class Constrained(LogitsProcessor):

@@ -159,6 +159,24 @@ def test_what_cannot_be_answered_is_one_line(model, sent, status, says):
     assert says in error["message"] and "\n" not in error["message"] and error["type"]
 
 
+def test_an_error_has_the_code_that_clients_look_for(model):
+    with served(engine_of(model), keys=("secret",)) as client:
+        unknown = client.post("/v1/chat/completions", json=body("x"))
+        client.headers["authorization"] = "Bearer secret"
+        long = client.post("/v1/chat/completions", json=body("x" * 4_500))
+        other = client.post("/v1/chat/completions", json=body("x", model="other"))
+        wrong = client.post("/v1/chat/completions", json=body("x", temperature=9))
+    told = [
+        (x.status_code, x.json()["error"]["code"], x.json()["error"]["param"]) for x in (unknown, long, other, wrong)
+    ]
+    assert told == [
+        (401, "invalid_api_key", None),
+        (400, "context_length_exceeded", "messages"),
+        (404, "model_not_found", "model"),
+        (400, None, "temperature"),
+    ]
+
+
 def test_a_picture_for_a_text_model_is_refused(model):
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     with served(engine_of(model)) as client:

@@ -4,7 +4,7 @@ import base64
 
 import pytest
 
-from textkv.serve.protocol import ChatRequest, read_request
+from textkv.serve.protocol import ChatRequest, Wrong, read_request
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -106,12 +106,13 @@ def test_both_names_of_the_length_and_both_forms_of_stop():
 @pytest.mark.parametrize(
     "url",
     ["http://example.org/x.png", "https://example.org/x.png", "file:///etc/passwd", "/etc/passwd", "x.png", "",
-     "data:text/html;base64,AAAA", "data:image/png,raw", "data:image/png;base64,a"],
+     "data:text/html;base64,AAAA", "data:image/png,raw", "data:image/png;base64,a", "data:image/png;base64,é"],
 )  # fmt: skip
 def test_only_pictures_inside_the_request_are_read(url):
     request = read_request(body(messages=picture(url)))
-    with pytest.raises(ValueError, match="picture"):
+    with pytest.raises(Wrong, match="picture") as caught:
         list(request.messages[0].parts())
+    assert caught.value.param == "messages"
 
 
 def test_texts_and_pictures_keep_their_order():
@@ -123,3 +124,28 @@ def test_texts_and_pictures_keep_their_order():
     ]
     message = read_request(body(messages=[{"role": "user", "content": content}])).messages[0]
     assert list(message.parts()) == ["a", b"file", "b"]
+
+
+@pytest.mark.parametrize(
+    "head", ["data:image/png;base64", "DATA:image/PNG;base64", "data:image/png;charset=utf-8;base64"]
+)
+def test_a_picture_in_lines_and_by_other_letters_is_whole(head):
+    data = base64.encodebytes(bytes(range(200))).decode()
+    assert "\n" in data.strip()
+    request = read_request(body(messages=picture(f"{head},{data}")))
+    assert list(request.messages[0].parts()) == [bytes(range(200))]
+
+
+@pytest.mark.parametrize(
+    ("changed", "param"),
+    [
+        ({"temperature": 5}, "temperature"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "messages.0.role"),
+        ({"top_k": 5}, "top_k"),
+        ({"max_tokens": 1, "max_completion_tokens": 1}, None),
+    ],
+)
+def test_an_error_names_its_field_as_clients_look_for_it(changed, param):
+    with pytest.raises(Wrong) as caught:
+        read_request(body(**changed))
+    assert caught.value.param == param

@@ -13,6 +13,8 @@ from starlette.testclient import TestClient
 
 from tests.textkv.serve.live import listening, mini_engine
 from textkv.serve import build_app
+from textkv.serve.protocol import Wrong
+from textkv.serve.structured import check_schema
 
 NAME = "mini"
 RULES = "Answer in few words. " * 20  # long enough to be worth keeping
@@ -113,3 +115,46 @@ def test_the_openai_client_parses_into_its_own_types(engine):
             model=NAME, messages=[{"role": "user", "content": "A colour?"}], response_format=Colour, temperature=0
         )
         assert isinstance(told.choices[0].message.parsed, Colour)
+
+
+OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"type": "integer", "not": {"const": 5}}, "not is not carried out"),
+        (OBJECT | {"if": {"required": ["a"]}, "then": {"required": ["b"]}}, "if is not carried out"),
+        (
+            {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}},
+            "uniqueItems of properties.a",
+        ),
+        ({"$ref": "http://example.org/x"}, "leads out of the schema"),
+        ({"$ref": "#/$defs/a", "minimum": 5, "$defs": {"a": {"type": "integer"}}}, "minimum beside \\$ref"),
+        (OBJECT | {"anyOf": [{"required": ["a"]}]}, "properties beside anyOf"),
+        ({"allOf": [{"type": "integer"}, {"minimum": 3}]}, "allOf of several"),
+        ({"type": "array", "items": {"anyOf": [{"not": {}}]}}, "not of items.anyOf"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(schema, says):
+    with pytest.raises(Wrong, match=says) as caught:
+        check_schema(schema)
+    assert caught.value.param == "response_format"
+
+
+def test_names_defaults_and_descriptions_are_no_keywords():
+    class Part(BaseModel):
+        """Of another."""
+
+        kind: Literal["not"] | None = None
+
+    class Whole(BaseModel):
+        part: Part = Field(Part(), description="if there is one", examples=[{"not": 1}])
+        other: Part | Colour
+
+    check_schema(schema_of(Whole))
+    check_schema({"type": "object", "properties": {"not": {"type": "string"}, "uniqueItems": {"const": {"if": 1}}}})
+    check_schema({"type": "array", "items": {"type": "integer"}, "uniqueItems": False})
+    # What is wrong otherwise is the library's to say.
+    check_schema({"type": "object", "properties": [1, None]})
+    check_schema({"anyOf": 5})
