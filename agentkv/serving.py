@@ -31,7 +31,7 @@ class VisionEngine(ChatEngine):
 
     Args:
         adapter: what `agentkv.models.load_adapter` gives.
-        method, budget, memory, disk: as for `ChatEngine`.
+        method, budget, memory, disk, rows: as for `ChatEngine`.
     """
 
     reads = tuple(OWN_AGENT)
@@ -43,6 +43,7 @@ class VisionEngine(ChatEngine):
         budget: Budget | float | str | None = None,
         memory: int | None = None,
         disk: Path | None = None,
+        rows: int | None = None,
     ) -> None:
         super().__init__(
             adapter.model,
@@ -53,6 +54,7 @@ class VisionEngine(ChatEngine):
             disk,
             adapter.answer_tokens,
             chat_template=adapter.tokenizer.chat_template or adapter.chat_template,
+            rows=rows,
         )
         self.adapter = adapter
 
@@ -70,7 +72,7 @@ class VisionEngine(ChatEngine):
     def open(cls, opening: Opening) -> VisionEngine:
         """See `textkv.serve.Engine`."""
         adapter = load_adapter(opening.model, opening.device, opening.dtype)
-        return cls(adapter, opening.method or DEFAULT, opening.budget, opening.memory, opening.disk)
+        return cls(adapter, opening.method or DEFAULT, opening.budget, opening.memory, opening.disk, opening.rows)
 
     def prepare(self, request: ChatRequest) -> Prepared:
         """See `textkv.serve.Engine`; screenshots are told to methods that ask for them."""

@@ -27,6 +27,7 @@ from textkv.dialogue import Dialogue, SeenImage, find_images, unseen
 from textkv.evidence import Spans
 from textkv.method import Method
 from textkv.screens import Grids
+from textkv.together import places_pictures
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,7 @@ class Conversation:
 
     @property
     def _turns_by_place(self) -> bool:
-        """Whether a token's rotary position tells where in its image it lies (M-RoPE)."""
-        return hasattr(self.model, "model") and hasattr(self.model.model, "get_rope_index")
+        return places_pictures(self.model)
 
     def dialogue(
         self,

@@ -8,8 +8,9 @@ goes. A prompt of one and a decoded token of another are read in the same forwar
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -20,8 +21,25 @@ from textkv.rollback import Rollback
 
 PROBE = ((7, 11, 5, 9, 6), (8, 5, 12))
 """Ids of two short texts, with which `packs` tries a model."""
+AXES = 4  # of positions where pictures have places of their own: the order of tokens, then time, height and width
 CLOSE = 1e-3
 """How far logits may lie apart there, as a share of their range; other sums of numbers of 16 bits: 32 times that."""
+
+
+class New(NamedTuple):
+    """What a cache of one row has not seen.
+
+    Attributes:
+        ids: int64 [1, m]; all are tokens.
+        places: int64 [axes, m], where the model's rotary embedding turns them to, one behind the other after what the
+            cache has seen where it is None.
+        pictures: those among the ids, `pixel_values` and `image_grid_thw` as the model takes them.
+    """
+
+    cache: Rollback
+    ids: torch.Tensor
+    places: torch.Tensor | None = None
+    pictures: Mapping[str, torch.Tensor] = {}
 
 
 class Views:
@@ -38,22 +56,23 @@ class Together(Cache):
     """What a model takes for its cache while it reads the new tokens of several.
 
     Args:
-        caches: `MethodCache`s of one row each, of the same model and method.
-        counts: new tokens of each.
+        rows: of `MethodCache`s of one row each, of the same model and method.
     """
 
-    def __init__(self, caches: Sequence[Rollback], counts: Sequence[int]) -> None:
+    def __init__(self, rows: Sequence[New]) -> None:
         # What models ask about layers is the same of all.
-        super().__init__(layers=caches[0].layers)
-        self.context, self.caches = caches[0].context, caches
-        self.past = [cache.get_seq_length() for cache in caches]
+        super().__init__(layers=rows[0].cache.layers)
+        self.rows, self.caches = rows, [row.cache for row in rows]
+        self.context = self.caches[0].context
+        self.past = [cache.get_seq_length() for cache in self.caches]
+        counts = [row.ids.shape[1] for row in rows]
         ends = torch.tensor(counts).cumsum(0).tolist()
         self.parts = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
     def call_begins(self, pictures: bool = False) -> None:
         """See `MethodCache`."""
-        for cache in self.caches:
-            cache.call_begins(pictures)
+        for row in self.rows:
+            row.cache.call_begins(bool(row.pictures))
 
     def call_ends(self) -> None:
         """See `MethodCache`."""
@@ -78,22 +97,35 @@ class Together(Cache):
         return max(self.past) + query_length, False
 
 
-def forward(model: PreTrainedModel, rows: Sequence[tuple[Rollback, torch.Tensor]]) -> torch.Tensor:
-    """Reads new tokens of several caches; the logits behind each one's last, fp32 [rows, vocabulary].
-
-    Args:
-        rows: caches of one row, and ids int64 [1, m] that each has not seen. All are tokens.
-    """
-    cache = Together([cache for cache, _ in rows], [ids.shape[1] for _, ids in rows])
-    each = zip(cache.past, (ids for _, ids in rows), strict=True)
-    places = torch.cat([torch.arange(past, past + ids.shape[1]) for past, ids in each])[None].to(model.device)
+def forward(model: PreTrainedModel, rows: Sequence[New | tuple[Rollback, torch.Tensor]]) -> torch.Tensor:
+    """Reads new tokens of several caches; the logits behind each one's last, fp32 [rows, vocabulary]."""
+    rows = [New(*row) for row in rows]
+    cache = Together(rows)
+    places = [_places(model, row, past) for row, past in zip(rows, cache.past, strict=True)]
+    places = torch.cat([one.to(model.device) for one in places], 1)
+    # One axis, or three for where a token lies in its picture and one in front for the order of tokens.
+    told = {"position_ids": places if len(places) == 1 else places[:, None]}
+    # Pictures fill the places that ids leave for them in order, whoever's they are.
+    for name in dict.fromkeys(name for row in rows for name in row.pictures):
+        told[name] = torch.cat([row.pictures[name] for row in rows if name in row.pictures])
     last = torch.tensor([part.stop - 1 for part in cache.parts], device=model.device)
     kept = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    ids = torch.cat([ids for _, ids in rows], 1).to(model.device)
+    ids = torch.cat([row.ids for row in rows], 1).to(model.device)
     with torch.no_grad():
-        out = model(input_ids=ids, position_ids=places, past_key_values=cache, use_cache=True, return_dict=True, **kept)
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, **told, **kept)
     logits = out.logits[0] if kept else out.logits[0, last]
     return logits.float()
+
+
+def _places(model: PreTrainedModel, row: New, past: int) -> torch.Tensor:
+    if row.places is not None:
+        return row.places
+    return torch.arange(past, past + row.ids.shape[1]).expand(AXES if places_pictures(model) else 1, -1)
+
+
+def places_pictures(model: PreTrainedModel) -> bool:
+    """Whether a token's rotary position tells where in its image it lies (M-RoPE)."""
+    return hasattr(getattr(model, "model", None), "get_rope_index")
 
 
 def packs(model: PreTrainedModel, empty: Callable[[], Rollback]) -> bool:
@@ -103,9 +135,8 @@ def packs(model: PreTrainedModel, empty: Callable[[], Rollback]) -> bool:
     Args:
         empty: makes a cache that keeps all.
     """
-    # States are of a row, not of a token; and where a position is more than a count, nobody gives it here.
-    plain = all(isinstance(layer, Layer) and not hasattr(layer, "conv_states") for layer in empty().layers)
-    if not plain or hasattr(getattr(model, "model", None), "get_rope_index"):
+    # States are of a row, not of a token.
+    if not all(isinstance(layer, Layer) and not hasattr(layer, "conv_states") for layer in empty().layers):
         return False
     size = model.config.get_text_config().vocab_size
     texts = [torch.tensor([[i % size for i in text]]) for text in PROBE]

@@ -58,7 +58,7 @@ def free_port() -> int:
         (["--disk", "{folder}"], "no limit"),
         (["--queue", "0"], "count"),
         (["--replicas", "2"], "need Ray"),
-        (["--rows", "4"], "for text models"),
+        (["--model", "mini-dlm", "--rows", "4"], "token by token"),
         (["--ray", "somewhere"], "no Ray cluster"),
         (["--timeout", "0"], "no time"),
         (["--timeout", "inf"], "finite"),

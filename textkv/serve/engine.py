@@ -63,8 +63,8 @@ class ChatEngine(Engine):
         disk: folder for conversations that do not fit; None = they are dropped.
         answer_tokens: the longest answer where a request names no limit.
         chat_template: for a tokenizer that comes without one.
-        rows: requests that are answered together; None = `ROWS`. A model that cannot read several texts at once, and
-            what shows pictures, is answered in turn.
+        rows: requests that are answered together; None = `ROWS`. A model that cannot read several texts at once
+            answers in turn.
 
     Raises:
         ValueError: no chat template, or a method or budget that cannot be.
@@ -185,8 +185,8 @@ class ChatEngine(Engine):
         return Outcome(growing.text, "stop" if ended else "length", ids.shape[1], cached, len(new))
 
     def joins(self, prepared: Prepared) -> bool:
-        """See `Engine`: texts, where the model reads several in one forward as it reads each alone."""
-        return self.rows > 1 and set(prepared.inputs) == {"input_ids"}
+        """See `Engine`: all, where the model reads several texts in one forward as it reads each alone."""
+        return self.rows > 1
 
     def answer_rows(self, more: More) -> None:
         """See `Engine`, and `textkv.serve.rows`. A client that goes away frees its row within one step."""
@@ -216,10 +216,10 @@ class ChatEngine(Engine):
         talk, inputs, moved = self._begun(prepared)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         read, kept = self._stem(talk, inputs, prepared.stem and prepared.stem + moved)
-        ids = inputs["input_ids"]
-        growing = _Growing(self._words(prepared.stop), ask.give, ask.cancelled, ids.shape[1])
-        row = _Asked(talk, ids, prepared.options, growing, prepared.seed)
-        row.ask, row.kept, row.cached = ask, kept, ids.shape[1] - moved - read - talk.last.read
+        columns = inputs["input_ids"].shape[1]
+        growing = _Growing(self._words(prepared.stop), ask.give, ask.cancelled, columns)
+        row = _Asked(talk, inputs, prepared.options, growing, prepared.seed)
+        row.ask, row.kept, row.cached = ask, kept, columns - moved - read - talk.last.read
         return row
 
     def _ended(self, row: _Asked) -> Outcome | Exception:

@@ -15,7 +15,7 @@ from transformers import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteri
 
 from textkv.conversation import Conversation
 from textkv.dialogue import Dialogue
-from textkv.together import forward
+from textkv.together import AXES, New, forward
 
 READ = 2048
 """New tokens of prompts that one forward reads, more only for a single prompt: those who decode wait for it."""
@@ -51,26 +51,36 @@ class Row:
 
     Args:
         talk: the conversation.
-        ids: int64 [1, n], its whole dialogue.
+        inputs: its whole dialogue, as for `Conversation.begin_turn`.
         options: for `model.generate`, which says by them how tokens are drawn and what ends an answer.
         growing: who hears each token.
         seed: of what is drawn by chance; None = as it comes.
 
     Attributes:
         ids: with the answer so far.
-        new: int64 [1, m], what the model has to read next.
+        new: what the model has to read next.
         over: whether the answer has ended, by itself (`ended`) or not.
         error: what has ended it instead.
     """
 
     def __init__(
-        self, talk: Conversation, ids: torch.Tensor, options: dict[str, Any], growing: Hears, seed: int | None = None
+        self,
+        talk: Conversation,
+        inputs: dict[str, Any],
+        options: dict[str, Any],
+        growing: Hears,
+        seed: int | None = None,
     ) -> None:
-        self.talk, self.growing, self.prompt = talk, growing, ids.shape[1]
-        self._told, inputs = talk.begin_turn(ids, attention_mask=torch.ones_like(ids))
+        self.ids: torch.Tensor = inputs["input_ids"]
+        self.talk, self.growing, self.prompt = talk, growing, self.ids.shape[1]
+        self._told, inputs = talk.begin_turn(**inputs)
         self._plan = _Plan()
         talk.model.generate(**inputs, past_key_values=talk.cache, custom_generate=self._plan, **options)
-        self.ids, self.new = ids, ids[:, talk.cache.tokens_seen :]
+        places, unread = inputs.get("position_ids"), slice(talk.cache.tokens_seen, None)
+        pictures = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
+        self.new = New(talk.cache, self.ids[:, unread], None if places is None else places[:, 0, unread], pictures)
+        # Behind what is shown each token is one further, on every axis.
+        self._next = None if places is None else places[1:].amax() + 1
         self.over = self.ended = False
         self.error: Exception | None = None
         self._dice = None if seed is None else torch.Generator(talk.model.device).manual_seed(seed)
@@ -93,7 +103,11 @@ class Row:
             token = torch.multinomial(scores.softmax(-1), 1, generator=self._dice)
         else:
             token = scores.argmax(-1, keepdim=True)
-        self.ids, self.new = torch.cat([self.ids, token], 1), token
+        places = None
+        if self._next is not None:
+            order = self._next.new_full((1, 1), self.ids.shape[1])
+            places, self._next = torch.cat([order, self._next.expand(AXES - 1, 1)]), self._next + 1
+        self.ids, self.new = torch.cat([self.ids, token], 1), New(self.talk.cache, token, places)
         said = self.growing.hear(token[0].tolist())
         self.ended = said or int(token) in plan.ends or any(bool(other(self.ids, scores)) for other in plan.others)
         self.over = self.ended or self.growing.left or self.ids.shape[1] >= plan.longest
@@ -132,7 +146,7 @@ class _Plan:
 def step(model: PreTrainedModel, rows: Sequence[Row]) -> None:
     """Reads what is new of the rows, and draws a token for each; what goes wrong is that row's `error`."""
     try:
-        logits = forward(model, [(row.talk.cache, row.new) for row in rows])
+        logits = forward(model, [row.new for row in rows])
     except Exception as error:
         if len(rows) > 1:
             # Which of them it was shows when each is read alone; what the others had read is taken back there.
@@ -152,7 +166,7 @@ def read_next(rows: Sequence[Row]) -> list[Row]:
     """Those of the rows that the next forward reads: all that decode, and prompts as far as there is room."""
     found, room = [], READ
     for row in rows:
-        columns = row.new.shape[1] if not row.tokens else 0
+        columns = row.new.ids.shape[1] if not row.tokens else 0
         if columns <= room or (columns and room == READ):
             found.append(row)
             room -= columns
