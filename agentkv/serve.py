@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         "--api-key-file", type=checked(keys), default=(), metavar="FILE", help="a key a line; one must come along"
     )
     p.add_argument("--queue", type=count, default=64, help="requests that may wait (64)")
-    p.add_argument("--rows", type=processes, help="requests that are answered together (16; 1 for diffusion models)")
+    p.add_argument("--rows", type=processes, help="requests that are answered together (16)")
     p.add_argument("--timeout", type=seconds, default=600.0, help="seconds for one answer, waiting included (600)")
     p.add_argument("--max-request", type=size, default=32_000_000, help="size of one request (32MB)")
     p.add_argument("--replicas", type=processes, default=1, help="copies of the model, with --ray (1)")
@@ -102,8 +102,6 @@ def serve(args: argparse.Namespace, argv: list[str]) -> None:
         door = stack.enter_context(_listening(args.host, args.port))
         engine = args.engine or engine_of(args.model)
         kind = ENGINES.find(engine)
-        if (args.rows or 1) > 1 and engine == "diffusion":
-            raise ValueError(f"--rows {args.rows} are for models that write token by token; leave it out")
         kind.check(opening)
         if args.ray is None:
             app = build_app(kind.open(opening), name, limits, args.api_key_file, here_alone=here_alone)

@@ -105,12 +105,17 @@ def stream(
     guide: Guider | PreTrainedModel | None = None,
     generator: Generators = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    wanted: Callable[[int], bool] | None = None,
     **options: Any,
 ) -> Iterator[Piece]:
     """As `decode`, giving out what will not change any more: the written tokens of a row up to its first mask.
 
     Ends of text are not given out. Text waits while it may still become a stop string, and for the rest of a character.
     Arguments and errors are those of `decode`; errors come with the first piece.
+
+    Args:
+        wanted: asked after every forward whether somebody still waits for a row, by its number; one that nobody waits
+            for is given up.
 
     Raises:
         ValueError: also for `infill`, whose text does not grow from the left.
@@ -127,6 +132,8 @@ def stream(
         for row, ids, count in zip(canvas.rows.tolist(), canvas.answers.tolist(), final, strict=True):
             if (piece := rows[row].take(ids, count)) is not None:
                 yield piece
+        if wanted is not None:
+            loop.unwanted |= {row for row in canvas.rows.tolist() if not wanted(row)}
 
 
 class _Outlet:

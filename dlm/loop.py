@@ -38,6 +38,7 @@ class Loop:
         canvas: the rows that are not finished.
         ids: int64 [batch, L], all rows as they were when they left; `whole` has the others too.
         slots: int64 [batch, width], what is given back of them.
+        unwanted: numbers of rows that nobody waits for any more: they leave unfinished before the next forward.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Loop:
         self.ends = torch.tensor(model.decoding_spec.eos_ids, dtype=torch.int64, device=canvas.ids.device)
         self.committed = [0] * canvas.batch
         self.numbers = list(range(canvas.batch))  # of the canvas's rows among those that were given
+        self.unwanted: set[int] = set()
         self.ids, self.given, self.tail, self.slots = canvas.ids, canvas.given, canvas.tail, canvas.answer_slots
         self.start = perf_counter()
 
@@ -71,7 +73,7 @@ class Loop:
         """
         self.start, idle = perf_counter(), 0
         self.leave()
-        while not self.canvas.done:
+        while not self.canvas.done and not self.unwanted.issuperset(self.numbers):
             left = sum(self.canvas.left_rows)
             self.run.after(self.finish(self.step()))
             idle = idle + 1 if sum(self.canvas.left_rows) == left else 0
@@ -93,8 +95,9 @@ class Loop:
         return committed | self.stops.end_rows(self.canvas) if self.stops is not None else committed
 
     def leave(self) -> None:
-        """Takes finished rows out of everything that holds rows, unless all are."""
-        alive = [row for row, block in enumerate(self.canvas.active_rows) if block < self.canvas.blocks]
+        """Takes rows that are finished or unwanted out of everything that holds rows, unless all are."""
+        unfinished = (row for row, block in enumerate(self.canvas.active_rows) if block < self.canvas.blocks)
+        alive = [row for row in unfinished if self.numbers[row] not in self.unwanted]
         if len(alive) in (0, self.canvas.batch):
             return
         self.ids, rows = self.whole(), torch.tensor(alive)

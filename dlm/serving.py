@@ -1,11 +1,12 @@
-"""The engine of diffusion language models behind a server: a canvas a request, given out from the left as it is final.
+"""The engine of diffusion language models behind a server: each request a row of a canvas, given out from the left as
+it is final. Requests that wait and are decoded alike share a canvas.
 
 No cache outlives a request: what a diffusion model has read of a prompt depends on the answer that it was written with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,22 +14,24 @@ import torch
 
 from dlm.cache import resolve_cache
 from dlm.config import DecodingConfig
-from dlm.decode import stream
+from dlm.decode import Piece, stream
 from dlm.models.loading import MODELS
-from dlm.prompts import check_config, check_prompt, prompt_ids
+from dlm.prompts import check_config, check_prompt, pad_left, prompt_ids
 from dlm.sources import model_info, open_model
 from textkv.serve import Cancelled, Engine, Opening, Outcome
 from textkv.serve.protocol import ChatRequest, too_long
+from textkv.serve.rows import Ask, More
 
 LONGEST = 2**31  # tokens, where a model names no limit
+ROWS = 16  # requests that share a canvas
 ANSWER = 128  # tokens, where a request names no limit
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt's ids int64 [1, P], and how it is decoded."""
+    """A prompt's ids, and how it is decoded."""
 
-    ids: torch.Tensor
+    ids: list[int]
     config: DecodingConfig
     seed: int | None
 
@@ -38,12 +41,14 @@ class DiffusionEngine(Engine):
 
     Args:
         cache: a cache policy, see `dlm.cache`; None = the model's own.
+        rows: requests that may share a canvas; None = `ROWS`.
     """
 
     reads = tuple(MODELS)
 
-    def __init__(self, model: Any, tokenizer: Any, cache: str | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, cache: str | None = None, rows: int | None = None) -> None:
         _check(cache)
+        self.rows = ROWS if rows is None else rows
         self.model, self.tokenizer, self.cache = model, tokenizer, cache
 
     @classmethod
@@ -62,7 +67,7 @@ class DiffusionEngine(Engine):
         model, tokenizer = open_model(opening.model, opening.device, opening.dtype)
         if opening.chat_template is not None:
             tokenizer.chat_template = opening.chat_template
-        return cls(model, tokenizer, opening.method)
+        return cls(model, tokenizer, opening.method, opening.rows)
 
     def prepare(self, request: ChatRequest) -> Asked:
         """See `Engine`."""
@@ -85,21 +90,69 @@ class DiffusionEngine(Engine):
             stop=tuple(request.stop),
         )  # fmt: skip
         check_prompt(config, self.model.decoding_spec, ids)
-        return Asked(torch.tensor([ids], dtype=torch.int64, device=self.model.device), config, request.seed)
+        return Asked(ids, config, request.seed)
 
     def answer(self, prepared: Asked, give: Callable[[str], None], cancelled: Callable[[], bool]) -> Outcome:
-        """See `Engine`. Stops between two pieces that became final, not between two forwards."""
+        """See `Engine`."""
+        ends: list[Outcome | Exception] = []
+        self._decode([Ask(prepared, give, cancelled, ends.append)])
+        if isinstance(ends[0], Exception):
+            raise ends[0]
+        return ends[0]
+
+    def joins(self, prepared: Asked) -> bool:
+        """See `Engine`."""
+        return self.rows > 1
+
+    def answer_rows(self, more: More) -> None:
+        """See `Engine`. Those that are decoded alike are rows of one canvas, which is full when it begins: who comes
+        later waits for the next.
+        """
+        while asks := more(self.rows):
+            alike: dict[DecodingConfig, list[Ask]] = {}
+            for ask in asks:
+                alike.setdefault(ask.prepared.config, []).append(ask)
+            for rows in alike.values():
+                self._decode(rows)
+
+    def _decode(self, asks: list[Ask]) -> None:
+        """Answers requests of one configuration; each gets the tokens that it would get alone. A client that goes away
+        frees its row within one forward.
+        """
+        config = asks[0].prepared.config
+        texts, tokens, open_rows = [""] * len(asks), [0] * len(asks), set(range(len(asks)))
+        error: Exception = Cancelled()
+        try:
+            for piece in self._pieces(asks, config):
+                row = piece.row
+                texts[row], tokens[row] = texts[row] + (piece.text or ""), tokens[row] + len(piece.ids)
+                if piece.text:
+                    asks[row].give(piece.text)
+                if piece.done:
+                    open_rows.remove(row)
+                    ended = "stop" if tokens[row] < config.gen_length else "length"
+                    asks[row].done(Outcome(texts[row], ended, len(asks[row].prepared.ids), 0, tokens[row]))
+        except Exception as problem:
+            error = problem
+        for row in open_rows:
+            asks[row].done(error)
+
+    def _pieces(self, asks: list[Ask], config: DecodingConfig) -> Iterator[Piece]:
+        ids, mask = pad_left([ask.prepared.ids for ask in asks], self.model.decoding_spec.pad_id, self.model.device)
+        return stream(
+            self.model,
+            ids,
+            mask,
+            config,
+            generator=[self._dice(ask.prepared.seed) for ask in asks],
+            tokenizer=self.tokenizer,
+            wanted=lambda row: not asks[row].cancelled(),
+        )
+
+    def _dice(self, seed: int | None) -> torch.Generator:
         dice = torch.Generator(self.model.device)
-        dice.manual_seed(prepared.seed) if prepared.seed is not None else dice.seed()
-        text, tokens, last = "", 0, None
-        for last in stream(self.model, prepared.ids, config=prepared.config, generator=dice, tokenizer=self.tokenizer):
-            if cancelled():
-                raise Cancelled
-            text, tokens = text + (last.text or ""), tokens + len(last.ids)
-            if last.text:
-                give(last.text)
-        ended = tokens < prepared.config.gen_length
-        return Outcome(text, "stop" if ended else "length", prepared.ids.shape[1], 0, tokens)
+        dice.manual_seed(seed) if seed is not None else dice.seed()
+        return dice
 
     def figures(self) -> Mapping[str, float]:
         """See `Engine`: nothing lies between requests."""

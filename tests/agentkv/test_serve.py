@@ -58,7 +58,7 @@ def free_port() -> int:
         (["--disk", "{folder}"], "no limit"),
         (["--queue", "0"], "count"),
         (["--replicas", "2"], "need Ray"),
-        (["--model", "mini-dlm", "--rows", "4"], "token by token"),
+        (["--rows", "0"], "use 1 to 256"),
         (["--ray", "somewhere"], "no Ray cluster"),
         (["--timeout", "0"], "no time"),
         (["--timeout", "inf"], "finite"),

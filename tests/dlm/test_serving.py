@@ -8,10 +8,12 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from dlm import decode
+from dlm import decode, serving
+from dlm.loop import Loop
 from dlm.prompts import prompt_ids
 from dlm.serving import DiffusionEngine
-from textkv.serve import ENGINES, Opening, build_app
+from tests.textkv.serve.test_rows import together
+from textkv.serve import ENGINES, Cancelled, Opening, Outcome, build_app
 from textkv.serve.protocol import read_request
 
 PROBLEM = "tom has 37 apples. he buys 25. how many now?"
@@ -96,6 +98,65 @@ def test_every_class_of_the_wing_is_served_with_its_own_cache(tmp_path):
     given = []
     outcome = engine.answer(engine.prepare(read_request(body(max_tokens=8))), given.append, lambda: False)
     assert outcome.completion_tokens <= 8 and "".join(given) == outcome.text
+
+
+PROBLEMS = (
+    PROBLEM,
+    "ann has 9 pens and 4 more. how many?",
+    "ben has 80 books. he gives 31 away. he buys 7. how many now?",
+)
+
+
+@pytest.mark.parametrize("name", ["mini", "mini-dream"])
+@pytest.mark.parametrize("more", [{}, {"temperature": 0.8, "seed": 4}, {"stop": ["+"]}])
+def test_requests_that_share_a_canvas_get_what_they_get_alone(name, more):
+    engine = DiffusionEngine.open(Opening(name))
+    texts = [*PROBLEMS, PROBLEMS[1]]
+    asked = [
+        read_request(body(messages=[{"role": "user", "content": text}]) | more | {"max_tokens": 32 + 32 * (n == 3)})
+        for n, text in enumerate(texts)
+    ]
+    found, order = together(engine, asked, late=1)
+    # The last comes when the canvas of the first is full.
+    assert order[3] == 3
+    for one, (text, end) in zip(asked, found, strict=True):
+        told = engine.answer(engine.prepare(one), lambda text: None, lambda: False)
+        assert end == told and text == told.text
+
+
+def test_who_goes_away_leaves_the_canvas_to_the_others(monkeypatch):
+    engine = DiffusionEngine.open(Opening("mini"))
+    rows, step = [], Loop.step
+
+    def counted(loop):
+        rows.append(loop.canvas.batch)
+        return step(loop)
+
+    monkeypatch.setattr(Loop, "step", counted)
+    asked = [read_request(body(messages=[{"role": "user", "content": text}])) for text in PROBLEMS]
+    cancelled = [lambda: False, lambda: len(rows) >= 3, lambda: False]
+    found, _ = together(engine, asked, cancelled)
+    assert rows[:4] == [3, 3, 3, 2] and isinstance(found[1][1], Cancelled)
+    for n in (0, 2):
+        assert found[n][1] == engine.answer(engine.prepare(asked[n]), lambda text: None, lambda: False)
+    # All have gone: it ends at once.
+    rows.clear()
+    found, _ = together(engine, asked, [lambda: len(rows) >= 2] * 3)
+    assert all(isinstance(end, Cancelled) for _, end in found) and len(rows) == 2
+
+
+def test_an_error_is_told_to_those_that_share_its_canvas_and_to_nobody_else(monkeypatch):
+    engine, real = DiffusionEngine.open(Opening("mini")), serving.stream
+
+    def breaks(model, ids, mask, config, **told):
+        if config.gen_length == 32:
+            raise RuntimeError("out of memory")
+        return real(model, ids, mask, config, **told)
+
+    monkeypatch.setattr(serving, "stream", breaks)
+    asked = [read_request(body(max_tokens=n)) for n in (32, 64, 32)]
+    ends = [end for _, end in together(engine, asked)[0]]
+    assert isinstance(ends[0], RuntimeError) and ends[0] is ends[2] and isinstance(ends[1], Outcome)
 
 
 class Bytes:
