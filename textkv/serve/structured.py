@@ -7,6 +7,7 @@ constrained answer is well-formed as far as it goes: one that reaches its length
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ ASKS = {
     "maxProperties", "items", "prefixItems", "minItems", "maxItems", "contains", "enum", "const", "pattern", "format",
     "minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", *EITHER,
 }  # fmt: skip
+_LETTERS, _ANCHORS = re.compile(r"\\.|\[(?:\\.|[^\]])*\]", re.DOTALL), re.compile(r"[\^$]")
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keywords of which each value is a schema, under a name of the writer's own."""
 
@@ -91,6 +93,10 @@ def check_schema(schema: Any, place: str = "") -> None:
     there = schema.get("$ref")
     if isinstance(there, str) and there != "#" and not there.startswith("#/"):
         raise _wrong(f"$ref{named} leads out of the schema by {there[:40]!r}; put what it means under $defs")
+    for pattern in (schema.get("pattern"), *_keys(schema.get("patternProperties"))):
+        # Nor would the library be silent: it writes the whole pattern to the server's log.
+        if isinstance(pattern, str) and _ANCHORS.search(_LETTERS.sub("", pattern).removeprefix("^").removesuffix("$")):
+            raise _wrong(f"pattern{named} has ^ or $ within it, which is not carried out; put them at its ends")
     either = next((name for name in EITHER if name in asked), None)
     beside = [name for name in asked if name in ASKS and name != either]
     if either and beside:
@@ -103,6 +109,10 @@ def check_schema(schema: Any, place: str = "") -> None:
         parts = [(key, one) for key, part in inner for one in (part if isinstance(part, list) else [part])]
         for key, one in parts if name not in ("enum", "const", "default", "examples") else ():
             check_schema(one, ".".join(part for part in (place, name, key) if part))
+
+
+def _keys(named: Any) -> list[str]:
+    return list(named) if isinstance(named, dict) else []
 
 
 def _wrong(line: str) -> Wrong:

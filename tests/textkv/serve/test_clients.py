@@ -6,6 +6,7 @@ import json
 from typing import Literal
 
 import pytest
+from openai import BadRequestError, NotFoundError, OpenAI
 from pydantic import BaseModel
 
 from tests.textkv.serve.live import listening, mini_engine
@@ -50,6 +51,31 @@ def test_langchain_gets_its_own_types(langchain):
     pytest.importorskip("xgrammar", reason="extra structured is not installed")
     told = langchain.with_structured_output(Colour).invoke("a colour?")
     assert isinstance(told, Colour)
+
+
+def test_openais_own_helpers_and_errors(address):
+    client = OpenAI(base_url=address, api_key="none", max_retries=0)
+    asked = {"model": NAME, "messages": [{"role": "user", "content": [{"type": "text", "text": "a colour?"}]}]}
+    free = client.chat.completions.create(**asked, max_completion_tokens=6, temperature=0, stop=["\n\n", "zzz"], seed=1)
+    assert free.choices[0].finish_reason in ("stop", "length") and free.usage.completion_tokens <= 6
+    *_, last = client.chat.completions.create(
+        **asked, max_tokens=4, stream=True, stream_options={"include_usage": True}
+    )
+    assert not last.choices and last.usage.prompt_tokens == free.usage.prompt_tokens
+    with pytest.raises(BadRequestError) as wrong:
+        client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "word " * 9_000}])
+    assert wrong.value.code == "context_length_exceeded"
+    with pytest.raises(BadRequestError) as wrong:
+        client.chat.completions.create(**asked, logprobs=True)
+    assert wrong.value.param == "logprobs"
+    with pytest.raises(NotFoundError) as wrong:
+        client.chat.completions.create(**asked | {"model": "gpt"})
+    assert wrong.value.code == "model_not_found"
+    pytest.importorskip("xgrammar", reason="extra structured is not installed")
+    told = client.chat.completions.parse(**asked, response_format=Colour, max_tokens=20)
+    assert isinstance(told.choices[0].message.parsed, Colour)
+    with client.chat.completions.stream(**asked, response_format=Colour, max_tokens=20) as events:
+        assert isinstance(events.get_final_completion().choices[0].message.parsed, Colour)
 
 
 def test_the_harness_scores_a_generated_task(address, tmp_path):

@@ -133,6 +133,8 @@ OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}}
         ({"$ref": "#/$defs/a", "minimum": 5, "$defs": {"a": {"type": "integer"}}}, "minimum beside \\$ref"),
         (OBJECT | {"anyOf": [{"required": ["a"]}]}, "properties beside anyOf"),
         ({"allOf": [{"type": "integer"}, {"minimum": 3}]}, "allOf of several"),
+        ({"type": "string", "pattern": "^a$|^b$"}, "pattern has"),
+        ({"type": "object", "patternProperties": {"a$b": {}}}, "pattern has"),
         ({"type": "array", "items": {"anyOf": [{"not": {}}]}}, "not of items.anyOf"),
     ],
 )
@@ -155,6 +157,8 @@ def test_names_defaults_and_descriptions_are_no_keywords():
     check_schema(schema_of(Whole))
     check_schema({"type": "object", "properties": {"not": {"type": "string"}, "uniqueItems": {"const": {"if": 1}}}})
     check_schema({"type": "array", "items": {"type": "integer"}, "uniqueItems": False})
+    for pattern in (r"^(a|b)$", r"[^$]+", r"\$5", r"^[\]^]\^$", r"a\\$", ""):
+        check_schema({"type": "string", "pattern": pattern})
     # What is wrong otherwise is the library's to say.
     check_schema({"type": "object", "properties": [1, None]})
     check_schema({"anyOf": 5})
