@@ -49,6 +49,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget", type=budget, help="share of the tokens to keep (0.2), or a number (512t)")
     p.add_argument("--memory", type=size, help="what conversations may hold between turns, as 8GB (default: no limit)")
     p.add_argument(
+        "--host-memory", type=size, default=0, help="of the machine, for those that do not fit on its GPU (none)"
+    )
+    p.add_argument(
         "--disk", type=writable_folder, metavar="DIR", help="where those that do not fit lie meanwhile (dropped)"
     )
     p.add_argument(
@@ -83,11 +86,15 @@ def serve(args: argparse.Namespace, argv: list[str]) -> None:
 
     from textkv.serve import ENGINES, Limits, Opening, build_app
     from textkv.serve.replicas import Door, replicas
+    from textkv.serve.shelf import HOST
 
     if args.ray is None and args.replicas > 1:
         raise ValueError(f"--replicas {args.replicas} need Ray; give --ray local, or HOST:PORT of a cluster")
-    if args.disk is not None and args.memory is None:
-        raise ValueError(f"--disk {args.disk} takes what does not fit into --memory, which has no limit; give one: 8GB")
+    for option, told in (("--disk", args.disk), ("--host-memory", args.host_memory)):
+        if told and args.memory is None:
+            raise ValueError(f"{option} {told} takes what does not fit into --memory, which has no limit; give 8GB")
+    if args.host_memory and not HOST.is_dir():
+        raise ValueError(f"--host-memory lies in {HOST}, which this system does not have; use --disk alone")
     logging.disable_progress_bar()
     if not args.api_key_file and not _only_here(args.host):
         raise ValueError(f"--host {args.host} lets other machines in; give --api-key-file FILE, or use 127.0.0.1")
@@ -96,7 +103,7 @@ def serve(args: argparse.Namespace, argv: list[str]) -> None:
     name, dtype = args.name or args.model, torch.bfloat16 if "cuda" in args.device else torch.float32
     model = OWN_NAME.get(args.model, args.model)
     opening = Opening(model, args.device or "cpu", dtype, args.method, args.budget, args.memory, args.disk)
-    opening = replace(opening, chat_template=args.chat_template, rows=args.rows)
+    opening = replace(opening, chat_template=args.chat_template, rows=args.rows, host=args.host_memory)
     # Before the weights: a port that is taken is known at once.
     with ExitStack() as stack:
         door = stack.enter_context(_listening(args.host, args.port))

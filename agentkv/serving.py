@@ -31,7 +31,7 @@ class VisionEngine(ChatEngine):
 
     Args:
         adapter: what `agentkv.models.load_adapter` gives.
-        method, budget, memory, disk, rows: as for `ChatEngine`.
+        method, budget, memory, disk, rows, host: as for `ChatEngine`.
     """
 
     reads = tuple(OWN_AGENT)
@@ -44,6 +44,7 @@ class VisionEngine(ChatEngine):
         memory: int | None = None,
         disk: Path | None = None,
         rows: int | None = None,
+        host: int = 0,
     ) -> None:
         super().__init__(
             adapter.model,
@@ -55,6 +56,7 @@ class VisionEngine(ChatEngine):
             adapter.answer_tokens,
             chat_template=adapter.tokenizer.chat_template or adapter.chat_template,
             rows=rows,
+            host=host,
         )
         self.adapter = adapter
 
@@ -72,7 +74,8 @@ class VisionEngine(ChatEngine):
     def open(cls, opening: Opening) -> VisionEngine:
         """See `textkv.serve.Engine`."""
         adapter = load_adapter(opening.model, opening.device, opening.dtype)
-        return cls(adapter, opening.method or DEFAULT, opening.budget, opening.memory, opening.disk, opening.rows)
+        own = opening.method or DEFAULT, opening.budget, opening.memory, opening.disk, opening.rows, opening.host
+        return cls(adapter, *own)
 
     def prepare(self, request: ChatRequest) -> Prepared:
         """See `textkv.serve.Engine`; screenshots are told to methods that ask for them."""

@@ -56,7 +56,7 @@ class DiffusionEngine(Engine):
         """See `Engine`; `method` is a cache policy of this wing."""
         if opening.budget is not None:
             raise ValueError("a budget belongs into a diffusion model's cache policy: --method 'freecache+snapkv(0.4)'")
-        for name in (name for name in ("memory", "disk") if getattr(opening, name) is not None):
+        for name in (name for name in ("memory", "disk", "host") if getattr(opening, name)):
             raise ValueError(f"--{name}: a diffusion model keeps nothing from one request to the next; leave it out")
         _check(opening.method)
         check_config(DecodingConfig(gen_length=1, cache=opening.method), model_info(opening.model).spec)

@@ -56,6 +56,8 @@ def free_port() -> int:
         (["--model", "{gpt2}", "--chat-template", "{template}", "--method", "snapkv"], "a cache that attends"),
         (["--model", "{t5}", "--chat-template", "{template}"], "Unrecognized configuration class"),
         (["--disk", "{folder}"], "no limit"),
+        (["--host-memory", "1GB"], "no limit"),
+        (["--host-memory", "1"], "no size"),
         (["--queue", "0"], "count"),
         (["--replicas", "2"], "need Ray"),
         (["--rows", "0"], "use 1 to 256"),

@@ -61,6 +61,7 @@ class ChatEngine(Engine):
         method, budget: as for `MethodCache`.
         memory: bytes that the conversations may hold between their turns; None = no limit.
         disk: folder for conversations that do not fit; None = they are dropped.
+        host: bytes of the machine's memory for them, before they go to disk.
         answer_tokens: the longest answer where a request names no limit.
         chat_template: for a tokenizer that comes without one.
         rows: requests that are answered together; None = `ROWS`. A model that cannot read several texts at once
@@ -81,13 +82,18 @@ class ChatEngine(Engine):
         answer_tokens: int = 1024,
         chat_template: str | None = None,
         rows: int | None = None,
+        host: int = 0,
     ) -> None:
         self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
         check_template(self.chat_template)
         resolve_method(method, budget)
         self.model, self.tokenizer, self.answer_tokens = model, tokenizer, answer_tokens
         self.shelf = Shelf(
-            lambda: Conversation(model, method, budget), lambda folder: Conversation.load(folder, model), memory, disk
+            lambda: Conversation(model, method, budget),
+            lambda folder: Conversation.load(folder, model),
+            memory,
+            disk,
+            host=host,
         )
         self._blank = self.shelf.new()
         rows = ROWS if rows is None else rows
@@ -119,6 +125,7 @@ class ChatEngine(Engine):
             opening.disk,
             chat_template=template,
             rows=opening.rows,
+            host=opening.host,
         )
 
     def prepare(self, request: ChatRequest) -> Prepared:
@@ -273,6 +280,7 @@ class ChatEngine(Engine):
         held = {
             "kv_bytes": self.shelf.kv_bytes(),
             "kv_bytes_peak": self.shelf.peak_bytes,
+            "host_bytes": self.shelf.host_bytes(),
             "disk_bytes": self.shelf.disk_bytes(),
         }
         return (

@@ -46,6 +46,7 @@ class Opening:
         method, budget: of the cache; None = the engine's own.
         memory: bytes that conversations may hold between their turns; None = no limit.
         disk: folder for those that do not fit; None = they are dropped.
+        host: bytes of the machine's memory for those that do not fit, before they go to disk.
         chat_template: in place of the model's own.
         rows: requests that may be answered together, where an engine can; None = as many as it likes.
     """
@@ -59,6 +60,7 @@ class Opening:
     disk: Path | None = None
     chat_template: str | None = None
     rows: int | None = None
+    host: int = 0
 
 
 class Engine(Protocol):

@@ -1,9 +1,10 @@
 """Conversations between their turns: which one a request goes on from, and who makes room.
 
 A conversation is found by what it has read, so that clients need no session id: the one that shares the most columns
-with the request is taken, and while it is in use nobody else finds it. What does not fit under the limit goes to disk
-if there is a folder for it, the one that was not used for the longest time first, and comes back as it was. One that is
-dropped is read again by its next turn, and answered all the same.
+with the request is taken, and while it is in use nobody else finds it. What does not fit under the limit goes to the
+machine's memory if there is room set aside for it (files in `HOST`), then to disk if there is a folder for it, the one
+that was not used for the longest time first, and comes back as it was. One that is dropped is read again by its next
+turn, and answered all the same.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from textkv.dialogue import Dialogue
 from textkv.serve.folders import OwnFolder
 from textkv.serve.omitted import AGREE, compare
 
+HOST = Path("/dev/shm")  # files here lie in memory
 ID = 8  # bytes of a token's id
 TRIED = 8  # conversations that begin like a request and are asked whether they can be taken back to there
 
@@ -34,6 +36,8 @@ class ShelfStats:
     new: int = 0
     continued: int = 0
     branched: int = 0
+    to_host: int = 0
+    from_host: int = 0
     to_disk: int = 0
     from_disk: int = 0
     dropped: int = 0
@@ -47,6 +51,7 @@ class Held:
         line: the ids as bytes: of thousands of conversations all but a few are passed over by these, in no time.
         bytes: of its cache, or of its files.
         owner: whose it is; nobody else's requests go on from it.
+        host: whether that folder lies in the machine's memory.
         back: of one in a folder: columns that it can take back, as far as was seen when it went there.
     """
 
@@ -57,6 +62,7 @@ class Held:
     owner: str
     talk: Conversation | None = None
     folder: Path | None = None
+    host: bool = False
     back: int = 0
 
     def continues(self, told: Dialogue, line: bytes, whole: bool) -> int:
@@ -99,6 +105,7 @@ class Shelf:
         limit: bytes that all in memory may hold together between their turns; None = no limit.
         disk: folder for those that do not fit; a folder of this shelf's own is made in it, and removed by `close`.
         disk_limit: bytes that may lie there; None = no limit.
+        host: bytes that may lie in the machine's memory, before anything goes to disk.
         share: columns that must be common before a conversation is copied for another that only begins like it.
 
     Attributes:
@@ -110,6 +117,7 @@ class Shelf:
     limit: int | None = None
     disk: Path | None = None
     disk_limit: int | None = None
+    host: int = 0
     share: int = 64
     stats: ShelfStats = field(default_factory=ShelfStats)
 
@@ -119,6 +127,7 @@ class Shelf:
         self._lock, self._number, self.peak_bytes = Lock(), 0, 0
         # Of this process alone: prompts of others are none of its business, and it removes what it made.
         self._folder = None if self.disk is None else OwnFolder(self.disk, "conversations-")
+        self._host = OwnFolder(HOST, "agentkv-conversations-") if self.host else None
 
     def take(self, told: Dialogue, owner: str = "") -> Conversation:
         """The conversation of `owner` that is best gone on from, or a new one. Give it back with `put`, unless it
@@ -173,20 +182,27 @@ class Shelf:
 
     def disk_bytes(self) -> int:
         """Bytes of all that lie on disk."""
-        return sum(stored.bytes for stored in list(self._stored))
+        return self._stored_bytes(host=False)
+
+    def host_bytes(self) -> int:
+        """Bytes of all that lie in the machine's memory as files."""
+        return self._stored_bytes(host=True)
 
     def close(self) -> None:
-        """Forgets all, and removes what lies on disk."""
+        """Forgets all, and removes what lies in files."""
         with self._lock:
             self._kept, self._stored = [], []
-            if self._folder is not None:
-                self._folder.close()
+            for own in filter(None, (self._host, self._folder)):
+                own.close()
 
     def __len__(self) -> int:
         return len(self._kept) + len(self._stored)
 
     def _bytes(self) -> int:
         return sum(kept.bytes for kept in self._kept)
+
+    def _stored_bytes(self, host: bool) -> int:
+        return sum(stored.bytes for stored in list(self._stored) if stored.host == host)
 
     def _best(self, held: list[Held], told: Dialogue, line: bytes, owner: str, whole: bool) -> tuple[int, Held | None]:
         """The one of which a request need not read the most columns, and how many."""
@@ -213,38 +229,67 @@ class Shelf:
         return None
 
     def _make_room(self, held: Held) -> None:
-        if self._folder is None:
+        for own in filter(None, (self._host, self._folder)):
+            folder = self._new_folder(own)
+            try:
+                back = _takes_back(held.talk)
+                held.talk.save(folder)
+                size = sum(file.stat().st_size for file in folder.iterdir())
+            except (OSError, ValueError):
+                # A full disk, or a method that cannot be saved: the next turn reads it again.
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            host = own is self._host
+            self._stored.append(replace(held, bytes=size, talk=None, folder=folder, host=host, back=back))
+            self._count("to", host)
+            break
+        else:
             self.stats.dropped += 1
-            return
-        folder = self._folder.path / str(self._number)
-        self._number += 1
-        try:
-            back = _takes_back(held.talk)
-            held.talk.save(folder)
-            size = sum(file.stat().st_size for file in folder.iterdir())
-        except (OSError, ValueError):
-            # A full disk, or a method that cannot be saved: the next turn reads it again.
-            shutil.rmtree(folder, ignore_errors=True)
-            self.stats.dropped += 1
-            return
-        self._stored.append(replace(held, bytes=size, talk=None, folder=folder, back=back))
-        self.stats.to_disk += 1
-        while self.disk_limit is not None and self._stored and self.disk_bytes() > self.disk_limit:
-            self._forget(self._stored[0])
+        self._keep_limits()
+
+    def _keep_limits(self) -> None:
+        """Who was used longest ago leaves what is too full: from the machine's memory to disk, from there for good."""
+        while self.host_bytes() > self.host:
+            self._to_disk(next(one for one in self._stored if one.host))
+        while self.disk_limit is not None and self.disk_bytes() > self.disk_limit:
+            self._forget(next(one for one in self._stored if not one.host))
             self.stats.dropped += 1
 
+    def _to_disk(self, stored: Held) -> None:
+        if self._folder is not None:
+            folder = self._new_folder(self._folder)
+            try:
+                shutil.copytree(stored.folder, folder)
+            except OSError:  # shutil's own error is one
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                shutil.rmtree(stored.folder, ignore_errors=True)
+                self._stored[self._stored.index(stored)] = replace(stored, folder=folder, host=False)
+                self._count("to", host=False)
+                return
+        self._forget(stored)
+        self.stats.dropped += 1
+
+    def _new_folder(self, own: OwnFolder) -> Path:
+        self._number += 1
+        return own.path / str(self._number)
+
+    def _count(self, way: str, host: bool) -> None:
+        name = f"{way}_{'host' if host else 'disk'}"
+        setattr(self.stats, name, getattr(self.stats, name) + 1)
+
     def _back(self, stored: Held) -> Conversation | None:
-        """The conversation from disk; None if what lies there is no longer whole."""
+        """The conversation from its files; None if what lies there is no longer whole."""
         conversation = self._loaded(stored)
         self._forget(stored)
         if conversation is None:
             self.stats.dropped += 1
         else:
-            self.stats.from_disk += 1
+            self._count("from", stored.host)
         return conversation
 
     def _loaded(self, stored: Held) -> Conversation | None:
-        """What lies on disk, which stays there."""
+        """What lies in files, which stay there."""
         with suppress(OSError, ValueError):
             return self.load(stored.folder)
         return None

@@ -199,6 +199,44 @@ def test_a_disk_that_is_taken_away_while_it_is_written_to_costs_what_lay_there(t
         again.save(place)
 
 
+@pytest.mark.parametrize("disk", [False, True])
+def test_the_machines_memory_comes_before_the_disk(disk, tmp_path, monkeypatch):
+    monkeypatch.setattr("textkv.serve.shelf.HOST", tmp_path / "host")
+    shelf = shelf_of("snapkv", disk=tmp_path / "disk" if disk else None, host=10**9, limit=1)
+    talks = [turn(shelf, tiny.text_ids(20, seed=seed))[0] for seed in range(3)]
+    assert (shelf.stats.to_host, shelf.disk_bytes(), len(shelf)) == (3, 0, 3) and shelf.host_bytes() > 0
+    # Room for two: the one that was used longest ago goes on to disk, or away.
+    shelf.host = int(2.5 * shelf.host_bytes() / 3)
+    talks.append(turn(shelf, tiny.text_ids(20, seed=9))[0])
+    assert shelf.host_bytes() <= shelf.host and (shelf.stats.to_disk, shelf.stats.dropped) == (
+        (2, 0) if disk else (0, 2)
+    )
+    # All come back as they were, the ones in memory without the disk.
+    for seed, talk in reversed(list(enumerate(talks))):
+        found, again = turn(shelf, more(talk, 30 + seed))
+        here = disk or seed > 1
+        assert again.last.how == ("continued" if here else "new")
+    assert shelf.stats.from_host >= 2 and shelf.stats.from_disk == (2 if disk else 0)
+    shelf.close()
+    assert not any((tmp_path / "host").iterdir())
+
+
+def test_a_full_memory_of_the_machine_is_gone_past(tmp_path, monkeypatch):
+    monkeypatch.setattr("textkv.serve.shelf.HOST", tmp_path / "host")
+    shelf, save = shelf_of(disk=tmp_path / "disk", host=10**9, limit=1), Conversation.save
+
+    def full(self, folder):
+        if (tmp_path / "host") in folder.parents:
+            raise OSError(28, "No space left on device")
+        save(self, folder)
+
+    monkeypatch.setattr(Conversation, "save", full)
+    first, _ = turn(shelf, tiny.text_ids(20, seed=1))
+    assert (shelf.stats.to_host, shelf.stats.to_disk, shelf.stats.dropped) == (0, 1, 0)
+    _, again = turn(shelf, more(first, 3))
+    assert again.last.how == "continued"
+
+
 def test_the_disk_has_a_limit_too(tmp_path):
     shelf = shelf_of(disk=tmp_path, limit=1)
     turn(shelf, tiny.text_ids(20, seed=1))
