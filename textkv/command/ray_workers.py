@@ -45,6 +45,8 @@ class RayWorkers:
         self._stack = ExitStack()
         self._idle: deque[Any] = deque()
         self._all: list[Any] = []
+        # Of each that was asked for: done when it is there.
+        self._here: dict[int, Future] = {}
         # By the result to come: who does it, with what, and the how manyth try it is.
         self._busy: dict[Future, tuple[Any, tuple[Any, ...], int]] = {}
 
@@ -95,18 +97,32 @@ class RayWorkers:
     def _kill(self, actor: Any) -> None:
         """Ends one, also if it is only out of reach: it must not go on beside its successor."""
         self._all.remove(actor)
+        self._here.pop(id(actor))
         with suppress(Exception):
             self._ray.kill(actor)
 
     def _deal(self, job: Callable[..., Any], waiting: deque[tuple[tuple[Any, ...], int]]) -> None:
         """Gives out what waits, as far as there are hands."""
+        if not waiting:
+            self._take_over(waiting)
         while waiting and (self._idle or len(self._busy) < self.number):
             args, tries = waiting.popleft()
             if not self._idle:
                 self._idle.append(self._actor.remote(self._open, self._args))
                 self._all.append(self._idle[-1])
+                self._here[id(self._idle[-1])] = self._idle[-1].__ray_ready__.remote().future()
             actor = self._idle.popleft()
             self._busy[actor.work.remote(job, args).future()] = actor, args, tries
+
+    def _take_over(self, waiting: deque[tuple[tuple[Any, ...], int]]) -> None:
+        """Hands that are idle do the jobs of those that have not come: on a cluster that has lost a machine there may
+        never be room for them.
+        """
+        late = [future for future, (actor, *_) in self._busy.items() if not self._here[id(actor)].done()]
+        for future in late[: len(self._idle)]:
+            actor, args, tries = self._busy.pop(future)
+            self._kill(actor)
+            waiting.append((args, tries))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -97,6 +97,18 @@ def test_a_job_that_kills_every_worker_is_given_up(workers, tmp_path, monkeypatc
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_the_job_of_a_worker_for_whom_there_is_no_room_any_more_is_done_by_another(ray):
+    free = int(ray.available_resources()["CPU"])
+    place = ray.remote(num_cpus=free - 1)(Doubles).remote(Path())
+    ray.get(place.__ray_ready__.remote())
+    try:
+        with RayWorkers(2, "local", opened, "model") as two:
+            # The second cannot come, and has a job.
+            assert sorted(two.results(job, [(n,) for n in range(4)])) == [((n,), f"model {n}") for n in range(4)]
+    finally:
+        ray.kill(place)
+
+
 def test_more_workers_than_there_is_room_for_are_refused(ray):
     with pytest.raises(ValueError, match="has 5 processors and 6 are needed"), RayWorkers(6, "local", opened, "m"):
         pass
