@@ -13,13 +13,13 @@ import torch.nn.functional as F
 
 from ._rotary_centre import turned_scores
 from ._weights import tokens_together, turn_of, weights_of
-from .codebook import scales, vectors
+from .codebook import Room, scales, vectors
 from .merge import reference as merge
 
 _TILE = 1 << 19  # numbers that are looked up at a time: 2 MB
 _SCORES = 1 << 19  # scores held at a time
 _ROWS = 256  # query rows at a time
-_TOKENS, _FEWEST = 8192, 1024  # tokens of a run at a time, about, and at least
+_TOKENS, _FEWEST = 32768, 1024  # tokens of a run at a time, about, and at least
 
 
 def coded_cpu(q, query, k, v, bits, shift, turned, softcap, valid, beside=None, need_lse=True):
@@ -66,16 +66,17 @@ def _attend(q, query, k, v, bits, shift, turned, softcap, seen, columns, beside,
     (R, n, _), (x, D) = k.shape, q.shape[1:]
     size, step = scales(k), max(16, _TILE // (R * D))
     tiles = [slice(low, min(low + step, n)) for low in range(0, n, step)]
+    room = Room(R * min(step, n) * (D + -D % 8))
     scores = q.new_empty(R, x, n + (0 if beside is None else beside[0].shape[1]))
     coded = scores[..., :n]
     for tile in tiles:
-        coded[..., tile] = torch.bmm(query, vectors(k[:, tile], bits[0], D).mT)
+        coded[..., tile] = torch.bmm(query, vectors(k[:, tile], bits[0], D, room).mT)
     coded.mul_(size.abs()[:, None])
     if shift is not None:
         centres = shift[..., None]
         if turned is not None:
             centres = centres + turned_scores(q, *turned, columns)
-        coded += centres.masked_fill(size[:, None].signbit(), 0)
+        coded.addcmul_(centres, (~size.signbit()).float()[:, None])
     if beside is not None:
         scores[..., n:] = torch.bmm(q, beside[0].mT)
         seen = None if seen is None else F.pad(seen, (0, scores.shape[2] - n), value=True)
@@ -86,5 +87,5 @@ def _attend(q, query, k, v, bits, shift, turned, softcap, seen, columns, beside,
     size, coded = scales(v).abs(), weights[..., :n]
     coded.mul_((size if seen is None else size.masked_fill(~seen[:, :n], 0))[:, None])
     for tile in tiles:
-        out.baddbmm_(coded[..., tile], vectors(v[:, tile], bits[1], D))
+        out.baddbmm_(coded[..., tile], vectors(v[:, tile], bits[1], D, room))
     return out, lse

@@ -23,10 +23,10 @@ from ._rotary_centre import turned_scores
 from ._weights import tokens_together, turn_of, weights_of
 from .merge import reference as merge
 
-_TILE = 1 << 18  # numbers unpacked at a time: 1 MB
+_TILE = 1 << 19  # numbers unpacked at a time: 2 MB
 _SCORES = 1 << 19  # scores held at a time
 _ROWS = 256  # query rows at a time
-_TOKENS = 8192  # tokens of a run at a time, about
+_TOKENS = 32768  # tokens of a run at a time, about
 _MANY = 64  # query rows of a run from which tiles are unpacked for fused attention
 _SOME = 32  # .. and from which exact tokens go with them, for this spares their own attention besides
 _FEWEST = 1024  # .. and at least, whatever the number of queries

@@ -91,23 +91,39 @@ def singles(packed: Packed, part: Part, scale: torch.Tensor | None) -> Singles |
     or groups] and nowhere 0; None = as they are."""
     if packed.sparse is None:
         return None
-    start, count = (part.of(x).reshape(-1) for x in (packed.sparse.start, packed.sparse.count))
+    start, count = part.of(packed.sparse.start), part.of(packed.sparse.count).reshape(-1)
     ends = count.cumsum(0, dtype=torch.int32)
-    total, first = [0, *ends.tolist()], int(start[0])
-    if torch.equal(ends - count, start - first):  # as blocks that were packed together lie
-        places, delta = (x[first : first + total[-1]] for x in (packed.sparse.at, packed.sparse.delta))
-    else:
-        _, entry = entries(packed.sparse, part.indices())
-        places, delta = (x.index_select(0, entry) for x in (packed.sparse.at, packed.sparse.delta))
-    numbers, D = packed.block * packed.head_dim, packed.head_dim
-    owner, place = torch.repeat_interleave(count, output_size=total[-1]), places.int() & 0xFFFF
-    at = owner * numbers + place
-    delta = delta.float()
+    total = [0, *ends.tolist()]
+    places, delta = _entries_of(packed, part, start, ends - count, total)
+    owner = torch.repeat_interleave(count, output_size=total[-1])
+    place, delta = places.view(torch.uint16).int(), delta.float()
+    at = torch.add(place, owner, alpha=packed.block * packed.head_dim)
     if scale is not None:
+        D = packed.head_dim
         per_channel = scale.shape[2] == 1
-        which = owner * D + _rest(place, D) if per_channel else _quotient(at, D // scale.shape[3])
+        which = torch.add(_rest(place, D), owner, alpha=D) if per_channel else _quotient(at, D // scale.shape[3])
         delta.div_(scale.reshape(-1).index_select(0, which))
     return Singles(at, delta, total)
+
+
+def _entries_of(packed: Packed, part: Part, start, before, total):
+    """Places int16 [E] and deltas fp16 [E] of a part's entries, in order.
+
+    Args:
+        start: int32 [R, s], how many entries of the pool lie before each block's.
+        before: int32 [R * s], how many of the part do.
+        total: as `Singles.before`.
+    """
+    held, blocks = (packed.sparse.at, packed.sparse.delta), part.shape[1]
+    before = before.view(part.shape)
+    if torch.equal(start - start[:, :1], before - before[:, :1]):  # as blocks that were packed together lie
+        firsts, ends = start[:, 0].tolist(), total[::blocks]
+        if all(at - firsts[0] == low for at, low in zip(firsts, ends[:-1], strict=True)):  # and run behind run
+            return [x[firsts[0] : firsts[0] + ends[-1]] for x in held]
+        some = [slice(at, at + high - low) for at, low, high in zip(firsts, ends[:-1], ends[1:], strict=True)]
+        return [torch.cat([x[own] for own in some]) for x in held]
+    _, entry = entries(packed.sparse, part.indices())
+    return [x.index_select(0, entry) for x in held]
 
 
 def _quotient(x, by):

@@ -151,15 +151,35 @@ def scales(rows: torch.Tensor) -> torch.Tensor:
     return two.view(torch.float16)[..., 0].float()
 
 
-def vectors(rows: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
-    """The centroids of rows: fp32 [.., n, dim]."""
+class Room:
+    """Memory in which rows are looked up tile by tile: what is fresh at every tile costs more than the look-up.
+
+    Args:
+        numbers: of the largest tile.
+    """
+
+    def __init__(self, numbers: int) -> None:
+        self._numbers, self._index = torch.empty(numbers), torch.empty(numbers, dtype=torch.int32)
+
+    def found(self, index: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """The entries, fp32 [.., width], of a table [n, width] with a width of 1, 2 or 4; the next ones overwrite
+        them."""
+        width, at = table.shape[1], self._index[: index.numel()]
+        numbers = self._numbers[: width * index.numel()].view(_AS_ONE[width])
+        at.view(index.shape).copy_(index)
+        # Entries that are one number each are copied in a tight loop, and rows of a table one call each.
+        torch.index_select(table.view(_AS_ONE[width])[:, 0], 0, at, out=numbers)
+        return numbers.view(torch.float32).view(*index.shape, width)
+
+
+def vectors(rows: torch.Tensor, bits: int, dim: int, room: Room | None = None) -> torch.Tensor:
+    """The centroids of rows: fp32 [.., n, dim], in `room` if there is one."""
     packed, at_once = rows[..., :-2], _AT_ONCE.get(bits, 1)
     index = packed if at_once * bits == 8 else _pieces(packed, bits, at_once)
     table = _table(bits, at_once, rows.device)
     if rows.is_cpu and table.shape[1] in _AS_ONE:
-        # Entries that are one number each are copied in a tight loop, and rows of a table one call each.
-        numbers = table.view(_AS_ONE[table.shape[1]])[:, 0].index_select(0, index.int().flatten())
-        found = numbers[:, None].view(torch.float32).view(*index.shape, -1)
+        room = Room(index.numel() * table.shape[1]) if room is None else room
+        found = room.found(index, table)
     else:
         found = F.embedding(index.int(), table)
     return found.flatten(-2)[..., :dim]

@@ -5,7 +5,19 @@ import math
 import pytest
 import torch
 
-from textkv.kernels.codebook import FITS, decode, encode, from_bytes, lloyd_max, row_bytes, to_bytes, turn, turn_back
+from textkv.kernels.codebook import (
+    FITS,
+    Room,
+    decode,
+    encode,
+    from_bytes,
+    lloyd_max,
+    row_bytes,
+    to_bytes,
+    turn,
+    turn_back,
+    vectors,
+)
 
 POSITIVE = {  # the positive half, for variance 1
     1: [0.797885],
@@ -133,6 +145,13 @@ def test_a_mark_changes_nothing_but_the_sign_of_the_scale():
     plain, rows = encode(x, signs, 3), encode(x, signs, 3, marked=marked)
     assert torch.equal(restored(rows, signs, 3), restored(plain, signs, 3))
     assert torch.equal(decode(rows, 3, 32)[1].signbit(), marked) and not bool(decode(plain, 3, 32)[1].signbit().any())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_tiles_looked_up_in_the_same_room_are_as_in_room_of_their_own(bits):
+    rows, room = encode(torch.randn(2, 9, 20), signs_of(20), bits), Room(2 * 4 * 24)
+    for tile in rows.split(4, 1):  # the last one is shorter
+        assert torch.equal(vectors(tile, bits, 20, room), vectors(tile, bits, 20))
 
 
 @pytest.mark.parametrize(

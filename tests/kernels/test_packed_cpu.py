@@ -102,6 +102,19 @@ def test_runs_need_not_lie_in_order_nor_apart():
         assert not differs(randn(2, 4, 1, 32), k, v, rows)
 
 
+def test_single_corrections_of_neighbouring_blocks_are_read_as_they_lie(monkeypatch):
+    """An index for every entry costs more than all that is done with it; parts of several runs need none either."""
+
+    def told(*_):
+        raise AssertionError("entries were looked for one by one")
+
+    part = importlib.import_module("textkv.kernels._packed_part")
+    monkeypatch.setattr(part, "entries", told)
+    monkeypatch.setattr(module, "_TOKENS", 32)  # two parts, each of which holds half of every run
+    k, v, rows = cache((64, 64, 64, 64), single=7, slack=0)
+    assert not differs(randn(2, 4, 1, 32), k, v, rows)
+
+
 def test_blocks_that_are_a_slice_of_others():
     k, v, rows = cache((48, 48), slack=0)
     k, v = (Packed(x.codes[1:], x.scale[1:], x.zero[1:], x.bits) for x in (k, v))
