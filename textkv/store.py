@@ -228,7 +228,15 @@ def _shape_of(context: Context, model: PreTrainedModel | None) -> dict[str, Any]
         "model_type": config.model_type,
         "kinds": [[kind.name, kind.window] for kind in context.kinds],
         "dtype": str(dtype),
-    } | {name: getattr(config, name, None) for name in names}
+    } | {name: _told(config, name) for name in names}
+
+
+def _told(config: Any, name: str) -> Any:
+    """What a configuration says; where its layers differ (Gemma 4), what each says."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' for an attribute that only layers have
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
 def _checksum(header: str, tensors: dict[str, torch.Tensor]) -> str:

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from agentkv.eval import tiny as families
 from tests.textkv import kinds
 from textkv import MethodCache, store
 
@@ -161,6 +162,17 @@ def test_another_dtype(tmp_path, how):
     model, cache = filled("dense")
     cache.save(tmp_path)
     assert len(refusal(tmp_path, getattr(deepcopy(model), how)())) == 1
+
+
+def test_a_model_whose_layers_have_heads_of_their_own(tmp_path):
+    """Gemma 4's configuration has no head_dim for all layers and says so by an error of its own."""
+    model = families.build("gemma4_text")
+    cache = MethodCache(model, "snapkv", 0.5)
+    kinds.logits(model, kinds.ids(24), cache)
+    cache.save(tmp_path)
+    loaded = MethodCache.load(tmp_path, model)
+    ours, theirs = (kinds.steps(model, kinds.ids(3), x) for x in (cache, loaded))
+    assert torch.equal(ours, theirs)
 
 
 def test_nothing_there(tmp_path):

@@ -96,17 +96,18 @@ class D2O(Method):
         """Column sums, and rotary positions where keys are merged before the rotation."""
         return Needs(columns=True, rope=self.merge_keys == "pre")
 
-    def on_start(self, layer: Layer) -> None:
+    def on_build(self, context: Context) -> None:
         """Check that the model has the protected layers, and one rotary position per token where keys are turned.
 
         Raises:
             ValueError: it has not.
         """
-        layers = layer.context.governed
+        super().on_build(context)
+        layers = context.governed
         wrong = [i for i in self.protected_layers if not -layers <= i < layers]
-        if wrong:
+        if layers and wrong:
             raise ValueError(f"protected_layers={self.protected_layers}: the model has layers 0 to {layers - 1}")
-        rope = getattr(layer.context.config, "rope_parameters", None) or {}
+        rope = getattr(context.config, "rope_parameters", None) or {}
         if self.merge_keys == "pre" and "mrope_section" in rope:
             raise ValueError("merge_keys='pre' knows one position per token and the model has three; use 'post'")
 

@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from textkv.context import Context
 from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
 from textkv.method import Capabilities, Method, register
@@ -188,21 +189,26 @@ class LaCache(Method):
         """Rotary positions, where keys move to cache positions."""
         return Needs(rope=self.positions == "cache")
 
-    def on_start(self, layer: Layer) -> None:
-        """Check ladder and budget against the model, and let keys sit at cache positions.
+    def on_build(self, context: Context) -> None:
+        """Check ladder and budget against the model, and say where a budget is longer than its positions.
 
         Raises:
             ValueError: the ladder does not fit the layers, or a budget in tokens does not hold it.
         """
-        if self.budget.is_full:
+        super().on_build(context)
+        if self.budget.is_full or not context.governed:
             return
-        ladder = self.ladder(layer.context.governed)
+        ladder = self.ladder(context.governed)
         if self.budget.tokens is not None:
             self.size(ladder, self.budget.tokens)
-            known = getattr(layer.context.config, "max_position_embeddings", None)
-            if known and self.budget.tokens > known and layer.index == 0:
+            known = getattr(context.config, "max_position_embeddings", None)
+            if known and self.budget.tokens > known:
                 self.beyond(known)
-        layer.segments = [RenumberedSegment(layer.rotary)]
+
+    def on_start(self, layer: Layer) -> None:
+        """Let keys sit at cache positions."""
+        if not self.budget.is_full:
+            layer.segments = [RenumberedSegment(layer.rotary)]
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
         """Fix the size of each row by the first prompt, then compact what exceeds it."""

@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 import torch
 
 from textkv.contents import OF_HEAD
+from textkv.context import Context
 from textkv.eviction import PROTECTED, Eviction, keep_best
 from textkv.evidence import Evidence, Needs
 from textkv.kernels.pack import Bits, check_block
@@ -127,16 +128,27 @@ class MiniCache(Method):
 
     # ---- when a layer starts -----------------------------------------------------------------------------------
 
+    def on_build(self, context: Context) -> None:
+        """Check that the model has layers for a pair; one with none to govern needs none.
+
+        Raises:
+            ValueError: no pair fits into the model.
+        """
+        super().on_build(context)
+        layers = context.governed
+        if layers and (self.start or 0) > layers - 2:
+            told = f"start={self.start}: " if self.start is not None else ""
+            raise ValueError(
+                f"{told}minicache governs {layers} layers of this model and a pair needs two of them, from `start` on"
+            )
+
     def on_start(self, layer: Layer) -> None:
         """Check that the layer has a partner like itself.
 
         Raises:
-            ValueError: no pair fits into the model, or the two layers of a pair differ.
+            ValueError: the two layers of a pair differ.
         """
         layers = layer.context.governed
-        if (self.start or 0) > layers - 2:
-            told = f"start={self.start}: " if self.start is not None else ""
-            raise ValueError(f"{told}the model has {layers} layers and a pair needs two of them, from `start` on")
         other = self.partner(layer.index, layers)
         if other is not None and other < layer.index:
             first, second = _traits(layer.context.layers[other]), _traits(layer)

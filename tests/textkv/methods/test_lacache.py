@@ -191,7 +191,7 @@ def test_conforms(method, budget):
 )
 def test_settings_that_do_not_fit_the_model_are_refused(four_layers, method, budget, message):
     with pytest.raises(ValueError, match=message):
-        stream(four_layers, MethodCache(four_layers, method, budget), tiny.text_ids(4), 4)
+        MethodCache(four_layers, method, budget)
 
 
 def test_a_budget_beyond_the_trained_length_warns(four_layers):

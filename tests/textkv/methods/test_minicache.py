@@ -248,12 +248,11 @@ def test_bad_settings_are_refused(expression, message):
         resolve_method(expression, 0.5)
 
 
-@pytest.mark.parametrize(("layers", "method", "told"), [(3, "minicache(start=2)", "start=2: the model has 3 layers"),
-                                                        (1, "minicache", "the model has 1 layers")])  # fmt: skip
+@pytest.mark.parametrize(("layers", "method", "told"), [(3, "minicache(start=2)", "start=2: minicache governs 3 layers"),
+                                                        (1, "minicache", "minicache governs 1 layers")])  # fmt: skip
 def test_a_model_without_a_pair_is_refused(layers, method, told):
-    model = model_of_layers(layers)
     with pytest.raises(ValueError, match=told):
-        run(model, MethodCache(model, method), tiny.text_ids(8))
+        MethodCache(model_of_layers(layers), method)
 
 
 def test_unlike_layers_are_no_pair():
