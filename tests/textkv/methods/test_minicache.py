@@ -248,8 +248,10 @@ def test_bad_settings_are_refused(expression, message):
         resolve_method(expression, 0.5)
 
 
-@pytest.mark.parametrize(("layers", "method", "told"), [(3, "minicache(start=2)", "start=2: minicache governs 3 layers"),
-                                                        (1, "minicache", "minicache governs 1 layers")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layers", "method", "told"),
+    [(3, "minicache(start=2)", "start=2: minicache governs 3 layers"), (1, "minicache", "minicache governs 1 layers")],
+)
 def test_a_model_without_a_pair_is_refused(layers, method, told):
     with pytest.raises(ValueError, match=told):
         MethodCache(model_of_layers(layers), method)
