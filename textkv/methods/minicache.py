@@ -129,10 +129,11 @@ class MiniCache(Method):
     # ---- when a layer starts -----------------------------------------------------------------------------------
 
     def on_build(self, context: Context) -> None:
-        """Check that the model has layers for a pair; one with none to govern needs none.
+        """Check that the model has layers for a pair, alike as far as its configuration tells; one with none to govern
+        needs none.
 
         Raises:
-            ValueError: no pair fits into the model.
+            ValueError: no pair fits into the model, or the two layers of a pair differ.
         """
         super().on_build(context)
         layers = context.governed
@@ -141,6 +142,8 @@ class MiniCache(Method):
             raise ValueError(
                 f"{told}minicache governs {layers} layers of this model and a pair needs two of them, from `start` on"
             )
+        for layer in context.layers:
+            self._check_pair(layer)
 
     def on_start(self, layer: Layer) -> None:
         """Check that the layer has a partner like itself.
@@ -148,8 +151,11 @@ class MiniCache(Method):
         Raises:
             ValueError: the two layers of a pair differ.
         """
-        layers = layer.context.governed
-        other = self.partner(layer.index, layers)
+        self._check_pair(layer)
+
+    def _check_pair(self, layer: Layer) -> None:
+        """Raise ValueError where a layer differs from the one before it with which it is paired."""
+        other = self.partner(layer.index, layer.context.governed)
         if other is not None and other < layer.index:
             first, second = _traits(layer.context.layers[other]), _traits(layer)
             for name in first:
