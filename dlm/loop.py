@@ -73,7 +73,7 @@ class Loop:
         """
         self.start, idle = perf_counter(), 0
         self.leave()
-        while not self.canvas.done and not self.unwanted.issuperset(self.numbers):
+        while self.alive():
             left = sum(self.canvas.left_rows)
             self.run.after(self.finish(self.step()))
             idle = idle + 1 if sum(self.canvas.left_rows) == left else 0
@@ -94,10 +94,14 @@ class Loop:
             self.ended = ended
         return committed | self.stops.end_rows(self.canvas) if self.stops is not None else committed
 
+    def alive(self) -> list[int]:
+        """Rows of the canvas that are neither finished nor unwanted."""
+        unfinished = (row for row, block in enumerate(self.canvas.active_rows) if block < self.canvas.blocks)
+        return [row for row in unfinished if self.numbers[row] not in self.unwanted]
+
     def leave(self) -> None:
         """Takes rows that are finished or unwanted out of everything that holds rows, unless all are."""
-        unfinished = (row for row, block in enumerate(self.canvas.active_rows) if block < self.canvas.blocks)
-        alive = [row for row in unfinished if self.numbers[row] not in self.unwanted]
+        alive = self.alive()
         if len(alive) in (0, self.canvas.batch):
             return
         self.ids, rows = self.whole(), torch.tensor(alive)

@@ -151,7 +151,7 @@ def tiles(packed: Packed, part: Part, numbers: int, extra: Singles | None, scale
     tokens, D, planes = packed.block, packed.head_dim, 8 // width(packed.bits)
     most = max(1, numbers // (tokens * D))
     step, side = min(blocks, most), max(1, min(runs, most // blocks))  # blocks of a run; runs, where these are all
-    floats = torch.empty(side * step * tokens * D)
+    floats = torch.empty(side * step * tokens * D, dtype=torch.float32)
     whole = torch.empty(floats.shape if planes > 1 else 0, dtype=torch.uint8)
     for first, low in product(range(0, runs, side), range(0, blocks, step)):
         some, high = slice(first, min(first + side, runs)), min(low + step, blocks)

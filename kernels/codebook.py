@@ -159,7 +159,7 @@ class Room:
     """
 
     def __init__(self, numbers: int) -> None:
-        self._numbers, self._index = torch.empty(numbers), torch.empty(numbers, dtype=torch.int32)
+        self._numbers, self._index = torch.empty(numbers, dtype=torch.float32), torch.empty(numbers, dtype=torch.int32)
 
     def found(self, index: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """The entries, fp32 [.., width], of a table [n, width] with a width of 1, 2 or 4; the next ones overwrite

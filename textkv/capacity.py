@@ -76,15 +76,14 @@ class ModelShape:
             dtype: of the weights; None = as its configuration says, or float32.
 
         Raises:
-            ValueError: a layer whose cache we cannot keep, see `textkv.kinds.describe`.
+            ValueError: a layer whose cache we cannot keep, see `textkv.kinds.describe`, or a model that does not read
+                a token without its weights.
         """
         dtype = dtype or config.dtype or config.get_text_config().dtype or torch.float32
         with torch.device("meta"):
             model = build().to(dtype).eval()
-            kinds, decoder = describe(model), text_model(model)
-            cache = DynamicCache(config=text_config(model))
-            with torch.inference_mode():
-                decoder(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+            kinds = describe(model)
+            cache = _cache_of_a_token(model)
         layers = tuple(_shape(kind, layer) for kind, layer in zip(kinds, cache.layers, strict=True))
         weights = sum(x.numel() for x in model.parameters()) * dtype.itemsize
         limit = getattr(text_config(model), "max_position_embeddings", None)
@@ -131,6 +130,25 @@ class ModelShape:
         centre = 0 if policy.centre == "none" or not packed else 4 * dim * x.heads
         exact = (kept - packed) * x.heads * x.widths * self.number
         return int(packed * x.heads * token + exact + kept * places * PLACE + centre)
+
+
+def _cache_of_a_token(model: PreTrainedModel) -> DynamicCache:
+    """The model's own cache of one token, without numbers."""
+    cache = DynamicCache(config=text_config(model))
+    # Tokens that are grouped by their experts would have to be known, and in some types cannot be grouped.
+    experts = getattr(model.config, "_experts_implementation", None)
+    if experts:
+        model.set_experts_implementation("batched_mm")
+    try:
+        with torch.inference_mode():
+            text_model(model)(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    except (RuntimeError, IndexError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"{type(model).__name__} does not read a token without its weights: {line}") from None
+    finally:
+        if experts:
+            model.set_experts_implementation(experts)
+    return cache
 
 
 def _shape(kind: LayerKind, layer: object) -> LayerShape:

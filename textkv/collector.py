@@ -112,11 +112,10 @@ class EvidenceCollector:
         """Column sums per slot. The kernel takes the queries for those of the last slots, so slots without a token
         (padding, the missing ones of a ragged head) are left out, head by head where heads differ."""
         real, kv_heads = held.positions >= 0, held.keys.shape[1]
-        how = step.softmax.options
         if bool(real.all()) and not step.padded:
             # Columns are counted by plain causality, whatever a mask hid in this forward.
             plain = lse is not None and step.hidden is None and step.visible is None
-            mass = window_mass(step.q, held.keys, lse=lse if plain else None, **how)
+            mass = window_mass(step.q, held.keys, lse=lse if plain else None, **step.softmax.options)
             mass = mass.unflatten(1, (kv_heads, -1)).mean(2)
         else:
             mass = torch.zeros(real.shape, device=step.q.device)
@@ -128,9 +127,10 @@ class EvidenceCollector:
                     # Only real slots: the kernel's causal edge counts from the end, and holes would shift it.
                     slots = real[row, heads][0].nonzero()[:, 0]
                     if queries.shape[2] and len(slots):
-                        keys = held.keys[row, heads][None, :, slots]
-                        seen = window_mass(queries[heads].flatten(0, 1)[None], keys, **how)[0]
-                        mass[row, heads, slots] = seen.unflatten(0, (-1, groups.shape[2])).mean(1)
+                        keys, group = held.keys[row, heads][None, :, slots], groups.shape[2]
+                        own = step.softmax.of_heads(slice(heads.start * group, heads.stop * group))
+                        seen = window_mass(queries[heads].flatten(0, 1)[None], keys, **own.options)[0]
+                        mass[row, heads, slots] = seen.unflatten(0, (-1, group)).mean(1)
         if self._columns is not None:
             # Earlier chunks voted on the slots that were there then; nothing was evicted in between.
             mass[..., : self._columns.shape[-1]] += self._columns

@@ -139,6 +139,18 @@ def test_who_goes_away_leaves_the_canvas_to_the_others(monkeypatch):
     assert rows[:4] == [3, 3, 3, 2] and isinstance(found[1][1], Cancelled)
     for n in (0, 2):
         assert found[n][1] == engine.answer(engine.prepare(asked[n]), lambda text: None, lambda: False)
+    # One has gone when another is over: the canvas is nobody's any more.
+    alone = []
+    for request in asked[:2]:
+        rows.clear()
+        engine.answer(engine.prepare(request), lambda text: None, lambda: False)
+        alone.append(len(rows))
+    first, second = sorted((0, 1), key=alone.__getitem__)
+    rows.clear()
+    cancelled = [lambda: False, lambda: False]
+    cancelled[second] = lambda: len(rows) >= alone[first]
+    found, _ = together(engine, asked[:2], cancelled)
+    assert isinstance(found[second][1], Cancelled) and len(rows) == alone[first] < alone[second]
     # All have gone: it ends at once.
     rows.clear()
     found, _ = together(engine, asked, [lambda: len(rows) >= 2] * 3)

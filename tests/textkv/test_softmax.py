@@ -110,6 +110,21 @@ def test_a_decoded_tokens_row_is_the_models_own(family):
         assert not mismatch(layer.notes[NAME], weights[:, :, -1], atol=1e-4, rtol=1e-4)
 
 
+def test_heads_that_hold_different_tokens_have_each_its_own_sinks():
+    """The columns of a second block, head by head: with sinks that weigh nothing they are those of a model without."""
+    ids, columns = torch.randint(1, 90, (1, 56), generator=torch.Generator().manual_seed(3)), []
+    for size in (-1e4, None):
+        model = sharp("gpt_oss")
+        for layer in model.model.layers:
+            layer.self_attn.sinks = torch.nn.Parameter(torch.full((4,), -1e4)) if size else None
+        cache = MethodCache(model, "h2o+adakv(0.0)", 0.3)
+        with torch.no_grad():
+            model(ids[:, :40], past_key_values=cache)
+            assert any(len(set(layer.lengths()[0].tolist())) > 1 for layer in cache.context.layers)
+            columns.append(model(ids[:, 40:], past_key_values=cache).logits)
+    assert not mismatch(*columns, atol=1e-4, rtol=1e-4)
+
+
 def test_weights_beside_a_sink():
     """Two keys of scores 0 and log 3 beside a sink of log 4: one, three and four of eight parts."""
     softmax = Softmax(2.0, None, torch.tensor([4.0]).log())

@@ -213,10 +213,12 @@ class Shelf:
         """A copy of one that begins as a request does and can be taken back to where they part."""
         if told.columns <= self.share:
             return None
-        # Of two that begin as long alike the one in memory comes first: it need not be loaded.
         held = (x for x in (*self._kept, *self._stored) if x.owner == owner and not x.forgotten.any())
         alike = (x for x in held if line[: self.share * ID] == x.line[: self.share * ID] and x.reaches(line))
-        near = sorted(((x.begins(line), x) for x in alike), key=lambda x: -x[0])
+        # A whole conversation is loaded for the columns that are alike: it has to spare a good deal more than one in
+        # memory does.
+        gains = ((x.begins(line) - (0 if x.talk else self.share), x) for x in alike)
+        near = sorted((gain for gain in gains if gain[0] >= self.share), key=lambda x: -x[0])
         for _, held in near[:TRIED]:
             talk = held.talk or self._loaded(held)
             if talk is None:

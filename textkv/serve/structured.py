@@ -21,16 +21,23 @@ if TYPE_CHECKING:
 
 LONGEST = 100_000  # characters of a schema: compiling takes seconds per megabyte, and all would wait
 KEPT = 64_000_000  # bytes of compiled schemas
-UNKEPT = {"not", "if", "then", "else", "uniqueItems", "dependentRequired", "$dynamicRef", "$recursiveRef"}
+UNKEPT = {
+    "not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "dependencies",
+    "dependentRequired", "dependentSchemas", "$dynamicRef", "$recursiveRef",
+}  # fmt: skip
 """Keywords that xgrammar passes over in silence."""
 EITHER = ("$ref", "anyOf", "oneOf", "allOf")
 """Where one of these stands, xgrammar looks at nothing beside it."""
 ASKS = {
     "properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
-    "maxProperties", "items", "prefixItems", "minItems", "maxItems", "contains", "enum", "const", "pattern", "format",
+    "maxProperties", "items", "prefixItems", "minItems", "maxItems", "enum", "const", "pattern", "format",
     "minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", *EITHER,
 }  # fmt: skip
-_LETTERS, _ANCHORS = re.compile(r"\\.|\[(?:\\.|[^\]])*\]", re.DOTALL), re.compile(r"[\^$]")
+_LETTERS, _WITHIN = re.compile(r"\\.|\[(?:\\.|[^\]])*\]", re.DOTALL), re.compile(r"[\^$]|\(\?<?[=!]")
+_KINDS = {
+    "string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None), "object": dict,
+    "array": list,
+}  # fmt: skip
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keywords of which each value is a schema, under a name of the writer's own."""
 
@@ -93,10 +100,8 @@ def check_schema(schema: Any, place: str = "") -> None:
     there = schema.get("$ref")
     if isinstance(there, str) and there != "#" and not there.startswith("#/"):
         raise _wrong(f"$ref{named} leads out of the schema by {there[:40]!r}; put what it means under $defs")
-    for pattern in (schema.get("pattern"), *_keys(schema.get("patternProperties"))):
-        # Nor would the library be silent: it writes the whole pattern to the server's log.
-        if isinstance(pattern, str) and _ANCHORS.search(_LETTERS.sub("", pattern).removeprefix("^").removesuffix("$")):
-            raise _wrong(f"pattern{named} has ^ or $ within it, which is not carried out; put them at its ends")
+    _check_texts(schema, named)
+    _check_values(schema, named)
     either = next((name for name in EITHER if name in asked), None)
     beside = [name for name in asked if name in ASKS and name != either]
     if either and beside:
@@ -109,6 +114,31 @@ def check_schema(schema: Any, place: str = "") -> None:
         parts = [(key, one) for key, part in inner for one in (part if isinstance(part, list) else [part])]
         for key, one in parts if name not in ("enum", "const", "default", "examples") else ():
             check_schema(one, ".".join(part for part in (place, name, key) if part))
+
+
+def _check_texts(schema: dict[str, Any], named: str) -> None:
+    for pattern in (schema.get("pattern"), *_keys(schema.get("patternProperties"))):
+        # Nor would the library be silent: it writes the whole pattern to the server's log.
+        if isinstance(pattern, str) and _WITHIN.search(_LETTERS.sub("x", pattern).removeprefix("^").removesuffix("$")):
+            told = f"pattern{named} looks ahead or back, or has ^ or $ within it"
+            raise _wrong(f"{told}, which is not carried out; put ^ and $ at its ends")
+    form = next((name for name in ("pattern", "format") if name in schema), None)
+    length = next((name for name in ("minLength", "maxLength") if name in schema), None)
+    if form and length:
+        raise _wrong(f"{length}{named} beside {form} is not carried out; say it in a pattern: ^[a-z]{{1,8}}$")
+
+
+def _check_values(schema: dict[str, Any], named: str) -> None:
+    if "const" in schema and "enum" in schema:
+        raise _wrong(f"const{named} beside enum is not carried out; leave one out")
+    told = schema.get("type")
+    names = [name for name in (told if isinstance(told, list) else [told]) if isinstance(name, str)]
+    kinds = [_KINDS[name] for name in names if name in _KINDS]
+    values = schema["enum"] if isinstance(schema.get("enum"), list) else [schema[x] for x in ("const",) if x in schema]
+    for value in values if kinds else ():
+        # True is an int to Python and none to JSON.
+        if not any(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) for kind in kinds):
+            raise _wrong(f"{json.dumps(value)[:40]}{named} is not of type {told}; leave one of them out")
 
 
 def _keys(named: Any) -> list[str]:

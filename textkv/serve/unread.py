@@ -50,18 +50,25 @@ def check_cache(build: Callable[[], PreTrainedModel], config: PreTrainedConfig, 
     """
     with torch.device("meta"), readable_files(opening.model):
         model = build().to(opening.dtype).eval()
-    if opening.memory is not None:
-        _check_memory(ModelShape.of(lambda: model, config, opening.dtype), opening, method)
+    # What does not fit into memory goes to the disk, if there is one.
+    if opening.memory is not None and opening.disk is None:
+        _check_memory(lambda: model, config, opening, method)
     # A cache looks at the tables of rotary angles: at their shape, the numbers play no part here.
     for module in model.modules():
         for name, table in module.named_buffers(recurse=False):
             setattr(module, name, torch.ones(table.shape, dtype=table.dtype))
-    # What else would be computed with weights shows when they are there.
-    with suppress(NotImplementedError):
+    # What is computed with weights, a key that is turned for a proof, shows when they are there.
+    with suppress(RuntimeError):
         MethodCache(model, method, opening.budget)
 
 
-def _check_memory(shape: ModelShape, opening: Opening, method: str) -> None:
+def _check_memory(
+    build: Callable[[], PreTrainedModel], config: PreTrainedConfig, opening: Opening, method: str
+) -> None:
+    try:
+        shape = ModelShape.of(build, config, opening.dtype)
+    except ValueError:  # no size is known, which is no reason to refuse a model
+        return
     try:
         tokens, least = SHORT, shape.kv_bytes(method, opening.budget, SHORT)
     except ValueError:  # no formula for this method, but none holds less than that of a conversation

@@ -144,15 +144,24 @@ def test_one_on_disk_that_cannot_be_taken_back_is_not_even_loaded(tmp_path, monk
     shelf = shelf_of("snapkv", disk=tmp_path, share=8, limit=1)
     first, _ = turn(shelf, tiny.text_ids(20, seed=1))
     monkeypatch.setattr(shelf, "load", lambda folder: pytest.fail("it was loaded"))
-    _, again = turn(shelf, more(first[:, :15], 6))
+    _, again = turn(shelf, more(first[:, :17], 6))
     assert again.last.how == "new" and len(shelf) == 2
+
+
+def test_one_on_disk_is_not_loaded_for_a_few_columns_that_are_alike(tmp_path, monkeypatch):
+    """As many as a system's words: reading them is less than loading all that was said after them."""
+    shelf = shelf_of(disk=tmp_path, share=8, limit=1)
+    first, _ = turn(shelf, tiny.text_ids(20, seed=1))
+    monkeypatch.setattr(shelf, "load", lambda folder: pytest.fail("it was loaded"))
+    _, again = turn(shelf, more(first[:, :12], 6))
+    assert again.last.how == "new"
 
 
 def test_one_on_disk_that_was_edited_and_is_damaged_is_read_again(tmp_path):
     shelf = shelf_of(disk=tmp_path, share=8, limit=1)
     first, _ = turn(shelf, tiny.text_ids(20, seed=1))
     (shelf._stored[0].folder / "cache.safetensors").write_bytes(b"")
-    _, again = turn(shelf, more(first[:, :15], 6))
+    _, again = turn(shelf, more(first[:, :17], 6))
     assert again.last.how == "new" and shelf.stats.dropped == 1 and len(shelf) == 1
 
 

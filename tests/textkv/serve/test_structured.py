@@ -133,9 +133,19 @@ OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}}
         ({"$ref": "#/$defs/a", "minimum": 5, "$defs": {"a": {"type": "integer"}}}, "minimum beside \\$ref"),
         (OBJECT | {"anyOf": [{"required": ["a"]}]}, "properties beside anyOf"),
         ({"allOf": [{"type": "integer"}, {"minimum": 3}]}, "allOf of several"),
-        ({"type": "string", "pattern": "^a$|^b$"}, "pattern has"),
-        ({"type": "object", "patternProperties": {"a$b": {}}}, "pattern has"),
+        ({"type": "string", "pattern": "^a$|^b$"}, "pattern looks"),
+        ({"type": "object", "patternProperties": {"a$b": {}}}, "pattern looks"),
         ({"type": "array", "items": {"anyOf": [{"not": {}}]}}, "not of items.anyOf"),
+        ({"type": "string", "pattern": "[a]^b"}, "pattern looks"),
+        ({"type": "string", "pattern": r"a$\d"}, "pattern looks"),
+        ({"type": "string", "pattern": "^(?=a)b$"}, "pattern looks"),
+        ({"type": "string", "pattern": "^[a-z]+$", "maxLength": 1}, "maxLength beside pattern"),
+        ({"type": "string", "format": "date", "minLength": 1}, "minLength beside format"),
+        ({"type": "array", "contains": {"type": "integer"}}, "contains is not carried out"),
+        (OBJECT | {"dependencies": {"a": ["b"]}}, "dependencies is not carried out"),
+        ({"const": "a", "enum": ["a", "b"]}, "const beside enum"),
+        ({"type": "integer", "enum": [1, "b"]}, "is not of type integer"),
+        ({"type": "integer", "const": True}, "is not of type integer"),
     ],
 )
 def test_what_would_be_passed_over_is_refused(schema, says):
@@ -157,7 +167,9 @@ def test_names_defaults_and_descriptions_are_no_keywords():
     check_schema(schema_of(Whole))
     check_schema({"type": "object", "properties": {"not": {"type": "string"}, "uniqueItems": {"const": {"if": 1}}}})
     check_schema({"type": "array", "items": {"type": "integer"}, "uniqueItems": False})
-    for pattern in (r"^(a|b)$", r"[^$]+", r"\$5", r"^[\]^]\^$", r"a\\$", ""):
+    check_schema({"type": ["string", "null"], "enum": ["a", None]})
+    check_schema({"type": "number", "const": 1})
+    for pattern in (r"^(a|b)$", "^(?:a|b)$", r"[^$]+", r"\$5", r"^[\]^]\^$", r"a\\$", ""):
         check_schema({"type": "string", "pattern": pattern})
     # What is wrong otherwise is the library's to say.
     check_schema({"type": "object", "properties": [1, None]})
