@@ -90,6 +90,7 @@ def identify(
 ) -> Pattern:
     """The pattern of `model` from the samples that `draw` gives per step; `how` is "distillation" or "mean_qk"."""
     name = model.config._name_or_path
+    name = Path(name).name if Path(name).is_dir() else name  # a folder of one machine says nothing on another
     if how == "mean_qk":
         gates = mean_qk_scores(model, (torch.from_numpy(draw(n).ids)[None] for n in range(TEXT_ROWS)))
         return Pattern(gates, settings.sinks, settings.recent, how, name, {"rows": TEXT_ROWS})

@@ -1,7 +1,8 @@
 """A pattern: one gate per KV head, 1 = it needs the whole context; a small JSON file that lies beside its model.
 
-"mini" is the pattern of the embedded text model. The authors' released patterns (a folder with
-`full_attention_heads.tsv` and `config.json`) are read as well.
+"mini" and "smollm2" are these models' patterns, parts of the package. The second needed no training: `identify --model
+smollm2 --how mean_qk --longest 512 --passkeys 4 --words 4 --sinks 16 --recent 64`, fifty rows of plays. The authors'
+released patterns (a folder with `full_attention_heads.tsv` and `config.json`) are read as well.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from textkv.records import checked, listed, parse
 
 FILE = "duo_attention.json"
 FORMAT = 1
+EMBEDDED = {"mini": WEIGHTS, "smollm2": Path(__file__).with_name("smollm2.json")}
 RELEASED, RELEASED_CONFIG = "full_attention_heads.tsv", "config.json"
 
 
@@ -63,12 +65,12 @@ class Pattern:
 
     @classmethod
     def load(cls, path: str | Path) -> Pattern:
-        """Reads a file that `save` wrote, a released .tsv, or a folder that holds either; "mini" is the embedded one.
+        """Reads a file that `save` wrote, a released .tsv, or a folder that holds either; or one of `EMBEDDED`.
 
         Raises:
             ValueError: nothing there, or not a pattern.
         """
-        file = WEIGHTS if path == "mini" else Path(path)
+        file = EMBEDDED.get(str(path)) or Path(path)
         if file.is_dir():
             file = next((file / name for name in (FILE, RELEASED) if (file / name).exists()), file / FILE)
         if not file.is_file():

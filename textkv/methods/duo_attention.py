@@ -59,7 +59,8 @@ class DuoAttention(Method):
     budget in tokens turns more of them to streaming in later turns.
 
     Attributes:
-        pattern: file or folder with the gates, "mini" for those of the embedded text model; None = the prompt decides.
+        pattern: file or folder with the gates, "mini" or "smollm2" for those of these models; None = the prompt
+            decides.
         sparsity: share of heads that stream. The paper uses 0.5 with grouped queries, 0.75 without; None = by budget.
         sinks: first tokens that a streaming head keeps; 64 in the paper's long-context runs, 16 nearly as good.
         recent: last tokens that a streaming head keeps; 256 there, 64 nearly as good.

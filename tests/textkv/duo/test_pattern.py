@@ -28,6 +28,13 @@ def test_the_embedded_models_pattern_tells_its_heads_apart():
     assert (gates < 0.05).float().mean() >= 0.5
 
 
+def test_smollm2_has_a_pattern_of_its_shape():
+    pattern = Pattern.load("smollm2")
+    assert pattern.gates.shape == (30, 3) and (pattern.how, pattern.model) == ("mean_qk", "smollm2")
+    # Few heads look far back, in the middle layers and the last ones alike.
+    assert float(pattern.gates.median()) < 0.2 < float(pattern.gates.max())
+
+
 def test_the_summary():
     told = Pattern(torch.tensor([[0.0, 0.04], [0.6, 1.0]]), 1, 1).summary()
     assert told == pytest.approx({"mean": 0.41, "median": 0.04, "above_0.5": 0.5, "below_0.05": 0.5})
