@@ -181,7 +181,7 @@ BLOCKED = {
     "mask": (["--prompt", "tom has <mask>"], "a prompt contains the mask token 2, which stands for what is to be"),
     "cache of other models": (["--cache", "block"], "cache block is for block-causal models"),
     "method and heads": (["--cache", "freecache+kivi(4,channels=5)"], "a group of 5 channels does not divide"),
-    "method and layers": (["--cache", "freecache+minicache(start=9)"], "start=9: the model has 2 layers"),
+    "method and layers": (["--cache", "freecache+minicache(start=9)"], "start=9: minicache governs 2 layers"),
     "rule and sampling": (
         ["--unmask", "ssd", "--temperature", "1"],
         "ssd with temperature=1.0: only the most",
