@@ -123,7 +123,7 @@ def test_eight_bits_stay_near_the_exact_logits():
         ("freecache+retrieval_attention", r"retrieval_attention needs evidence .*\(token ids, hidden states"),
         ("freecache+sentence_kv(ends=(1,))", "sentence_kv.* needs evidence of the whole prompt"),
         ("freecache+kivi(channels=5)", "a group of 5 channels does not divide head_dim 8"),
-        ("freecache+minicache(start=5)", "start=5: minicache governs 2 layers of this model and a pair needs two of them"),
+        ("freecache+minicache(start=5)", "start=5: minicache governs 2 layers of this model and a pair needs two"),
         ("freecache+window(0.5)", "window.* drops tokens while single tokens are decoded"),
         ("dual+snapkv(0.3)", r"only freecache and block freeze slots for good; write freecache\+snapkv\(0.3\)"),
         ("freecache(refresh=4)+snapkv(0.3)", "refresh=4 with snapkv: slots that were handed to a method"),
