@@ -8,10 +8,13 @@ from eval.tiny import build
 from tests.compare import mismatch
 from tests.textkv import tiny
 from textkv import MethodCache
+from textkv.collector import EvidenceCollector
 from textkv.decode_eviction import attention_row
 from textkv.evidence import Needs
+from textkv.kernels import window_mass
 from textkv.reading import NAME, Recorder
 from textkv.scores import past_mass
+from textkv.segments.base import Step, Stored
 from textkv.softmax import Softmax
 
 METHODS = (
@@ -123,6 +126,23 @@ def test_heads_that_hold_different_tokens_have_each_its_own_sinks():
             assert any(len(set(layer.lengths()[0].tolist())) > 1 for layer in cache.context.layers)
             columns.append(model(ids[:, 40:], past_key_values=cache).logits)
     assert not mismatch(*columns, atol=1e-4, rtol=1e-4)
+
+
+def test_columns_of_a_head_are_under_its_own_sinks():
+    """Of two KV heads the second stores two tokens less; its query heads are the third and the fourth."""
+    q, keys, sinks = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 9, 8), torch.tensor([-3.0, -1.0, 1.0, 3.0])
+    at = torch.arange(9, dtype=torch.int32).repeat(1, 2, 1)
+    at[:, 1, :2] = -1
+    new = keys[:, :, 6:]
+    step = Step(q, new, new, torch.arange(6, 9, dtype=torch.int32)[None], 0.5, sinks=sinks)
+    collector = EvidenceCollector(Needs(columns=True))
+    collector.take(step, lambda: Stored(keys, keys, at))
+    found = collector.finish(q, step.softmax, torch.tensor([9]), []).columns
+    for head, first in ((0, 0), (1, 2)):
+        own = slice(2 * head, 2 * head + 2)
+        alone = window_mass(q[:, own], keys[:, head : head + 1, first:], scale=0.5, sinks=sinks[own])
+        assert torch.allclose(found[0, head, first:], alone[0].mean(0), atol=1e-6)
+    assert not found[0, 1, :2].any()
 
 
 def test_weights_beside_a_sink():

@@ -107,7 +107,7 @@ def importance(queries: torch.Tensor, keys: torch.Tensor, scale: float, softcap:
     """Attention that each token before the window gets, fp32 [batch, kv_heads, n - w]: the mean over the window.
 
     Query heads of a group are joined by the larger logit, and each query's softmax runs over the tokens before the
-    window alone.
+    window alone: a model's learned sink takes no part in it, as the window does not.
 
     Args:
         queries: [batch, heads, w, head_dim] of the last w tokens.
