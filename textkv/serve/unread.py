@@ -50,8 +50,8 @@ def check_cache(build: Callable[[], PreTrainedModel], config: PreTrainedConfig, 
     """
     with torch.device("meta"), readable_files(opening.model):
         model = build().to(opening.dtype).eval()
-    # What does not fit into memory goes to the disk, if there is one.
-    if opening.memory is not None and opening.disk is None:
+    # What does not fit into memory goes elsewhere, if it may.
+    if opening.memory is not None and opening.disk is None and not opening.host:
         _check_memory(lambda: model, config, opening, method)
     # A cache looks at the tables of rotary angles: at their shape, the numbers play no part here.
     for module in model.modules():

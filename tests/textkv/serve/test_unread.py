@@ -48,6 +48,7 @@ def test_a_memory_is_held_against_a_model_of_experts_too(family, dtype):
         assert bool(line) == refused and (line is None or "--memory of 100 bytes" in line)
 
 
-def test_what_does_not_fit_into_memory_may_go_to_a_disk(tmp_path):
+def test_what_does_not_fit_into_memory_may_go_elsewhere(tmp_path):
     assert said(lambda: ChatEngine.check(Opening("mini", memory=1000, disk=tmp_path))) is None
+    assert said(lambda: ChatEngine.check(Opening("mini", memory=1000, host=10**6))) is None
     assert "--memory of 1,000 bytes" in said(lambda: ChatEngine.check(Opening("mini", memory=1000)))
