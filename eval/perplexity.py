@@ -2,7 +2,8 @@
 
 What StreamingLLM (arXiv 2309.17453) and LaCache (arXiv 2507.14204) are for: the cache stays at `--cache` tokens while
 the text goes on. Prints the perplexity of every stretch of the text per method; a method that streams stays flat, one
-that loses its sinks or leaves the trained positions blows up. `--plot` draws the running perplexity.
+that loses its sinks or leaves the trained positions blows up. `--plot` draws the running perplexity. A method's rows
+are written when it is through the text, and the same command with `--json` goes on with the methods that are missing.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from textkv.provenance import run_meta
 
 from .arguments import add_outputs, checked_budget
 from .curve import save
+from .finished import finished
 from .textbench import MODEL_HELP, load_text_model, text_rows
 
 
@@ -93,13 +95,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=token_count, default=8192, help="length of the text (default 8192)")
     p.add_argument("--stretches", type=count, default=8, help="parts of the text to be told apart (default 8)")
     p.add_argument("--text", type=text_file, help="its last tenth is read; default: held-out plain sentences")
-    add_outputs(p, "plot")
+    add_outputs(p, "plot", when=", after every method; gone on with if it exists")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command, see `textkv.command.run` for what it returns."""
-    return run("eval.perplexity", parser(), work, argv)
+    return run("eval.perplexity", parser(), work, argv, kept="the same command with --json goes on")
 
 
 def work(args: argparse.Namespace, argv: list[str]) -> None:
@@ -109,11 +111,14 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     budget = checked_budget(args.methods, f"{args.cache}t")
     model, tokenizer = load_text_model(args.model, args.device)
     ids = text_rows(tokenizer, args.text, 1, args.tokens)
-    rows = []
+    board = {name: getattr(args, name) for name in ("model", "cache", "tokens", "stretches")}
+    board["text"] = args.text.name if args.text else None
+    meta, rows = run_meta("eval.perplexity", argv, 0, board=board), finished(args.json, board, lambda row: True)
     for method in args.methods:
-        rows += rows_of(method, args.cache, *stream(model, method, budget, ids, args.cache), args.stretches)
+        if all(row["method"] != method for row in rows):
+            rows += rows_of(method, args.cache, *stream(model, method, budget, ids, args.cache), args.stretches)
+            write_rows(args.json, meta, rows)
     Console().print(table(rows))
-    write_rows(args.json, run_meta("eval.perplexity", argv, 0), rows)
     if args.plot:
         draw(rows, args.plot)
 

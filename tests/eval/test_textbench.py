@@ -96,6 +96,22 @@ def test_needle_and_perplexity_from_command_to_plot(folder: str, tmp_path: Path)
     assert rows[0]["perplexity"] != rows[2]["perplexity"], "a window of 16 tokens changes the first stretch"
 
 
+def test_perplexity_goes_on_with_the_methods_that_are_missing(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, read, stream = tmp_path / "p.json", [], perplexity.stream
+    monkeypatch.setattr(
+        perplexity, "stream", lambda model, method, *rest: read.append(method) or stream(model, method, *rest)
+    )
+    argv = ["--model", folder, "--tokens", "60", "--stretches", "2", "--json", str(out)]
+    assert perplexity.main([*argv, "--cache", "16", "--methods", "window"]) == 0
+    before = json.loads(out.read_text())["rows"]
+    assert perplexity.main([*argv, "--cache", "16", "--methods", "window,streaming_llm"]) == 0
+    assert read == ["window", "streaming_llm"] and json.loads(out.read_text())["rows"][:2] == before
+    assert perplexity.main([*argv, "--cache", "20", "--methods", "window"]) == 2
+    assert "another board" in capsys.readouterr().err and len(json.loads(out.read_text())["rows"]) == 4
+
+
 @pytest.mark.parametrize(
     ("command", "argv", "message"),
     [
