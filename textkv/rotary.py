@@ -23,6 +23,10 @@ from textkv.positions import PositionTable, RotarySpec
 
 _MOVING = ("dynamic", "longrope")
 """Rope types whose frequencies change with the length."""
+_MEND = (
+    "use a setting that turns no keys (positions='original', merge_keys='post', ranking='last_queries'), or a method "
+    "that turns none"
+)
 _FROM, _TO = 3, 8
 _TOKENS = 4
 _PROVEN: WeakKeyDictionary[torch.nn.Module, dict[torch.dtype, dict[int, RotarySpec]]] = WeakKeyDictionary()
@@ -48,7 +52,7 @@ def proven(model: PreTrainedModel, layers: Sequence[int]) -> dict[int, RotarySpe
             if number not in before:
                 raise ValueError(
                     f"{type(model).__name__}: the keys of layer {number} cannot be looked at, because the model passes "
-                    "no named arguments down to its attention; use positions='original', or a method that moves no keys"
+                    f"no named arguments down to its attention; {_MEND}"
                 )
             (key, query), (moved_key, moved_query) = before[number], after[number]
             known[number] = _fitting(decoder, number, key.float(), moved_key.float())
@@ -115,7 +119,7 @@ def axes_of(model: PreTrainedModel) -> list[int] | None:
 
 
 def _refuse_moving(
-    decoder: torch.nn.Module, mend: str = ": keys cannot be moved to other positions; use positions='original'"
+    decoder: torch.nn.Module, mend: str = f": keys cannot be turned to other positions; {_MEND}"
 ) -> None:
     for module in decoder.modules():
         kinds = getattr(module, "rope_type", None)
@@ -163,7 +167,7 @@ def _check_queries(decoder: torch.nn.Module, number: int, before: torch.Tensor, 
     if float((before.norm(dim=-1) / after.norm(dim=-1) - 1).abs().max()) > bound:
         raise ValueError(
             f"{type(decoder).__name__}: layer {number} scales its queries by their position, so that closing gaps "
-            "between keys would change its answers; use positions='original', or a method that moves no keys"
+            f"between keys would change its answers; {_MEND}"
         )
 
 
@@ -180,8 +184,7 @@ def _fitting(decoder: torch.nn.Module, number: int, before: torch.Tensor, after:
             best, gap = spec, found
     if best is None:
         raise ValueError(
-            f"{type(decoder).__name__}: no known rotary layout explains how layer {number} turns its keys; use "
-            "positions='original', or a method that moves no keys"
+            f"{type(decoder).__name__}: no known rotary layout explains how layer {number} turns its keys; {_MEND}"
         )
     return best
 

@@ -177,6 +177,6 @@ def test_a_budget_beyond_the_trained_length_warns(model_of):
 def test_frequencies_that_change_with_length_are_refused():
     config = tiny.LlamaConfig(**tiny.TEXT, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     model = tiny.LlamaForCausalLM(config).eval()
-    with pytest.raises(ValueError, match="use positions='original'"):
+    with pytest.raises(ValueError, match="positions='original'"):
         MethodCache(model, "streaming_llm", "20t")
     MethodCache(model, "streaming_llm(positions='original')", "20t")

@@ -9,22 +9,23 @@ Keys stay at their positions. Streaming heads read each forward of several token
 the authors' code does, so a prompt in one forward is exact. The authors permute the weights until full heads lie
 together and split at a quantile of noisy gates; we pick heads by index and take an exact number of them, ties by seed.
 
-Without a pattern the prompt itself decides, by our own stand-in for the training-free head score of NVIDIA's kvpress:
-heads rank by how much attention the prompt's last queries pay to tokens that a streaming head would have dropped. Heads
-that only the answer needs are missed so: a warning says it, and names the command above.
+Without a pattern the prompt itself decides, by the training-free head score of NVIDIA's kvpress (`duo.far_score`) on
+the prompt's own queries and keys, where theirs averages over fifty books. For models whose keys cannot be turned back
+there is `ranking="last_queries"`: the attention that the prompt's end pays to what a streaming head would have dropped.
+It misses heads that fetch what an answer needs and look at nothing far before it is asked for.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from textkv.context import Context
+from textkv.duo.far_score import far_score
 from textkv.duo.pattern import Pattern, full_heads
 from textkv.eviction import NEVER
 from textkv.evidence import Evidence, Needs
@@ -66,7 +67,8 @@ class DuoAttention(Method):
         recent: last tokens that a streaming head keeps; 256 there, 64 nearly as good.
         prefill: "full_then_trim" frees bytes when a prompt block ends; "chunks" after every chunk of an announced block
             too (the paper; needs `pattern` and `sparsity`).
-        window: last queries of the prompt that rank the heads where there is no pattern.
+        ranking: "mean_qk" or "last_queries", what ranks the heads where there is no pattern.
+        window: last queries of the prompt that "last_queries" goes by.
         seed: breaks ties between gates.
     """
 
@@ -75,6 +77,7 @@ class DuoAttention(Method):
     sinks: int = 64
     recent: int = 256
     prefill: Literal["full_then_trim", "chunks"] = "full_then_trim"
+    ranking: Literal["mean_qk", "last_queries"] = "mean_qk"
     window: int = 32
     seed: int = 0
 
@@ -94,14 +97,18 @@ class DuoAttention(Method):
             raise ValueError(f"sparsity={self.sparsity} and budget={self.budget} both say how much to keep; give one")
         if self.prefill not in ("full_then_trim", "chunks"):
             raise ValueError(f"prefill={self.prefill!r}: use 'full_then_trim' or 'chunks'")
+        if self.ranking not in ("mean_qk", "last_queries"):
+            raise ValueError(f"ranking={self.ranking!r}: use 'mean_qk' or 'last_queries'")
         if self.prefill == "chunks" and (self.pattern is None or self.sparsity is None):
             raise ValueError("prefill='chunks' divides the heads before the prompt: give pattern=... and sparsity=...")
         # Read once, here, so that a wrong file is told before a model runs. Not a field: the path is what is saved.
         object.__setattr__(self, "_gates", Pattern.load(self.pattern).gates if self.pattern is not None else None)
 
     def needs(self) -> Needs:
-        """The prompt's last queries where no pattern ranks the heads."""
-        return Needs(window=self.window if self.pattern is None else 0)
+        """What ranks the heads where no pattern does: the mean of the prompt's queries, or its last ones."""
+        if not self._ranks:
+            return Needs()
+        return Needs(rope=True, query_centres=True) if self.ranking == "mean_qk" else Needs(window=self.window)
 
     def sizes(self, seen: int, heads: int) -> Sizes:
         """What a row of `seen` tokens keeps in a model of `heads` KV heads over all layers."""
@@ -125,14 +132,6 @@ class DuoAttention(Method):
             ValueError: the pattern is of another shape than the model.
         """
         if self._gates is None:
-            if layer.index == 0 and self._ranks:
-                # Heads that fetch what an answer needs may look at nothing far while the prompt ends.
-                warnings.warn(
-                    "duo_attention has no pattern and ranks heads by one prompt's end, which misses heads that the "
-                    "answer needs; run python -m textkv.methods.duo_attention identify --model FOLDER and give "
-                    "pattern='FOLDER'",
-                    stacklevel=2,
-                )
             return
         shape = (layer.context.governed, layer.kv_heads)
         if tuple(self._gates.shape) != shape:
@@ -155,25 +154,32 @@ class DuoAttention(Method):
         if all(row.full == heads for row in sizes):
             return
         if self._gates is None:
-            layer.notes["duo_attention"] = _far_mass(layer, evidence, sizes), sizes
+            layer.notes["duo_attention"] = self._rated(layer, evidence, sizes), sizes
         else:
             layer.replace([_split(layer, self._by_pattern(layer, sizes), sizes)])
 
     def on_finish(self, context: Context) -> None:
-        """Without a pattern: rank all heads of the model by what they look at, and divide every layer."""
+        """Without a pattern: rank all heads of the model by how far they look, and divide every layer."""
         notes = [layer.notes.pop("duo_attention", None) for layer in context.layers]
         if None in notes:
             return
-        mass, sizes = torch.stack([far for far, _ in notes], 1), notes[0][1]
+        scores, sizes = torch.stack([far for far, _ in notes], 1), notes[0][1]
         # Ranked over the whole model, as the gates' quantile is: a layer may get no full head, or nothing else.
-        full = torch.stack([full_heads(row, n.full, self.seed) for row, n in zip(mass, sizes, strict=True)])
+        full = torch.stack([full_heads(row, n.full, self.seed) for row, n in zip(scores, sizes, strict=True)])
         for layer in context.layers:
             layer.replace([_split(layer, full[:, layer.index], sizes)])
 
+    def _rated(self, layer: Layer, evidence: Evidence, sizes: list[Sizes]) -> torch.Tensor:
+        """What ranks this layer's heads, fp32 [batch, kv_heads] on the CPU; none does where all of them stream."""
+        if not self._ranks:
+            return torch.zeros(len(sizes), layer.kv_heads)
+        return _far_scores(layer, evidence) if self.ranking == "mean_qk" else _far_mass(layer, evidence, sizes)
+
     @property
     def _ranks(self) -> bool:
-        """Whether it matters which heads stream: neither all of them do nor none."""
-        return not self.budget.is_full if self.sparsity is None else 0 < self.sparsity < 1
+        """Whether the prompt ranks the heads: no pattern does, and some of them stream while others do not."""
+        some = not self.budget.is_full if self.sparsity is None else 0 < self.sparsity < 1
+        return self.pattern is None and some
 
     def _by_pattern(self, layer: Layer, sizes: list[Sizes]) -> torch.Tensor:
         return torch.stack([full_heads(self._gates, row.full, self.seed)[layer.index] for row in sizes])
@@ -188,6 +194,28 @@ def _full_now(layer: Layer) -> torch.Tensor:
     for part in segment.parts:
         full[part.row.cpu(), part.head.cpu()] = not isinstance(part.segment, ChunkedRing)
     return full
+
+
+def _far_scores(layer: Layer, evidence: Evidence) -> torch.Tensor:
+    """How far back each head's mean query of the block would look among its mean keys: fp32 [batch, kv_heads] in 0..1,
+    on the CPU; 0 in a row to which the block brought nothing. A head that streams already has NEVER.
+    """
+    full, held = _full_now(layer), layer.stored()
+    scores = torch.full(full.shape, NEVER).masked_fill(full, 0)
+    for row in range(len(full)):
+        real = evidence.norm_positions[row] >= 0
+        if not (bool(full[row].any()) and bool(real.any())):
+            continue
+        heads = full[row].nonzero()[:, 0].to(layer.device)
+        logical, rope = evidence.norm_positions[row, real], evidence.rope_positions[row, real]
+        # Heads that keep everything hold the same tokens; of those of the block it is told where they lie.
+        at = held.positions[row, heads[0]] - logical[0]
+        slots = (at >= 0).nonzero()[:, 0]
+        keys = held.keys[row, heads][None, :, slots].float()
+        mean = layer.rotary.turn(keys, -rope[at[slots].long()][None]).mean(2)[0]
+        queries = evidence.centres.mean[row].unflatten(0, (layer.kv_heads, -1))[heads].flatten(0, 1)
+        scores[row, full[row]] = far_score(queries, mean, layer.rotary, evidence.scale).cpu()
+    return scores
 
 
 def _far_mass(layer: Layer, evidence: Evidence, sizes: list[Sizes]) -> torch.Tensor:

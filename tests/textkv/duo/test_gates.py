@@ -10,8 +10,9 @@ from transformers import AttentionInterface
 from tests.compare import mismatch
 from tests.textkv import tiny
 from textkv import MethodCache
+from textkv.duo.far_score import SPAN, far_score
 from textkv.duo.gated import QUERY_BLOCK, distillation, full_attention, gated, streaming_attention
-from textkv.duo.mean_qk import SPAN, far_score, mean_qk_scores
+from textkv.duo.mean_qk import mean_qk_scores
 from textkv.duo.passkeys import Sample
 from textkv.duo.pattern import Pattern
 from textkv.duo.training import GateTraining, rate_at, train_gates

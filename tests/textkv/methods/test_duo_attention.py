@@ -9,12 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.compare import mismatch
 from tests.textkv import tiny
 from tests.textkv.duo.toy import GATES, duo, feed, full_set, kept, pattern_file
 from textkv import MethodCache, resolve_method
 from textkv.conformance import check_method
+from textkv.duo.mean_qk import mean_qk_scores
 from textkv.duo.pattern import Pattern
 from textkv.method import REGISTRY
 from textkv.methods.duo_attention import DuoAttention, Sizes
@@ -94,16 +96,47 @@ def test_sizes_keep_the_budget_and_shrink_with_the_stream(heads, seen, tokens, s
     assert method.sizes(seen + 1, heads).full <= size.full
 
 
-def test_without_a_pattern_heads_rank_by_what_they_would_lose(model_of):
+def test_without_a_pattern_heads_rank_by_how_far_their_mean_query_looks(model_of):
+    model, ids = model_of("llama"), tiny.text_ids(60)
+    best = mean_qk_scores(model, [ids]).flatten().sort(descending=True).indices[:3].tolist()
+    for chunk in (60, 17):
+        cache = MethodCache(model, duo(sparsity=0.5))
+        cache.begin(tokens=60)
+        feed(model, cache, ids, chunk)
+        assert full_set(cache) == {(n // 2, n % 2) for n in best}
+
+
+def test_heads_can_rank_by_what_the_last_queries_would_lose(model_of):
     model, ids = model_of("llama"), tiny.text_ids(60)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         shares = torch.stack(model(ids, output_attentions=True).attentions)[:, 0]
     far = shares[:, :, -32:, 2 : 60 - 3].sum((2, 3)).unflatten(1, (2, 2)).mean(2)
     best = far.flatten().sort(descending=True).indices[:3].tolist()
-    cache = MethodCache(model, duo(sparsity=0.5))
+    cache = MethodCache(model, duo(sparsity=0.5, ranking="last_queries"))
     feed(model, cache, ids, 60)
     assert full_set(cache) == {(n // 2, n % 2) for n in best}
+
+
+def test_keys_that_cannot_be_turned_back_are_told_with_the_mend():
+    model = LlamaForCausalLM(
+        LlamaConfig(**tiny.TEXT, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    ).eval()
+    with pytest.raises(ValueError, match="'dynamic' changes its frequencies.*ranking='last_queries'"):
+        MethodCache(model, duo(sparsity=0.5))
+    for quiet in (duo(sparsity=0.5, ranking="last_queries"), duo(sparsity=0.0), duo(sparsity=1.0)):
+        feed(model, MethodCache(model, quiet), tiny.text_ids(12), 12)
+
+
+def test_a_row_that_a_later_turn_brings_nothing_keeps_its_heads(model_of):
+    model, ids = model_of("llama"), tiny.text_ids(40, batch=2)
+    cache = MethodCache(model, duo(), "30t")
+    feed(model, cache, ids, 40)
+    before = full_set(cache, 1)
+    # 70 columns: those of the first turn, and 30 of a second that has words for the first row alone
+    seen = torch.cat([torch.ones(2, 40), torch.tensor([[1.0], [0.0]]).expand(-1, 30)], 1).long()
+    model(tiny.text_ids(30, batch=2), attention_mask=seen, past_key_values=cache)
+    assert before and full_set(cache, 1) == before and len(full_set(cache, 0)) < len(before)
 
 
 def test_rows_without_a_pattern_have_heads_of_their_own(model_of):
@@ -202,6 +235,7 @@ def test_a_pattern_of_another_model_is_refused(model_of, tmp_path):
         ("recent=0", "recent=0"),
         ("sparsity=1.5", r"sparsity=1.5: a share of heads lies in \[0, 1\]; use e.g. 0.5"),
         ("prefill='strict'", "use 'full_then_trim' or 'chunks'"),
+        ("ranking='gates'", "use 'mean_qk' or 'last_queries'"),
         ("prefill='chunks',sparsity=0.5", "give pattern=... and sparsity=..."),
         ("pattern='nowhere.json'", "there is no nowhere.json; make one with `python -m textkv.methods.duo_attention"),
     ],
@@ -232,17 +266,3 @@ def test_the_method_file_is_a_quiet_command(tmp_path, monkeypatch, capsys):
         warnings.simplefilter("error")
         runpy.run_module("textkv.methods.duo_attention", run_name="__main__")
     assert "--steps: 0 is not" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("method", "budget"), [("duo_attention(sparsity=0.5)", 1.0), ("duo_attention", 0.3)])
-def test_without_a_pattern_a_warning_names_the_mend(model_of, method, budget):
-    model = model_of("llama")
-    with pytest.warns(UserWarning, match=r"no pattern.*duo_attention identify --model FOLDER"):
-        feed(model, MethodCache(model, method, budget), tiny.text_ids(12), 12)
-
-
-def test_nothing_is_warned_of_where_no_head_is_chosen(model_of, pattern, recwarn):
-    model = model_of("llama")
-    for method in ("duo_attention", duo(sparsity=1.0), duo(sparsity=0.0), duo(pattern, sparsity=0.5)):
-        feed(model, MethodCache(model, method), tiny.text_ids(12), 12)
-    assert not [w for w in recwarn if "no pattern" in str(w.message)]
