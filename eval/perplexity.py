@@ -45,11 +45,16 @@ def stream(model: PreTrainedModel, method: str, budget: str, ids: torch.Tensor, 
     """
     use(model)
     ids, cache = ids.to(model.device), MethodCache(model, method, budget)
-    logits = [model(ids[:, :first], past_key_values=cache).logits[0].float()]
-    steps = range(first, ids.shape[1] - 1)
-    for at in track(steps, method, console=Console(stderr=True)):
-        logits.append(model(ids[:, at : at + 1], past_key_values=cache).logits[0].float())
-    return F.cross_entropy(torch.cat(logits), ids[0, 1:], reduction="none"), cache.kv_bytes()
+    # Likelihoods at once: the logits of a long stream would weigh gigabytes.
+    said = [_nll(model(ids[:, :first], past_key_values=cache).logits, ids[:, 1 : first + 1])]
+    for at in track(range(first, ids.shape[1] - 1), method, console=Console(stderr=True)):
+        logits = model(ids[:, at : at + 1], past_key_values=cache).logits
+        said.append(_nll(logits, ids[:, at + 1 : at + 2]))
+    return torch.cat(said), cache.kv_bytes()
+
+
+def _nll(logits: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits[0].float(), said[0], reduction="none")
 
 
 def rows_of(method: str, cache: int, nll: torch.Tensor, held: int, stretches: int) -> list[dict[str, Any]]:
