@@ -31,7 +31,7 @@ from textkv.arguments import methods
 from textkv.command import count, run, some_text, text_file, token_count, write_rows
 from textkv.provenance import run_meta
 
-from .arguments import add_outputs, checked_budget
+from .arguments import add_dtype, add_outputs, checked_budget
 from .curve import save
 from .finished import finished
 from .textbench import MODEL_HELP, load_text_model, text_rows
@@ -100,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=token_count, default=8192, help="length of the text (default 8192)")
     p.add_argument("--stretches", type=count, default=8, help="parts of the text to be told apart (default 8)")
     p.add_argument("--text", type=text_file, help="its last tenth is read; default: held-out plain sentences")
+    add_dtype(p)
     add_outputs(p, "plot", when=", after every method; gone on with if it exists")
     return p
 
@@ -114,9 +115,9 @@ def work(args: argparse.Namespace, argv: list[str]) -> None:
     if args.cache >= args.tokens - 1:
         raise ValueError(f"cache={args.cache}, tokens={args.tokens}: the text must be longer than the cache")
     budget = checked_budget(args.methods, f"{args.cache}t")
-    model, tokenizer = load_text_model(args.model, args.device)
+    model, tokenizer = load_text_model(args.model, args.device, args.dtype)
     ids = text_rows(tokenizer, args.text, 1, args.tokens)
-    board = {name: getattr(args, name) for name in ("model", "cache", "tokens", "stretches")}
+    board = {name: getattr(args, name) for name in ("model", "cache", "tokens", "stretches", "dtype")}
     board["text"] = args.text.name if args.text else None
     meta, rows = run_meta("eval.perplexity", argv, 0, board=board), finished(args.json, board, lambda row: True)
     for method in args.methods:
