@@ -16,10 +16,11 @@ from textkv.kernels import window_mass
 from textkv.positions import RotarySpec
 from textkv.query_statistics import QueryCentres, QueryMoments
 from textkv.screens import Grids, ScreenStates, Spans
-from textkv.segments.base import Step, Stored
+from textkv.segments.base import Step, Stored, shown
 from textkv.softmax import Softmax
 
 _BLOCK = 4096  # queries that are turned back at a time: a long prompt's fp32 copy would weigh as much as its keys
+_ENTRIES = 1 << 24  # weights of one row that are held at a time
 
 
 class EvidenceCollector:
@@ -110,12 +111,13 @@ class EvidenceCollector:
 
     def _add_columns(self, step: Step, held: Stored, lse: torch.Tensor | None) -> None:
         """Column sums per slot. The kernel takes the queries for those of the last slots, so slots without a token
-        (padding, the missing ones of a ragged head) are left out, head by head where heads differ."""
-        real, kv_heads = held.positions >= 0, held.keys.shape[1]
-        if bool(real.all()) and not step.padded:
-            # Columns are counted by plain causality, whatever a mask hid in this forward.
-            plain = lse is not None and step.hidden is None and step.visible is None
-            mass = window_mass(step.q, held.keys, lse=lse if plain else None, **step.softmax.options)
+        (padding, the missing ones of a ragged head) or hidden in this forward are left out, head by head where heads
+        differ."""
+        real, kv_heads = shown(held.positions, step.hidden), held.keys.shape[1]
+        if step.visible is not None:
+            mass = _mass_of_visible(step, held, real)
+        elif bool(real.all()) and not step.padded:
+            mass = window_mass(step.q, held.keys, lse=lse, **step.softmax.options)
             mass = mass.unflatten(1, (kv_heads, -1)).mean(2)
         else:
             mass = torch.zeros(real.shape, device=step.q.device)
@@ -199,3 +201,24 @@ class EvidenceCollector:
             *softmax[1:], centres, sampled=sampled, sampled_positions=at, ids=ids, gone=gone, grids=grids or [],
             states=states,
         )  # fmt: skip
+
+
+def _mass_of_visible(step: Step, held: Stored, real: torch.Tensor) -> torch.Tensor:
+    """Column sums fp32 [batch, kv_heads, n] where new tokens see each other as `Step.visible` says; `real` bool like
+    the slots' positions, which may be seen at all. Plain torch, some queries at a time: no kernel knows such an edge.
+    """
+    m, kv_heads = step.q.shape[2], held.keys.shape[1]
+    # New tokens follow all others and one another; padding comes before them.
+    column = held.positions + (m - 1 - step.positions[:, None, -1:])
+    old, column = real & (column < m - (step.positions >= 0).sum(1)[:, None, None]), column.long().clamp(0, m - 1)
+    visible = step.visible.expand(len(step.q), -1, -1)
+    mass, keys = torch.zeros(real.shape, device=step.q.device), held.keys.float().mT[:, :, None]
+    for rows in torch.arange(m, device=step.q.device).split(max(1, _ENTRIES // (step.q.shape[1] * real.shape[2]))):
+        sees = visible[:, None, rows].expand(-1, kv_heads, -1, -1)
+        sees = sees.gather(-1, column[:, :, None].expand(-1, -1, len(rows), -1))
+        sees = (sees | old[:, :, None]) & real[:, :, None] & (step.positions[:, rows] >= 0)[:, None, :, None]
+        q = step.q[:, :, rows].float().unflatten(1, (kv_heads, -1))
+        # A hole may hold NaN, and a query without any token sees nothing: neither may reach the sums.
+        scores = step.softmax.scores(q @ keys).masked_fill(~sees[:, :, None], torch.finfo(torch.float32).min)
+        mass += step.softmax.weights(scores).masked_fill(~sees[:, :, None], 0).mean(2).sum(2)
+    return mass

@@ -20,6 +20,7 @@ from textkv.eviction import NEVER, PROTECTED, Eviction, keep_best
 from textkv.kernels import window_mass
 from textkv.layer import Layer
 from textkv.method import Capabilities
+from textkv.segments.base import shown
 from textkv.softmax import Softmax
 
 
@@ -81,8 +82,8 @@ class DecodeEviction(Eviction):
 
 
 def attention_row(layer: Layer, query: torch.Tensor, sinks: bool = True) -> torch.Tensor:
-    """What a decoded token looked at: fp32 [batch, heads, n of layer.stored()], 0 at holes. Each row sums to 1, less
-    what the model's sinks took.
+    """What a decoded token looked at: fp32 [batch, heads, n of layer.stored()], 0 at holes and at tokens that the
+    caller's mask hid from it. Each row sums to 1, less what the model's sinks took.
 
     A row of the batch to which the step brought padding has 0 everywhere.
 
@@ -91,10 +92,11 @@ def attention_row(layer: Layer, query: torch.Tensor, sinks: bool = True) -> torc
         sinks: False leaves them out: the row sums to 1.
     """
     softmax = layer.softmax if sinks else layer.softmax._replace(sinks=None)
-    if layer.whole is not None:
+    if layer.whole is not None and layer.hidden is None:
         return last_row(query, layer.rectangle.keys, softmax)
-    held, how = layer.stored(), softmax.options
-    real = held.positions >= 0
+    # In the order of `stored` or of `rectangle`, whichever the scores will be laid beside.
+    held, how = layer.stored() if layer.whole is None else layer.rectangle, softmax.options
+    real = shown(held.positions, layer.hidden)
     row = window_mass(query, held.keys, **how) if bool(real.all()) else _row_over_holes(query, held.keys, real, how)
     if layer.came is None:
         return row

@@ -79,6 +79,7 @@ class Layer(Takeback, CacheLayerMixin):
             outlives `reset`; `MethodCache.new_trajectory` ends it.
         softmax: how the model weighs this layer's scores, from the first forward on; sinks are there while hooks run.
         came: int64 [batch] on the CPU while a hook runs, real tokens that the forward brought; None = the same to all.
+        hidden: bool [batch, p] while a hook runs, what the mask hid from this forward, see `Step`; None = nothing.
         last_share: fp32 [batch, heads, 1] while `on_decode_end` runs in a layer of several segments: the part of the
             token's attention that fell on the last one.
         last_row: fp32 [batch, heads, n], at the same time, what the token looked at of the last segment's tokens,
@@ -108,7 +109,7 @@ class Layer(Takeback, CacheLayerMixin):
         self.notes: dict[str, Any] = {}
         self.statistics: dict[str, torch.Tensor] = {}
         self.softmax = Softmax(1.0)
-        self.last_share = self.last_row = self.came = None
+        self.last_share = self.last_row = self.came = self.hidden = None
         self._torn = False
         self._due: list[tuple[bool, torch.Tensor | None]] = []
 

@@ -21,6 +21,7 @@ class Moments(Contents):
     collector: EvidenceCollector
     softmax: Softmax
     came: torch.Tensor | None
+    hidden: torch.Tensor | None
     last_share: torch.Tensor | None
     last_row: torch.Tensor | None
     _due: list[tuple[bool, torch.Tensor | None]]
@@ -38,7 +39,7 @@ class Moments(Contents):
         drafts follow in the same forward."""
         m = step.k.shape[2]
         self.seen += m
-        self.real_seen, self.came = tokens.seen, tokens.came
+        self.real_seen, self.came, self.hidden = tokens.seen, tokens.came, step.hidden
         self.since_eviction += m
         context = self.context
         ends, hold = prompt and self.seen >= context.block_end, context.hold and not final
@@ -56,7 +57,7 @@ class Moments(Contents):
                 self._decode_end(step.q)
         if not hold:
             self._let_go()
-        self.last_share = self.last_row = self.came = None
+        self.last_share = self.last_row = self.came = self.hidden = None
         context.after_step(self, ends and not hold and not context.frozen, None if final else tokens)
 
     def _collect(self, step: Step, hidden: torch.Tensor | None, lse: torch.Tensor | None) -> None:
