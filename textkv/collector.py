@@ -153,6 +153,13 @@ class EvidenceCollector:
                 lie = QueryCentres.of(plain, at >= 0, rotary)
                 self._centres = lie if self._centres is None else self._centres + lie
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was gathered that the end of the block would miss."""
+        known = (x for name, x in vars(self).items() if name not in ("needs", "_before"))
+        # Without padding the number of tokens that came says nothing that the layer does not know.
+        return all(x is None or isinstance(x, int) or (isinstance(x, list) and not x) for x in known)
+
     def can_drop(self, tokens: int) -> bool:
         """Whether the last `tokens` tokens can be left out: they are the last chunk, or nothing sums over them."""
         summed = (self._columns, self._moments, self._centres, self._peaks)

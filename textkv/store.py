@@ -39,7 +39,11 @@ def save(
 
     Args:
         beside: what else belongs to it, under names that `read_header` gives back: tensors, and what JSON can say.
+
+    Raises:
+        ValueError: evidence of a prompt block is being gathered, which is not written.
     """
+    _check_whole(context)
     folder.mkdir(parents=True, exist_ok=True)
     more = beside or {}
     tensors = {f"beside.{name}": x for name, x in more.items() if isinstance(x, torch.Tensor)}
@@ -68,6 +72,17 @@ def save(
         part.unlink(missing_ok=True)
 
 
+def _check_whole(context: Context) -> None:
+    """Raises ValueError in the middle of a block: the method would judge its end by what came after loading alone."""
+    if all(layer.collector.is_empty for layer in context.layers):
+        return
+    seen, end = context.seen(), context.block_end
+    where = f"{seen} of the {end} tokens of a prompt are read" if seen < end else "drafts wait to be taken or cropped"
+    raise ValueError(
+        f"{where}, and what they showed {context.method.expression} cannot be saved: save when the prompt is through"
+    )
+
+
 def read_header(folder: Path) -> dict[str, Any]:
     """What a save says of itself; `fill` needs it.
 
@@ -81,7 +96,8 @@ def read_header(folder: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             said = file.metadata() or {}
             # All of it, to be sure of the checksum before a single layer is filled.
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # Copies: safetensors maps the file, and what another process writes over it would change the cache.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         header = parse(said["header"])
         if checked(header, {"format": int})["format"] != FORMAT:
             raise ValueError(f"format {header['format']}, this version reads {FORMAT}")

@@ -224,3 +224,33 @@ def test_a_failing_rename_leaves_nothing_beside(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path)
     cache.save(tmp_path)  # a folder that is gone is made again
     assert (tmp_path / FILE).is_file()
+
+
+def test_a_loaded_cache_does_not_hang_on_its_file(tmp_path):
+    """Somebody copies another save over the file: what was loaded and checked goes on as it was."""
+    model, cache = filled("dense")
+    cache.save(tmp_path)
+    loaded, file = MethodCache.load(tmp_path, model), tmp_path / FILE
+    file.write_bytes(bytes(file.stat().st_size))
+    assert torch.equal(kinds.logits(model, kinds.ids(5, 2), loaded), kinds.logits(model, kinds.ids(5, 2), cache))
+
+
+@pytest.mark.parametrize("method", ["h2o", "snapkv", "expected", "full", "kivi(4)"])
+def test_between_the_chunks_of_a_prompt(tmp_path, method):
+    """What the chunks so far have shown of the prompt is not written: where a method asks for it, saving says so."""
+    model, ids = kinds.model_of_kind("dense"), kinds.ids(60)
+    cache = MethodCache(model, method, None if method in ("full", "kivi(4)") else 0.4)
+    cache.begin(ids)
+    kinds.logits(model, ids[:, :40], cache)
+    if method in ("full", "kivi(4)"):
+        cache.save(tmp_path)
+        loaded = MethodCache.load(tmp_path, model)
+        assert torch.equal(kinds.logits(model, ids[:, 40:], loaded), kinds.logits(model, ids[:, 40:], cache))
+        return
+    with pytest.raises(ValueError, match="40 of the 60 tokens of a prompt are read.*save when the prompt is through"):
+        cache.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+    kinds.logits(model, ids[:, 40:], cache)
+    cache.save(tmp_path)
+    loaded = MethodCache.load(tmp_path, model)
+    assert torch.equal(kinds.steps(model, kinds.ids(3), loaded), kinds.steps(model, kinds.ids(3), cache))
