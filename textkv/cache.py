@@ -105,6 +105,7 @@ class MethodCache(Rollback):
         for layer in self.layers:
             if isinstance(layer, Layer):
                 layer.bind(modules.get(layer.kind.number))
+        self._dtype = model.dtype
         self._learn_rotary(model)
 
     def _learn_rotary(self, model: PreTrainedModel) -> None:

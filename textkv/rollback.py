@@ -6,10 +6,12 @@ them ahead of what the caller knows: the next call goes back to where that one b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 from textkv.context import Context
@@ -46,6 +48,9 @@ class Rollback(Cache):
     layers: list[Any]
     _through: set[tuple[int, str]]
     _start: Start | None
+    _dtype: torch.dtype
+    _model: Callable[[], PreTrainedModel | None]
+    bind: Callable[[PreTrainedModel], None]
 
     # ---- the model's calls, one after another ------------------------------------------------------------------
 
@@ -66,9 +71,17 @@ class Rollback(Cache):
             if self._through:
                 raise ValueError(_STATES.format(max(number for number, _ in self._through)))
             self._go_back(self._start)
+        if not self.get_seq_length():
+            self._bind_if_cast()
         if pictures:
             self.context.check_pictures()
         self._start = replace(self._here(), changes={x.kind.number: x.changes for x in self._own()})
+
+    def _bind_if_cast(self) -> None:
+        """An empty cache is bound anew to a model that was cast since: its rotary tables were rounded with it."""
+        model = self._model()
+        if model is not None and model.dtype != self._dtype:
+            self.bind(model)
 
     def call_ends(self) -> None:
         """The model's call has come to its end: what it brought stays."""

@@ -56,7 +56,7 @@ def test_autocast(kind, method, budget):
 
 
 @pytest.mark.parametrize("how", ["half", "bfloat16"])
-@pytest.mark.parametrize(("method", "budget"), [*kinds.METHODS, ("expected", 0.4)])
+@pytest.mark.parametrize(("method", "budget"), [*kinds.METHODS, ("expected", 0.4), ("tri_attention", 0.4)])
 def test_another_precision_after_loading_and_after_building_a_cache(method, budget, how):
     model = model_alike()
     early = MethodCache(model, method, budget)
@@ -64,7 +64,7 @@ def test_another_precision_after_loading_and_after_building_a_cache(method, budg
     out = talk(model, early)
     fresh = talk(model, MethodCache(model, method, budget))
     assert bool(out.isfinite().all()) and out.dtype == model.dtype
-    assert not mismatch(out.float(), fresh.float(), atol=0.15, rtol=0)
+    assert torch.equal(out, fresh)  # tables of frequencies are rounded with the model
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------------
