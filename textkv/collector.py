@@ -7,6 +7,8 @@ states are kept as row norms, and whole only in screenshots. All is dropped as s
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +155,19 @@ class EvidenceCollector:
                 lie = QueryCentres.of(plain, at >= 0, rotary)
                 self._centres = lie if self._centres is None else self._centres + lie
 
+    def take_rows(self, rows: torch.Tensor) -> None:
+        """The rows of the batch were rearranged: new row i is old row rows[i]."""
+        kept = {name: x for name, x in vars(self).items() if name not in ("needs", "_before")}
+        vars(self).update({name: _rows_of(x, rows) for name, x in kept.items()})
+        self._before = None
+
+    def moved(self, before: torch.Tensor, now: torch.Tensor) -> None:
+        """Tokens were forgotten: slots hold the positions `now` instead of `before`, int32 [batch, stored heads, n]."""
+        if self._columns is not None:
+            self._columns = found_again(self._columns, before, now)
+        # What an earlier chunk is taken back to has columns of slots that are no more.
+        self._before = None
+
     @property
     def is_empty(self) -> bool:
         """Whether nothing was gathered that the end of the block would miss."""
@@ -208,6 +223,27 @@ class EvidenceCollector:
             *softmax[1:], centres, sampled=sampled, sampled_positions=at, ids=ids, gone=gone, grids=grids or [],
             states=states,
         )  # fmt: skip
+
+
+def found_again(x: torch.Tensor, before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """Numbers [batch, heads, n] of tokens at positions `before`, int32 like them, for those at `now`; a hole has 0."""
+    size = int(before.max()) + 1
+    # One column more than positions, for holes: what is written there is wiped.
+    table = x.new_zeros(*x.shape[:2], size + 1)
+    table.scatter_(-1, before.long().masked_fill(before < 0, size), x)
+    table[..., size] = 0
+    return table.gather(-1, now.long().masked_fill(now < 0, size))
+
+
+def _rows_of(x: Any, rows: torch.Tensor) -> Any:
+    """Rows of whatever was gathered: tensors, and dataclasses and lists of them, have the batch first."""
+    if isinstance(x, torch.Tensor):
+        return x.index_select(0, rows.to(x.device))
+    if isinstance(x, list):
+        return [_rows_of(part, rows) for part in x]
+    if is_dataclass(x):
+        return replace(x, **{part.name: _rows_of(getattr(x, part.name), rows) for part in fields(x)})
+    return x
 
 
 def _mass_of_visible(step: Step, held: Stored, real: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from textkv.collector import EvidenceCollector, found_again
 from textkv.context import Context
 from textkv.kinds import LayerKind
 from textkv.segments.base import Segment, Stored, keep_across, storage_bytes
@@ -19,6 +20,7 @@ class Contents:
 
     context: Context
     kind: LayerKind
+    collector: EvidenceCollector
     segments: list[Segment]
     statistics: dict[str, torch.Tensor]
     trajectory: dict[str, torch.Tensor]
@@ -111,7 +113,7 @@ class Contents:
         for name, x in known.items():
             told = self.statistics[name].shape[-1]
             if several:  # each keeps its slots in its own way: what moved where is told by positions alone
-                x = _found_again(x, counted, self._counted())
+                x = found_again(x, counted, self._counted())
             else:
                 x = x.gather(-1, pick.clamp(min=0)).masked_fill(pick < 0, 0)
             if told < counted.shape[-1]:  # tokens that came since have 0: no room for that
@@ -198,6 +200,7 @@ class Contents:
         order = stays.sort(dim=-1, stable=True).indices[..., stays.shape[-1] - count :]
         croppable = min(self.since_eviction, self._behind(gone))
         self.keep(order.masked_fill(~stays.gather(-1, order), -1))
+        self.collector.moved(at, self.held_positions())
         # What came after all that is gone lies where it lay, and can still be taken back.
         self.since_eviction = croppable
 
@@ -267,13 +270,3 @@ class Contents:
     def lengths(self) -> torch.Tensor:
         """Tokens stored, int64 [batch, stored heads], on the CPU."""
         return sum(segment.lengths() for segment in self._known())
-
-
-def _found_again(x: torch.Tensor, before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """Numbers [batch, heads, n] of tokens at positions `before`, int32 like them, for those at `now`; a hole has 0."""
-    size = int(before.max()) + 1
-    # One column more than positions, for holes: what is written there is wiped.
-    table = x.new_zeros(*x.shape[:2], size + 1)
-    table.scatter_(-1, before.long().masked_fill(before < 0, size), x)
-    table[..., size] = 0
-    return table.gather(-1, now.long().masked_fill(now < 0, size))

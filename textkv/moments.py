@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from textkv.call import Tokens
-from textkv.collector import EvidenceCollector
 from textkv.contents import Contents
 from textkv.evidence import Evidence
 from textkv.segments.base import Step
@@ -18,7 +17,6 @@ SPARE = 128
 class Moments(Contents):
     """The part of a layer that calls the method's hooks; see `textkv.layer.Layer` for its attributes."""
 
-    collector: EvidenceCollector
     softmax: Softmax
     came: torch.Tensor | None
     hidden: torch.Tensor | None

@@ -72,6 +72,7 @@ class Takeback(Moments):
         for known in (self.statistics, self.trajectory):
             known |= {name: x.index_select(0, beam_idx.to(x.device)) for name, x in known.items()}
         self.real_seen = self.real_seen[beam_idx.cpu()]
+        self.collector.take_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Makes each row `repeats` rows that follow one another."""
