@@ -182,7 +182,7 @@ class Method:
         return f"{self.inner.expression}+{own}" if self.inner else own
 
 
-REGISTRY = Registry("method", "agentkv.methods", "Method")
+REGISTRY = Registry("method", "agentkv.methods", "textkv.method.Method")
 register = REGISTRY.register
 
 

@@ -13,7 +13,7 @@ import difflib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -24,12 +24,14 @@ class Registry(dict[str, type]):
 
     Args:
         group: of entry points through which installed packages add to it; None = none may.
-        base: name of the class that all of them are made from, checked where one comes from outside; None = any.
+        base: the class that all of them are made from, as "package.module.Class", checked where one comes from outside;
+            None = any. By its place, so that a stranger's class of the same name is not taken for it.
+        own: methods of the base that say nothing yet: each class has to bring its own.
     """
 
-    def __init__(self, kind: str, group: str | None = None, base: str | None = None) -> None:
+    def __init__(self, kind: str, group: str | None = None, base: str | None = None, own: Sequence[str] = ()) -> None:
         super().__init__()
-        self.kind, self.group, self.base = kind, group, base
+        self.kind, self.group, self.base, self.own = kind, group, base, tuple(own)
 
     def register(self, name: str) -> Callable[[type], type]:
         """Class decorator: makes a class known by `name`, which becomes its attribute `name`.
@@ -79,15 +81,26 @@ class Registry(dict[str, type]):
             cls = getattr(import_module(module), attribute)
         except (ImportError, AttributeError, ValueError, TypeError) as error:  # TypeError: ".a:B", relative to nothing
             raise ValueError(f"{self.kind} {name!r}: cannot import {told!r}: {type(error).__name__}: {error}") from None
-        bases = [parent.__name__ for parent in inspect.getmro(cls)] if inspect.isclass(cls) else []
-        if not bases or (self.base is not None and self.base not in bases[1:]):
-            raise ValueError(
-                f"{self.kind} {name!r}: {told!r} is no {self.base or 'class'}; a {self.kind} is made from it"
-            )
+        self._check(cls, f"{self.kind} {name!r}: {told!r}")
         # By the name that finds it again in another process: that is what a saved cache writes down.
         if cls not in self.values():
             cls.name = name
         self.setdefault(name, cls)
+
+    def _check(self, cls: object, told: str) -> None:
+        """Raises ValueError for what is not made from the base, or leaves out what it must bring."""
+        bases = inspect.getmro(cls)[1:] if inspect.isclass(cls) else ()
+        # A checkout's rooms are known by two paths (`eval`, `agentkv.eval`): the end of it counts.
+        made = any(f".{one.__module__}.{one.__qualname__}".endswith(f".{self.base}") for one in bases)
+        if not bases or (self.base is not None and not made):
+            what = self.base.rpartition(".")[2] if self.base else "class"
+            where = f" of {self.base.rpartition('.')[0]}" if bases and self.base else ""
+            raise ValueError(f"{told} is no {what}{where}; {_one(self.kind)} is made from it")
+        # By name: what a classmethod gives is a new object each time.
+        bare = self.base.rpartition(".")[2] if self.base else ""
+        missing = [name for name in self.own if getattr(cls, name).__qualname__ == f"{bare}.{name}"]
+        if missing:
+            raise ValueError(f"{told} says nothing of its own for {' and '.join(missing)}; write what {bare} asks for")
 
 
 @lru_cache(maxsize=16)
@@ -104,3 +117,7 @@ def _seen(place: str) -> tuple[str, int]:
         return place, os.stat(place or ".").st_mtime_ns
     except OSError:
         return place, 0
+
+
+def _one(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

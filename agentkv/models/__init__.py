@@ -28,7 +28,7 @@ from textkv.registry import Registry
 
 __all__ = ["AGENTS", "AgentText", "Frame", "History", "ModelAdapter", "ParseError", "Prompt", "load_adapter"]
 
-AGENTS = Registry("agent", "agentkv.agents", "ChatAdapter")
+AGENTS = Registry("agent", "agentkv.agents", "agentkv.models.chat.ChatAdapter")
 """Adapters by name; one from outside is a subclass of `ChatAdapter`, named as `textkv.registry` says."""
 AGENTS |= {
     "ui-tars": UiTarsAdapter,

@@ -192,7 +192,7 @@ class Policy(ABC):
         return own if method is None else f"{own}+{method.expression}"
 
 
-REGISTRY = Registry("cache", "agentkv.caches", "Policy")
+REGISTRY = Registry("cache", "agentkv.caches", "dlm.cache.base.Policy")
 register, find = REGISTRY.register, REGISTRY.find
 
 

@@ -173,7 +173,7 @@ class Rule(ABC):
         return f"{self.name}({','.join(given)})" if given else self.name
 
 
-REGISTRY = Registry("unmasking rule", "agentkv.rules", "Rule")
+REGISTRY = Registry("unmasking rule", "agentkv.rules", "dlm.unmask.base.Rule")
 register, find = REGISTRY.register, REGISTRY.find
 
 

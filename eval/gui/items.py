@@ -106,7 +106,7 @@ class Benchmark(ABC):
         """
 
 
-BENCHMARKS = Registry("benchmark", "agentkv.benchmarks", "Benchmark")
+BENCHMARKS = Registry("benchmark", "agentkv.benchmarks", "eval.gui.items.Benchmark")
 """Benchmarks by name."""
 
 

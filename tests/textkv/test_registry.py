@@ -32,6 +32,21 @@ class Agent(QwenVLAdapter): pass
 class Nothing: pass
 """
 
+ENGINE = """
+from textkv.retrievers.engines import Engine as Another
+from textkv.serve import Engine, Outcome
+
+class Stranger(Another): pass
+
+class Unopened(Engine):
+    def prepare(self, request): return request
+    def answer(self, prepared, give, cancelled): return Outcome("", "stop", 1, 0, 0)
+
+class Least(Unopened):
+    @classmethod
+    def open(cls, opening): return cls()
+"""
+
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
@@ -39,6 +54,7 @@ def package(tmp_path, monkeypatch):
     (tmp_path / "mypkg").mkdir()
     (tmp_path / "mypkg" / "__init__.py").write_text("")
     (tmp_path / "mypkg" / "mine.py").write_text(MINE)
+    (tmp_path / "mypkg" / "engine.py").write_text(ENGINE)
     info = tmp_path / "mypkg-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mypkg\nVersion: 1.0\n")
@@ -84,7 +100,7 @@ def test_caches_rules_and_agents(package):
     [
         ("nopkg.mine:Mine", "cannot import 'nopkg.mine:Mine': ModuleNotFoundError"),
         ("mypkg.mine:None", "cannot import 'mypkg.mine:None': AttributeError"),
-        ("mypkg.mine:Nothing", "'mypkg.mine:Nothing' is no Method; a method is made from it"),
+        ("mypkg.mine:Nothing", "'mypkg.mine:Nothing' is no Method of textkv.method; a method is made from it"),
         ("mypkg.mine:", "cannot import 'mypkg.mine:'"),
         (":Mine", "cannot import ':Mine'"),
     ],
@@ -93,6 +109,21 @@ def test_what_is_no_method_is_told_in_one_line(package, name, said):
     with pytest.raises(ValueError, match=said) as error:
         resolve_method(name)
     assert "\n" not in str(error.value)
+
+
+def test_an_engine_brings_what_nobody_else_can_say_and_no_more(package):
+    from textkv.serve import ENGINES, Opening
+
+    with pytest.raises(ValueError, match="'mypkg.engine:Stranger' is no Engine of textkv.serve.interface; an "):
+        ENGINES.find("mypkg.engine:Stranger")
+    with pytest.raises(ValueError, match="says nothing of its own for open; write what Engine asks for"):
+        ENGINES.find("mypkg.engine:Unopened")
+    kind = ENGINES.find("mypkg.engine:Least")
+    kind.check(Opening("any"))
+    engine = kind.open(Opening("any"))
+    assert engine.figures() == {} and engine.rows == 1 and not engine.joins(None) and kind.reads == ()
+    engine.close()
+    del ENGINES["mypkg.engine:Least"]
 
 
 def test_ours_have_not_changed():

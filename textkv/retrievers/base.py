@@ -17,7 +17,7 @@ import torch
 
 from textkv.registry import Registry
 
-RETRIEVERS = Registry("retriever", "agentkv.retrievers", "Retriever")
+RETRIEVERS = Registry("retriever", "agentkv.retrievers", "textkv.retrievers.base.Retriever")
 register_retriever = RETRIEVERS.register
 """Class decorator: makes a retriever known by the name under which it is saved."""
 

@@ -22,7 +22,7 @@ from textkv.positions import RotarySpec
 from textkv.registry import Registry
 from textkv.softmax import Softmax
 
-SEGMENTS = Registry("segment", "agentkv.segments", "Segment")
+SEGMENTS = Registry("segment", "agentkv.segments", "textkv.segments.base.Segment")
 register_segment = SEGMENTS.register
 """Class decorator: makes a segment known by the name under which it is saved."""
 

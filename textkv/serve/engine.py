@@ -326,7 +326,7 @@ class _Asked(Row):
     cached: int
 
 
-ENGINES = Registry("engine", "agentkv.engines", "Engine")
+ENGINES = Registry("engine", "agentkv.engines", "textkv.serve.interface.Engine", own=("open", "prepare", "answer"))
 """Engines by name. Wings add theirs by entry points, so that a server serves what is installed."""
 ENGINES["text"] = ChatEngine
 

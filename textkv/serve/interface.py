@@ -64,7 +64,8 @@ class Opening:
 
 
 class Engine(Protocol):
-    """One model that answers. `prepare` may be called from any thread, `answer` from one at a time.
+    """One model that answers. `prepare` may be called from any thread, `answer` from one at a time. These two and
+    `open` each engine must bring; what the others say here is enough.
 
     Attributes:
         reads: the `model_type`s of config.json that are this engine's; none = it is taken for all others.
@@ -112,6 +113,7 @@ class Engine(Protocol):
 
     def figures(self) -> Mapping[str, float]:
         """What it holds now, by name of a metric: `kv_bytes`, `conversations`, ..."""
+        return {}
 
     def close(self) -> None:
         """Lets go of what it holds, memory and disk."""
