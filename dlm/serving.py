@@ -117,46 +117,100 @@ class DiffusionEngine(Engine):
 
     def _decode(self, asks: list[Ask]) -> None:
         """Answers requests of one configuration; each gets the tokens that it would get alone. A client that goes away
-        frees its row within one forward.
+        frees its row within one forward, and what goes wrong with a row is the end of that one alone.
         """
-        config = asks[0].prepared.config
-        texts, tokens, open_rows = [""] * len(asks), [0] * len(asks), set(range(len(asks)))
-        error: Exception = Cancelled()
-        try:
-            for piece in self._pieces(asks, config):
-                row = piece.row
-                texts[row], tokens[row] = texts[row] + (piece.text or ""), tokens[row] + len(piece.ids)
-                if piece.text:
-                    asks[row].give(piece.text)
-                if piece.done:
-                    open_rows.remove(row)
-                    ended = "stop" if tokens[row] < config.gen_length else "length"
-                    asks[row].done(Outcome(texts[row], ended, len(asks[row].prepared.ids), 0, tokens[row]))
-        except Exception as problem:
-            error = problem
-        for row in open_rows:
-            asks[row].done(error)
+        # Drawn here, so that who is decoded once more draws the same tokens.
+        rows = [_Row(ask, _any_seed() if ask.prepared.seed is None else ask.prepared.seed) for ask in asks]
+        error = self._share(rows)
+        for row in (row for row in rows if not row.over):
+            end = error
+            if error is not None and len(rows) > 1:
+                # Whose it was shows when each is decoded alone; what a client has heard is not told again.
+                row.begin_again()
+                end = self._share([row])
+            if not row.over:
+                row.end(end or Cancelled())
 
-    def _pieces(self, asks: list[Ask], config: DecodingConfig) -> Iterator[Piece]:
-        ids, mask = pad_left([ask.prepared.ids for ask in asks], self.model.decoding_spec.pad_id, self.model.device)
+    def _share(self, rows: list[_Row]) -> Exception | None:
+        """Decodes rows on one canvas; what went wrong with all of it. Rows that nobody waits for stay open."""
+        length = rows[0].ask.prepared.config.gen_length
+        try:
+            for piece in self._pieces(rows):
+                rows[piece.row].take(piece, length)
+        except Exception as problem:
+            return problem
+        return None
+
+    def _pieces(self, rows: list[_Row]) -> Iterator[Piece]:
+        asked = [row.ask.prepared for row in rows]
+        device = self.model.device
+        ids, mask = pad_left([one.ids for one in asked], self.model.decoding_spec.pad_id, device)
         return stream(
             self.model,
             ids,
             mask,
-            config,
-            generator=[self._dice(ask.prepared.seed) for ask in asks],
+            asked[0].config,
+            generator=[torch.Generator(device).manual_seed(row.seed) for row in rows],
             tokenizer=self.tokenizer,
-            wanted=lambda row: not asks[row].cancelled(),
+            wanted=lambda number: not rows[number].unwanted(),
         )
-
-    def _dice(self, seed: int | None) -> torch.Generator:
-        dice = torch.Generator(self.model.device)
-        dice.manual_seed(seed) if seed is not None else dice.seed()
-        return dice
 
     def figures(self) -> Mapping[str, float]:
         """See `Engine`: nothing lies between requests."""
         return {"kv_bytes": 0, "conversations": 0}
+
+
+class _Row:
+    """A request on a canvas: what was told of its answer so far.
+
+    Args:
+        seed: of what is drawn by chance.
+
+    Attributes:
+        over: whether its client has heard how it ended.
+    """
+
+    def __init__(self, ask: Ask, seed: int) -> None:
+        self.ask, self.seed, self.over = ask, seed, False
+        self._text, self._tokens, self._heard = "", 0, ""
+
+    def unwanted(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.over or self.ask.cancelled()
+
+    def take(self, piece: Piece, length: int) -> None:
+        """Takes what has become final; of `length` tokens an answer has reached its limit."""
+        if self.over:
+            return
+        try:
+            self._text, self._tokens = self._text + (piece.text or ""), self._tokens + len(piece.ids)
+            self._tell()
+            if piece.done:
+                ended = "stop" if self._tokens < length else "length"
+                self.end(Outcome(self._text, ended, len(self.ask.prepared.ids), 0, self._tokens))
+        except Exception as problem:  # of this row: a client that cannot be told
+            self.end(problem)
+
+    def begin_again(self) -> None:
+        """Forgets the answer, but not what its client has heard of it."""
+        self._text, self._tokens = "", 0
+
+    def end(self, end: Outcome | Exception) -> None:
+        """Tells how it ended."""
+        self.over = True
+        self.ask.done(end)
+
+    def _tell(self) -> None:
+        both = min(len(self._text), len(self._heard))
+        if self._text[:both] != self._heard[:both]:
+            raise RuntimeError("the answer is another one when it is decoded alone")
+        if new := self._text[len(self._heard) :]:
+            self._heard = self._text
+            self.ask.give(new)
+
+
+def _any_seed() -> int:
+    return torch.Generator().seed()
 
 
 def _check(cache: str | None) -> None:

@@ -13,8 +13,9 @@ from dlm.loop import Loop
 from dlm.prompts import prompt_ids
 from dlm.serving import DiffusionEngine
 from tests.textkv.serve.test_rows import together
-from textkv.serve import ENGINES, Cancelled, Opening, Outcome, build_app
+from textkv.serve import ENGINES, Cancelled, Opening, build_app
 from textkv.serve.protocol import read_request
+from textkv.serve.rows import Ask
 
 PROBLEM = "tom has 37 apples. he buys 25. how many now?"
 
@@ -157,18 +158,50 @@ def test_who_goes_away_leaves_the_canvas_to_the_others(monkeypatch):
     assert all(isinstance(end, Cancelled) for _, end in found) and len(rows) == 2
 
 
-def test_an_error_is_told_to_those_that_share_its_canvas_and_to_nobody_else(monkeypatch):
-    engine, real = DiffusionEngine.open(Opening("mini")), serving.stream
+@pytest.mark.parametrize("more", [{}, {"temperature": 0.8}, {"temperature": 0.8, "seed": 4}])
+def test_an_error_on_a_canvas_ends_the_row_whose_it_is_and_no_other(monkeypatch, more):
+    """In the middle: what the others were told is not told again, and they end as they would have."""
+    engine, real, bad = DiffusionEngine.open(Opening("mini")), serving.stream, PROBLEMS[1]
+    first = engine.prepare(read_request(body(messages=[{"role": "user", "content": bad}]))).ids
 
     def breaks(model, ids, mask, config, **told):
-        if config.gen_length == 32:
-            raise RuntimeError("out of memory")
-        return real(model, ids, mask, config, **told)
+        has = any(row[-len(first) :] == first for row in ids.tolist())
+        for n, piece in enumerate(real(model, ids, mask, config, **told)):
+            if has and n == (3 if len(ids) > 1 else 1):
+                raise RuntimeError("out of memory")
+            yield piece
 
+    asked = [read_request(body(messages=[{"role": "user", "content": text}]) | more) for text in PROBLEMS]
+    seeds = iter(range(100)) if more and "seed" not in more else None
+    if seeds is not None:
+        monkeypatch.setattr(serving, "_any_seed", lambda: next(seeds))
+    alone = together(engine, asked)[0]
+    if seeds is not None:
+        seeds = iter(range(100))
     monkeypatch.setattr(serving, "stream", breaks)
-    asked = [read_request(body(max_tokens=n)) for n in (32, 64, 32)]
-    ends = [end for _, end in together(engine, asked)[0]]
-    assert isinstance(ends[0], RuntimeError) and ends[0] is ends[2] and isinstance(ends[1], Outcome)
+    found, order = together(engine, asked)
+    assert isinstance(found[1][1], RuntimeError) and sorted(order) == [0, 1, 2]
+    assert [found[n] for n in (0, 2)] == [alone[n] for n in (0, 2)]
+
+
+def test_a_client_that_cannot_be_told_ends_its_own_row():
+    engine = DiffusionEngine.open(Opening("mini"))
+    ends, said = {}, {0: "", 2: ""}
+
+    def give(n):
+        def deaf(text):
+            raise ConnectionError("nobody hears")
+
+        return deaf if n == 1 else lambda text: said.update({n: said[n] + text})
+
+    prepared = [engine.prepare(read_request(body(messages=[{"role": "user", "content": t}]))) for t in PROBLEMS]
+    asks = [Ask(one, give(n), lambda: False, lambda end, n=n: ends.update({n: end})) for n, one in enumerate(prepared)]
+    waiting = [asks]
+    engine.answer_rows(lambda places: waiting.pop() if waiting else [])
+    assert isinstance(ends[1], ConnectionError)
+    for n in (0, 2):
+        told = engine.answer(prepared[n], lambda text: None, lambda: False)
+        assert ends[n] == told and said[n] == told.text
 
 
 class Bytes:
