@@ -82,9 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(args: argparse.Namespace, argv: list[str]) -> None:
     """Checks, loads, listens until stopped."""
-    import uvicorn  # in the extra `serve`: --help and a wrong request need none
-
+    # In the extra `serve`: --help and a wrong request need none.
     from textkv.serve import ENGINES, Limits, Opening, build_app
+    from textkv.serve.listener import Listener
     from textkv.serve.replicas import Door, replicas
     from textkv.serve.shelf import HOST
 
@@ -116,10 +116,7 @@ def serve(args: argparse.Namespace, argv: list[str]) -> None:
             spread = stack.enter_context(replicas(args.replicas, args.ray, engine, opening, limits.waiting))
             app = build_app(Door(), name, limits, args.api_key_file, spread, here_alone)
         print(f"http://{args.host}:{args.port}/v1 serves {name}", flush=True)
-        # No access log: addresses of clients and paths are nobody's business, and prompts never were in it.
-        # Answers that are still being written when it is told to stop get a moment.
-        told = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 1}
-        uvicorn.Server(uvicorn.Config(app, **told)).run(sockets=[door])
+        Listener(app).run(sockets=[door])
 
 
 def _listening(host: str, port: int) -> socket.socket:

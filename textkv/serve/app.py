@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,8 @@ from textkv.serve.doorkeeper import HereAlone, KeyAsked, Keys
 from textkv.serve.interface import Engine, Outcome
 from textkv.serve.metrics import Metrics
 from textkv.serve.queue import Full, Job, Turns
+
+MOMENT = 1.0  # seconds that answers get when the server is told to stop
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def build_app(
     routes = _Routes(engine, name, limits or Limits(), turns, bool(keys))
     # Without /docs and /openapi.json: the pages load scripts from elsewhere.
     app = FastAPI(lifespan=routes.lifespan, openapi_url=None)
-    app.state.turns = routes.turns
+    app.state.turns, app.state.close_soon = routes.turns, routes.close_soon
     if keys:
         app.add_middleware(KeyAsked, keys=keys)
     if here_alone:
@@ -101,6 +103,7 @@ class _Routes:
         self.engine, self.name, self.limits = engine, name, limits
         self.turns = Turns(engine, limits.waiting) if turns is None else turns
         self.metrics, self.started = Metrics(), int(time.time())
+        self.closing = asyncio.Event()
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -108,6 +111,10 @@ class _Routes:
         yield
         await asyncio.to_thread(self.turns.close)
         self.engine.close()
+
+    def close_soon(self) -> None:
+        """Told within the event loop that the server stops: what is not answered in a moment gets an error."""
+        asyncio.get_running_loop().call_later(MOMENT, self.closing.set)
 
     async def refuse(self, request: Request, error: Refused) -> Response:
         """An error instead of an answer."""
@@ -142,10 +149,11 @@ class _Routes:
 
         Raises:
             Refused: 400 for what cannot be carried out, 404 for another model, 408 for a body that does not come, 413
-                for too large a one, 429 for a full queue, 500 for a failure of the model, 504 after the time limit.
+                for too large a one, 429 for a full queue, 500 for a failure of the model, 503 from a server that stops,
+                504 after the time limit.
         """
         try:
-            asked = await _read(request, self.limits)
+            asked = await self._in_time(_read(request, self.limits))
         except ClientDisconnect:
             self.metrics.gone()
             return Response(status_code=499)
@@ -155,27 +163,48 @@ class _Routes:
         try:
             # Before the work of preparing it, and once more behind that.
             self.turns.check_room()
-            prepared = await asyncio.to_thread(self.engine.prepare, asked)
+            prepared = await self._in_time(asyncio.to_thread(self.engine.prepare, asked))
             job = Job(_client(request), prepared, asyncio.get_running_loop(), asked.stream)
             self.turns.add(job)
         except Full as error:
             raise Refused(429, str(error), "rate_limit_error") from None
+        except Refused:
+            raise
         except Exception as error:
             raise _told(error) from None
-        answer = _Reply(request, job, asked, self.metrics, self.limits.seconds)
+        answer = _Reply(request, job, asked, self.metrics, self.limits.seconds, self.closing)
         return await (answer.stream() if asked.stream else answer.whole())
+
+    async def _in_time(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """What `work` gives. Raises Refused if the server stops before."""
+        doing, closing = asyncio.ensure_future(work), asyncio.ensure_future(self.closing.wait())
+        try:
+            await asyncio.wait((doing, closing), return_when=asyncio.FIRST_COMPLETED)
+            if not doing.done():
+                raise _stops()
+            return doing.result()
+        finally:
+            doing.cancel()
+            closing.cancel()
 
 
 class _Reply:
     """The way of one answer to its client."""
 
     def __init__(
-        self, request: Request, job: Job, asked: protocol.ChatRequest, metrics: Metrics, seconds: float
+        self,
+        request: Request,
+        job: Job,
+        asked: protocol.ChatRequest,
+        metrics: Metrics,
+        seconds: float,
+        closing: asyncio.Event,
     ) -> None:
-        self.request, self.job, self.asked, self.metrics = request, job, asked, metrics
+        self.request, self.job, self.asked, self.metrics, self.closing = request, job, asked, metrics, closing
         self.began, self.seconds = time.monotonic(), seconds
         self.coming: asyncio.Future | None = None
         self.left: asyncio.Future | None = None
+        self.stops: asyncio.Future | None = None
         self.head = (f"chatcmpl-{uuid.uuid4().hex}", asked.model, int(time.time()))
 
     async def whole(self) -> Response:
@@ -229,7 +258,7 @@ class _Reply:
         finally:
             # Frees the model within one step, however this ended.
             self.job.gone.set()
-            for waiting in filter(None, (self.left, self.coming)):
+            for waiting in filter(None, (self.left, self.coming, self.stops)):
                 waiting.cancel()
 
     async def _next(self) -> str | Outcome | Exception | None:
@@ -237,13 +266,16 @@ class _Reply:
         seconds = self.began + self.seconds - time.monotonic()
         if self.left is None:
             self.left = asyncio.ensure_future(self._leaves())
+            self.stops = asyncio.ensure_future(self.closing.wait())
         if self.coming is None:
             self.coming = asyncio.ensure_future(self.job.pieces.get())
         if seconds > 0:
-            both = (self.left, self.coming)
-            await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            first = (self.left, self.coming, self.stops)
+            await asyncio.wait(first, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if self.left.done():
             return None
+        if self.stops.done():
+            raise _stops()
         if not self.coming.done():
             raise Refused(504, f"no whole answer within {self.seconds:g} seconds", "timeout_error")
         piece, self.coming = self.coming.result(), None
@@ -282,6 +314,10 @@ def _told(error: Exception) -> Refused:
         return Refused(400, _line(error), **_named(error))
     # What it was in full is for whoever runs the server; a message of torch may hold tensors of the prompt.
     return Refused(500, f"the answer failed: {type(error).__name__}", "server_error")
+
+
+def _stops() -> Refused:
+    return Refused(503, "the server stops; ask again when it is back", "server_error")
 
 
 def _named(error: Exception) -> dict[str, str | None]:

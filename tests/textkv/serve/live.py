@@ -6,10 +6,9 @@ import threading
 import time
 from contextlib import contextmanager
 
-import uvicorn
-
 from textkv.mini import load_mini
 from textkv.serve import ChatEngine
+from textkv.serve.listener import Listener
 from textkv.serve.template import PLAIN
 
 
@@ -21,7 +20,7 @@ def mini_engine(method: str = "snapkv", budget: str | None = "0.5", **options) -
 @contextmanager
 def listening(app):
     """A real server on a port of its own: what a client that leaves looks like, only a socket shows."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    server = Listener(app, port=0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

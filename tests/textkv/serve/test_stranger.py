@@ -129,6 +129,31 @@ def test_bodies_that_do_not_come_or_are_left_are_let_go_of(caplog):
     assert "Traceback" not in caplog.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_server_that_stops_says_so_to_whoever_waits(stream, caplog):
+    """Who is being answered, who waits in turn, and whose body has not come."""
+    engine, sent = Patient(give_up=60), json.dumps(body("waiting")).encode()
+    app = build_app(engine, NAME)
+    with ThreadPoolExecutor(3) as pool:
+        with listening(app) as address:
+            there = f"{address}/v1/chat/completions"
+            half = pool.submit(raw, address, head(len(sent)), sent[:10])
+            asked = [pool.submit(httpx.post, there, json=body("wait", stream=stream), timeout=60)]
+            assert engine.begun.wait(20)
+            asked.append(pool.submit(httpx.post, there, json=body("next", stream=stream), timeout=60))
+            while not len(app.state.turns):
+                time.sleep(0.01)
+        answered, waited = (one.result() for one in asked)
+        assert b" 503 " in half.result().splitlines()[0]
+    if stream:
+        # What was begun ends with an error, as a stream does.
+        assert answered.status_code == 200 and "the server stops" in answered.text
+        assert answered.text.endswith("data: [DONE]\n\n")
+    told = [waited] if stream else [answered, waited]
+    assert all(one.status_code == 503 and "the server stops" in one.json()["error"]["message"] for one in told)
+    assert engine.left.wait(3) and "Traceback" not in caplog.text
+
+
 def test_many_clients_that_leave_leave_nothing_behind(mini):
     """Thirty at a time, at odd moments, streams and whole answers; then one is answered, and as it is alone."""
     mini.close = lambda: None
