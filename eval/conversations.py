@@ -37,6 +37,7 @@ from .outcomes import Outcome, Outcomes
 from .textbench import MODEL_HELP, check_model, load_text_model
 
 EPICACHE, FULL, OWN = "epicache", "full", "own"
+SINKS = 4  # first tokens behind the system prompt that epicache never drops
 LATER = "unknown"  # questions come when the cache has been compressed
 
 
@@ -66,6 +67,7 @@ class Reader:
         self.args = args
         self.model, self.tokenizer = load_text_model(args.model, args.device, args.dtype)
         self.prompts = Prompts(self.tokenizer)
+        self._least = SINKS + len(self.prompts.before) + 1
         self._ends = ends(self.model, self.tokenizer)
         name = args.embedder
         self._embed = own_vectors(self.model, self.tokenizer) if name == OWN else Embedder.load(name).embed
@@ -78,8 +80,9 @@ class Reader:
         return [generate(self.tokenizer, tokens, number, self.args.questions) for number in numbers]
 
     def entries(self, talk: Talk, budget: str) -> int:
-        """How many tokens a head keeps of a conversation."""
-        return Budget.parse(budget).count(len(self.prompts.history(talk.turns)))
+        """How many tokens a head keeps of a conversation: of a short one a share may be less than what always stays,
+        the system prompt and the sinks, and one token more."""
+        return max(Budget.parse(budget).count(len(self.prompts.history(talk.turns))), self._least)
 
     def answers(self, method: str, budget: str, talk: Talk) -> tuple[list[str], dict[str, float]]:
         """What is said to each question, and what was held."""
@@ -113,7 +116,7 @@ class Reader:
     def _by_episodes(self, method: str, entries: int, talk: Talk) -> tuple[list[str], dict[str, float]]:
         args, begun = self.args, perf_counter()
         settings = Settings(
-            entries, args.block, args.episodes, probe=min(args.probe, args.block), sinks=4, level=args.level
+            entries, args.block, args.episodes, probe=min(args.probe, args.block), sinks=SINKS, level=args.level
         )
         with TemporaryDirectory() as folder:
             memory = EpiCache(self.model, self.tokenizer, self._embed, settings, folder)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from textkv.records import parse
+from textkv.records import checked, listed, parse
 from textkv.reuse.epicache import Turn
 
 from .ruler import DIGITS, SEED
@@ -41,6 +41,7 @@ _SAID = (
     "I would not trade my {a} for any {b}.",
 )
 _ADVERSARIAL = 5  # LoCoMo's category of questions that have no answer
+_SPOKEN, _WRITTEN = {"speaker": str, "text": str}, {"role": str, "content": str}
 
 
 @dataclass(frozen=True)
@@ -97,32 +98,67 @@ def _fact(rng: np.random.Generator, topic: str, questions: int, number: int) -> 
 
 
 def read_talks(path: Path) -> list[Talk]:
-    """The conversations of a LoCoMo or LongMemEval file; questions that have no answer are left out.
+    """The conversations of a LoCoMo or LongMemEval file; questions that have no answer are left out. When a session
+    was, and what a picture shows that somebody shares, stands in the turns: there are questions about it.
 
     Raises:
-        ValueError: neither of these formats.
+        ValueError: neither of these formats, a text that is none, or nothing that can be asked.
         OSError: the file cannot be read.
     """
     try:
-        items = parse(path.read_bytes())
-        kind = _locomo if "conversation" in items[0] else _long_mem_eval
-        return [kind(item) for item in items]
+        items = listed(parse(path.read_bytes()), dict, "the file")
+        talks = [_locomo(item) if "conversation" in item else _long_mem_eval(item) for item in items]
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is neither LoCoMo nor LongMemEval JSON: {type(error).__name__}: {error}") from None
+    if not any(talk.questions for talk in talks):
+        raise ValueError(f"{path} has no question with an answer in its {len(talks)} conversations; give another file")
+    silent = next((number for number, talk in enumerate(talks) if talk.questions and not talk.turns), None)
+    if silent is not None:
+        raise ValueError(f"{path}: nobody says anything in conversation {silent}, about which is asked; leave it out")
+    return talks
 
 
 def _locomo(item: dict[str, Any]) -> Talk:
     told = item["conversation"]
     sessions = sorted((int(m[1]), name) for name in told if (m := re.fullmatch(r"session_(\d+)", name)))
-    turns = [Turn(turn["speaker"], turn["text"]) for _, name in sessions for turn in told[name]]
-    asked = [Question(x["question"], str(x["answer"])) for x in item["qa"] if x.get("category") != _ADVERSARIAL]
-    return Talk(tuple(turns), tuple(asked))
+    turns: list[Turn] = []
+    for _, name in sessions:
+        said = [checked(turn, _SPOKEN) for turn in listed(told[name], dict, name)]
+        lines = [(x["speaker"], x["text"] + _shown(x.get("blip_caption"))) for x in said]
+        turns += _dated(lines, told.get(f"{name}_date_time"))
+    asked = [x for x in item["qa"] if x.get("category") != _ADVERSARIAL]
+    return Talk(tuple(turns), tuple(q for x in asked for q in _asked(x["question"], x["answer"])))
 
 
 def _long_mem_eval(item: dict[str, Any]) -> Talk:
-    turns = [Turn(turn["role"], turn["content"]) for session in item["haystack_sessions"] for turn in session]
-    abstains = item["question_id"].endswith("_abs")
-    return Talk(tuple(turns), () if abstains else (Question(item["question"], str(item["answer"])),))
+    sessions = listed(item["haystack_sessions"], list, "haystack_sessions")
+    dates = item.get("haystack_dates") or [None] * len(sessions)
+    turns: list[Turn] = []
+    for number, (session, date) in enumerate(zip(sessions, dates, strict=True)):
+        said = [checked(turn, _WRITTEN) for turn in listed(session, dict, f"session {number}")]
+        turns += _dated([(x["role"], x["content"]) for x in said], date)
+    if item["question_id"].endswith("_abs"):
+        return Talk(tuple(turns), ())
+    when = item.get("question_date")
+    return Talk(tuple(turns), _asked(item["question"] + (f" (asked on {when})" if when else ""), item["answer"]))
+
+
+def _dated(lines: list[tuple[str, str]], date: str | None) -> list[Turn]:
+    """A session's turns, the first of which says when it was."""
+    return [
+        Turn(speaker, f"({date}) {text}" if date and not number else text)
+        for number, (speaker, text) in enumerate(lines)
+    ]
+
+
+def _shown(caption: str | None) -> str:
+    return f" [shares {caption}]" if caption else ""
+
+
+def _asked(question: str, answer: str | int | float | None) -> tuple[Question, ...]:
+    """The question, unless it has no answer."""
+    checked({"question": question}, {"question": str})
+    return () if answer is None else (Question(question, str(answer)),)
 
 
 def graded(said: str, question: Question) -> tuple[bool, float]:

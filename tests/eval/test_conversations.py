@@ -17,7 +17,9 @@ LOCOMO = [
         "conversation": {
             "speaker_a": "Ann", "speaker_b": "Ben", "session_1_date_time": "1 May", "session_2_date_time": "2 May",
             "session_10": [{"speaker": "Ben", "dia_id": "D10:1", "text": "Last."}],
-            "session_2": [{"speaker": "Ann", "dia_id": "D2:1", "text": "Second."}],
+            "session_2": [
+                {"speaker": "Ann", "dia_id": "D2:1", "text": "Second.", "blip_caption": "a red kite"}
+            ],
             "session_1": [{"speaker": "Ann", "dia_id": "D1:1", "text": "First."}],
         },
         "qa": [
@@ -55,16 +57,40 @@ def test_files_of_others_are_read(tmp_path) -> None:
     path.write_text(json.dumps(LOCOMO))
     (talk,) = dialogues.read_talks(path)
     assert talk == Talk(
-        (Turn("Ann", "First."), Turn("Ann", "Second."), Turn("Ben", "Last.")), (Question("When?", "2022"),)
+        (Turn("Ann", "(1 May) First."), Turn("Ann", "(2 May) Second. [shares a red kite]"), Turn("Ben", "Last.")),
+        (Question("When?", "2022"),),
     )
     path.write_text(json.dumps(LONG_MEM))
     first, second = dialogues.read_talks(path)
     assert first.turns == (Turn("user", "I sit in the garden."), Turn("assistant", "Good."))
     assert first.questions == (Question("Where?", "In the garden"),) and second.questions == ()
-    for broken in ("[]", "{", '[{"a": 1}]', "7"):
+    dated = LONG_MEM[0] | {"haystack_dates": ["2023/05/20", "2023/05/21"], "question_date": "2023/05/30"}
+    path.write_text(json.dumps([dated]))
+    (talk,) = dialogues.read_talks(path)
+    assert [turn.text for turn in talk.turns] == ["(2023/05/20) I sit in the garden.", "(2023/05/21) Good."]
+    assert talk.questions[0].text == "Where? (asked on 2023/05/30)"
+    silent = LONG_MEM[0] | {"haystack_sessions": [[{"role": "user", "content": None}]]}
+    for broken in ("{", '[{"a": 1}]', "7", json.dumps(LOCOMO[0]), json.dumps([silent])):
         path.write_text(broken)
         with pytest.raises(ValueError, match="neither LoCoMo nor LongMemEval"):
             dialogues.read_talks(path)
+    for unasked in ([], LONG_MEM[1:], [LONG_MEM[0] | {"answer": None}]):
+        path.write_text(json.dumps(unasked))
+        with pytest.raises(ValueError, match="no question with an answer"):
+            dialogues.read_talks(path)
+    path.write_text(json.dumps([LONG_MEM[0] | {"haystack_sessions": []}]))
+    with pytest.raises(ValueError, match="nobody says anything in conversation 0"):
+        dialogues.read_talks(path)
+
+
+def test_a_conversation_of_one_turn_does_not_end_the_board(tmp_path) -> None:
+    """A share of it is less than the tokens that always stay."""
+    short = LONG_MEM[0] | {"haystack_sessions": [[{"role": "user", "content": "hi"}]]}
+    (tmp_path / "data.json").write_text(json.dumps([short, *LOCOMO]))
+    told = ["--data", str(tmp_path / "data.json"), "--json", str(tmp_path / "rows.json"), "--conversations", "2"]
+    assert conversations.main([*SMALL, *told, "--budgets", "0.05", "--methods", "snapkv,epicache"]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(row["method"], row["n"]) for row in rows] == [("snapkv", 2), ("epicache", 2)]
 
 
 def test_answers_are_graded_by_digits_or_words() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -258,6 +260,48 @@ def test_an_embedder_that_fails_changes_nothing(mini) -> None:
     state["embed"] = by_words
     assert made.ask("the heron", 3) == said and made.turns == TURNS
     assert [episode.tokens for episode in made.episodes] == tokens
+
+
+@pytest.mark.parametrize("said", ["the raven and the pigeon are old .", "nothing that is known ."])
+def test_turns_that_cannot_be_read_are_not_counted(mini, said, monkeypatch, tmp_path) -> None:
+    """The device is full while they are read, or the disk while the header is written."""
+    made = memory(mini, replace(SMALL, tau=0.5), folder=tmp_path / "talk")
+    plain = memory(mini, replace(SMALL, tau=0.5))
+    told = [(list(made.turns), made._vectors.clone(), [dict(vars(x)) for x in made.episodes])]
+
+    def fails(*given) -> None:
+        raise RuntimeError("out of memory")
+
+    for place, name in ((made.blocks, "_feed"), (made, "_write_header")):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+            patch.setattr(place, name, fails)
+            made.add([Turn("man", said)])
+        turns, vectors, episodes = told[0]
+        assert made.turns == turns and torch.equal(made._vectors, vectors)
+        assert [dict(vars(x)) | {"centre": 0} for x in made.episodes] == [x | {"centre": 0} for x in episodes]
+    with warnings.catch_warnings():
+        # What the header did not learn of is read again, with a word about it.
+        warnings.simplefilter("ignore")
+        assert made.add([Turn("man", said)]) == plain.add([Turn("man", said)])
+    assert [x.windows for x in made.episodes] == [x.windows for x in plain.episodes]
+    assert made.ask("the raven", 4) == plain.ask("the raven", 4)
+
+
+def test_a_conversation_that_was_read_in_part_was_not_read(mini, monkeypatch) -> None:
+    made, real = EpiCache(*mini, by_words, SMALL), EpiCache._build
+
+    def second_fails(self, episode) -> None:
+        if len(self.episodes) == 2:
+            raise RuntimeError("out of memory")
+        real(self, episode)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(EpiCache, "_build", second_fails)
+        made.read(TURNS)
+    with pytest.raises(ValueError, match="no conversation was read"):
+        made.ask("the raven")
+    made.read(TURNS)
+    assert made.ask("the raven", 4) == memory(mini).ask("the raven", 4)
 
 
 def test_requests_that_cannot_be(mini) -> None:

@@ -72,3 +72,5 @@ def test_teams_that_cannot_be_are_refused(mini) -> None:
     assert twice.engine.templates["bob"].names.count("ann") == 1
     with pytest.raises(ValueError, match="check 'answer'"):
         Team.chain(Dense(*mini, 3), ROLES).run(ASKED | {"answer": "x"})
+    with pytest.raises(ValueError, match="a text or a picture, not 5"):
+        Team.chain(Dense(*mini, 3), ROLES).run(ASKED | {"question": 5})

@@ -11,7 +11,8 @@ episode whose centre its vector is nearest to.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -119,7 +120,8 @@ class EpiCache:
     # ---- reading -----------------------------------------------------------------------------------------------
 
     def read(self, turns: Sequence[Turn]) -> None:
-        """Reads a conversation from its beginning, in place of what was read before.
+        """Reads a conversation from its beginning, in place of what was read before. If the reading stops half-way,
+        nothing was read: a part of the topics would answer for all.
 
         Raises:
             ValueError: no turns, or an embedder that fails; then nothing has changed.
@@ -130,10 +132,23 @@ class EpiCache:
         vectors = self._encode(texts)
         clusters = clustered(vectors, self.settings.episodes, self.settings.medoids)
         self.turns, self._texts, self._vectors, self.episodes = list(turns), texts, vectors, []
-        for number, cluster in enumerate(clusters):
-            self.episodes.append(Episode(f"episode-{number}", cluster.members, cluster.centre, ()))
-            self._build(self.episodes[-1])
-        self._write_header()
+        with self._or_back(([], [], self._vectors[:0], [])):
+            for number, cluster in enumerate(clusters):
+                self.episodes.append(Episode(f"episode-{number}", cluster.members, cluster.centre, ()))
+                self._build(self.episodes[-1])
+            self._write_header()
+
+    @contextmanager
+    def _or_back(self, told: tuple[list[Turn], list[str], torch.Tensor, list[Episode]]) -> Iterator[None]:
+        """If what happens within fails, the conversation is this one: turns, texts, vectors, episodes."""
+        episodes = [(episode, dict(vars(episode))) for episode in told[3]]
+        try:
+            yield
+        except BaseException:
+            self.turns, self._texts, self._vectors, self.episodes = told
+            for episode, fields in episodes:
+                vars(episode).update(fields)
+            raise
 
     def _build(self, episode: Episode) -> None:
         """Chooses an episode's representatives and reads the whole conversation for it."""
@@ -228,7 +243,8 @@ class EpiCache:
             the name of the episode.
 
         Raises:
-            ValueError: no turns, or an embedder that fails; then nothing has changed.
+            ValueError: no turns, or an embedder that fails. Whatever fails, the model or the disk too, nothing has
+                changed then.
         """
         if not turns:
             raise ValueError("nothing was said; give at least 1 turn")
@@ -241,19 +257,19 @@ class EpiCache:
         opens = cosine < self.settings.tau
         # Before the turns count: a snapshot that has to be made again must not read them twice.
         cache = None if opens else self.cache_of(episode)
-        self.turns += turns
-        self._texts.append(text)
-        self._vectors = torch.cat([self._vectors, vector[None]])
-        if opens:
-            episode = Episode(
-                f"episode-{len(self.episodes)}", (), vector, self.prompts.probe([text], [0], self.settings.probe)
-            )
-            self.episodes.append(episode)
-            self._read(episode, self.blocks.open(episode.probe), self.prompts.history(turns))
-        episode.windows = (*episode.windows, len(self._texts) - 1)
-        if cache is not None:
-            self._join(episode, cache, self.prompts.lines(turns))
-        self._write_header()
+        with self._or_back((self.turns, self._texts, self._vectors, self.episodes)):
+            self.turns, self._texts = [*self.turns, *turns], [*self._texts, text]
+            self._vectors = torch.cat([self._vectors, vector[None]])
+            number = len(self._texts) - 1
+            if opens:
+                probe = self.prompts.probe([text], [0], self.settings.probe)
+                episode = Episode(f"episode-{len(self.episodes)}", (number,), vector, probe)
+                self.episodes = [*self.episodes, episode]
+                self._read(episode, self.blocks.open(episode.probe), self.prompts.history(turns))
+            else:
+                episode.windows = (*episode.windows, number)
+                self._join(episode, cache, self.prompts.lines(turns))
+            self._write_header()
         return episode.name
 
     def _join(self, episode: Episode, cache: MethodCache, ids: Sequence[int]) -> None:

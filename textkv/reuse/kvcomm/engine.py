@@ -100,9 +100,12 @@ class Dense:
         self.templates[agent] = PromptTemplate.parse(template, self.tokenizer)
 
     def segment(self, given: str | Picture) -> Segment:
-        """A text for placeholders, in which what looks like a special token is text; or a picture."""
+        """A text for placeholders, in which what looks like a special token is text; or a picture. Raises ValueError
+        for anything else."""
         if isinstance(given, Picture):
             return Segment(given.ids, picture=given)
+        if not isinstance(given, str):
+            raise ValueError(f"what agents share is a text or a picture, not {given!r:.40}; write it as a text")
         return Segment(words(self.tokenizer, given))
 
     @torch.inference_mode()
