@@ -75,7 +75,9 @@ class Eviction(Method):
         self.learn(layer, evidence)
         if not self.fits(layer, evidence):
             scores = self.scores(layer, evidence)
-            keep_best(layer, scores, self.counts(layer, scores, evidence), idle=evidence.idle)
+            # One token of a row is a decoded one, whatever came to its neighbours.
+            idle = evidence.decoded if type(self).on_decode_end is Method.on_decode_end else evidence.idle
+            keep_best(layer, scores, self.counts(layer, scores, evidence), idle=idle)
 
     def fits(self, layer: Layer, evidence: Evidence) -> bool:
         """Whether no head of the layer holds more than it may, so that nothing has to be scored."""
@@ -92,7 +94,7 @@ def keep_best(
 
     Args:
         rectangle: what is kept stays in slots of one number, for a method that moves it on by slots.
-        idle: bool [batch] on the CPU, rows that keep what they have, see `Evidence.idle`.
+        idle: bool [batch] on the CPU, rows that keep what they have, see `Evidence.idle` and `decoded`.
 
     A head that keeps fewer tokens than are PROTECTED in it (layers and heads that share a budget may get less than a
     window that was fitted before) keeps the newest count - 1 of these and its best other token, as `fit_window` does.

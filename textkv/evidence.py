@@ -215,3 +215,12 @@ class Evidence:
     def idle(self) -> torch.Tensor | None:
         """Rows to which the block brought nothing but padding, bool [batch] on the CPU; None = there are none."""
         return None if self.came is None or bool((self.came > 0).all()) else self.came == 0
+
+    @property
+    def decoded(self) -> torch.Tensor | None:
+        """`idle` rows, and those to which the block brought one token behind others: alone that is a decoded one, and a
+        method that does nothing then does nothing here. None = there are none."""
+        if self.came is None:
+            return None
+        rows = (self.came == 0) | ((self.came == 1) & (self.tokens > 1))
+        return rows if bool(rows.any()) else None

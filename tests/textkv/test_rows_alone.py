@@ -65,6 +65,20 @@ def test_a_row_equals_that_row_alone(model_of, method, budget):
         assert not mismatch(together[row], alone[0], atol=1e-4, rtol=0), f"the row of {length} tokens"
 
 
+@pytest.mark.parametrize("budget", [0.4, "20t"])
+@pytest.mark.parametrize("method", ["snapkv", "snapkv+adakv", "expected", "vatp", "keydiff", "kvcrush", *RETRIEVING])
+def test_one_token_beside_a_longer_turn_is_a_decoded_one(model_of, method, budget):
+    """It sees what it would see alone, and decides nothing anew for its row."""
+    needs_faiss(method)
+    model, cuts = model_of("llama"), (60, *[1] * 3, 9, *[1] * 4)
+    ids, real = tiny.text_ids(sum(cuts), batch=2), torch.ones(2, sum(cuts), dtype=torch.long)
+    real[1, 63:71] = 0
+    together = answers(model, method, budget, ids, real, cuts)[1, -5:]
+    shown = ids[1:, real[1].bool()]
+    alone = answers(model, method, budget, shown, torch.ones_like(shown), (60, *[1] * 8))[0, -5:]
+    assert not mismatch(together, alone, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("method", ["h2o", "mikv(16,2)", "mikv(16,4)", "cake+mikv(16,2)", "critic", *RETRIEVING])
 def test_a_row_that_gets_padding_while_it_waits_loses_nothing(model_of, method):
     """A row that has ended is filled with padding for three steps, and then goes on."""

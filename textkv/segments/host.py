@@ -28,6 +28,8 @@ class HostSegment(Segment):
     Attributes:
         rows: the tokens, None before the first.
         room: int64 [batch] on the CPU, tokens that a query of each row may see here; set by who holds the segment.
+        single: bool [batch] on the CPU, rows of which a block of several queries has one, the last, and padding before
+            it; None = there are none. Set likewise.
         seen: int64 [batch] on the CPU, tokens of its busiest head that the last single query of each row saw.
         looked: what retrieval has cost so far.
     """
@@ -36,6 +38,7 @@ class HostSegment(Segment):
         self.retriever, self.limit = retriever, limit
         self.rows: HostRows | None = None
         self.room: torch.Tensor | None = None
+        self.single: torch.Tensor | None = None
         self.seen: torch.Tensor | None = None
         self.looked = Looked()
 
@@ -68,9 +71,13 @@ class HostSegment(Segment):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One query sees what the retriever chooses within `room`; several, or one that may see all, read all rows."""
         if q.shape[2] > 1 or self.room is None or bool((self.room >= self.rows.used).all()):
-            return self._scan(q, scale, softcap, hidden)
+            found = self._scan(q, scale, softcap, hidden)
+            return found if q.shape[2] == 1 or self.single is None else self._beside(found, q, scale, softcap, hidden)
+        return self._retrieved(q, self.room, scale, softcap, hidden)
+
+    def _retrieved(self, q, room, scale, softcap, hidden) -> tuple[torch.Tensor, torch.Tensor]:
         self._check()
-        slots = self.retriever.query(q, self.room, *self._index_of())
+        slots = self.retriever.query(q, room, *self._index_of())
         batch, heads = slots.shape[:2]
         k, v = self.rows.fetch(slots)
         at = self.rows.held()[2].repeat_interleave(heads // self.rows.k.shape[1], 1)
@@ -79,6 +86,21 @@ class HostSegment(Segment):
         if not slots.shape[2]:
             return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
         return decode_attention(q, k, v, scale=scale, softcap=softcap, valid=shown(at, hidden))
+
+    def _beside(self, found, q, scale, softcap, hidden) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a block found, in rows of a `single` query what that one retrieves."""
+        if bool((self.room >= self.rows.used)[self.single].all()):
+            return found
+        room, seen = torch.where(self.single, self.room, 0), self.seen
+        alone = self._retrieved(q[:, :, -1:], room, scale, softcap, hidden)
+        if seen is not None:
+            self.seen = torch.where(self.single, self.seen, seen)
+        rows = self.single.to(q.device)
+        parts = [torch.cat([every[:, :, :-1], one.to(every.dtype)], 2) for every, one in zip(found, alone, strict=True)]
+        return tuple(
+            torch.where(rows.view(-1, *[1] * (every.dim() - 1)), part, every)
+            for every, part in zip(found, parts, strict=True)
+        )
 
     def _scan(self, q, scale, softcap, hidden) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [
@@ -152,7 +174,7 @@ class HostSegment(Segment):
         """Rows of the batch, room and index alike."""
         if self.room is not None:
             self.room = self.room[rows.cpu()]
-        self.seen = None
+        self.seen = self.single = None
         if self.rows is not None:
             self.rows.take_rows(rows)
         self.retriever.take_rows(rows)

@@ -89,14 +89,14 @@ class TieredSegment(StackSegment):
 
     def extend(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As a stack's, with as much of the host as fits beside the device's tokens; then the retriever hears of it."""
-        self._make_room(step.k.shape[2])
+        self._make_room(step)
         result = super().extend(step, need_lse)
         self.host.retriever.observe(step.q, step.positions, step.ids)
         return result
 
     def read(self, step: Step, need_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What `extend` gives, without taking the tokens in."""
-        self._make_room(step.k.shape[2])
+        self._make_room(step)
         return super().read(step, need_lse)
 
     def append(self, step: Step) -> None:
@@ -199,8 +199,12 @@ class TieredSegment(StackSegment):
     def _of_plan(self) -> dict[str, torch.Tensor]:
         return {f"plan.{name}": x for name, x in vars(self.plan).items()}
 
-    def _make_room(self, coming: int) -> None:
+    def _make_room(self, step: Step) -> None:
+        several = step.k.shape[2] > 1
+        coming = (step.positions >= 0).sum(1).cpu() if several and step.padded else step.k.shape[2]
         self.host.room = (self.plan.seen - self.near() - coming).clamp(min=0)
+        # Whatever comes to its neighbours, a row's single token sees what a decoded one sees.
+        self.host.single = coming == 1 if several and step.padded and bool((coming == 1).any()) else None
 
 
 ALL_POSITIONS = torch.iinfo(torch.int32).max
