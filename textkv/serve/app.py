@@ -149,8 +149,8 @@ class _Routes:
 
         Raises:
             Refused: 400 for what cannot be carried out, 404 for another model, 408 for a body that does not come, 413
-                for too large a one, 429 for a full queue, 500 for a failure of the model, 503 from a server that stops,
-                504 after the time limit.
+                for too large a one, 415 for a packed one, 429 for a full queue, 500 for a failure of the model, 503
+                from a server that stops, 504 after the time limit.
         """
         try:
             asked = await self._in_time(_read(request, self.limits))
@@ -290,6 +290,9 @@ class _Reply:
 async def _read(request: Request, limits: Limits) -> protocol.ChatRequest:
     """The request in the body. Raises ClientDisconnect if its client has gone."""
     large = f"the request is larger than {limits.bytes:,} bytes; send fewer or smaller pictures"
+    coded = request.headers.get("content-encoding", "identity").lower()
+    if coded != "identity":
+        raise Refused(415, f"a body with content-encoding {coded[:20]!r} is not unpacked; send it as it is")
     told = request.headers.get("content-length", "")
     if told.isdecimal() and int(told[:20]) > limits.bytes:
         raise Refused(413, large)

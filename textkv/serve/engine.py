@@ -231,13 +231,16 @@ class ChatEngine(Engine):
 
     def _ended(self, row: _Asked) -> Outcome | Exception:
         """The end of a row; its conversation is kept, unless an error left it half-way."""
-        if row.error is not None:
-            return row.error
-        row.talk.end_turn(row.told, row.ids)
-        self.shelf.put(row.kept or row.talk, row.ask.prepared.owner)
-        if row.growing.left:
-            return Cancelled()
-        row.growing.finish()
+        try:
+            if row.error is not None:
+                raise row.error
+            row.talk.end_turn(row.told, row.ids)
+            self.shelf.put(row.kept or row.talk, row.ask.prepared.owner)
+            if row.growing.left:
+                raise Cancelled
+            row.growing.finish()
+        except Exception as error:  # of this row: those beside it go on
+            return error
         ended = "stop" if row.ended or row.growing.answer.stopped else "length"
         prompt = row.ask.prepared.inputs["input_ids"].shape[1]
         return Outcome(row.growing.text, ended, prompt, row.cached, row.tokens)

@@ -21,11 +21,14 @@ import torch
 
 from textkv.conversation import Conversation
 from textkv.dialogue import Dialogue
+from textkv.disk import NoSpace
 from textkv.serve.folders import OwnFolder
 from textkv.serve.omitted import AGREE, compare
 
 HOST = Path("/dev/shm")  # files here lie in memory
 ID = 8  # bytes of a token's id
+LOST = (OSError, ValueError, RuntimeError, MemoryError)
+"""What keeping a conversation elsewhere may raise, torch without memory too: it costs that conversation alone."""
 TRIED = 8  # conversations that begin like a request and are asked whether they can be taken back to there
 
 
@@ -231,23 +234,34 @@ class Shelf:
         return None
 
     def _make_room(self, held: Held) -> None:
-        for own in filter(None, (self._host, self._folder)):
+        # One after the other, the machine's memory first: what cannot go there, goes on.
+        if not any(self._saved(held, own) for own in filter(None, (self._host, self._folder))):
+            self.stats.dropped += 1
+        self._keep_limits()
+
+    def _saved(self, held: Held, own: OwnFolder) -> bool:
+        """Puts a conversation into files. A disk that is full lets go of those used longest ago, of twice its size at
+        most: it may be full of what is not ours."""
+        freed, host = 0, own is self._host
+        while True:
             folder = self._new_folder(own)
             try:
                 back = _takes_back(held.talk)
                 held.talk.save(folder)
                 size = sum(file.stat().st_size for file in folder.iterdir())
-            except (OSError, ValueError):
-                # A full disk, or a method that cannot be saved: the next turn reads it again.
+            except LOST as error:
+                # A full disk, no memory for a copy, or a method that cannot be saved: the next turn reads it again.
                 shutil.rmtree(folder, ignore_errors=True)
+                oldest = next((one for one in self._stored if not one.host), None)
+                if host or oldest is None or freed >= 2 * held.bytes or not isinstance(error, NoSpace):
+                    return False
+                freed += oldest.bytes
+                self._forget(oldest)
+                self.stats.dropped += 1
                 continue
-            host = own is self._host
             self._stored.append(replace(held, bytes=size, talk=None, folder=folder, host=host, back=back))
             self._count("to", host)
-            break
-        else:
-            self.stats.dropped += 1
-        self._keep_limits()
+            return True
 
     def _keep_limits(self) -> None:
         """Who was used longest ago leaves what is too full: from the machine's memory to disk, from there for good."""
@@ -292,7 +306,7 @@ class Shelf:
 
     def _loaded(self, stored: Held) -> Conversation | None:
         """What lies in files, which stay there."""
-        with suppress(OSError, ValueError):
+        with suppress(*LOST):
             return self.load(stored.folder)
         return None
 

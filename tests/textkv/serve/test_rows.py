@@ -212,6 +212,24 @@ def test_what_goes_wrong_in_one_row_ends_that_row_alone(model, monkeypatch):
     assert [end for _, end in found[1:]] == [alone(engine_of(model), one) for one in asked[1:]]
 
 
+def test_an_error_at_the_end_of_a_row_is_its_own(model, monkeypatch):
+    """Keeping its conversation fails, as when the machine has no memory for a copy."""
+    engine, asked = engine_of(model), [request(text, max_tokens=3 + n) for n, text in enumerate(TEXTS)]
+    expected, _ = together(engine_of(model), asked)
+    put, kept = engine.shelf.put, []
+
+    def breaks(talk, owner):
+        kept.append(talk)
+        if len(kept) == 2:
+            raise RuntimeError("out of memory")
+        put(talk, owner)
+
+    monkeypatch.setattr(engine.shelf, "put", breaks)
+    found, order = together(engine, asked)
+    assert order == [0, 1, 2, 3] and isinstance(found[1][1], RuntimeError)
+    assert [found[n] for n in (0, 2, 3)] == [expected[n] for n in (0, 2, 3)]
+
+
 def test_a_forward_that_fails_is_read_again_row_by_row(model, monkeypatch):
     """Inside a layer, when some caches have the tokens already and others have not."""
     engine, mean = engine_of(model), []

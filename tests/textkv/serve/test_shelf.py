@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from tests.textkv import tiny
 from textkv import Conversation
+from textkv.disk import NoSpace
 from textkv.serve.shelf import Shelf
 
 GREEDY = dict(do_sample=False, max_new_tokens=4)
@@ -177,17 +178,42 @@ def test_a_damaged_file_costs_its_conversation_alone(tmp_path):
     assert again.last.how == "continued"
 
 
-def test_a_full_disk_drops_what_does_not_fit(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [NoSpace("full"), ValueError("no such state"), RuntimeError("out of memory")])
+def test_what_cannot_be_kept_on_disk_is_dropped(error, tmp_path, monkeypatch):
     shelf = shelf_of(disk=tmp_path, limit=1)
 
     def full(self, folder):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(Conversation, "save", full)
     first, _ = turn(shelf, tiny.text_ids(20, seed=1))
     assert len(shelf) == 0 and shelf.stats.dropped == 1
     _, again = turn(shelf, more(first, 3))
     assert again.last.how == "new"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_full_disk_lets_go_of_those_used_longest_ago(full, tmp_path, monkeypatch):
+    """There is room for five; or for none more, when others fill the disk: then not all is given up for one."""
+    shelf, save, asked = shelf_of(disk=tmp_path, limit=1), Conversation.save, []
+    first = [turn(shelf, tiny.text_ids(20, seed=seed))[0] for seed in range(5)]
+    most = shelf.disk_bytes()
+
+    def bounded(self, folder):
+        asked.append(folder)
+        if full or shelf.disk_bytes() > 0.9 * most:
+            raise NoSpace("full")
+        save(self, folder)
+
+    monkeypatch.setattr(Conversation, "save", bounded)
+    last, _ = turn(shelf, tiny.text_ids(20, seed=5))
+    assert len(asked) <= 3 and len(shelf) == (3 if full else 5) and not any(x.exists() for x in asked[:-1])
+    found = shelf.stats.from_disk
+    for ids, there in ((last, not full), (first[0], False), (first[4], True)):
+        told = more(ids, 9)
+        talk = shelf.take(shelf.new().dialogue(told, torch.ones_like(told)))
+        assert (talk.cache.tokens_seen > 0) == there
+    assert shelf.stats.from_disk == found + (1 if full else 2)
 
 
 def test_a_disk_that_is_taken_away_while_it_is_written_to_costs_what_lay_there(tmp_path, monkeypatch):

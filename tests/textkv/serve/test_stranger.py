@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -54,6 +55,12 @@ def test_what_no_model_can_read_is_one_line(client, changed, says):
     told = post(client, body("x") | changed)
     assert told.status_code == 400 and says in told.json()["error"]["message"]
     assert "\n" not in told.json()["error"]["message"]
+
+
+def test_a_packed_body_is_refused_by_what_it_is(client):
+    sent = gzip.compress(json.dumps(body("x")).encode())
+    told = client.post("/v1/chat/completions", content=sent, headers={"content-encoding": "gzip"})
+    assert told.status_code == 415 and "content-encoding 'gzip' is not unpacked" in told.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-6, 1e-3, 2])
