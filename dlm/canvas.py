@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -88,10 +89,11 @@ class Canvas:
         self.filled = torch.zeros_like(self.given)
         self.ends: tuple[int, ...] = ()
         self._held: torch.Tensor | None = None
-        self._behind: torch.Tensor | None = None  # slots behind the text that was given, L before
+        self._behind: np.ndarray | None = None  # slots behind the text that was given, L before
+        self._wide: torch.Tensor | None = None  # what `ids` is all columns of but the last, after a commit
         # What was read of the ids as they stand, by name, and what follows from the active blocks.
         self._seen: dict[str, Any] = {}
-        self._of_blocks: tuple[list[int], dict[str, torch.Tensor]] = ([], {})
+        self._of_blocks: tuple[list[int], dict[str, Any]] = ([], {})
         self.heads = self._on_host()[2]
 
     @property
@@ -178,7 +180,7 @@ class Canvas:
     @property
     def active(self) -> torch.Tensor:
         """int64 [batch] on the ids' device: each row's first block that has a mask or is held, N = none."""
-        if "host" in self._seen:
+        if "rows" in self._seen:
             # Known on the host, where it seldom changes: made again only then.
             return self._by_block("active", lambda: torch.tensor(self.active_rows, device=self.ids.device))
         return self._once("active", self._first_block)
@@ -195,10 +197,22 @@ class Canvas:
         return self._by_block("slots", made)
 
     @property
-    def block_masked(self) -> torch.Tensor:
-        """bool [batch, B], which of `block_slots` hold the mask."""
-        there = self._by_block("there", lambda: self.block_slots >= 0)
-        return self._once("block_masked", lambda: self.masked().gather(1, self.block_index) & there)
+    def block_host(self) -> tuple[np.ndarray, np.ndarray]:
+        """`block_slots` on the host, int64 [batch, B], and which of them hold the mask, bool [batch, B]."""
+
+        def made() -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], np.ndarray]:
+            start = self.begin + np.array(self.active_rows)[:, None] * self.block_length
+            slots = start + np.arange(self.block_length)
+            there = slots < self.length
+            return np.where(there, slots, -1), (np.arange(len(slots))[:, None], np.where(there, slots, 0)), there
+
+        slots, at, there = self._by_block("table", made)
+        return slots, self._once("block", lambda: (self.host[at] == self.mask_id) & there)
+
+    @property
+    def block_masks(self) -> list[int]:
+        """Masks left in each row's active block."""
+        return self._once("block_masks", lambda: self.block_host[1].sum(1).tolist())
 
     @property
     def block_index(self) -> torch.Tensor:
@@ -208,8 +222,8 @@ class Canvas:
     def hold(self, blocks: torch.Tensor) -> None:
         """Keeps blocks int64 [batch] active although they may have no mask left, until the next call; N = none."""
         self._held = blocks
-        for name in ("active", "host"):
-            self._seen.pop(name, None)
+        # The ids are the same, what is read of them by block is not.
+        self._seen = {name: self._seen[name] for name in ("ids", "masked") if name in self._seen}
 
     def _first_mask(self) -> torch.Tensor:
         """int64 [batch], the first mask of each row, counted from P; 0 where there is none."""
@@ -227,9 +241,9 @@ class Canvas:
             self._seen[name] = made()
         return self._seen[name]
 
-    def _by_block(self, name: str, made: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _by_block(self, name: str, made: Callable[[], Any]) -> Any:
         """What `made` gives, once for the blocks that are active now."""
-        if "host" not in self._seen:
+        if "rows" not in self._seen:
             return self._once(name, made)
         if self._of_blocks[0] != self.active_rows:
             self._of_blocks = self.active_rows, {}
@@ -238,33 +252,36 @@ class Canvas:
             known[name] = made()
         return known[name]
 
+    @property
+    def host(self) -> np.ndarray:
+        """The ids on the host, int64 [batch, L], to be read: the one wait for the device that a step needs. What is
+        counted, compared and looked up row by row costs less there than a launch on the device."""
+        return self._once("ids", lambda: self.ids.cpu().numpy())
+
     def _on_host(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Masks left, active blocks, first masks (L = none) and first ends (L = none) of all rows: the one wait for the
-        device that a step needs."""
-        return self._once("host", self._read)
+        """Masks left, active blocks, first masks (L = none) and first ends (L = none) of all rows."""
+        return self._once("rows", self._read)
 
     def _read(self) -> tuple[list[int], list[int], list[int], list[int]]:
-        held = [] if self._held is None else [self._held]
-        # All in one tensor: every copy to the host waits for all kernels that were queued before it.
-        left, first, *more = torch.stack([self.left, self._first_mask(), *self._first_ends(), *held]).tolist()
+        masked = self.host[:, self.prompt :] == self.mask_id
+        left, first = masked.sum(1).tolist(), masked.argmax(1).tolist()
         first = [self.prompt + at if masks else self.length for at, masks in zip(first, left, strict=True)]
         active = [(at - self.begin) // self.block_length if at < self.length else self.blocks for at in first]
-        if held:
-            active = [min(one, other) for one, other in zip(active, more.pop(), strict=True)]
-        return left, active, first, more[0] if more else []
+        if self._held is not None:
+            active = [min(one, other) for one, other in zip(active, self._held.tolist(), strict=True)]
+        return left, active, first, self._first_ends()
 
-    def _first_ends(self) -> list[torch.Tensor]:
-        """int64 [batch], the first slot behind the given text that holds an end, L = none; empty if none is looked
-        for."""
+    def _first_ends(self) -> list[int]:
+        """The first slot of each row behind the given text that holds an end, L = none; empty if none is looked for."""
         if not self.ends:
             return []
         if self._behind is None:
-            slots = torch.arange(self.length, device=self.ids.device)
-            self._behind = torch.where(slots >= self.tail[:, None], slots, self.length)
-        found = self.ids == self.ends[0]
+            slots = np.arange(self.length)
+            self._behind = np.where(slots >= self.tail.cpu().numpy()[:, None], slots, self.length)
+        found = self.host == self.ends[0]
         for end in self.ends[1:]:
-            found = found | (self.ids == end)
-        return [torch.where(found, self._behind, self.length).amin(1)]
+            found = found | (self.host == end)
+        return np.where(found, self._behind, self.length).min(1).tolist()
 
     @property
     def active_rows(self) -> list[int]:
@@ -302,23 +319,30 @@ class Canvas:
         """Whether no row has a mask left."""
         return all(block >= self.blocks for block in self.active_rows)
 
-    def commit(self, slots: torch.Tensor, tokens: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    def commit(
+        self, slots: torch.Tensor, tokens: torch.Tensor, where: torch.Tensor, told: bool = True
+    ) -> torch.Tensor | None:
         """Writes tokens into the canvas for good.
 
         Args:
             slots: int64 [batch, r], -1 = none.
             tokens: int64 [batch, r].
             where: bool [batch, r], which of them to write.
+            told: whether somebody reads what is returned.
 
         Returns:
-            bool [batch, L], slots that were written now.
+            bool [batch, L], slots that were written now; None if not `told`.
         """
-        # What is not meant goes to one more column, which is cut off again.
-        at = torch.where(where & (slots >= 0), slots, self.length)
-        written = torch.zeros(self.batch, self.length + 1, dtype=torch.bool, device=at.device).scatter_(1, at, True)
-        wide = torch.cat([self.ids, self.ids[:, :1]], 1).scatter_(1, at, tokens)
-        self.ids, self._seen = wide[:, : self.length], {}
-        return written[:, : self.length]
+        # What is not meant goes to one more column, which is cut off again; -1 is that column, counted from behind.
+        at = torch.where(where, slots, self.length).remainder(self.length + 1)
+        if self._wide is None:
+            self._wide = torch.cat([self.ids, self.ids[:, :1]], 1)
+        # A new tensor, not a write in place: views handed out by `generated` keep what they showed.
+        self._wide = self._wide.clone().scatter_(1, at, tokens)
+        self.ids, self._seen = self._wide[:, : self.length], {}
+        if not told:
+            return None
+        return torch.zeros_like(self._wide, dtype=torch.bool).scatter_(1, at, True)[:, : self.length]
 
     def finish_row(self, after: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         """Fills the slots behind an end token.
@@ -333,8 +357,7 @@ class Canvas:
         behind = torch.arange(self.length, device=self.ids.device)[None] > after[:, None]
         self.filled = self.filled | behind
         changed = behind & (self.ids != token[:, None])
-        # A new tensor, not a write in place: views handed out by `generated` keep what they showed.
-        self.ids, self._seen = torch.where(changed, token[:, None], self.ids), {}
+        self.ids, self._seen, self._wide = torch.where(changed, token[:, None], self.ids), {}, None
         return changed
 
     def take_rows(self, rows: torch.Tensor) -> None:
@@ -347,7 +370,7 @@ class Canvas:
         if self.valid is not None:
             self.valid = self.valid[there] if bool((self.real_start_cpu > 0).any()) else None
         self._behind, self.heads = None, [self.heads[row] for row in rows.tolist()]
-        self._seen, self._of_blocks = {}, ([], {})
+        self._seen, self._of_blocks, self._wide = {}, ([], {}), None
 
     def repeated(self, times: int) -> Canvas:
         """A canvas with each row `times` times, one behind the other."""
@@ -358,5 +381,5 @@ class Canvas:
             held = getattr(self, name)
             setattr(copy, name, None if held is None else held.repeat_interleave(times, 0))
         copy._behind, copy.heads = None, [head for head in self.heads for _ in range(times)]
-        copy._seen, copy._of_blocks = {}, ([], {})
+        copy._seen, copy._of_blocks, copy._wide = {}, ([], {}), None
         return copy

@@ -75,24 +75,27 @@ class Loop:
         self.leave()
         while self.alive():
             left = sum(self.canvas.left_rows)
-            self.run.after(self.finish(self.step()))
+            committed = self.finish(self.step())
+            if committed is not None:
+                self.run.after(committed)
             idle = idle + 1 if sum(self.canvas.left_rows) == left else 0
             if idle > patience:
                 raise StuckError(f"{idle} forwards committed nothing; the rule {expression} does not get on")
             yield
             self.leave()
 
-    def finish(self, committed: torch.Tensor) -> torch.Tensor:
-        """Ends rows whose text ends: `committed` bool [batch, L], and the slots that were filled."""
+    def finish(self, committed: torch.Tensor | None) -> torch.Tensor | None:
+        """Ends rows whose text ends: `committed` bool [batch, L], and the slots that were filled; None if the cache
+        does not ask."""
         # The cache must also learn of slots that an end of text filled: their keys and values are stale now.
         if self.canvas.ends:
             early = self.config.eos == "fill"
             ended = self.canvas.ended(early)
             # Seldom: a row ends once. What is behind its end is filled then, and stays.
             if any(now < self.canvas.length and now != before for now, before in zip(ended, self.ended, strict=True)):
-                committed = committed | end_rows(self.canvas, self.ends, early)
+                committed = _both(committed, end_rows(self.canvas, self.ends, early))
             self.ended = ended
-        return committed | self.stops.end_rows(self.canvas) if self.stops is not None else committed
+        return committed if self.stops is None else _both(committed, self.stops.end_rows(self.canvas))
 
     def alive(self) -> list[int]:
         """Rows of the canvas that are neither finished nor unwanted."""
@@ -118,8 +121,8 @@ class Loop:
         """int64 [batch, width], what is given back of every row."""
         return self.whole().gather(1, self.slots)
 
-    def step(self) -> torch.Tensor:
-        """One forward and what it commits: bool [batch, L]."""
+    def step(self) -> torch.Tensor | None:
+        """One forward and what it commits: bool [batch, L], None if the cache does not ask."""
         canvas, run = self.canvas, self.run
         slots = self.unmasker.candidates(canvas, run.logit_window())
         forced = run.forced()
@@ -140,7 +143,7 @@ class Loop:
             choice = self.unmasker.choose(logits, slots, canvas)
         where = choice.commit if forced is None else choice.commit | (slots == forced[:, None])
         before = canvas.left_rows
-        committed = canvas.commit(slots, choice.tokens, where)
+        committed = canvas.commit(slots, choice.tokens, where, told=self.run.follows)
         for row, then, now in zip(self.numbers, before, canvas.left_rows, strict=True):
             self.committed[row] += then - now
         return committed
@@ -200,8 +203,8 @@ class Loop:
             elif self.canvas.grid is not None and plan.stop is None:
                 visible = plan.causal(positions // self.canvas.grid)
         logits = self.model(
-            fed, position_ids=plan.pick(positions), past_key_values=cache, logits_rows=plan.rows(rows, ids.shape[1]),
-            attention_mask=visible,
+            fed, position_ids=plan.positions(positions), past_key_values=cache, attention_mask=visible,
+            logits_rows=plan.rows(rows, ids.shape[1]),
         ).logits  # fmt: skip
         stats.forwards += 1
         # Afterwards: some caches know only now what they computed.
@@ -225,3 +228,7 @@ class Loop:
     def decoded(self) -> Decoded:
         """What the generation gave so far; masks where nothing is written yet."""
         return Decoded(self.answers(), self.report())
+
+
+def _both(committed: torch.Tensor | None, filled: torch.Tensor) -> torch.Tensor | None:
+    return None if committed is None else committed | filled

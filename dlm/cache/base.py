@@ -36,6 +36,7 @@ class Run(ABC):
     def __init__(self, canvas: Canvas, cache: SlotCache | None) -> None:
         self.canvas, self.cache, self.forwards = canvas, cache, 0
         self.suffix: int | None = None
+        self._from_block: tuple[torch.Tensor, ...] | None = None
 
     def kept(self) -> torch.Tensor | None:
         """bool [batch, L] on the CPU, slots that are left where others are pruned; None = all are."""
@@ -45,6 +46,14 @@ class Run(ABC):
         kept = slots < torch.tensor(self._near_end())[:, None]
         kept = kept | (slots == self.canvas.length - 1) | self.canvas.given.cpu()
         return None if bool(kept.all()) else kept
+
+    def from_block(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A logit window from each row's active block to the end of the canvas, made once a block."""
+        active = self.canvas.active
+        if self._from_block is None or self._from_block[0] is not active:
+            first = self.canvas.block_start(active)
+            self._from_block = active, first, self.near(torch.full_like(first, self.canvas.length))
+        return self._from_block[1:]
 
     def near(self, high: torch.Tensor) -> torch.Tensor:
         """`high` int64 [batch], the end of a logit window, cut where slots are pruned behind it."""
@@ -65,7 +74,8 @@ class Run(ABC):
         """The next forward, which must give the logits of slots `wanted` int64 [batch, r] (-1 = none)."""
 
     def forced(self) -> torch.Tensor | None:
-        """int64 [batch], the one slot of a row that the next forward may commit, and must; -1 = none in this row.
+        """int64 [batch], the one slot of a row that the next forward may commit, and must; -1 = none in this row, None
+        = in no row.
 
         In a shifted block-causal model a block's first token is the last block's business: it comes from the row
         before, in the forward that sees the finished block, and the block is begun with it (Fast-dLLM v2).
@@ -73,9 +83,21 @@ class Run(ABC):
         canvas = self.canvas
         if canvas.grid is None or not canvas.shift:
             return None
-        first = canvas.span(canvas.active)[0]
-        held = canvas.ids.gather(1, first.clamp(max=canvas.length - 1)[:, None])[:, 0]
-        return first.masked_fill(held != canvas.mask_id, -1)
+        return self.open_of([canvas.span_of(*each)[0] for each in enumerate(canvas.active_rows)])
+
+    def open_of(self, slots: list[int]) -> torch.Tensor | None:
+        """int64 [batch], of `slots`, one of each row, those that hold a mask; -1 = it does not, or lies behind the
+        canvas. None = no row has any."""
+        canvas = self.canvas
+        here = [(row, min(slot, canvas.length - 1)) for row, slot in enumerate(slots)]
+        # Looked up on the host: at most steps there is none, and nothing is launched.
+        kept = [slot if canvas.host[at] == canvas.mask_id else -1 for slot, at in zip(slots, here, strict=True)]
+        return None if max(kept) < 0 else torch.tensor(kept, device=canvas.ids.device)
+
+    @property
+    def follows(self) -> bool:
+        """Whether `after` does anything: what was committed is not gathered for nothing."""
+        return type(self).after is not Run.after
 
     def after(self, committed: torch.Tensor) -> None:  # noqa: B027 - most policies read progress from the canvas
         """The forward is done and slots `committed` bool [batch, L] hold a token since."""

@@ -63,8 +63,7 @@ class _Run(Run):
 
     def logit_window(self) -> tuple[torch.Tensor, torch.Tensor]:
         """From the active block to the end of the canvas: the masks of both lie among the queries."""
-        first = self.canvas.block_start(self.canvas.active)
-        return first, self.near(torch.full_like(first, self.canvas.length))
+        return self.from_block()
 
     def plan(self, wanted: torch.Tensor) -> Plan:
         """The whole canvas at refreshes; else each row's masks and what its last forward committed."""

@@ -73,8 +73,7 @@ class _Run(Run):
 
     def logit_window(self) -> tuple[torch.Tensor, torch.Tensor]:
         """From the active block to the end of the canvas: int64 [batch] each."""
-        first = self.canvas.block_start(self.canvas.active)
-        return first, torch.full_like(first, self.canvas.length)
+        return self.from_block()
 
     def plan(self, wanted: torch.Tensor) -> Plan:
         """Says which part is due; all rows go in, and the layers choose the drifting ones themselves."""

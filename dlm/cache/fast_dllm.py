@@ -106,8 +106,6 @@ class _Run(WindowRun):
             return super().forced()
         # Of the window, which begins with a row's first mask where text stands in front of that in the block.
         starts = [self.canvas.span_of(*each)[0] for each in enumerate(self.canvas.active_rows)]
-        starting = [now != then for now, then in zip(self.canvas.active_rows, self.primed, strict=True)]
-        first = torch.tensor(starts).masked_fill(~torch.tensor(starting), -1).to(self.canvas.ids.device)
         # A rule that crosses blocks (guided) may have written the slot in the forward before.
-        held = self.canvas.ids.gather(1, first.clamp(min=0, max=self.canvas.length - 1)[:, None])[:, 0]
-        return first.masked_fill(held != self.canvas.mask_id, -1)
+        pairs = zip(starts, self.canvas.active_rows, self.primed, strict=True)
+        return self.open_of([start if now != then else -1 for start, now, then in pairs])

@@ -109,7 +109,9 @@ class Plan:
     ) -> None:
         self.queries, self.visible, self.tokens, self.value_tokens = queries, visible, tokens, value_tokens
         self.nodes, self.stop = nodes, stop
-        self._place: torch.Tensor | None = None  # of packed queries, for `rows`: a plan may serve many forwards
+        # A plan may serve many forwards: the places of packed queries for `rows`, and positions with what was picked.
+        self._place: torch.Tensor | None = None
+        self._positions: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def causal(self, blocks: torch.Tensor) -> torch.Tensor:
         """bool [batch, q, L], slots that each query may attend where later blocks are hidden; `blocks` int64 [batch, L]
@@ -129,6 +131,12 @@ class Plan:
     def pick(self, x: torch.Tensor) -> torch.Tensor:
         """The queries' entries of x [batch, L]: [batch, q], or [1, T] packed."""
         return x[:, self.queries] if isinstance(self.queries, slice) else self.queries.take(x)
+
+    def positions(self, x: torch.Tensor) -> torch.Tensor:
+        """As `pick`; the same tensor for the same positions x [batch, L], which nobody writes in place."""
+        if self._positions is None or self._positions[0] is not x:
+            self._positions = x, self.pick(x)
+        return self._positions[1]
 
     def rows(self, slots: torch.Tensor, length: int) -> torch.Tensor:
         """Where slots int64 [batch, r] of a canvas of `length` stand among the queries, in the model's form: [batch, r]

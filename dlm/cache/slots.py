@@ -115,6 +115,7 @@ class SlotCache:
         base: first slot that the buffers hold.
         plan: the forward that is running; set by the loop before it calls the model.
         rope: the model's rotary tables of positions 0 to L - 1, which it keeps here; None before its first forward.
+        turned: positions int64 [batch or 1, q], and the tables of them: those of the last forward.
         layers: one per layer of the model, made as they report.
         counted: bytes as they were last counted; None = something was made or taken away since.
     """
@@ -126,6 +127,7 @@ class SlotCache:
         self.length, self.base = length, 0
         self.plan: Plan | None = None
         self.rope: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.turned: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None
         self.layers: list[SlotLayer] = []
         self.counted: int | None = None
 

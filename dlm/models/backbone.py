@@ -293,7 +293,12 @@ class MaskedDiffusionModel(PreTrainedModel):
             return self._tables(position_ids, dtype)
         if cache.rope is None:
             cache.rope = self._tables(torch.arange(cache.length, device=position_ids.device)[None], dtype)
-        return tuple(table[0, 0][position_ids].unsqueeze(1) for table in cache.rope)
+        # The forwards of a block ask for the same positions by the same tensor.
+        known = getattr(cache, "turned", None)
+        if known is None or known[0] is not position_ids:
+            known = position_ids, tuple(table[0, 0][position_ids].unsqueeze(1) for table in cache.rope)
+            cache.turned = known
+        return known[1]
 
     def _tables(self, position_ids: torch.Tensor, dtype: torch.dtype) -> Rope:
         rope = rope_tables(position_ids, self.rotated, self.config.rope_theta)

@@ -116,6 +116,9 @@ class Rule(ABC):
     logits_eos_inf: bool = field(default=False, kw_only=True)
 
     name: ClassVar[str] = ""
+    narrow: ClassVar[bool] = False
+    """Of a block rule: whether the masks stand side by side in what it sees, however far apart they are; else column i
+    is slot i of the block. For rules that look at each candidate alone and at their order."""
 
     def __post_init__(self) -> None:
         ids = self.suppress

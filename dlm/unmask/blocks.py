@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from dlm.canvas import Canvas
@@ -24,7 +25,8 @@ class BlockUnmasker(Unmasker):
     ) -> None:
         self.rule, self.sampler, self.excluded = rule, sampler, excluded
         self.schedule = UnmaskSchedule(canvas, steps)
-        self._reach: tuple[torch.Tensor, ...] = ()  # slots, a logit window, and which slots lie in it
+        self._given: tuple[torch.Tensor | None, list[bool]] = (None, [])  # the last candidates, and `busy` of them
+        self._reach: tuple[Any, ...] = ()  # slots, a logit window, and which slots lie in it
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Keeps rows int64 [kept] (CPU) of the batch."""
@@ -32,20 +34,34 @@ class BlockUnmasker(Unmasker):
         self.schedule.take_rows(rows)
         self.sampler.take_rows(rows)
 
-    def open(self, canvas: Canvas) -> torch.Tensor:
-        """bool [batch, B], slots of the active block that may be written: the masks."""
-        return canvas.block_masked
+    def open(self, canvas: Canvas) -> torch.Tensor | None:
+        """bool [batch, B], slots of the active block that may be written; None = the masks."""
+        return None
 
     def candidates(self, canvas: Canvas, logit_window: LogitWindow) -> torch.Tensor:
-        """The masks of each row's active block that the next forward can give: int64 [batch, block_length]."""
-        # Always as wide as a block: the number of masks left would have to be waited for.
-        slots = canvas.block_slots
+        """The slots of each row's active block that may be written and that the next forward can give: int64
+        [batch, r]."""
+        # On the host, where the masks are known: only their rows go through the model's head and the softmax.
+        slots, masked = canvas.block_host
         # A cache policy may have computed less than the block, and a shifted model says nothing of its first row.
         given = (slots, *logit_window)
         if not self._reach or any(now is not then for now, then in zip(given, self._reach, strict=False)):
-            inside = (slots >= logit_window[0][:, None]) & (slots < logit_window[1][:, None])
-            self._reach = (*given, inside)
-        return torch.where(self.open(canvas) & self._reach[-1], slots, -1)
+            low, high = (x.cpu().numpy()[:, None] for x in logit_window)
+            self._reach = (*given, (slots >= low) & (slots < high))
+        inside, free = self._reach[-1], self.open(canvas)
+        there = masked & inside
+        if free is not None:
+            found = canvas.block_slots.masked_fill(~(free & torch.from_numpy(inside).to(free.device)), -1)
+        else:
+            table = narrowed(slots, there) if self.rule.narrow else np.where(there, slots, -1)
+            found = torch.from_numpy(table).to(canvas.ids.device)
+        self._given = found, there.any(1).tolist()
+        return found
+
+    def busy(self, slots: torch.Tensor, masked: torch.Tensor) -> list[bool]:
+        """Rows with a candidate that holds a mask: `masked` bool [batch, r], which of `slots` do."""
+        # Known for what `candidates` gave; other slots (a forced one, a scheduler's own) have to be waited for.
+        return self._given[1] if slots is self._given[0] else masked.any(1).tolist()
 
     def choose(self, logits: torch.Tensor, slots: torch.Tensor, canvas: Canvas) -> Choice:
         """Draws a token for every candidate, scores them, and writes those that the rule accepts."""
@@ -53,9 +69,21 @@ class BlockUnmasker(Unmasker):
         # Drawn for all candidates, written for few: confidence is that of the token drawn, so drawing comes first.
         rule = self.rule
         draw = self.sampler.draw(logits, masked, warped=rule.warped, excluded=self.excluded, spread=rule.spread)
-        step = self.schedule.step(canvas, masked)
+        step = self.schedule.step(canvas, self.busy(slots, masked))
         score = self.rule.score(draw, self.sampler)
         return Choice(draw.tokens, masked & self.rule.accept(score, masked, step, self))
+
+
+def narrowed(slots: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """int64 [batch, r], those of `slots` [batch, B] that are `there` bool [batch, B], by row from the left; short rows
+    are filled up with -1, and r is at least 1."""
+    if there.all():
+        return slots
+    if len(slots) == 1 and there.any():
+        return slots[:, there[0]]
+    width = max(1, int(there.sum(1).max()))
+    at = np.arange(len(slots))[:, None], np.argsort(~there, axis=1, kind="stable")[:, :width]
+    return np.where(there[at], slots[at], -1)
 
 
 @dataclass(frozen=True)

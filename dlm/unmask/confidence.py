@@ -6,6 +6,7 @@ The authors' name means that low-confidence predictions stay masked; a written t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -18,6 +19,8 @@ from dlm.unmask.schedule import ScheduleStep, even_quota, ranks
 @dataclass(frozen=True)
 class QuotaRule(BlockRule):
     """Writes the best of each block, as many as its schedule says."""
+
+    narrow: ClassVar[bool] = True
 
     def accept(
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker

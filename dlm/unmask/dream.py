@@ -45,6 +45,7 @@ class DreamRule(BlockRule):
     compat: bool = field(default=False, kw_only=True)
     eps: float = number(1e-3, 1e-12, 1 - 1e-6, "use the authors' 1e-3", kw_only=True)
 
+    narrow: ClassVar[bool] = True
     warped: ClassVar[bool] = True
     unmasker: ClassVar[type[BlockUnmasker]] = _Unmasker
 
@@ -63,9 +64,10 @@ class Origin(DreamRule):
     ) -> torch.Tensor:
         """Each mask on its own with the step's chance; in a block's last step all: bool [batch, r]."""
         # Equation of the reverse process: a mask survives a step from t to s with probability s / t.
-        chance = timestep_share(step, unmasker.shares) if self.compat else 1 / step.steps_left
+        left = step.put(step.steps_left)
+        chance = timestep_share(step, unmasker.shares) if self.compat else 1 / left
         # The last step of a block writes all that is left; a uniform number is always below 1.
-        return score < torch.where(step.steps_left == 1, torch.ones_like(chance), chance)[:, None]
+        return score < torch.where(left == 1, torch.ones_like(chance), chance)[:, None]
 
 
 @dataclass(frozen=True)

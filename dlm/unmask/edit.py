@@ -45,12 +45,12 @@ class _Unmasker(BlockUnmasker):
         held = canvas.ids.gather(1, slots.clamp(min=0))
         masked = there & (held == canvas.mask_id)
         draw = self.sampler.draw(logits, there, warped=self.rule.warped, excluded=self.excluded, spread=False)
-        step = self.schedule.step(canvas, masked)
+        step = self.schedule.step(canvas, self.busy(slots, masked))
         written = self.rule.accept(draw.probability, masked, step, self)
         edits = there & ~masked & (draw.probability > self.rule.edit) & (draw.tokens != held)
         self.edited += edits.sum()
         # A forward on a block without masks is one of the further rounds.
-        finished = step.block_masks == 0
+        finished = step.put(step.block_masks) == 0
         self.post = torch.where(active == self.block, self.post, 0) + finished
         self.block = active
         going = ~finished | edits.any(1)

@@ -28,6 +28,8 @@ class Threshold(ProbabilityRule):
         ValueError: tau outside 0 to 1 or no number.
     """
 
+    narrow: ClassVar[bool] = True
+
     tau: float = number(0.9, 0, 1, "use a probability, the authors' is 0.9")
 
     def accept(
@@ -50,6 +52,8 @@ class Factor(ProbabilityRule):
     Raises:
         ValueError: f not above 0 or no number.
     """
+
+    narrow: ClassVar[bool] = True
 
     f: float = number(1.0, 1e-12, 1e9, "use a factor above 0, the authors' is 1.0")
 
@@ -76,6 +80,7 @@ class EntropyBound(BlockRule):
         ValueError: bound below 0 or no number.
     """
 
+    narrow: ClassVar[bool] = True
     spread: ClassVar[bool] = True
 
     bound: float = number(0.1, 0, 1e9, "use an entropy, diffusers has 0.1")

@@ -8,28 +8,43 @@ has its own.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from dlm.canvas import Canvas
 
 
+@lru_cache(maxsize=1024)
+def numbers(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int64 [n], the same tensor for the same values, to be read only."""
+    # Quotas are few and come again with every step: made once, they cost neither a launch nor a copy to the device.
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
 @dataclass(frozen=True)
 class ScheduleStep:
-    """Where each row stands in its schedule, int64 [batch].
+    """Where each row stands in its schedule; numbers on the host, one of each row.
 
     Attributes:
         steps_left: steps that the active block has left, this one included, at least 1.
         index: number of this step among all steps of the generation.
         block_masks: masks of the active block.
         row_masks: masks of the whole row.
+        device: of what is made of them.
     """
 
-    steps_left: torch.Tensor
-    index: torch.Tensor
-    block_masks: torch.Tensor
-    row_masks: torch.Tensor
+    steps_left: list[int]
+    index: list[int]
+    block_masks: list[int]
+    row_masks: list[int]
+    device: torch.device = torch.device("cpu")
+
+    def put(self, values: Iterable[int]) -> torch.Tensor:
+        """int64 [batch] on the device, to be read only."""
+        return numbers(tuple(values), self.device)
 
 
 class UnmaskSchedule:
@@ -65,43 +80,46 @@ class UnmaskSchedule:
         shares = -(-(self.steps[:, None] - blocks) * rest // rest[:, -1:].clamp(min=1))
         each = shares.diff(dim=1, prepend=torch.zeros_like(blocks)) + (masks > 0)
         # One more: a finished row stands behind its last block.
-        self.given = torch.cat([each, torch.ones_like(blocks)], 1)
-        self.first = self.given.cumsum(1) - self.given
-        self.used = torch.zeros_like(self.first[:, 0])
+        each = torch.cat([each, torch.ones_like(blocks)], 1)
+        # On the host, where they are added and compared for less than a launch.
+        self.given = each.tolist()
+        self.first = (each.cumsum(1) - each).tolist()
+        self.used = [0] * canvas.batch
         self.blocks: list[int] | None = None
 
-    def step(self, canvas: Canvas, candidates: torch.Tensor) -> ScheduleStep:
-        """One step of the rows that have a candidate; `candidates` bool [batch, r], slots that hold a mask."""
-        if canvas.active_rows != self.blocks:
+    def step(self, canvas: Canvas, wanted: Sequence[bool]) -> ScheduleStep:
+        """One step of the rows that are `wanted`: those with a candidate that holds a mask."""
+        blocks = canvas.active_rows
+        if self.blocks is not None and blocks != self.blocks:
             # A row that has just entered a block has used no step of it; rows enter at different forwards.
-            if self.blocks is not None:
-                entered = [now != then for now, then in zip(canvas.active_rows, self.blocks, strict=True)]
-                self.used = self.used.masked_fill(torch.tensor(entered, device=self.used.device), 0)
-            self.blocks, number = canvas.active_rows, canvas.active[:, None]
-            self.here = self.given.gather(1, number)[:, 0], self.first.gather(1, number)[:, 0]
-        given, first = self.here
+            pairs = zip(blocks, self.blocks, self.used, strict=True)
+            self.used = [used if now == then else 0 for now, then, used in pairs]
+        self.blocks = blocks
+        given = [row[block] for row, block in zip(self.given, blocks, strict=True)]
+        first = [row[block] for row, block in zip(self.first, blocks, strict=True)]
         step = ScheduleStep(
-            steps_left=(given - self.used).clamp(min=1),
-            index=first + self.used,
-            block_masks=canvas.block_masked.sum(1),
-            row_masks=canvas.left,
+            steps_left=[max(1, all_ - used) for all_, used in zip(given, self.used, strict=True)],
+            index=[at + used for at, used in zip(first, self.used, strict=True)],
+            block_masks=canvas.block_masks,
+            row_masks=canvas.left_rows,
+            device=canvas.ids.device,
         )
-        self.used = self.used + candidates.any(1)
+        self.used = [used + bool(one) for used, one in zip(self.used, wanted, strict=True)]
         return step
 
     def take_rows(self, rows: torch.Tensor) -> None:
         """Keeps rows int64 [kept] of the batch."""
-        if self.blocks is not None:
-            self.blocks = [self.blocks[row] for row in rows.tolist()]
-            self.here = tuple(x[rows.to(x.device)] for x in self.here)
-        for name in ("steps", "given", "first", "used"):
-            setattr(self, name, getattr(self, name)[rows.to(self.used.device)])
+        kept = rows.tolist()
+        self.steps = self.steps[rows.to(self.steps.device)]
+        for name in ("given", "first", "used", "blocks"):
+            held = getattr(self, name)
+            setattr(self, name, None if held is None else [held[row] for row in kept])
 
 
 def even_quota(step: ScheduleStep) -> torch.Tensor:
     """int64 [batch]: this step's part of an even split of the block's masks over its steps, at least 1 of any masks."""
     # Ceiling division of what is left: larger shares first, and a step that wrote more makes later ones smaller.
-    return -(-step.block_masks // step.steps_left)
+    return step.put(-(-masks // left) for masks, left in zip(step.block_masks, step.steps_left, strict=True))
 
 
 def timestep_shares(steps: torch.Tensor, eps: float) -> torch.Tensor:
@@ -122,15 +140,16 @@ def timestep_shares(steps: torch.Tensor, eps: float) -> torch.Tensor:
 def timestep_share(step: ScheduleStep, shares: torch.Tensor) -> torch.Tensor:
     """fp32 [batch], each row's share of this step, of `timestep_shares`."""
     # A finished row stands behind its last step.
-    return shares.gather(1, step.index.clamp(max=shares.shape[1] - 1)[:, None])[:, 0]
+    index = step.put(min(at, shares.shape[1] - 1) for at in step.index)
+    return shares.gather(1, index[:, None])[:, 0]
 
 
 def timestep_quota(step: ScheduleStep, shares: torch.Tensor) -> torch.Tensor:
     """int64 [batch], Dream's schedule with `timestep_shares`; the last step of a block takes all that it has left."""
-    share = timestep_share(step, shares)
+    share, masks = timestep_share(step, shares), step.put(step.block_masks)
     # int() of an fp32 product as in the authors' code: fp64 rounds some quotas to another whole number.
-    quota = (step.row_masks.float() * share).long()
-    return torch.where(step.steps_left == 1, step.block_masks, torch.minimum(quota, step.block_masks))
+    quota = (step.put(step.row_masks).float() * share).long()
+    return torch.where(step.put(step.steps_left) == 1, masks, torch.minimum(quota, masks))
 
 
 def ranks(score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:

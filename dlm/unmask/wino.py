@@ -46,7 +46,7 @@ class _Unmasker(BlockUnmasker):
         there, held = slots >= 0, canvas.ids.gather(1, slots.clamp(min=0))
         masked = there & (held == canvas.mask_id)
         draw = self.sampler.draw(logits, there, excluded=self.excluded, spread=False)
-        step = self.schedule.step(canvas, masked)
+        step = self.schedule.step(canvas, self.busy(slots, masked))
         drafts = self.rule.accept(draw.probability, masked, step, self)
         count = drafts.sum(1)
         z = logits.float().index_fill(2, self.sampler.suppressed, -torch.inf)
@@ -110,5 +110,5 @@ class WINO(ProbabilityRule):
     ) -> torch.Tensor:
         """Probability > draft, at most a share of the masks, and the best one: bool [batch, r]."""
         rank = ranks(score, masked)
-        most = (SHARE * step.block_masks).long().clamp(LEAST, MOST)
+        most = (SHARE * step.put(step.block_masks)).long().clamp(LEAST, MOST)
         return masked & (((score > self.draft) & (rank < most[:, None])) | (rank == 0))

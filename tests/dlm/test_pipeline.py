@@ -156,7 +156,8 @@ def test_steps_alone_equal_the_unmasker() -> None:
     for step in range(5):
         logits = torch.randn(2, 9, 12, generator=generator)
         slots = rule.candidates(canvas, (torch.zeros(2).long(), torch.full((2,), 9)))
-        choice = rule.choose(logits, slots, canvas)
+        own = logits.gather(1, slots.clamp(min=0)[..., None].expand(-1, -1, 12))
+        choice = rule.choose(own, slots, canvas)
         canvas.commit(slots, choice.tokens, choice.commit)
         sample = scheduler.step(logits, step, sample, mask_token_id=mask).prev_sample
         assert torch.equal(sample, canvas.ids)

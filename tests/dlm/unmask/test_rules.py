@@ -32,8 +32,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def test_even_quota_adds_up_to_the_block_for_every_count_and_steps(masks, steps):
     left, given_out = masks, []
     for i in range(steps):
-        now = torch.tensor([left])
-        given_out.append(int(even_quota(ScheduleStep(torch.tensor([steps - i]), now, now, now))))
+        given_out.append(int(even_quota(ScheduleStep([steps - i], [left], [left], [left]))))
         left -= given_out[-1]
     assert given_out == [masks // steps + (i < masks % steps) for i in range(steps)]
 
@@ -41,8 +40,7 @@ def test_even_quota_adds_up_to_the_block_for_every_count_and_steps(masks, steps)
 def commits(masks: int, steps: int) -> list[int]:
     shares, left, out = timestep_shares(torch.tensor([steps]), 1e-3), masks, []
     for i in range(steps):
-        now, index = torch.tensor([left]), torch.tensor([i])
-        out.append(int(timestep_quota(ScheduleStep(steps - index, index, now, now), shares)))
+        out.append(int(timestep_quota(ScheduleStep([steps - i], [i], [left], [left]), shares)))
         left -= out[-1]
     return out
 
@@ -71,11 +69,8 @@ def test_each_row_has_its_own_quota():
     history = play("confidence", board, Toy(), steps=5).history
     assert history.sum(2).T.tolist() == [[3, 3, 2, 2, 2], [1, 1, 1, 1, 1]]
     fractions = timestep_shares(torch.tensor([4, 4]), 1e-3)
-    index, left, masks = torch.tensor([1, 1]), torch.tensor([3, 3]), torch.tensor([12, 5])
-    assert timestep_quota(ScheduleStep(left, index, masks, masks), fractions).tolist() == [
-        3,
-        1,
-    ]  # int of a third of each
+    # int of a third of each
+    assert timestep_quota(ScheduleStep([3, 3], [1, 1], [12, 5], [12, 5]), fractions).tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("steps, expected", [(3, [4, 4, 2]), (5, [2, 2, 2, 2, 2]), (10, [1] * 10), (50, [1] * 10)])
@@ -148,7 +143,7 @@ def test_alg_temp_draws_slots_in_proportion_to_softmax():
     unmasker = resolve_unmask("maskgit_plus(alg_temp=0.5)").begin(board, SPEC, seeded(), 4)
     unmasker.sampler.there = free
     score = torch.tensor([0.1, 0.4, 0.9, 0.6])
-    step = ScheduleStep(*(torch.tensor([n]) for n in (4, 0, 4, 4)))
+    step = ScheduleStep([4], [0], [4], [4])
     first = [int(unmasker.rule.accept(score[None], free, step, unmasker)[0].long().argmax()) for _ in range(4000)]
     assert torch.allclose(torch.bincount(torch.tensor(first)) / 4000, (score / 0.5).softmax(0), atol=0.03)
 
@@ -172,11 +167,9 @@ def accept(rule, score):
     """What a rule writes of the confidences [r] of one block, one token per step being the least."""
     board = canvas(gen=len(score), block=len(score))
     unmasker = resolve_unmask(rule).begin(board, SPEC, None, len(score))
-    masks = torch.tensor([len(score)])
+    masks = [len(score)]
     free = torch.ones(1, len(score), dtype=torch.bool)
-    return unmasker.rule.accept(
-        torch.tensor(score)[None], free, ScheduleStep(masks, masks * 0, masks, masks), unmasker
-    )[0]
+    return unmasker.rule.accept(torch.tensor(score)[None], free, ScheduleStep(masks, [0], masks, masks), unmasker)[0]
 
 
 def test_threshold_one_is_one_token_per_step_and_zero_a_block_per_forward():
@@ -249,10 +242,10 @@ def test_hierarchical_writes_the_surest_of_each_run(score, low):
     wanted = {surest(masks)} | {i for i in masks if score[i] >= tau}
     wanted |= {surest(run) for run in runs if score[surest(run)] >= low}
     free = torch.tensor([[c is not None for c in score]])
-    left = torch.tensor([len(masks)])
+    left = [len(masks)]
     rule = resolve_unmask(f"hierarchical(low={low})")
     given = torch.tensor([[0.95 if c is None else c for c in score]])  # what stands at a written slot is not read
-    written = rule.accept(given, free, ScheduleStep(left, left * 0, left, left), None) & free
+    written = rule.accept(given, free, ScheduleStep(left, [0], left, left), None) & free
     assert set(written[0].nonzero()[:, 0].tolist()) == wanted
 
 
@@ -314,8 +307,12 @@ def test_candidates_are_the_active_block_inside_the_reach():
     done = torch.tensor([[3, 5, -1, -1], [3, 4, 5, 6]])
     board.commit(done, torch.zeros_like(done), done >= 0)
     unmasker = resolve_unmask("confidence").begin(board, SPEC, None, 10)
-    assert unmasker.candidates(board, whole(board)).tolist() == [[-1, 4, -1, 6], [7, 8, 9, 10]]
+    assert unmasker.candidates(board, whole(board)).tolist() == [[4, 6, -1, -1], [7, 8, 9, 10]]
     logit_window = (torch.tensor([0, 8]), torch.tensor([6, 13]))
+    # As wide as the most masks that a row has there: nothing else goes through the head and the softmax.
+    assert unmasker.candidates(board, logit_window).tolist() == [[4, -1, -1], [8, 9, 10]]
+    # A rule that looks at what stands between its masks has them in their places.
+    unmasker = resolve_unmask("hierarchical").begin(board, SPEC, None, 10)
     assert unmasker.candidates(board, logit_window).tolist() == [[-1, 4, -1, -1], [-1, 8, 9, 10]]
 
 
