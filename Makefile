@@ -15,10 +15,12 @@ demo: .venv/ready
 test: .venv/ready
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-# Clients and engines that pin other versions than ours: each has an environment of its own, in which its tests run. Of
-# two of them the wheels are for CUDA and want gigabytes: what these tests import is asked for by name, as they miss it.
-peers: .venv-browser-use/ready .venv-lmcache/ready .venv-vllm/ready
+# Clients and engines that pin other versions than ours or bring much: each has an environment of its own, in which its
+# tests run. Of two of them the wheels are for CUDA and want gigabytes: what these tests import is asked for by name, as
+# they miss it.
+peers: .venv-browser-use/ready .venv-harness/ready .venv-lmcache/ready .venv-vllm/ready
 	OMP_NUM_THREADS=1 .venv-browser-use/bin/python -m pytest -rs tests/agentkv/test_browser_use.py
+	OMP_NUM_THREADS=1 .venv-harness/bin/python -m pytest -rs tests/textkv/serve/test_clients.py -k harness
 	OMP_NUM_THREADS=1 .venv-lmcache/bin/python -m pytest -rs tests/textkv/test_lmcache_serde.py
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -rs tests/textkv/test_vllm_packed.py
 
@@ -57,6 +59,13 @@ TORCH := $$(grep '^torch==' constraints.txt)
 	$(PEER) $(TORCH) transformers==5.17.0 browser-use==0.13.14 pytest --editable '.[agents,serve,structured]'
 	touch $@
 
+# The LM Evaluation Harness brings scipy, scikit-learn and the metrics of tasks that we do not run.
+.venv-harness/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(PEER) $(TORCH)
+	$(PEER) --constraint constraints.txt pytest openai 'lm-eval[api]' --editable '.[serve,structured,harness]'
+	touch $@
+
 .venv-lmcache/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(PEER) $(TORCH)
@@ -80,4 +89,4 @@ TORCH := $$(grep '^torch==' constraints.txt)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-browser-use .venv-lmcache .venv-vllm runs site
+	rm -rf .venv .venv-browser-use .venv-harness .venv-lmcache .venv-vllm runs site
