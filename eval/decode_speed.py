@@ -29,7 +29,7 @@ from textkv.provenance import run_meta
 
 from .arguments import add_methods, add_outputs, checked_budget
 
-METHODS = "full,snapkv,adakv,window,streaming_llm,h2o,tova,cake,d2o,kivi(4),turboquant(4)"
+METHODS = "full,snapkv,adakv,window,streaming_llm,h2o,tova,cake,d2o,kivi(4),gear(4),turboquant(4)"
 CHUNK = 2048
 LAYER = 2 * 576 * (576 + 192) + 3 * 576 * 1536  # weights of one of `shaped`
 _ASKS = ("aten::_local_scalar_dense",)

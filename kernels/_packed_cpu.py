@@ -20,7 +20,7 @@ from ._fused import _ATTEND
 from ._packed_part import Part, singles, tiles
 from ._packed_reference import rank_of
 from ._rotary_centre import turned_scores
-from ._weights import tokens_together, turn_of, weights_of
+from ._weights import rows_of, tokens_together, turn_of, weights_of
 from .merge import reference as merge
 
 _TILE = 1 << 19  # numbers unpacked at a time: 2 MB
@@ -41,7 +41,7 @@ def packed_cpu(q, k, v, *, scale, start, length, longest, turn=None, softcap=Non
     plain = turn is softcap is shift is valid is None and x >= (_MANY if beside is None else _SOME)
     fused = plain and _ATTEND is not None and _whole(k, v, starts, lengths)
     short = x % 4 == 3 and not fused  # products of four rows are faster than those of three
-    rows = _rows(q, runs, scale, short)
+    rows = rows_of(q, runs, scale, short)
     if shift is not None:
         shift = shift.reshape(runs, x, 1) * scale
         shift = F.pad(shift, (0, 0, 0, 1)) if short else shift
@@ -59,7 +59,7 @@ def packed_cpu(q, k, v, *, scale, start, length, longest, turn=None, softcap=Non
             return out.to(q.dtype).reshape(B, H, m, D), lse.reshape(B, H, m), None
         if len(groups) * len(pieces) > 1 or not chunks:
             return None
-        exact = beside.at(rows, rows if beside.q is None else _rows(beside.q, runs, scale, short))
+        exact = beside.at(rows, rows if beside.q is None else rows_of(beside.q, runs, scale, short))
         out, lse, row = _with_exact(rows, k, v, chunks, turn, softcap, exact, beside)
         row = None if row is None else row[:, :x].reshape(B, H, m, -1)[:, :, -1]
         lse = None if lse is None else lse[:, :x].reshape(B, H, m)
@@ -78,12 +78,6 @@ def packed_cpu(q, k, v, *, scale, start, length, longest, turn=None, softcap=Non
         parts.append(found[0] if len(found) == 1 else merge(*zip(*found, strict=True)))
     out, lse = _joined(parts, 0)
     return out[:, :x].to(q.dtype).reshape(B, H, m, D), lse[:, :x].reshape(B, H, m)
-
-
-def _rows(q, runs, scale, short):
-    """q [B, H, m, D] as scaled fp32 [runs, x, D], with one more row if `short`."""
-    rows = q.reshape(runs, -1, q.shape[-1]).float() * scale
-    return F.pad(rows, (0, 0, 0, 1)) if short else rows
 
 
 def _with_exact(q, k, v, chunks, turn, softcap, exact, asked):
@@ -211,10 +205,11 @@ def _by_channel(q, k, part):
         return scores
     scale = _nowhere_0(scale, k)
     scaled, by_block = q[:, None] * scale, scores.view(runs, x, blocks, T)  # [R, s, x, D]
+    of_zero = torch.bmm(q, zero[:, :, 0].mT).unsqueeze(-1)
     for some, low, high, codes in tiles(k, part, _TILE, singles(k, part, scale)):
         products = torch.bmm(scaled[some, low:high].reshape(-1, x, k.head_dim), codes.mT)
-        by_block[some, :, low:high] = products.view(-1, high - low, x, T).transpose(1, 2)
-    by_block += torch.bmm(q, zero[:, :, 0].mT).unsqueeze(-1)
+        products, here = products.view(-1, high - low, x, T).transpose(1, 2), (some, slice(None), slice(low, high))
+        torch.add(products, of_zero[here], out=by_block[here])
     return scores
 
 
@@ -248,10 +243,12 @@ def _values(weights, v, part):
         a = part.of(v.lowrank.a).flatten(1, 2).mT.float()
         columns = torch.cat([columns, a if part.seen is None else a.masked_fill(hidden.mT, 0)], 1)
     added = torch.bmm(columns, weights.mT).mT  # [R, x, groups + ranks]
-    out = added[..., :groups, None].expand(-1, -1, -1, D // groups).flatten(2).contiguous()
+    out = added[..., :groups] if groups == 1 else added[..., :groups].repeat_interleave(D // groups, 2)
     if rank is not None:
-        out.baddbmm_(added[..., groups:], rank.mT)
-    elif v.lowrank is not None:
+        out = torch.baddbmm(out, added[..., groups:], rank.mT)
+    else:
+        out = out.expand(-1, -1, D).contiguous()
+    if v.lowrank is not None and rank is None:
         a, directions = rank_of(v, part.indices().view(part.shape))
         a = a if part.seen is None else a.masked_fill(hidden.view(*a.shape[:3], 1), 0)
         out += torch.einsum("rxst,rstk,rsdk->rxd", weights.unflatten(2, part.shape[1:] + (-1,)), a, directions)
@@ -270,11 +267,13 @@ def _values(weights, v, part):
 
 def _one_direction(packed, part):
     """The low-rank directions fp32 [R, D, r] of runs whose blocks all have the same; None where they have several."""
-    chunk = part.of(packed.lowrank.chunk)
-    first = chunk[:, :1]
-    if not torch.equal(chunk, first.expand_as(chunk)):
+    chunks, p = part.of(packed.lowrank.chunk).tolist(), packed.lowrank.p
+    if any(own.count(own[0]) < len(own) for own in chunks):
         return None
-    return packed.lowrank.p.index_select(0, first[:, 0]).float()
+    first = [own[0] for own in chunks]
+    if first == list(range(first[0], first[0] + len(first))):
+        return p[first[0] : first[0] + len(first)].float()
+    return p[first].float()
 
 
 def _add_rank(scores, q, k, part):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, chain, pairwise, product
 
 import torch
 
+from ._weights import number
 from .pack import FP8, Packed, entries, width
 
 _PLANES = {  # shifts and mask of 2 and 4 planes: what is a plain number becomes a tensor at every call
@@ -82,8 +83,11 @@ class Singles:
 
     def add(self, tile, first, last, base):
         """Adds those of the blocks first <= b < last to `tile`, which begins at number `base` of the part."""
-        some = slice(self.before[first], self.before[last])
-        tile.view(-1).index_add_(0, self.at[some] - base, self.delta[some])
+        at, delta = self.at, self.delta
+        if last - first < len(self.before) - 1:
+            some = slice(self.before[first], self.before[last])
+            at, delta = at[some], delta[some]
+        tile.view(-1).index_add_(0, at - number(base) if base else at, delta)
 
 
 def singles(packed: Packed, part: Part, scale: torch.Tensor | None) -> Singles | None:
@@ -91,49 +95,40 @@ def singles(packed: Packed, part: Part, scale: torch.Tensor | None) -> Singles |
     or groups] and nowhere 0; None = as they are."""
     if packed.sparse is None:
         return None
-    start, count = part.of(packed.sparse.start), part.of(packed.sparse.count).reshape(-1)
-    ends = count.cumsum(0, dtype=torch.int32)
-    total = [0, *ends.tolist()]
-    places, delta = _entries_of(packed, part, start, ends - count, total)
-    owner = torch.repeat_interleave(count, output_size=total[-1])
-    place, delta = places.view(torch.uint16).int(), delta.float()
-    at = torch.add(place, owner, alpha=packed.block * packed.head_dim)
+    count, D = part.of(packed.sparse.count), packed.head_dim
+    counts = count.tolist()
+    places, delta = _entries_of(packed, part, counts)
+    before = list(accumulate(chain.from_iterable(counts), initial=0))
+    owner = torch.repeat_interleave(count.reshape(-1), output_size=before[-1])
+    at, delta = torch.add(places.view(torch.uint16).int(), owner, alpha=packed.block * D), delta.float()
     if scale is not None:
-        D = packed.head_dim
         per_channel = scale.shape[2] == 1
-        which = torch.add(_rest(place, D), owner, alpha=D) if per_channel else _quotient(at, D // scale.shape[3])
+        which = torch.add(_rest(at, D), owner, alpha=D) if per_channel else _quotient(at, D // scale.shape[3])
         delta.div_(scale.reshape(-1).index_select(0, which))
-    return Singles(at, delta, total)
+    return Singles(at, delta, before)
 
 
-def _entries_of(packed: Packed, part: Part, start, before, total):
-    """Places int16 [E] and deltas fp16 [E] of a part's entries, in order.
-
-    Args:
-        start: int32 [R, s], how many entries of the pool lie before each block's.
-        before: int32 [R * s], how many of the part do.
-        total: as `Singles.before`.
-    """
-    held, blocks = (packed.sparse.at, packed.sparse.delta), part.shape[1]
-    before = before.view(part.shape)
-    if torch.equal(start - start[:, :1], before - before[:, :1]):  # as blocks that were packed together lie
-        firsts, ends = start[:, 0].tolist(), total[::blocks]
-        if all(at - firsts[0] == low for at, low in zip(firsts, ends[:-1], strict=True)):  # and run behind run
-            return [x[firsts[0] : firsts[0] + ends[-1]] for x in held]
-        some = [slice(at, at + high - low) for at, low, high in zip(firsts, ends[:-1], ends[1:], strict=True)]
-        return [torch.cat([x[own] for own in some]) for x in held]
+def _entries_of(packed: Packed, part: Part, counts: list[list[int]]) -> list[torch.Tensor]:
+    """Places int16 [E] and deltas fp16 [E] of a part's entries, in order; `counts` of them for each run and block."""
+    held, starts = (packed.sparse.at, packed.sparse.delta), part.of(packed.sparse.start).tolist()
+    # Lists are compared at once, and hundreds of blocks cost less than a few operators do.
+    ends = [list(accumulate(own, initial=first[0])) for own, first in zip(counts, starts, strict=True)]
+    if all(end[:-1] == start for end, start in zip(ends, starts, strict=True)):  # as what was packed together lies
+        if all(a[-1] == b[0] for a, b in pairwise(ends)):  # and run behind run
+            return [x[ends[0][0] : ends[-1][-1]] for x in held]
+        return [torch.cat([x[own[0] : own[-1]] for own in ends]) for x in held]
     _, entry = entries(packed.sparse, part.indices())
     return [x.index_select(0, entry) for x in held]
 
 
 def _quotient(x, by):
     """x // by of int32 from 0 on: a shift takes a tenth of a division."""
-    return x >> by.bit_length() - 1 if not by & by - 1 else x.div(by, rounding_mode="floor")
+    return x >> number(by.bit_length() - 1) if not by & by - 1 else x.div(by, rounding_mode="floor")
 
 
 def _rest(x, by):
     """x % by of int32 from 0 on."""
-    return x & by - 1 if not by & by - 1 else x % by
+    return x & number(by - 1) if not by & by - 1 else x % by
 
 
 def tiles(packed: Packed, part: Part, numbers: int, extra: Singles | None, scale=None, zero=None):
@@ -151,23 +146,19 @@ def tiles(packed: Packed, part: Part, numbers: int, extra: Singles | None, scale
     tokens, D, planes = packed.block, packed.head_dim, 8 // width(packed.bits)
     most = max(1, numbers // (tokens * D))
     step, side = min(blocks, most), max(1, min(runs, most // blocks))  # blocks of a run; runs, where these are all
-    floats = torch.empty(side * step * tokens * D, dtype=torch.float32)
-    whole = torch.empty(floats.shape if planes > 1 else 0, dtype=torch.uint8)
+    floats = torch.empty(side * step, tokens, D, dtype=torch.float32)
+    whole = torch.empty(side * step if planes > 1 else 0, planes, tokens // planes, D, dtype=torch.uint8)
+    parts = whole.unbind(1)
     for first, low in product(range(0, runs, side), range(0, blocks, step)):
         some, high = slice(first, min(first + side, runs)), min(low + step, blocks)
         count = (some.stop - first) * (high - low)
-        room = floats[: count * tokens * D].view(count, tokens, D)
+        room = floats[:count]
         tile = codes[some, low:high].reshape(count, tokens // planes, D)
         if planes == 1:
             room.copy_(tile.view(FP8) if packed.bits == "fp8" else tile)
         else:
-            parted = whole[: count * tokens * D].view(count, planes, tokens // planes, D)
-            shifts, mask = _PLANES[planes]
-            for p, (shift, into) in enumerate(zip(shifts, parted.unbind(1), strict=True)):
-                shifted = torch.bitwise_right_shift(tile, shift, out=into) if p else tile
-                if p < planes - 1:
-                    torch.bitwise_and(shifted, mask, out=into)
-            room.copy_(parted.view(room.shape))
+            _part_planes(tile, [x[:count] for x in parts] if count < len(whole) else parts)
+            room.copy_(whole[:count].view(room.shape))
         if scale is not None:
             by = scale[some, low:high].reshape(count, *scale.shape[2:])
             wide, grouped = room, by.shape[2] not in (1, D)
@@ -186,3 +177,12 @@ def tiles(packed: Packed, part: Part, numbers: int, extra: Singles | None, scale
             begin = first * blocks + low
             extra.add(room, begin, begin + count, begin * tokens * D)
         yield some, low, high, room
+
+
+def _part_planes(tile, parts):
+    """Codes of 2 or 4 bits, uint8 [N, rows, D], into whole bytes: a part [N, rows, D] for each plane."""
+    shifts, mask = _PLANES[len(parts)]
+    for p, (shift, into) in enumerate(zip(shifts, parts, strict=True)):
+        shifted = torch.bitwise_right_shift(tile, shift, out=into) if p else tile
+        if p < len(parts) - 1:
+            torch.bitwise_and(shifted, mask, out=into)

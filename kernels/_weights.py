@@ -3,7 +3,27 @@ of scores that are all there, with its log-sum-exp, in the passes of one softmax
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
+
+
+@lru_cache(maxsize=256, typed=True)
+def number(x: float) -> torch.Tensor:
+    """A plain number as operators take it, fp32 or int32, without dims: they make one of it at every call, by four
+    operators more."""
+    with torch.inference_mode(False):  # what is made in that mode cannot take part in gradients
+        return torch.tensor(x, dtype=torch.int32 if isinstance(x, int) else torch.float32, device="cpu")
+
+
+def rows_of(q: torch.Tensor, runs: int, scale: float, one_more: bool) -> torch.Tensor:
+    """q [B, H, m, D] as scaled fp32 [runs, x, D], and a row of zeros behind the others if `one_more`."""
+    rows = q.reshape(runs, -1, q.shape[-1]).float()
+    if not one_more:
+        return rows * number(scale)
+    made = rows.new_zeros(runs, rows.shape[1] + 1, rows.shape[2])
+    torch.mul(rows, number(scale), out=made[:, :-1])
+    return made
 
 
 def tokens_together(n: int, about: int, most: int, unit: int = 1) -> int:

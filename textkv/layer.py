@@ -231,10 +231,10 @@ class Layer(Takeback, CacheLayerMixin):
             mask, tokens = self._tokens(mask, q)
             sinks = None if sinks is None else sinks.detach()
             view.tokens, self.softmax = tokens, Softmax(scale, softcap, sinks)
-            rope = None if rotary is None else rotary[0].expand(len(q), -1)
+            rope = rotary[0].expand(len(q), -1) if rotary is not None and self.context.needs.rope else None
             view.step = Step(
-                q, k, v, tokens.positions, scale, tokens.padded, rope if self.context.needs.rope else None, softcap,
-                sinks, tokens.hidden, tokens.visible, mask.local, ids,
+                q, k, v, tokens.positions, scale, tokens.padded, rope, softcap, sinks, tokens.hidden, tokens.visible,
+                mask.local, ids,
             )  # fmt: skip
             if self.context.table is not None and self.kind.number == self.context.first:
                 self.context.table.write(tokens.positions, self.seen + q.shape[2], rotary)
