@@ -23,10 +23,11 @@ _TOKENS, _FEWEST = 32768, 1024  # tokens of a run at a time, about, and at least
 
 
 def coded_cpu(q, query, k, v, bits, shift, turned, softcap, valid, beside=None, need_lse=True):
-    """Arguments and results as the reference's; lse may be None if not needed.
+    """Arguments as the reference's, and its results: out, still turned, and lse, which may be None if not needed; then
+    what out lacks, fp32 [runs, x, D] that is not turned, or None.
 
     Args:
-        beside: keys, and values that are turned as those of the rows are, fp32 [runs, r, D] each, which are seen too.
+        beside: keys and values fp32 [runs, r, D], which are seen too.
     """
     runs = len(q)
     k, v = k.flatten(0, 1), v.flatten(0, 1)
@@ -36,33 +37,40 @@ def coded_cpu(q, query, k, v, bits, shift, turned, softcap, valid, beside=None, 
     side = max(1, _SCORES // (rows * step))  # runs that go together
     tiles = [slice(low, min(low + step, n)) for low in range(0, n, step)]
 
-    def attended(some, of):
-        """out and lse of query rows `of` of some runs."""
+    def attended(q, query, some, of):
+        """out, lse and what out lacks of query rows `of` of some runs, which are q and query."""
         by, turn = None if shift is None else shift[some, of], None if turned is None else turn_of(turned, some)
         more = None if beside is None else tuple(part[some] for part in beside)
         parts = [
             _attend(
-                q[some, of], query[some, of], k[some, tile], v[some, tile], bits, by, turn, softcap,
+                q, query, k[some, tile], v[some, tile], bits, by, turn, softcap,
                 None if valid is None else valid[some, tile], tile, more if tile is tiles[-1] else None,
                 need_lse or len(tiles) > 1,
             )
             for tile in tiles
         ]  # fmt: skip
-        return parts[0] if len(parts) == 1 else merge(*zip(*parts, strict=True))
+        out, lse, exact = parts[-1]
+        if len(parts) > 1:
+            own = lse
+            out, lse = merge(*zip(*(part[:2] for part in parts), strict=True))
+            exact = None if exact is None else exact * (own - lse).exp()[..., None]
+        return out, lse, exact
 
     if runs <= side and q.shape[1] <= rows:
-        out, lse = attended(slice(0, runs), slice(0, rows))
-    else:
-        out, lse, need_lse = torch.empty_like(q), q.new_empty(q.shape[:2]), True
-        for first, low in product(range(0, runs, side), range(0, q.shape[1], rows)):
-            here = slice(first, first + side), slice(low, low + rows)
-            out[here], lse[here] = attended(*here)
-    return out, lse
+        return attended(q, query, slice(0, runs), slice(0, rows))
+    out, lse, need_lse = torch.empty_like(q), q.new_empty(q.shape[:2]), True
+    exact = None if beside is None else torch.empty_like(q)
+    for first, low in product(range(0, runs, side), range(0, q.shape[1], rows)):
+        here = slice(first, first + side), slice(low, low + rows)
+        out[here], lse[here], lacks = attended(q[here], query[here], *here)
+        if exact is not None:
+            exact[here] = lacks
+    return out, lse, exact
 
 
 def _attend(q, query, k, v, bits, shift, turned, softcap, seen, columns, beside, need_lse):
     """q fp32 [R, x, D], scaled, and turned; rows [R, n, bytes] of the tokens `columns` -> out fp32 [R, x, D], still
-    turned, and lse [R, x]."""
+    turned, lse [R, x], and what the tokens beside these add to the output, which is not turned, or None."""
     (R, n, _), (x, D) = k.shape, q.shape[1:]
     size, step = scales(k), max(16, _TILE // (R * D))
     tiles = [slice(low, min(low + step, n)) for low in range(0, n, step)]
@@ -76,16 +84,17 @@ def _attend(q, query, k, v, bits, shift, turned, softcap, seen, columns, beside,
         centres = shift[..., None]
         if turned is not None:
             centres = centres + turned_scores(q, *turned, columns)
-        coded.addcmul_(centres, (~size.signbit()).float()[:, None])
+        coded.addcmul_(centres, torch.logical_not(size.signbit(), out=torch.empty_like(size))[:, None])
     if beside is not None:
         scores[..., n:] = torch.bmm(q, beside[0].mT)
         seen = None if seen is None else F.pad(seen, (0, scores.shape[2] - n), value=True)
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
     weights, lse = weights_of(scores, seen, need_lse)
-    out = torch.zeros_like(q) if beside is None else torch.bmm(weights[..., n:], beside[1])
+    exact = None if beside is None else torch.bmm(weights[..., n:], beside[1])
     size, coded = scales(v).abs(), weights[..., :n]
     coded.mul_((size if seen is None else size.masked_fill(~seen[:, :n], 0))[:, None])
-    for tile in tiles:
+    out = torch.bmm(coded[..., tiles[0]], vectors(v[:, tiles[0]], bits[1], D, room))
+    for tile in tiles[1:]:
         out.baddbmm_(coded[..., tile], vectors(v[:, tile], bits[1], D, room))
-    return out, lse
+    return out, lse, exact

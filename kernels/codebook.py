@@ -113,7 +113,7 @@ def encode(
 
 def mark(rows: torch.Tensor, marked: torch.Tensor) -> None:
     """Marks those of the rows uint8 [.., n, row_bytes], which have no mark yet, where bool [.., n] is True."""
-    rows[..., -1] |= marked.to(torch.uint8) << 7  # the high byte of a float16 comes last
+    rows[..., -1].add_(marked.view(torch.uint8), alpha=128)  # the high byte of a float16 comes last
 
 
 def _encode(x: torch.Tensor, signs: torch.Tensor, bits: int, fit: Fit) -> torch.Tensor:
@@ -161,14 +161,12 @@ class Room:
     def __init__(self, numbers: int) -> None:
         self._numbers, self._index = torch.empty(numbers, dtype=torch.float32), torch.empty(numbers, dtype=torch.int32)
 
-    def found(self, index: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """The entries, fp32 [.., width], of a table [n, width] with a width of 1, 2 or 4; the next ones overwrite
+    def found(self, index: torch.Tensor, table: torch.Tensor, width: int) -> torch.Tensor:
+        """The entries, fp32 [.., width], of a table [n] of numbers that are `width` fp32 each; the next ones overwrite
         them."""
-        width, at = table.shape[1], self._index[: index.numel()]
-        numbers = self._numbers[: width * index.numel()].view(_AS_ONE[width])
+        at, numbers = self._index[: index.numel()], self._numbers[: width * index.numel()].view(table.dtype)
         at.view(index.shape).copy_(index)
-        # Entries that are one number each are copied in a tight loop, and rows of a table one call each.
-        torch.index_select(table.view(_AS_ONE[width])[:, 0], 0, at, out=numbers)
+        torch.index_select(table, 0, at, out=numbers)
         return numbers.view(torch.float32).view(*index.shape, width)
 
 
@@ -176,12 +174,11 @@ def vectors(rows: torch.Tensor, bits: int, dim: int, room: Room | None = None) -
     """The centroids of rows: fp32 [.., n, dim], in `room` if there is one."""
     packed, at_once = rows[..., :-2], _AT_ONCE.get(bits, 1)
     index = packed if at_once * bits == 8 else _pieces(packed, bits, at_once)
-    table = _table(bits, at_once, rows.device)
-    if rows.is_cpu and table.shape[1] in _AS_ONE:
-        room = Room(index.numel() * table.shape[1]) if room is None else room
-        found = room.found(index, table)
+    if rows.is_cpu and at_once in _AS_ONE:
+        room = Room(index.numel() * at_once) if room is None else room
+        found = room.found(index, _as_one(bits, at_once), at_once)
     else:
-        found = F.embedding(index.int(), table)
+        found = F.embedding(index.int(), _table(bits, at_once, rows.device))
     return found.flatten(-2)[..., :dim]
 
 
@@ -234,6 +231,12 @@ def _table(bits: int, codes: int, device: torch.device) -> torch.Tensor:
     number = torch.arange(2 ** (bits * codes), device=device)[:, None]
     each = (number >> torch.arange(0, bits * codes, bits, device=device)) & (2**bits - 1)
     return centroids(bits, device)[each]
+
+
+@cache
+def _as_one(bits: int, codes: int) -> torch.Tensor:
+    """`_table` on the CPU as [2^(bits * codes)] numbers: these are copied in a tight loop, and rows one call each."""
+    return _table(bits, codes, torch.device("cpu")).view(_AS_ONE[codes])[:, 0]
 
 
 @cache

@@ -16,7 +16,6 @@ Floor in bytes: the rows of the tokens, once, whatever the number of query heads
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from ._backend import (
     FLOATS,
@@ -36,6 +35,7 @@ from ._backend import (
 from ._coded_cpu import coded_cpu
 from ._rotary_centre import check_turn, turned_products, turned_scores, turned_tile
 from ._tiles import scaled, softmax_step
+from ._weights import rows_of
 from .beside import Exact, merge_exact
 from .codebook import centroids, decode, row_bytes, turn, turn_back
 from .decode_attention import _merge_kernel
@@ -200,19 +200,23 @@ def coded_attention(
         _check(q, k, v, bits, signs, valid, beside)
     check_softcap(softcap)
     G, n = k.shape[1:3]
-    rows = q.reshape(q.shape[0] * G, q.shape[1] // G * q.shape[2], q.shape[3]).float() * scale
-    x = rows.shape[1]
-    if q.is_cpu and x % 4 == 3:  # products of four rows are faster than those of three
-        rows = F.pad(rows, (0, 0, 0, 1))
+    x, launched = q.shape[1] // G * q.shape[2], use_triton(q, _backend) and q.numel() and n
+    fused = not launched and _is_fused(q, n, _backend)
+    # On a CPU products of four rows are faster than those of three.
+    rows = rows_of(q, q.shape[0] * G, scale, fused and x % 4 == 3)
     query, *centred = _centred(q, rows, signs, centre, inv_freq, positions, n)
-    told, fused = (bits, *centred, softcap, None if valid is None else valid.expand(q.shape[0], G, n)), False
-    if use_triton(q, _backend) and q.numel() and n:
+    told = bits, *centred, softcap, None if valid is None else valid.expand(q.shape[0], G, n)
+    if launched:
         out, lse = _launch(rows, query.to(q.dtype), k, v, *told, dot_dtype(q))
-    elif fused := _is_fused(q, n, _backend):
-        out, lse = coded_cpu(rows, query, k, v, *told, _turned_beside(beside, signs), need_lse)
+    elif fused:
+        exact = None if beside is None else tuple(part.flatten(0, 1).float() for part in beside)
+        out, lse, exact = coded_cpu(rows, query, k, v, *told, exact, need_lse)
     else:
         out, lse = reference(rows, query, k, v, *told)
-    out = turn_back(out[:, :x], signs[1]).to(q.dtype).view(q.shape)
+    out = turn_back(out, signs[1])
+    if fused and exact is not None:  # their values were never turned
+        out += exact
+    out = out[:, :x].to(q.dtype).reshape(q.shape)
     lse = None if lse is None else lse[:, :x].reshape(q.shape[:3])
     return (out, lse) if fused or beside is None else merge_exact(out, lse, q, Exact([beside]), scale, softcap)
 
@@ -221,14 +225,6 @@ def _is_fused(q, n, backend):
     """Whether these queries take the CPU's path, which knows no gradient."""
     graded = q.requires_grad and torch.is_grad_enabled()
     return q.is_cpu and bool(q.numel()) and n > 0 and backend in (None, "fused") and not graded
-
-
-def _turned_beside(beside, signs):
-    """Exact keys, and values turned as those of the rows are, fp32 [B * G, r, D] each; None where there are none."""
-    if beside is None:
-        return None
-    keys, values = (x.flatten(0, 1) for x in beside)
-    return keys.float(), turn(values, signs[1])
 
 
 def _centred(q, rows, signs, centre, inv_freq, positions, n):
@@ -244,7 +240,7 @@ def _centred(q, rows, signs, centre, inv_freq, positions, n):
         centre, inv_freq = centre.contiguous(), inv_freq.flatten(0, 1).contiguous()
         turned = centre, inv_freq, check_turn(q, centre, inv_freq, positions, None, n), None
         still = 2 * inv_freq.shape[1]
-    return query, (rows[..., still:] @ centre[:, still:, None])[..., 0], turned
+    return query, torch.bmm(rows[..., still:], centre[:, still:, None])[..., 0], turned
 
 
 def reference(q, query, k, v, bits, shift, turned, softcap, valid):

@@ -15,7 +15,7 @@ from textkv import MethodCache, release
 LIMITS = {
     "full": (1.15, 0), "snapkv": (1.15, 0), "pyramidkv": (1.15, 0), "adakv": (1.15, 0), "vatp": (1.15, 0),
     "window": (1.5, 0), "streaming_llm": (1.5, 0), "h2o": (2.5, 0), "tova": (2.5, 0), "cake": (2.5, 0),
-    "d2o": (2.9, 0), "kivi(4)": (2.5, 0), "gear(4)": (2.6, 0), "turboquant(4)": (3.8, 0),
+    "d2o": (2.9, 0), "kivi(4)": (2.5, 0), "gear(4)": (2.6, 0), "turboquant(4)": (2.5, 0),
 }  # fmt: skip
 
 

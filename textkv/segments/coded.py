@@ -133,7 +133,7 @@ class CodedSegment(Segment):
             return encode(keys, signs[0], bits, fit, marked), encode(values, signs[1], value_bits, fit)
         # Of few tokens the number of operations is what counts: keys and values go together.
         both = torch.stack([keys, values])
-        k, v = encode(both, signs[:, None, None, None], bits, fit).unbind(0)
+        k, v = encode(both, signs.view(2, 1, 1, 1, -1), bits, fit).unbind(0)
         if marked is not None:
             mark(k, marked)
         return k, v
