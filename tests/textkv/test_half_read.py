@@ -48,3 +48,22 @@ def test_rows_that_are_taken_between_two_chunks(method):
     new = kinds.ids(3, 2, seed=1)
     ours, expected = kinds.steps(model, new, moved, mask[rows]), kinds.steps(model, new, fresh, mask[rows])
     assert not mismatch(ours, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["forgotten", "frozen"])
+def test_a_stream_knows_where_its_tokens_stand(way):
+    """The tokens of the first block are fewer, or more, than those that its end finds."""
+    model, ids = kinds.model_of_kind("dense"), kinds.ids(60, 2)
+    cache = MethodCache(model, "streaming_llm", 0.4)
+    if way == "forgotten":
+        cache.begin(ids)
+    cache.freeze(way == "frozen")
+    kinds.logits(model, ids[:, :40], cache)
+    cache.freeze(False)
+    if way == "forgotten":
+        cache.forget([[(5, 20), (30, 33)], [(0, 9)]])
+    kinds.logits(model, ids[:, 40:], cache)
+    for layer in cache.context.layers:
+        (ring,) = layer.segments
+        at = ring.positions
+        assert bool((at >= 0).any()) and torch.equal(ring.rope[at >= 0], at[at >= 0])
