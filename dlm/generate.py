@@ -185,6 +185,13 @@ def batch_command(args: argparse.Namespace) -> int:
                 ids[item.line] = known.ids(config, item.prompt, args.chat)
             except ValueError as error:
                 items[place] = bad_item(item, str(error), args.batch, args.strict)
+    unknown = {line: count for line, row in ids.items() if (count := row.count(known.tokenizer.unk_token_id))}
+    if unknown:
+        print(
+            f"dlm.generate: {args.model} does not know {sum(unknown.values())} words of {len(unknown)} prompts, the "
+            f"first in line {min(unknown)}",
+            file=sys.stderr,
+        )
     writer = make_writer(args, config) if to_answer(items, done) else None
 
     def answer(chunk: list[Item]) -> list[dict[str, Any]]:

@@ -115,9 +115,13 @@ def test_guides(weights: Path, capsys: pytest.CaptureFixture[str], guide: str) -
     assert row["unmask"] == "guided" and row["guider_forwards"] >= 1
 
 
-def test_words_that_the_model_does_not_know_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_that_the_model_does_not_know_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate.main(["--prompt", "tom has a zebra", *SHORT]) == 0
     assert "mini does not know 2 words" in capsys.readouterr().err
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("tom has 3 eggs.", "tom has a zebra", "a")))
+    assert generate.main(["--batch", str(path), "--out", str(tmp_path / "out.jsonl"), *SHORT]) == 0
+    assert "mini does not know 3 words of 2 prompts, the first in line 2" in capsys.readouterr().err
 
 
 WRONG = {
