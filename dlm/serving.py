@@ -138,7 +138,9 @@ class DiffusionEngine(Engine):
             for piece in self._pieces(rows):
                 rows[piece.row].take(piece, length)
         except Exception as problem:
-            return problem
+            # Without where it was: those frames hold the canvas, and memory may be what was lacking.
+            problem.__context__ = None
+            return problem.with_traceback(None)
         return None
 
     def _pieces(self, rows: list[_Row]) -> Iterator[Piece]:

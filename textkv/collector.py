@@ -22,7 +22,7 @@ from textkv.segments.base import Step, Stored, shown
 from textkv.softmax import Softmax
 
 _BLOCK = 4096  # queries that are turned back at a time: a long prompt's fp32 copy would weigh as much as its keys
-_ENTRIES = 1 << 24  # weights of one row that are held at a time
+_ENTRIES = 1 << 24  # weights that are held at a time
 
 
 class EvidenceCollector:
@@ -255,13 +255,16 @@ def _mass_of_visible(step: Step, held: Stored, real: torch.Tensor) -> torch.Tens
     column = held.positions + (m - 1 - step.positions[:, None, -1:])
     old, column = real & (column < m - (step.positions >= 0).sum(1)[:, None, None]), column.long().clamp(0, m - 1)
     visible = step.visible.expand(len(step.q), -1, -1)
-    mass, keys = torch.zeros(real.shape, device=step.q.device), held.keys.float().mT[:, :, None]
-    for rows in torch.arange(m, device=step.q.device).split(max(1, _ENTRIES // (step.q.shape[1] * real.shape[2]))):
+    mass, keys = torch.zeros(real.shape, device=step.q.device), held.keys.float().mT
+    size = len(step.q) * step.q.shape[1] * real.shape[2]
+    for rows in torch.arange(m, device=step.q.device).split(max(1, _ENTRIES // size)):
         sees = visible[:, None, rows].expand(-1, kv_heads, -1, -1)
         sees = sees.gather(-1, column[:, :, None].expand(-1, -1, len(rows), -1))
         sees = (sees | old[:, :, None]) & real[:, :, None] & (step.positions[:, rows] >= 0)[:, None, :, None]
+        # A head's queries in one product: spread over them, its keys would be copied.
         q = step.q[:, :, rows].float().unflatten(1, (kv_heads, -1))
+        products = (q.flatten(2, 3) @ keys).unflatten(2, q.shape[2:4])
         # A hole may hold NaN, and a query without any token sees nothing: neither may reach the sums.
-        scores = step.softmax.scores(q @ keys).masked_fill(~sees[:, :, None], torch.finfo(torch.float32).min)
+        scores = step.softmax.scores(products).masked_fill(~sees[:, :, None], torch.finfo(torch.float32).min)
         mass += step.softmax.weights(scores).masked_fill(~sees[:, :, None], 0).mean(2).sum(2)
     return mass

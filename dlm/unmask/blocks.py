@@ -46,7 +46,7 @@ class BlockUnmasker(Unmasker):
         # A cache policy may have computed less than the block, and a shifted model says nothing of its first row.
         given = (slots, *logit_window)
         if not self._reach or any(now is not then for now, then in zip(given, self._reach, strict=False)):
-            low, high = (x.cpu().numpy()[:, None] for x in logit_window)
+            low, high = torch.stack(logit_window).cpu().numpy()[:, :, None]
             self._reach = (*given, (slots >= low) & (slots < high))
         inside, free = self._reach[-1], self.open(canvas)
         there = masked & inside

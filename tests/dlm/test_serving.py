@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -182,6 +183,27 @@ def test_an_error_on_a_canvas_ends_the_row_whose_it_is_and_no_other(monkeypatch,
     found, order = together(engine, asked)
     assert isinstance(found[1][1], RuntimeError) and sorted(order) == [0, 1, 2]
     assert [found[n] for n in (0, 2)] == [alone[n] for n in (0, 2)]
+
+
+def test_a_canvas_that_failed_is_gone_while_its_rows_are_decoded_alone(monkeypatch):
+    """It may have failed for lack of the memory that it holds."""
+    engine, real, held = DiffusionEngine.open(Opening("mini")), serving.stream, []
+
+    def breaks(model, ids, mask, config, **told):
+        if len(ids) > 1:
+            canvas = torch.zeros(4)
+            held.append(weakref.ref(canvas))
+            try:
+                raise KeyError("of a cause")
+            except KeyError:
+                raise RuntimeError(f"no memory beside {len(canvas)}") from None
+        held.append(held[0]())
+        yield from real(model, ids, mask, config, **told)
+
+    monkeypatch.setattr(serving, "stream", breaks)
+    asked = [read_request(body(messages=[{"role": "user", "content": text}])) for text in PROBLEMS[:2]]
+    together(engine, asked)
+    assert held[1:] == [None, None]
 
 
 def test_a_client_that_cannot_be_told_ends_its_own_row():

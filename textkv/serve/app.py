@@ -290,8 +290,8 @@ class _Reply:
 async def _read(request: Request, limits: Limits) -> protocol.ChatRequest:
     """The request in the body. Raises ClientDisconnect if its client has gone."""
     large = f"the request is larger than {limits.bytes:,} bytes; send fewer or smaller pictures"
-    coded = request.headers.get("content-encoding", "identity").lower()
-    if coded != "identity":
+    coded = request.headers.get("content-encoding", "").strip().lower()
+    if coded not in ("", "identity"):
         raise Refused(415, f"a body with content-encoding {coded[:20]!r} is not unpacked; send it as it is")
     told = request.headers.get("content-length", "")
     if told.isdecimal() and int(told[:20]) > limits.bytes:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
@@ -225,8 +224,6 @@ class Shelf:
         for _, held in near[:TRIED]:
             talk = held.talk or self._loaded(held)
             if talk is None:
-                self._forget(held)
-                self.stats.dropped += 1
                 continue
             reuse = talk.foresee(told)
             if reuse.how == "cropped" and reuse.reused >= self.share:
@@ -295,20 +292,24 @@ class Shelf:
         setattr(self.stats, name, getattr(self.stats, name) + 1)
 
     def _back(self, stored: Held) -> Conversation | None:
-        """The conversation from its files; None if what lies there is no longer whole."""
+        """The conversation from its files; None if it cannot be read."""
         conversation = self._loaded(stored)
-        self._forget(stored)
-        if conversation is None:
-            self.stats.dropped += 1
-        else:
+        if conversation is not None:
+            self._forget(stored)
             self._count("from", stored.host)
         return conversation
 
     def _loaded(self, stored: Held) -> Conversation | None:
-        """What lies in files, which stay there."""
-        with suppress(*LOST):
+        """What lies in files, which stay there; None if there is no room for it now. One that is no longer whole is
+        forgotten, None too."""
+        try:
             return self.load(stored.folder)
-        return None
+        except (MemoryError, torch.OutOfMemoryError):
+            return None
+        except LOST:
+            self._forget(stored)
+            self.stats.dropped += 1
+            return None
 
     def _forget(self, stored: Held) -> None:
         self._stored.remove(stored)

@@ -178,6 +178,24 @@ def test_a_damaged_file_costs_its_conversation_alone(tmp_path):
     assert again.last.how == "continued"
 
 
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("no room on the device")])
+@pytest.mark.parametrize("edited", [False, True])
+def test_one_for_which_there_is_no_room_now_stays_on_disk(edited, error, tmp_path, monkeypatch):
+    shelf = shelf_of(disk=tmp_path, share=8, limit=1)
+    first, _ = turn(shelf, tiny.text_ids(20, seed=1))
+    file, load = shelf._stored[0].folder / "cache.safetensors", shelf.load
+
+    def lacks(folder):
+        raise error
+
+    monkeypatch.setattr(shelf, "load", lacks)
+    _, again = turn(shelf, more(first[:, :17], 6) if edited else more(first, 3))
+    assert again.last.how == "new" and shelf.stats.dropped == 0 and file.exists()
+    monkeypatch.setattr(shelf, "load", load)
+    _, again = turn(shelf, more(first, 5))
+    assert again.last.how != "new"
+
+
 @pytest.mark.parametrize("error", [NoSpace("full"), ValueError("no such state"), RuntimeError("out of memory")])
 def test_what_cannot_be_kept_on_disk_is_dropped(error, tmp_path, monkeypatch):
     shelf = shelf_of(disk=tmp_path, limit=1)
