@@ -20,7 +20,7 @@ SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 PROMISED = 3.0  # seconds from Ctrl-C to the exit of the command and of all that it started
 STARTS = re.compile(
     r"(?<!def )(?<!class )\b(Workers|Browser|ran|Popen|TemporaryDirectory|NamedTemporaryFile|mkdtemp|mkstemp|"
-    r"sync_playwright|driver|guarded|Shop|SiteServer|Server|DataLoader|ThreadPoolExecutor|ProcessPoolExecutor)\(|"
+    r"sync_playwright|driver|guarded|Shop|SiteServer|Server|Listener|DataLoader|ThreadPoolExecutor|ProcessPoolExecutor)\(|"
     r"with started|subprocess\.run"
 )
 

@@ -219,8 +219,9 @@ class Evidence:
     @property
     def decoded(self) -> torch.Tensor | None:
         """`idle` rows, and those to which the block brought one token behind others: alone that is a decoded one, and a
-        method that does nothing then does nothing here. None = there are none."""
-        if self.came is None:
-            return None
+        method that does nothing then does nothing here. What another store held until now (`Layer.absorb`) is a block
+        also where it is one token. None = there are none."""
+        if self.came is None or self.asked is not None:
+            return self.idle
         rows = (self.came == 0) | ((self.came == 1) & (self.tokens > 1))
         return rows if bool(rows.any()) else None
