@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from table_rows import HERE, Row, markdown, rows
 from tables_dlm import batch_rows, decoding, decoding_hard, dlm_frozen, dlm_loop, fast_dllm
+from tables_text import board, lengths, prose, streams
 
 PAGES = (HERE / "results.md", HERE / "rag.md", HERE / "serving.md")
 _PLACE = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -61,24 +62,6 @@ def persistent() -> str:
         if "step" not in row
     ]  # fmt: skip
     heads = ["method", "cache", "episodes", "success", "tokens read, of the new ones", "seconds from step 5", "MB"]
-    return markdown(heads, lines)
-
-
-def board() -> str:
-    """SmolLM2 at a quarter of the cache, the question known and unknown; methods without a budget too."""
-    found = [row for row in rows("text-board-smollm2.json") if row["task"] == "all" and "recall" in row]
-    cells: dict[str, dict[str, Row]] = {}
-    for row in found:
-        if row["budget"] in ("0.25", "1.0"):
-            cells.setdefault(row["method"], {})[row["asked"]] = row
-    lines = []
-    for method, asked in sorted(cells.items(), key=lambda cell: -cell[1]["known"]["recall"]):
-        known = asked["known"]
-        shares = [f"{asked[kind]['recall']:.2f}" if kind in asked else "-" for kind in ("known", "unknown")]
-        host = known.get("host_bytes", 0) / known["kv_bytes_full"]
-        told = [f"{known['low']:.2f} to {known['high']:.2f}", str(known["n"]), f"{known['kv_share']:.2f}"]
-        lines.append([f"`{method}`", *shares, *told, f"{host:.2f}" if host else ""])
-    heads = ["method at 0.25", "known", "unknown", "95 % (known)", "questions", "bytes of full", "on the host"]
     return markdown(heads, lines)
 
 
@@ -320,7 +303,7 @@ def _method(row: Row) -> str:
 
 _MADE = (agents, curves, persistent, board, decoding, decoding_hard, dlm_loop, dlm_frozen, fast_dllm, batch_rows, cost)
 _MADE += (masa, masa_converted, rag, porag, peers, retrieval, conversations, teams, sentences, served, load)
-_MADE += (conversations_flat, thresholds, sentences_pool)
+_MADE += (conversations_flat, thresholds, sentences_pool, lengths, streams, prose)
 TABLES: dict[str, Callable[[], str]] = {made.__name__.replace("_", "-"): made for made in _MADE}
 
 
