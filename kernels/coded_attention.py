@@ -206,19 +206,27 @@ def coded_attention(
     rows = rows_of(q, q.shape[0] * G, scale, fused and x % 4 == 3)
     query, *centred = _centred(q, rows, signs, centre, inv_freq, positions, n)
     told = bits, *centred, softcap, None if valid is None else valid.expand(q.shape[0], G, n)
-    if launched:
-        out, lse = _launch(rows, query.to(q.dtype), k, v, *told, dot_dtype(q))
-    elif fused:
-        exact = None if beside is None else tuple(part.flatten(0, 1).float() for part in beside)
-        out, lse, exact = coded_cpu(rows, query, k, v, *told, exact, need_lse)
+    if fused:
+        out, lse = _on_cpu(rows, query, k, v, told, signs[1], beside, need_lse)
     else:
-        out, lse = reference(rows, query, k, v, *told)
-    out = turn_back(out, signs[1])
-    if fused and exact is not None:  # their values were never turned
-        out += exact
+        out, lse = (
+            _launch(rows, query.to(q.dtype), k, v, *told, dot_dtype(q))
+            if launched
+            else reference(rows, query, k, v, *told)
+        )
+        out = turn_back(out, signs[1])
     out = out[:, :x].to(q.dtype).reshape(q.shape)
     lse = None if lse is None else lse[:, :x].reshape(q.shape[:3])
     return (out, lse) if fused or beside is None else merge_exact(out, lse, q, Exact([beside]), scale, softcap)
+
+
+def _on_cpu(rows, query, k, v, told, signs, beside, need_lse):
+    """`coded_cpu`, turned back by the values' `signs` [D]."""
+    exact = None if beside is None else tuple(part.flatten(0, 1).float() for part in beside)
+    out, lse, more = coded_cpu(rows, query, k, v, *told, exact, need_lse)
+    out = turn_back(out, signs)
+    # Exact values were never turned.
+    return out if more is None else out.add_(more), lse
 
 
 def _is_fused(q, n, backend):

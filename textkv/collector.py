@@ -235,6 +235,20 @@ def found_again(x: torch.Tensor, before: torch.Tensor, now: torch.Tensor) -> tor
     return table.gather(-1, now.long().masked_fill(now < 0, size))
 
 
+def rope_of(at: torch.Tensor, evidence: Evidence) -> torch.Tensor | None:
+    """Rotary positions [batch, n] of tokens at logical positions `at`, int32 [batch, n]; None where a block told none.
+
+    The block's own tokens may be some of these (others came while the cache was frozen: they have logical positions),
+    or more, where some were forgotten between its chunks.
+    """
+    rope, known = evidence.rope_positions, evidence.norm_positions
+    if rope is None or torch.equal(at, known):
+        return rope
+    # One more than they are: 0 says that nobody told.
+    found = found_again(rope[:, None] + 1, known[:, None], at[:, None])[:, 0]
+    return torch.where(found == 0, at.to(found.dtype), found - 1)
+
+
 def _rows_of(x: Any, rows: torch.Tensor) -> Any:
     """Rows of whatever was gathered: tensors, and dataclasses and lists of them, have the batch first."""
     if isinstance(x, torch.Tensor):

@@ -24,6 +24,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from textkv.collector import rope_of
 from textkv.context import Context
 from textkv.duo.far_score import far_score
 from textkv.duo.pattern import Pattern, full_heads
@@ -202,17 +203,17 @@ def _far_scores(layer: Layer, evidence: Evidence) -> torch.Tensor:
     """
     full, held = _full_now(layer), layer.stored()
     scores = torch.full(full.shape, NEVER).masked_fill(full, 0)
+    # Heads that keep everything hold the same tokens.
+    at = held.positions[torch.arange(len(full)), full.int().argmax(1)]
+    rope, known = rope_of(at, evidence), evidence.norm_positions
     for row in range(len(full)):
-        real = evidence.norm_positions[row] >= 0
-        if not (bool(full[row].any()) and bool(real.any())):
+        real = known[row][known[row] >= 0]
+        if not (bool(full[row].any()) and len(real)):
             continue
         heads = full[row].nonzero()[:, 0].to(layer.device)
-        logical, rope = evidence.norm_positions[row, real], evidence.rope_positions[row, real]
-        # Heads that keep everything hold the same tokens; of those of the block it is told where they lie.
-        at = held.positions[row, heads[0]] - logical[0]
-        slots = (at >= 0).nonzero()[:, 0]
+        slots = (at[row] >= real[0]).nonzero()[:, 0]
         keys = held.keys[row, heads][None, :, slots].float()
-        mean = layer.rotary.turn(keys, -rope[at[slots].long()][None]).mean(2)[0]
+        mean = layer.rotary.turn(keys, -rope[row, slots][None]).mean(2)[0]
         queries = evidence.centres.mean[row].unflatten(0, (layer.kv_heads, -1))[heads].flatten(0, 1)
         scores[row, full[row]] = far_score(queries, mean, layer.rotary, evidence.scale).cpu()
     return scores

@@ -15,11 +15,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from textkv.collector import found_again
+from textkv.collector import rope_of
 from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
 from textkv.method import Capabilities, Method, register
-from textkv.segments.base import Stored
 from textkv.segments.ring import RingSegment
 
 
@@ -83,24 +82,10 @@ class StreamingLLM(Method):
         held = layer.stored()
         total = torch.tensor([max(self.budget.tokens or self.budget.count(int(n)), 1) for n in evidence.tokens])
         ring = self._ring(layer, total)
-        ring.take(held, evidence.scale, _rope_of(held, evidence))
+        ring.take(held, evidence.scale, rope_of(held.positions[:, 0], evidence))
         layer.replace([ring])
 
     def _ring(self, layer: Layer, total: torch.Tensor) -> RingSegment:
         # A share of a short prompt may not even cover the sinks: one recent token is the least that can decode.
         recent = (total - self.sinks).clamp(min=1)
         return RingSegment(self.sinks, recent, layer.rotary)
-
-
-def _rope_of(held: Stored, evidence: Evidence) -> torch.Tensor | None:
-    """Rotary positions [batch, n] of the tokens held, None where the block did not tell any.
-
-    The block's own tokens may be some of those held (others came while the cache was frozen: they have logical
-    positions), or more, where some were forgotten between its chunks.
-    """
-    rope, known, at = evidence.rope_positions, evidence.norm_positions, held.positions[:, 0]
-    if rope is None or torch.equal(at, known):
-        return rope
-    # One more than they are: 0 says that nobody told.
-    found = found_again(rope[:, None] + 1, known[:, None], held.positions[:, :1])[:, 0]
-    return torch.where(found == 0, at.to(found.dtype), found - 1)

@@ -19,6 +19,7 @@ from textkv.conformance import check_method
 from textkv.duo.mean_qk import mean_qk_scores
 from textkv.duo.pattern import Pattern
 from textkv.method import REGISTRY
+from textkv.methods import duo_attention
 from textkv.methods.duo_attention import DuoAttention, Sizes
 from textkv.segments.split import SplitSegment
 
@@ -126,6 +127,32 @@ def test_keys_that_cannot_be_turned_back_are_told_with_the_mend():
         MethodCache(model, duo(sparsity=0.5))
     for quiet in (duo(sparsity=0.5, ranking="last_queries"), duo(sparsity=0.0), duo(sparsity=1.0)):
         feed(model, MethodCache(model, quiet), tiny.text_ids(12), 12)
+
+
+@pytest.mark.parametrize("way", ["forgotten", "frozen"])
+def test_heads_rank_by_the_tokens_that_are_there(model_of, way):
+    """The tokens of a prompt's chunks may be more than those that its end finds, or fewer."""
+    model, ids = model_of("llama"), tiny.text_ids(60)
+    cache = MethodCache(model, duo(sparsity=0.5))
+    cache.begin(tokens=60)
+    feed(model, cache, ids[:, :20], 20)
+    cache.freeze(way == "frozen")
+    feed(model, cache, ids[:, 20:40], 20)
+    cache.freeze(False)
+    if way == "forgotten":
+        cache.forget([[(5, 12)]])
+    seen = []
+    real = duo_attention.far_score
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duo_attention, "far_score", lambda q, k, *rest: seen.append(k) or real(q, k, *rest))
+        feed(model, cache, ids[:, 40:], 20)
+    assert len(seen) == 3 and sorted({len(kept(cache, layer, head)) for layer in range(3) for head in range(2)})[0] == 5
+    if way == "frozen":  # of the first layer, whose keys no other token changes: the mean over all 60
+        held = MethodCache(model, "full")
+        feed(model, held, ids, 60)
+        keys = held.layers[0].stored().keys
+        plain = cache.layers[0].rotary.turn(keys, -torch.arange(60)[None]).mean(2)[0]
+        assert not mismatch(seen[0], plain, atol=1e-5, rtol=0)
 
 
 def test_a_row_that_a_later_turn_brings_nothing_keeps_its_heads(model_of):
