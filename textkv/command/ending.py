@@ -144,20 +144,29 @@ def terminable(stopped: str = "stopped") -> Iterator[None]:
         yield
         return
     late: list[threading.Timer] = []
+    ends: list[BaseException] = []
 
     def hear(number: int, frame: FrameType | None) -> None:
         code, line = (TERMINATED, "") if number == signal.SIGTERM else (STOPPED, f"{stopped}\n")
         late.append(threading.Timer(PATIENCE, _leave, (code, line)))
         late[-1].daemon = True
         late[-1].start()
-        raise SystemExit(TERMINATED) if number == signal.SIGTERM else KeyboardInterrupt
+        ends.append(SystemExit(TERMINATED) if number == signal.SIGTERM else KeyboardInterrupt())
+        raise ends[-1]
+
+    def swallowed(told: sys.UnraisableHookArgs) -> None:
+        # In a callback of a weak reference nothing can be raised: the timer ends the process, and nobody is told more.
+        if all(told.exc_value is not end for end in ends):
+            hook(told)
 
     # A shell starts what is in the background with Ctrl-C ignored, and so it stays.
     heard = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, hear) for number in heard}
+    hook, sys.unraisablehook = sys.unraisablehook, swallowed
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
         for timer in late:

@@ -182,3 +182,18 @@ def _wait(path, seconds=240):
     while not path.exists():
         assert time.monotonic() < end, f"{path.name} never came"
         time.sleep(0.05)
+
+
+def test_a_ctrl_c_that_nothing_can_be_raised_from_ends_in_one_line_too():
+    """It falls into the callback of a weak reference, whose errors Python only prints."""
+    code = (
+        "import signal, time, weakref\n"
+        "from textkv.command.ending import terminable\n"
+        "class Held: pass\n"
+        "with terminable('x: stopped'):\n"
+        "    held = Held(); seen = weakref.ref(held, lambda _: signal.raise_signal(signal.SIGINT))\n"
+        "    del held\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (130, "x: stopped\n")
