@@ -267,6 +267,14 @@ class Contents:
         """Tokens seen and not forgotten on demand, int64 [batch] on the CPU: what a budget is a share of."""
         return self.real_seen if self.context.gone is None else self.real_seen - self.context.gone
 
+    def resting(self, counts: torch.Tensor) -> torch.Tensor:
+        """How many tokens to keep, int64 [batch, 1 or stored heads] on the CPU: `counts`, and in rows to which nothing
+        came all that they hold. What other rows got costs a row nothing."""
+        if self.came is None:
+            return counts
+        held = self.lengths() if counts.shape[1] > 1 else self.lengths().amax(1, keepdim=True)
+        return torch.where(self.came[:, None] > 0, counts, held)
+
     def lengths(self) -> torch.Tensor:
         """Tokens stored, int64 [batch, stored heads], on the CPU."""
         return sum(segment.lengths() for segment in self._known())

@@ -88,6 +88,8 @@ class Context:
         spans: screenshots of the conversation, logical positions per row.
         screens: grids of screenshots by their spans, per row; empty = not told.
         block_end: columns seen at the end of the prompt block being read.
+        came: int64 [batch] on the CPU while hooks run, real tokens that each row got; None = all got as many. 0 = the
+            hook has nothing to do in that row.
         table: the position table, if the method asks for one and a token has more than one rotary position.
         forgotten: bool [batch, positions] on the CPU, the logical positions that `MethodCache.forget` dropped, or None.
         real: bool [batch, columns], which columns so far were tokens and not padding; None = all.
@@ -112,6 +114,7 @@ class Context:
     spans: Spans = field(default_factory=list)
     screens: list[dict[Span, Grid]] = field(default_factory=list)
     block_end: int = 0
+    came: torch.Tensor | None = None
     table: PositionTable | None = None
     forgotten: torch.Tensor | None = None
     real: torch.Tensor | None = None

@@ -51,8 +51,6 @@ class DecodeEviction(Eviction):
             return
         lengths = layer.lengths().amax(1, keepdim=True)
         counts = lengths - 1 if self.budget.tokens is None else lengths.clamp(max=self.budget.tokens)
-        if layer.came is not None:  # a row that got only padding has nothing to make room for
-            counts = torch.where(layer.came[:, None] > 0, counts, lengths)
         self.drop(layer, attention_row(layer, query), counts)
 
     def _drop_one(self, layer: Layer, query: torch.Tensor) -> bool:
@@ -77,7 +75,7 @@ class DecodeEviction(Eviction):
             counts: int64 [batch, 1] on the CPU, at most what each row holds.
         """
         scores = self.decode_score(layer, row, counts[:, 0])
-        if bool((counts < layer.lengths().amax(1, keepdim=True)).any()):
+        if bool((layer.resting(counts) < layer.lengths().amax(1, keepdim=True)).any()):
             keep_best(layer, scores, counts)
 
 
@@ -92,7 +90,7 @@ def attention_row(layer: Layer, query: torch.Tensor, sinks: bool = True) -> torc
         sinks: False leaves them out: the row sums to 1.
     """
     softmax = layer.softmax if sinks else layer.softmax._replace(sinks=None)
-    if layer.whole is not None and layer.hidden is None:
+    if layer.whole is not None and layer.hidden is None and layer.came is None:
         return last_row(query, layer.rectangle.keys, softmax)
     # In the order of `stored` or of `rectangle`, whichever the scores will be laid beside.
     held, how = layer.stored() if layer.whole is None else layer.rectangle, softmax.options
@@ -100,7 +98,7 @@ def attention_row(layer: Layer, query: torch.Tensor, sinks: bool = True) -> torc
     row = window_mass(query, held.keys, **how) if bool(real.all()) else _row_over_holes(query, held.keys, real, how)
     if layer.came is None:
         return row
-    # Padding looks at nothing.
+    # Where nothing came, nothing looked.
     return row.masked_fill((layer.came == 0).to(row.device)[:, None, None], 0)
 
 

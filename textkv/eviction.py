@@ -75,9 +75,7 @@ class Eviction(Method):
         self.learn(layer, evidence)
         if not self.fits(layer, evidence):
             scores = self.scores(layer, evidence)
-            # One token of a row is a decoded one, whatever came to its neighbours.
-            idle = evidence.decoded if type(self).on_decode_end is Method.on_decode_end else evidence.idle
-            keep_best(layer, scores, self.counts(layer, scores, evidence), idle=idle)
+            keep_best(layer, scores, self.counts(layer, scores, evidence))
 
     def fits(self, layer: Layer, evidence: Evidence) -> bool:
         """Whether no head of the layer holds more than it may, so that nothing has to be scored."""
@@ -87,14 +85,12 @@ class Eviction(Method):
         return torch.tensor([self.budget.count(int(seen)) for seen in evidence.remaining])
 
 
-def keep_best(
-    layer: Layer, scores: torch.Tensor, counts: torch.Tensor, rectangle: bool = False, idle: torch.Tensor | None = None
-) -> None:
-    """Keeps the `counts` highest scores of each head: counts int64 [batch, 1 or kv_heads] on the CPU.
+def keep_best(layer: Layer, scores: torch.Tensor, counts: torch.Tensor, rectangle: bool = False) -> None:
+    """Keeps the `counts` highest scores of each head: counts int64 [batch, 1 or kv_heads] on the CPU. A row to which
+    nothing came (`Layer.came`) keeps what it has.
 
     Args:
         rectangle: what is kept stays in slots of one number, for a method that moves it on by slots.
-        idle: bool [batch] on the CPU, rows that keep what they have, see `Evidence.idle` and `decoded`.
 
     A head that keeps fewer tokens than are PROTECTED in it (layers and heads that share a budget may get less than a
     window that was fitted before) keeps the newest count - 1 of these and its best other token, as `fit_window` does.
@@ -105,9 +101,7 @@ def keep_best(
     if bool(scores.isnan().any()):
         raise ValueError(f"layer {layer.index}: the importance scores contain NaN; are keys and queries finite?")
     n = scores.shape[-1]
-    counts = torch.minimum(counts, layer.lengths())
-    if idle is not None:  # what other rows got must not cost a row anything
-        counts = torch.where(idle[:, None], layer.lengths(), counts)
+    counts = torch.minimum(layer.resting(counts), layer.lengths())
     limit = counts.to(scores.device)
     # A stable sort breaks ties by the lower index, on every device; topk does not.
     order = _fit_protection(scores, limit).sort(dim=-1, descending=True, stable=True).indices

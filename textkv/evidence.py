@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import torch
 
@@ -217,11 +217,31 @@ class Evidence:
         return None if self.came is None or bool((self.came > 0).all()) else self.came == 0
 
     @property
-    def decoded(self) -> torch.Tensor | None:
-        """`idle` rows, and those to which the block brought one token behind others: alone that is a decoded one, and a
-        method that does nothing then does nothing here. What another store held until now (`Layer.absorb`) is a block
-        also where it is one token. None = there are none."""
-        if self.came is None or self.asked is not None:
-            return self.idle
-        rows = (self.came == 0) | ((self.came == 1) & (self.tokens > 1))
+    def single(self) -> torch.Tensor | None:
+        """Rows to which the block brought one token behind others, bool [batch] on the CPU; None = there are none."""
+        if self.came is None:
+            return None
+        rows = (self.came == 1) & (self.tokens > 1)
         return rows if bool(rows.any()) else None
+
+    def without(self, rows: torch.Tensor) -> Evidence:
+        """The evidence as if the block had brought nothing but padding to `rows`, bool [batch] on the CPU."""
+        gone = rows.to(self.queries.device)
+
+        def wiped(x: torch.Tensor | None, value: float = 0) -> torch.Tensor | None:
+            return None if x is None else x.masked_fill(gone.view(-1, *[1] * (x.dim() - 1)), value)
+
+        def emptied(x: Any) -> Any:
+            return x and replace(x, **{part.name: wiped(getattr(x, part.name)) for part in fields(x)})
+
+        return replace(
+            self,
+            came=self.came.masked_fill(rows, 0),
+            norm_positions=wiped(self.norm_positions, -1),
+            columns=wiped(self.columns),
+            moments=emptied(self.moments),
+            centres=emptied(self.centres),
+            peaks=wiped(self.peaks),
+            sampled_positions=wiped(self.sampled_positions, -1),
+            states=self.states and replace(self.states, positions=wiped(self.states.positions, -1)),
+        )

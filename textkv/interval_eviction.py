@@ -43,6 +43,15 @@ class IntervalEviction(Eviction):
         if self.interval < 1:
             raise ValueError(f"interval={self.interval}: at least 1 token lies between two cuts; the papers use 128")
 
+    def note_base(self, layer: Layer, evidence: Evidence) -> None:
+        """Puts down what a share of the budget comes to, for rows to which the block that ends brought tokens."""
+        if self.budget.tokens is not None:
+            return
+        base, known = self._least(evidence)[:, None, None], layer.statistics.get(BASE)
+        if known is not None and layer.came is not None:
+            base = torch.where(layer.came[:, None, None] > 0, base, known.cpu())
+        layer.statistics[BASE] = base
+
     @abstractmethod
     def recall(self, layer: Layer, query: torch.Tensor) -> Evidence:
         """The evidence by which `score` judges a layer in a round: what was put down about the layer.
@@ -63,8 +72,7 @@ class IntervalEviction(Eviction):
         """Cut to the budget, and put down what a share of it comes to."""
         if self.budget.is_full:
             return
-        if self.budget.tokens is None:
-            layer.statistics[BASE] = self._least(evidence)[:, None, None]
+        self.note_base(layer, evidence)
         super().on_prefill_end(layer, evidence)
 
     def on_decode_end(self, layer: Layer, query: torch.Tensor) -> None:

@@ -78,7 +78,6 @@ class Layer(Takeback, CacheLayerMixin):
         trajectory: what a method learned from the steps of an agent so far, by name, row by row [batch, ...]. It
             outlives `reset`; `MethodCache.new_trajectory` ends it.
         softmax: how the model weighs this layer's scores, from the first forward on; sinks are there while hooks run.
-        came: int64 [batch] on the CPU while a hook runs, real tokens that the forward brought; None = the same to all.
         hidden: bool [batch, p] while a hook runs, what the mask hid from this forward, see `Step`; None = nothing.
         last_share: fp32 [batch, heads, 1] while `on_decode_end` runs in a layer of several segments: the part of the
             token's attention that fell on the last one.
@@ -109,7 +108,7 @@ class Layer(Takeback, CacheLayerMixin):
         self.notes: dict[str, Any] = {}
         self.statistics: dict[str, torch.Tensor] = {}
         self.softmax = Softmax(1.0)
-        self.last_share = self.last_row = self.came = self.hidden = None
+        self.last_share = self.last_row = self.hidden = None
         self._torn = False
         self._due: list[tuple[bool, torch.Tensor | None]] = []
 
@@ -125,6 +124,11 @@ class Layer(Takeback, CacheLayerMixin):
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self.module = lambda: None
+
+    @property
+    def came(self) -> torch.Tensor | None:
+        """What each row got, while hooks run; see `Context.came`."""
+        return self.context.came
 
     @property
     def rotary(self) -> RotarySpec | None:
@@ -368,8 +372,8 @@ class Layer(Takeback, CacheLayerMixin):
             out, lse = merge([p[0] for p in parts] + [out], [p[1] for p in parts] + [lse])
             # How much of the token's attention stayed in the newest segment: methods that evict there need no second
             # pass.
-            if step.q.shape[2] == 1:
-                self.last_share = _beside_sinks((own - lse).exp(), lse, sinks)
+            if step.q.shape[2] == 1 or step.padded:  # a padded row's last token may be a decoded one
+                self.last_share = _beside_sinks((own - lse)[..., -1:].exp(), lse[..., -1:], sinks)
         return _beside_sinks(out, lse, sinks), lse
 
     def _beside(self, step: Step, others: list[Segment], last: Segment, need_lse: bool) -> tuple | None:

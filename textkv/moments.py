@@ -18,7 +18,6 @@ class Moments(Contents):
     """The part of a layer that calls the method's hooks; see `textkv.layer.Layer` for its attributes."""
 
     softmax: Softmax
-    came: torch.Tensor | None
     hidden: torch.Tensor | None
     last_share: torch.Tensor | None
     last_row: torch.Tensor | None
@@ -37,9 +36,10 @@ class Moments(Contents):
         drafts follow in the same forward."""
         m = step.k.shape[2]
         self.seen += m
-        self.real_seen, self.came, self.hidden = tokens.seen, tokens.came, step.hidden
+        self.real_seen, self.hidden = tokens.seen, step.hidden
         self.since_eviction += m
         context = self.context
+        context.came = tokens.came
         ends, hold = prompt and self.seen >= context.block_end, context.hold and not final
         if self.kind.governed and not context.frozen:
             # Evidence is of the block's own queries, so it is taken while they are here, chunk by chunk.
@@ -50,12 +50,12 @@ class Moments(Contents):
                 # The queries may be those of drafts: the method acts when it is known which tokens stay.
                 self._due.append((ends, None if prompt else step.q))
             elif ends:
-                self._prompt_end(step.q)
+                ends = self._prompt_end(step.q, told=context.block_end > self.seen - m)
             elif not prompt:
                 self._decode_end(step.q)
         if not hold:
             self._let_go()
-        self.last_share = self.last_row = self.came = self.hidden = None
+        self.last_share = self.last_row = self.hidden = None
         context.after_step(self, ends and not hold and not context.frozen, None if final else tokens)
 
     def _collect(self, step: Step, hidden: torch.Tensor | None, lse: torch.Tensor | None) -> None:
@@ -71,11 +71,27 @@ class Moments(Contents):
             step, self.stored, hidden=hidden, spans=context.spans, rotary=self.rotary, lse=lse, spare=spare
         )
 
-    def _prompt_end(self, q: torch.Tensor) -> None:
+    def _prompt_end(self, q: torch.Tensor, told: bool) -> bool:
+        """The method acts at the end of a prompt block; `told`: one that was announced. Returns whether it was one.
+
+        Whatever comes to its neighbours, a row's single token is what it is alone: a decoded one, unless it was told to
+        be a prompt.
+        """
         context = self.context
         evidence = self.collector.finish(q, self.softmax, self.real_seen, context.spans, context.gone, context.grids)
-        with context.timed("on_prefill_end"):
-            context.method.on_prefill_end(self, evidence)
+        single = None if told else evidence.single
+        if single is not None:
+            evidence = evidence.without(single)
+        context.came = evidence.came
+        block = single is None or bool((evidence.came > 0).any())
+        if block:
+            with context.timed("on_prefill_end"):
+                context.method.on_prefill_end(self, evidence)
+        if single is not None:
+            context.came = single.long()
+            self._decode_end(q[:, :, -1:])
+            context.came = evidence.came  # for `on_finish`
+        return block
 
     def _decode_end(self, q: torch.Tensor) -> None:
         with self.context.timed("on_decode_end"):
@@ -85,8 +101,9 @@ class Moments(Contents):
         """What was held back is final (see `Context.hold`): let the method act now. Returns whether a block ended."""
         due, self._due = self._due, []
         for ends, query in due:
+            self.context.came = None
             if ends:
-                self._prompt_end(self.real_seen.new_zeros(1, 1, 0, 1, dtype=self.dtype).to(self.device))
+                self._prompt_end(self.real_seen.new_zeros(1, 1, 0, 1, dtype=self.dtype).to(self.device), told=True)
             elif query is not None:
                 self._decode_end(query[:, :, -1:])
         self._let_go()
@@ -145,6 +162,7 @@ class Moments(Contents):
         self.since_eviction += step.k.shape[2]
         self.real_seen = evidence.tokens
         self.context.note_bytes(self)
+        self.context.came = evidence.came
         with self.context.timed("on_prefill_end"):
             self.context.method.on_prefill_end(self, evidence)
         self.softmax = self.softmax._replace(sinks=None)

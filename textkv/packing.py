@@ -198,6 +198,9 @@ class Packer(Method):
         if isinstance(buffer, DenseSegment) and buffer.used < self.residual:
             return None
         counts = buffer.lengths() // self.residual * self.residual
+        if layer.came is not None:  # a row to which nothing came waits
+            waits = layer.came == 0
+            counts = counts.masked_fill((waits if rows is None else waits[rows.cpu()])[:, None], 0)
         # The common case while decoding, answered by lengths that the host knows.
         if not bool(counts.any()):
             return None
@@ -205,11 +208,14 @@ class Packer(Method):
         # Before anything is packed: afterwards NaN would be spread over a whole block.
         _check_values(held, name)
         taken, rotary = _first(held, counts), followed(layer, self.centre, self.name)
-        # The first tokens of a head set its centre for good: scores of all blocks must get the same one back.
         if not isinstance(packed, PackedSegment):
+            packed = PackedSegment(held.keys.dtype)
+        # The first block of a head sets its centre for good: scores of all blocks must get the same one back.
+        first = counts > 0 if packed.is_empty() else (counts > 0) & (packed.lengths() == 0)
+        if bool(first.any()):
             sample = _first(held, counts.clamp(max=max(1, _SAMPLE // self.group) * self.group))
             centre = find_centre(self.centre, held, sample, rotary, rows, partial(_ranges, group=self.group))
-            packed = PackedSegment(held.keys.dtype, *centre)
+            packed.set_centre(first, *centre, lambda positions: rotary.at(positions, rows))
         positions = taken.positions
         if bool((positions == positions[:, :1]).all()):
             # Shared by the heads where they agree: 4 bytes a token instead of 4 a token and head.

@@ -76,7 +76,7 @@ class Retrieval(Method):
         held = layer.segments[0]
         if isinstance(held, TieredSegment):
             # A first turn may have been short: what stays on the device is counted anew too.
-            held.replan(plan if evidence.decoded is None else plan.but(evidence.decoded, held.plan))
+            held.replan(plan if evidence.idle is None else plan.but(evidence.idle, held.plan))
             return
         limit = int(self.host_gib * GIB / layer.context.governed) if self.host_gib else None
         host = HostSegment(self.retriever(layer, plan, evidence), limit)

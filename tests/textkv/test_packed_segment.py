@@ -84,6 +84,22 @@ def test_stores_each_token_near_what_it_was(counts):
         assert row[row >= 0].tolist() == list(range(int((row >= 0).sum())))
 
 
+def test_a_head_that_comes_late_gets_a_centre_of_its_own_and_leaves_the_others_theirs():
+    """What lies in the others was packed around centres that stand still; the new one turns, by three positions."""
+    segment, q = make([[32, 0], [16, 16]], centre="fixed"), torch.randn(2, 6, 3, D)
+    before, late = segment.stored(), torch.tensor([[False, True], [False, False]])
+    axes, inv_freq = torch.arange(9, dtype=torch.int32) % 3, torch.full((2, 2, 9), 0.3)
+    segment.set_centre(late, torch.randn(2, 2, D), inv_freq, axes, lambda at: torch.stack([at // 5, at % 5, at * 3]))
+    held = segment.stored()
+    real = before.positions >= 0
+    assert torch.equal(held.keys[real], before.keys[real])
+    k, _ = grow(segment, [[0, 16], [0, 16]], prompt=False)
+    held = segment.stored()
+    assert float((held.keys[0, 1][held.positions[0, 1] >= 0] - k[0, 1]).abs().max()) < 0.25
+    for ours, true in zip(segment.attend(q, 0.3), attention_over_what_is_stored(segment, q), strict=True):
+        assert not mismatch(ours, true, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 def test_what_is_packed_stays_bit_for_bit_in_one_pool_where_it_can(rank, monkeypatch):
     monkeypatch.setattr(f"{__name__}.PACKER", replace(PACKER, prompt_rank=rank, rank=min(rank, 2)))

@@ -230,9 +230,7 @@ class Cake(Eviction):
             return
         lengths = layer.lengths().amax(1, keepdim=True)
         counts = self._limits(layer, lengths)
-        if layer.came is not None:  # a row that got only padding has nothing to make room for
-            counts = torch.where(layer.came[:, None] > 0, counts, lengths)
-        if bool((lengths > counts).any()):
+        if bool((lengths > layer.resting(counts)).any()):
             scorer = LastQuery(window=self.window, kernel=self.kernel)
             known = Evidence(query, tokens=layer.real_seen, **layer.softmax.options)
             keep_best(layer, scorer.scores(layer, known), counts)

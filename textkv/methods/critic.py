@@ -107,6 +107,8 @@ class Critic(Eviction):
         Args:
             load: share of `capacity` in use. A base rate above `most` stays as it is.
         """
+        if not seen:  # a row that has not begun
+            return 0
         base = 1 - (self.budget.fraction or min(1.0, self.budget.tokens / seen))
         rate = max(base, min(base + self.pressure * load, self.most))
         count = self.budget if rate == base else Budget(fraction=1 - rate)
@@ -213,9 +215,10 @@ class Critic(Eviction):
         visible = real.sum(-1).clamp(min=2)
         # Rows that hold fewer tokens than others have their holes behind these.
         newest, own = held.positions.argmax(-1, keepdim=True), torch.special.entr(row).sum(-1).mean(2) / visible.log()
-        if layer.came is not None:  # padding is no token
+        if layer.came is not None:  # where nothing came, nothing is known anew
             came = (layer.came > 0).to(own.device)[:, None, None]
             own = own[..., None].where(came, entropy.gather(-1, newest))[..., 0]
+            output = output if previous is None else output.where(came[..., None], previous)
         entropy.scatter_(-1, newest, own[..., None])
         gradient = torch.zeros_like(entropy)
         if previous is not None:

@@ -115,20 +115,15 @@ class D2O(Method):
         """Add the block's column sums to those known and note their variance, until all layers are through."""
         if not self.budget.is_full:
             mass = _added(layer, evidence.columns)
-            layer.notes["d2o"] = spread(mass, layer.stored().positions >= 0).cpu(), evidence.remaining, evidence.idle
+            layer.notes["d2o"] = spread(mass, layer.stored().positions >= 0).cpu(), evidence.remaining
 
     def on_finish(self, context: Context) -> None:
         """All layers have seen the prompt: share out the budget, cut and merge."""
         if self.budget.is_full:
             return
         notes = [layer.notes.pop("d2o") for layer in context.layers]
-        spreads = torch.stack([of_layer for of_layer, *_ in notes])
-        _, tokens, idle = notes[0]
-        counts = [
-            # A row to which the block brought nothing keeps what it has.
-            [seen] * len(notes) if idle is not None and idle[row] else self.layer_counts(spreads[:, row], seen)
-            for row, seen in enumerate(tokens.tolist())
-        ]
+        spreads = torch.stack([of_layer for of_layer, _ in notes])
+        counts = [self.layer_counts(spreads[:, row], seen) for row, seen in enumerate(notes[0][1].tolist())]
         for layer, of_layer in zip(context.layers, torch.tensor(counts).T, strict=True):
             if layer.index not in self._protected(len(context.layers)):
                 self._compress(layer, of_layer[:, None])
@@ -144,8 +139,6 @@ class D2O(Method):
         full = lengths > (self.budget.tokens or 0)  # a share was taken at the prompt's end: every row is full
         if THRESHOLD in layer.statistics:  # a row that was cut is full at its layer's share, below the mean or above it
             full |= ~layer.statistics[THRESHOLD][:, 0, :1].isnan().cpu()
-        if layer.came is not None:  # padding needs no room
-            full &= layer.came[:, None] > 0
         self._compress(layer, lengths - full.long())
 
     def _drop_one(self, layer: Layer, query: torch.Tensor) -> bool:
@@ -225,7 +218,7 @@ class D2O(Method):
     def _compress(self, layer: Layer, counts: torch.Tensor) -> None:
         """Cuts each row to `counts` int64 [batch, 1] tokens per head and merges what leaves."""
         lengths = layer.lengths().amax(1, keepdim=True)
-        counts = torch.minimum(counts, lengths)
+        counts = torch.minimum(layer.resting(counts), lengths)
         if bool((counts == lengths).all()):
             return
         held = layer.stored()

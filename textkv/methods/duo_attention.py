@@ -197,6 +197,16 @@ def _full_now(layer: Layer) -> torch.Tensor:
     return full
 
 
+def _window_now(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sinks and recent tokens of each row's streaming heads, int64 [batch] on the CPU; 0 where a row has none."""
+    sinks, recent = torch.zeros(2, len(layer.real_seen), dtype=torch.int64)
+    parts = layer.segments[0].parts if isinstance(layer.segments[0], SplitSegment) else []
+    for part in parts:
+        if isinstance(part.segment, ChunkedRing):
+            sinks[part.row.cpu()], recent[part.row.cpu()] = part.segment.sinks, part.segment.recent.cpu()
+    return sinks, recent
+
+
 def _far_scores(layer: Layer, evidence: Evidence) -> torch.Tensor:
     """How far back each head's mean query of the block would look among its mean keys: fp32 [batch, kv_heads] in 0..1,
     on the CPU; 0 in a row to which the block brought nothing. A head that streams already has NEVER.
@@ -247,9 +257,13 @@ def _split(layer: Layer, full: torch.Tensor, sizes: list[Sizes]) -> SplitSegment
     Rows with windows of their own size share one ring as long as they have as many sinks.
     """
     # What a streaming head dropped cannot come back: it streams on, whatever it is ranked now.
-    full = full & _full_now(layer)
+    full, now = full & _full_now(layer), _full_now(layer)
     held = layer.stored() if layer.seen else None
     sinks, recent = torch.tensor([n.sinks for n in sizes]), torch.tensor([n.recent for n in sizes])
+    if layer.came is not None:  # a row to which nothing came stays divided as it is
+        idle = layer.came == 0
+        full[idle] = now[idle]
+        sinks, recent = (torch.where(idle, x, y) for x, y in zip(_window_now(layer), (sinks, recent), strict=True))
     parts = []
     for count in (None, *sinks.unique().tolist()):
         units = (full if count is None else ~full & (sinks == count)[:, None]).nonzero()

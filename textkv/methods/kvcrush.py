@@ -128,7 +128,7 @@ class KVCrush(Eviction):
             return
         scores = self.scores(layer, evidence)
         refined = self.refine(layer, scores, self.inner.counts(layer, scores, evidence))
-        keep_best(layer, *refined, idle=evidence.decoded)
+        keep_best(layer, *refined)
 
     def refine(self, layer: Layer, scores: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and counts under which `keep_best` keeps the important tokens and the representatives.

@@ -243,13 +243,6 @@ class MiKV(Method):
     def _counts(self, layer: Layer) -> torch.Tensor:
         """Exact tokens of each row after a decoded token, int64 [batch, 1]."""
         lengths = layer.lengths().amax(1, keepdim=True)
-        counts = self._allowed(layer, lengths)
-        if layer.came is None:
-            return counts
-        # A row that got only padding has nothing to make room for.
-        return torch.where(layer.came[:, None] > 0, counts, lengths)
-
-    def _allowed(self, layer: Layer, lengths: torch.Tensor) -> torch.Tensor:
         budget = self.inner.budget
         if budget.tokens is not None:
             return lengths.clamp(max=budget.tokens)

@@ -234,6 +234,8 @@ class MiniCache(Method):
         exact = buffers[0].lengths()[:, 0]
         unit = self.merging.unit
         take = ((exact - self.window).clamp(min=0) // unit * unit).masked_fill(exact < self.window + waiting, 0)
+        if second.came is not None:  # a row to which nothing came waits
+            take = take.masked_fill(second.came == 0, 0)
         take = self._of_alike(first, second, take, prompt=not waiting)
         if not bool(take.any()):
             return

@@ -95,7 +95,8 @@ class RKV(IntervalEviction):
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
         """Cut by the block's own last queries; those of decoded tokens are done with."""
-        layer.statistics.pop(QUERIES, None)
+        if layer.came is None:  # a row to which nothing came goes on with its own
+            layer.statistics.pop(QUERIES, None)
         super().on_prefill_end(layer, evidence)
 
     def recall(self, layer: Layer, query: torch.Tensor) -> Evidence:

@@ -146,4 +146,4 @@ class SentenceKV(Retrieval):
         newest = at.flatten(1).amax(1)[:, None, None]
         first, late = (x.to(at.device)[:, None, None] for x in (plan.first, plan.recent + self._longest(plan)))
         always = (at >= 0) & ((at < first) | (at > newest - late))
-        keep_best(layer, scores.masked_fill(always, PROTECTED), torch.tensor(room)[:, None], idle=evidence.decoded)
+        keep_best(layer, scores.masked_fill(always, PROTECTED), torch.tensor(room)[:, None])

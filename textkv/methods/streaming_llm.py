@@ -81,6 +81,8 @@ class StreamingLLM(Method):
             return
         held = layer.stored()
         total = torch.tensor([max(self.budget.tokens or self.budget.count(int(n)), 1) for n in evidence.tokens])
+        # A row without a token yet has no prompt to take a share of: it gets the most that another one gets.
+        total = total.where(evidence.tokens > 0, total.max())
         ring = self._ring(layer, total)
         ring.take(held, evidence.scale, rope_of(held.positions[:, 0], evidence))
         layer.replace([ring])

@@ -33,7 +33,7 @@ from textkv.context import Context
 from textkv.decode_eviction import accumulate
 from textkv.eviction import PROTECTED, keep_best
 from textkv.evidence import Evidence, Needs, QueryCentres
-from textkv.interval_eviction import BASE, IntervalEviction
+from textkv.interval_eviction import IntervalEviction
 from textkv.layer import Layer
 from textkv.method import register
 from textkv.positions import RotarySpec
@@ -207,8 +207,7 @@ class TriAttention(IntervalEviction):
             return
         self._remember(layer, evidence)
         if self.together:
-            if self.budget.tokens is None:
-                layer.statistics[BASE] = self._least(evidence)[:, None, None]
+            self.note_base(layer, evidence)
             return
         known = self.recall(layer, evidence.queries)
         super().on_prefill_end(layer, replace(evidence, centres=known.centres, statistic=known.statistic))

@@ -105,6 +105,8 @@ class VLCache(Eviction):
         dense = seen = 0
         for head, group in enumerate(queries.unflatten(0, (kv_heads, -1))):
             keys = held.keys[row, head][held.positions[row, head] >= 0]
+            if not len(keys):  # a row that has not begun
+                return 0.0
             hidden = torch.ones(width, len(keys), dtype=torch.bool, device=keys.device).triu(len(keys) - width + 1)
             how = evidence.softmax.of_heads(slice(head * len(group), (head + 1) * len(group)))
             scores = how.scores(group.float() @ keys.float().mT)
@@ -131,6 +133,8 @@ class VLCache(Eviction):
     def shares(self, densities: torch.Tensor, seen: int) -> list[int]:
         """Tokens per layer in proportion to `densities` [layers]: together layers x budget, each 1 to `seen`."""
         layers = len(densities)
+        if not seen:  # a row that has not begun
+            return [0] * layers
         # In logarithms, as `apportion` wants them; the floor keeps a layer without dense entries from -inf.
         weight = (densities.double() / densities.double().sum().clamp(min=1e-12)).clamp(min=max(self.floor, 1e-9))
         return apportion(weight.log().tolist(), [seen] * layers, layers * self.budget.count(seen), floor=1)

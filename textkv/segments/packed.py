@@ -11,6 +11,7 @@ Tokens come in whole blocks only: the tokens that do not fill one wait in the de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -47,6 +48,35 @@ class PackedSegment(Segment):
     ) -> None:
         self.dtype, self.centre, self.inv_freq, self.axes = dtype, centre, inv_freq, axes
         self.pools: list[BlockPool] = []
+
+    def set_centre(
+        self,
+        heads: torch.Tensor,
+        centre: torch.Tensor | None,
+        inv_freq: torch.Tensor | None,
+        axes: torch.Tensor | None,
+        rope: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Sets the centre of heads that hold no token yet.
+
+        Args:
+            heads: bool [batch, heads] on the CPU, which.
+            centre, inv_freq, axes: as of the class; for all heads.
+            rope: gives rotary positions int32 [3, batch, heads or 1, n] at logical ones, with axes.
+        """
+        if centre is None:
+            return
+        which = heads.to(centre.device)[..., None]
+        self.centre = torch.where(which, centre, 0 if self.centre is None else self.centre)
+        if inv_freq is None and self.inv_freq is None:
+            return
+        # A frequency of 0 lets a centre stand still.
+        old, new = (0 if x is None else x for x in (self.inv_freq, inv_freq))
+        self.inv_freq = torch.where(which, new, old)
+        if axes is not None and self.axes is None:
+            self.axes = axes
+            for pool in self.pools:  # of heads whose centres stand still: nobody asked for theirs
+                pool.rope = compact_storage(rope(pool.positions).contiguous())
 
     def centres(self, positions: torch.Tensor) -> torch.Tensor | float:
         """What is subtracted from keys at `positions` [batch, heads or 1, n], with axes rotary ones [3, batch, heads or
