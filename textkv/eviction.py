@@ -25,6 +25,8 @@ PROTECTED = float("inf")
 of them stay where a head keeps fewer, `keep_best` decides by their age."""
 NEVER = float("-inf")
 """Score of a hole or of a token that must go first."""
+HIDDEN = torch.finfo(torch.float32).min / 4
+"""Score of a token that the call's mask hid from those that judge: it goes before all that they saw. Two add up."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ class Eviction(Method):
         held, tokens = layer.stored(), evidence.remaining.tolist()
         keep = [self.budget.count(seen) for seen in tokens] if keep is None else keep
         asked = [None] * len(tokens) if evidence.asked is None else evidence.asked.tolist()
-        if bool((held.positions >= 0).all()) and len(set(zip(tokens, keep, asked, strict=True))) == 1:
+        if bool(evidence.visible(held.positions).all()) and len(set(zip(tokens, keep, asked, strict=True))) == 1:
             return self.score(layer, held, evidence, keep[0])
-        out = torch.full(held.positions.shape, NEVER, device=held.keys.device)
+        out = torch.full(held.positions.shape, NEVER, device=held.keys.device).masked_fill(held.positions >= 0, HIDDEN)
         for row, heads, slots, part, seen in blocks(held, evidence):
             out[row, heads, slots] = self.score(layer, part, seen, keep[row])
         return out
@@ -134,12 +136,13 @@ def _fit_protection(scores: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
 
 
 def blocks(held: Stored, evidence: Evidence) -> Iterator[tuple[int, slice, torch.Tensor, Stored, Evidence]]:
-    """Cuts what a padded batch or a ragged layer holds into blocks without holes: whole rows, else single heads.
+    """Cuts what a padded batch or a ragged layer holds into blocks without holes, or tokens that the evidence's queries
+    did not see: whole rows, else single heads.
 
     Yields row, heads, slots int64 [k], and of these what is stored [1, heads, k, ..] and the evidence.
     """
     batch, heads = held.positions.shape[:2]
-    real = held.positions >= 0
+    real = evidence.visible(held.positions)
     for row in range(batch):
         same = bool((real[row] == real[row, :1]).all())
         for head in [None] if same else range(heads):

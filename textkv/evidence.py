@@ -9,6 +9,7 @@ import torch
 
 from textkv.query_statistics import QueryCentres, QueryMoments
 from textkv.screens import Grids, ScreenStates, Spans
+from textkv.segments.base import shown
 from textkv.softmax import Softmax
 
 
@@ -117,6 +118,7 @@ class Evidence:
         gone: int64 [batch] on the CPU, how many of `tokens` were forgotten on demand; None = none.
         grids: those of `spans`; empty = not told.
         states: of the block's tokens in screenshots, or None.
+        hidden: bool [batch, p], logical positions that the call's mask hid from `queries`; None = none.
     """
 
     queries: torch.Tensor
@@ -142,6 +144,7 @@ class Evidence:
     grids: Grids = field(default_factory=list)
     states: ScreenStates | None = None
     asked: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
 
     @property
     def softmax(self) -> Softmax:
@@ -183,6 +186,7 @@ class Evidence:
             ids=None if self.ids is None else self.ids[one],
             grids=self.grids[one] if self.grids else [],
             states=None if self.states is None else self.states.row(row),
+            hidden=None if self.hidden is None else self.hidden[one],
         )
 
     def only(self, needs: Needs) -> Evidence:
@@ -203,7 +207,15 @@ class Evidence:
             sampled_positions=self.sampled_positions if needs.query_sample else None,
             ids=self.ids if needs.ids else None,
             states=self.states if needs.states else None,
+            hidden=self.hidden if width else None,
         )
+
+    def visible(self, positions: torch.Tensor) -> torch.Tensor:
+        """Which stored tokens `queries` may see, or are their own: bool like positions int32 [batch, heads, n]."""
+        if self.hidden is None:
+            return positions >= 0
+        first = (self.tokens - self.queries.shape[2]).clamp(min=0).to(positions.device)
+        return shown(positions, self.hidden) | (positions >= first.view(-1, 1, 1))
 
     def queries_of(self, row: int) -> torch.Tensor:
         """The window's queries of one row, [1, heads, w, head_dim]: fewer where its block was shorter."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from textkv.call import Tokens
@@ -79,6 +81,8 @@ class Moments(Contents):
         """
         context = self.context
         evidence = self.collector.finish(q, self.softmax, self.real_seen, context.spans, context.gone, context.grids)
+        if self.hidden is not None and context.needs.window:
+            evidence = replace(evidence, hidden=self.hidden)
         single = None if told else evidence.single
         if single is not None:
             evidence = evidence.without(single)

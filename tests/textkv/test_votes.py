@@ -117,3 +117,56 @@ def sums(cache: MethodCache) -> dict[tuple, float]:
                     for slot, x in enumerate(values):
                         found[layer.index, name, row, head, int(at[row, head, slot])] = x
     return found
+
+
+WINDOWED = (
+    "snapkv",
+    "snapkv+adakv",
+    "pyramidkv",
+    "vatp",
+    "tova",
+    "cake(window=4)",
+    "cake(window=4)+adakv",
+    "kvcrush",
+    "vl-cache",
+    "rkv(window=4)",
+    "snapkv+mikv(16,2)",
+    "snapkv+minicache",
+    "duo_attention(ranking='last_queries')",
+)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("method", WINDOWED)
+@torch.no_grad()
+def test_a_passage_that_is_hidden_from_the_window_decides_nothing(method, rows):
+    """What is kept of the others is what is kept where the passage was forgotten before."""
+    model, ids = kinds.model_of_kind("dense"), kinds.ids(60, rows)
+    mask, at = torch.ones(rows, 60, dtype=torch.int64), torch.arange(60)[None].expand(rows, -1)
+    mask[:, 10:22] = 0
+    kept, out = [], []
+    for forget in (True, False):
+        cache = MethodCache(model, method, "30t")
+        cache.begin(tokens=60)  # nothing goes before the second part is there
+        model(input_ids=ids[:, :40], position_ids=at[:, :40], past_key_values=cache)
+        if forget:
+            cache.forget([[(10, 22)]] * rows)
+        told = {} if forget else {"attention_mask": mask}
+        out.append(model(input_ids=ids[:, 40:], position_ids=at[:, 40:], past_key_values=cache, **told).logits)
+        held = [layer.stored().positions for layer in cache.layers]
+        kept.append([[sorted({*x.tolist()} - {-1, *range(10, 22)}) for x in of.flatten(0, 1)] for of in held])
+    assert not mismatch(*out, atol=1e-4, rtol=0)
+    assert kept[0] == kept[1]
+
+
+@torch.no_grad()
+def test_a_passage_that_is_hidden_from_a_decoded_token_is_what_it_drops():
+    model, ids = kinds.model_of_kind("dense"), kinds.ids(41)
+    for method in ("cake(window=4)", "tova"):
+        cache = MethodCache(model, method, 0.99)
+        model(input_ids=ids[:, :40], past_key_values=cache)
+        mask = torch.ones(1, 41, dtype=torch.int64)
+        mask[:, 10:12] = 0
+        before = {*cache.layers[0].stored().positions[0, 0].tolist()}
+        model(input_ids=ids[:, 40:], attention_mask=mask, position_ids=torch.tensor([[40]]), past_key_values=cache)
+        assert before - {*cache.layers[0].stored().positions[0, 0].tolist()} <= {10, 11}

@@ -22,7 +22,7 @@ import torch
 from textkv.budgets import apportion
 from textkv.context import Context
 from textkv.decode_eviction import last_row
-from textkv.eviction import NEVER, Eviction, keep_best
+from textkv.eviction import HIDDEN, NEVER, Eviction, keep_best
 from textkv.evidence import Evidence, Needs
 from textkv.kernels import window_mass
 from textkv.layer import Layer
@@ -169,10 +169,11 @@ class Cake(Eviction):
     def _observe(self, layer: Layer, evidence: Evidence) -> tuple[torch.Tensor, list[Claim]]:
         """The layer's scores, slot by slot, and the claim of each row."""
         held = layer.stored()
-        scores = torch.zeros(held.positions.shape, device=held.keys.device)
+        visible = evidence.visible(held.positions)
+        scores = torch.zeros(held.positions.shape, device=held.keys.device).masked_fill(~visible, HIDDEN)
         claims = []
         for row, seen in enumerate(evidence.remaining.tolist()):
-            real = held.positions[row, 0] >= 0
+            real = visible[row, 0]
             slots = slice(None) if bool(real.all()) else real  # a mask would copy the keys even if it hides none
             keys = held.keys[row : row + 1, :, slots]
             if evidence.idle is not None and evidence.idle[row]:  # the block brought it nothing: it keeps what it has
@@ -224,7 +225,7 @@ class Cake(Eviction):
         if self.decode == "none" or self.budget.is_full:
             return
         n = layer.whole
-        if self.budget.tokens is None and n is not None and layer.came is None:
+        if self.budget.tokens is None and n is not None and layer.came is None and layer.hidden is None:
             scorer = LastQuery(window=self.window, kernel=self.kernel)
             layer.drop_lowest(scorer.of_row(last_row(query, layer.stored().keys, layer.softmax), layer.kv_heads))
             return
@@ -232,7 +233,7 @@ class Cake(Eviction):
         counts = self._limits(layer, lengths)
         if bool((lengths > layer.resting(counts)).any()):
             scorer = LastQuery(window=self.window, kernel=self.kernel)
-            known = Evidence(query, tokens=layer.real_seen, **layer.softmax.options)
+            known = Evidence(query, tokens=layer.real_seen, hidden=layer.hidden, **layer.softmax.options)
             keep_best(layer, scorer.scores(layer, known), counts)
 
     def _limits(self, layer: Layer, lengths: torch.Tensor) -> torch.Tensor:

@@ -178,7 +178,7 @@ class Critic(Eviction):
         limits = self._limits(layer)
         held, previous = layer.stored(), self._previous(layer)
         attention, entropy = accumulate(layer, ATTENTION, evidence.columns), layer.statistic(ENTROPY)
-        gradient, outputs = torch.zeros_like(entropy), []
+        gradient, outputs, visible = torch.zeros_like(entropy), [], evidence.visible(held.positions)
         for row in range(len(held.positions)):
             queries, one = evidence.queries_of(row), slice(row, row + 1)
             if not queries.shape[2]:  # padding alone came
@@ -189,7 +189,7 @@ class Critic(Eviction):
                     else previous[one]
                 )
                 continue
-            slots = real_slots(held.positions[row, 0] >= 0)
+            slots = real_slots(visible[row, 0])
             part = Stored(*(x[one, :, slots] for x in (held.keys, held.values, held.positions)))
             how = evidence.softmax.options
             seen = Evidence(queries, tokens=evidence.tokens[one], columns=evidence.columns[one, :, slots], **how)

@@ -240,7 +240,8 @@ def _far_mass(layer: Layer, evidence: Evidence, sizes: list[Sizes]) -> torch.Ten
     held = layer.stored()
     at = held.positions
     queries = evidence.queries[:, :, -at.shape[-1] :]
-    mass = group_mean(window_mass(queries, held.keys, valid=at >= 0, **evidence.softmax.options), layer.kv_heads)
+    mass = window_mass(queries, held.keys, valid=evidence.visible(at), **evidence.softmax.options)
+    mass = group_mean(mass, layer.kv_heads)
     first, last = (
         torch.tensor(bounds, device=at.device)[:, None, None]
         for bounds in (

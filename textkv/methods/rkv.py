@@ -101,7 +101,7 @@ class RKV(IntervalEviction):
 
     def recall(self, layer: Layer, query: torch.Tensor) -> Evidence:
         """The last `window` queries, as evidence; see `IntervalEviction`."""
-        return Evidence(layer.statistics[QUERIES], tokens=layer.real_seen, **layer.softmax.options)
+        return Evidence(layer.statistics[QUERIES], tokens=layer.real_seen, hidden=layer.hidden, **layer.softmax.options)
 
 
 def importance(queries: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:

@@ -101,10 +101,11 @@ class VLCache(Eviction):
     def _density(self, layer: Layer, evidence: Evidence, row: int) -> float:
         """Share of the causal attention entries of the observed rows that are not sparse, mean over heads."""
         held, queries = layer.stored(), self._observed(evidence, row)[0]
+        visible = evidence.visible(held.positions)
         kv_heads, width = held.keys.shape[1], queries.shape[1]
         dense = seen = 0
         for head, group in enumerate(queries.unflatten(0, (kv_heads, -1))):
-            keys = held.keys[row, head][held.positions[row, head] >= 0]
+            keys = held.keys[row, head][visible[row, head]]
             if not len(keys):  # a row that has not begun
                 return 0.0
             hidden = torch.ones(width, len(keys), dtype=torch.bool, device=keys.device).triu(len(keys) - width + 1)
