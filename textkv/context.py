@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -126,6 +127,7 @@ class Context:
     peak_bytes: int = 0
     at_rest: AtRest | None = None
     _bytes: dict[int, int] = field(default_factory=dict)
+    _held: int = 0
 
     @property
     def governed(self) -> int:
@@ -269,13 +271,15 @@ class Context:
     def note_bytes(self, layer: Any) -> None:
         """Counts a layer's bytes at a moment when they may be at their highest."""
         # Only this layer has changed since: the others are as they were when they last told.
-        self._bytes[layer.kind.number] = layer.kv_bytes()
-        self.peak_bytes = max(self.peak_bytes, sum(self._bytes.values()) + self.table_bytes() + self.state_bytes())
+        number, now = layer.kind.number, layer.kv_bytes()
+        self._held += now - self._bytes.get(number, 0)
+        self._bytes[number] = now
+        self.peak_bytes = max(self.peak_bytes, self._held + self.table_bytes() + self.state_bytes())
 
     def forget_bytes(self) -> None:
         """The cache is empty: what layers held at their last moment no longer counts, only the peak does."""
         # The peak stays: it is of the cache's life, not of its present content.
-        self._bytes, self.at_rest = {}, None
+        self._bytes, self._held, self.at_rest = {}, 0, None
 
     def kv_bytes(self) -> int:
         """Bytes held now on the model's device: every storage that the cache keeps alive, counted once."""
@@ -294,10 +298,15 @@ class Context:
     def state_bytes(self) -> int:
         """Bytes of linear and convolution states, which transformers' own layers hold."""
         held: list[torch.Tensor] = []
-        for layer in self.everything:
+        for layer in self._stateful:
             for states in (getattr(layer, "conv_states", None), getattr(layer, "recurrent_states", None)):
                 held += [x for x in (states or {}).values() if x is not None]
         return storage_bytes(held) if held else 0
+
+    @cached_property
+    def _stateful(self) -> list[Any]:
+        """Layers of `everything` that hold states: asked for at every token, while most models have none."""
+        return [x for x in self.everything if hasattr(x, "conv_states") or hasattr(x, "recurrent_states")]
 
     @contextmanager
     def timed(self, hook: str) -> Iterator[None]:
