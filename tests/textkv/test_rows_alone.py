@@ -106,8 +106,7 @@ def test_the_centre_of_a_row_that_packs_later_is_its_own(model_of, method, centr
     assert not mismatch(together, alone, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("tokens", [1, 0])
-@pytest.mark.parametrize("budget", [0.4, "20t"])
+@pytest.mark.parametrize(("tokens", "budget"), [(1, 0.4), (1, "20t"), (0, "20t")])
 @pytest.mark.parametrize("method", EVERY)
 def test_a_longer_turn_beside_it_changes_nothing_in_a_row(model_of, method, budget, tokens):
     """One token of its own is a decoded one, as it is alone; without any it waits, and loses nothing."""
@@ -138,15 +137,14 @@ FIXED = ("mikv(", "turboquant", "duo_attention", "window", "streaming_llm")
 """What a first prompt fixes for good: it was the neighbour's."""
 
 
-@pytest.mark.parametrize("budget", [0.4, "20t"])
 @pytest.mark.parametrize("method", EVERY)
-def test_a_row_may_begin_in_a_later_block(model_of, method, budget):
+def test_a_row_may_begin_in_a_later_block(model_of, method):
     """All of its first block is padding, as where unequal prompts are read in chunks."""
     needs_faiss(method)
     model, cuts = model_of("llama"), (30, 20, *[1] * 4)
     ids, real = tiny.text_ids(sum(cuts), batch=2), torch.ones(2, sum(cuts), dtype=torch.long)
     real[1, :33] = 0
-    together = answers(model, method, budget, ids, real, cuts)[1, 1:]
-    alone = answers(model, method, budget, ids[1:, 33:], real[1:, 33:], (17, *[1] * 4))[0]
+    together = answers(model, method, 0.4, ids, real, cuts)[1, 1:]
+    alone = answers(model, method, 0.4, ids[1:, 33:], real[1:, 33:], (17, *[1] * 4))[0]
     fixed = any(name in method for name in FIXED)
     assert not mismatch(together, alone, atol=1.0 if fixed else 1e-4, rtol=0)
