@@ -57,14 +57,6 @@ class Engine(ABC):
         many keys were compared."""
 
     @abstractmethod
-    def clone(self) -> Engine:
-        """One that may grow by itself."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Keys in it."""
-
-    @abstractmethod
     def nbytes(self) -> int:
         """Bytes that the library holds for it."""
 
@@ -107,21 +99,10 @@ class Graph(Engine):
             _, found = index.search(q.numpy(), k, params=how)
         return torch.from_numpy(found), int(stats.ndis)
 
-    def clone(self) -> Graph:
-        """Built anew from the same keys."""
-        return Graph(self._all(), self._degree, self.effort, self._edges)
-
-    def __len__(self) -> int:
-        """Keys in it."""
-        return self._keys.ntotal
-
     def nbytes(self) -> int:
         """Keys and neighbours."""
         own = self._keys.ntotal * self._keys.d * 4 + 4 * self._base.hnsw.neighbors.size()
         return own + (4 * self._joined.hnsw.neighbors.size() if self._joined else 0)
-
-    def _all(self) -> torch.Tensor:
-        return torch.from_numpy(self._keys.reconstruct_n(0, self._keys.ntotal))
 
     def _measure(self, metric: int) -> None:
         self._keys.metric_type = self._base.metric_type = metric
@@ -190,17 +171,6 @@ class Lists(Engine):
         with _alone(library()):
             _, found = self._index.search(q.numpy(), k, params=library().SearchParametersIVF(nprobe=lists))
         return torch.from_numpy(found), int(stats.ndis) + len(q) * self._clusters
-
-    def clone(self) -> Lists:
-        """A copy by the library."""
-        other = Lists.__new__(Lists)
-        other.__dict__.update(self.__dict__)
-        other._index = library().clone_index(self._index)
-        return other
-
-    def __len__(self) -> int:
-        """Keys in it."""
-        return self._index.ntotal
 
     def nbytes(self) -> int:
         """Keys, their numbers, and the centres."""

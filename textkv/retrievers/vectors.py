@@ -1,8 +1,8 @@
 """Vector search: for every query head the keys of largest product, exactly or through an index (arXiv 2409.10516).
 
 One index serves the query heads of a KV head. Few tokens are compared one by one, whatever the index: it would cost
-more than it saves. An index of a library is not saved and not sent with a pickle; it is built again from the keys when
-it is next asked, and may then choose other tokens at the margin.
+more than it saves. An index of a library is not saved, not sent with a pickle, and no two copies of a cache share one
+that grows: what is put down is in which batches its keys came. Built again from these it is the same index.
 """
 
 from __future__ import annotations
@@ -55,12 +55,14 @@ class Vectors(Retriever):
         self.edges: torch.Tensor | None = None
         self.seconds = 0.0
         self._engines: dict[tuple[int, int], Engine] = {}
+        # How many keys each index took in at a time: also of those that are to be built again.
+        self._batches: dict[tuple[int, int], list[int]] = {}
         self._shared = False
 
     def build(self, keys: torch.Tensor, positions: torch.Tensor, device: torch.device) -> None:
         """Indexes of all heads, where there are enough tokens for one."""
         begin = perf_counter()
-        self._engines, self._shared = {}, False
+        self._engines, self._batches, self._shared = {}, {}, False
         batch, heads, self.length = positions.shape
         if self.kind == "graph" and self._queries is not None and self.length > self.few:
             self.edges = torch.stack(
@@ -74,12 +76,14 @@ class Vectors(Retriever):
         """New tokens join every index together."""
         begin, first = perf_counter(), self.length
         if self._shared:
-            self._engines = {at: engine.clone() for at, engine in self._engines.items()}
-            self._shared = False
-        for at, engine in self._engines.items():
+            self._engines, self._shared = {}, False
+        for at, batches in self._batches.items():
+            if at not in self._engines:
+                self._engines[at] = self._built(keys, positions[:, :, :first], at)
             new = _slots(positions[at][first:]) + first
             if len(new):
-                engine.add(keys[at][new].float())
+                self._engines[at].add(keys[at][new].float())
+                batches.append(len(new))
         self.length = positions.shape[2]
         self._wake(keys, positions)
         self.seconds += perf_counter() - begin
@@ -87,7 +91,8 @@ class Vectors(Retriever):
     def keep(self, index: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, device: torch.device) -> None:
         """Indexes of heads that lost a token are built when they are next asked; edges among what stays are kept."""
         stay = (index >= 0).sum(-1)
-        self._engines = {at: engine for at, engine in self._engines.items() if len(engine) == int(stay[at])}
+        self._batches = {at: batches for at, batches in self._batches.items() if sum(batches) == int(stay[at])}
+        self._engines = {at: engine for at, engine in self._engines.items() if at in self._batches}
         if self.edges is not None:
             known = self.edges.shape[2]
             # New numbers of old slots; one column more for those that are none.
@@ -127,12 +132,9 @@ class Vectors(Retriever):
         """Rows that come twice share an index until one of them grows."""
         super().take_rows(rows)
         self._shared = True
-        self._engines = {
-            (new, g): self._engines[old, g]
-            for new, old in enumerate(rows.tolist())
-            for b, g in list(self._engines)
-            if b == old
-        }
+        heads = [((new, g), (b, g)) for new, old in enumerate(rows.tolist()) for b, g in self._batches if b == old]
+        self._engines = {new: self._engines[old] for new, old in heads if old in self._engines}
+        self._batches = {new: list(self._batches[old]) for new, old in heads}
 
     def host_tensors(self) -> dict[str, torch.Tensor]:
         """The edges of ours."""
@@ -143,13 +145,15 @@ class Vectors(Retriever):
         return sum(engine.nbytes() for engine in self._engines.values())
 
     def state(self) -> dict[str, Any]:
-        """Without the indexes."""
-        return {name: x for name, x in self.__dict__.items() if not name.startswith("_")}
+        """Without the indexes, but with how they came about: rows [row, head, batch, batch, ..]."""
+        own = {name: x for name, x in self.__dict__.items() if not name.startswith("_")}
+        return own | {"batches": [[*at, *batches] for at, batches in self._batches.items()]}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Retriever:
         """Indexes are built when they are asked."""
         retriever = cls(state["kind"], state["effort"], state["degree"], state["few"])
+        retriever._batches = {(b, g): batches for b, g, *batches in state.pop("batches", [])}
         retriever.__dict__.update(state)
         for name, x in retriever.host_tensors().items():
             setattr(retriever, name, x.cpu())
@@ -166,6 +170,7 @@ class Vectors(Retriever):
         # Both read the same indexes; who grows first makes its own.
         self._shared = other._shared = True
         other._engines = dict(self._engines)
+        other._batches = {at: list(batches) for at, batches in self._batches.items()}
         return other
 
     def _best(self, q, most: int, keys, positions, at: tuple[int, int]) -> torch.Tensor:
@@ -199,13 +204,20 @@ class Vectors(Retriever):
         """Makes the indexes that there should be and are not; they number a head's tokens without its holes."""
         if self.kind == "exact" or self.length <= self.few:
             return
-        for b, g in ((b, g) for b in range(keys.shape[0]) for g in range(keys.shape[1]) if (b, g) not in self._engines):
-            slots = _slots(positions[b, g])
+        for at in ((b, g) for b in range(keys.shape[0]) for g in range(keys.shape[1]) if (b, g) not in self._engines):
             # A head's own tokens count, not its slots: its neighbours' length is nothing to it.
-            if len(slots) <= self.few:
-                continue
-            own = keys[b, g, slots].float()
-            self._engines[b, g] = Lists(own, self.effort) if self.kind == "ivf" else self._graph(own, slots, b, g)
+            if (held := int((positions[at] >= 0).sum())) > self.few:
+                self._batches.setdefault(at, [held])
+                self._engines[at] = self._built(keys, positions, at)
+
+    def _built(self, keys: torch.Tensor, positions: torch.Tensor, at: tuple[int, int]) -> Engine:
+        """The index of a head's keys, which come to it batch by batch as they once did."""
+        slots = _slots(positions[at])
+        first, *later = keys[at][slots].float().split(self._batches[at])
+        engine = Lists(first, self.effort) if self.kind == "ivf" else self._graph(first, slots, *at)
+        for batch in later:
+            engine.add(batch)
+        return engine
 
     def _graph(self, own: torch.Tensor, slots: torch.Tensor, b: int, g: int) -> Graph:
         if self.edges is None or not bool((self.edges[b, g] >= 0).any()):
