@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from table_rows import Row, markdown, rows
 
 AT = "0.25"
@@ -62,13 +64,16 @@ def streams() -> str:
 
 
 def prose() -> str:
-    """Perplexity of what follows a prompt of real prose, and the error of attention's outputs, at a quarter."""
-    found = [row for row in rows("text-prose-smollm2.json") if row["task"] == "text" and row["budget"] in (AT, "1.0")]
-    lines = [
-        [
-            f"`{row['method']}`", f"{row['perplexity']:.2f}", f"{row['error']:.3f}", f"{row['kv_bits']:.1f}",
-            f"{row['kv_share']:.2f}",
-        ]
-        for row in sorted(found, key=lambda row: row["perplexity"])
-    ]  # fmt: skip
-    return markdown(["method at 0.25", "perplexity", "error", "bits per element", "bytes of full"], lines)
+    """Perplexity of what follows a prompt of real prose and the error of attention's outputs, by what was kept."""
+    at: dict[str, dict] = defaultdict(dict)
+    for row in rows("text-prose-smollm2.json"):
+        if row["task"] == "text":
+            at[row["method"]][row["budget"]] = row
+    lines = []
+    for method, of in sorted(at.items(), key=lambda x: x[1].get(AT, x[1].get("1.0"))["perplexity"]):
+        # A method that drops nothing is the same at every budget.
+        held = [of.get(budget, of.get("1.0")) for budget in ("0.5", AT, "0.1")]
+        lines.append([f"`{method}`", *(f"{row['perplexity']:.2f} ({row['error']:.3f})" for row in held)])
+        lines[-1] += [f"{held[1]['kv_bits']:.1f}", f"{held[1]['kv_share']:.2f}"]
+    heads = ["method", "at 0.5", "at 0.25", "at 0.1", "bits per element at 0.25", "bytes of full at 0.25"]
+    return markdown(heads, lines)
