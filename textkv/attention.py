@@ -53,6 +53,11 @@ def attention(
         told = {"rotary": rotary, "hidden": hidden, "ids": ids, "dropout": dropout, "scaling": scaling}
         return _each(module, query, key, attention_mask, before=before, **told, **kwargs), None
     if not isinstance(key, View):
+        if isinstance(attention_mask, Call):
+            raise ValueError(
+                f"layer {module.layer_idx} was not given the cache that the call brings: gradient checkpointing takes "
+                "it away while a model trains; call model.eval() first, or leave past_key_values out"
+            )
         # Looked up at every call: another library may wrap the registry's functions after us.
         function = _eager(module) if before == "eager" else ALL_ATTENTION_FUNCTIONS[before]
         return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)

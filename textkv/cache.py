@@ -60,8 +60,8 @@ class MethodCache(Rollback):
         budget: Budget | float | str | None = None,
     ) -> None:
         policy = resolve_method(method, budget)
-        policy.check_sharded(getattr(model, "tp_size", None) or 1)
         kinds = describe(model)
+        policy.check_sharded(getattr(model, "tp_size", None) or 1)
         self.context = Context(policy, policy.needs(), text_config(model), kinds)
         layers, governed = [], 0
         for kind in kinds:
@@ -292,11 +292,11 @@ class MethodCache(Rollback):
 
         Raises:
             ValueError: an earlier forward stopped half-way and cannot be taken back, drafts came with tokens that are
-                stored already, or `Layer.update` refuses.
+                stored already, another number of rows came, or `Layer.update` refuses.
         """
         self._arrive("keys", layer_idx)
         if layer_idx == self.context.first:
-            self._forward_begins(key_states.shape[2])
+            self._forward_begins(len(key_states), key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0):

@@ -123,7 +123,7 @@ class Call:
         """What comes, for rows that have `seen` int64 [batch] (CPU) real tokens and the columns `real` (see `Tokens`).
 
         Raises:
-            ValueError: a mask of another width, or a row whose new tokens end in padding.
+            ValueError: a mask of another width or for other rows, or a row whose new tokens end in padding.
         """
         if self._known is None:
             self._known = self._work_out(seen, real, device)
@@ -141,6 +141,11 @@ class Call:
         hidden, came, columns, padded = None, None, real, False
         if self.mask is not None:
             mask = self.mask.to(device)
+            if mask.dim() != 2 or len(mask) != batch:
+                raise ValueError(
+                    f"attention_mask of shape {tuple(mask.shape)} for {batch} rows: give [batch, columns of the whole "
+                    "conversation]"
+                )
             if mask.shape[1] < self.past + m:
                 raise ValueError(
                     f"attention_mask has {mask.shape[1]} columns, the cache has seen {self.past} and {m} come: give "

@@ -70,17 +70,35 @@ class LayerKind:
         return DYNAMIC_LAYER_TYPE_MAPPING[self.type](**self.options)
 
 
+def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper or a compiled one, whose `generate` calls it past the wrapper.
+
+    Raises:
+        ValueError: there is none.
+    """
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        # A compiled module, PEFT's model of adapters, and the tuner between that and ours: they hand on what they lack,
+        # so only what is each one's own counts.
+        own = dict(inner.named_children()) if isinstance(inner, torch.nn.Module) else {}
+        name = next((name for name in ("_orig_mod", "base_model", "model") if name in own), None)
+        if name is None:
+            raise ValueError(f"{_named(model)} is no transformers model; pass the model that will run")
+        inner = own[name]
+    return inner
+
+
+def _named(model: Any) -> str:
+    return f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+
+
 def text_model(model: PreTrainedModel) -> PreTrainedModel:
     """The text decoder: of a text model, or the text half of a multimodal one.
 
     Raises:
         ValueError: there is none.
     """
-    if not isinstance(model, PreTrainedModel):
-        model = getattr(model, "base_model", model)  # a PEFT wrapper, or a compiled model
-        model = getattr(model, "model", model) if not isinstance(model, PreTrainedModel) else model
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{type(model).__name__} is no transformers model; pass the model that will run")
+    model = unwrapped(model)
     # Its cache holds the encoder's keys too, which no decoded token adds to.
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model; only decoders have a cache to keep")
@@ -140,7 +158,7 @@ def describe(model: PreTrainedModel) -> tuple[LayerKind, ...]:
     Raises:
         ValueError: a layer whose cache we cannot keep; names it and says why.
     """
-    decoder, config, who = text_model(model), text_config(model), type(model).__name__
+    decoder, config, who = text_model(model), text_config(model), type(unwrapped(model)).__name__
     _refuse_adapters(model)
     _refuse_model(decoder, config, who)
     if model.dtype == torch.float64:

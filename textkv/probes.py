@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from textkv.evidence import Needs
-from textkv.kinds import attention_modules, text_model
+from textkv.kinds import attention_modules, text_model, unwrapped
 
 ROTARY, HIDDEN, IDS = "textkv_rotary", "textkv_hidden", "textkv_ids"
 """Names under which position ids [3 or 1, batch or 1, m], hidden states [batch, m, hidden_size] and token ids int64
@@ -32,12 +32,8 @@ def place(model: PreTrainedModel, needs: Needs) -> None:
         ValueError: hidden states are asked for and the layers pass nothing on to their attention.
     """
     decoder = text_model(model)
-    calls = _PLACED.setdefault(model, {})
-    if CALLS not in calls:
-        calls[CALLS] = [
-            model.register_forward_pre_hook(_call_begins, with_kwargs=True),
-            model.register_forward_hook(_call_ends, with_kwargs=True),
-        ]
+    for called in _called(model):
+        _place_on_calls(called, needs)
     placed = _PLACED.setdefault(decoder, {})
     if (needs.rope or needs.positions) and ROTARY not in placed:
         names = list(inspect.signature(decoder.forward).parameters)
@@ -45,9 +41,6 @@ def place(model: PreTrainedModel, needs: Needs) -> None:
         placed[ROTARY] = [decoder.register_forward_pre_hook(hook, with_kwargs=True)]
     if needs.ids and IDS not in placed:
         placed[IDS] = [decoder.register_forward_pre_hook(_see_ids, with_kwargs=True)]
-    if needs.ids and IDS not in calls and model.config is not model.config.get_text_config():
-        # A model of several kinds of input embeds them before its decoder is called: ids are seen where they come in.
-        calls[IDS] = [model.register_forward_pre_hook(_hand_ids_on, with_kwargs=True)]
     name = f"{HIDDEN}.{needs.hidden}"
     if needs.hidden and name not in placed:
         modules = attention_modules(model)
@@ -60,9 +53,27 @@ def place(model: PreTrainedModel, needs: Needs) -> None:
         placed[name] = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules.values()]
 
 
+def _called(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """What may be called as the model: a wrapper (PEFT, a compiled model), whose own `generate` calls what lies inside,
+    and that, which some wrappers run without its hooks. Hooks that meet the same call twice do no harm."""
+    return list({id(x): x for x in (model, unwrapped(model))}.values())
+
+
+def _place_on_calls(model: torch.nn.Module, needs: Needs) -> None:
+    calls = _PLACED.setdefault(model, {})
+    if CALLS not in calls:
+        calls[CALLS] = [
+            model.register_forward_pre_hook(_call_begins, with_kwargs=True),
+            model.register_forward_hook(_call_ends, with_kwargs=True),
+        ]
+    if needs.ids and IDS not in calls and model.config is not model.config.get_text_config():
+        # A model of several kinds of input embeds them before its decoder is called: ids are seen where they come in.
+        calls[IDS] = [model.register_forward_pre_hook(_hand_ids_on, with_kwargs=True)]
+
+
 def remove(model: PreTrainedModel) -> None:
     """Takes the hooks away again."""
-    for module in (model, text_model(model)):
+    for module in (*_called(model), text_model(model)):
         for handles in _PLACED.pop(module, {}).values():
             for handle in handles:
                 handle.remove()
@@ -73,7 +84,32 @@ def remove(model: PreTrainedModel) -> None:
 def _call_begins(module, args, kwargs):
     cache = kwargs.get("past_key_values")
     if hasattr(cache, "call_begins"):
+        _check_call(cache, args, kwargs)
         cache.call_begins(pictures=_brings_pictures(kwargs))
+
+
+def _check_call(cache, args, kwargs) -> None:
+    """Raises ValueError where a call cannot mean what it says."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise ValueError(
+            "a graph cannot be exported or traced with this cache, which decides on the host what it keeps: export the "
+            "model without past_key_values, or with a static cache of transformers"
+        )
+    if _brings_nothing(args, kwargs):
+        raise ValueError(
+            f"the call brings no token to a cache that has seen {cache.get_seq_length()}: generate() takes the ids of "
+            "the whole conversation and cuts off what was seen; for the new ids alone call the model itself"
+        )
+    # `generate` would feed the whole text at every step, behind what it fed before.
+    if kwargs.get("use_cache") is False:
+        raise ValueError("use_cache=False and past_key_values contradict each other: leave one of them out")
+
+
+def _brings_nothing(args, kwargs) -> bool:
+    """Whether a call's ids or embeddings [batch, m, ...] are none."""
+    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+    found = next((x for x in given if isinstance(x, torch.Tensor)), None)
+    return found is not None and found.dim() > 1 and not found.shape[1]
 
 
 def _brings_pictures(kwargs) -> bool:

@@ -128,14 +128,20 @@ class Rollback(Cache):
         context.real, context.forgotten, context.forwards = None, None, 0
         self._start, self._through = None, set()
 
-    def _forward_begins(self, tokens: int) -> None:
-        """The first layer meets `tokens` columns: whatever an earlier forward left behind is set right, or refused."""
+    def _forward_begins(self, rows: int, tokens: int) -> None:
+        """The first layer meets `tokens` columns of `rows` rows: what an earlier forward left behind is set right, or
+        refused."""
         context = self.context
         if context.hold and any(layer._due for layer in context.layers):
             # Nobody took anything back or said that it stays: those were no drafts.
             self._commit()
             context.hold = False
         self._go_back(self._here())  # a part of the model may be called by itself, and stop, unseen by `call_begins`
+        first = self._own()[0]
+        if first.is_initialized and rows != len(first.real_seen):
+            raise ValueError(
+                f"{rows} rows come to a cache of {len(first.real_seen)}: take rows with reorder_cache, or reset it"
+            )
         if context.hold and not context.forwards and 0 < self.get_seq_length() < tokens:
             raise ValueError(
                 f"{tokens} tokens came with the first drafts, and the cache holds {self.get_seq_length()} already: "

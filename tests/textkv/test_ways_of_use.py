@@ -124,6 +124,45 @@ def test_a_model_under_lora():
     assert not mismatch(full, expected, atol=1e-5, rtol=0) and ours.isfinite().all()
 
 
+@pytest.mark.parametrize("family", tiny.VISION_FAMILIES)
+def test_generate_of_a_model_under_lora_sees_its_pictures_and_ids(family):
+    """PEFT's own `generate` calls the model inside past the wrapper: what is looked at in a call is seen there too."""
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(target_modules=["q_proj", "k_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(deepcopy(tiny.build(family)), adapter).eval()
+    inputs, spans = tiny.screens(2)
+    expected = model.generate(**inputs, **GREEDY)
+    cache = MethodCache(model, "sentence_kv(ends=(5, 50))", 1.0)
+    cache.begin(**inputs, spans=spans)
+    assert torch.equal(model.generate(**inputs, past_key_values=cache, **GREEDY), expected)
+    with pytest.raises(ValueError, match="asks where the screenshots of a prompt lie"):
+        model.generate(**inputs, past_key_values=MethodCache(model, "gui-kv", 0.4), **GREEDY)
+
+
+@pytest.mark.parametrize("wrapper", ["peft", "compile"])
+def test_generate_of_a_wrapped_model_goes_back_to_where_a_call_began(wrapper):
+    """Of a model with linear states, whose layers cannot tell how far a call came."""
+    model = deepcopy(kinds.model_of_kind("hybrid"))
+    if wrapper == "peft":
+        peft = pytest.importorskip("peft")
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    else:
+        wrapped = torch.compile(model, backend="eager")
+    expected = wrapped.generate(kinds.ids(20), past_key_values=MethodCache(wrapped, "full"), **GREEDY)
+    cache = MethodCache(wrapped, "full")
+
+    def stop(*args):
+        raise Interruption
+
+    for module in (model.model.layers[2], model.lm_head):
+        handle = module.register_forward_hook(stop)
+        with pytest.raises(Interruption):
+            wrapped.generate(kinds.ids(20), past_key_values=cache, **GREEDY)
+        handle.remove()
+    assert torch.equal(wrapped.generate(kinds.ids(20), past_key_values=cache, **GREEDY), expected)
+
+
 def test_a_learned_prompt_is_read_and_learned_keys_are_refused():
     peft = pytest.importorskip("peft")
     ids, options = kinds.ids(20), {"max_new_tokens": 6, "do_sample": False}
