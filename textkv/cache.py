@@ -299,17 +299,6 @@ class MethodCache(Rollback):
             self._forward_begins(len(key_states), key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0):
-        """A layer's convolution state, None before its first token; notes that the forward has come to this layer.
-
-        Raises:
-            ValueError: an earlier forward stopped half-way, or a layer without such a state.
-        """
-        self._arrive(f"state {state_idx}", layer_idx)
-        # States are written to in place, before any of our layers is asked.
-        self.context.stay_writable()
-        return super().get_conv_state(layer_idx, state_idx)
-
     @property
     def is_linear(self) -> list[bool]:
         """Which layers hold a state and no tokens, as transformers asks."""

@@ -167,6 +167,28 @@ class Rollback(Cache):
             self._through = set()
         self._through.add((layer, what))
 
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0):
+        """A layer's convolution state, None before its first token; notes that the forward has come to this layer.
+
+        Raises:
+            ValueError: an earlier forward stopped half-way, or a layer without such a state.
+        """
+        self._arrive(f"state {state_idx}", layer_idx)
+        # States are written to in place, before any of our layers is asked.
+        self.context.stay_writable()
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether a state has seen tokens. In transformers before `get_conv_state` layers begin by asking this.
+
+        Raises:
+            ValueError: an earlier forward stopped half-way, or a layer without a state.
+        """
+        if layer_idx is not None and not hasattr(Cache, "get_conv_state"):
+            self._arrive(f"state {state_idx}", layer_idx)
+            self.context.stay_writable()
+        return super().has_previous_state(layer_idx, state_idx)
+
     @property
     def is_initialized(self) -> bool:
         """Whether a token has come; models ask whether a forward is the first one (transformers: only of layers whose
