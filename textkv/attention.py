@@ -48,7 +48,7 @@ def attention(
     rotary, hidden, ids, seen = (kwargs.pop(name, None) for name in (probes.ROTARY, probes.HIDDEN, probes.IDS, CAPTURE))
     if seen is not None:
         new = key.k if isinstance(key, View) else key
-        seen[module.layer_idx] = new.detach(), query.detach()
+        seen(module.layer_idx, (new.detach(), query.detach()))
     if isinstance(key, Views):
         told = {"rotary": rotary, "hidden": hidden, "ids": ids, "dropout": dropout, "scaling": scaling}
         return _each(module, query, key, attention_mask, before=before, **told, **kwargs), None
@@ -98,7 +98,8 @@ def _each(
 
 
 CAPTURE = "textkv_capture"
-"""Name of a dictionary that a call may pass down: it gets each layer's new keys and queries, by its number."""
+"""Name of a function that a call may pass down: it gets each layer's number, new keys and queries. No dictionary:
+accelerate's hooks hand on a copy of one."""
 
 
 def mask(attention_mask: torch.Tensor | Call | None = None, *, before: str, **kwargs: Any) -> Any:

@@ -154,7 +154,7 @@ def _keys(decoder: torch.nn.Module, start: int) -> dict[int, tuple[torch.Tensor,
     try:
         # Under autocast the tables are as they were, but keys would be too coarse to tell layouts apart.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            decoder(input_ids=ids, position_ids=at, use_cache=False, **{CAPTURE: seen})
+            decoder(input_ids=ids, position_ids=at, use_cache=False, **{CAPTURE: seen.__setitem__})
     finally:
         decoder.train(training)
     return seen

@@ -99,6 +99,24 @@ def test_backward_is_one_clear_error(kind, method, budget):
     assert not any(x.requires_grad for layer in cache.context.layers for x in layer.tensors().values())
 
 
+# ---- places ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["full", "snapkv", "streaming_llm", "expected", "tri_attention"])
+def test_a_model_whose_layers_lie_on_disk(method, tmp_path):
+    """accelerate's hooks fetch a layer for its forward, and hand on copies of what a call passes down."""
+    accelerate = pytest.importorskip("accelerate")
+    model = kinds.model_of_kind("dense")
+    expected = model.generate(kinds.ids(20), **GREEDY)
+    places = {"model.layers.1": "disk", "model.layers.2": "disk"}
+    places |= dict.fromkeys(
+        ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+    )
+    away = accelerate.dispatch_model(deepcopy(model), places, main_device="cpu", offload_dir=tmp_path)
+    cache = MethodCache(away, method, 1.0)
+    assert torch.equal(away.generate(kinds.ids(20), past_key_values=cache, **GREEDY), expected)
+
+
 # ---- wrappers ----------------------------------------------------------------------------------------------------
 
 

@@ -68,9 +68,8 @@ class Watched:
             raise ValueError("0 tokens cannot be read; give at least 1")
         model, seen = self.reader.model, {}
         given = torch.tensor([ids], device=model.device)
-        out = model(
-            given, past_key_values=self.cache, logits_to_keep=1, output_hidden_states=True, **{CAPTURE: seen}
-        )  # fmt: skip
+        asked = {"logits_to_keep": 1, "output_hidden_states": True, CAPTURE: seen.__setitem__}
+        out = model(given, past_key_values=self.cache, **asked)
         new = pool(torch.stack(out.hidden_states[1:])[:, 0])
         self.pooled = new if self.pooled is None else torch.cat([self.pooled, new])
         if len(ids) == 1:

@@ -227,7 +227,7 @@ def test_the_score_foretells_the_logits_of_queries_to_come():
     """Ranks of 900 keys by centres from another text, against the mean logits that the next 256 queries give them."""
     model, tokenizer = load_mini()
     ids, seen, policy = read_text(tokenizer, None, 1200), {}, method(centres="mini")
-    use(model).model(ids[None], use_cache=False, **{CAPTURE: seen})
+    use(model).model(ids[None], use_cache=False, **{CAPTURE: seen.__setitem__})
     for number, (keys, queries) in seen.items():
         past, spec = keys[:, :, :900], proven(model, [number])[number]
         told = policy._rate(past, policy._given.layers[number], torch.tensor([900]), spec)[0]

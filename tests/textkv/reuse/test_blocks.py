@@ -62,7 +62,7 @@ def test_one_block_is_one_shot_eviction_by_the_same_probe(model, level) -> None:
         from textkv.attention import CAPTURE
 
         seen: dict = {}
-        model.model(torch.tensor([[*IDS, *PROBE]]), use_cache=False, **{CAPTURE: seen})
+        model.model(torch.tensor([[*IDS, *PROBE]]), use_cache=False, **{CAPTURE: seen.__setitem__})
     for number, layer in enumerate(cache.layers):
         keys, queries = truth.layers[number].stored().keys[:, :, :TOKENS], seen[number][1][:, :, -len(PROBE) :]
         at = torch.arange(TOKENS).expand(1, HEADS, -1)
