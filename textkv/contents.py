@@ -267,6 +267,11 @@ class Contents:
         """Tokens seen and not forgotten on demand, int64 [batch] on the CPU: what a budget is a share of."""
         return self.real_seen if self.context.gone is None else self.real_seen - self.context.gone
 
+    @property
+    def came(self) -> torch.Tensor | None:
+        """What each row got, while hooks run; see `Context.came`."""
+        return self.context.came
+
     def resting(self, counts: torch.Tensor) -> torch.Tensor:
         """How many tokens to keep, int64 [batch, 1 or stored heads] on the CPU: `counts`, and in rows to which nothing
         came all that they hold. What other rows got costs a row nothing."""

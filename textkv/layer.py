@@ -126,11 +126,6 @@ class Layer(Takeback, CacheLayerMixin):
         self.module = lambda: None
 
     @property
-    def came(self) -> torch.Tensor | None:
-        """What each row got, while hooks run; see `Context.came`."""
-        return self.context.came
-
-    @property
     def rotary(self) -> RotarySpec | None:
         """How this layer's keys turn, if the method asked for `rope`."""
         return self.context.rotary.get(self.kind.number)
