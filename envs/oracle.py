@@ -56,7 +56,7 @@ def solve(env: WebEnv, rng: random.Random | None = None) -> Iterator[Action]:
 
 
 _DESCRIBE = f"""
-() => {{
+(most) => {{
   {LOOK}
   const NATIVE = 'a, button, input, select, textarea, [role=button], [role=tab], [onclick], '
     + '[data-label], .alink, .color';
@@ -95,7 +95,7 @@ _DESCRIBE = f"""
     const wanted = e.matches(NATIVE) || e.matches(DRAWN) || ownText(e);
     if (!wanted || (inside && !e.matches(NATIVE))) continue;
     if ([...e.querySelectorAll(NATIVE)].some((inner) => label(inner) === label(e))) continue;
-    const points = hits(e);
+    const points = hits(e, most);
     if (!points.length) continue;
     const r = e.getBoundingClientRect();
     const [x, y] = [Math.max(r.left, 0), Math.max(r.top, 0)];
@@ -109,15 +109,16 @@ _DESCRIBE = f"""
 """
 
 
-def describe(env: WebEnv) -> list[dict[str, object]]:
+def describe(env: WebEnv, most: int = 81) -> list[dict[str, object]]:
     """Every visible element of the screen: `text` (its label, "" if it has none), `kind`, `box` and `points`.
 
-    box: [x, y, width, height] in CSS px, clipped to the screen. points: [[x, y], ...] at which a click reaches it.
+    box: [x, y, width, height] in CSS px, clipped to the screen. points: [[x, y], ...] at which a click reaches it, at
+    most `most` of the 81 that are tried: one is enough to know that it is visible, and most are found at the first try.
     Kinds: button, link, tab, text, field, password, checkbox, radio, textarea, select, shape, swatch, character.
     """
     if env.tab is None:
         raise RuntimeError("there is no episode yet; call reset() first")
-    return env.tab.evaluate(_DESCRIBE)
+    return env.tab.evaluate(_DESCRIBE, most)
 
 
 def run(env: WebEnv, seed: int, rng: random.Random | None = None) -> tuple[float, int]:

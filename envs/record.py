@@ -157,7 +157,7 @@ def record(env: WebEnv, seed: int, folder: Path) -> int:
     goal, steps, shots = observation["goal"], [], []
     for action in oracle.solve(env):
         pointed = getattr(action, "x", None) is not None
-        element = element_at(oracle.describe(env), action.x, action.y) if pointed else None
+        element = element_at(oracle.describe(env, 1), action.x, action.y) if pointed else None
         atoms, image = recorded(action, element, size, scale), f"{name}_{len(steps)}.png"
         told = words(action, element, env.task.id in PAGES)
         about = {"step_num": len(steps), "image": image, "action": code(atoms), "milestone": False}

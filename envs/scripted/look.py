@@ -14,10 +14,10 @@ from typing import Any
 from ..actions import Click, Drag
 from ..tab import Tab
 
-# hit(e): the grid points of e's box (clipped to the screen) at which a click reaches e
+# hits(e): the grid points of e's box (clipped to the screen) at which a click reaches e, at most `most` of them
 LOOK = """
 const GRID = 9;
-const hits = (e) => {
+const hits = (e, most = GRID * GRID) => {
   const r = e.getBoundingClientRect();
   const [x0, y0] = [Math.max(r.left, 0), Math.max(r.top, 0)];
   const [w, h] = [Math.min(r.right, innerWidth) - x0, Math.min(r.bottom, innerHeight) - y0];
@@ -27,6 +27,7 @@ const hits = (e) => {
     const [x, y] = [x0 + (i + 0.5) * w / GRID, y0 + (j + 0.5) * h / GRID];
     const top = document.elementFromPoint(x, y);
     if (top && (top === e || e.contains(top))) found.push([x, y]);
+    if (found.length === most) return found;
   }
   return found;
 };
