@@ -90,7 +90,6 @@ class Canvas:
         self.ends: tuple[int, ...] = ()
         self._held: torch.Tensor | None = None
         self._behind: np.ndarray | None = None  # slots behind the text that was given, L before
-        self._wide: torch.Tensor | None = None  # what `ids` is all columns of but the last, after a commit
         # What was read of the ids as they stand, by name, and what follows from the active blocks.
         self._seen: dict[str, Any] = {}
         self._of_blocks: tuple[list[int], dict[str, Any]] = ([], {})
@@ -333,16 +332,19 @@ class Canvas:
         Returns:
             bool [batch, L], slots that were written now; None if not `told`.
         """
-        # What is not meant goes to one more column, which is cut off again; -1 is that column, counted from behind.
-        at = torch.where(where, slots, self.length).remainder(self.length + 1)
-        if self._wide is None:
-            self._wide = torch.cat([self.ids, self.ids[:, :1]], 1)
-        # A new tensor, not a write in place: views handed out by `generated` keep what they showed.
-        self._wide = self._wide.clone().scatter_(1, at, tokens)
-        self.ids, self._seen = self._wide[:, : self.length], {}
+        at, tokens, where = (x.cpu().numpy() for x in (slots, tokens, where))
+        where = where & (at >= 0)
+        rows, at = where.nonzero()[0], at[where]
+        # On the host, which reads the ids after every step in any case: written there, they need not be waited for.
+        # A copy, not a write in place: views handed out by `generated` keep what they showed.
+        ids = self.host.copy()
+        ids[rows, at] = tokens[where]
+        self.ids, self._seen = torch.from_numpy(ids).to(self.ids.device), {"ids": ids}
         if not told:
             return None
-        return torch.zeros_like(self._wide, dtype=torch.bool).scatter_(1, at, True)[:, : self.length]
+        written = np.zeros(ids.shape, dtype=bool)
+        written[rows, at] = True
+        return torch.from_numpy(written).to(self.ids.device)
 
     def finish_row(self, after: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         """Fills the slots behind an end token.
@@ -357,7 +359,7 @@ class Canvas:
         behind = torch.arange(self.length, device=self.ids.device)[None] > after[:, None]
         self.filled = self.filled | behind
         changed = behind & (self.ids != token[:, None])
-        self.ids, self._seen, self._wide = torch.where(changed, token[:, None], self.ids), {}, None
+        self.ids, self._seen = torch.where(changed, token[:, None], self.ids), {}
         return changed
 
     def take_rows(self, rows: torch.Tensor) -> None:
@@ -370,7 +372,7 @@ class Canvas:
         if self.valid is not None:
             self.valid = self.valid[there] if bool((self.real_start_cpu > 0).any()) else None
         self._behind, self.heads = None, [self.heads[row] for row in rows.tolist()]
-        self._seen, self._of_blocks, self._wide = {}, ([], {}), None
+        self._seen, self._of_blocks = {}, ([], {})
 
     def repeated(self, times: int) -> Canvas:
         """A canvas with each row `times` times, one behind the other."""
@@ -381,5 +383,5 @@ class Canvas:
             held = getattr(self, name)
             setattr(copy, name, None if held is None else held.repeat_interleave(times, 0))
         copy._behind, copy.heads = None, [head for head in self.heads for _ in range(times)]
-        copy._seen, copy._of_blocks, copy._wide = {}, ([], {}), None
+        copy._seen, copy._of_blocks = {}, ([], {})
         return copy

@@ -13,7 +13,7 @@ import torch
 from dlm.unmask.base import register
 from dlm.unmask.blocks import BlockRule, BlockUnmasker, ProbabilityRule
 from dlm.unmask.sampling import Draw, Sampler
-from dlm.unmask.schedule import ScheduleStep, even_quota, ranks
+from dlm.unmask.schedule import ScheduleStep, best, even_quota
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class QuotaRule(BlockRule):
     ) -> torch.Tensor:
         """The best by score, as many in each row as its schedule says: bool [batch, r]."""
         # LLaDA's num_transfer_tokens: the quota of each row, and the rows' best by rank.
-        return ranks(score, masked) < even_quota(step)[:, None]
+        return best(score, masked, even_quota(step))
 
 
 @register("confidence")

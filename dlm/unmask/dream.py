@@ -15,7 +15,7 @@ from dlm.canvas import Canvas
 from dlm.unmask.base import number, register
 from dlm.unmask.blocks import BlockRule, BlockUnmasker, ProbabilityRule
 from dlm.unmask.sampling import Draw, Sampler
-from dlm.unmask.schedule import ScheduleStep, even_quota, ranks, timestep_quota, timestep_share, timestep_shares
+from dlm.unmask.schedule import ScheduleStep, best, even_quota, timestep_quota, timestep_share, timestep_shares
 
 
 class _Unmasker(BlockUnmasker):
@@ -91,8 +91,8 @@ class _Ranked(DreamRule):
         if self.alg_temp:
             # The largest of score + Gumbel noise are such a draw without replacement.
             score = score / self.alg_temp + unmasker.sampler.gumbel().float()
-        quota = timestep_quota(step, unmasker.shares) if self.compat else even_quota(step)
-        return ranks(score, masked) < quota[:, None]
+        quota = timestep_quota(step, unmasker.shares).tolist() if self.compat else even_quota(step)
+        return best(score, masked, quota)
 
 
 @register("maskgit_plus")

@@ -19,7 +19,7 @@ import torch
 from dlm.canvas import Canvas
 from dlm.unmask.base import Choice, number, register
 from dlm.unmask.blocks import BlockUnmasker, ProbabilityRule
-from dlm.unmask.schedule import ScheduleStep, even_quota, ranks
+from dlm.unmask.schedule import ScheduleStep, best, even_quota
 
 
 class _Unmasker(BlockUnmasker):
@@ -101,4 +101,4 @@ class TokenEditing(ProbabilityRule):
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
     ) -> torch.Tensor:
         """Probability > tau, or among the best of the even quota: bool [batch, r]."""
-        return masked & ((score > self.tau) | (ranks(score, masked) < even_quota(step)[:, None]))
+        return masked & ((score > self.tau) | best(score, masked, even_quota(step)))

@@ -16,7 +16,7 @@ import torch
 from dlm.canvas import Canvas
 from dlm.unmask.base import Choice, number, register
 from dlm.unmask.blocks import BlockUnmasker, ProbabilityRule
-from dlm.unmask.schedule import ScheduleStep, even_quota, ranks
+from dlm.unmask.schedule import ScheduleStep, best, even_quota
 
 _TINY = 1e-12  # what the authors add to a probability before its logarithm
 
@@ -80,5 +80,5 @@ class KLASS(ProbabilityRule):
     ) -> torch.Tensor:
         """Probability > conf and still for long enough; in rows without any such the even quota: bool [batch, r]."""
         ready = masked & (score > self.conf) & (unmasker.calm >= self.history - 1)
-        quota = ranks(score, masked) < even_quota(step)[:, None]
+        quota = best(score, masked, even_quota(step))
         return torch.where(ready.any(1, keepdim=True), ready, quota)

@@ -16,7 +16,7 @@ import torch
 from dlm.unmask.base import number, register
 from dlm.unmask.blocks import BlockRule, BlockUnmasker, ProbabilityRule
 from dlm.unmask.sampling import Draw, Sampler
-from dlm.unmask.schedule import ScheduleStep, even_quota, ordered, ranks
+from dlm.unmask.schedule import ScheduleStep, at_least, best, even_quota, ordered, ranks
 
 
 @register("threshold")
@@ -37,7 +37,7 @@ class Threshold(ProbabilityRule):
     ) -> torch.Tensor:
         """Probability >= tau, or among the best of the even quota: bool [batch, r]."""
         # Or the quota: where no token is sure enough, progress must be made all the same.
-        return (score >= self.tau) | (ranks(score, masked) < even_quota(step)[:, None])
+        return (score >= self.tau) | best(score, masked, even_quota(step))
 
 
 @register("factor")
@@ -61,12 +61,11 @@ class Factor(ProbabilityRule):
         self, score: torch.Tensor, masked: torch.Tensor, step: ScheduleStep, unmasker: BlockUnmasker
     ) -> torch.Tensor:
         """The first n by probability, all ranks r of them with (r + 1)(1 - c) < f, or the quota: bool [batch, r]."""
-        best = ordered(score, masked).values
-        rank = torch.arange(1, best.shape[1] + 1, device=best.device)
+        order = ordered(score, masked).values
+        rank = torch.arange(1, order.shape[1] + 1, device=order.device)
         # Fast-dLLM's factor strategy, with the confidences c in descending order and ranks from 1 on.
-        passing = (rank + 1) * (1 - best) < self.f  # a closed slot has -inf and fails
-        count = torch.maximum(passing.long().cumprod(1).sum(1), even_quota(step))
-        return ranks(score, masked) < count[:, None]
+        passing = (rank + 1) * (1 - order) < self.f  # a closed slot has -inf and fails
+        return best(score, masked, at_least(passing.long().cumprod(1).sum(1), step))
 
 
 @register("entropy_bound")
@@ -96,8 +95,7 @@ class EntropyBound(BlockRule):
         # [batch, r], the entropies of those that come before: rolled by one, the first has none in front.
         before = (-ordered(score, masked).values).cumsum(1).roll(1, dims=1)
         before[:, 0] = 0
-        count = torch.maximum((before <= self.bound).sum(1), even_quota(step))
-        return ranks(score, masked) < count[:, None]
+        return best(score, masked, at_least((before <= self.bound).sum(1), step))
 
 
 @register("hierarchical")
@@ -122,4 +120,4 @@ class Hierarchical(ProbabilityRule):
         # The smallest rank of each run, by its number 0..r; twice as wide because there may be r + 1 numbers.
         first = torch.full_like(rank, rank.shape[1]).repeat(1, 2).scatter_reduce(1, run, rank, "amin")
         head = (rank == first.gather(1, run)) & (score >= self.low)
-        return head | (score >= self.tau) | (rank < even_quota(step)[:, None])
+        return head | (score >= self.tau) | best(score, masked, even_quota(step))

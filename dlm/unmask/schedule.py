@@ -12,9 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from dlm.canvas import Canvas
+
+LEAST = torch.finfo(torch.float32).min  # what a masked slot without a score has: it goes before a closed one
 
 
 @lru_cache(maxsize=1024)
@@ -116,10 +119,15 @@ class UnmaskSchedule:
             setattr(self, name, None if held is None else [held[row] for row in kept])
 
 
-def even_quota(step: ScheduleStep) -> torch.Tensor:
-    """int64 [batch]: this step's part of an even split of the block's masks over its steps, at least 1 of any masks."""
+def even_quota(step: ScheduleStep) -> list[int]:
+    """Each row's part of an even split of its block's masks over the steps left, at least 1 of any masks."""
     # Ceiling division of what is left: larger shares first, and a step that wrote more makes later ones smaller.
-    return step.put(-(-masks // left) for masks, left in zip(step.block_masks, step.steps_left, strict=True))
+    return [-(-masks // left) for masks, left in zip(step.block_masks, step.steps_left, strict=True)]
+
+
+def at_least(counts: torch.Tensor, step: ScheduleStep) -> list[int]:
+    """`counts` int64 [batch], or the even quota where that is more."""
+    return [max(pair) for pair in zip(counts.tolist(), even_quota(step), strict=True)]
 
 
 def timestep_shares(steps: torch.Tensor, eps: float) -> torch.Tensor:
@@ -152,6 +160,27 @@ def timestep_quota(step: ScheduleStep, shares: torch.Tensor) -> torch.Tensor:
     return torch.where(step.put(step.steps_left) == 1, masks, torch.minimum(quota, masks))
 
 
+def best(score: torch.Tensor, masked: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """bool [batch, r], the `counts` highest scores of each row, of what is masked; equals go by the lowest slot."""
+    # On the host: a step waits for its scores in any case, and there sorting a few costs less than a launch.
+    there = masked.cpu().numpy()
+    key = _keys(score.cpu().numpy(), there)
+    rows = np.arange(len(key))[:, None]
+    taken = np.zeros_like(there)
+    if max(counts) <= 1:
+        taken[rows, key.argmin(1)[:, None]] = np.array(counts)[:, None] > 0
+    else:
+        taken[rows, key.argsort(1, kind="stable")] = np.arange(key.shape[1]) < np.array(counts)[:, None]
+    return torch.from_numpy(taken & there).to(score.device)
+
+
+def _keys(score: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """fp32 [batch, r] that rises as `score` falls; what is not `there` has inf."""
+    # NaN would come first; a row without any finite logit still has to write something in the end.
+    key = np.where(score > LEAST, -score, -LEAST)
+    return key if there.all() else np.where(there, key, np.inf)
+
+
 def ranks(score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """int64 [batch, r], 0 for a row's highest score. Equals go by the lowest slot; what is not masked comes last."""
     order = ordered(score, masked).indices
@@ -162,7 +191,6 @@ def ranks(score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
 
 def ordered(score: torch.Tensor, masked: torch.Tensor) -> torch.return_types.sort:
     """Scores [batch, r] in descending order and their columns; what is not masked has -inf and comes last."""
-    least = torch.finfo(torch.float32).min  # a masked slot goes before a closed one whatever its score
     # NaN would sort first; a row without any finite logit still has to write something in the end.
-    key = torch.where(masked, score.float().nan_to_num(nan=least, neginf=least), -torch.inf)
+    key = torch.where(masked, score.float().nan_to_num(nan=LEAST, neginf=LEAST), -torch.inf)
     return key.sort(dim=1, descending=True, stable=True)

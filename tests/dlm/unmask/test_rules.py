@@ -32,7 +32,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def test_even_quota_adds_up_to_the_block_for_every_count_and_steps(masks, steps):
     left, given_out = masks, []
     for i in range(steps):
-        given_out.append(int(even_quota(ScheduleStep([steps - i], [left], [left], [left]))))
+        given_out.append(even_quota(ScheduleStep([steps - i], [left], [left], [left]))[0])
         left -= given_out[-1]
     assert given_out == [masks // steps + (i < masks % steps) for i in range(steps)]
 
