@@ -136,8 +136,8 @@ class DecodingConfig:
             parse_rule(self.unmask)
 
     def _check_stop(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
+        if self.stop is None or isinstance(self.stop, str):
+            object.__setattr__(self, "stop", () if self.stop is None else (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))
         if any(not isinstance(one, str) or not one for one in self.stop):
             raise ValueError(f"stop={self.stop!r}: every stop string must be a text that is not empty")

@@ -200,7 +200,7 @@ def _run(
     hook: LogitsHook | None,
 ) -> Iterator[Loop]:  # fmt: skip
     """The loop of a generation: once before the first forward and once after each."""
-    spec = model.decoding_spec
+    spec = _spec_of(model)
     canvas = make_canvas(config, spec, input_ids, attention_mask)
     stops = StopStrings(config.stop, tokenizer, next(iter(spec.eos_ids), None)) if config.stop else None
     rule, policy = _resolve_rule(config, spec, guide), resolve_cache(config.policy(spec))
@@ -215,6 +215,17 @@ def _run(
     tokens = canvas.length - canvas.prompt
     for _ in loop.steps(max(config.forwards or 0, tokens) + tokens + rule.idle, rule.expression):
         yield loop
+
+
+def _spec_of(model: Any) -> DecodingSpec:
+    """The model's facts. Raises ValueError for what is no diffusion language model."""
+    if not hasattr(type(model), "decoding_spec") and not hasattr(model, "decoding_spec"):
+        what = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+        raise ValueError(
+            f"model is {what}, which has no decoding_spec; give a diffusion language model of dlm.models, as "
+            "load_model(folder)[0]"
+        )
+    return model.decoding_spec
 
 
 def _resolve_rule(config: DecodingConfig, spec: DecodingSpec, guide: Guider | PreTrainedModel | None) -> Rule:

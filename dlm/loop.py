@@ -139,7 +139,13 @@ class Loop:
         else:
             logits = self._logits(slots, plan)
             if self.hook is not None:
-                logits = self.hook(canvas, slots, logits)
+                changed = self.hook(canvas, slots, logits)
+                if getattr(changed, "shape", None) != logits.shape:
+                    raise ValueError(
+                        f"logits_hook gave {_what(changed)}; it must return the logits to use, of shape "
+                        f"{list(logits.shape)}"
+                    )
+                logits = changed
             choice = self.unmasker.choose(logits, slots, canvas)
         where = choice.commit if forced is None else choice.commit | (slots == forced[:, None])
         before = canvas.left_rows
@@ -228,6 +234,10 @@ class Loop:
     def decoded(self) -> Decoded:
         """What the generation gave so far; masks where nothing is written yet."""
         return Decoded(self.answers(), self.report())
+
+
+def _what(given: Any) -> str:
+    return f"a tensor of shape {list(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)[:40]
 
 
 def _both(committed: torch.Tensor | None, filled: torch.Tensor) -> torch.Tensor | None:

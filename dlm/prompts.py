@@ -34,11 +34,14 @@ def gap_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of a text with gaps: "<mask:8>" in it stands for eight masks, "<mask>" for one.
 
     Raises:
-        ValueError: a text without a gap, a gap of no tokens, or gaps that no model could fill.
+        ValueError: a text without a gap, a gap of no tokens or no number of them, or gaps that no model could fill.
     """
     pieces = re.split(r"<mask(?::(\d+))?>", text)
     if len(pieces) == 1:
         raise ValueError(f"{text[:40]!r} has no gap; write <mask:8> where eight tokens are to be filled in")
+    # Of several gaps one that is misspelt would stay in the text, unseen.
+    if odd := re.search(r"<mask\s*:[^<>]{0,20}>?", " ".join(pieces[::2]), re.IGNORECASE):
+        raise ValueError(f"{odd[0]!r} is no gap; write <mask:8> where eight tokens are to be filled in")
     # By its digits first: a number of thousands of them is none that Python reads.
     masks = [1 if count is None else int(count[:MOST_DIGITS]) for count in pieces[1::2]]
     if sum(masks) > MOST_MASKS:
@@ -84,6 +87,13 @@ def make_canvas(
             it without `infill`, or none in it with `infill` and nothing to generate, a prompt that a shifted model
             cannot begin from, more positions than the model has.
     """
+    for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        # What a tokenizer gives by default is lists, and its whole answer is a dict.
+        if not isinstance(given, torch.Tensor) and (given is not None or name == "input_ids"):
+            raise ValueError(
+                f"{name} is a {type(given).__name__}; give a tensor [batch, tokens], as a tokenizer does with "
+                "return_tensors='pt'"
+            )
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or input_ids.shape[0] == 0:
         raise ValueError(
             f"input_ids are {input_ids.dtype} of shape {list(input_ids.shape)}; give int64 [batch, tokens] with at "

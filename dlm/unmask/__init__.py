@@ -87,6 +87,8 @@ def resolve_unmask(
     # Without tokenizers a Guider takes the ids to mean the same to both models.
     if isinstance(guide, PreTrainedModel):
         guide = Guider(guide)
+    if guide is not None and not isinstance(guide, Guider):
+        raise ValueError(f"guide={guide!r} is no model; give a causal language model, or a Guider around one")
     if isinstance(rule, Guided):
         rule = replace(rule, guide=guide or rule.guide)
         if rule.guide is None:

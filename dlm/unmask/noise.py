@@ -33,6 +33,10 @@ class Noise:
         self.device = device
         if self.own is not None and len(self.own) != batch:
             raise ValueError(f"{len(self.own)} generators for {batch} rows; give one for each row, or one for all")
+        if self.own is not None and len({id(one) for one in self.own}) < batch:
+            raise ValueError(
+                "two rows have the same generator, so what one draws depends on the other; make one for each"
+            )
         # torch.rand fails on a foreign generator only at the first draw, in the middle of a generation.
         for one in self.own or [self.common]:
             if one is not None and not hasattr(one, "device"):

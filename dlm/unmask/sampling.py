@@ -11,10 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 from dlm.unmask.noise import Noise
 from textkv.kernels import confidence
+
+COLDEST = 1e-30  # logits divided by less are no numbers any more
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Sampling:
         t, p, k = self.temperature, self.top_p, self.top_k
         if isinstance(t, bool) or not isinstance(t, int | float) or not 0 <= t < float("inf"):
             raise ValueError(f"temperature={t!r} is no number >= 0; use 0 for the most probable token")
+        if 0 < t < COLDEST:
+            raise ValueError(
+                f"temperature={t!r} is below {COLDEST:g}, where logits leave the range of fp32; use 0 for the most "
+                "probable token"
+            )
         if p is not None and (isinstance(p, bool) or not isinstance(p, int | float) or not 0 < p <= 1):
             raise ValueError(f"top_p={p!r} is not in (0, 1]; use None to keep all tokens")
         if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
@@ -100,6 +108,7 @@ class Sampler:
         source = self.warp(flat) if random or (warped and filtered) else flat
         measured = source if warped else flat
         found = confidence(measured, suppress=self.suppressed, spread=spread)
+        self._check(found.probability.view(batch))
         token, probability = found.token, found.probability
         if random:
             noise = self.gumbel(source.shape[1:]).flatten(0, 1)
@@ -116,6 +125,16 @@ class Sampler:
             probability = probability.masked_fill(impossible, 0)
         found = (token, probability, found.probability, found.second, found.entropy)
         return Draw(*(None if x is None else x.view(batch) for x in found))
+
+    def _check(self, probability: torch.Tensor) -> None:
+        """Raises ValueError for a candidate without a probability [batch, r]: its logits are no numbers."""
+        # Any token could be read from them, and the text would look like one.
+        wrong = np.isnan(probability.cpu().numpy())
+        if wrong.any() and (wrong & self.there.cpu().numpy()).any():
+            raise ValueError(
+                "the logits hold NaN, so no token can be read from them; load the model in bfloat16 or float32, "
+                "whose range is wider than float16's, and look at its weights"
+            )
 
     def warp(self, z: torch.Tensor) -> torch.Tensor:
         """fp32 [n, V]: logits [n, V] after temperature, top-p and top-k, -inf at what is suppressed or filtered."""
