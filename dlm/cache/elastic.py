@@ -233,11 +233,14 @@ class DriftCache(SlotCache):
         self.fresh = self.rows
         self.computed += out.shape[0] * out.shape[1] if self.rows is None else len(self.rows)
         store.watch(self.window.repeat(times, 1), self.text.repeat(times, 1), self.policy.track, layer.scaling)
-        drifted = None if cosine is None else cosine < self.policy.gamma
-        if not self.whole and drifted is not None and bool(drifted.any()):
-            # Each row on its own: from the next layer on it computes all its slots.
-            self._want(self.wanted | drifted[:, None])
-        if layer.layer_idx == self.depth - 1:
+        last = layer.layer_idx == self.depth - 1
+        # Asked only where the answer counts, because the device has to be waited for: how many rows the next layer has.
+        if not (self.whole or last or self.rows is None or cosine is None):
+            drifted = cosine < self.policy.gamma
+            if bool(drifted.any()):
+                # Each row on its own: from the next layer on it computes all its slots.
+                self._want(self.wanted | drifted[:, None])
+        if last:
             # What is less than a token through all layers is counted with the next forward.
             self.plan.tokens, self.computed = divmod(self.computed, self.depth)
         return out

@@ -125,6 +125,37 @@ def test_a_batch_is_its_rows_alone(make, cfg):
     assert 0 <= together.stats.query_tokens - sum(one.stats.query_tokens for one in alone) < len(lengths)
 
 
+@pytest.mark.parametrize(("gamma", "waits"), [(-1, 3), (1.5, 3)])
+def test_drift_is_asked_for_only_where_layers_follow(gamma, waits, monkeypatch):
+    """Of three layers: the rows of the first, and drift in two; or once, and then the rows of all that follow."""
+    model, seen, plain = llada(3), [], torch.Tensor.__bool__
+
+    def hook(canvas, slots, logits):
+        seen.append(0)
+        return logits
+
+    def counted(tensor):
+        if seen and model.running:
+            seen[-1] += 1
+        return plain(tensor)
+
+    forward = model.forward
+
+    def watched(*args, **kwargs):
+        model.running = True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            model.running = False
+
+    model.running = False
+    monkeypatch.setattr(model, "forward", watched)
+    monkeypatch.setattr(torch.Tensor, "__bool__", counted)
+    decode(model, prompts(5)[0], gen_length=6, block_length=None, cache=f"elastic(4,{gamma})", unmask="confidence",
+           eos="none", logits_hook=hook)  # fmt: skip
+    assert seen[0] == seen[1] == waits  # of the forwards behind the first, which computes everything
+
+
 def test_expressions_and_what_cannot_be():
     assert resolve_cache("elastic(8, gamma=0.8)").expression == "elastic(window=8,gamma=0.8)"
     for cache, message in (
