@@ -106,6 +106,10 @@ def make_canvas(
                 f"attention_mask is {list(attention_mask.shape)} and input_ids {list(input_ids.shape)}; give one "
                 "value per token"
             )
+        if bool((attention_mask < 0).any()):
+            raise ValueError(
+                "attention_mask holds numbers below 0, as one that is added to scores; give 1 for tokens, 0 for padding"
+            )
         real = attention_mask.bool()
         # Padded on the left means that no real token has padding behind it.
         if bool((real[:, :-1] & ~real[:, 1:]).any()):

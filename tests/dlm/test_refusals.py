@@ -25,6 +25,7 @@ def causal() -> Qwen2ForCausalLM:
     [
         (dict(input_ids=IDS.tolist()), "input_ids is a list; give a tensor"),
         (dict(attention_mask=REAL.tolist()), "attention_mask is a list; give a tensor"),
+        (dict(attention_mask=(REAL - 1.0) * 1e9), "attention_mask holds numbers below 0"),
         (dict(model="mini"), "model is 'mini', which has no decoding_spec"),
         (dict(model=causal()), "model is a Qwen2ForCausalLM, which has no decoding_spec"),
         (dict(guide="mini"), "guide='mini' is no model"),
