@@ -108,7 +108,7 @@ class Sampler:
         source = self.warp(flat) if random or (warped and filtered) else flat
         measured = source if warped else flat
         found = confidence(measured, suppress=self.suppressed, spread=spread)
-        self._check(found.probability.view(batch))
+        self._check(found.probability)
         token, probability = found.token, found.probability
         if random:
             noise = self.gumbel(source.shape[1:]).flatten(0, 1)
@@ -127,10 +127,10 @@ class Sampler:
         return Draw(*(None if x is None else x.view(batch) for x in found))
 
     def _check(self, probability: torch.Tensor) -> None:
-        """Raises ValueError for a candidate without a probability [batch, r]: its logits are no numbers."""
+        """Raises ValueError for a candidate without a probability [batch * r]: its logits are no numbers."""
         # Any token could be read from them, and the text would look like one.
         wrong = np.isnan(probability.cpu().numpy())
-        if wrong.any() and (wrong & self.there.cpu().numpy()).any():
+        if wrong.any() and (wrong & self.there.flatten().cpu().numpy()).any():
             raise ValueError(
                 "the logits hold NaN, so no token can be read from them; load the model in bfloat16 or float32, "
                 "whose range is wider than float16's, and look at its weights"
