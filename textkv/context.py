@@ -221,6 +221,7 @@ class Context:
             self.forwards += 1
         if ended and layer is self._closing():
             self.finish()
+        self.came = None  # what comes between forwards, and a next layer's start, is of no forward
 
     def _closing(self) -> Any:
         """The layer with which a prompt block ends: the last governed one, or the last at all if none is."""

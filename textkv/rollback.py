@@ -125,7 +125,7 @@ class Rollback(Cache):
         context.table = None if context.table is None else PositionTable()
         for number, spec in context.rotary.items():
             context.rotary[number] = spec.on(context.table)
-        context.real, context.forgotten, context.forwards = None, None, 0
+        context.real, context.came, context.forgotten, context.forwards = None, None, None, 0
         self._start, self._through = None, set()
 
     def _forward_begins(self, rows: int, tokens: int) -> None:
@@ -234,6 +234,7 @@ class Rollback(Cache):
         """What was held back stays: every layer lets its method act."""
         if any([layer.commit() for layer in self._own()]):
             self.context.finish()
+        self.context.came = None
 
     # ---- crop --------------------------------------------------------------------------------------------------
 

@@ -133,7 +133,7 @@ def test_a_row_that_gets_padding_while_it_waits_loses_nothing(model_of, method):
     assert not mismatch(together, alone, atol=1e-4, rtol=0)
 
 
-FIXED = ("mikv(", "turboquant", "duo_attention", "window", "streaming_llm")
+FIXED = ("mikv(", "turboquant", "window", "streaming_llm")
 """What a first prompt fixes for good: it was the neighbour's."""
 
 

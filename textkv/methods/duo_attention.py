@@ -146,29 +146,38 @@ class DuoAttention(Method):
 
     def on_prefill_end(self, layer: Layer, evidence: Evidence) -> None:
         """Divide the heads: by the pattern now, or by the prompt when all layers are through."""
-        # A share was taken of the first prompt; only a budget in tokens has something to say in later turns.
-        divided = isinstance(layer.segments[0], SplitSegment)
-        if divided and self.budget.tokens is None:
+        stays = self._stays(layer, evidence)
+        if bool(stays.all()):
             return
         heads = layer.context.governed * layer.kv_heads
         sizes = [self.sizes(int(seen), heads) for seen in evidence.tokens]
         if all(row.full == heads for row in sizes):
             return
         if self._gates is None:
-            layer.notes["duo_attention"] = self._rated(layer, evidence, sizes), sizes
+            layer.notes["duo_attention"] = self._rated(layer, evidence, sizes), sizes, stays
         else:
-            layer.replace([_split(layer, self._by_pattern(layer, sizes), sizes)])
+            layer.replace([_split(layer, self._by_pattern(layer, sizes), sizes, stays)])
+
+    def _stays(self, layer: Layer, evidence: Evidence) -> torch.Tensor:
+        """Rows that the block leaves divided as they are, bool [batch] on the CPU: those to which nothing came, and,
+        once divided, all those with a share. It was taken of a row's first prompt; only a budget in tokens has
+        something to say in later turns."""
+        stays = torch.zeros(len(layer.real_seen), dtype=torch.bool) if evidence.came is None else evidence.came == 0
+        if self.budget.tokens is not None or not isinstance(layer.segments[0], SplitSegment):
+            return stays
+        begins = self.prefill == "full_then_trim" and evidence.came is not None
+        return stays | (evidence.tokens > evidence.came) if begins else torch.ones_like(stays)
 
     def on_finish(self, context: Context) -> None:
         """Without a pattern: rank all heads of the model by how far they look, and divide every layer."""
         notes = [layer.notes.pop("duo_attention", None) for layer in context.layers]
         if None in notes:
             return
-        scores, sizes = torch.stack([far for far, _ in notes], 1), notes[0][1]
+        scores, (_, sizes, stays) = torch.stack([far for far, *_ in notes], 1), notes[0]
         # Ranked over the whole model, as the gates' quantile is: a layer may get no full head, or nothing else.
         full = torch.stack([full_heads(row, n.full, self.seed) for row, n in zip(scores, sizes, strict=True)])
         for layer in context.layers:
-            layer.replace([_split(layer, full[:, layer.index], sizes)])
+            layer.replace([_split(layer, full[:, layer.index], sizes, stays)])
 
     def _rated(self, layer: Layer, evidence: Evidence, sizes: list[Sizes]) -> torch.Tensor:
         """What ranks this layer's heads, fp32 [batch, kv_heads] on the CPU; none does where all of them stream."""
@@ -252,8 +261,9 @@ def _far_mass(layer: Layer, evidence: Evidence, sizes: list[Sizes]) -> torch.Ten
     return mass.masked_fill((at < first) | (at >= last), 0).sum(-1).cpu().masked_fill(~full, NEVER)
 
 
-def _split(layer: Layer, full: torch.Tensor, sizes: list[Sizes]) -> SplitSegment:
-    """What the layer holds (nothing yet, in an empty layer), divided: `full` bool [batch, kv_heads] keep everything.
+def _split(layer: Layer, full: torch.Tensor, sizes: list[Sizes], stays: torch.Tensor | None = None) -> SplitSegment:
+    """What the layer holds (nothing yet, in an empty layer), divided: `full` bool [batch, kv_heads] keep everything,
+    but in rows that are to stay as they are, bool [batch].
 
     Rows with windows of their own size share one ring as long as they have as many sinks.
     """
@@ -261,10 +271,9 @@ def _split(layer: Layer, full: torch.Tensor, sizes: list[Sizes]) -> SplitSegment
     full, now = full & _full_now(layer), _full_now(layer)
     held = layer.stored() if layer.seen else None
     sinks, recent = torch.tensor([n.sinks for n in sizes]), torch.tensor([n.recent for n in sizes])
-    if layer.came is not None:  # a row to which nothing came stays divided as it is
-        idle = layer.came == 0
-        full[idle] = now[idle]
-        sinks, recent = (torch.where(idle, x, y) for x, y in zip(_window_now(layer), (sinks, recent), strict=True))
+    if stays is not None:
+        full[stays] = now[stays]
+        sinks, recent = (torch.where(stays, x, y) for x, y in zip(_window_now(layer), (sinks, recent), strict=True))
     parts = []
     for count in (None, *sinks.unique().tolist()):
         units = (full if count is None else ~full & (sinks == count)[:, None]).nonzero()

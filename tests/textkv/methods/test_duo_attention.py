@@ -166,6 +166,30 @@ def test_a_row_that_a_later_turn_brings_nothing_keeps_its_heads(model_of):
     assert before and full_set(cache, 1) == before and len(full_set(cache, 0)) < len(before)
 
 
+@pytest.mark.parametrize("prefill", ["full_then_trim", "chunks"])
+def test_a_row_that_begins_in_a_later_block_is_divided_by_its_own_first_prompt(model_of, pattern, prefill):
+    model, method = model_of("llama"), duo(pattern, sparsity=0.5, prefill=prefill)
+    cache, one, seen = MethodCache(model, method), MethodCache(model, method), torch.ones(2, 50).long()
+    seen[1, :33] = 0
+    for part, cut in zip(tiny.text_ids(50, batch=2).split((30, 20), 1), (30, 50), strict=True):
+        model(part, attention_mask=seen[:, :cut], past_key_values=cache)
+    feed(model, one, tiny.text_ids(17), 17)
+    assert [x.lengths()[1].tolist() for x in cache.layers] == [x.lengths()[0].tolist() for x in one.layers]
+
+
+def test_what_came_last_is_nothing_to_a_cache_that_is_emptied(model_of, pattern):
+    model, cache = model_of("llama"), MethodCache(model_of("llama"), duo(pattern, sparsity=0.5, prefill="chunks"))
+    ids = tiny.text_ids(40, batch=2)
+    model(ids, attention_mask=torch.ones(2, 40).long(), past_key_values=cache)
+    seen = torch.ones(2, 41).long()
+    seen[1, -1] = 0
+    model(ids[:, :1], attention_mask=seen, past_key_values=cache)
+    assert cache.context.came is None
+    cache.reset()
+    feed(model, cache, ids, 40)
+    assert full_set(cache, 0) == full_set(cache, 1)
+
+
 def test_rows_without_a_pattern_have_heads_of_their_own(model_of):
     model, ids = model_of("llama"), tiny.text_ids(60, batch=3)
     cache = MethodCache(model, duo(sparsity=0.5))
