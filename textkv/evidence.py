@@ -214,14 +214,18 @@ class Evidence:
         """Which stored tokens `queries` may see, or are their own: bool like positions int32 [batch, heads, n]."""
         if self.hidden is None:
             return positions >= 0
-        first = (self.tokens - self.queries.shape[2]).clamp(min=0).to(positions.device)
+        first = (self.tokens - self.own_queries()).clamp(min=0).to(positions.device)
         return shown(positions, self.hidden) | (positions >= first.view(-1, 1, 1))
 
     def queries_of(self, row: int) -> torch.Tensor:
         """The window's queries of one row, [1, heads, w, head_dim]: fewer where its block was shorter."""
+        width = self.queries.shape[2]
+        return self.queries[row : row + 1, :, width - int(self.own_queries()[row]) :]
+
+    def own_queries(self) -> torch.Tensor:
+        """How many of the window's queries, the last ones, are each row's own: int64 [batch] on the CPU."""
         width, own = self.queries.shape[2], self.came if self.asked is None else self.asked
-        real = width if own is None else min(width, int(own[row]))
-        return self.queries[row : row + 1, :, width - real :]
+        return torch.full_like(self.tokens, width) if own is None else own.clamp(max=width)
 
     @property
     def idle(self) -> torch.Tensor | None:

@@ -159,6 +159,29 @@ def test_a_passage_that_is_hidden_from_the_window_decides_nothing(method, rows):
     assert kept[0] == kept[1]
 
 
+@pytest.mark.parametrize("method", ["snapkv", "vatp", "pyramidkv", "cake(window=8)", "gui-kv", "st-lite", "star-kv"])
+@torch.no_grad()
+def test_a_row_of_fewer_tokens_than_the_window_has_only_these_for_its_own(method):
+    """What is hidden from it lies just before them."""
+    model, ids = kinds.model_of_kind("dense"), kinds.ids(60, 2)
+    real, kept = torch.ones(2, 60, dtype=torch.int64), []
+    real[1, 40:58] = 0
+    for forget in (True, False):
+        cache, mask = MethodCache(model, method, "30t"), real.clone()
+        cache.freeze()
+        model(input_ids=ids[:, :40], past_key_values=cache)
+        cache.freeze(False)
+        if forget:
+            cache.forget([[(34, 38)]] * 2)
+        else:
+            mask[:, 34:38] = 0
+        at = (real.cumsum(1) - 1)[:, 40:].clamp(min=0)
+        model(input_ids=ids[:, 40:], attention_mask=mask, position_ids=at, past_key_values=cache)
+        held = [layer.stored().positions for layer in cache.layers]
+        kept.append([[sorted({*x.tolist()} - {-1, *range(34, 38)}) for x in of.flatten(0, 1)] for of in held])
+    assert kept[0] == kept[1]
+
+
 @torch.no_grad()
 def test_a_passage_that_is_hidden_from_a_decoded_token_is_what_it_drops():
     model, ids = kinds.model_of_kind("dense"), kinds.ids(41)
