@@ -123,7 +123,7 @@ def _fit_protection(scores: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
     kv_heads]. Slots ascend by position, so the last ones are the newest.
 
     What loses its protection was never scored: the newest of it comes behind every scored token, for heads that hold
-    no other, and the rest goes first.
+    no other but HIDDEN ones, and the rest goes first.
     """
     guarded = scores == PROTECTED
     over = guarded.sum(-1) > limit
@@ -132,7 +132,7 @@ def _fit_protection(scores: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
     place = guarded.flip(-1).cumsum(-1).flip(-1)  # 1 = the newest protected token
     late = guarded & over[..., None] & (place >= limit[..., None])
     scores = scores.masked_fill(late, NEVER)
-    return scores.masked_fill(late & (place == limit[..., None]), torch.finfo(scores.dtype).min)
+    return scores.masked_fill(late & (place == limit[..., None]), HIDDEN / 2)
 
 
 def blocks(held: Stored, evidence: Evidence) -> Iterator[tuple[int, slice, torch.Tensor, Stored, Evidence]]:

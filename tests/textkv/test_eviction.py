@@ -7,7 +7,7 @@ import torch
 
 from tests.textkv import tiny
 from textkv import Budget, MethodCache
-from textkv.eviction import NEVER, PROTECTED
+from textkv.eviction import HIDDEN, NEVER, PROTECTED, keep_best
 from textkv.evidence import Evidence
 from textkv.methods.adakv import AdaKV
 from textkv.methods.snapkv import SnapKV
@@ -159,3 +159,13 @@ def test_rows_of_unequal_prompts_hold_what_they_would_alone(model_of, method):
             model(ids[row : row + 1, -n:], past_key_values=cache)
             alone += cache.kv_bytes()
     assert together.kv_bytes() <= 1.05 * alone
+
+
+def test_a_hidden_token_goes_before_one_that_was_guarded():
+    kept = []
+    layer = SimpleNamespace(
+        index=0, resting=lambda counts: counts, lengths=lambda: torch.tensor([[5]]), keep=kept.append
+    )
+    scores = torch.tensor([[[HIDDEN, HIDDEN, PROTECTED, PROTECTED, PROTECTED]]])
+    keep_best(layer, scores, torch.tensor([[2]]))
+    assert kept[0].tolist() == [[[3, 4]]]
