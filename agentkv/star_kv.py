@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from agentkv.frames import bonus, check_fields
 from agentkv.positional import MOST_BINS, bins_for, cells, guessed_grid, mutual_information, weights
-from textkv.eviction import NEVER, PROTECTED, Eviction, blocks
+from textkv.eviction import HIDDEN, NEVER, PROTECTED, Eviction, blocks
 from textkv.evidence import Evidence, Needs
 from textkv.layer import Layer
 from textkv.method import register
@@ -182,15 +182,18 @@ class StarKV(Eviction):
         if self.aeb == "layer":
             shared = shared ** (1 / self.temperature(looks.mean(0)[~guarded]))
         shared = shared.masked_fill(guarded, PROTECTED)
-        at = held.positions[row]
+        at, seen = held.positions[row], evidence.visible(held.positions)[row]
+        if not len(positions):  # a row that has not begun, or sees nothing of what it holds
+            return torch.full(at.shape, NEVER, device=at.device).masked_fill(at >= 0, HIDDEN)[None]
         slots = torch.searchsorted(positions, at.contiguous()).clamp(max=len(positions) - 1)
-        return shared[slots].masked_fill(at < 0, NEVER)[None]
+        return shared[slots].masked_fill(~seen, HIDDEN).masked_fill(at < 0, NEVER)[None]
 
     def _attention(self, held: Stored, evidence: Evidence, row: int, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What a row's query heads look at, fp32 [heads, p], the bonus included and PROTECTED in the window, and the
-        positions int32 [p] of tokens that any head holds. A token that a head has dropped gets nothing of it."""
+        positions int32 [p] of tokens that any head holds and the mask did not hide. A token that a head has dropped
+        gets nothing of it."""
         at = held.positions[row]
-        positions = at[at >= 0].unique()
+        positions = at[evidence.visible(held.positions)[row]].unique()
         found = torch.zeros(evidence.queries.shape[1], len(positions), device=at.device)
         one = slice(row, row + 1)
         alone = Stored(held.keys[one], held.values[one], held.positions[one])

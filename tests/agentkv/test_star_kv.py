@@ -12,7 +12,8 @@ from agentkv.gui_kv import GuiKV
 from agentkv.positional import bins_for, cells, guessed_grid, mutual_information, weights
 from agentkv.star_kv import GAIN, PATTERN, STEPS, Learned, StarKV, StarKVOfficial
 from tests.agentkv.screen_cases import GRIDS, SPANS, kept, random_case
-from textkv import Budget, resolve_method
+from tests.textkv import tiny
+from textkv import Budget, MethodCache, resolve_method
 from textkv.eviction import PROTECTED
 
 LOOKS = torch.tensor([[0.4, 0.1, 0.2, 0.3], [0.2, 0.3, 0.1, 0.1]])
@@ -204,6 +205,21 @@ def test_heads_that_hold_different_tokens_share_one_score_for_each():
     assert torch.equal(scores[0, 0, 9:], scores[0, 1, 9:])
     # What one head no longer holds counts half, beside what the other makes of it.
     assert bool((scores[0, 0, 5:9] < whole[0, 0, 5:9]).all())
+
+
+@torch.no_grad()
+def test_a_row_may_begin_in_a_later_block():
+    """Until then it holds nothing, and its neighbour is cut all the same."""
+    model, ids, seen = tiny.build("llama"), tiny.text_ids(50, batch=2), torch.ones(2, 50).long()
+    seen[1, :33] = 0
+    cache, one = MethodCache(model, "star-kv", "12t"), MethodCache(model, "star-kv", "12t")
+    for part, cut in zip(ids.split((30, 20), 1), (30, 50), strict=True):
+        at = (seen[:, :cut].cumsum(1) - 1).clamp(min=0)[:, -part.shape[1] :]
+        model(part, attention_mask=seen[:, :cut], position_ids=at, past_key_values=cache)
+    model(ids[1:, 33:], past_key_values=one)
+    for layer, alone in zip(cache.layers, one.layers, strict=True):
+        held = layer.stored().positions[1, 0]
+        assert held[held >= 0].tolist() == alone.stored().positions[0, 0].tolist()
 
 
 @pytest.mark.parametrize(
