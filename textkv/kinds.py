@@ -79,12 +79,15 @@ def unwrapped(model: torch.nn.Module) -> PreTrainedModel:
     inner = model
     while not isinstance(inner, PreTrainedModel):
         # A compiled module, PEFT's model of adapters, and the tuner between that and ours: they hand on what they lack,
-        # so only what is each one's own counts.
-        own = dict(inner.named_children()) if isinstance(inner, torch.nn.Module) else {}
-        name = next((name for name in ("_orig_mod", "base_model", "model") if name in own), None)
-        if name is None:
+        # so only what is each one's own counts. What is no module at all may still stand in for a model.
+        if isinstance(inner, torch.nn.Module):
+            own = dict(inner.named_children())
+            found = next((own[name] for name in ("_orig_mod", "base_model", "model") if name in own), None)
+        else:
+            found = None if isinstance(inner, type) else getattr(inner, "base_model", None)
+        if found is None:
             raise ValueError(f"{_named(model)} is no transformers model; pass the model that will run")
-        inner = own[name]
+        inner = found
     return inner
 
 
