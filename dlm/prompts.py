@@ -69,6 +69,39 @@ def pad_left(
     return made[0], made[1]
 
 
+def _real(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Which of the ids are tokens and not padding, bool [batch, P]. Raises ValueError for what `make_canvas` refuses of
+    shapes, dtypes and padding."""
+    for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        # What a tokenizer gives by default is lists, and its whole answer is a dict.
+        if not isinstance(given, torch.Tensor) and (given is not None or name == "input_ids"):
+            raise ValueError(
+                f"{name} is a {type(given).__name__}; give a tensor [batch, tokens], as a tokenizer does with "
+                "return_tensors='pt'"
+            )
+    if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or input_ids.shape[0] == 0:
+        raise ValueError(
+            f"input_ids are {input_ids.dtype} of shape {list(input_ids.shape)}; give int64 [batch, tokens] with at "
+            "least one row"
+        )
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask is {list(attention_mask.shape)} and input_ids {list(input_ids.shape)}; give one "
+            "value per token"
+        )
+    if bool((attention_mask < 0).any()):
+        raise ValueError(
+            "attention_mask holds numbers below 0, as one that is added to scores; give 1 for tokens, 0 for padding"
+        )
+    real = attention_mask.bool()
+    # Padded on the left means that no real token has padding behind it.
+    if bool((real[:, :-1] & ~real[:, 1:]).any()):
+        raise ValueError("the prompts are padded on the right or inside; pad on the left")
+    return real
+
+
 def make_canvas(
     config: DecodingConfig, spec: DecodingSpec, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> Canvas:
@@ -87,33 +120,7 @@ def make_canvas(
             it without `infill`, or none in it with `infill` and nothing to generate, a prompt that a shifted model
             cannot begin from, more positions than the model has.
     """
-    for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
-        # What a tokenizer gives by default is lists, and its whole answer is a dict.
-        if not isinstance(given, torch.Tensor) and (given is not None or name == "input_ids"):
-            raise ValueError(
-                f"{name} is a {type(given).__name__}; give a tensor [batch, tokens], as a tokenizer does with "
-                "return_tensors='pt'"
-            )
-    if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or input_ids.shape[0] == 0:
-        raise ValueError(
-            f"input_ids are {input_ids.dtype} of shape {list(input_ids.shape)}; give int64 [batch, tokens] with at "
-            "least one row"
-        )
-    real = torch.ones_like(input_ids, dtype=torch.bool)
-    if attention_mask is not None:
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask is {list(attention_mask.shape)} and input_ids {list(input_ids.shape)}; give one "
-                "value per token"
-            )
-        if bool((attention_mask < 0).any()):
-            raise ValueError(
-                "attention_mask holds numbers below 0, as one that is added to scores; give 1 for tokens, 0 for padding"
-            )
-        real = attention_mask.bool()
-        # Padded on the left means that no real token has padding behind it.
-        if bool((real[:, :-1] & ~real[:, 1:]).any()):
-            raise ValueError("the prompts are padded on the right or inside; pad on the left")
+    real = _real(input_ids, attention_mask)
     _check_prompts(spec, input_ids, real, config)
     options = {"gen_length": config.gen_length, "mask_id": spec.mask_id, "shift": spec.shift}
     if spec.block is not None:

@@ -15,6 +15,8 @@ Floor in bytes: the rows of the tokens, once, whatever the number of query heads
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ._backend import (
@@ -209,11 +211,8 @@ def coded_attention(
     if fused:
         out, lse = _on_cpu(rows, query, k, v, told, signs[1], beside, need_lse)
     else:
-        out, lse = (
-            _launch(rows, query.to(q.dtype), k, v, *told, dot_dtype(q))
-            if launched
-            else reference(rows, query, k, v, *told)
-        )
+        run = partial(_launch, dot=dot_dtype(q)) if launched else reference
+        out, lse = run(rows, query.to(q.dtype) if launched else query, k, v, *told)
         out = turn_back(out, signs[1])
     out = out[:, :x].to(q.dtype).reshape(q.shape)
     lse = None if lse is None else lse[:, :x].reshape(q.shape[:3])

@@ -62,6 +62,8 @@ def test_no_token_at_all(kind, seen):
     refuses("no token to a cache that has seen", lambda: model(kinds.ids(5)[:, :0], past_key_values=cache))
     empty = model.get_input_embeddings()(kinds.ids(5))[:, :0]
     refuses("no token to a cache that has seen", lambda: model(inputs_embeds=empty, past_key_values=cache))
+    assert cache.get_seq_length() == (20 if seen else 0)
+    assert not seen or goes_on(model, cache)
 
 
 @pytest.mark.parametrize("kind", EACH)

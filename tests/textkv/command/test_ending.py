@@ -188,6 +188,7 @@ def test_a_ctrl_c_that_nothing_can_be_raised_from_ends_in_one_line_too():
     """It falls into the callback of a weak reference, whose errors Python only prints."""
     code = (
         "import signal, time, weakref\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "from textkv.command.ending import terminable\n"
         "class Held: pass\n"
         "with terminable('x: stopped'):\n"
